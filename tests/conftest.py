@@ -1,0 +1,27 @@
+"""What every test shares: where the recordings lie, and one thread so that two workers fit two cores."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+def load(name):
+    """The tensors of a golden safetensors file, {name: tensor}."""
+    from safetensors.torch import load_file
+
+    return load_file(GOLDEN / name)
+
+
+def load_json(name):
+    return json.loads((GOLDEN / name).read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _single_thread():
+    import torch
+
+    torch.set_num_threads(1)
