@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Set-up if it is missing, style, tests. `--slow` adds the minutes-long tests, `--gpu` runs those that need a CUDA device;
+# everything else goes to pytest: bash scripts/test.sh tests/test_data.py -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+slow="not slow" gpu="not gpu" rest=()
+for argument in "$@"; do
+  case "$argument" in
+    --slow) slow="" ;;
+    --gpu) gpu="gpu" slow="" ;;
+    *) rest+=("$argument") ;;
+  esac
+done
+marks="$slow${slow:+ and }$gpu"
+
+bash scripts/setup.sh
+python=${BAMDLM_PYTHON:-.venv/bin/python}
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # two workers on two cores
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest -n 2 --dist worksteal -m "$marks" "${rest[@]}"
