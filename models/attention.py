@@ -1,0 +1,150 @@
+"""Attention backends: three ways to compute the same numbers.
+
+A backend is a function `prepare(rule, queries, keys, segments, device) -> attend(q, k, v)`. What depends on the
+rule alone (masks, chunk borders) is made once by `prepare` and shared by all layers of a pass.
+
+    q [B, H, T, D]   k, v [B, H, S, D]   ->   [B, H, T, D]
+
+`segments` [B, S] keeps texts of one row apart (documents packed together, padding): a query sees only keys of its
+own segment. With the block-diffusion rule T is S (both halves ask) or S / 2 (only the noised half is read).
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masks import BlockCausal, BlockDiffusion, Full, Rule
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+CHUNK_TOKENS = 128  # queries taken at a time by the split form; smaller wastes calls, larger wastes masked work
+
+
+def dense_mask(
+    rule: Rule, q: Tensor, k: Tensor, keys: int, segments: Tensor | None = None
+) -> Tensor:
+    """The rule at the indices q [T] and k [S'] as a boolean tensor, [T, S'] or with segments [B, 1, T, S']."""
+    mask = rule.allowed(q[:, None], k[None, :], keys)
+    if segments is not None:
+        mask = (mask & (segments[:, q, None] == segments[:, None, k]))[:, None]
+    return mask
+
+
+def dense(
+    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+) -> Attend:
+    """One scaled_dot_product_attention over one [T, S] mask: the plain form every other is tested against."""
+    q, k = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    mask = dense_mask(rule, q, k, keys, segments)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def sdpa(
+    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+) -> Attend:
+    """scaled_dot_product_attention, split so that blocks nobody may see are mostly not computed."""
+    if isinstance(rule, Full) and segments is None:
+        return F.scaled_dot_product_attention
+    if rule == BlockCausal(1) and segments is None:
+        return functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    if isinstance(rule, BlockDiffusion):
+        return _split_block_diffusion(rule, queries, keys, segments, device)
+    return dense(rule, queries, keys, segments, device)
+
+
+def _split_block_diffusion(rule, queries, keys, segments, device) -> Attend:
+    """Chunk i of x_t and of x0 asks; chunk i of x_t and chunks 0..i of x0 answer: a quarter of (2L)^2."""
+    length = keys // 2
+    both = queries == keys
+    size = rule.block_size * max(1, CHUNK_TOKENS // rule.block_size)
+    chunks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        noised = torch.arange(start, stop, device=device)
+        q = torch.cat([noised, noised + length]) if both else noised
+        k = torch.cat([noised, torch.arange(length, length + stop, device=device)])
+        chunks.append((start, stop, dense_mask(rule, q, k, keys, segments)))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        noised, clean = [], []
+        for start, stop, mask in chunks:
+            asked = q[:, :, start:stop]
+            if both:
+                asked = torch.cat([asked, q[:, :, length + start : length + stop]], 2)
+            seen = [torch.cat([x[:, :, start:stop], x[:, :, length : length + stop]], 2) for x in (k, v)]
+            out = F.scaled_dot_product_attention(asked, *seen, attn_mask=mask)
+            noised.append(out[:, :, : stop - start])
+            clean.append(out[:, :, stop - start :])
+        return torch.cat(noised + clean if both else noised, 2)
+
+    return attend
+
+
+def flex(
+    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+) -> Attend:
+    """FlexAttention: compiled on an accelerator; on a CPU its eager form, which has no backward pass."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = _block_mask(rule, queries, keys, segments, device)
+    run = flex_attention if device.type == "cpu" else _compiled_flex()
+    return lambda q, k, v: run(q, k, v, block_mask=mask)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _block_mask(rule, queries, keys, segments, device):
+    if segments is None:
+        return _shared_block_mask(rule, queries, keys, device)
+    return _make_block_mask(rule, queries, keys, segments, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _shared_block_mask(rule, queries, keys, device):
+    """One BlockMask per shape for the life of the process: making one costs more than a layer."""
+    return _make_block_mask(rule, queries, keys, None, device)
+
+
+def _make_block_mask(rule, queries, keys, segments, device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(b, h, q, k):
+        seen = rule.allowed(q, k, keys)
+        return seen if segments is None else seen & (segments[b, q] == segments[b, k])
+
+    batch = None if segments is None else len(segments)
+    return create_block_mask(allowed, batch, None, queries, keys, device=device)
+
+
+def flash_attn(
+    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+) -> Attend:
+    """The flash-attn package: CUDA only, half precision, full or causal attention."""
+    if segments is not None or not (isinstance(rule, Full) or rule == BlockCausal(1)):
+        raise ValueError(
+            f"model.attn_backend=flash_attn cannot apply {rule}; use model.attn_backend=sdpa or flex"
+        )
+    from flash_attn import flash_attn_func  # its own ImportError says what is missing
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn_func(q, k, v, causal=isinstance(rule, BlockCausal)).transpose(1, 2)
+
+    return attend
+
+
+BACKENDS = {"sdpa": sdpa, "flex": flex, "flash_attn": flash_attn}
+
+
+def get_backend(name: str):
+    if name not in BACKENDS:
+        raise ValueError(f"model.attn_backend must be one of {sorted(BACKENDS)}, got {name!r}")
+    return BACKENDS[name]

@@ -1,0 +1,109 @@
+"""Keys and values of the tokens already generated, so that a step costs what its block costs.
+
+Every row keeps its own count of committed tokens, so the rows of a batch may be at different places. Keys are
+stored rotated at their absolute position (rotary attention depends on differences only), in a ring of
+window + block_size slots: position p lives in slot p % slots. A pass of up to window + block_size tokens is written
+behind the committed ones; unless it is committed the next pass overwrites it, so it leaves no trace. When the
+window slides nothing is moved or recomputed: the oldest block's slots are reused.
+
+Deep keys carry what they saw when they were made. Beyond the window that is one long pass under
+BlockCausal(block_size, window), which is not the same as recomputing the last `window` tokens from scratch.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .masks import BlockCausal
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """`committed` [B]: tokens kept per row. `uniform`: the same as one number while all rows agree, else None
+    (known without asking the device). Made by `DiT.new_cache`."""
+
+    keys: list[Tensor]  # per layer [B, slots, H, D], rotated
+    values: list[Tensor]  # per layer [B, slots, H, D]
+    committed: Tensor  # int64 [B]
+    uniform: int | None
+    rule: BlockCausal
+
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.keys + self.values)
+
+    def commit(self, tokens: int | Tensor) -> "KVCache":
+        """Keep `tokens` more of what the last pass wrote: one number, or one per row [B]."""
+        uniform = None
+        if self.uniform is not None and not isinstance(tokens, Tensor):
+            uniform = self.uniform + tokens
+        return replace(self, committed=self.committed + tokens, uniform=uniform)
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """Only these rows, in this order. `rows`: indices [B'] or booleans [B]."""
+        return replace(
+            self,
+            keys=[x[rows] for x in self.keys],
+            values=[x[rows] for x in self.values],
+            committed=self.committed[rows],
+        )
+
+    def reset(self, rows: Tensor) -> "KVCache":
+        """Forget the rows where `rows` (boolean [B]) is true, so that new texts can take their place."""
+        return replace(self, committed=self.committed.masked_fill(rows, 0), uniform=None)
+
+    def begin(self, tokens: int) -> "CachedPass":
+        """Prepare a pass of `tokens` new tokens per row, at positions committed .. committed + tokens - 1."""
+        if tokens > self.slots:
+            raise ValueError(
+                f"KVCache has {self.slots} slots, cannot take {tokens} tokens in one pass; feed them in pieces"
+            )
+        device = self.committed.device
+        steps = torch.arange(tokens, device=device)
+        if self.uniform is None:
+            positions = self.committed[:, None] + steps  # [B, T]
+        else:
+            positions = (self.uniform + steps)[None]  # [1, T]
+        return CachedPass(self, positions, positions % self.slots, self._visible(positions))
+
+    def _visible(self, positions: Tensor) -> Tensor | None:
+        """Which slot each query may read: [B or 1, 1, T, slots], or None where all that is returned is seen."""
+        tokens = positions.shape[1]
+        if self.uniform is not None and tokens == self.rule.block_size:
+            if self.uniform + tokens <= min(self.slots, self.rule.window):
+                return None  # the ring is not full yet: extend() returns exactly the visible part
+        end = positions[:, -1:] + 1
+        slot = torch.arange(self.slots, device=positions.device)
+        held = end - 1 - (end - 1 - slot) % self.slots  # the position each slot holds, < 0: none yet
+        seen = self.rule.allowed(positions[:, :, None], held[:, None, :], self.slots)
+        return (seen & (held >= 0)[:, None, :])[:, None]
+
+
+@dataclass(frozen=True)
+class CachedPass:
+    """One pass over new tokens: where they stand, where they are written, what they may see."""
+
+    cache: KVCache
+    positions: Tensor  # int64 [B or 1, T]
+    slots: Tensor  # int64 [B or 1, T]
+    visible: Tensor | None
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, H, T, D] of this pass and return all keys and values to attend to, [B, H, S, D]."""
+        out = []
+        for store, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+            new = new.transpose(1, 2).to(store.dtype)
+            if len(self.slots) == 1 and self.cache.uniform is not None:
+                store.index_copy_(1, self.slots[0], new)
+            else:
+                rows = torch.arange(len(store), device=store.device)[:, None]
+                store.index_put_((rows, self.slots), new)
+            if self.visible is None:
+                store = store[:, : self.cache.uniform + new.shape[1]]
+            out.append(store.transpose(1, 2))
+        return out[0], out[1]

@@ -1,0 +1,307 @@
+"""The transformer of all four algorithms: DiT (arXiv:2212.09748) with rotary positions, or plain and causal for AR.
+
+It maps tokens to logits in two halves, because most positions never need logits: `hidden` runs the blocks, `logits`
+the head, for the rows asked for. It holds weights and nothing else: no mode, no tensor kept between calls, no
+knowledge of the algorithm. Parameter names are those of the published checkpoints.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import get_backend
+from .cache import KVCache
+from .masks import BlockCausal, BlockDiffusion, Rule
+
+TIMESTEP_FEATURES = 256
+ROTARY_BASE = 10_000
+MAX_PERIOD = 10_000
+
+
+class Norm(nn.Module):
+    """LayerNorm with a scale and no bias, computed in float32 whatever comes in."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embedding)  # table[ids] has an irreproducible backward pass
+
+
+class TimestepEmbedding(nn.Module):
+    """sigma [B] -> features [B, cond_dim]."""
+
+    def __init__(self, cond_dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_FEATURES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
+        )
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        half = TIMESTEP_FEATURES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=sigma.device)
+        angles = sigma[:, None].float() * torch.exp(-math.log(MAX_PERIOD) / half * steps)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (arXiv:2104.09864), halves rotated as in GPT-NeoX."""
+
+    def __init__(self, head_width: int):
+        super().__init__()
+        steps = torch.arange(0, head_width, 2).float() / head_width
+        self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**steps)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [..., 1, T, D/2] for positions [..., T].
+
+        Angles are made in float64: in float32 they are off by 0.01 at position 131 000.
+        """
+        angles = positions[..., None].double() * self.inv_freq.double()
+        return angles.cos().float().unsqueeze(-3), angles.sin().float().unsqueeze(-3)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + D/2) of x [B, H, T, D] by the angles of its position."""
+    cos, sin = tables
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised, modulated by the noise level, gated and added."""
+
+    def __init__(self, width: int, cond_dim: int, n_heads: int, dropout: float, adaln: bool):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.norm1 = Norm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = Norm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+        if adaln:
+            self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
+
+    def modulation(self, c: Tensor | None) -> list[Tensor | None]:
+        """shift, scale, gate of the attention, then of the MLP: six of [B or 1, 1, E]."""
+        if c is None:
+            return [None] * 6
+        return list(self.adaLN_modulation(c)[:, None].chunk(6, -1))
+
+    def queries_keys_values(self, x: Tensor, asking: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, E] -> q of the first `asking` rows, k, v of all rows, each [B, H, ., D]."""
+        if asking == x.shape[1]:
+            q, k, v = self.attn_qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        else:
+            width = x.shape[-1]
+            weight = self.attn_qkv.weight
+            q = F.linear(x[:, :asking], weight[:width]).unflatten(-1, (self.n_heads, -1))
+            k, v = F.linear(x, weight[width:]).unflatten(-1, (2, self.n_heads, -1)).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, c, attend, tables, asking, read, layer):
+        """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B * asking."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
+        q, k, v = self.queries_keys_values(_modulate(self.norm1(x), shift, scale), asking)
+        asked = tuple(t[..., :asking, :] for t in tables)
+        a = attend(layer, rotate(q, asked), rotate(k, tables), v)
+        a = a.transpose(1, 2).flatten(2)  # [B, asking, E]
+        x = x[:, :asking]
+        if read is not None:
+            row = read // asking
+            parts = [gate, mlp_shift, mlp_scale, mlp_gate]
+            gate, mlp_shift, mlp_scale, mlp_gate = (_of_rows(part, row) for part in parts)
+            x, a = x.flatten(0, 1)[read], a.flatten(0, 1)[read]  # [M, E]
+        x = x + _gated(self._drop(self.attn_out(a)), gate)
+        y = self.mlp(_modulate(self.norm2(x), mlp_shift, mlp_scale))
+        return x + _gated(self._drop(y), mlp_gate)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class OutputLayer(nn.Module):
+    def __init__(self, vocab_size: int, width: int, cond_dim: int, adaln: bool):
+        super().__init__()
+        self.norm_final = Norm(width)
+        self.linear = _zero(nn.Linear(width, vocab_size))
+        if adaln:
+            self.adaLN_modulation = _zero(nn.Linear(cond_dim, 2 * width))
+
+
+class DiT(nn.Module):
+    """`adaln=False` builds the AR network: no noise level enters, so there is no modulation."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        cond_dim: int,
+        n_blocks: int,
+        n_heads: int,
+        dropout: float = 0.1,
+        adaln: bool = True,
+        attn_backend: str = "sdpa",
+    ):
+        super().__init__()
+        if hidden_size % n_heads or hidden_size // n_heads % 2:
+            raise ValueError(
+                f"model.hidden_size={hidden_size} must be an even multiple of model.n_heads={n_heads}"
+            )
+        self.prepare_attention = get_backend(attn_backend)
+        self.adaln, self.head_width = adaln, hidden_size // n_heads
+        self.vocab_embed = Embedding(vocab_size, hidden_size)
+        if adaln:
+            self.sigma_map = TimestepEmbedding(cond_dim)
+        self.rotary_emb = Rotary(self.head_width)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, cond_dim, n_heads, dropout, adaln) for _ in range(n_blocks)
+        )
+        self.output_layer = OutputLayer(vocab_size, hidden_size, cond_dim, adaln)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.output_layer.linear.out_features
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        sigma: Tensor | None = None,
+        *,
+        rule: Rule,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, T, E] of tokens [B, T]; under BlockDiffusion only of the noised half, [B, T/2, E].
+
+        sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1, twice under
+        BlockDiffusion. segments [B, T]: tokens see only their own segment. read [M]: indices into the flattened rows
+        of the result; then only those are finished and [M, E] is returned. With a cache the tokens stand behind the
+        committed ones and `rule` must be the cache's.
+        """
+        length = tokens.shape[1]
+        noised_only = isinstance(rule, BlockDiffusion)
+        if positions is None:
+            period = length // 2 if noised_only else length
+            positions = torch.arange(length, device=tokens.device) % period
+        if cache is None:
+            attend, attend_last = self._uncached(rule, length, segments, tokens.device)
+        else:
+            attend = attend_last = None
+            cached = self._cached(rule, cache, length)
+            attend = attend_last = cached[0]
+            positions = cached[1]
+        tables = self.rotary_emb(positions)
+        c = self.conditioning(sigma)
+        x = self.vocab_embed(tokens)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            if layer < last:
+                x = block(x, c, attend, tables, length, None, layer)
+            else:
+                asking = length // 2 if noised_only else length
+                x = block(x, c, attend_last, tables, asking, read, layer)
+        return x
+
+    def _uncached(self, rule, length, segments, device):
+        """The attention of the inner layers and of the last one, which asks for fewer rows."""
+        inner = self.prepare_attention(rule, length, length, segments, device)
+        final = inner
+        if isinstance(rule, BlockDiffusion):
+            final = self.prepare_attention(rule, length // 2, length, segments, device)
+        return (
+            lambda layer, q, k, v: inner(q, k, v),
+            lambda layer, q, k, v: final(q, k, v),
+        )
+
+    def _cached(self, rule, cache, length):
+        if rule != cache.rule:
+            raise ValueError(f"this cache was made for {cache.rule}, the pass asks for {rule}")
+        step = cache.begin(length)
+
+        def attend(layer, q, k, v):
+            k, v = step.extend(layer, k, v)
+            return F.scaled_dot_product_attention(
+                q, k.to(q.dtype), v.to(q.dtype), attn_mask=step.visible
+            )
+
+        return attend, step.positions
+
+    def conditioning(self, sigma: Tensor | None) -> Tensor | None:
+        """What modulates the blocks, [B or 1, cond_dim]; one row when sigma is 0 everywhere."""
+        if not self.adaln:
+            return None
+        if sigma is None:
+            sigma = torch.zeros(1, device=self.vocab_embed.embedding.device)
+        return F.silu(self.sigma_map(sigma))
+
+    def features(self, hidden: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """What the last linear layer sees, for hidden [M, E] (sigma None or [M]) or [B, T, E] (sigma None or [B])."""
+        x = self.output_layer.norm_final(hidden)
+        c = self.conditioning(sigma)
+        if c is None:
+            return x
+        shift, scale = self.output_layer.adaLN_modulation(c).chunk(2, -1)
+        if hidden.dim() == 3:
+            shift, scale = shift[:, None], scale[:, None]
+        return _modulate(x, shift, scale)
+
+    def logits(self, hidden: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Raw logits [..., V] of the rows asked for; arguments as for `features`."""
+        return self.output_layer.linear(self.features(hidden, sigma))
+
+    def new_cache(self, batch: int, window: int, block_size: int, dtype=None) -> KVCache:
+        """An empty cache for `batch` rows that see `window` tokens, the current block included."""
+        rule = BlockCausal(block_size, window)
+        weight = self.vocab_embed.embedding
+        n_heads = self.blocks[0].n_heads
+        shape = (batch, window + block_size, n_heads, self.head_width)
+        # zeros, not empty: a slot nobody may see still enters 0 * value
+        make = lambda: torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)  # noqa: E731
+        return KVCache(
+            keys=[make() for _ in self.blocks],
+            values=[make() for _ in self.blocks],
+            committed=torch.zeros(batch, dtype=torch.int64, device=weight.device),
+            uniform=0,
+            rule=rule,
+        )
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    return x if shift is None else torch.addcmul(shift, x, 1 + scale)
+
+
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else gate * x
+
+
+def _of_rows(part: Tensor | None, row: Tensor) -> Tensor | None:
+    """A modulation [B or 1, 1, E] for M rows picked from the batch: [M, E], or [1, E] if all rows share it."""
+    if part is None:
+        return None
+    return part[:, 0] if len(part) == 1 else part[row, 0]

@@ -1,0 +1,70 @@
+"""Who may look at whom: the attention rules, as predicates on token indices.
+
+`allowed(q, k, keys)` says whether query index q may see key index k, where `keys` is the number of keys. It is
+written with broadcasting operators only, so the same line serves dense masks, cached passes and FlexAttention.
+Block numbers are index // block_size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Full:
+    """Everybody sees everybody: MDLM and SEDD."""
+
+    def allowed(self, q: Tensor, k: Tensor, keys: int) -> Tensor:
+        return (q >= 0) & (k >= 0)
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """A token sees its own block and the earlier ones: the clean sequence, and sampling.
+
+    `window` limits the view to the last `window` tokens counted in whole blocks, the query's own included.
+    """
+
+    block_size: int
+    window: int | None = None
+
+    def __post_init__(self):
+        if self.window is not None and self.window % self.block_size:
+            raise ValueError(
+                f"a window of {self.window} tokens is not a multiple of block_size={self.block_size}"
+            )
+
+    def allowed(self, q: Tensor, k: Tensor, keys: int) -> Tensor:
+        behind = q // self.block_size - k // self.block_size
+        seen = behind >= 0
+        if self.window is not None:
+            seen = seen & (behind < self.window // self.block_size)
+        return seen
+
+
+def Causal(window: int | None = None) -> BlockCausal:
+    """A token sees itself and what is to its left: AR, the block-causal rule with blocks of one."""
+    return BlockCausal(1, window)
+
+
+@dataclass(frozen=True)
+class BlockDiffusion:
+    """The training rule over [x_t ; x0] (arXiv:2503.09573, section 3.1), both halves keys / 2 long.
+
+    A query in block b of x_t sees block b of x_t and the blocks before b of x0; a query in block b of x0 sees the
+    blocks up to b of x0.
+    """
+
+    block_size: int
+
+    def allowed(self, q: Tensor, k: Tensor, keys: int) -> Tensor:
+        length = keys // 2
+        clean_q, clean_k = q >= length, k >= length
+        block_q = (q - length * clean_q) // self.block_size
+        block_k = (k - length * clean_k) // self.block_size
+        own = ~clean_q & ~clean_k & (block_q == block_k)
+        earlier = ~clean_q & clean_k & (block_q > block_k)
+        return own | earlier | (clean_q & clean_k & (block_q >= block_k))
+
+
+Rule = Full | BlockCausal | BlockDiffusion
