@@ -1,1 +1,2 @@
-"""Network architectures. Nothing here imports anything outside this folder: exporting it is copying it."""
+"""Network architectures. Nothing here imports anything outside this folder: exporting it is copying
+it."""

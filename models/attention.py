@@ -1,12 +1,14 @@
 """Attention backends: three ways to compute the same numbers.
 
-A backend is a function `prepare(rule, queries, keys, segments, device) -> attend(q, k, v)`. What depends on the
-rule alone (masks, chunk borders) is made once by `prepare` and shared by all layers of a pass.
+A backend is a function `prepare(rule, queries, keys, segments, device) -> attend(q, k, v)`. What
+depends on the rule alone (masks, chunk borders) is made once by `prepare` and shared by all layers
+of a pass.
 
     q [B, H, T, D]   k, v [B, H, S, D]   ->   [B, H, T, D]
 
-`segments` [B, S] keeps texts of one row apart (documents packed together, padding): a query sees only keys of its
-own segment. With the block-diffusion rule T is S (both halves ask) or S / 2 (only the noised half is read).
+`segments` [B, S] keeps texts of one row apart (documents packed together, padding): a query sees
+only keys of its own segment. With the block-diffusion rule T is S (both halves ask) or S / 2 (only
+the noised half is read).
 """
 
 import functools
@@ -20,13 +22,14 @@ from .masks import BlockCausal, BlockDiffusion, Full, Rule
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-CHUNK_TOKENS = 128  # queries taken at a time by the split form; smaller wastes calls, larger wastes masked work
+# Queries taken at a time by the split form: smaller wastes calls, larger computes what is masked.
+CHUNK_TOKENS = 128
 
 
 def dense_mask(
     rule: Rule, q: Tensor, k: Tensor, keys: int, segments: Tensor | None = None
 ) -> Tensor:
-    """The rule at the indices q [T] and k [S'] as a boolean tensor, [T, S'] or with segments [B, 1, T, S']."""
+    """The rule at the indices q [T] and k [S], boolean: [T, S], or with segments [B, 1, T, S]."""
     mask = rule.allowed(q[:, None], k[None, :], keys)
     if segments is not None:
         mask = (mask & (segments[:, q, None] == segments[:, None, k]))[:, None]
@@ -36,7 +39,7 @@ def dense_mask(
 def dense(
     rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
 ) -> Attend:
-    """One scaled_dot_product_attention over one [T, S] mask: the plain form every other is tested against."""
+    """One call over one [T, S] mask: the plain form every other is tested against."""
     q, k = torch.arange(queries, device=device), torch.arange(keys, device=device)
     mask = dense_mask(rule, q, k, keys, segments)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -56,7 +59,10 @@ def sdpa(
 
 
 def _split_block_diffusion(rule, queries, keys, segments, device) -> Attend:
-    """Chunk i of x_t and of x0 asks; chunk i of x_t and chunks 0..i of x0 answer: a quarter of (2L)^2."""
+    """Chunk i of x_t and of x0 asks; chunk i of x_t and chunks 0..i of x0 answer.
+
+    About a quarter of the dense (2L)^2 is computed, and no mask of that size exists.
+    """
     length = keys // 2
     both = queries == keys
     size = rule.block_size * max(1, CHUNK_TOKENS // rule.block_size)
@@ -74,7 +80,9 @@ def _split_block_diffusion(rule, queries, keys, segments, device) -> Attend:
             asked = q[:, :, start:stop]
             if both:
                 asked = torch.cat([asked, q[:, :, length + start : length + stop]], 2)
-            seen = [torch.cat([x[:, :, start:stop], x[:, :, length : length + stop]], 2) for x in (k, v)]
+            seen = [
+                torch.cat([x[:, :, start:stop], x[:, :, length : length + stop]], 2) for x in (k, v)
+            ]
             out = F.scaled_dot_product_attention(asked, *seen, attn_mask=mask)
             noised.append(out[:, :, : stop - start])
             clean.append(out[:, :, stop - start :])
@@ -86,7 +94,7 @@ def _split_block_diffusion(rule, queries, keys, segments, device) -> Attend:
 def flex(
     rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
 ) -> Attend:
-    """FlexAttention: compiled on an accelerator; on a CPU its eager form, which has no backward pass."""
+    """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = _block_mask(rule, queries, keys, segments, device)
@@ -130,7 +138,8 @@ def flash_attn(
     """The flash-attn package: CUDA only, half precision, full or causal attention."""
     if segments is not None or not (isinstance(rule, Full) or rule == BlockCausal(1)):
         raise ValueError(
-            f"model.attn_backend=flash_attn cannot apply {rule}; use model.attn_backend=sdpa or flex"
+            f"model.attn_backend=flash_attn cannot apply {rule};"
+            " use model.attn_backend=sdpa or flex"
         )
     from flash_attn import flash_attn_func  # its own ImportError says what is missing
 

@@ -1,13 +1,15 @@
 """Keys and values of the tokens already generated, so that a step costs what its block costs.
 
-Every row keeps its own count of committed tokens, so the rows of a batch may be at different places. Keys are
-stored rotated at their absolute position (rotary attention depends on differences only), in a ring of
-window + block_size slots: position p lives in slot p % slots. A pass of up to window + block_size tokens is written
-behind the committed ones; unless it is committed the next pass overwrites it, so it leaves no trace. When the
-window slides nothing is moved or recomputed: the oldest block's slots are reused.
+Every row keeps its own count of committed tokens, so the rows of a batch may be at different
+places. Keys are stored rotated at their absolute position (rotary attention depends on differences
+only), in a ring of window + block_size slots: position p lives in slot p % slots. A pass of up to
+window + block_size tokens is written behind the committed ones; unless it is committed the next
+pass overwrites it, so it leaves no trace. When the window slides nothing is moved or recomputed:
+the oldest block's slots are reused.
 
 Deep keys carry what they saw when they were made. Beyond the window that is one long pass under
-BlockCausal(block_size, window), which is not the same as recomputing the last `window` tokens from scratch.
+BlockCausal(block_size, window), which is not the same as recomputing the last `window` tokens from
+scratch.
 """
 
 from dataclasses import dataclass, replace
@@ -20,8 +22,8 @@ from .masks import BlockCausal
 
 @dataclass(frozen=True)
 class KVCache:
-    """`committed` [B]: tokens kept per row. `uniform`: the same as one number while all rows agree, else None
-    (known without asking the device). Made by `DiT.new_cache`."""
+    """`committed` [B]: tokens kept per row. `uniform`: the same as one number while all rows agree,
+    else None (known without asking the device). Made by `DiT.new_cache`."""
 
     keys: list[Tensor]  # per layer [B, slots, H, D], rotated
     values: list[Tensor]  # per layer [B, slots, H, D]
@@ -54,14 +56,16 @@ class KVCache:
         )
 
     def reset(self, rows: Tensor) -> "KVCache":
-        """Forget the rows where `rows` (boolean [B]) is true, so that new texts can take their place."""
+        """Forget the rows where `rows` (boolean [B]) is true, so that new texts can take their
+        place."""
         return replace(self, committed=self.committed.masked_fill(rows, 0), uniform=None)
 
     def begin(self, tokens: int) -> "CachedPass":
-        """Prepare a pass of `tokens` new tokens per row, at positions committed .. committed + tokens - 1."""
+        """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
         if tokens > self.slots:
             raise ValueError(
-                f"KVCache has {self.slots} slots, cannot take {tokens} tokens in one pass; feed them in pieces"
+                f"KVCache has {self.slots} slots, cannot take {tokens} tokens in one pass;"
+                " feed them in pieces"
             )
         device = self.committed.device
         steps = torch.arange(tokens, device=device)
@@ -72,14 +76,17 @@ class KVCache:
         return CachedPass(self, positions, positions % self.slots, self._visible(positions))
 
     def _visible(self, positions: Tensor) -> Tensor | None:
-        """Which slot each query may read: [B or 1, 1, T, slots], or None where all that is returned is seen."""
+        """Which slot each query may read: [B or 1, 1, T, slots], or None where all that is returned
+        is seen."""
         tokens = positions.shape[1]
-        if self.uniform is not None and tokens == self.rule.block_size:
-            if self.uniform + tokens <= min(self.slots, self.rule.window):
-                return None  # the ring is not full yet: extend() returns exactly the visible part
+        one_block = self.uniform is not None and tokens == self.rule.block_size
+        if one_block and self.uniform + tokens <= self.rule.window:
+            return None  # nothing has left the window yet: extend() returns exactly what is seen
         end = positions[:, -1:] + 1
         slot = torch.arange(self.slots, device=positions.device)
-        held = end - 1 - (end - 1 - slot) % self.slots  # the position each slot holds, < 0: none yet
+        held = (
+            end - 1 - (end - 1 - slot) % self.slots
+        )  # the position each slot holds, < 0: none yet
         seen = self.rule.allowed(positions[:, :, None], held[:, None, :], self.slots)
         return (seen & (held >= 0)[:, None, :])[:, None]
 
@@ -94,7 +101,8 @@ class CachedPass:
     visible: Tensor | None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, H, T, D] of this pass and return all keys and values to attend to, [B, H, S, D]."""
+        """Write k, v [B, H, T, D] of this pass and return all keys and values to attend to, [B, H,
+        S, D]."""
         out = []
         for store, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
             new = new.transpose(1, 2).to(store.dtype)

@@ -1,8 +1,10 @@
-"""The transformer of all four algorithms: DiT (arXiv:2212.09748) with rotary positions, or plain and causal for AR.
+"""The transformer of all four algorithms: DiT (arXiv:2212.09748) with rotary positions, or plain
+and causal for AR.
 
-It maps tokens to logits in two halves, because most positions never need logits: `hidden` runs the blocks, `logits`
-the head, for the rows asked for. It holds weights and nothing else: no mode, no tensor kept between calls, no
-knowledge of the algorithm. Parameter names are those of the published checkpoints.
+It maps tokens to logits in two halves, because most positions never need logits: `hidden` runs the
+blocks, `logits` the head, for the rows asked for. It holds weights and nothing else: no mode, no
+tensor kept between calls, no knowledge of the algorithm. Parameter names are those of the published
+checkpoints.
 """
 
 import math
@@ -116,7 +118,8 @@ class Block(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, c, attend, tables, asking, read, layer):
-        """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B * asking."""
+        """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B *
+        asking."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
         q, k, v = self.queries_keys_values(_modulate(self.norm1(x), shift, scale), asking)
         asked = tuple(t[..., :asking, :] for t in tables)
@@ -163,7 +166,8 @@ class DiT(nn.Module):
         super().__init__()
         if hidden_size % n_heads or hidden_size // n_heads % 2:
             raise ValueError(
-                f"model.hidden_size={hidden_size} must be an even multiple of model.n_heads={n_heads}"
+                f"model.hidden_size={hidden_size} must be an even multiple of"
+                f" model.n_heads={n_heads}"
             )
         self.prepare_attention = get_backend(attn_backend)
         self.adaln, self.head_width = adaln, hidden_size // n_heads
@@ -191,12 +195,14 @@ class DiT(nn.Module):
         cache: KVCache | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [B, T, E] of tokens [B, T]; under BlockDiffusion only of the noised half, [B, T/2, E].
+        """Final hidden states [B, T, E] of tokens [B, T]; under BlockDiffusion only of the noised
+        half, [B, T/2, E].
 
-        sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1, twice under
-        BlockDiffusion. segments [B, T]: tokens see only their own segment. read [M]: indices into the flattened rows
-        of the result; then only those are finished and [M, E] is returned. With a cache the tokens stand behind the
-        committed ones and `rule` must be the cache's.
+        sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1,
+        twice under BlockDiffusion. segments [B, T]: tokens see only their own segment. read [M]:
+        indices into the flattened rows of the result; then only those are finished and [M, E] is
+        returned. With a cache the tokens stand behind the committed ones and `rule` must be the
+        cache's.
         """
         length = tokens.shape[1]
         noised_only = isinstance(rule, BlockDiffusion)
@@ -206,10 +212,8 @@ class DiT(nn.Module):
         if cache is None:
             attend, attend_last = self._uncached(rule, length, segments, tokens.device)
         else:
-            attend = attend_last = None
-            cached = self._cached(rule, cache, length)
-            attend = attend_last = cached[0]
-            positions = cached[1]
+            attend, positions = self._cached(rule, cache, length)
+            attend_last = attend
         tables = self.rotary_emb(positions)
         c = self.conditioning(sigma)
         x = self.vocab_embed(tokens)
@@ -254,20 +258,28 @@ class DiT(nn.Module):
             sigma = torch.zeros(1, device=self.vocab_embed.embedding.device)
         return F.silu(self.sigma_map(sigma))
 
-    def features(self, hidden: Tensor, sigma: Tensor | None = None) -> Tensor:
-        """What the last linear layer sees, for hidden [M, E] (sigma None or [M]) or [B, T, E] (sigma None or [B])."""
+    def features(
+        self, hidden: Tensor, sigma: Tensor | None = None, row: Tensor | None = None
+    ) -> Tensor:
+        """What the last linear layer sees, for hidden [M, E] or [B, T, E].
+
+        sigma None or [B]. row [M]: the sample each of M hidden rows belongs to, needed where sigma
+        is given.
+        """
         x = self.output_layer.norm_final(hidden)
         c = self.conditioning(sigma)
         if c is None:
             return x
-        shift, scale = self.output_layer.adaLN_modulation(c).chunk(2, -1)
-        if hidden.dim() == 3:
-            shift, scale = shift[:, None], scale[:, None]
+        shift, scale = self.output_layer.adaLN_modulation(c)[:, None].chunk(2, -1)  # [B or 1, 1, E]
+        if hidden.dim() == 2:
+            shift, scale = _of_rows(shift, row), _of_rows(scale, row)
         return _modulate(x, shift, scale)
 
-    def logits(self, hidden: Tensor, sigma: Tensor | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, sigma: Tensor | None = None, row: Tensor | None = None
+    ) -> Tensor:
         """Raw logits [..., V] of the rows asked for; arguments as for `features`."""
-        return self.output_layer.linear(self.features(hidden, sigma))
+        return self.output_layer.linear(self.features(hidden, sigma, row))
 
     def new_cache(self, batch: int, window: int, block_size: int, dtype=None) -> KVCache:
         """An empty cache for `batch` rows that see `window` tokens, the current block included."""
@@ -275,11 +287,11 @@ class DiT(nn.Module):
         weight = self.vocab_embed.embedding
         n_heads = self.blocks[0].n_heads
         shape = (batch, window + block_size, n_heads, self.head_width)
-        # zeros, not empty: a slot nobody may see still enters 0 * value
-        make = lambda: torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)  # noqa: E731
+        # zeros, not empty: a slot nobody may see still enters as 0 * value
+        empty = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
         return KVCache(
-            keys=[make() for _ in self.blocks],
-            values=[make() for _ in self.blocks],
+            keys=[empty.clone() for _ in self.blocks],
+            values=[empty.clone() for _ in self.blocks],
             committed=torch.zeros(batch, dtype=torch.int64, device=weight.device),
             uniform=0,
             rule=rule,
@@ -300,8 +312,9 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else gate * x
 
 
-def _of_rows(part: Tensor | None, row: Tensor) -> Tensor | None:
-    """A modulation [B or 1, 1, E] for M rows picked from the batch: [M, E], or [1, E] if all rows share it."""
+def _of_rows(part: Tensor | None, row: Tensor | None) -> Tensor | None:
+    """A modulation [B or 1, 1, E] for M rows picked from the batch: [M, E], or [1, E] if all rows
+    share it."""
     if part is None:
         return None
     return part[:, 0] if len(part) == 1 else part[row, 0]

@@ -46,7 +46,8 @@ class EMA:
         for name, average in self.shadow.items():
             if average.shape != shadow[name].shape:
                 raise ValueError(
-                    f"EMA of {name} has shape {tuple(shadow[name].shape)}, the model's is {tuple(average.shape)}"
+                    f"the EMA of {name} has shape {tuple(shadow[name].shape)},"
+                    f" the model's is {tuple(average.shape)}"
                 )
             average.copy_(shadow[name])
         self.num_updates = num_updates

@@ -1,8 +1,8 @@
 """Who may look at whom: the attention rules, as predicates on token indices.
 
-`allowed(q, k, keys)` says whether query index q may see key index k, where `keys` is the number of keys. It is
-written with broadcasting operators only, so the same line serves dense masks, cached passes and FlexAttention.
-Block numbers are index // block_size.
+`allowed(q, k, keys)` says whether query index q may see key index k, where `keys` is the number of
+keys. It is written with broadcasting operators only, so the same line serves dense masks, cached
+passes and FlexAttention. Block numbers are index // block_size.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class Full:
 class BlockCausal:
     """A token sees its own block and the earlier ones: the clean sequence, and sampling.
 
-    `window` limits the view to the last `window` tokens counted in whole blocks, the query's own included.
+    `window` limits the view to the last `window` tokens counted in whole blocks, the query's own
+    included.
     """
 
     block_size: int
@@ -31,7 +32,8 @@ class BlockCausal:
     def __post_init__(self):
         if self.window is not None and self.window % self.block_size:
             raise ValueError(
-                f"a window of {self.window} tokens is not a multiple of block_size={self.block_size}"
+                f"a window of {self.window} tokens is not a multiple of"
+                f" block_size={self.block_size}"
             )
 
     def allowed(self, q: Tensor, k: Tensor, keys: int) -> Tensor:
@@ -51,8 +53,8 @@ def Causal(window: int | None = None) -> BlockCausal:
 class BlockDiffusion:
     """The training rule over [x_t ; x0] (arXiv:2503.09573, section 3.1), both halves keys / 2 long.
 
-    A query in block b of x_t sees block b of x_t and the blocks before b of x0; a query in block b of x0 sees the
-    blocks up to b of x0.
+    A query in block b of x_t sees block b of x_t and the blocks before b of x0; a query in block b
+    of x0 sees the blocks up to b of x0.
     """
 
     block_size: int

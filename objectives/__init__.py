@@ -1,0 +1,1 @@
+"""What the logits mean: the training objectives and the questions samplers may ask."""

@@ -1,0 +1,44 @@
+"""Next-token prediction: the baseline, and what a block size of one amounts to."""
+
+import functools
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.masks import Causal
+
+from .block_diffusion import Denoiser, _without_first
+from .head import cross_entropy, head_loss
+from .loss import TokenLoss
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """-log p(x[i + 1] | x[..i]), the mask id excluded."""
+
+    mask_id: int
+    ignore_bos: bool = False
+
+    def loss(
+        self,
+        backbone,
+        x0: Tensor,
+        attention_mask: Tensor,
+        *,
+        training: bool,
+        segments: Tensor | None = None,
+    ) -> TokenLoss:
+        """x0, attention_mask, segments [B, L]; the result is [B, L - 1], about tokens 1 .. L -
+        1."""
+        counted = _without_first(attention_mask[:, 1:], self.ignore_bos and not training)
+        seen = None if segments is None else segments[:, :-1]
+        hidden = backbone.hidden(x0[:, :-1], rule=Causal(), segments=seen).flatten(0, 1)
+        factors = (counted / counted.sum()).flatten()
+        kernel = functools.partial(cross_entropy, mask_id=self.mask_id)
+        head = head_loss(backbone, hidden, x0[:, 1:].flatten(), factors, kernel)
+        nats = head.nats.view(counted.shape) * counted
+        return TokenLoss(nats=nats, counted=counted, mean=head.total)
+
+    def denoiser(self, backbone) -> Denoiser:
+        """Row i of the answer is about token i + 1."""
+        return Denoiser(backbone, self.mask_id, 1, Causal())

@@ -1,0 +1,149 @@
+"""Masked diffusion inside blocks: BAM-DLM, and MDLM as the case of one block.
+
+The NELBO of arXiv:2503.09573 (L_BD), Rao-Blackwellised as in MDLM (arXiv:2406.07524): weight(t)
+times the cross-entropy at the hidden tokens. x_t is noised block by block; a block sees itself
+noised and the earlier ones clean, all blocks in one pass over [x_t ; x0].
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.cache import KVCache
+from models.masks import BlockCausal, BlockDiffusion, Full, Rule
+from noise_schedule import Noise, Schedule
+
+from .corruption import (
+    EXACT,
+    Draws,
+    Interval,
+    hidden_independently,
+    hidden_within_bounds,
+    hide,
+    per_token,
+    times,
+)
+from .head import cross_entropy, head_loss
+from .loss import TokenLoss, scattered
+
+
+@dataclass(frozen=True)
+class MaskedDiffusion:
+    """bamdlm where block_size < L, mdlm where they are equal. `block_size` tokens share one
+    time."""
+
+    mask_id: int
+    block_size: int
+    schedule: Schedule
+    ignore_bos: bool = True
+    resample: bool = False
+
+    def noise(self, t: Tensor, interval: Interval) -> Noise:
+        """The schedule; at the exact interval (1, 1) everything is hidden with weight 1."""
+        if interval == EXACT:
+            return Noise(p=torch.ones_like(t), weight=torch.ones_like(t))
+        return self.schedule(t)
+
+    def corrupt(self, x0: Tensor, draws: Draws, interval: Interval) -> tuple[Tensor, Tensor]:
+        """x_t [B, L] and the times t [B, N] of its blocks."""
+        t = times(draws.time, interval)
+        p = self.noise(t, interval).p
+        if self.resample:
+            hidden = hidden_within_bounds(draws.token, draws.count, p, interval)
+        else:
+            hidden = hidden_independently(draws.token, p)
+        return hide(x0, hidden, self.mask_id, self.ignore_bos), t
+
+    def counted(self, attention_mask: Tensor, training: bool) -> Tensor:
+        """Which tokens enter the mean. Position 0 stays in the training mean (as published), not in
+        evaluation."""
+        return _without_first(attention_mask, self.ignore_bos and not training)
+
+    def loss(
+        self,
+        backbone,
+        x0: Tensor,
+        attention_mask: Tensor,
+        draws: Draws,
+        *,
+        interval: Interval,
+        training: bool,
+        segments: Tensor | None = None,
+    ) -> TokenLoss:
+        """x0, attention_mask, segments [B, L]. Only the full interval bounds the likelihood."""
+        x_t, t = self.corrupt(x0, draws, interval)
+        counted = self.counted(attention_mask, training)
+        return self.loss_at(backbone, x0, x_t, t, counted, interval=interval, segments=segments)
+
+    def loss_at(
+        self,
+        backbone,
+        x0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        counted: Tensor,
+        *,
+        interval: Interval,
+        segments: Tensor | None = None,
+    ) -> TokenLoss:
+        """The loss of a given corruption: nothing random is left (but dropout)."""
+        weight = per_token(self.noise(t, interval).weight, x0.shape[1])
+        read = (x_t == self.mask_id).flatten().nonzero()[:, 0]  # [M]
+        hidden = self.hidden(backbone, x_t, x0, read, segments)
+        factors = (weight * counted / counted.sum()).flatten()[read]
+        kernel = functools.partial(cross_entropy, mask_id=self.mask_id)
+        head = head_loss(backbone, hidden, x0.flatten()[read], factors, kernel)
+        nats = scattered(head.nats, read, x0) * weight * counted
+        return TokenLoss(nats=nats, counted=counted, mean=head.total)
+
+    def hidden(self, backbone, x_t, x0, read, segments=None) -> Tensor:
+        """Hidden states of the rows `read` of x_t. With one block nobody would read the clean half:
+        it is not built."""
+        if self.block_size == x_t.shape[1]:
+            return backbone.hidden(x_t, rule=Full(), segments=segments, read=read)
+        if segments is not None:
+            segments = torch.cat([segments, segments], 1)
+        tokens = torch.cat([x_t, x0], 1)
+        rule = BlockDiffusion(self.block_size)
+        return backbone.hidden(tokens, rule=rule, segments=segments, read=read)
+
+    def denoiser(self, backbone, *, whole_window: bool) -> "Denoiser":
+        """The questions samplers ask. whole_window: mdlm, the visible window is one block."""
+        rule = Full() if whole_window else BlockCausal(self.block_size)
+        return Denoiser(backbone, self.mask_id, self.block_size, rule)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """p(x0 | visible tokens) at chosen positions, from the network."""
+
+    backbone: torch.nn.Module
+    mask_id: int
+    block_size: int
+    rule: Rule
+
+    def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32
+        [B, R, V].
+
+        Without a cache the tokens are all that is visible; with one they stand behind its committed
+        tokens.
+        """
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
+        rule = self.rule if cache is None else cache.rule
+        hidden = self.backbone.hidden(tokens, rule=rule, cache=cache, read=(rows + read).flatten())
+        logits = self.backbone.logits(hidden).float()
+        logits[:, self.mask_id] = -torch.inf
+        return logits.log_softmax(-1).view(*read.shape, -1)
+
+    def new_cache(self, batch: int, window: int) -> KVCache:
+        return self.backbone.new_cache(batch, window, self.block_size)
+
+
+def _without_first(attention_mask: Tensor, drop: bool) -> Tensor:
+    counted = attention_mask.to(torch.float32, copy=True)
+    if drop:
+        counted[:, 0] = 0
+    return counted

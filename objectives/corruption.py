@@ -1,0 +1,126 @@
+"""The forward process: when (t), how much (p) and which tokens are hidden.
+
+Time is drawn once per block and shared by its tokens. The randomness is a function of (seed, step,
+row of the global batch) alone, so a run does not depend on the number of devices it is spread over.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from randomness import uniform
+
+Interval = tuple[float, float]  # the times (eps_min, eps_max) that are drawn
+EXACT: Interval = (
+    1.0,
+    1.0,
+)  # everything hidden; with blocks of one token the loss is the exact NLL
+
+TIMES, TOKENS, COUNTS = range(3)  # independent streams of random numbers
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The uniform numbers that corrupt a batch; everything after them is deterministic."""
+
+    time: Tensor  # [B, N] in [0, 1): where in the interval each block is
+    token: Tensor  # [B, L] in [0, 1): a token is hidden where this is <= p
+    count: Tensor  # [B, N] in [0, 1): how many tokens of a block are hidden, where that is bounded
+
+
+def draw(
+    seed: int,
+    step: int,
+    rows: Tensor,
+    *,
+    global_batch: int,
+    length: int,
+    block_size: int,
+    antithetic: bool,
+) -> Draws:
+    """The draws of these rows (int64 [B], indices into the global batch) at an optimizer step.
+
+    Antithetic: the B_global * N strata [i, i + 1) / (B_global * N) are dealt to the blocks of the
+    global batch in a random permutation, one each, so the times cover the interval evenly and no
+    position has a fixed noise level.
+    """
+    blocks = length // block_size
+    place = rows[:, None] * blocks + torch.arange(blocks, device=rows.device)  # [B, N]
+    time = uniform(seed, step, TIMES, place, dtype=torch.float64)
+    if antithetic:
+        strata = global_batch * blocks
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 62))
+        stratum = torch.randperm(strata, generator=generator).to(rows.device)[place]
+        time = (stratum + time) / strata
+    tokens = rows[:, None] * length + torch.arange(length, device=rows.device)
+    return Draws(
+        time=time.float().clamp(max=1 - 2.0**-24),
+        token=uniform(seed, step, TOKENS, tokens),
+        count=uniform(seed, step, COUNTS, place),
+    )
+
+
+def times(u: Tensor, interval: Interval) -> Tensor:
+    """Uniform numbers in [0, 1) -> times in the interval."""
+    lo, hi = interval
+    return lo + u * (hi - lo)
+
+
+def per_token(blocks: Tensor, length: int) -> Tensor:
+    """A value per block [B, N] -> the same per token [B, L]."""
+    return blocks.repeat_interleave(length // blocks.shape[1], 1)
+
+
+def hide(x0: Tensor, hidden: Tensor, mask_id: int, ignore_bos: bool) -> Tensor:
+    """x_t: the mask token where `hidden`; position 0 stays visible with `ignore_bos`."""
+    if ignore_bos:
+        hidden = hidden.clone()
+        hidden[:, 0] = False
+    return torch.where(hidden, mask_id, x0)
+
+
+def hidden_independently(token: Tensor, p: Tensor) -> Tensor:
+    """Each token with its own coin: token [B, L] uniform, p [B, N]."""
+    return token <= per_token(p, token.shape[1])
+
+
+def hidden_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Interval) -> Tensor:
+    """As `hidden_independently`, given that every block's hidden share lies inside the interval.
+
+    The number of hidden tokens of a block is binomial; here it is drawn from its conditional
+    distribution by inversion, then that many of the block's tokens with the least `token` are
+    hidden. Same law as redrawing until it fits, without the loop. Raises ValueError where no share
+    k / K fits.
+    """
+    size = token.shape[1] // p.shape[1]
+    k = torch.arange(size + 1, device=p.device)
+    fits = shares_within(size, interval).to(p.device)
+    p = p.double()[..., None]
+    log_choose = torch.lgamma(torch.tensor(size + 1.0, dtype=torch.float64)) - (
+        torch.lgamma(k + 1.0).double() + torch.lgamma(size - k + 1.0).double()
+    )
+    log_pmf = log_choose.to(p.device) + torch.xlogy(k, p) + torch.xlogy(size - k, 1 - p)
+    log_pmf = log_pmf.masked_fill(~fits, -torch.inf)
+    cdf = log_pmf.softmax(-1).cumsum(-1)
+    # smallest k whose cdf exceeds u; never one outside the bounds, whatever the rounding
+    drawn = (cdf <= count.double()[..., None]).sum(-1)
+    drawn = drawn.clamp(max=int(k[fits.cpu()].max()))
+    rank = token.unflatten(1, (p.shape[1], size)).argsort(-1, stable=True).argsort(-1)
+    return (rank < drawn[..., None]).flatten(1)
+
+
+def shares_within(block_size: int, interval: Interval) -> Tensor:
+    """Which numbers of hidden tokens 0..K give a share inside the interval, boolean [K + 1].
+
+    The bounds are widened by 1e-6 of rounding: the buffers of checkpoints hold them in float32.
+    """
+    lo, hi = interval
+    share = torch.arange(block_size + 1, dtype=torch.float64) / block_size
+    fits = (share >= lo - 1e-6) & (share <= hi + 1e-6)
+    if not fits.any():
+        raise ValueError(
+            f"training.resample: no share k/{block_size} of a block lies in [{lo:g}, {hi:g}];"
+            " widen training.sampling_eps_min / sampling_eps_max or set training.resample=false"
+        )
+    return fits

@@ -1,0 +1,26 @@
+"""What an objective returns about a batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """nats [B, L] per token (0 where nothing was predicted or not counted), counted [B, L] 1 or 0,
+    both without a graph; mean: the training loss, sum of counted nats / number counted."""
+
+    nats: Tensor
+    counted: Tensor
+    mean: Tensor
+
+    def block_means(self, block_size: int) -> Tensor:
+        """Mean nats of each block, [B, N]: what the clipped-schedule search compares."""
+        return self.nats.unflatten(1, (-1, block_size)).mean(-1)
+
+
+def scattered(nats: Tensor, read: Tensor, like: Tensor) -> Tensor:
+    """nats [M] at the flat indices `read`, 0 elsewhere, in the shape of `like` [B, L]."""
+    out = torch.zeros(like.numel(), dtype=nats.dtype, device=nats.device)
+    return out.index_copy_(0, read, nats).view(like.shape)

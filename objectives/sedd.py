@@ -1,0 +1,119 @@
+"""Score entropy of the absorbing process: SEDD (arXiv:2310.16834).
+
+The network's output, shifted, is the log of the ratios p_t(y) / p_t(x_t) for changing one hidden
+token to y.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.masks import Full
+from noise_schedule import SIGMA_MAX, Schedule
+
+from .block_diffusion import _without_first
+from .corruption import Draws, Interval, hidden_independently, hide, times
+from .head import head_loss
+from .loss import TokenLoss, scattered
+
+
+def score_entropy(
+    logits: Tensor, target: Tensor, gradient: bool, expm1: Tensor, *, mask_id: int
+) -> Tensor:
+    """sum_y score(y) - ratio log score(x0) + ratio (ln ratio - 1), where ratio = 1 / (e^sigma - 1);
+    >= 0, and 0 at the true score of a known token."""
+    ratio = 1 / expm1
+    logits -= (expm1.log() + math.log(logits.shape[1] - 1))[:, None]
+    picked = logits.gather(1, target[:, None])[:, 0]
+    logits[:, mask_id] = -torch.inf
+    logits.exp_()
+    nats = logits.sum(-1) - ratio * picked + ratio * (ratio.log() - 1)
+    if gradient:
+        logits.scatter_add_(1, target[:, None], -ratio[:, None])
+    return nats
+
+
+@dataclass(frozen=True)
+class ScoreEntropy:
+    mask_id: int
+    schedule: Schedule
+    ignore_bos: bool = True
+    time_conditioning: bool = True
+
+    def corrupt(self, x0: Tensor, draws: Draws, interval: Interval) -> tuple[Tensor, Tensor]:
+        """x_t [B, L] and the times t [B, 1]."""
+        t = times(draws.time, interval)
+        hidden = hidden_independently(draws.token, self.schedule(t).p)
+        return hide(x0, hidden, self.mask_id, self.ignore_bos), t
+
+    def counted(self, attention_mask: Tensor, training: bool) -> Tensor:
+        return _without_first(attention_mask, self.ignore_bos and not training)
+
+    def loss(
+        self,
+        backbone,
+        x0: Tensor,
+        attention_mask: Tensor,
+        draws: Draws,
+        *,
+        interval: Interval,
+        training: bool,
+        segments: Tensor | None = None,
+    ) -> TokenLoss:
+        """x0, attention_mask, segments [B, L]; one time per row."""
+        x_t, t = self.corrupt(x0, draws, interval)
+        return self.loss_at(
+            backbone, x0, x_t, t, self.counted(attention_mask, training), segments=segments
+        )
+
+    def loss_at(
+        self, backbone, x0: Tensor, x_t: Tensor, t: Tensor, counted: Tensor, *, segments=None
+    ) -> TokenLoss:
+        """The loss of a given corruption, t [B, 1]."""
+        noise = self.schedule(t)
+        sigma = noise.sigma  # [B, 1]
+        expm1 = torch.expm1(sigma)
+        weight = noise.weight * expm1  # d sigma / d t
+        read = (x_t == self.mask_id).flatten().nonzero()[:, 0]
+        row = read // x0.shape[1]
+        seen = sigma[:, 0] if self.time_conditioning else None
+        hidden = backbone.hidden(x_t, seen, rule=Full(), segments=segments, read=read)
+        factors = (weight * counted / counted.sum()).flatten()[read]
+        head = head_loss(
+            backbone,
+            hidden,
+            x0.flatten()[read],
+            factors,
+            functools.partial(score_entropy, mask_id=self.mask_id),
+            expm1[row, 0],
+            sigma=seen,
+            row=row,
+        )
+        nats = scattered(head.nats, read, x0) * weight * counted
+        return TokenLoss(nats=nats, counted=counted, mean=head.total)
+
+    def denoiser(self, backbone) -> "Score":
+        return Score(backbone, self.mask_id, self.time_conditioning)
+
+
+@dataclass(frozen=True)
+class Score:
+    """log score(y) at every position, from the network."""
+
+    backbone: torch.nn.Module
+    mask_id: int
+    time_conditioning: bool = True
+    sigma_max: float = SIGMA_MAX
+
+    def __call__(self, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """tokens [B, L], sigma [B] -> log-score float32 [B, L, V]; 0 at the token seen, -inf for
+        changing a visible token and for the mask id where hidden is 0 (it is the token seen)."""
+        seen = sigma if self.time_conditioning else None
+        hidden = self.backbone.hidden(tokens, seen, rule=Full())
+        logits = self.backbone.logits(hidden, seen).float()
+        shift = torch.expm1(sigma).log() + math.log(logits.shape[-1] - 1)
+        log_score = logits - shift[:, None, None]
+        return log_score.scatter(-1, tokens[..., None], 0.0)
