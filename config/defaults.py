@@ -1,0 +1,195 @@
+"""What null and auto mean: settings that depend on others, on the machine, or on earlier runs."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+from config.compose import RUN_FOLDER, flatten
+from config.overrides import LEAVES
+from config.schema import Config
+
+OUTPUTS = Path("outputs")
+SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+# Settings whose null is replaced by fill(), though their type has no None.
+CHOSEN = {
+    "loader.batch_size",
+    "loader.eval_batch_size",
+    "loader.num_workers",
+    "sampling.batch_size",
+    "trainer.devices",
+    "trainer.precision",
+    "trainer.accumulate_grad_batches",
+    "data.cache_dir",
+    "lr_scheduler.num_warmup_steps",
+}
+ACCELERATORS = {"cuda": "gpu"}  # other names, as Lightning has them
+# Settings of the sections below that leave the trained weights as they are, rounding apart.
+NOT_SHAPING = {
+    "algo.T",
+    "algo.sampler",
+    "data.cache_dir",
+    "model.attn_backend",
+    "training.eval_nll",
+}
+SHAPING_SECTIONS = ("algo", "data", "model", "noise", "lr_scheduler", "optim", "training")
+SHAPING_KEYS = (
+    "seed",
+    "block_size",
+    "loader.global_batch_size",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+)
+# They decide which intervals the clip search compares, and when.
+SEARCH_KEYS = (
+    "loader.eval_global_batch_size",
+    "trainer.val_check_interval",
+    "trainer.limit_val_batches",
+)
+
+
+def visible_gpus() -> int:
+    """GPUs that torch can use here; torch is imported only where a driver is installed."""
+    if not any(Path(driver).exists() for driver in DRIVERS):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def needs_block_mask(algo: str, block_size: int, length: int) -> bool:
+    """Whether attention is more than full or causal."""
+    return algo == "bamdlm" and block_size < length
+
+
+def _attn_backend(values: dict, gpu: bool) -> str:
+    if not gpu:
+        return "sdpa"
+    masked = needs_block_mask(values["algo.name"], values["block_size"], values["model.length"])
+    half = str(values["trainer.precision"]).startswith(("bf16", "16"))
+    if masked:
+        return "flex"
+    return "flash_attn" if half and has_flash_attn() else "sdpa"
+
+
+def _per_device(total: int, devices: int) -> int:
+    return -(-total // max(devices, 1))
+
+
+def _fill_machine(values: dict):
+    accelerator = values["trainer.accelerator"]
+    accelerator = ACCELERATORS.get(accelerator, accelerator)
+    gpus = 0 if accelerator == "cpu" else visible_gpus()
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    values["trainer.accelerator"] = accelerator
+    gpu = accelerator == "gpu"
+    if values["trainer.devices"] is None:
+        values["trainer.devices"] = max(gpus, 1) if gpu else 1
+    if values["trainer.precision"] is None:
+        values["trainer.precision"] = "bf16-mixed" if gpu else "32-true"
+    if values["loader.num_workers"] is None:
+        values["loader.num_workers"] = len(os.sched_getaffinity(0))
+    if values["data.cache_dir"] is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        values["data.cache_dir"] = str(Path(cache) / "bamdlm")
+    if values["model.attn_backend"] == "auto":
+        values["model.attn_backend"] = _attn_backend(values, gpu)
+
+
+def _fill_sizes(values: dict):
+    devices = values["trainer.devices"] * values["trainer.num_nodes"]
+    for prefix in ("", "eval_"):
+        if values[f"loader.{prefix}batch_size"] is None:
+            total = values[f"loader.{prefix}global_batch_size"]
+            values[f"loader.{prefix}batch_size"] = _per_device(total, devices)
+    if values["trainer.accumulate_grad_batches"] is None:
+        at_once = values["loader.batch_size"] * devices
+        passes = _per_device(values["loader.global_batch_size"], at_once)
+        values["trainer.accumulate_grad_batches"] = max(passes, 1)
+    if values["sampling.batch_size"] is None:
+        values["sampling.batch_size"] = values["loader.eval_batch_size"]
+    if values["lr_scheduler.num_warmup_steps"] is None:
+        values["lr_scheduler.num_warmup_steps"] = values["trainer.max_steps"] // 10
+
+
+def fill(values: dict) -> dict:
+    """The flat values with every null of CHOSEN replaced."""
+    values = dict(values)
+    _fill_machine(values)
+    _fill_sizes(values)
+    if values["sampling.steps"] is None and values["algo.sampler"] == "semi_ar":
+        ancestral = not values["sampling.first_hitting"]
+        values["sampling.steps"] = "ancestral" if ancestral else "first_hitting"
+    return values
+
+
+def shaping(config: Config) -> dict:
+    """{dotted key: value} of the settings that shape training; runs that agree in them are one run.
+
+    Left out: devices, workers, logging, checkpoints, evaluation, sampling. trainer.max_steps
+    counts only where the learning rate depends on it, so that a run can be made longer; validation
+    settings only where the clip search uses them.
+    """
+    flat = flatten(config)
+    keys = [key for key in LEAVES if key.split(".")[0] in SHAPING_SECTIONS]
+    keys = [*SHAPING_KEYS, *(key for key in keys if key not in NOT_SHAPING)]
+    if config.lr_scheduler.name == "cosine_decay_warmup":
+        keys.append("trainer.max_steps")
+    if config.algo.clip_search_widths and not config.algo.fix_clipping:
+        keys.extend(SEARCH_KEYS)
+    return {key: flat[key] for key in sorted(keys)}
+
+
+def _slug(text: str) -> str:
+    """A name that is one path component."""
+    return re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "run"
+
+
+def run_dir(config: Config) -> Path:
+    """outputs/<data.train>/<wandb.name, else algo-length-block>-<8 hex digits of shaping>."""
+    name = config.wandb.name if config.wandb is not None else None
+    name = name or f"{config.algo.name}-{config.model.length}-{config.block_size}"
+    digest = hashlib.sha256(json.dumps(shaping(config), sort_keys=True).encode()).hexdigest()
+    corpus = Path(config.data.train or "none")
+    corpus = corpus.stem if corpus.suffix else str(corpus)
+    return OUTPUTS / _slug(corpus) / f"{_slug(name)}-{digest[:8]}"
+
+
+def with_run_folder(values: dict, folder: Path) -> dict:
+    """The values with ${cwd:} replaced."""
+    return {
+        key: value.replace(RUN_FOLDER, str(folder)) if isinstance(value, str) else value
+        for key, value in values.items()
+    }
+
+
+def write_settings(config: Config) -> Path:
+    """Puts settings.json into the run folder: what resume compares and newest_checkpoint reads."""
+    path = Path(config.checkpointing.save_dir) / SETTINGS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(shaping(config), indent=2) + "\n")
+    os.replace(unfinished, path)
+    return path
+
+
+def newest_checkpoint(config: Config) -> str | None:
+    """The checkpoint written last by a run of the same algorithm under outputs/, or None."""
+    found = []
+    for path in OUTPUTS.glob(f"*/*/{SETTINGS}"):
+        try:
+            algorithm = json.loads(path.read_text())["algo.name"]
+        except (ValueError, KeyError):
+            continue  # not written by write_settings
+        if algorithm == config.algo.name:
+            found += path.parent.glob("checkpoints/*.ckpt")
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
