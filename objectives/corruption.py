@@ -4,6 +4,7 @@ Time is drawn once per block and shared by its tokens. The randomness is a funct
 row of the global batch) alone, so a run does not depend on the number of devices it is spread over.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +51,40 @@ def draw(
     time = uniform(seed, step, TIMES, place, dtype=torch.float64)
     if antithetic:
         strata = global_batch * blocks
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 62))
-        stratum = torch.randperm(strata, generator=generator).to(rows.device)[place]
-        time = (stratum + time) / strata
+        time = (_dealt(seed, step, strata).to(rows.device)[place] + time) / strata
     tokens = rows[:, None] * length + torch.arange(length, device=rows.device)
     return Draws(
         time=time.float().clamp(max=1 - 2.0**-24),
         token=uniform(seed, step, TOKENS, tokens),
         count=uniform(seed, step, COUNTS, place),
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _dealt(seed: int, step: int, strata: int) -> Tensor:
+    """Which stratum each block of the global batch gets; kept for the micro-batches of a step."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 62))
+    return torch.randperm(strata, generator=generator)
+
+
+def draw_examples(
+    seed: int, examples: Tensor, *, global_batch: int, device: torch.device, **settings
+) -> Draws:
+    """The draws of examples known by their place in the stream (int64 [B], on the CPU).
+
+    Example e is row e % global_batch of step e // global_batch; settings as for `draw`. A batch that
+    lies across a border between steps (validation on an odd number of devices) is drawn row by row.
+    """
+    steps = (examples // global_batch).tolist()
+    rows = (examples % global_batch).to(device)
+    draws = functools.partial(draw, global_batch=global_batch, **settings)
+    if len(set(steps)) == 1:
+        return draws(seed, steps[0], rows)
+    parts = [draws(seed, step, rows[i : i + 1]) for i, step in enumerate(steps)]
+    return Draws(
+        time=torch.cat([part.time for part in parts]),
+        token=torch.cat([part.token for part in parts]),
+        count=torch.cat([part.count for part in parts]),
     )
 
 

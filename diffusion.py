@@ -1,0 +1,299 @@
+"""The Lightning module of all four algorithms: one step, metrics, optimizer, checkpoint contents.
+No maths.
+
+What a loss is belongs to objectives/, the average of the weights to models/ema.py, the order of the
+data to the data module. A batch is {"input_ids" [B, L], "attention_mask" [B, L], "row" [B]}: row is
+the index of the example in the endless stream of training data, or in the validation split, and
+with the seed it fixes the noise of that example.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from metrics import Likelihood, LikelihoodMeter
+from models.ema import EMA
+from objectives import clipping
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.corruption import EXACT, Draws, Interval, draw_examples
+from objectives.loss import TokenLoss
+from objectives.sedd import ScoreEntropy
+from utils import say
+
+VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, and step -> factor on its learning rate."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    lr_factor: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Which times are drawn, and how. The full interval is (sampling_eps, 1)."""
+
+    seed: int
+    interval: Interval
+    sampling_eps: float
+    antithetic: bool
+    global_batch: int
+    eval_global_batch: int
+
+
+@dataclass(frozen=True)
+class ClippingSettings:
+    """The search for the training interval with the least variance; `fix`: search and log only."""
+
+    widths: tuple[float, ...]
+    delta: float
+    fix: bool
+
+
+class Diffusion(L.LightningModule):
+    """`clip` is None for algorithms without a clipped schedule: those have no sampling_eps buffers
+    either.
+
+    `exact_nll`: validate at the interval (1, 1), which for blocks of one token is the exact
+    likelihood. `pad_apart`: rows may end in padding, which nobody attends to. `description`: plain
+    containers kept in checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        objective: MaskedDiffusion | ScoreEntropy | Autoregressive,
+        noise: NoiseSettings,
+        optimizer: OptimizerSettings,
+        ema_decay: float,
+        clip: ClippingSettings | None = None,
+        exact_nll: bool = False,
+        pad_apart: bool = False,
+        description: dict | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.objective = objective
+        self.noise = noise
+        self.optimizer_settings = optimizer
+        self.clip = clip
+        self.exact_nll = exact_nll
+        self.pad_apart = pad_apart
+        self.description = description or {}
+        self.interval = noise.interval
+        if clip is not None:
+            self.register_buffer("sampling_eps_min", torch.tensor(float(self.interval[0])))
+            self.register_buffer("sampling_eps_max", torch.tensor(float(self.interval[1])))
+        self.ema = EMA(self.named_weights(), ema_decay) if ema_decay else None
+        self.averaged = False  # whether the EMA weights are in place of the raw ones
+        self.meter = LikelihoodMeter()
+        self.search: clipping.Search | None = None
+
+    def named_weights(self):
+        return self.backbone.named_parameters()
+
+    # ---- one step -----------------------------------------------------------------------------
+
+    def token_loss(
+        self, batch: dict, interval: Interval, draws: Draws | None, training: bool
+    ) -> TokenLoss:
+        """The loss of a batch under given draws (None: ar, nothing is drawn)."""
+        x0, mask = batch["input_ids"], batch["attention_mask"]
+        # padding forms a segment of its own, so it is neither attended to nor attends
+        segments = mask.long() if self.pad_apart else None
+        if isinstance(self.objective, Autoregressive):
+            return self.objective.loss(
+                self.backbone, x0, mask, training=training, segments=segments
+            )
+        return self.objective.loss(
+            self.backbone,
+            x0,
+            mask,
+            draws,
+            interval=interval,
+            training=training,
+            segments=segments,
+        )
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        draws = self._draws(batch, self.noise.seed, self.noise.global_batch)
+        loss = self.token_loss(batch, self.interval, draws, training=True)
+        self.log("trainer/loss", loss.mean.detach(), on_step=True, sync_dist=self._several())
+        return loss.mean
+
+    def _draws(self, batch: dict, seed: int, global_batch: int) -> Draws | None:
+        """The noise of these examples: a function of the seed and their place in the stream."""
+        if isinstance(self.objective, Autoregressive):
+            return None
+        x0 = batch["input_ids"]
+        return draw_examples(
+            seed,
+            batch["row"],
+            global_batch=global_batch,
+            device=x0.device,
+            length=x0.shape[1],
+            block_size=self._block_size(x0.shape[1]),
+            antithetic=self.noise.antithetic,
+        )
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, index: int) -> dict:
+        """All but the row numbers: those are read on the host, which must not wait for the device."""
+        moved = {key: value for key, value in batch.items() if key != "row"}
+        return {**super().transfer_batch_to_device(moved, device, index), "row": batch["row"]}
+
+    def _block_size(self, length: int) -> int:
+        """Tokens that share a time: a block, or for mdlm and sedd the sequence."""
+        return self.objective.block_size if isinstance(self.objective, MaskedDiffusion) else length
+
+    def _several(self) -> bool:
+        return self.trainer.world_size > 1
+
+    # ---- validation ---------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._average(True)
+        self.meter = LikelihoodMeter()
+        self.search = None
+        if self.clip is not None and self.trainer.training:
+            self.search = clipping.Search(
+                clipping.candidates(
+                    self.objective.block_size,
+                    list(self.clip.widths),
+                    self.clip.delta,
+                    self.noise.sampling_eps,
+                )
+            )
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        seed = self.noise.seed + VALIDATION_SEED
+        draws = self._draws(batch, seed, self.noise.eval_global_batch)
+        full = (self.noise.sampling_eps, 1.0)
+        reported = EXACT if self.exact_nll else full
+        loss = self.token_loss(batch, reported, draws, training=False)
+        self.meter.update(loss.nats, loss.counted)
+        if self.search is not None and self.search.wants_more():
+            found = {reported: self._variance(loss)}
+            for interval in self.search.grid:
+                if interval not in found:
+                    other = self.token_loss(batch, interval, draws, training=False)
+                    found[interval] = self._variance(other)
+            self.search.add([found[interval] for interval in self.search.grid])
+
+    def _variance(self, loss: TokenLoss) -> Tensor:
+        means = loss.block_means(self.objective.block_size)
+        if self._several():
+            means = self.all_gather(means)
+        return clipping.variance(means)
+
+    def on_validation_epoch_end(self) -> None:
+        self._average(False)
+        result = self.likelihood()
+        self.log_dict(
+            {
+                "val/nll": result.nll,
+                "val/bpd": result.bpd,
+                "val/ppl": result.ppl,
+                "val/nll_error": result.nll_error,
+            },
+            prog_bar=False,
+        )
+        if self.search is not None and not self.trainer.sanity_checking:
+            self._adopt(self.search)
+
+    def likelihood(self) -> Likelihood:
+        """What validation has measured so far, over all devices; every rank must call it."""
+        sums = self.meter.sums
+        if self._several():
+            mine = torch.zeros(6, dtype=torch.float64) if sums is None else sums
+            sums = self.all_gather(mine.to(self.device)).sum(0)
+        return self.meter.compute(sums)
+
+    def _adopt(self, search: clipping.Search) -> None:
+        """Log every candidate's variance and train on the best interval from here on."""
+        means = search.means()
+        self.log_dict({clipping.name(i): mean for i, mean in zip(search.grid, means, strict=True)})
+        if not self.clip.fix:
+            self._set_interval(search.best())
+        self.log_dict({"sampling_eps_min": self.interval[0], "sampling_eps_max": self.interval[1]})
+
+    def _set_interval(self, interval: Interval) -> None:
+        self.interval = interval
+        self.sampling_eps_min.fill_(interval[0])
+        self.sampling_eps_max.fill_(interval[1])
+
+    def _average(self, on: bool) -> None:
+        """Put the EMA weights in place, or the raw ones back."""
+        if self.ema is not None and on != self.averaged:
+            self.ema.swap(self.named_weights())
+            self.averaged = on
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._average(False)
+
+    # ---- optimizer ----------------------------------------------------------------------------
+
+    def configure_optimizers(self):
+        s = self.optimizer_settings
+        optimizer = torch.optim.AdamW(
+            self.backbone.parameters(),
+            lr=s.lr,
+            betas=s.betas,
+            eps=s.eps,
+            weight_decay=s.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.lr_factor)
+        return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "trainer/lr"}]
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(self.named_weights())
+
+    def on_fit_start(self) -> None:
+        if self.ema is not None:
+            self.ema.to(self.device)
+
+    # ---- checkpoints: the published layout ----------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["hparams_name"] = "kwargs"
+        checkpoint["hyper_parameters"] = self.description
+        if self.ema is not None:
+            checkpoint["ema"] = {
+                "decay": self.ema.decay,
+                "num_updates": self.ema.num_updates,
+                "shadow_params": list(self.ema.shadow.values()),
+            }
+        if self.clip is not None:
+            checkpoint["sampling_eps_min"] = self.sampling_eps_min.clone()
+            checkpoint["sampling_eps_max"] = self.sampling_eps_max.clone()
+        # The authors' code restores its data order from a generator; ours is (seed, examples seen).
+        checkpoint["sampler"] = {
+            "random_state": torch.Generator().manual_seed(self.noise.seed).get_state(),
+            "examples_seen": self.trainer.global_step * self.noise.global_batch,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.clip is not None:
+            bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
+            # float32 buffers: 0.45 is stored as 0.44999999
+            self._set_interval((round(float(bounds[0]), 6), round(float(bounds[1]), 6)))
+        if self.ema is not None and "ema" in checkpoint:
+            ema = checkpoint["ema"]
+            names = [name for name, _ in self.named_weights()]
+            self.ema.load(dict(zip(names, ema["shadow_params"], strict=True)), ema["num_updates"])
+        elif self.ema is not None:
+            say("the checkpoint has no EMA: the average starts at its weights")
+            self.ema.load(
+                {n: checkpoint["state_dict"][f"backbone.{n}"] for n in self.ema.shadow}, 0
+            )

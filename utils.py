@@ -1,0 +1,69 @@
+"""Small things with several callers: learning-rate schedules and messages from one process."""
+
+import functools
+import logging
+import math
+import os
+
+log = logging.getLogger("bamdlm")
+
+
+def rank() -> int:
+    """Which process of a job this is, before or after it is initialised; 0 where there is one."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def say(text: str) -> None:
+    """A line for the user, once per job."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def constant_warmup(step: int, *, warmup_steps: int) -> float:
+    """Factor on the learning rate: from 0 to 1 over `warmup_steps`, then 1."""
+    return min(1.0, step / max(1, warmup_steps))
+
+
+def cosine_decay_warmup(
+    step: int, *, lr: float, warmup_steps: float, decay_steps: float, lr_init: float, lr_min: float
+) -> float:
+    """Factor on `lr`: linear from lr_init, then a half cosine over `decay_steps` to lr_min, then
+    lr_min."""
+    if step < warmup_steps:
+        value = lr_init + step * (lr - lr_init) / warmup_steps
+    elif step - warmup_steps < decay_steps:
+        phase = math.pi * (step - warmup_steps) / decay_steps
+        value = lr_min + 0.5 * (lr - lr_min) * (1 + math.cos(phase))
+    else:
+        value = lr_min
+    return value / lr
+
+
+def lr_factor(
+    name: str,
+    *,
+    lr: float,
+    max_steps: int,
+    warmup_steps: int,
+    lr_init: float | None,
+    lr_min: float | None,
+):
+    """step -> factor on the learning rate, for a choice of the group lr_scheduler.
+
+    A functools.partial: LambdaLR saves its (empty) __dict__, as the published checkpoints have it.
+    """
+    if name == "constant":
+        return functools.partial(constant_warmup, warmup_steps=0)
+    if name == "constant_warmup":
+        return functools.partial(constant_warmup, warmup_steps=warmup_steps)
+    return functools.partial(
+        cosine_decay_warmup,
+        lr=lr,
+        warmup_steps=warmup_steps,
+        decay_steps=max_steps - warmup_steps,
+        lr_init=lr_init,
+        lr_min=lr_min,
+    )
