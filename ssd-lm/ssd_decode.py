@@ -1,18 +1,18 @@
 """SSD-LM decoding: text by diffusion on the vocabulary simplex, one block of tokens at a time.
 
-A block starts as Gaussian logits of standard deviation K. At t = T, T-1 … 1 the model reads the block's softmax, its
-logits are projected to one token per position (top-p, then a draw) written as ±K, and the next input is
+A block starts as Gaussian logits of standard deviation K. At t = T, T-1 … 1 the model reads the
+block's softmax, its logits are projected to one token per position (top-p, then a draw) written as
+±K, and the next input is
 
     x = sqrt(abar(t-1)) * (±K one-hot) + sqrt(1 - abar(t-1)) * K * z,      z ~ N(0, 1).
 
-The block's tokens are the argmax of the logits at t = 1, and the next block sees this block alone. So a sample takes
-blocks × T evaluations of the network, whatever its tokens.
+The block's tokens are the argmax of the logits at t = 1, and the next block sees this block alone.
+So a sample takes blocks × T evaluations of the network, whatever its tokens.
 
 Shapes: B samples at once, C context tokens, K tokens of a block (25), V vocabulary, R = B * K rows.
 Source: Han, Kumar, Tsvetkov 2023, SSD-LM, arXiv:2210.17432.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +22,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from samplers.draw import draw, fold, row_keys
+
 OFFSET = 1e-4  # s of the cosine schedule
 TRIES = 8  # draws before a position's nucleus is sorted out in full
-CHUNK = 256  # tokens whose probabilities are summed before the cumulative sum
 
 
 def alpha_bar(t: int, total_t: int) -> float:
@@ -37,65 +38,45 @@ def alpha_bar(t: int, total_t: int) -> float:
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The tokens of the common nucleus, bool [..., V]: the fewest, likeliest first, that reach top_p.
+    """The common nucleus, bool [..., V]: the fewest tokens, likeliest first, that reach top_p.
 
-    The token that crosses top_p is kept (unlike this project's nucleus of samplers/); of tied tokens the lower id is
-    the likelier one.
+    The token that crosses top_p is kept (unlike in samplers/); of tied tokens the lower id comes
+    first.
     """
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < top_p)
 
 
-def draw_from_nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:
-    """One token per row out of `nucleus(logits, top_p)`, [R, V] -> [R], without sorting the vocabulary.
+def draw_from_nucleus(logits: Tensor, top_p: float, keys: Tensor) -> Tensor:
+    """One token per row out of `nucleus(logits, top_p)`, [R, V] and keys [R] -> [R].
 
-    A token drawn from all of V is kept if the mass of likelier tokens is below top_p, and drawn again otherwise: that
-    is a draw from the nucleus. A row that was refused TRIES times has its nucleus computed. uniform: float64 in
-    [0, 1), [R, TRIES + 1].
+    Without sorting V: a token drawn from all of V is kept if the mass of likelier tokens is below
+    top_p, and drawn again otherwise, which is a draw from the nucleus. A row that was refused TRIES
+    times has its nucleus computed.
     """
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # [R, V], 1 at the likeliest
-    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    log_probs = logits.log_softmax(-1)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     pending = torch.arange(len(logits), device=logits.device)
     for attempt in range(TRIES):
-        drawn = _inverse_cdf(weights, uniform[pending, attempt])
+        drawn = draw(log_probs, fold(keys[pending], attempt))
         tokens[pending] = drawn
-        refused = _mass_above(weights, drawn) >= top_p
-        pending = pending[refused]
+        refused = _mass_above(log_probs, drawn) >= top_p
+        pending, log_probs = pending[refused], log_probs[refused]
         if not len(pending):
             return tokens
-        weights = weights[refused]
-    kept = weights * nucleus(logits[pending], top_p)
-    tokens[pending] = _inverse_cdf(kept, uniform[pending, TRIES])
+    kept = log_probs.masked_fill(~nucleus(log_probs, top_p), -torch.inf).log_softmax(-1)
+    tokens[pending] = draw(kept, fold(keys[pending], TRIES))
     return tokens
 
 
-def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative weight first exceeds uniform * total, [R, V] and [R] -> [R].
-
-    Sums are float64, chunk by chunk, so that a vocabulary of 50 000 loses no tail.
-    """
-    rows, vocabulary = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -vocabulary % CHUNK)).view(rows, -1, CHUNK)
-    ends = padded.sum(-1, dtype=torch.float64).cumsum(-1)  # [R, V / CHUNK]
-    target = (uniform * ends[:, -1]).unsqueeze(1)  # [R, 1]
-    chunk = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
-    start = ends.gather(1, (chunk - 1).clamp(min=0)).masked_fill_(chunk == 0, 0.0)
-    inside = padded.gather(1, chunk.unsqueeze(2).expand(-1, -1, CHUNK)).squeeze(1).double()
-    cumulative = inside.cumsum(-1)
-    # Rounding of the two sums may put the target past the chunk's end: then its last token that can be drawn.
-    target = torch.minimum(target - start, torch.nextafter(cumulative[:, -1:], target.new_zeros(())))
-    place = torch.searchsorted(cumulative, target, right=True)
-    return (chunk * CHUNK + place).squeeze(1)
-
-
-def _mass_above(weights: Tensor, tokens: Tensor) -> Tensor:
-    """Share of the weight that comes before each row's token when sorted, [R]; ties in order of id."""
-    own = weights.gather(1, tokens.unsqueeze(1))  # [R, 1]
-    ids = torch.arange(weights.shape[1], device=weights.device)
-    tie_first = torch.nextafter(own, own.new_zeros(()))
-    floor = torch.where(ids < tokens.unsqueeze(1), tie_first, own)
-    return (weights * (weights > floor)).sum(-1) / weights.sum(-1)
+def _mass_above(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Probability that sorts before each row's token, [R]; ties in order of id."""
+    own = log_probs.gather(1, tokens.unsqueeze(1))  # [R, 1]
+    ids = torch.arange(log_probs.shape[1], device=log_probs.device)
+    tie_is_first = torch.nextafter(own, own.new_tensor(-torch.inf))
+    floor = torch.where(ids < tokens.unsqueeze(1), tie_is_first, own)
+    return log_probs.masked_fill(log_probs <= floor, -torch.inf).exp_().sum(-1)
 
 
 class Noise(Protocol):
@@ -111,38 +92,32 @@ class Noise(Protocol):
 class RowNoise:
     """A stream of its own for every sample and block, set by (seed, sample index, block) alone.
 
-    So a sample does not depend on which others share its batch, and a run that was cut short goes on with the same
-    samples.
+    So a sample does not depend on which others share its batch, and a run that was cut short goes
+    on with the same samples. The Gaussians are torch's, which differ between kinds of device.
     """
 
-    def __init__(self, seed: int, indices: Sequence[int], block: int, size: tuple, device):
-        self.size = (len(indices), *size)  # B, K, V
+    def __init__(
+        self, seed: int, indices: Sequence[int], block: int, size: tuple[int, int], device
+    ):
+        self.shape = (len(indices), *size)  # B, K, V
+        keys = fold(row_keys(seed, list(indices), [0] * len(indices)), block)  # [B]
         self.generators = [
-            torch.Generator(device).manual_seed(stream_seed(seed, index, block)) for index in indices
+            torch.Generator(device).manual_seed(key & ((1 << 63) - 1)) for key in keys.tolist()
         ]
-        self.device = device
+        self.keys = keys.to(device)
+        self.draws = 0
 
     def gaussian(self) -> Tensor:
-        noise = torch.empty(self.size, device=self.device)
+        noise = torch.empty(self.shape, device=self.keys.device)
         for row, generator in zip(noise, self.generators, strict=True):
             row.normal_(generator=generator)
         return noise
 
     def choose(self, logits: Tensor, top_p: float) -> Tensor:
-        batch, length, _ = self.size
-        uniform = torch.empty(
-            batch, length, TRIES + 1, dtype=torch.float64, device=self.device
-        )
-        for row, generator in zip(uniform, self.generators, strict=True):
-            row.uniform_(generator=generator)
-        drawn = draw_from_nucleus(logits.flatten(0, 1), top_p, uniform.flatten(0, 1))
-        return drawn.view(batch, length)
-
-
-def stream_seed(seed: int, index: int, block: int) -> int:
-    """63 bits that belong to one block of one sample."""
-    name = f"ssd-lm {seed} {index} {block}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+        positions = torch.arange(self.shape[1], device=self.keys.device)
+        keys = fold(fold(self.keys, self.draws)[:, None], positions)  # [B, K]
+        self.draws += 1
+        return draw_from_nucleus(logits.flatten(0, 1), top_p, keys.flatten()).view(keys.shape)
 
 
 @dataclass(frozen=True)
@@ -159,7 +134,6 @@ def decode(
     noise_of_block: Callable[[int], Noise],
     *,
     blocks: int,
-    block_size: int,
     total_t: int,
     top_p: float,
     one_hot_value: float,
@@ -196,7 +170,7 @@ def decode_block(model, context, noise: Noise, *, total_t, top_p, one_hot_value,
         logits = model.block_logits(context, x, t / total_t)
         tokens = noise.choose(logits, top_p)
         signal = alpha_bar(t - 1, total_t)
-        # ±K times sqrt(signal), less its constant -K * sqrt(signal): the softmax that reads x cannot tell.
+        # ±K * sqrt(signal) without its constant -K * sqrt(signal), which the softmax cannot see.
         peak = torch.full_like(tokens, 2 * one_hot_value * math.sqrt(signal), dtype=z.dtype)
         x = z.mul_(one_hot_value * math.sqrt(1 - signal))
         x.scatter_add_(2, tokens.unsqueeze(2), peak.unsqueeze(2))

@@ -1,23 +1,21 @@
-"""Loading SSD-LM as it is published: a RoBERTa masked language model and two linear layers beside it.
+"""SSD-LM as it is published: a RoBERTa masked language model and two linear layers beside it.
 
     config.json, model.safetensors (or pytorch_model.bin), tokenizer files
     embed_sum_layer.pt    {"module.weight" [E, V]}: a distribution over tokens becomes an embedding
     timestep_layer.pt     {"module.weight" [E, 1], "module.bias" [E]}: t / T becomes an embedding
 
-`extra_layers.safetensors` (embed_sum_layer.weight, timestep_layer.weight, timestep_layer.bias) takes the place of the
-two .pt files where it exists. Nothing is loaded in part: a missing, left over or misshapen tensor is an error, and
-pickles are read as tensors only.
+`extra_layers.safetensors` (embed_sum_layer.weight, timestep_layer.weight, timestep_layer.bias)
+takes the place of the two .pt files where it exists. Nothing is loaded in part: a missing, left
+over or misshapen tensor is an error, and pickles are read as tensors only.
 """
 
-import hashlib
-import json
-import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ssd_folder import LAYERS_TOGETHER, ModelError, folder_problems
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,21 +23,16 @@ LAYERS = {
     "embed_sum_layer": {"weight": ("E", "V")},
     "timestep_layer": {"weight": ("E", 1), "bias": ("E",)},
 }
-HUB_FILES = ["*.json", "*.txt", "*.safetensors", "pytorch_model.bin", "*_layer.pt"]
-# Saved by older versions of transformers, rebuilt by the model itself or read by nobody in a masked LM.
+# In files of older versions of transformers; the model rebuilds these, or has no use for them.
 REBUILT = ("roberta.embeddings.position_ids", "roberta.pooler.", "lm_head.decoder.")
-
-
-class ModelError(ValueError):
-    """The folder does not hold an SSD-LM; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a block sees before itself: embeddings [B, C, E], and where rows differ in length, which are real."""
+    """What a block sees before itself."""
 
-    embeddings: Tensor
-    real: Tensor | None = None  # bool [B, C], padded on the left
+    embeddings: Tensor  # [B, C, E]
+    real: Tensor | None = None  # bool [B, C] where lengths differ; padded on the left
 
 
 @dataclass(frozen=True)
@@ -77,8 +70,9 @@ class SSDLM:
         return Context(embeddings, None if real.all() else real)
 
     def block_logits(self, context: Context, x: Tensor, time: float) -> Tensor:
-        """x [B, K, V], logits of the noisy simplex; time = t / T -> logits [B, K, V] of the block alone."""
-        block = F.linear(x.softmax(-1), self.embed_sum) + (self.time_weight * time + self.time_bias)
+        """Noisy simplex logits x [B, K, V] at time t / T -> logits [B, K, V], the block's alone."""
+        timestep = self.time_weight * time + self.time_bias
+        block = F.linear(x.softmax(-1), self.embed_sum) + timestep
         inputs = torch.cat([context.embeddings, block], 1)  # [B, C + K, E]
         mask = positions = None
         if context.real is not None:
@@ -91,28 +85,6 @@ class SSDLM:
             position_ids=positions,
         ).last_hidden_state
         return self.roberta.lm_head(hidden[:, context.embeddings.shape[1] :])
-
-
-def find_folder(path_or_id: str, revision: str | None = None) -> Path:
-    """A local folder as it is, else the hub's `name/name`, downloaded without code."""
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
-        raise ModelError(
-            f"--model_name_or_path={path_or_id} is neither a folder nor a hub id such as xhan77/ssdlm"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"--model_name_or_path={path_or_id}: no such folder here, and the hub did not give it ({reason});"
-            " download it where there is a network and pass the folder"
-        ) from error
 
 
 def load_model(folder: Path, device="cpu") -> SSDLM:
@@ -130,21 +102,8 @@ def load_model(folder: Path, device="cpu") -> SSDLM:
 
 
 def _load_roberta(folder: Path) -> nn.Module:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ModelError(f"{folder}: config.json is missing; it must be a RoBERTa masked LM's folder")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{config_file} is no JSON: {error}") from error
-    if config.get("model_type") != "roberta":
-        raise ModelError(
-            f"{config_file}: model_type is {config.get('model_type')!r}, SSD-LM needs 'roberta'"
-        )
-    if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")) and not list(
-        folder.glob("model*.safetensors")
-    ):
-        raise ModelError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+    if problems := folder_problems(folder):
+        raise ModelError("; ".join(problems))
     from transformers import RobertaForMaskedLM
 
     try:
@@ -168,7 +127,7 @@ def _load_roberta(folder: Path) -> nn.Module:
 
 def _load_layers(folder: Path, sizes: dict[str, int]) -> dict[str, Tensor]:
     """The two linear layers by full name, float32, shapes checked."""
-    together = folder / "extra_layers.safetensors"
+    together = folder / LAYERS_TOGETHER
     if together.is_file():
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -184,7 +143,9 @@ def _load_layers(folder: Path, sizes: dict[str, int]) -> dict[str, Tensor]:
             source[layer] = folder / f"{layer}.pt"
             for name, tensor in _read_layer(source[layer]).items():
                 found[f"{layer}.{name}"] = tensor
-    expected = {f"{layer}.{name}": shape for layer, names in LAYERS.items() for name, shape in names.items()}
+    expected = {
+        f"{layer}.{name}": shape for layer, names in LAYERS.items() for name, shape in names.items()
+    }
     for name in sorted(expected.keys() | found.keys()):
         file = source.get(name.split(".")[0], together)
         if name not in found:
@@ -193,7 +154,9 @@ def _load_layers(folder: Path, sizes: dict[str, int]) -> dict[str, Tensor]:
             raise ModelError(f"{file}: {name} belongs to no layer of SSD-LM")
         shape = tuple(sizes.get(size, size) for size in expected[name])
         if tuple(found[name].shape) != shape:
-            raise ModelError(f"{file}: {name} has shape {tuple(found[name].shape)}, the model needs {shape}")
+            raise ModelError(
+                f"{file}: {name} has shape {tuple(found[name].shape)}, the model needs {shape}"
+            )
         if not found[name].is_floating_point():
             raise ModelError(f"{file}: {name} is {found[name].dtype}, not a floating point tensor")
     return {name: tensor.float() for name, tensor in found.items()}
@@ -201,46 +164,46 @@ def _load_layers(folder: Path, sizes: dict[str, int]) -> dict[str, Tensor]:
 
 def _read_layer(file: Path) -> dict[str, Tensor]:
     """A state dict of tensors; `module.` (DataParallel's) is taken off every name or off none."""
-    if not file.is_file():
-        raise ModelError(f"{file} is missing: SSD-LM keeps this layer beside the masked LM")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(
-            f"{file} is not a plain file of tensors, and nothing else is unpickled ({str(error).splitlines()[0]})"
+            f"{file} is not a plain file of tensors, and nothing else is unpickled"
+            f" ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(f"{file} does not hold a state dict of tensors")
     prefixed = [name.startswith("module.") for name in state]
     if any(prefixed) and not all(prefixed):
-        raise ModelError(f"{file}: only some names start with 'module.': {', '.join(sorted(state))}")
+        raise ModelError(
+            f"{file}: only some names start with 'module.': {', '.join(sorted(state))}"
+        )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def load_tokenizer(folder: Path, vocab_size: int):
-    """The tokenizer of a folder; its ids must fit the model."""
+def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder}: no tokenizer can be loaded ({reason})") from error
+
+
+def check_tokenizer(tokenizer, vocab_size: int) -> None:
     if len(tokenizer) > vocab_size:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}"
-        )
-    return tokenizer
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}")
 
 
-def fingerprint(folder: Path) -> str:
-    """Changes when the model does: names, sizes, and both ends of every file that shapes it."""
-    digest = hashlib.sha256()
-    suffixes = {".json", ".safetensors", ".bin", ".pt", ".txt"}
-    for file in sorted(f for f in folder.iterdir() if f.suffix in suffixes and f.is_file()):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            if file.stat().st_size > 1 << 20:
-                stream.seek(-(1 << 20), os.SEEK_END)
-                digest.update(stream.read())
-    return digest.hexdigest()[:16]
+def pick_device(name: str | None) -> torch.device:
+    """The one asked for, else the accelerator, else the CPU."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"--device={name} cannot be used here ({reason})") from error
+    return device

@@ -1,0 +1,153 @@
+"""Samples of SSD-LM: `python ssd-lm/generate_text.py --help`, and README.md in this folder.
+
+Nothing is written before the arguments are checked and the model is loaded. The same command again
+completes a file that a killed run left behind, and does nothing when all samples exist.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # samplers, corpora of the project
+
+from ssd_folder import ModelError, find_folder, fingerprint
+from ssd_options import blocks_of, out_path, parser, problems
+from ssd_prompts import check_lengths, contexts
+from ssd_samples import SampleFile, SamplesError, finished
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if found := problems(args):
+        print(
+            "this run cannot start:", *(f"  - {line}" for line in found), sep="\n", file=sys.stderr
+        )
+        return 2
+    try:
+        run(args)
+    except (ModelError, SamplesError) as error:
+        print(f"this run cannot start:\n  - {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{out_path(args)}: {error}; the samples before it are kept", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args) -> None:
+    folder = find_folder(args.model_name_or_path)
+    tokenizer_folder = find_folder(args.tokenizer_name) if args.tokenizer_name else folder
+    from ssd_model import check_tokenizer, load_model, load_tokenizer, pick_device
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of the weights; the samples have their own
+
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    before = contexts(args, tokenizer)
+    wanted = range(args.num_samples_to_generate or len(before))
+    path, stamp = out_path(args), settings(args, folder, tokenizer_folder, before, device)
+    if finished(path, stamp).issuperset(wanted):
+        print(f"{path}: all {len(wanted)} samples are there")
+        return
+    model = load_model(folder, device)
+    check_tokenizer(tokenizer, model.vocab_size)
+    check_lengths(before, args.decoding_block_size, model.max_tokens)
+    announce_cut(args)
+    with SampleFile(path, stamp) as file:
+        missing = [index for index in wanted if index not in file.done]
+        generate(args, model, tokenizer, before, missing, file)
+        print(f"{path}: {len(file.done)} samples, {len(missing)} of them new")
+
+
+def announce_cut(args) -> None:
+    """A sample has exactly max_seq_length tokens; whole blocks are decoded for it."""
+    size, length = args.decoding_block_size, args.max_seq_length
+    surplus = blocks_of(args) * size - length
+    if surplus:
+        print(
+            f"--max_seq_length={length} is no multiple of --decoding_block_size={size}: "
+            f"{blocks_of(args)} blocks are decoded and the last {surplus} tokens cut off"
+        )
+
+
+def generate(args, model, tokenizer, before, missing: list[int], file: SampleFile) -> None:
+    """Batch by batch; a batch's samples are written when it is done."""
+    from tqdm import tqdm
+
+    steps = len(missing) * blocks_of(args) * args.total_t
+    with tqdm(total=steps, unit="step", smoothing=0.05, disable=None) as bar:
+        for start in range(0, len(missing), args.batch_size):
+            rows = missing[start : start + args.batch_size]
+            inputs = [before[row % len(before)] for row in rows]
+            decoded = decode_rows(args, model, rows, inputs, bar)
+            seconds = sum(decoded.block_seconds)
+            shared = {
+                "total_seq_time": seconds,
+                "avg_block_time": seconds / blocks_of(args),
+                "avg_decode_step_time": seconds / decoded.nfe,
+                "nfe": decoded.nfe,
+                "batch_size": len(rows),
+            }
+            texts = decoded.tokens[:, : args.max_seq_length].tolist()
+            file.append(
+                [
+                    record(row, context, ids, tokenizer) | shared
+                    for row, context, ids in zip(rows, inputs, texts, strict=True)
+                ]
+            )
+            rate = len(rows) * args.max_seq_length / seconds
+            bar.write(
+                f"samples {rows[0]} to {rows[-1]}: {seconds:.1f} s, {rate:.1f} tokens/s, "
+                f"{decoded.nfe} evaluations each"
+            )
+
+
+def decode_rows(args, model, rows: list[int], inputs: list[list[int]], bar):
+    from ssd_decode import RowNoise, decode
+
+    size = (args.decoding_block_size, model.vocab_size)
+    return decode(
+        model,
+        inputs,
+        lambda block: RowNoise(args.seed, rows, block, size, model.device),
+        blocks=blocks_of(args),
+        total_t=args.total_t,
+        top_p=args.projection_top_p,
+        one_hot_value=args.one_hot_value,
+        on_step=lambda: bar.update(len(rows)),
+    )
+
+
+def record(index: int, context: list[int], ids: list[int], tokenizer) -> dict:
+    return {
+        "index": index,
+        "context_sequences": tokenizer.decode(context) if context else None,
+        "sampled_sequences": tokenizer.decode(ids),
+        "token_ids": ids,
+    }
+
+
+def settings(args, folder: Path, tokenizer_folder: Path, before: list, device) -> dict:
+    """What a sample depends on beside its index; a file holds samples of one such set."""
+    return {
+        "model": args.model_name_or_path,
+        "files": fingerprint(folder),
+        "tokenizer_files": fingerprint(tokenizer_folder),
+        "max_seq_length": args.max_seq_length,
+        "total_t": args.total_t,
+        "decoding_block_size": args.decoding_block_size,
+        "projection_top_p": args.projection_top_p,
+        "one_hot_value": args.one_hot_value,
+        "seed": args.seed,
+        "contexts": hashlib.sha256(json.dumps(before).encode()).hexdigest()[:16],
+        "device": device.type,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

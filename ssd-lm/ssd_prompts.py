@@ -1,0 +1,55 @@
+"""What samples continue: <s> alone, the lines of a file, or a data set's validation texts."""
+
+from ssd_folder import ModelError
+from ssd_options import DOCUMENT_TOKENS, read_prompts
+
+
+def contexts(args, tokenizer) -> list[list[int]]:
+    """Token ids before each sample; sample i takes number i, in turn."""
+    if args.no_bos:
+        start = []
+    elif tokenizer.bos_token_id is None:
+        raise ModelError("the tokenizer has no BOS token: give --no_bos to start without one")
+    else:
+        start = [tokenizer.bos_token_id]
+    if args.prompts_file:
+        return [start + encode(tokenizer, text) for text in read_prompts(args.prompts_file)]
+    if args.prompts_data:
+        return [start + ids for ids in document_starts(args, tokenizer)]
+    return [start]
+
+
+def document_starts(args, tokenizer) -> list[list[int]]:
+    """The first tokens of the first texts that are long enough, one per sample."""
+    tokens = args.prompt_tokens or DOCUMENT_TOKENS
+    wanted = args.num_samples_to_generate
+    found = []
+    for text in documents(args.prompts_data):
+        ids = encode(tokenizer, text[: 50 * tokens])[:tokens]
+        if len(ids) == tokens:
+            found.append(ids)
+        if len(found) == wanted:
+            return found
+    raise ModelError(
+        f"--prompts_data={args.prompts_data} has {len(found)} texts of {tokens} tokens, "
+        f"--num_samples_to_generate={wanted} asks for more"
+    )
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def check_lengths(rows: list[list[int]], block_size: int, max_tokens: int) -> None:
+    """The first block sees the whole context, every other one the block before it."""
+    if 2 * block_size > max_tokens:
+        raise ModelError(
+            f"--decoding_block_size={block_size}: a block and the one before it do not fit "
+            f"into the model's {max_tokens} positions"
+        )
+    for number, row in enumerate(rows, 1):
+        if len(row) + block_size > max_tokens:
+            raise ModelError(
+                f"prompt {number} has {len(row)} tokens; with a block of {block_size} the model "
+                f"takes at most {max_tokens - block_size}: shorten it"
+            )
