@@ -1,0 +1,102 @@
+"""SEDD: T analytic steps of the absorbing process, then one denoising step (arXiv:2310.16834, section 4).
+
+A step from time t to s < t takes the ratios p_t(y) / p_t(x) that the network gives and moves every position at once:
+a hidden token becomes y, or stays hidden. The nucleus acts on the chances of the tokens among each other; the
+chance to stay hidden is not touched.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .draw import draw, fold
+from .nucleus import nucleus
+from .rows import Rows
+from .settings import Sample
+from .steps import DRAW
+
+LAST_TIME = 1e-5
+SIGMA_MAX = -math.log(1e-3)
+
+
+def total_noise(p: Tensor) -> Tensor:
+    """sigma = min(-ln(1 - p), sigma_max)."""
+    return (-torch.log1p(-p)).clamp(max=SIGMA_MAX)
+
+
+def staggered(score: Tensor, dsigma: Tensor, mask_id: int) -> Tensor:
+    """The score at the earlier noise level, as far as it follows from this one; score [B, L, V], dsigma [B]."""
+    grown = dsigma.exp()[:, None, None]
+    out = score * grown
+    out[..., mask_id] += ((1 - grown) * score.sum(-1, keepdim=True))[..., 0]
+    return out
+
+
+def transition(tokens: Tensor, dsigma: Tensor, vocab_size: int, mask_id: int) -> Tensor:
+    """Chance that y becomes `tokens` under the noise dsigma, [B, L, V] over y."""
+    keep = (-dsigma).exp()[:, None, None]
+    edge = keep * torch.nn.functional.one_hot(tokens, vocab_size)
+    return edge + (1 - keep) * (tokens == mask_id)[..., None]
+
+
+def reverse_chances(
+    log_score: Tensor, tokens: Tensor, dsigma: Tensor, mask_id: int, last: bool
+) -> Tensor:
+    """What each position becomes, unnormalised [B, L, V]; the last step leaves nothing hidden."""
+    chances = staggered(log_score.exp(), dsigma, mask_id)
+    chances = chances * transition(tokens, dsigma, log_score.shape[-1], mask_id)
+    if last:
+        chances[..., mask_id] = 0
+    return chances
+
+
+def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
+    """Normalised log-probabilities; an imperfect score may make staying hidden negative, which counts as 0."""
+    log = chances.clamp(min=0).log()
+    if nucleus_p < 1:
+        tokens = log.clone()
+        tokens[..., mask_id] = -torch.inf
+        mass = tokens.logsumexp(-1, keepdim=True)
+        kept = nucleus(tokens - mass, nucleus_p) + mass
+        kept[..., mask_id] = log[..., mask_id]
+        log = kept
+    return log.log_softmax(-1)
+
+
+def generate_analytic(score, requests, settings, *, device, watch, tick) -> Iterator[list[Sample]]:
+    rows = Rows(score, requests, settings, device, watch, tick)
+    while len(rows):
+        for slot in rows.slots:
+            slot.filled = settings.length
+            slot.nfe = settings.num_steps + 1
+        write(rows)
+        if rows.tick is not None:
+            rows.tick(len(rows) * settings.length, settings.num_steps + 1)
+        yield rows.settle([0] * len(rows))
+
+
+def write(rows: Rows) -> None:
+    """Fill all hidden tokens of all rows."""
+    settings = rows.settings
+    t = torch.linspace(1, LAST_TIME, settings.num_steps + 1, dtype=torch.float64)
+    sigma = total_noise(settings.move_chance(t)).float().tolist()
+    steps = [*zip(sigma, sigma[1:], strict=False), (sigma[-1], 0.0)]
+    places = range(settings.length)
+    keys = rows.keys([i for i in range(len(rows)) for _ in places], list(places) * len(rows))
+    keys = rows.tensor(keys).view(len(rows), -1)
+    for number, (now, then) in enumerate(steps):
+        tokens = rows.x[:, :-1]
+        level = torch.full((len(rows),), now, device=rows.device)
+        rows.evaluations += 1
+        with torch.inference_mode():
+            log_score = rows.denoise(tokens, level)
+            dsigma = level - then
+            last = number == len(steps) - 1
+            chances = reverse_chances(log_score, tokens, dsigma, rows.mask_id, last)
+            log_probs = next_log_probs(chances, settings.nucleus_p, rows.mask_id)
+            new = draw(log_probs, fold(keys, DRAW + number), settings.dtype)
+            new = new.where(tokens == rows.mask_id, tokens)
+        rows.x[:, :-1] = new
+        rows.show()

@@ -1,0 +1,58 @@
+"""AR: one token at a time, each from the distribution that the token before it asks for."""
+
+from collections.abc import Iterator
+
+from .draw import draw, fold
+from .nucleus import nucleus
+from .rows import Rows
+from .settings import Sample
+from .steps import DRAW
+
+ROUND_TOKENS = 32  # between two looks at the stop rules, which have to wait for the device
+
+
+def generate_autoregressive(
+    denoise, requests, settings, *, device, watch, tick
+) -> Iterator[list[Sample]]:
+    rows = Rows(denoise, requests, settings, device, watch, tick)
+    while len(rows):
+        yield one_round(rows)
+
+
+def one_round(rows: Rows) -> list[Sample]:
+    for slot in rows.slots:
+        slot.filled = max(slot.filled, slot.given)
+        if slot.gaps:
+            raise ValueError(
+                f"row {slot.request.row}: the prompt has mask tokens at {slot.gaps[:3]}; algo=ar cannot fill gaps,"
+                " use mdlm or bamdlm"
+            )
+    before = [slot.filled for slot in rows.slots]
+    count = min([ROUND_TOKENS] + [slot.total - slot.filled for slot in rows.slots])
+    for _ in range(count):
+        next_token(rows)
+    if rows.tick is not None:
+        rows.tick(len(rows) * count, count)
+    return rows.settle(before, every=True)
+
+
+def next_token(rows: Rows) -> None:
+    settings = rows.settings
+    targets = [slot.filled for slot in rows.slots]
+    if settings.kv_cache:
+        rows.catch_up([target - 1 for target in targets], spare=2)
+        starts = [slot.committed for slot in rows.slots]
+    else:
+        starts = [max(0, target - settings.context_size) for target in targets]
+    feed = [target - start for target, start in zip(targets, starts, strict=True)]
+    packed = rows.tensor([[n - 1 for n in feed], targets])
+    key = rows.tensor(fold(rows.keys(list(range(len(rows))), targets), DRAW))
+    log_probs = rows.ask(rows.window(starts, max(feed)), packed[0][:, None])
+    token = draw(nucleus(log_probs[:, 0], settings.nucleus_p), key, settings.dtype)
+    rows.x.scatter_(1, packed[1][:, None], token[:, None])
+    if settings.kv_cache:
+        rows.commit(feed)
+    for slot in rows.slots:
+        slot.filled += 1
+        slot.nfe += 1
+    rows.show()

@@ -1,0 +1,86 @@
+"""Random numbers that belong to a place in a text, and draws from a distribution that are right in its tails.
+
+A stream is named by integers: `fold(fold(seed_key(seed), row), position)` is a 64-bit key, and a key gives as many
+uniform numbers as are asked for. Nothing is kept between calls, so a number does not depend on what was drawn before
+or beside it. The hash is splitmix64's finaliser (Steele, Lea, Flood 2014), in int64 arithmetic that wraps, which
+every device computes alike and without asking the host.
+
+Gumbel noise in float32 ends at 16.6, which quietly lowers the temperature of masked diffusion (Zheng et al. 2024,
+arXiv:2409.02908). `draw` in float32 therefore never makes noise in float32: the vocabulary is cut into about sqrt(V)
+groups, a group is drawn by its mass and then a token inside it, each by Gumbel-max with float64 noise over about
+sqrt(V) numbers. The only float32 arithmetic is exp and a sum of positive numbers, so a token's chance is right to a
+relative error of about 1e-6 however small it is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
+MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """z >>> bits: the sign bit is not copied."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(z: Tensor) -> Tensor:
+    """A bijection of int64 whose every output bit depends on every input bit."""
+    z = (z ^ _shift(z, 30)) * MULTIPLIERS[0]
+    z = (z ^ _shift(z, 27)) * MULTIPLIERS[1]
+    return z ^ _shift(z, 31)
+
+
+def fold(key: Tensor, value: Tensor | int) -> Tensor:
+    """The key of stream number `value` (>= 0) of the stream `key`; the two broadcast."""
+    return mix(key + (torch.as_tensor(value) + 1) * GAMMA)
+
+
+def row_keys(seed: int, rows: list[int], tries: list[int]) -> Tensor:
+    """One key per text, int64 [B] on the CPU."""
+    start = mix(torch.tensor(seed, dtype=torch.int64))
+    return fold(
+        fold(start, torch.tensor(rows, dtype=torch.int64)), torch.tensor(tries, dtype=torch.int64)
+    )
+
+
+def uniform(key: Tensor) -> Tensor:
+    """float64 in (0, 1), symmetric and never 0 or 1, one per key."""
+    return (_shift(key, 11).double() + 0.5) * 2.0**-53
+
+
+def gumbel(key: Tensor, count: int) -> Tensor:
+    """`count` independent Gumbel(0, 1) numbers per key, float64 [..., count]."""
+    lanes = torch.arange(count, device=key.device)
+    return -(-uniform(fold(key[..., None], lanes)).log()).log()
+
+
+def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32") -> Tensor:
+    """One token per distribution, [..., V] and keys [...] -> [...]. The log-probabilities must be normalised."""
+    return DRAWS[dtype](log_probs, key)
+
+
+def draw_in_groups(log_probs: Tensor, key: Tensor) -> Tensor:
+    """Group first, token second: float64 over about 2 sqrt(V) numbers only."""
+    vocabulary = log_probs.shape[-1]
+    width = 1 << ((vocabulary - 1).bit_length() + 1) // 2
+    groups = -(-vocabulary // width)
+    padded = F.pad(log_probs, (0, groups * width - vocabulary), value=-torch.inf)
+    padded = padded.unflatten(-1, (groups, width))
+    noise = gumbel(key, groups + width)
+    mass = padded.exp().sum(-1).double()  # [..., groups]
+    group = (mass.log() + noise[..., :groups]).argmax(-1, keepdim=True)
+    inside = padded.gather(-2, group[..., None].expand(*group.shape, width)).squeeze(
+        -2
+    )  # [..., width]
+    token = (inside.double() + noise[..., groups:]).argmax(-1)
+    return group.squeeze(-1) * width + token
+
+
+def draw_at_once(log_probs: Tensor, key: Tensor) -> Tensor:
+    """Gumbel-max in float64 over the whole vocabulary."""
+    return (log_probs.double() + gumbel(key, log_probs.shape[-1])).argmax(-1)
+
+
+DRAWS = {"float32": draw_in_groups, "float64": draw_at_once}
