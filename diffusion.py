@@ -147,7 +147,7 @@ class Diffusion(L.LightningModule):
         )
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, index: int) -> dict:
-        """All but the row numbers: those are read on the host, which must not wait for the device."""
+        """All but the row numbers: the host reads those, and must not wait for the device."""
         moved = {key: value for key, value in batch.items() if key != "row"}
         return {**super().transfer_batch_to_device(moved, device, index), "row": batch["row"]}
 

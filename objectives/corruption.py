@@ -72,8 +72,8 @@ def draw_examples(
 ) -> Draws:
     """The draws of examples known by their place in the stream (int64 [B], on the CPU).
 
-    Example e is row e % global_batch of step e // global_batch; settings as for `draw`. A batch that
-    lies across a border between steps (validation on an odd number of devices) is drawn row by row.
+    Example e is row e % global_batch of step e // global_batch; settings as for `draw`. A batch
+    across a border between steps (validation on an odd number of devices) is drawn row by row.
     """
     steps = (examples // global_batch).tolist()
     rows = (examples % global_batch).to(device)
