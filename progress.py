@@ -1,0 +1,165 @@
+"""What a person sees while a run works: a bar with loss, perplexity, rate and time left.
+
+In a terminal a rich progress bar; in a log file a line now and then. Figures are read from the
+device only when they are shown, so training does not wait for them.
+"""
+
+import math
+import sys
+import time
+
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from utils import say
+
+REFRESH_SECONDS = 0.5  # of the bar in a terminal
+LINE_SECONDS = 30  # between lines in a log file
+SMOOTHING = 0.9  # of the loss shown
+
+
+class RunProgress(ProgressBar):
+    """Training and validation progress on the first process of a job."""
+
+    def __init__(self):
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._train = self._valid = None
+        self._shown = 0.0
+        self._loss: float | None = None
+        self._tokens = 0  # since _since
+        self._since = 0.0
+        self._rate = 0.0
+        self._paused = 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def print(self, *args, **kwargs) -> None:
+        (self._bar.console.print if self._bar else print)(*args, **kwargs)
+
+    # ---- training -----------------------------------------------------------------------------
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._open()
+        if self._bar:
+            self._train = self._bar.add_task(
+                "train", total=trainer.max_steps, completed=trainer.global_step, figures=""
+            )
+        self._since = self._shown = time.monotonic()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        if not self._due():
+            return
+        now = time.monotonic()
+        self._rate = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        figures = f"loss {self._loss:.3f}  ppl {_ppl(self._loss)}  {self._rate:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._train, completed=trainer.global_step, figures=figures)
+        else:
+            place = f"step {trainer.global_step:,} of {trainer.max_steps:,}"
+            say(f"{place}  {figures}  {self._left(trainer, batch)}")
+
+    def _left(self, trainer, batch) -> str:
+        tokens = batch["input_ids"].numel() * trainer.world_size * trainer.accumulate_grad_batches
+        seconds = (trainer.max_steps - trainer.global_step) * tokens / max(self._rate, 1e-9)
+        return f"{_duration(seconds)} left"
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        if self._bar:
+            self._bar.update(self._train, completed=trainer.global_step)
+        self._close()
+
+    # ---- validation ---------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self._open()
+        self._paused = time.monotonic()
+        if self._bar:
+            batches = sum(n for n in trainer.num_val_batches if math.isfinite(n))
+            name = "check" if trainer.sanity_checking else "valid"
+            self._valid = self._bar.add_task(name, total=batches or None, figures="")
+        elif not trainer.sanity_checking:
+            self._shown = time.monotonic()
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        if not self._due():
+            return
+        so_far = pl_module.meter.compute()
+        figures = f"ppl {so_far.ppl:.2f} ± {so_far.ppl_error:.2f}  {so_far.tokens:,} tokens"
+        if self._bar:
+            self._bar.update(self._valid, completed=batch_idx + 1, figures=figures)
+        else:
+            say(f"validation batch {batch_idx + 1:,} of {trainer.num_val_batches[0]:,}  {figures}")
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if self._bar and self._valid is not None:
+            self._bar.remove_task(self._valid)
+            self._valid = None
+        if not trainer.sanity_checking:
+            nll = float(trainer.callback_metrics["val/nll"])
+            error = float(trainer.callback_metrics["val/nll_error"])
+            ppl = f"{_ppl(nll)} ± {math.exp(min(nll, 700)) * error:.2f}"
+            step = f"step {trainer.global_step:,}: " if trainer.training else ""
+            self.print(f"{step}validation perplexity {ppl} ({nll:.4f} nats per token)")
+        if not trainer.training:
+            self._close()
+        self._since += time.monotonic() - self._paused
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._close()
+
+    # ---- the bar ------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._enabled and self._bar is None and sys.stdout.isatty():
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar.start()
+
+    def _close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        due = now - self._shown > (REFRESH_SECONDS if self._bar else LINE_SECONDS)
+        if due:
+            self._shown = now
+        return due and self._enabled
+
+
+def _ppl(nll: float) -> str:
+    return f"{math.exp(nll):.2f}" if nll < 20 else "inf"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
