@@ -1,12 +1,14 @@
-"""SEDD: T analytic steps of the absorbing process, then one denoising step (arXiv:2310.16834, section 4).
+"""SEDD: T analytic steps of the absorbing process, then one denoising step (arXiv:2310.16834,
+section 4).
 
-A step from time t to s < t takes the ratios p_t(y) / p_t(x) that the network gives and moves every position at once:
-a hidden token becomes y, or stays hidden. The nucleus acts on the chances of the tokens among each other; the
-chance to stay hidden is not touched.
+A step from time t to s < t takes the ratios p_t(y) / p_t(x) that the network gives and moves every
+position at once: a hidden token becomes y, or stays hidden. The nucleus acts on the chances of the
+tokens among each other; the chance to stay hidden is not touched.
 """
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +29,9 @@ def total_noise(p: Tensor) -> Tensor:
 
 
 def staggered(score: Tensor, dsigma: Tensor, mask_id: int) -> Tensor:
-    """The score at the earlier noise level, as far as it follows from this one; score [B, L, V], dsigma [B]."""
+    """The score at the earlier noise level, as far as it follows from this one; score [B, L, V],
+    dsigma [B].
+    """
     grown = dsigma.exp()[:, None, None]
     out = score * grown
     out[..., mask_id] += ((1 - grown) * score.sum(-1, keepdim=True))[..., 0]
@@ -53,7 +57,9 @@ def reverse_chances(
 
 
 def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
-    """Normalised log-probabilities; an imperfect score may make staying hidden negative, which counts as 0."""
+    """Normalised log-probabilities; an imperfect score may make staying hidden negative, which
+    counts as 0.
+    """
     log = chances.clamp(min=0).log()
     if nucleus_p < 1:
         tokens = log.clone()
@@ -82,7 +88,7 @@ def write(rows: Rows) -> None:
     settings = rows.settings
     t = torch.linspace(1, LAST_TIME, settings.num_steps + 1, dtype=torch.float64)
     sigma = total_noise(settings.move_chance(t)).float().tolist()
-    steps = [*zip(sigma, sigma[1:], strict=False), (sigma[-1], 0.0)]
+    steps = [*pairwise(sigma), (sigma[-1], 0.0)]
     places = range(settings.length)
     keys = rows.keys([i for i in range(len(rows)) for _ in places], list(places) * len(rows))
     keys = rows.tensor(keys).view(len(rows), -1)

@@ -24,8 +24,8 @@ def one_round(rows: Rows) -> list[Sample]:
         slot.filled = max(slot.filled, slot.given)
         if slot.gaps:
             raise ValueError(
-                f"row {slot.request.row}: the prompt has mask tokens at {slot.gaps[:3]}; algo=ar cannot fill gaps,"
-                " use mdlm or bamdlm"
+                f"row {slot.request.row}: the prompt has mask tokens at {slot.gaps[:3]};"
+                " algo=ar cannot fill gaps, use mdlm or bamdlm"
             )
     before = [slot.filled for slot in rows.slots]
     count = min([ROUND_TOKENS] + [slot.total - slot.filled for slot in rows.slots])

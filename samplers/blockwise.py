@@ -1,7 +1,8 @@
-"""BAM-DLM: blocks from left to right, each filled given the clean blocks before it (arXiv:2503.09573).
+"""BAM-DLM: blocks from left to right, each filled given the clean blocks before it
+(arXiv:2503.09573).
 
-A block sees itself and the tokens before it, `context_size` in all. Infilling fills the gaps of a block given what
-is to its left and its own visible tokens; what lies further right is not seen.
+A block sees itself and the tokens before it, `context_size` in all. Infilling fills the gaps of a
+block given what is to its left and its own visible tokens; what lies further right is not seen.
 """
 
 from .rounds import generate_rounds

@@ -1,15 +1,18 @@
-"""Random numbers that belong to a place in a text, and draws from a distribution that are right in its tails.
+"""Random numbers that belong to a place in a text, and draws from a distribution that are right in
+its tails.
 
-A stream is named by integers: `fold(fold(seed_key(seed), row), position)` is a 64-bit key, and a key gives as many
-uniform numbers as are asked for. Nothing is kept between calls, so a number does not depend on what was drawn before
-or beside it. The hash is splitmix64's finaliser (Steele, Lea, Flood 2014), in int64 arithmetic that wraps, which
-every device computes alike and without asking the host.
+A stream is named by integers: `fold(fold(seed_key(seed), row), position)` is a 64-bit key, and a
+key gives as many uniform numbers as are asked for. Nothing is kept between calls, so a number does
+not depend on what was drawn before or beside it. The hash is splitmix64's finaliser (Steele, Lea,
+Flood 2014), in int64 arithmetic that wraps, which every device computes alike and without asking
+the host.
 
-Gumbel noise in float32 ends at 16.6, which quietly lowers the temperature of masked diffusion (Zheng et al. 2024,
-arXiv:2409.02908). `draw` in float32 therefore never makes noise in float32: the vocabulary is cut into about sqrt(V)
-groups, a group is drawn by its mass and then a token inside it, each by Gumbel-max with float64 noise over about
-sqrt(V) numbers. The only float32 arithmetic is exp and a sum of positive numbers, so a token's chance is right to a
-relative error of about 1e-6 however small it is.
+Gumbel noise in float32 ends at 16.6, which quietly lowers the temperature of masked diffusion
+(Zheng et al. 2024, arXiv:2409.02908). `draw` in float32 therefore never makes noise in float32: the
+vocabulary is cut into about sqrt(V) groups, a group is drawn by its mass and then a token inside
+it, each by Gumbel-max with float64 noise over about sqrt(V) numbers. The only float32 arithmetic is
+exp and a sum of positive numbers, so a token's chance is right to a relative error of about 1e-6
+however small it is.
 """
 
 import torch
@@ -57,7 +60,9 @@ def gumbel(key: Tensor, count: int) -> Tensor:
 
 
 def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32") -> Tensor:
-    """One token per distribution, [..., V] and keys [...] -> [...]. The log-probabilities must be normalised."""
+    """One token per distribution, [..., V] and keys [...] -> [...]. The log-probabilities must be
+    normalised.
+    """
     return DRAWS[dtype](log_probs, key)
 
 

@@ -1,8 +1,8 @@
 """Nucleus filtering by the reference's rule.
 
-Tokens in descending order of probability are kept while the cumulative sum *including* the token is <= p, and the
-first is always kept. So the kept mass is below p, unlike the common variant, which also keeps the token that crosses p.
-Published numbers depend on it.
+Tokens in descending order of probability are kept while the cumulative sum *including* the token is
+<= p, and the first is always kept. So the kept mass is below p, unlike the common variant, which
+also keeps the token that crosses p. Published numbers depend on it.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def nucleus(log_probs: Tensor, p: float) -> Tensor:
-    """Normalised log-probabilities [..., V] with -inf at the dropped tokens; p = 1 returns the argument itself.
+    """Normalised log-probabilities [..., V] with -inf at the dropped tokens; p = 1 returns the
+    argument itself.
 
     Among equal probabilities the smaller id is kept first.
     """

@@ -1,9 +1,9 @@
 """Blocks and windows, round after round: the loop that bamdlm and mdlm share.
 
-In one round every text of the batch gets one block (bamdlm) or one window (mdlm) filled. The step rule says which
-positions each evaluation reveals (steps.py); a text that needs fewer evaluations than its neighbours waits for the
-round to end. With a cache the finished block is committed by the same pass that asks the first question about the
-next one.
+In one round every text of the batch gets one block (bamdlm) or one window (mdlm) filled. The step
+rule says which positions each evaluation reveals (steps.py); a text that needs fewer evaluations
+than its neighbours waits for the round to end. With a cache the finished block is committed by the
+same pass that asks the first question about the next one.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +18,8 @@ from .rows import Rows
 from .settings import Sample
 from .steps import DRAW, STEPS, Event, Planned
 
-# (a hidden position, tokens of the longest text, settings) -> (start, stop): what is visible while it is filled
-Span = Callable[[int, int, object], tuple[int, int]]
+# (a hidden position, settings) -> (start, stop): what is visible while it is filled
+Span = Callable[[int, object], tuple[int, int]]
 
 
 def generate_rounds(
@@ -80,7 +80,9 @@ class View:
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the batch, all [B, R]: where to read in the view, where to write, with which number."""
+    """One evaluation of the batch, all [B, R]: where to read in the view, where to write, with
+    which number.
+    """
 
     read: Tensor
     write: Tensor
@@ -89,7 +91,9 @@ class Step:
 
 
 def planned(rows: Rows, rule: Planned, spans, fills) -> None:
-    """Everything about the round but the tokens is known beforehand: the device is never waited for."""
+    """Everything about the round but the tokens is known beforehand: the device is never waited
+    for.
+    """
     plans = [
         rule.plan(rows.keys([i] * len(fill), fill), fill, rows.settings) if fill else []
         for i, fill in enumerate(fills)
@@ -108,7 +112,9 @@ def planned(rows: Rows, rule: Planned, spans, fills) -> None:
 
 
 def make_step(rows: Rows, starts: list[int], events: list[Event]) -> Step:
-    """Rows with fewer positions than others read something and write it where it concerns nobody."""
+    """Rows with fewer positions than others read something and write it where it concerns
+    nobody.
+    """
     width = max(len(event.reveal) for event in events)
     nobody = [(rows.dump, 0)]
     padded = [event.reveal + nobody * (width - len(event.reveal)) for event in events]

@@ -1,8 +1,9 @@
-"""The texts that are written side by side: who sits where, what is known of them, what their cache holds.
+"""The texts that are written side by side: who sits where, what is known of them, what their cache
+holds.
 
-A finished text leaves its place to the next request; when no request is left the batch shrinks. All that decides the
-course of a text (what it was given, which positions are hidden, how far it is) is known to the host without asking
-the device.
+A finished text leaves its place to the next request; when no request is left the batch shrinks. All
+that decides the course of a text (what it was given, which positions are hidden, how far it is) is
+known to the host without asking the device.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
 
 @dataclass
 class Slot:
-    """One place of the batch. Positions below `filled` are final; `committed` tokens are in the cache."""
+    """One place of the batch. Positions below `filled` are final; `committed` tokens are in the
+    cache.
+    """
 
     request: Request
     total: int  # tokens of the text
@@ -114,8 +117,8 @@ class Rows:
     def catch_up(self, targets: list[int], spare: int) -> None:
         """Commit tokens until row b holds targets[b] of them.
 
-        A pass of more tokens than the ring has free would overwrite what other rows still see, so it is cut to what
-        every row has room for; `spare` tokens fit always.
+        A pass of more tokens than the ring has free would overwrite what other rows still see, so
+        it is cut to what every row has room for; `spare` tokens fit always.
         """
         slots = self.settings.context_size + self.denoise.block_size
         while True:
@@ -133,7 +136,9 @@ class Rows:
     # tokens
 
     def window(self, starts: list[int], width: int) -> Tensor:
-        """Tokens starts[b] .. starts[b] + width - 1 of row b, [B, width]; any token past the end."""
+        """Tokens starts[b] .. starts[b] + width - 1 of row b, [B, width]; any token past the
+        end.
+        """
         if len(set(starts)) == 1 and starts[0] + width <= self.x.shape[1]:
             return self.x[:, starts[0] : starts[0] + width]
         places = self.tensor(starts)[:, None] + torch.arange(width, device=self.device)
@@ -165,8 +170,8 @@ class Rows:
     def settle(self, fresh: list[int], *, every: bool = False) -> list[Sample]:
         """End of a round: apply the stop rules, hand out the texts that ended and seat new ones.
 
-        fresh[b]: the first position that the rules have not seen yet. They are applied at the new length, or with
-        `every` at each length on the way there.
+        fresh[b]: the first position that the rules have not seen yet. They are applied at the new
+        length, or with `every` at each length on the way there.
         """
         stops: dict[int, Stop] = {}
         again = []

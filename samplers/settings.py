@@ -34,7 +34,7 @@ class Settings:
     threshold: float = 0.9
     remask: float = 0.02  # remask: largest chance that a token seen is hidden again in one step
     nucleus_p: float = 1.0
-    dtype: str = "float32"  # of the draw: float32 (proven in the tails) or float64 (over the whole vocabulary)
+    dtype: str = "float32"  # of the draw: float32 (right in the tails) or float64 (all V numbers)
     kv_cache: bool = False
     var_length: bool = False  # end at EOS or low entropy, and cut
     reject_low_entropy: bool = False  # the reference's rule: up to 10 tries
@@ -73,7 +73,8 @@ class Settings:
         )
         if stepped and self.num_steps < 1:
             yield (
-                f"algo.T={self.num_steps} gives no sampling steps: set algo.T (the paper uses 5000, sedd 1000)"
+                f"algo.T={self.num_steps} gives no sampling steps: set algo.T"
+                " (the paper uses 5000, sedd 1000)"
                 + ("" if algo == "sedd" else ", or sampling.first_hitting=true, which needs none")
             )
         if algo == "bamdlm" and self.block_size > 0:
@@ -84,18 +85,21 @@ class Settings:
                 if value % self.block_size:
                     yield f"{name}={value} is not a multiple of block_size={self.block_size}"
         if algo == "mdlm" and self.window < 2:
-            yield f"the window of mdlm has {self.window} tokens, it needs at least 2: set block_size"
+            yield f"the window of mdlm has {self.window} tokens, not 2 or more: set block_size"
         if self.kv_cache and algo not in ("bamdlm", "ar"):
             yield f"sampling.kv_cache=true is exact for bamdlm and ar only, not for algo={algo}"
         if self.var_length and self.reject_low_entropy:
             yield (
-                "sampling.reject_low_entropy=true redraws what sampling.var_length=true would cut: choose one"
+                "sampling.reject_low_entropy=true redraws what sampling.var_length=true would cut:"
+                " choose one"
             )
 
 
 @dataclass(frozen=True)
 class Request:
-    """One text to write. `tokens`: what is given, BOS included; mask tokens in it are to be filled."""
+    """One text to write. `tokens`: what is given, BOS included; mask tokens in it are to be
+    filled.
+    """
 
     row: int  # names the random stream
     tokens: tuple[int, ...]

@@ -1,14 +1,16 @@
 """Which hidden tokens are revealed by which evaluation: the step rules, one table.
 
-A *planned* rule does not look at the network: its whole plan for a block follows from the random numbers of the
-positions, so it is made on the host before the block begins, a step knows the positions it reveals before the head
-runs, and nothing has to be asked back from the device. An *adaptive* rule looks at the distributions of all hidden
-positions and chooses.
+A *planned* rule does not look at the network: its whole plan for a block follows from the random
+numbers of the positions, so it is made on the host before the block begins, a step knows the
+positions it reveals before the head runs, and nothing has to be asked back from the device. An
+*adaptive* rule looks at the distributions of all hidden positions and chooses.
 
     first_hitting  one position per evaluation, uniformly chosen (arXiv:2409.02908)
-    ancestral      T steps from t = 1 to 1e-3: a hidden token stays hidden with chance p(s) / p(t); the last step reveals
-                   all that is left. Steps that reveal nothing ask nothing: the input is unchanged
-    remask         ancestral, and in each step a token seen is hidden again with chance sigma (ReMDM-cap, arXiv:2503.00307)
+    ancestral      T steps from t = 1 to 1e-3: a hidden token stays hidden with chance p(s) / p(t);
+                   the last step reveals all that is left. Steps that reveal nothing ask nothing:
+                   the input is unchanged
+    remask         ancestral, and in each step a token seen is hidden again with chance sigma
+                   (ReMDM-cap, arXiv:2503.00307)
     confidence     the k positions of greatest confidence
     threshold      all positions whose greatest probability reaches a threshold, at least one
 """
@@ -28,7 +30,9 @@ DRAW = 2
 
 @dataclass(frozen=True)
 class Event:
-    """One evaluation of one text: positions hidden before it, and (position, how often it was drawn before)."""
+    """One evaluation of one text: positions hidden before it, and (position, how often it was drawn
+    before).
+    """
 
     reveal: list[tuple[int, int]]
     hide: list[int] = field(default_factory=list)
@@ -49,7 +53,9 @@ def times(settings) -> Tensor:
 
 
 def ancestral(keys: Tensor, positions: list[int], settings) -> Plan:
-    """A token is still hidden after step i with chance p(t_i) / p(t_0): one number decides when it is revealed."""
+    """A token is still hidden after step i with chance p(t_i) / p(t_0): one number decides when it
+    is revealed.
+    """
     stay = (
         times(settings)[1:-1] / times(settings)[0]
     )  # [T - 1], decreasing; the last step reveals the rest
@@ -61,7 +67,9 @@ def ancestral(keys: Tensor, positions: list[int], settings) -> Plan:
 
 
 def remask(keys: Tensor, positions: list[int], settings) -> Plan:
-    """The chain of one position (hidden or seen) does not depend on the tokens, so it is run ahead."""
+    """The chain of one position (hidden or seen) does not depend on the tokens, so it is run
+    ahead.
+    """
     p = times(settings)
     hidden = torch.ones(len(positions), dtype=torch.bool)
     drawn = [0] * len(positions)
@@ -86,7 +94,9 @@ def remask(keys: Tensor, positions: list[int], settings) -> Plan:
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(chance that a hidden token is revealed, chance that one seen is hidden) in the step from t to s < t."""
+    """(chance that a hidden token is revealed, chance that one seen is hidden) in the step from t
+    to s < t.
+    """
     sigma = torch.clamp(p_s / (1 - p_t).clamp(min=1e-12), max=1.0).clamp(max=cap)
     reveal = ((1 - p_s) - (1 - sigma) * (1 - p_t)) / p_t
     return reveal, sigma
@@ -129,9 +139,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """`choose(log_probs [B, R, V], hidden [B, R], settings) -> reveal [B, R]`, at least one where any is hidden.
+    """`choose(log_probs [B, R, V], hidden [B, R], settings) -> reveal [B, R]`, at least one where
+    any is hidden.
 
-    `sequential`: exactly `tokens_per_step` are revealed, so the host knows how many are left without asking.
+    `sequential`: exactly `tokens_per_step` are revealed, so the host knows how many are left
+    without asking.
     """
 
     choose: Callable[[Tensor, Tensor, object], Tensor]

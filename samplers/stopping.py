@@ -1,14 +1,14 @@
 """When a text of variable length ends, and where it is cut.
 
-At the first EOS generated after position 0, which is kept; or where the last 256 tokens have an entropy below 4 nats,
-which are then cut away (a sign that the text has begun to repeat itself). The earlier cut counts.
+At the first EOS generated after position 0, which is kept; or where the last 256 tokens have an
+entropy below 4 nats, which are then cut away (a sign that the text has begun to repeat itself). The
+earlier cut counts.
 """
 
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 ENTROPY_TOKENS = 256
@@ -37,8 +37,9 @@ def low_entropy(tokens: Tensor) -> bool:
 def find_stop(tail: Tensor, end: int, looks: Iterable[int], fresh: int, given: int, eos_id: int):
     """The Stop of a text of `end` tokens whose last ones are `tail` [n] (on the CPU), or None.
 
-    `looks`: the lengths at which the rules are applied, ascending. `fresh`: the first position that was not looked
-    at before. The first `given` tokens are the user's: no EOS there ends the text, and no cut enters them.
+    `looks`: the lengths at which the rules are applied, ascending. `fresh`: the first position that
+    was not looked at before. The first `given` tokens are the user's: no EOS there ends the text,
+    and no cut enters them.
     """
     offset = end - len(tail)
     eos = math.inf

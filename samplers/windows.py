@@ -1,7 +1,8 @@
-"""MDLM: a window is filled whole, then moves by half its length, given what it still sees (arXiv:2406.07524).
+"""MDLM: a window is filled whole, then moves by half its length, given what it still sees
+(arXiv:2406.07524).
 
-The last window is moved less where that is enough, so that the text gets exactly the length asked for. Tokens
-given anywhere inside a window are seen from both sides.
+The last window is moved less where that is enough, so that the text gets exactly the length asked
+for. Tokens given anywhere inside a window are seen from both sides.
 """
 
 from .rounds import generate_rounds
