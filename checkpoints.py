@@ -1,8 +1,8 @@
 """Weights into networks: all of them, or an error that says which keys do not fit and why.
 
-`read` (checkpoint_layouts) opens every published layout. `load_into` is for evaluation and sampling:
-the algorithm must be the file's own. `load_pretrained` starts a new run from another one's weights;
-exactly the tensors that its algorithm adds may be new, and they are named.
+`read` (checkpoint_layouts) opens every published layout. `load_into` is for evaluation and
+sampling: the algorithm must be the file's own. `load_pretrained` starts a new run from the weights
+of another; exactly the tensors that its algorithm adds may be new, and they are named.
 """
 
 import logging
@@ -175,8 +175,8 @@ def _check_interval(checkpoint: Checkpoint, algo: str) -> None:
     if checkpoint.interval is None or algo == "bamdlm" or algo in checkpoint.algorithms:
         return
     raise CheckpointError(
-        f"{checkpoint.source} is a bamdlm checkpoint with a clipped schedule: algo={algo} has no place"
-        f" for its {' and '.join(INTERVAL)}. Only algo=bamdlm can start from it, at any block size"
+        f"{checkpoint.source} holds bamdlm weights and a clipped schedule; algo={algo} has no"
+        f" place for {' and '.join(INTERVAL)}. Only algo=bamdlm can start from it, at any block size"
     )
 
 

@@ -109,7 +109,7 @@ def _download(repo_id: str, name: str, revision: str | None) -> Path | None:
         if note and name != "config.json":
             return None
         raise FileNotFoundError(
-            f"{where} is not{note or ' in the cache, and the hub cannot be reached'}, and there is no"
+            f"{where} is not{note or ' in the cache, the hub cannot be reached'}, and there is no"
             f" local path {Path(repo_id).absolute()}. With a connection: hf download {repo_id}"
         ) from error
     except errors.GatedRepoError as error:

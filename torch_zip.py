@@ -69,7 +69,7 @@ def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
         raise CheckpointError(f"{name} is empty (0 bytes); copy or download it again")
     if not start.startswith(b"PK"):
         raise CheckpointError(
-            f"{name} is not a checkpoint: it does not start like a torch zip file. If a torch before"
+            f"{name} is no checkpoint: it does not start like a torch zip file. If a torch before"
             " 1.6 wrote it, torch.load it where you trust it and torch.save it again"
         )
     try:
