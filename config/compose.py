@@ -38,9 +38,10 @@ def composed_yaml(overrides: list[str]) -> str:
 
 def _convert(leaf: Leaf, value):
     """The value in the type of the schema; raises ValidationError."""
-    bare, optional = unwrap(leaf.hint)
-    if isinstance(value, float) and value.is_integer() and bare is not float and not optional:
-        value = int(value) if bare is int or abs(value) > 1 else value  # 1e6 steps
+    bare, _ = unwrap(leaf.hint)
+    whole = isinstance(value, float) and value.is_integer()  # 1e6 steps
+    if whole and (bare is int or (int in typing.get_args(bare) and abs(value) > 1)):
+        value = int(value)
     node = OmegaConf.structured(leaf.section)
     node[leaf.name] = value
     converted = node[leaf.name]

@@ -37,10 +37,10 @@ class Sampling:
     steps: str | None = doc(
         "first_hitting, ancestral, confidence, threshold or remask; null: by first_hitting"
     )
-    confidence: str = doc("what steps=confidence ranks by: probability, margin or entropy")
+    confidence: str = doc("of a position: probability, margin or entropy (steps=confidence)")
     k: int = doc("tokens that steps=confidence reveals at a time")
     threshold: float = doc("steps=threshold reveals all above this probability, at least one")
-    remask_eta: float = doc("share of the largest remasking chance (arXiv:2503.00307), in [0, 1]")
+    remask_eta: float = doc("largest chance that steps=remask hides a token again, in [0, 1]")
     kv_cache: bool = doc("exact key-value cache (ar, bamdlm)")
     context_size: int | None = doc(
         "visible tokens, current block included, a multiple of S; null: trained length, else 1024"

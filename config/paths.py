@@ -1,0 +1,123 @@
+"""Files and folders that settings name: do they exist, and are they of a kind that can be read?"""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from config.overrides import CONFIGS, nearest
+from config.schema import Config
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+HF_DIT = "algo.backbone=hf_dit needs an exported folder or a hub id"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `org/name` is a model of the hub rather than a path: nothing local looks like it."""
+    organisation, _, _ = name.partition("/")
+    return (
+        HUB_ID.fullmatch(name) is not None
+        and "/" in name
+        and not name.endswith(WEIGHT_SUFFIXES)
+        and not Path(organisation).exists()
+    )
+
+
+def is_missing(path: str) -> bool:
+    """Whether a local path does not exist. URLs and hub ids are not looked up here."""
+    return not path or ("://" not in path and not Path(path).exists() and not is_hub_id(path))
+
+
+@cache
+def known_corpora() -> frozenset[str]:
+    """The corpus names that configs/data/ use."""
+    names = set()
+    for path in (CONFIGS / "data").glob("[!_]*.yaml"):
+        corpus = OmegaConf.load(path)
+        names |= {corpus.get("train"), corpus.get("valid")} - {None}
+    return frozenset(names)
+
+
+def checkpoints(config: Config) -> Iterator[str]:
+    path = config.eval.checkpoint_path
+    if config.mode == "train":
+        yield from _training_start(config)
+    elif path is None and config.algo.backbone == "hf_dit":
+        yield f"eval.checkpoint_path is not set: {HF_DIT}"
+    elif path is None:
+        yield (
+            f"eval.checkpoint_path is not set: mode={config.mode} needs a checkpoint, and no run of"
+            f" algo={config.algo.name} under outputs/ has written one"
+        )
+    elif is_missing(path):
+        yield f"eval.checkpoint_path={path} does not exist"
+    elif config.algo.backbone == "hf_dit" and path.endswith(WEIGHT_SUFFIXES):
+        yield f"eval.checkpoint_path={path}: {HF_DIT}; use algo.backbone=dit"
+
+
+def _training_start(config: Config) -> Iterator[str]:
+    start, save_dir = config.training.from_pretrained, config.checkpointing.save_dir
+    if start is not None and is_missing(start):
+        yield f"training.from_pretrained={start} does not exist (null trains from scratch)"
+    if config.algo.backbone == "hf_dit" and (start is None or start.endswith(WEIGHT_SUFFIXES)):
+        yield f"training.from_pretrained={start}: {HF_DIT}"
+    resume = config.checkpointing.resume_ckpt_path
+    if (
+        config.checkpointing.resume_from_ckpt
+        and resume != f"{save_dir}/checkpoints/last.ckpt"
+        and is_missing(resume)
+    ):
+        yield (
+            f"checkpointing.resume_ckpt_path={resume} does not exist;"
+            " checkpointing.resume_from_ckpt=False starts anew"
+        )
+    if Path(save_dir).is_file():
+        yield f"checkpointing.save_dir={save_dir} is a file: name a folder"
+
+
+def corpora(config: Config) -> Iterator[str]:
+    wanted = {"train": ("train", "valid"), "ppl_eval": ("valid",)}.get(config.mode, ())
+    for key in wanted:
+        yield from _corpus(f"data.{key}", getattr(config.data, key))
+    tokenizer = config.data.tokenizer_name_or_path
+    if not HUB_ID.fullmatch(tokenizer) and is_missing(tokenizer):
+        yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
+    if Path(config.data.cache_dir).is_file():
+        yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
+
+
+def _corpus(key: str, value: str | None) -> Iterator[str]:
+    suffixes = ", ".join(TEXT_SUFFIXES)
+    if value is None:
+        yield f"{key} is not set: data=files needs a file ({suffixes})"
+    elif value in known_corpora() or "://" in value:
+        return
+    elif not Path(value).exists():
+        if Path(value).suffix or "/" in value:
+            yield f"{key}={value} does not exist"
+        else:
+            hint = nearest(value, known_corpora())
+            yield f"{key}={value} is neither a known corpus nor a file.{hint}".removesuffix(".")
+    elif not value.endswith(TEXT_SUFFIXES):
+        yield f"{key}={value} must be a file of kind {suffixes}"
+
+
+def sampling_files(config: Config) -> Iterator[str]:
+    sampling = config.sampling
+    if sampling.prompts is not None:
+        path = Path(sampling.prompts)
+        if not path.is_file():
+            yield f"sampling.prompts={path} does not exist"
+        elif path.suffix not in (".txt", ".jsonl"):
+            yield f"sampling.prompts={path} must be a .txt or .jsonl file"
+        elif path.stat().st_size == 0:
+            yield f"sampling.prompts={path} is empty"
+    if sampling.trajectory is not None and not sampling.trajectory.endswith(".html"):
+        yield f"sampling.trajectory={sampling.trajectory} must be the name of an .html file"
+    judge = config.eval.gen_ppl_eval_model_name_or_path
+    if judge is not None and not HUB_ID.fullmatch(judge) and is_missing(judge):
+        yield f"eval.gen_ppl_eval_model_name_or_path={judge} does not exist (null: no judge)"
