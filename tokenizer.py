@@ -51,7 +51,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text in which special tokens show; a mask that the vocabulary does not know, as [MASK]."""
+        """Text in which special tokens show; a mask outside the vocabulary as [MASK]."""
         text, run = "", []
         for token in ids:
             if token == self.mask_id and token >= len(self.hf):
@@ -74,7 +74,9 @@ class Tokenizer:
         """The same for the same mapping from text to ids, 16 hex digits."""
         if self.hf.is_fast:
             mapping = json.loads(self.hf.backend_tokenizer.to_str())
-            mapping = {k: mapping[k] for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+            mapping = {
+                k: mapping[k] for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")
+            }
         else:
             mapping = [type(self.hf).__name__, self.hf.get_vocab()]
         ids = [self.vocab_size, self.mask_id, self.bos_id, self.eos_id, self.pad_id]
@@ -122,7 +124,7 @@ def wrap(hf, name: str, eos_token: str | None = None) -> Tokenizer:
     if hf.is_fast:  # settings saved with some tokenizers, which would cut or pad documents
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()
-    # Padding added at the end of a vocabulary takes the id that the mask has in the published models.
+    # Padding added at the end of a vocabulary takes the mask's id, as in the published models.
     top = max(id for token, id in vocabulary.items() if token != hf.pad_token)
     mask = hf.mask_token_id if hf.mask_token is not None else max(hf.vocab_size, top + 1)
     return Tokenizer(
@@ -159,21 +161,21 @@ def from_hub(name: str):
         return AutoTokenizer.from_pretrained(download(name), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor a local"
-            f" folder, nor in the hub cache, and the hub did not give it ({first_line(error)}). Without"
-            " a network: copy the tokenizer's folder here and give its path"
+            f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor a"
+            f" local folder, nor in the hub cache, and the hub did not give it ({first_line(error)})."
+            " Without a network: copy the tokenizer's folder here and give its path"
         ) from error
 
 
 def download(name: str) -> str:
     """The folder of a hub model's tokenizer files. One quick question first: without a network the
     hub's client would retry for a minute."""
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     try:
         HfApi().model_info(name, timeout=10)
-    except httpx.HTTPError as error:
+    except HTTPError as error:
         raise OSError(f"no connection: {first_line(error)}") from error
     return snapshot_download(name, allow_patterns=["*token*", "vocab*", "merges*", "config.json"])
 
@@ -203,7 +205,7 @@ def text8(cache_dir):
 
 
 def characters(alphabet: str):
-    """One id per character after eight special ids; text is lower-cased, what is unknown is [UNK]."""
+    """One id per character after eight special ids; lower-cases; what is unknown is [UNK]."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
@@ -230,7 +232,9 @@ def shakespeare_bpe(cache_dir):
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     if cache_dir is None:
         return train_bpe(texts, PLAYS_TOKENS)
-    folder = Path(cache_dir).expanduser() / "tokenizers" / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
+    folder = (
+        Path(cache_dir).expanduser() / "tokenizers" / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
+    )
     if not folder.is_dir():
         log.info("training the tokenizer shakespeare-bpe on %d scenes (once)", len(texts))
         save_atomically(train_bpe(texts, PLAYS_TOKENS), folder)

@@ -1,0 +1,89 @@
+"""The order of examples: which rows make up which batch, on which device.
+
+Training reads one endless shuffled stream. Its position p (0, 1, 2 ... over the whole run) shows
+row permutation(seed, epoch p // n)[p % n] of n rows. The stream is cut into slices of batch size times
+world size; each rank takes its part of a slice. So the examples of an optimizer step depend on the
+seed and the position alone, not on devices, micro-batches or workers, and a run resumes at any
+position. A batch sampler runs in the main process: workers only fetch the rows they are told.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Place(NamedTuple):
+    """One example of a batch."""
+
+    position: int  # in the stream; in validation, the row
+    row: int  # of the data set
+
+
+class ShuffledStream:
+    """n rows in a new order every epoch; to read anywhere costs one permutation per epoch."""
+
+    def __init__(self, rows: int, seed: int):
+        if rows < 1:
+            raise ValueError(f"the training split has {rows} rows; it needs at least one")
+        self.rows, self.seed = rows, seed
+        self.epoch, self.permutation = -1, None
+
+    def __getitem__(self, position: int) -> Place:
+        epoch, offset = divmod(position, self.rows)
+        if epoch != self.epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.permutation = epoch, generator.permutation(self.rows)
+        return Place(position, int(self.permutation[offset]))
+
+
+@dataclass
+class TrainBatches:
+    """Batch sampler without end; `start` tells the position at which an iterator begins.
+
+    With accumulation over k micro-batches a step's global batch is k whole slices, so any number of
+    devices that gives the same global batch gives the same steps.
+    """
+
+    stream: ShuffledStream
+    batch_size: int  # of one device
+    rank: int
+    world_size: int
+    start: Callable[[], int]
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        position = self.start() + self.rank * self.batch_size
+        while True:
+            yield [self.stream[position + i] for i in range(self.batch_size)]
+            position += self.batch_size * self.world_size
+
+
+class ValidBatches:
+    """Every row once over all ranks, in order, none repeated; all ranks have equally many batches
+    (some collectives run once a batch), so the last batches may be smaller than asked."""
+
+    def __init__(self, rows: int, batch_size: int, rank: int, world_size: int):
+        if rows < world_size:
+            raise ValueError(
+                f"the validation split has {rows} rows for {world_size} devices; use a smaller"
+                " model.length, more text or fewer devices"
+            )
+        slices, rest = divmod(rows, batch_size * world_size)
+        pieces = world_size if rest else 0
+        if 0 < rest < world_size:  # does not reach every rank: shared out with the slice before it
+            slices -= 1
+            if batch_size > 1:
+                pieces *= 2
+        whole = slices * batch_size * world_size
+        bounds = [*range(0, whole, batch_size)]
+        bounds += [whole + (rows - whole) * i // pieces for i in range(pieces)]
+        bounds = [*bounds, rows]
+        self.ranges = [(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for begin, end in self.ranges:
+            yield [Place(row, row) for row in range(begin, end)]
+
+    def __len__(self) -> int:
+        return len(self.ranges)

@@ -1,0 +1,234 @@
+"""Load -> detokenize -> tokenize -> wrap -> save -> batches.
+
+get_rows prepares one split of a corpus, once: the result lies under data.cache_dir in a folder
+named by a hash of every setting that shapes it. DataModule serves prepared rows to Lightning.
+
+A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}. In training
+"row" is the example's position in the endless stream of the run (data_order.py): position // global
+batch size is the optimizer step, the remainder the row of the global batch. In validation it is the
+row of the split.
+"""
+
+import hashlib
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+import corpora
+import detokenizers
+import rows
+from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
+from randomness import uniform
+from rows import Rows, Shape
+from tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def get_rows(
+    corpus: str,
+    split: str,
+    *,
+    tokenizer: Tokenizer,
+    length: int,
+    cache_dir: str | Path,
+    wrap: bool = True,
+    insert_eos: bool = True,
+    insert_special: bool = True,
+    revision: str | None = None,
+    text_column: str | None = None,
+    source: str | None = None,
+) -> Rows:
+    """The rows of one split, "train" or "valid", prepared at the first call.
+
+    corpus: a name of corpora.table() or a path or pattern of files. Training rows of text8-crop are
+    2 L long; DataModule cuts the windows. Safe when several processes ask at once: one prepares,
+    the others wait.
+    """
+    entry = corpora.get_corpus(corpus, split, source=source)
+    shape = Shape(
+        length=2 * length if entry.windows and split == "train" else length,
+        wrap=wrap,
+        insert_eos=insert_eos,
+        insert_special=insert_special,
+        bos=tokenizer.bos_id,
+        eos=tokenizer.eos_id,
+        pad=tokenizer.pad_id,
+    )
+    column = text_column or entry.column
+    about = {
+        "corpus": corpus,
+        "split": split,
+        "sources": [place.identity(split, revision) for place in entry.sources],
+        "column": column,
+        "detokenizer": entry.detokenizer,
+        "detokenizer_rules": entry.detokenizer and detokenizers.fingerprint(entry.detokenizer),
+        "tokenizer": tokenizer.fingerprint,
+        "shape": vars(shape),
+        "format": rows.FORMAT,
+    }
+    cache = Path(cache_dir).expanduser()
+    folder = cache / "rows" / folder_name(about)
+    if not folder.is_dir():
+        detokenize = (
+            partial(detokenizers.detokenize, entry.detokenizer) if entry.detokenizer else None
+        )
+
+        def documents(report):
+            pieces = corpora.read(entry, split, revision, column, cache)
+            return rows.encoded(pieces, tokenizer, detokenize, report)
+
+        with lock(folder):
+            if not folder.is_dir():
+                rows.write(folder, documents, shape, tokenizer.vocab_size, about)
+    return Rows(folder)
+
+
+def folder_name(about: dict) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(about["corpus"]).stem)
+    return f"{name[:40]}-{about['split']}-{about['shape']['length']}-{digest}"
+
+
+def lock(folder: Path) -> FileLock:
+    """Held while a folder is made; freed by the system when the process dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process prepares %s; waiting for it", folder)
+        lock.acquire()
+    return lock
+
+
+class Examples(Dataset):
+    """Whole batches: the places that a batch sampler chose -> tensors."""
+
+    def __init__(
+        self, rows: Rows, *, window: int | None = None, bos: int | None = None, seed: int = 0
+    ):
+        """window: serve that many ids of each row, from a start that depends on seed and position;
+        bos: written over a window's first id."""
+        self.rows, self.window, self.bos, self.seed = rows, window, bos, seed
+
+    def __getitems__(self, places: list[Place]) -> dict[str, torch.Tensor]:
+        positions = torch.tensor([place.position for place in places])
+        ids, mask = map(torch.from_numpy, self.rows.read([place.row for place in places]))
+        if self.window is not None:
+            draws = uniform(self.seed, positions, dtype=torch.float64)  # [B]
+            starts = (draws * (self.rows.length - self.window)).long()
+            columns = starts[:, None] + torch.arange(self.window)  # [B, L]
+            ids, mask = ids.gather(1, columns), mask.gather(1, columns)
+            if self.bos is not None:
+                ids[:, 0] = self.bos
+        return {"input_ids": ids, "attention_mask": mask, "row": positions}
+
+
+class DataModule(LightningDataModule):
+    """Prepared rows as loaders. Set Trainer(use_distributed_sampler=False): the samplers here know
+    their rank.
+
+    State is the number of examples trained on: optimizer steps times the global batch, so that what
+    workers fetched ahead does not count.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Rows | None,
+        valid: Rows | None,
+        length: int,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 1,
+        window_bos: int | None = None,
+    ):
+        """batch_size: of one device and one micro-batch. window_bos: the BOS id where training rows
+        are longer than length and data.insert_train_special is set (text8-crop)."""
+        super().__init__()
+        self.train, self.valid = train, valid
+        self.length = length
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.seed = seed
+        self.window_bos = window_bos
+        self.resumed_examples, self.resumed_step = 0, 0
+
+    @property
+    def examples_seen(self) -> int:
+        """Trained on since the run began, over all devices."""
+        if self.trainer is None:
+            return self.resumed_examples
+        step_examples = self.batch_size * self.trainer.world_size * self.accumulation
+        return (
+            self.resumed_examples + (self.trainer.global_step - self.resumed_step) * step_examples
+        )
+
+    def start_at(self, examples_seen: int, step: int = 0) -> None:
+        """Continue the stream there; step is the trainer's global_step at that point."""
+        self.resumed_examples, self.resumed_step = examples_seen, step
+
+    def state_dict(self) -> dict:
+        state = {"examples_seen": self.examples_seen, "seed": self.seed}
+        state["step"] = 0 if self.trainer is None else self.trainer.global_step
+        state["rows"] = None if self.train is None else len(self.train)
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        own = {"seed": self.seed, "rows": None if self.train is None else len(self.train)}
+        for key, value in own.items():
+            if self.train is not None and state[key] != value:
+                raise ValueError(
+                    f"the checkpoint was trained with {key}={state[key]} and this run has {value}:"
+                    " the order of the data cannot be continued; use the same data.* and seed, or"
+                    " start a new run with training.from_pretrained"
+                )
+        self.start_at(state["examples_seen"], state["step"])
+
+    def train_dataloader(self) -> DataLoader:
+        windows = self.train.length != self.length
+        examples = Examples(
+            self.train,
+            window=self.length if windows else None,
+            bos=self.window_bos if windows else None,
+            seed=self.seed,
+        )
+        stream = ShuffledStream(len(self.train), self.seed)
+        return self.loader(
+            examples,
+            TrainBatches(stream, self.batch_size, *self.place, lambda: self.examples_seen),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        batches = ValidBatches(len(self.valid), self.eval_batch_size, *self.place)
+        return self.loader(Examples(self.valid), batches)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(rank, world size)"""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def loader(self, examples: Examples, batches) -> DataLoader:
+        return DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+        )
+
+
+def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch

@@ -1,0 +1,281 @@
+"""Documents to rows of L ids on disk.
+
+Wrapped: all documents form one stream, cut into chunks; only what is left at its very end is
+dropped. Unwrapped: one document a row, cut or padded to L. A prepared folder holds
+
+    ids.bin      [rows, L] uint16, or uint32 for vocabularies above 65 536, memory-mapped when read
+    counts.bin   [rows] uint32, real tokens of each row; what follows them is padding
+    about.json   what the rows were made from and how many there are
+
+and is made under a temporary name, so that a folder that exists is complete.
+"""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from readers import Piece
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when the same settings would give other rows
+TEXTS_AT_ONCE = 1000
+CHARACTERS_AT_ONCE = 1 << 20
+SECONDS_BETWEEN_REPORTS = 10
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How ids become rows. bos, eos, pad: ids."""
+
+    length: int
+    wrap: bool
+    insert_eos: bool  # after each document; wrapped only
+    insert_special: bool  # BOS and EOS round each chunk; unwrapped rows always have them
+    bos: int
+    eos: int
+    pad: int
+
+    def __post_init__(self):
+        if self.room < 1:
+            raise ValueError(
+                f"model.length={self.length} leaves no room for text between the BOS and the EOS of"
+                " a row; it must be at least 3"
+            )
+
+    @property
+    def framed(self) -> bool:
+        return self.insert_special or not self.wrap
+
+    @property
+    def room(self) -> int:
+        return self.length - 2 * self.framed
+
+
+class Chunk(NamedTuple):
+    """Rows that are ready."""
+
+    ids: np.ndarray  # [n, L]
+    counts: np.ndarray  # [n], real tokens, the rest of a row is padding
+
+
+def wrapped(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
+    """The stream in rows. A document comes as (ids, ends) pairs, see Piece."""
+    rest = np.empty(0, np.int64)
+    for batch in batched(documents):
+        flat = itertools.chain.from_iterable(
+            (*ids, shape.eos) if ends and shape.insert_eos else ids for ids, ends in batch
+        )
+        stream = np.concatenate([rest, np.fromiter(flat, np.int64)])
+        whole = len(stream) // shape.room * shape.room
+        rest = stream[whole:]
+        if whole:
+            ids = framed(stream[:whole].reshape(-1, shape.room), shape)
+            yield Chunk(ids, np.full(len(ids), shape.length))
+
+
+def framed(body: np.ndarray, shape: Shape) -> np.ndarray:
+    if not shape.framed:
+        return body
+    ends = np.full((len(body), 1), shape.bos), np.full((len(body), 1), shape.eos)
+    return np.concatenate([ends[0], body, ends[1]], axis=1)
+
+
+def unwrapped(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
+    """A document a row: [BOS] + at most L - 2 ids + [EOS] + padding."""
+    for batch in batched(joined(documents, shape.room)):
+        ids = np.full((len(batch), shape.length), shape.pad, np.int64)
+        counts = np.array([len(document) + 2 for document in batch])
+        for row, document in zip(ids, batch, strict=True):
+            row[: len(document) + 2] = [shape.bos, *document, shape.eos]
+        yield Chunk(ids, counts)
+
+
+def joined(documents: Iterable[tuple[list[int], bool]], most: int) -> Iterator[list[int]]:
+    """The first ids of each document, whatever pieces it comes in."""
+    document: list[int] = []
+    for ids, ends in documents:
+        document += ids[: most - len(document)]
+        if ends:
+            yield document
+            document = []
+
+
+def batched(items: Iterable) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, TEXTS_AT_ONCE)):
+        yield batch
+
+
+def encoded(
+    pieces: Iterable[Piece], tokenizer, detokenize: Callable[[str], str] | None, report: Callable
+) -> Iterator[tuple[list[int], bool]]:
+    """Pieces as (ids, ends), tokenized in batches."""
+    for batch in by_size(pieces):
+        texts = [piece.text for piece in batch]
+        if detokenize is not None:
+            texts = [detokenize(text) for text in texts]
+        encodings = tokenizer.encode_batch(texts)
+        for ids, piece in zip(encodings, batch, strict=True):
+            yield ids, piece.ends
+        report(sum(map(len, encodings)), sum(piece.ends for piece in batch), batch[-1].done)
+
+
+def by_size(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if len(batch) == TEXTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class Report:
+    """Says how preparation goes: a bar on a terminal, else a log line every few seconds."""
+
+    def __init__(self, title: str):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.title = title
+        self.tokens = self.documents = 0
+        self.began = self.said = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, transient=True)
+        self.bar = self.progress.add_task(title, total=1.0)
+
+    def __enter__(self):
+        if self.progress.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self.progress.stop()
+
+    def __call__(self, tokens: int, documents: int, done: float) -> None:
+        self.tokens += tokens
+        self.documents += documents
+        now = time.monotonic()
+        elapsed = max(now - self.began, 1e-9)
+        rate = f"{self.tokens / elapsed / 1e3:,.0f} k tokens/s"
+        self.progress.update(self.bar, completed=done, description=f"{self.title}, {rate}")
+        if not self.progress.console.is_terminal and now - self.said > SECONDS_BETWEEN_REPORTS:
+            self.said = now
+            left = elapsed * (1 - done) / done if done else float("inf")
+            log.info("%s: %.0f %%, %s, %.0f s left", self.title, 100 * done, rate, left)
+
+
+def write(
+    folder: Path,
+    documents: Callable[[Report], Iterable],
+    shape: Shape,
+    vocab_size: int,
+    about: dict,
+) -> None:
+    """Make the prepared folder. The caller holds its lock."""
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by a killed preparation
+        shutil.rmtree(stale)
+    new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    new.mkdir(parents=True)
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    try:
+        with Report(f"preparing {about['corpus']} ({about['split']})") as report:
+            pack = wrapped if shape.wrap else unwrapped
+            rows = save(new, pack(documents(report), shape), dtype, vocab_size)
+        if rows == 0:
+            raise ValueError(
+                f"{about['corpus']} ({about['split']}) has {report.tokens} tokens in"
+                f" {report.documents} documents: not one row of model.length={shape.length}; use a"
+                " smaller model.length or more text"
+            )
+        made = {
+            "rows": rows,
+            "dtype": np.dtype(dtype).name,
+            "tokens": report.tokens,
+            "documents": report.documents,
+            "seconds": round(time.monotonic() - report.began, 1),
+        }
+        text = json.dumps(about | made, indent=1, ensure_ascii=False)
+        (new / "about.json").write_text(text + "\n", encoding="utf-8")
+        os.rename(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    log.info(
+        "prepared %s (%s): %s documents, %s tokens, %s rows of %d in %.0f s -> %s",
+        *(about["corpus"], about["split"]),
+        *(f"{made[key]:,}" for key in ("documents", "tokens", "rows")),
+        *(shape.length, made["seconds"], folder),
+    )
+
+
+def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
+    """The number of rows written."""
+    rows = 0
+    with (
+        (folder / "ids.bin").open("wb") as ids_file,
+        (folder / "counts.bin").open("wb") as counts_file,
+    ):
+        for ids, counts in chunks:
+            if ids.max() >= vocab_size:
+                raise ValueError(
+                    f"the tokenizer gave the id {ids.max()}, but its vocabulary has {vocab_size}"
+                    " ids, the mask included; check data.tokenizer_name_or_path"
+                )
+            ids_file.write(ids.astype(dtype).tobytes())
+            counts_file.write(counts.astype(np.uint32).tobytes())
+            rows += len(ids)
+        for file in (ids_file, counts_file):
+            file.flush()
+            os.fsync(file.fileno())
+    return rows
+
+
+class Rows:
+    """A prepared folder, read through the page cache: opening it costs nothing."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.about = json.loads((self.folder / "about.json").read_text())
+        self.length = self.about["shape"]["length"]
+        self.dtype = np.dtype(self.about["dtype"])
+        self.open()
+
+    def open(self) -> None:
+        self.ids = self.array("ids.bin", self.dtype, (self.about["rows"], self.length))
+        self.counts = self.array("counts.bin", np.dtype(np.uint32), (self.about["rows"],))
+
+    def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+        expected, found = np.prod(shape) * dtype.itemsize, (self.folder / name).stat().st_size
+        if found != expected:
+            raise ValueError(
+                f"{self.folder / name} has {found} bytes, {expected} were written: the file was"
+                " changed or damaged; delete the folder, and it will be made again"
+            )
+        return np.memmap(self.folder / name, dtype, "r", shape=shape)
+
+    def __getstate__(self) -> dict:  # a memory map would be copied into a worker
+        return {key: value for key, value in vars(self).items() if key not in ("ids", "counts")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.open()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [B, L], attention mask [B, L]), both int64."""
+        ids = np.array(self.ids[rows], np.int64)
+        mask = np.arange(self.length) < self.counts[rows][:, None]
+        return ids, mask.astype(np.int64)
