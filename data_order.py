@@ -1,10 +1,10 @@
 """The order of examples: which rows make up which batch, on which device.
 
 Training reads one endless shuffled stream. Its position p (0, 1, 2 ... over the whole run) shows
-row permutation(seed, epoch p // n)[p % n] of n rows. The stream is cut into slices of batch size times
-world size; each rank takes its part of a slice. So the examples of an optimizer step depend on the
-seed and the position alone, not on devices, micro-batches or workers, and a run resumes at any
-position. A batch sampler runs in the main process: workers only fetch the rows they are told.
+row permutation(seed, epoch p // n)[p % n] of n rows. The stream is cut into slices of batch size
+times world size; each rank takes its part of a slice. So the examples of an optimizer step depend
+on the seed and the position alone, not on devices, micro-batches or workers, and a run resumes at
+any position. A batch sampler runs in the main process: workers only fetch the rows they are told.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,8 +2,8 @@
 
 Each set has a list of substitutions, applied in order: a pair of strings replaces literally, a
 pair that begins with a compiled pattern replaces by regular expression. The lists reproduce the
-recordings in tests/golden/data/detokenizers.json, whose oddities (such as "$ 5" kept by one set and joined by
-another) are part of the published perplexities.
+recordings in tests/golden/data/detokenizers.json, whose oddities (such as "$ 5" kept by one set and
+joined by another) are part of the published perplexities.
 """
 
 import hashlib

@@ -162,8 +162,8 @@ def from_hub(name: str):
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor a"
-            f" local folder, nor in the hub cache, and the hub did not give it ({first_line(error)})."
-            " Without a network: copy the tokenizer's folder here and give its path"
+            " local folder, nor in the hub cache, and the hub did not give it"
+            f" ({first_line(error)}). Without a network: copy the tokenizer's folder here and give its path"
         ) from error
 
 
