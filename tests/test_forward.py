@@ -48,7 +48,7 @@ def everywhere(tokens):
     return torch.arange(tokens.shape[1]).expand_as(tokens)
 
 
-# ---- recordings -----------------------------------------------------------------------------------
+# ---- recordings
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -163,7 +163,7 @@ def test_parameters_have_the_published_names_shapes_and_order(name):
     assert [f"backbone.{n}" for n in parameters] == order
 
 
-# ---- what a pass promises -------------------------------------------------------------------------
+# ---- what a pass promises
 
 
 @pytest.mark.parametrize(

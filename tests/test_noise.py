@@ -113,7 +113,7 @@ def test_sigma_turns_back_into_p_up_to_its_limit(name):
 
 
 def test_an_unknown_schedule_is_refused_by_name():
-    with pytest.raises(ValueError, match="noise must be one of .*cosine.*got 'sine'"):
+    with pytest.raises(ValueError, match=r"noise must be one of .*cosine.*got 'sine'"):
         get_schedule("sine")
 
 
