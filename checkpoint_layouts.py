@@ -32,7 +32,7 @@ class Checkpoint:
 
     source: str
     layout: str  # "lightning" or "hub"
-    algorithms: tuple[str, ...]  # what the file may be; more than one where it does not say
+    algorithms: tuple[str, ...]  # which runs it fits: several where it does not say, or N = 1
     config: dict  # the run's configuration (lightning) or config.json (hub); {} if there is none
     weights: dict[str, Tensor]
     foreign: dict[str, Tensor] = field(default_factory=dict)  # keys no network of ours has
@@ -45,7 +45,9 @@ class Checkpoint:
 
     @property
     def algo(self) -> str | None:
-        return self.algorithms[0] if len(self.algorithms) == 1 else None
+        """None where the file leaves it open."""
+        known = len(self.algorithms) == 1 or self.algorithms[0] == "bamdlm"
+        return self.algorithms[0] if known else None
 
     @property
     def block_size(self) -> int | None:

@@ -20,6 +20,7 @@ from checkpoint_layouts import (
     ema_from_list,
     ema_to_list,
     read,
+    resolve,
 )
 from unpickling import CheckpointError
 
@@ -35,6 +36,7 @@ __all__ = [
     "load_into",
     "load_pretrained",
     "read",
+    "resolve",
 ]
 
 log = logging.getLogger(__name__)
@@ -176,7 +178,7 @@ def _check_interval(checkpoint: Checkpoint, algo: str) -> None:
         return
     raise CheckpointError(
         f"{checkpoint.source} holds bamdlm weights and a clipped schedule; algo={algo} has no"
-        f" place for {' and '.join(INTERVAL)}. Only algo=bamdlm can start from it, at any block size"
+        f" use for {' and '.join(INTERVAL)}. Only algo=bamdlm can start from it, at any block size"
     )
 
 
