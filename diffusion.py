@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from metrics import Likelihood, LikelihoodMeter
@@ -164,7 +165,8 @@ class Diffusion(L.LightningModule):
         self._average(True)
         self.meter = LikelihoodMeter()
         self.search = None
-        if self.clip is not None and self.trainer.training:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if self.clip is not None and fitting:
             self.search = clipping.Search(
                 clipping.candidates(
                     self.objective.block_size,
@@ -207,7 +209,7 @@ class Diffusion(L.LightningModule):
             },
             prog_bar=False,
         )
-        if self.search is not None and not self.trainer.sanity_checking:
+        if self.search is not None:
             self._adopt(self.search)
 
     def likelihood(self) -> Likelihood:

@@ -9,6 +9,7 @@ import sys
 import time
 
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -118,9 +119,11 @@ class RunProgress(ProgressBar):
             nll = float(trainer.callback_metrics["val/nll"])
             error = float(trainer.callback_metrics["val/nll_error"])
             ppl = f"{_ppl(nll)} ± {math.exp(min(nll, 700)) * error:.2f}"
-            step = f"step {trainer.global_step:,}: " if trainer.training else ""
+            step = (
+                f"step {trainer.global_step:,}: " if trainer.state.fn == TrainerFn.FITTING else ""
+            )
             self.print(f"{step}validation perplexity {ppl} ({nll:.4f} nats per token)")
-        if not trainer.training:
+        if trainer.state.fn != TrainerFn.FITTING:
             self._close()
         self._since += time.monotonic() - self._paused
 

@@ -1,0 +1,293 @@
+"""From settings to objects: with fitting.py the only file that reads the configuration of a run.
+
+Each mode is a function `prepare_*(config) -> run`: it makes and checks everything the run needs,
+and what it returns does the work. A ValueError while preparing is the user's (a file, a setting);
+one while running would be ours.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+
+import checkpoints
+import config as settings
+from config import Config
+from dataloader import DataModule, get_rows
+from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
+from fitting import build_trainer, examples_seen, resume_point, training_logs
+from metrics import Likelihood
+from models.dit import DiT
+from noise_schedule import get_schedule
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.sedd import ScoreEntropy
+from rows import Rows
+from tokenizer import Tokenizer, get_tokenizer
+from utils import lr_factor, rank, say
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Everything the mode needs, checked; call it to do the work. Raises ValueError, OSError."""
+    return MODES[config.mode](config)
+
+
+def prepare_train(config: Config) -> Callable[[], None]:
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    resume = resume_point(config)
+    pretrained = None
+    if config.training.from_pretrained and resume is None:
+        pretrained = checkpoints.read(config.training.from_pretrained)
+    tokenizer = build_tokenizer(config)
+    backbone = build_backbone(config, tokenizer, pretrained)
+    module = build_module(config, backbone, tokenizer)
+    if pretrained is not None:
+        start_from(module, pretrained, config)
+    data = build_data(config, tokenizer, train=True)
+    run_folder = Path(config.checkpointing.save_dir)
+    trainer = build_trainer(config, loggers=training_logs(config))
+
+    def run() -> None:
+        if rank() == 0:
+            settings.write_settings(config)
+        if resume is not None:
+            data.start_at(examples_seen(resume, config), resume.step)
+            say(f"going on from step {resume.step:,} of {config.checkpointing.resume_ckpt_path}")
+        say(f"run folder: {run_folder}")
+        path = None if resume is None else config.checkpointing.resume_ckpt_path
+        trainer.fit(module, datamodule=data, ckpt_path=path)
+
+    return run
+
+
+def prepare_ppl_eval(config: Config) -> Callable[[], None]:
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    tokenizer = build_tokenizer(config)
+    module, checkpoint = trained_module(config, tokenizer)
+    data = build_data(config, tokenizer, train=False)
+    trainer = build_trainer(config, loggers=[])
+
+    def run() -> None:
+        started = time.monotonic()
+        trainer.validate(module, datamodule=data, verbose=False)
+        report_likelihood(config, checkpoint, module.likelihood(), time.monotonic() - started)
+
+    return run
+
+
+def trained_module(
+    config: Config, tokenizer: Tokenizer
+) -> tuple[Diffusion, checkpoints.Checkpoint]:
+    """The module with the weights of eval.checkpoint_path, averaged unless eval.disable_ema."""
+    checkpoint = checkpoints.read(config.eval.checkpoint_path)
+    backbone = build_backbone(config, tokenizer, checkpoint)
+    averaged = not config.eval.disable_ema and checkpoint.ema is not None
+    checkpoints.load_into(
+        backbone,
+        checkpoint,
+        use_ema=averaged,
+        algo=config.algo.name,
+        block_size=config.block_size if config.algo.name == "bamdlm" else None,
+    )
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
+    return build_module(config, backbone, tokenizer), checkpoint
+
+
+def report_likelihood(
+    config: Config, checkpoint: checkpoints.Checkpoint, found: Likelihood, seconds: float
+) -> None:
+    """The result as lines and, beside the run, as JSON."""
+    exact = config.algo.name == "ar" or (config.block_size == 1 and config.training.eval_nll)
+    summary = {
+        "mode": "ppl_eval",
+        "algo": config.algo.name,
+        "block_size": config.block_size,
+        "data": config.data.valid,
+        "checkpoint": config.eval.checkpoint_path,
+        "ema": not config.eval.disable_ema,
+        "bound": "exact" if exact else "upper bound (NELBO)",
+        "ppl": found.ppl,
+        "ppl_error": found.ppl_error,
+        "nll": found.nll,
+        "bpd": found.bpd,
+        "tokens": found.tokens,
+        "rows": found.rows,
+        "precision": config.trainer.precision,
+        "seed": config.seed,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": found.tokens / seconds,
+    }
+    if rank() != 0:
+        return
+    path = Path(config.checkpointing.save_dir) / f"ppl_{Path(str(config.data.valid)).stem}.json"
+    write_json(path, summary)
+    say(f"{config.algo.name} on {config.data.valid} ({summary['bound']}): {found}")
+    say(f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+MODES = {"train": prepare_train, "ppl_eval": prepare_ppl_eval}
+
+
+# ---- parts ----------------------------------------------------------------------------------
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    return get_tokenizer(
+        config.data.tokenizer_name_or_path,
+        eos_token=config.data.eos_token,
+        cache_dir=config.data.cache_dir,
+    )
+
+
+def build_backbone(
+    config: Config, tokenizer: Tokenizer, checkpoint: checkpoints.Checkpoint | None
+) -> DiT:
+    """The network of model.*, or with algo.backbone=hf_dit that of the checkpoint."""
+    model = config.model
+    if config.algo.backbone == "hf_dit":
+        sizes = checkpoints.build_backbone_args(checkpoint)
+        if sizes["vocab_size"] != tokenizer.vocab_size:
+            raise ValueError(
+                f"{checkpoint.source} has a vocabulary of {sizes['vocab_size']} ids, the tokenizer"
+                f" {config.data.tokenizer_name_or_path} of {tokenizer.vocab_size} (mask included);"
+                " set data.tokenizer_name_or_path to the one it was trained with"
+            )
+    else:
+        sizes = {
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": model.hidden_size,
+            "cond_dim": model.cond_dim,
+            "n_blocks": model.n_blocks,
+            "n_heads": model.n_heads,
+            "adaln": config.algo.name != "ar" or model.adaln,
+        }
+    sizes["dropout"] = model.dropout
+    return DiT(**sizes, attn_backend=model.attn_backend)
+
+
+def build_objective(
+    config: Config, mask_id: int
+) -> MaskedDiffusion | ScoreEntropy | Autoregressive:
+    algo = config.algo
+    if algo.name == "ar":
+        return Autoregressive(mask_id, ignore_bos=algo.ignore_bos)
+    schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
+    if algo.name == "sedd":
+        return ScoreEntropy(
+            mask_id,
+            schedule,
+            ignore_bos=algo.ignore_bos,
+            time_conditioning=algo.time_conditioning,
+        )
+    return MaskedDiffusion(
+        mask_id,
+        # mdlm's block_size is the window of its sampler; it is trained on whole sequences
+        config.model.length if algo.name == "mdlm" else config.block_size,
+        schedule,
+        ignore_bos=algo.ignore_bos,
+        resample=config.training.resample,
+    )
+
+
+def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusion:
+    algo, training, optim = config.algo, config.training, config.optim
+    schedule = config.lr_scheduler
+    return Diffusion(
+        backbone=backbone,
+        objective=build_objective(config, tokenizer.mask_id),
+        noise=NoiseSettings(
+            seed=config.seed,
+            interval=(training.sampling_eps_min, training.sampling_eps_max),
+            sampling_eps=training.sampling_eps,
+            antithetic=training.antithetic_sampling,
+            global_batch=config.loader.global_batch_size,
+            eval_global_batch=config.loader.eval_global_batch_size,
+        ),
+        optimizer=OptimizerSettings(
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            lr_factor=lr_factor(
+                schedule.name,
+                lr=optim.lr,
+                max_steps=config.trainer.max_steps,
+                warmup_steps=schedule.num_warmup_steps,
+                lr_init=schedule.warmup_lr_init,
+                lr_min=schedule.lr_min,
+            ),
+        ),
+        ema_decay=training.ema,
+        clip=ClippingSettings(
+            tuple(algo.clip_search_widths), algo.clip_search_delta, algo.fix_clipping
+        )
+        if algo.var_min
+        else None,
+        exact_nll=algo.name == "bamdlm" and config.block_size == 1 and training.eval_nll,
+        pad_apart=not config.data.wrap,
+        description={
+            "config": dataclasses.asdict(config),
+            "tokenizer": {
+                "name_or_path": config.data.tokenizer_name_or_path,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "mask_id": tokenizer.mask_id,
+            },
+        },
+    )
+
+
+def start_from(module: Diffusion, checkpoint: checkpoints.Checkpoint, config: Config) -> None:
+    """training.from_pretrained: weights and, where the file has one, the EMA; nothing else."""
+    taken = checkpoints.load_pretrained(module.backbone, checkpoint, algo=config.algo.name)
+    say(f"starting from the weights of {checkpoint.source}")
+    if taken.new_keys:
+        say(f"new in this run: {', '.join(taken.new_keys)}")
+    if module.ema is not None:
+        weights = {name: p.detach() for name, p in module.named_weights()}
+        module.ema.load(taken.ema or weights, taken.ema_updates)
+
+
+def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModule:
+    """The splits that the mode reads, prepared at the first use; evaluation reads only its own."""
+    loader, length = config.loader, config.model.length
+    training = build_rows(config, tokenizer, "train") if train else None
+    if training is not None and training.length != length and config.algo.name == "ar":
+        length += 1  # windows of a longer row: one more token, so that ar predicts L as well
+    return DataModule(
+        train=training,
+        valid=build_rows(config, tokenizer, "valid"),
+        length=length,
+        seed=config.seed,
+        batch_size=loader.batch_size,
+        eval_batch_size=loader.eval_batch_size,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory and config.trainer.accelerator == "gpu",
+        window_bos=tokenizer.bos_id if config.data.insert_train_special else None,
+    )
+
+
+def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
+    data, train = config.data, split == "train"
+    return get_rows(
+        data.train if train else data.valid,
+        split,
+        tokenizer=tokenizer,
+        length=config.model.length,
+        cache_dir=data.cache_dir,
+        wrap=data.wrap,
+        insert_eos=data.insert_train_eos if train else data.insert_valid_eos,
+        insert_special=data.insert_train_special if train else data.insert_valid_special,
+        revision=data.train_revision if train else data.valid_revision,
+    )

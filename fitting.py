@@ -1,0 +1,161 @@
+"""The Lightning trainer of a run, its logs and callbacks, and where a stopped run goes on."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+
+import checkpoints
+import config as settings
+from checkpoint_io import SafeCheckpointIO
+from config import Config
+from progress import RunProgress
+from run_log import CSVLog
+from utils import say
+
+
+def build_trainer(config: Config, *, loggers: list) -> L.Trainer:
+    t = config.trainer
+    several = t.devices * t.num_nodes > 1
+    training = config.mode == "train"
+    callbacks = [RunProgress()] if t.enable_progress_bar else []
+    if training:
+        callbacks += training_callbacks(config, loggers)
+    return L.Trainer(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy=STRATEGIES[config.strategy.name] if several else "auto",
+        precision=t.precision,
+        max_steps=t.max_steps,
+        max_time=t.max_time,
+        accumulate_grad_batches=t.accumulate_grad_batches,
+        gradient_clip_val=t.gradient_clip_val or None,
+        gradient_clip_algorithm=t.gradient_clip_algorithm,
+        limit_train_batches=t.limit_train_batches,
+        limit_val_batches=t.limit_val_batches,
+        val_check_interval=t.val_check_interval,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=t.num_sanity_val_steps,
+        log_every_n_steps=t.log_every_n_steps,
+        enable_checkpointing=training and t.enable_checkpointing,
+        enable_progress_bar=t.enable_progress_bar,
+        enable_model_summary=training and t.enable_model_summary,
+        deterministic=t.deterministic,
+        benchmark=t.benchmark,
+        detect_anomaly=t.detect_anomaly,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,  # the data module shares out rows itself
+        default_root_dir=config.checkpointing.save_dir,
+    )
+
+
+STRATEGIES = {"ddp": "ddp", "fsdp": "fsdp"}
+
+
+def training_callbacks(config: Config, loggers: list) -> list[L.Callback]:
+    wanted, folder = config.callbacks, Path(config.checkpointing.save_dir) / "checkpoints"
+    made = []
+    if config.trainer.enable_checkpointing and (every := wanted.checkpoint_every_n_steps):
+        made.append(
+            ModelCheckpoint(
+                dirpath=folder,
+                filename="{step}",
+                monitor="step",
+                mode="max",
+                save_top_k=every.save_top_k,
+                every_n_train_steps=every.every_n_train_steps,
+                save_last=True,
+            )
+        )
+    if config.trainer.enable_checkpointing and (best := wanted.checkpoint_monitor):
+        made.append(
+            ModelCheckpoint(
+                dirpath=folder,
+                filename="best",
+                monitor=best.monitor,
+                mode=best.mode,
+                save_top_k=best.save_top_k,
+                enable_version_counter=best.save_top_k != 1,
+            )
+        )
+    if loggers and (rates := wanted.learning_rate_monitor):
+        made.append(LearningRateMonitor(rates.logging_interval))
+    return made
+
+
+def training_logs(config: Config) -> list:
+    """metrics.csv in the run folder, and wandb unless wandb=null."""
+    own = CSVLog(Path(config.checkpointing.save_dir) / "metrics.csv")
+    return [own] if config.wandb is None else [own, wandb_log(config)]
+
+
+def wandb_log(config: Config) -> WandbLogger:
+    """The wandb logger; offline with one line where nobody is logged in, never a prompt."""
+    import wandb
+
+    w = config.wandb
+    offline = w.offline
+    if not offline and not wandb_login(wandb):
+        say("wandb: nobody is logged in here, logging offline (wandb login, or wandb=null)")
+        offline = True
+    folder = Path(config.checkpointing.save_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        project=w.project,
+        notes=w.notes,
+        group=w.group,
+        job_type=w.job_type,
+        name=w.name,
+        id=w.id,
+        tags=w.tags,
+        offline=offline,
+        save_dir=folder,
+        config=dataclasses.asdict(config),
+        resume="allow",
+    )
+
+
+def wandb_login(wandb) -> bool:
+    """Whether a key is at hand: in the environment or in the user's netrc."""
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+def resume_point(config: Config) -> checkpoints.Checkpoint | None:
+    """The checkpoint to go on from, or None; refuses one of a run with other shaping settings."""
+    c = config.checkpointing
+    if not c.resume_from_ckpt or not Path(c.resume_ckpt_path).exists():
+        return None
+    checkpoint = checkpoints.read(c.resume_ckpt_path)
+    differing = differences(config, checkpoint)
+    if differing:
+        raise ValueError(
+            f"{c.resume_ckpt_path} belongs to a run with other settings: {'; '.join(differing)}."
+            " Give those, another checkpointing.save_dir, or checkpointing.resume_from_ckpt=false"
+        )
+    return checkpoint
+
+
+def differences(config: Config, checkpoint: checkpoints.Checkpoint) -> list[str]:
+    """Settings that shape training and are not those of the checkpoint; none for foreign files."""
+    if "examples_seen" not in checkpoint.raw.get("sampler", {}):
+        return []
+    differing = []
+    for key, ours in settings.shaping(config).items():
+        theirs = checkpoint.config
+        for part in key.split("."):
+            theirs = theirs[part]
+        if theirs != ours:
+            differing.append(f"{key} was {theirs}, now {ours}")
+    return differing
+
+
+def examples_seen(checkpoint: checkpoints.Checkpoint, config: Config) -> int:
+    """How far into the stream of examples a checkpoint is; the authors' files do not say."""
+    by_steps = checkpoint.step * config.loader.global_batch_size
+    return checkpoint.raw.get("sampler", {}).get("examples_seen", by_steps)

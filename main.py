@@ -1,0 +1,48 @@
+"""The command line: compose and check the settings, then train, evaluate or sample.
+
+Imports that take time come after the check, so a wrong command line is answered at once.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+
+def main(argv: list[str]) -> int:
+    import cli
+    from config import ConfigError
+
+    config = cli.configure(argv)
+    quiet()
+    import build
+
+    try:
+        run = build.prepare(config)
+    except (ValueError, OSError) as error:
+        problem = error if isinstance(error, ConfigError) else ConfigError([str(error)])
+        print(problem, file=sys.stderr)
+        return 2
+    run()
+    return 0
+
+
+def quiet() -> None:
+    """Keep banners and advice of the libraries out of the way of what this project says."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of forked data workers
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("httpx", "fsspec", "urllib3", "torch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*flex_attention called without torch.compile.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
