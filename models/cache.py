@@ -3,9 +3,9 @@
 Every row keeps its own count of committed tokens, so the rows of a batch may be at different
 places. Keys are stored rotated at their absolute position (rotary attention depends on differences
 only), in a ring of window + block_size slots: position p lives in slot p % slots. A pass of up to
-window + block_size tokens is written behind the committed ones; unless it is committed the next
-pass overwrites it, so it leaves no trace. When the window slides nothing is moved or recomputed:
-the oldest block's slots are reused.
+window + block_size tokens, or two blocks behind a full window, is written behind the committed
+ones; unless it is committed the next pass overwrites it, so it leaves no trace. When the window
+slides nothing is moved or recomputed: the oldest block's slots are reused.
 
 Deep keys carry what they saw when they were made. Beyond the window that is one long pass under
 BlockCausal(block_size, window), which is not the same as recomputing the last `window` tokens from
@@ -62,10 +62,14 @@ class KVCache:
 
     def begin(self, tokens: int) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
-        if tokens > self.slots:
+        room = self.slots
+        if tokens > 2 * self.rule.block_size:  # two blocks fit always
+            committed = int(self.committed.max()) if self.uniform is None else self.uniform
+            room -= min(committed, self.rule.window - self.rule.block_size)
+        if tokens > room:
             raise ValueError(
-                f"KVCache has {self.slots} slots, cannot take {tokens} tokens in one pass;"
-                " feed them in pieces"
+                f"KVCache has room for {room} of its {self.slots} slots, cannot take {tokens}"
+                " tokens in one pass; feed them in pieces (two blocks fit always)"
             )
         device = self.committed.device
         steps = torch.arange(tokens, device=device)
@@ -79,7 +83,8 @@ class KVCache:
         """Which slot each query may read: [B or 1, 1, T, slots], or None where all that is returned
         is seen."""
         tokens = positions.shape[1]
-        one_block = self.uniform is not None and tokens == self.rule.block_size
+        size = self.rule.block_size
+        one_block = self.uniform is not None and tokens == size and self.uniform % size == 0
         if one_block and self.uniform + tokens <= self.rule.window:
             return None  # nothing has left the window yet: extend() returns exactly what is seen
         end = positions[:, -1:] + 1
