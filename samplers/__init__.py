@@ -4,8 +4,8 @@ A sampler knows no model class, no configuration and no tokenizer: it asks a cal
 
     denoise(tokens [B, T], read [B, R], cache=None) -> log-probabilities [B, R, V]
 
-(the mask token at -inf) and for SEDD `score(tokens [B, L], sigma [B]) -> log-score [B, L, V]`. Ten lines of Python can
-replace the network.
+(the mask token at -inf) and for SEDD `score(tokens [B, L], sigma [B]) -> log-score [B, L, V]`. Ten
+lines of Python can replace the network.
 
 Every random number is a function of (seed, row, try, position, draw) alone, so a row's text depends
 neither on the batch it is made in, nor on its neighbours, nor on the device count. Only rounding of
