@@ -20,7 +20,7 @@ import plays
 import readers
 from readers import Piece
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("bamdlm")
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of repositories that held a script

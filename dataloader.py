@@ -11,12 +11,10 @@ row of the split.
 
 import hashlib
 import json
-import logging
 from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,8 +25,6 @@ from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
 from randomness import uniform
 from rows import Rows, Shape
 from tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 
 def get_rows(
@@ -75,37 +71,20 @@ def get_rows(
     }
     cache = Path(cache_dir).expanduser()
     folder = cache / "rows" / folder_name(about)
-    if not folder.is_dir():
-        detokenize = (
-            partial(detokenizers.detokenize, entry.detokenizer) if entry.detokenizer else None
-        )
 
-        def documents(report):
-            pieces = corpora.read(entry, split, revision, column, cache)
-            return rows.encoded(pieces, tokenizer, detokenize, report)
+    def documents(report):
+        rules = entry.detokenizer
+        detokenize = partial(detokenizers.detokenize, rules) if rules else None
+        pieces = corpora.read(entry, split, revision, column, cache)
+        return rows.encoded(pieces, tokenizer, detokenize, report)
 
-        with lock(folder):
-            if not folder.is_dir():
-                rows.write(folder, documents, shape, tokenizer.vocab_size, about)
-    return Rows(folder)
+    return rows.prepare(folder, documents, shape, tokenizer.vocab_size, about)
 
 
 def folder_name(about: dict) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(about["corpus"]).stem)
     return f"{name[:40]}-{about['split']}-{about['shape']['length']}-{digest}"
-
-
-def lock(folder: Path) -> FileLock:
-    """Held while a folder is made; freed by the system when the process dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("another process prepares %s; waiting for it", folder)
-        lock.acquire()
-    return lock
 
 
 class Examples(Dataset):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("bamdlm")
 
 PIECE_CHARACTERS = 1 << 18
 ROWS_AT_ONCE = 1000

@@ -17,15 +17,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from readers import Piece
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("bamdlm")
 
 FORMAT = 1  # raise it when the same settings would give other rows
 TEXTS_AT_ONCE = 1000
@@ -174,6 +176,40 @@ class Report:
             self.said = now
             left = elapsed * (1 - done) / done if done else float("inf")
             log.info("%s: %.0f %%, %s, %.0f s left", self.title, 100 * done, rate, left)
+
+
+def prepare(
+    folder: Path,
+    documents: Callable[[Report], Iterable],
+    shape: Shape,
+    vocab_size: int,
+    about: dict,
+) -> "Rows":
+    """The rows in folder, made where they are missing: by one process, while others wait.
+
+    documents: called where rows must be made; gives (ids, ends) pairs and reports what it has read.
+    """
+    if not folder.is_dir():
+        with lock(folder):
+            if not folder.is_dir():
+                write(folder, documents, shape, vocab_size, about)
+    return Rows(folder)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Held while a folder is made; freed by the system when the process dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process prepares %s; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import plays
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("bamdlm")
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT8_SPECIALS = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
@@ -163,7 +163,8 @@ def from_hub(name: str):
         raise ValueError(
             f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor a"
             " local folder, nor in the hub cache, and the hub did not give it"
-            f" ({first_line(error)}). Without a network: copy the tokenizer's folder here and give its path"
+            f" ({first_line(error)}). Without a network: copy the tokenizer's folder here and give"
+            " its path"
         ) from error
 
 
