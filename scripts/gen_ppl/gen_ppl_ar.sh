@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+#SBATCH --output=%x_%j.log --open-mode=append --requeue --signal=B:USR1@120
+# Texts of AR and their generative perplexity: gen_ppl_ar.sh seed=3 model.length=2048; $CHECKPOINT,
+# else the newest under outputs/.
+root=$(dirname "$0")/../..; [[ -f $root/scripts/job.sh ]] || root=$SLURM_SUBMIT_DIR
+source "$root/scripts/job.sh"
+run main.py experiment=gen_ppl_ar \
+  'sampling.logdir=sample_logs/gen_ppl_ar_len${model.length}_bs${block_size}_seed${seed}' "$@"
