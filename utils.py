@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 def constant_warmup(step: int, *, warmup_steps: int) -> float:
     """Factor on the learning rate: from 0 to 1 over `warmup_steps`, then 1."""
-    return min(1.0, step / max(1, warmup_steps))
+    return step / warmup_steps if step < warmup_steps else 1.0
 
 
 def cosine_decay_warmup(
