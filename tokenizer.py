@@ -108,12 +108,13 @@ def wrap(hf, name: str, eos_token: str | None = None) -> Tokenizer:
     """The ids of a loaded tokenizer, by the rules at the top of this file."""
     vocabulary = hf.get_vocab()
     own_eos = hf.eos_token or hf.sep_token
-    bos, eos = hf.bos_token or hf.cls_token or own_eos, eos_token or own_eos
-    if eos is None or bos is None:
-        missing = "end-of-sequence (eos_token or sep_token)" if eos is None else "start (bos_token)"
+    eos = eos_token or own_eos
+    bos = hf.bos_token or hf.cls_token or own_eos or eos
+    if eos is None:
         raise ValueError(
-            f"data.tokenizer_name_or_path={name}: this tokenizer has no {missing} token;"
-            " set data.eos_token to a token of its vocabulary, or add one and save it again"
+            f"data.tokenizer_name_or_path={name}: this tokenizer has no end-of-sequence token"
+            " (eos_token or sep_token); set data.eos_token to a token of its vocabulary, or add one"
+            " and save it again"
         )
     for token in (bos, eos):
         if token not in vocabulary:
