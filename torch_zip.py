@@ -4,11 +4,16 @@ Read through `zipfile`, which checks every record's checksum, and `unpickling`, 
 Tensors land on the CPU.
 """
 
+import os
+import tempfile
 import zipfile
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from unpickling import FAILURES, CheckpointError, unpickle
 
@@ -85,3 +90,48 @@ def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
         raise CheckpointError(
             f"{name} is damaged ({type(error).__name__}: {error}); copy or download it again"
         ) from error
+
+
+def save(checkpoint: dict, path: str) -> None:
+    """torch.save under a temporary name, then a rename: `path` is never half a file."""
+    fs, target = url_to_fs(path)
+    if isinstance(fs, LocalFileSystem):
+        _save_local(checkpoint, Path(target))
+    else:
+        _save_remote(checkpoint, fs, target)
+
+
+def _save_local(checkpoint, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left_behind in target.parent.glob(f".{target.name}.*.partial"):  # of a run that was killed
+        left_behind.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    try:
+        os.fchmod(handle, 0o666 & ~_umask())
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _save_remote(checkpoint, fs, target: str) -> None:
+    fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+    partial = f"{target}.partial"
+    with fs.open(partial, "wb") as file:
+        torch.save(checkpoint, file)
+    fs.mv(partial, target)
