@@ -197,6 +197,7 @@ def build_objective(
         schedule,
         ignore_bos=algo.ignore_bos,
         resample=config.training.resample,
+        full_from=config.training.sampling_eps,
     )
 
 

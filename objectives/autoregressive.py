@@ -35,7 +35,9 @@ class Autoregressive:
         hidden = backbone.hidden(x0[:, :-1], rule=Causal(), segments=seen).flatten(0, 1)
         factors = (counted / counted.sum()).flatten()
         kernel = functools.partial(cross_entropy, mask_id=self.mask_id)
-        head = head_loss(backbone, hidden, x0[:, 1:].flatten(), factors, kernel)
+        # padding may carry the mask's id, whose probability is 0: ask for any other token there
+        targets = x0[:, 1:].masked_fill(counted == 0, int(self.mask_id == 0))
+        head = head_loss(backbone, hidden, targets.flatten(), factors, kernel)
         nats = head.nats.view(counted.shape) * counted
         return TokenLoss(nats=nats, counted=counted, mean=head.total)
 

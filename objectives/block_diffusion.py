@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.cache import KVCache
 from models.masks import BlockCausal, BlockDiffusion, Full, Rule
-from noise_schedule import Noise, Schedule
+from noise_schedule import EPS, Noise, Schedule
 
 from .corruption import (
     EXACT,
@@ -31,14 +31,19 @@ from .loss import TokenLoss, scattered
 
 @dataclass(frozen=True)
 class MaskedDiffusion:
-    """bamdlm where block_size < L, mdlm where they are equal. `block_size` tokens share one
-    time."""
+    """bamdlm where block_size < L, mdlm where they are equal. `block_size` tokens share one time.
+
+    `full_from`: where the full interval begins (training.sampling_eps). There `resample` has no
+    lower bound, as published: forcing a mask on blocks at t near 0, with weight 1/t, would bias the
+    NELBO.
+    """
 
     mask_id: int
     block_size: int
     schedule: Schedule
     ignore_bos: bool = True
     resample: bool = False
+    full_from: float = EPS
 
     def noise(self, t: Tensor, interval: Interval) -> Noise:
         """The schedule; at the exact interval (1, 1) everything is hidden with weight 1."""
@@ -51,7 +56,9 @@ class MaskedDiffusion:
         t = times(draws.time, interval)
         p = self.noise(t, interval).p
         if self.resample:
-            hidden = hidden_within_bounds(draws.token, draws.count, p, interval)
+            lo, hi = interval
+            bounds = (0.0 if lo <= self.full_from + 1e-6 else lo, hi)
+            hidden = hidden_within_bounds(draws.token, draws.count, p, bounds)
         else:
             hidden = hidden_independently(draws.token, p)
         return hide(x0, hidden, self.mask_id, self.ignore_bos), t
@@ -90,7 +97,8 @@ class MaskedDiffusion:
     ) -> TokenLoss:
         """The loss of a given corruption: nothing random is left (but dropout)."""
         weight = per_token(self.noise(t, interval).weight, x0.shape[1])
-        read = (x_t == self.mask_id).flatten().nonzero()[:, 0]  # [M]
+        # padding may carry the mask's id (GPT-2): what is not counted is not asked about
+        read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]  # [M]
         hidden = self.hidden(backbone, x_t, x0, read, segments)
         factors = (weight * counted / counted.sum()).flatten()[read]
         kernel = functools.partial(cross_entropy, mask_id=self.mask_id)

@@ -13,10 +13,8 @@ from torch import Tensor
 from randomness import uniform
 
 Interval = tuple[float, float]  # the times (eps_min, eps_max) that are drawn
-EXACT: Interval = (
-    1.0,
-    1.0,
-)  # everything hidden; with blocks of one token the loss is the exact NLL
+# Everything hidden; with blocks of one token the loss is the exact NLL. Ints, as it is logged.
+EXACT: Interval = (1, 1)
 
 TIMES, TOKENS, COUNTS = range(3)  # independent streams of random numbers
 

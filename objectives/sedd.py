@@ -77,7 +77,7 @@ class ScoreEntropy:
         sigma = noise.sigma  # [B, 1]
         expm1 = torch.expm1(sigma)
         weight = noise.weight * expm1  # d sigma / d t
-        read = (x_t == self.mask_id).flatten().nonzero()[:, 0]
+        read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]
         row = read // x0.shape[1]
         seen = sigma[:, 0] if self.time_conditioning else None
         hidden = backbone.hidden(x_t, seen, rule=Full(), segments=segments, read=read)
@@ -109,8 +109,8 @@ class Score:
     sigma_max: float = SIGMA_MAX
 
     def __call__(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """tokens [B, L], sigma [B] -> log-score float32 [B, L, V]; 0 at the token seen, -inf for
-        changing a visible token and for the mask id where hidden is 0 (it is the token seen)."""
+        """tokens [B, L], sigma [B] -> log-score float32 [B, L, V], 0 at the token seen. Only hidden
+        positions mean something: a visible token never changes."""
         seen = sigma if self.time_conditioning else None
         hidden = self.backbone.hidden(tokens, seen, rule=Full())
         logits = self.backbone.logits(hidden, seen).float()
