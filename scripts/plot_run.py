@@ -1,0 +1,77 @@
+"""Draws the curves of a training run: python scripts/plot_run.py RUN_FOLDER [OUT.png]"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_log import read_log
+
+SMOOTHING = (
+    0.95  # of the training loss, which is noisy: its noise level is drawn anew for every block
+)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average without the bias of its start."""
+    out, average = [], 0.0
+    for n, value in enumerate(values, 1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        out.append(average / (1 - SMOOTHING**n))
+    return out
+
+
+def plot(folder: Path, target: Path) -> Path:
+    """Perplexity per step, from the folder's metrics.csv; needs no display."""
+    log = folder / "metrics.csv"
+    if not log.is_file():
+        raise ValueError(f"{log} does not exist: give the folder of a training run (outputs/…/…)")
+    series = read_log(log)
+    if not series.get("trainer/loss"):
+        raise ValueError(
+            f"{log} holds no trainer/loss yet; train for trainer.log_every_n_steps steps"
+        )
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    steps, losses = zip(*sorted(series["trainer/loss"].items()), strict=True)
+    axes.plot(steps, [math.exp(min(x, 30)) for x in losses], color="tab:blue", alpha=0.2, lw=0.8)
+    axes.plot(
+        steps,
+        [math.exp(min(x, 30)) for x in smoothed(list(losses))],
+        color="tab:blue",
+        label="training, smoothed",
+    )
+    if valid := series.get("val/ppl"):
+        steps, ppl = zip(*sorted(valid.items()), strict=True)
+        axes.plot(steps, ppl, "o-", color="tab:red", label=f"validation (last {ppl[-1]:.1f})")
+    axes.set(yscale="log", xlabel="optimizer steps", ylabel="perplexity", title=folder.name)
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend()
+    unfinished = target.with_suffix(".tmp.png")
+    figure.savefig(unfinished, dpi=120)
+    plt.close(figure)
+    unfinished.replace(target)
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="run folder, outputs/<data>/<name>-<hash>")
+    parser.add_argument("out", type=Path, nargs="?", help="default: curve.png in the folder")
+    arguments = parser.parse_args()
+    try:
+        print(plot(arguments.folder, arguments.out or arguments.folder / "curve.png"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
