@@ -144,7 +144,7 @@ class Denoiser:
         hidden = self.backbone.hidden(tokens, rule=rule, cache=cache, read=(rows + read).flatten())
         logits = self.backbone.logits(hidden).float()
         logits[:, self.mask_id] = -torch.inf
-        return logits.log_softmax(-1).view(*read.shape, -1)
+        return logits.log_softmax(-1).view(*read.shape, logits.shape[-1])
 
     def new_cache(self, batch: int, window: int) -> KVCache:
         return self.backbone.new_cache(batch, window, self.block_size)
