@@ -141,7 +141,10 @@ def flash_attn(
             f"model.attn_backend=flash_attn cannot apply {rule};"
             " use model.attn_backend=sdpa or flex"
         )
-    from flash_attn import flash_attn_func  # its own ImportError says what is missing
+    try:  # where an export is loaded, transformers asks for every package imported outside a try
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise ImportError("model.attn_backend=flash_attn needs the package flash-attn") from error
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
