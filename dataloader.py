@@ -93,8 +93,8 @@ class Examples(Dataset):
     def __init__(
         self, rows: Rows, *, window: int | None = None, bos: int | None = None, seed: int = 0
     ):
-        """window: serve that many ids of each row, from a start that depends on seed and position;
-        bos: written over a window's first id."""
+        """window: serve that many ids of each row, from a start in its first half that depends on
+        seed and position; bos: written over a window's first id."""
         self.rows, self.window, self.bos, self.seed = rows, window, bos, seed
 
     def __getitems__(self, places: list[Place]) -> dict[str, torch.Tensor]:
@@ -102,7 +102,7 @@ class Examples(Dataset):
         ids, mask = map(torch.from_numpy, self.rows.read([place.row for place in places]))
         if self.window is not None:
             draws = uniform(self.seed, positions, dtype=torch.float64)  # [B]
-            starts = (draws * (self.rows.length - self.window)).long()
+            starts = (draws * (self.rows.length // 2)).long()
             columns = starts[:, None] + torch.arange(self.window)  # [B, L]
             ids, mask = ids.gather(1, columns), mask.gather(1, columns)
             if self.bos is not None:
@@ -114,8 +114,9 @@ class DataModule(LightningDataModule):
     """Prepared rows as loaders. Set Trainer(use_distributed_sampler=False): the samplers here know
     their rank.
 
-    State is the number of examples trained on: optimizer steps times the global batch, so that what
-    workers fetched ahead does not count.
+    The position in the stream is the number of examples trained on, optimizer steps times the
+    global batch, so that what workers fetched ahead does not count. Checkpoints hold it
+    (diffusion.py), and a resumed run sets it with `start_at`.
     """
 
     def __init__(
@@ -147,7 +148,9 @@ class DataModule(LightningDataModule):
         """Trained on since the run began, over all devices."""
         if self.trainer is None:
             return self.resumed_examples
-        step_examples = self.batch_size * self.trainer.world_size * self.accumulation
+        step_examples = (
+            self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        )
         return (
             self.resumed_examples + (self.trainer.global_step - self.resumed_step) * step_examples
         )
@@ -155,23 +158,6 @@ class DataModule(LightningDataModule):
     def start_at(self, examples_seen: int, step: int = 0) -> None:
         """Continue the stream there; step is the trainer's global_step at that point."""
         self.resumed_examples, self.resumed_step = examples_seen, step
-
-    def state_dict(self) -> dict:
-        state = {"examples_seen": self.examples_seen, "seed": self.seed}
-        state["step"] = 0 if self.trainer is None else self.trainer.global_step
-        state["rows"] = None if self.train is None else len(self.train)
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        own = {"seed": self.seed, "rows": None if self.train is None else len(self.train)}
-        for key, value in own.items():
-            if self.train is not None and state[key] != value:
-                raise ValueError(
-                    f"the checkpoint was trained with {key}={state[key]} and this run has {value}:"
-                    " the order of the data cannot be continued; use the same data.* and seed, or"
-                    " start a new run with training.from_pretrained"
-                )
-        self.start_at(state["examples_seen"], state["step"])
 
     def train_dataloader(self) -> DataLoader:
         windows = self.train.length != self.length
