@@ -8,10 +8,10 @@ Nothing here imports torch or lightning unless the machine has a GPU: a wrong co
 answered at once.
 """
 
-from config.check import check
 from config.compose import build, compose_values, composed_yaml
 from config.defaults import (
     CHOSEN,
+    differences,
     fill,
     newest_checkpoint,
     run_dir,
@@ -19,6 +19,7 @@ from config.defaults import (
     with_run_folder,
     write_settings,
 )
+from config.rules import check
 from config.schema import Config
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ConfigError",
     "check",
     "composed_yaml",
+    "differences",
     "examine",
     "load",
     "newest_checkpoint",

@@ -6,6 +6,7 @@ that one run of the command shows them all. Only this file sees Hydra's composed
 
 import dataclasses
 import typing
+from functools import cache
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -36,13 +37,19 @@ def composed_yaml(overrides: list[str]) -> str:
     return OmegaConf.to_yaml(_hydra(parse(overrides)[0]))
 
 
+@cache
+def _typed(section: type) -> DictConfig:
+    """A node of the section's types; what is assigned to it is checked and converted."""
+    return OmegaConf.structured(section)
+
+
 def _convert(leaf: Leaf, value):
     """The value in the type of the schema; raises ValidationError."""
     bare, _ = unwrap(leaf.hint)
     whole = isinstance(value, float) and value.is_integer()  # 1e6 steps
     if whole and (bare is int or (int in typing.get_args(bare) and abs(value) > 1)):
         value = int(value)
-    node = OmegaConf.structured(leaf.section)
+    node = _typed(leaf.section)
     node[leaf.name] = value
     converted = node[leaf.name]
     return OmegaConf.to_object(converted) if OmegaConf.is_config(converted) else converted

@@ -26,7 +26,14 @@ CHOSEN = {
     "data.cache_dir",
     "lr_scheduler.num_warmup_steps",
 }
-ACCELERATORS = {"cuda": "gpu"}  # other names, as Lightning has them
+# Other names for the same, as Lightning has them.
+ACCELERATORS = {"cuda": "gpu"}
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
+# What else a value is called in the authors' checkpoints.
+SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
+    ("trainer.precision", name): full for name, full in PRECISIONS.items()
+}
+ABSENT = object()
 # Settings of the sections below that leave the trained weights as they are, rounding apart.
 NOT_SHAPING = {
     "algo.T",
@@ -74,10 +81,11 @@ def _attn_backend(values: dict, gpu: bool) -> str:
     if not gpu:
         return "sdpa"
     masked = needs_block_mask(values["algo.name"], values["block_size"], values["model.length"])
-    half = str(values["trainer.precision"]).startswith(("bf16", "16"))
+    half = values["trainer.precision"].startswith(("bf16", "16"))
     if masked:
         return "flex"
-    return "flash_attn" if half and has_flash_attn() else "sdpa"
+    plain = half and values["data.wrap"] and values["mode"] != "sample_eval"
+    return "flash_attn" if plain and has_flash_attn() else "sdpa"
 
 
 def _per_device(total: int, devices: int) -> int:
@@ -96,6 +104,8 @@ def _fill_machine(values: dict):
         values["trainer.devices"] = max(gpus, 1) if gpu else 1
     if values["trainer.precision"] is None:
         values["trainer.precision"] = "bf16-mixed" if gpu else "32-true"
+    precision = values["trainer.precision"]
+    values["trainer.precision"] = PRECISIONS.get(precision, precision)
     if values["loader.num_workers"] is None:
         values["loader.num_workers"] = len(os.sched_getaffinity(0))
     if values["data.cache_dir"] is None:
@@ -147,6 +157,24 @@ def shaping(config: Config) -> dict:
     if config.algo.clip_search_widths and not config.algo.fix_clipping:
         keys.extend(SEARCH_KEYS)
     return {key: flat[key] for key in sorted(keys)}
+
+
+def differences(config: Config, recorded: dict | None) -> list[str]:
+    """How the shaping settings differ from those recorded in a checkpoint (nested, may be partial).
+
+    Settings that the record does not have are not compared: the authors' checkpoints have others.
+    """
+    found = []
+    for key, value in shaping(config).items():
+        node = recorded or {}
+        for part in key.split("."):
+            node = node.get(part, ABSENT) if isinstance(node, dict) else ABSENT
+        if node is ABSENT:
+            continue
+        node = SAME_NAME.get((key, str(node)), node)
+        if node != value:
+            found.append(f"{key}={value} (the checkpoint has {node})")
+    return found
 
 
 def _slug(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from config.overrides import nearest
 
-PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed", "64", "64-true")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 STEPS = ("first_hitting", "ancestral", "confidence", "threshold", "remask")
 
 CHOICES = {

@@ -1,5 +1,6 @@
 """Files and folders that settings name: do they exist, and are they of a kind that can be read?"""
 
+import glob
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -30,6 +31,11 @@ def is_hub_id(name: str) -> bool:
 def is_missing(path: str) -> bool:
     """Whether a local path does not exist. URLs and hub ids are not looked up here."""
     return not path or ("://" not in path and not Path(path).exists() and not is_hub_id(path))
+
+
+def _is_lost(name: str) -> bool:
+    """Whether a tokenizer or a judge can only be a path, and does not exist."""
+    return not HUB_ID.fullmatch(name) and is_missing(str(Path(name).expanduser()))
 
 
 @cache
@@ -84,7 +90,7 @@ def corpora(config: Config) -> Iterator[str]:
     for key in wanted:
         yield from _corpus(f"data.{key}", getattr(config.data, key))
     tokenizer = config.data.tokenizer_name_or_path
-    if not HUB_ID.fullmatch(tokenizer) and is_missing(tokenizer):
+    if _is_lost(tokenizer):
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
     if Path(config.data.cache_dir).is_file():
         yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
@@ -94,16 +100,29 @@ def _corpus(key: str, value: str | None) -> Iterator[str]:
     suffixes = ", ".join(TEXT_SUFFIXES)
     if value is None:
         yield f"{key} is not set: data=files needs a file ({suffixes})"
-    elif value in known_corpora() or "://" in value:
+    elif value not in known_corpora():
+        yield from _files(key, value)
+
+
+def _files(key: str, pattern: str) -> Iterator[str]:
+    """Problems of a file, a folder or a glob pattern with own text."""
+    path, suffixes = Path(pattern).expanduser(), ", ".join(TEXT_SUFFIXES)
+    if path.is_dir():
+        if not any(file.suffix in TEXT_SUFFIXES for file in path.rglob("*")):
+            yield f"{key}={pattern} holds no file of kind {suffixes}"
         return
-    elif not Path(value).exists():
-        if Path(value).suffix or "/" in value:
-            yield f"{key}={value} does not exist"
-        else:
-            hint = nearest(value, known_corpora())
-            yield f"{key}={value} is neither a known corpus nor a file.{hint}".removesuffix(".")
-    elif not value.endswith(TEXT_SUFFIXES):
-        yield f"{key}={value} must be a file of kind {suffixes}"
+    found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    found = [file for file in found if file.is_file()]
+    if not found and (path.suffix or "/" in pattern):
+        yield f"{key}={pattern} does not exist"
+    elif not found:
+        hint = nearest(pattern, known_corpora())
+        yield f"{key}={pattern} is neither a known corpus nor a file.{hint}".removesuffix(".")
+    for file in found:
+        if file.suffix not in TEXT_SUFFIXES:
+            yield f"{key}: {file} must be a file of kind {suffixes}"
+        elif file.stat().st_size == 0:
+            yield f"{key}: {file} is empty"
 
 
 def sampling_files(config: Config) -> Iterator[str]:
@@ -119,5 +138,5 @@ def sampling_files(config: Config) -> Iterator[str]:
     if sampling.trajectory is not None and not sampling.trajectory.endswith(".html"):
         yield f"sampling.trajectory={sampling.trajectory} must be the name of an .html file"
     judge = config.eval.gen_ppl_eval_model_name_or_path
-    if judge is not None and not HUB_ID.fullmatch(judge) and is_missing(judge):
+    if judge is not None and _is_lost(judge):
         yield f"eval.gen_ppl_eval_model_name_or_path={judge} does not exist (null: no judge)"
