@@ -102,8 +102,6 @@ def load_into(
     values = dict(checkpoint.weights)
     if use_ema:
         values.update(_averages(checkpoint))
-    elif checkpoint.layout == "hub":
-        log.warning("%s holds averaged weights only: disable_ema has no effect", checkpoint.source)
     _check_fit(backbone, checkpoint, values, algo, may_be_new=())
     if algo not in checkpoint.algorithms:
         raise CheckpointError(

@@ -1,0 +1,60 @@
+"""The questions that samplers ask a network.
+
+`Denoiser` for the parameterisations subs and ar, `Score` for SEDD; their docstrings are what
+samplers/ rely on, which know no network.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .masks import Full, Rule
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """p(x0 | visible tokens) at chosen positions; of an ar network, p(token i + 1) at position i."""
+
+    backbone: torch.nn.Module
+    mask_id: int
+    block_size: int
+    rule: Rule
+
+    def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32
+        [B, R, V].
+
+        Without a cache the tokens are all that is visible; with one they stand behind its committed
+        tokens.
+        """
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
+        rule = self.rule if cache is None else cache.rule
+        hidden = self.backbone.hidden(tokens, rule=rule, cache=cache, read=(rows + read).flatten())
+        logits = self.backbone.logits(hidden).float()
+        logits[:, self.mask_id] = -torch.inf
+        return logits.log_softmax(-1).view(*read.shape, logits.shape[-1])
+
+    def new_cache(self, batch: int, window: int) -> KVCache:
+        return self.backbone.new_cache(batch, window, self.block_size)
+
+
+@dataclass(frozen=True)
+class Score:
+    """log score(y) at every position: the ratios p_t(y) / p_t(x_t) of changing one hidden token."""
+
+    backbone: torch.nn.Module
+    mask_id: int
+    time_conditioning: bool = True
+
+    def __call__(self, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """tokens [B, L], sigma [B] -> log-score float32 [B, L, V], 0 at the token seen. Only hidden
+        positions mean something: a visible token never changes."""
+        seen = sigma if self.time_conditioning else None
+        hidden = self.backbone.hidden(tokens, seen, rule=Full())
+        logits = self.backbone.logits(hidden, seen).float()
+        shift = torch.expm1(sigma).log() + math.log(logits.shape[-1] - 1)
+        log_score = logits - shift[:, None, None]
+        return log_score.scatter(-1, tokens[..., None], 0.0)

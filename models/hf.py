@@ -1,0 +1,160 @@
+"""DiT as a Hugging Face model: configuration and forward pass of the published BD3-LM classes.
+
+Weights are saved under `backbone.` in safetensors, as published. scripts/export_hf.py copies this
+folder's files beside them, so that transformers can load the model where this project is not
+installed.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .cache import KVCache
+from .dit import DiT
+from .masks import BlockCausal, BlockDiffusion, Causal, Full, Rule
+
+
+class BD3LMConfig(PretrainedConfig):
+    """The published keys, and what a sampler needs to know: `algo` and the ids of special tokens.
+
+    A published config.json without `algo` gets what its switches imply.
+    """
+
+    model_type = "bd3lm"
+
+    def __init__(
+        self,
+        *,
+        algo: str | None = None,
+        block_size: int = 1,
+        vocab_size: int = 50258,
+        model_length: int = 1024,
+        cross_attn: bool = True,
+        adaln: bool = True,
+        attn_backend: str = "sdpa",
+        causal: bool = False,
+        hidden_dim: int = 768,
+        cond_dim: int = 128,
+        n_blocks: int = 12,
+        n_heads: int = 12,
+        dropout: float = 0.1,
+        time_conditioning: bool = False,
+        var_min: bool = True,
+        sampling_eps_min: float = 1e-3,
+        sampling_eps_max: float = 1.0,
+        mask_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **others,
+    ):
+        self.algo = algo or _implied(causal, cross_attn, time_conditioning)
+        self.block_size, self.vocab_size, self.model_length = block_size, vocab_size, model_length
+        self.cross_attn, self.adaln, self.attn_backend = cross_attn, adaln, attn_backend
+        self.causal, self.hidden_dim, self.cond_dim = causal, hidden_dim, cond_dim
+        self.n_blocks, self.n_heads, self.dropout = n_blocks, n_heads, dropout
+        self.time_conditioning, self.var_min = time_conditioning, var_min
+        self.sampling_eps_min, self.sampling_eps_max = sampling_eps_min, sampling_eps_max
+        self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
+        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **others)
+
+
+def _implied(causal: bool, cross_attn: bool, time_conditioning: bool) -> str:
+    if causal:
+        return "ar"
+    if cross_attn:
+        return "bamdlm"
+    return "sedd" if time_conditioning else "mdlm"
+
+
+class BD3LM(PreTrainedModel):
+    """`backbone` is the network; the buffers sampling_eps_min/max keep the clipped schedule."""
+
+    config_class = BD3LMConfig
+    base_model_prefix = "bd3lm"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: BD3LMConfig):
+        super().__init__(config)
+        self.backbone = DiT(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_dim,
+            cond_dim=config.cond_dim,
+            n_blocks=config.n_blocks,
+            n_heads=config.n_heads,
+            dropout=config.dropout,
+            adaln=config.adaln,
+            attn_backend=config.attn_backend,
+        )
+        if config.var_min:
+            self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
+            self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
+        self.post_init()
+
+    def _init_weights(self, module):
+        """DiT initialises itself; every weight of an export is in the file."""
+
+    def get_input_embeddings(self):
+        return self.backbone.vocab_embed
+
+    def rule(self, sample_mode: bool) -> Rule:
+        """Who sees whom: the algorithm's training form, or the one of sampling."""
+        if self.config.causal:
+            return Causal()
+        if not self.config.cross_attn:
+            return Full()
+        rule = BlockCausal if sample_mode else BlockDiffusion
+        return rule(self.config.block_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        timesteps: Tensor | None = None,
+        sample_mode: bool = False,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput:
+        """Raw logits of input_ids [B, T].
+
+        A block diffusion model takes [x_t ; x_0] of twice the length and answers for the x_t half,
+        or with `sample_mode` the sequence so far and answers for all of it; then `cache` (from
+        `model.backbone.new_cache`) holds what was committed before. timesteps [B]: noise level
+        sigma, for time-conditioned models. attention_mask [B, T or T/2]: 0 at padding.
+        """
+        rule = self.rule(sample_mode) if cache is None else cache.rule
+        sigma = None
+        if self.config.time_conditioning:
+            if timesteps is None:
+                raise ValueError("this model is conditioned on time: give timesteps [B]")
+            sigma = timesteps.flatten()
+        segments = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            times = input_ids.shape[1] // attention_mask.shape[1]
+            segments = attention_mask.long().repeat(1, times)
+        asked = input_ids.shape[1] // 2 if isinstance(rule, BlockDiffusion) else None
+        states, hooks = self._watch(asked) if output_hidden_states else (None, [])
+        try:
+            hidden = self.backbone.hidden(
+                input_ids, sigma, rule=rule, segments=segments, cache=cache
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        logits = self.backbone.logits(hidden, sigma)
+        output = MaskedLMOutput(
+            logits=logits, hidden_states=None if states is None else tuple(states)
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _watch(self, asked: int | None):
+        """Lists that fill with the embedding and every block's output, [B, asked, E] each."""
+        states: list[Tensor] = []
+
+        def keep(module, arguments, output):
+            states.append(output[:, :asked])
+
+        layers = [self.backbone.vocab_embed, *self.backbone.blocks]
+        return states, [layer.register_forward_hook(keep) for layer in layers]
