@@ -131,7 +131,7 @@ def hidden_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Inte
     # smallest k whose cdf exceeds u; never one outside the bounds, whatever the rounding
     drawn = (cdf <= count.double()[..., None]).sum(-1)
     drawn = drawn.clamp(max=int(k[fits.cpu()].max()))
-    rank = token.unflatten(1, (p.shape[1], size)).argsort(-1, stable=True).argsort(-1)
+    rank = token.unflatten(1, (p.shape[1], size)).argsort(dim=-1, stable=True).argsort(-1)
     return (rank < drawn[..., None]).flatten(1)
 
 
