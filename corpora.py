@@ -128,6 +128,23 @@ class Files:
         return readers.files(self.paths(), column)
 
 
+@dataclass(frozen=True)
+class LocalCopy(Files):
+    """Of the files in a folder, those that have the split in their name or their folder's."""
+
+    split: str
+
+    def paths(self) -> list[Path]:
+        found = readers.matching(self.pattern)
+        inside = {path: path.relative_to(Path(self.pattern).expanduser()) for path in found}
+        if wanted := [path for path in found if self.split in inside[path].as_posix()]:
+            return wanted
+        raise ValueError(
+            f"data.source={self.pattern} holds {', '.join(map(str, inside.values()))}, but no file"
+            f" of the split {self.split}; name it in the file's or its folder's name"
+        )
+
+
 def stamp(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"data: {path} is not a file")
@@ -263,8 +280,7 @@ def local_copy(corpus: Corpus, name: str, split: str, source: str) -> Source:
         raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
     if not Path(source).is_dir():
         return Files(source)
-    wanted = corpus.sources[0].split(split).partition("[")[0]
-    return Files(str(Path(source) / "**" / f"*{wanted}*"))
+    return LocalCopy(source, corpus.sources[0].split(split).partition("[")[0])
 
 
 def read(corpus: Corpus, split: str, revision: str | None, column: str, cache: Path):

@@ -163,7 +163,8 @@ class Report:
         return self
 
     def __exit__(self, *_):
-        self.progress.stop()
+        if self.progress.console.is_terminal:
+            self.progress.stop()
 
     def __call__(self, tokens: int, documents: int, done: float) -> None:
         self.tokens += tokens

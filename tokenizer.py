@@ -244,7 +244,7 @@ def shakespeare_bpe(cache_dir):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int):
-    """A byte-level BPE of vocab_size ids (fewer where the text is short), its last one <|endoftext|> (begin and end)."""
+    """A byte-level BPE of vocab_size ids, fewer for a short text; the last is <|endoftext|>."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
