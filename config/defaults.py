@@ -89,7 +89,7 @@ def _attn_backend(values: dict, gpu: bool) -> str:
 
 
 def _per_device(total: int, devices: int) -> int:
-    return -(-total // max(devices, 1))
+    return -(-total // devices)
 
 
 def _fill_machine(values: dict):
@@ -116,13 +116,13 @@ def _fill_machine(values: dict):
 
 
 def _fill_sizes(values: dict):
-    devices = values["trainer.devices"] * values["trainer.num_nodes"]
+    devices = max(values["trainer.devices"] * values["trainer.num_nodes"], 1)
     for prefix in ("", "eval_"):
         if values[f"loader.{prefix}batch_size"] is None:
             total = values[f"loader.{prefix}global_batch_size"]
             values[f"loader.{prefix}batch_size"] = _per_device(total, devices)
     if values["trainer.accumulate_grad_batches"] is None:
-        at_once = values["loader.batch_size"] * devices
+        at_once = max(values["loader.batch_size"], 1) * devices
         passes = _per_device(values["loader.global_batch_size"], at_once)
         values["trainer.accumulate_grad_batches"] = max(passes, 1)
     if values["sampling.batch_size"] is None:

@@ -5,6 +5,7 @@ Every problem becomes one sentence; nothing here raises for what a user got wron
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ INSTEAD = {
     "hydra.run.dir": "checkpointing.save_dir",
     "sampling.top_p": "sampling.nucleus_p",
 }
+PROSE = {"sampling.prompt", "wandb.notes"}
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,18 @@ class Request:
         return Request(self.groups, [entry for entry in self.values if not concerned(entry[0])])
 
 
+def _quoted(argument: str) -> str:
+    """Settings that hold prose are taken as they stand, commas and brackets included."""
+    key, _, text = argument.lstrip("+").partition("=")
+    if key not in PROSE or text == "null" or re.fullmatch(r"'.*'|\".*\"", text, re.S):
+        return argument
+    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+    return f"{key}='{text}'"
+
+
 def _parse(argument: str, parser: OverridesParser) -> Override | str:
     """The override, or the sentence about what is wrong with its form."""
+    argument = _quoted(argument)
     if argument.startswith("-"):
         return f"{argument} is not an option: settings are key=value, see python main.py --help"
     if "=" not in argument and not argument.startswith("~"):

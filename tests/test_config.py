@@ -325,6 +325,26 @@ def test_value_gets_the_type_of_its_setting(word, key, value):
     assert type(got) is type(value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "To be, or not to be: that's {the} [MASK] (a=b)",
+        'said "yes", it\'s so\\',
+        "\\'",
+        "",
+        "two\nlines",
+        "5",
+    ],
+)
+def test_a_prompt_is_taken_as_it_stands(text):
+    assert values(f"sampling.prompt={text}")["sampling.prompt"] == text
+
+
+def test_a_prompt_may_be_quoted_or_null():
+    assert values("sampling.prompt='a, b'")["sampling.prompt"] == "a, b"
+    assert values("sampling.prompt=null")["sampling.prompt"] is None
+
+
 def test_interpolation_reads_other_settings_and_the_environment(monkeypatch):
     monkeypatch.setenv("WHERE", "elsewhere")
     made = values("data.cache_dir=${oc.env:WHERE}/x", "sampling.k=${block_size}")
