@@ -50,7 +50,7 @@ def row_keys(seed: int, rows: list[int], tries: list[int]) -> Tensor:
 
 def uniform(key: Tensor) -> Tensor:
     """float64 in (0, 1), symmetric and never 0 or 1, one per key."""
-    return (_shift(key, 11).double() + 0.5) * 2.0**-53
+    return (_shift(key, 12).double() + 0.5) * 2.0**-52
 
 
 def gumbel(key: Tensor, count: int) -> Tensor:
@@ -66,19 +66,24 @@ def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32") -> Tensor:
     return DRAWS[dtype](log_probs, key)
 
 
-def draw_in_groups(log_probs: Tensor, key: Tensor) -> Tensor:
-    """Group first, token second: float64 over about 2 sqrt(V) numbers only."""
+def in_groups(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., V] cut into groups, [..., G, W] with -inf at the end, and their masses float64 [...,
+    G]."""
     vocabulary = log_probs.shape[-1]
     width = 1 << ((vocabulary - 1).bit_length() + 1) // 2
     groups = -(-vocabulary // width)
     padded = F.pad(log_probs, (0, groups * width - vocabulary), value=-torch.inf)
     padded = padded.unflatten(-1, (groups, width))
+    return padded, padded.exp().sum(-1).double()
+
+
+def draw_in_groups(log_probs: Tensor, key: Tensor) -> Tensor:
+    """Group first, token second: float64 over about 2 sqrt(V) numbers only."""
+    padded, mass = in_groups(log_probs)
+    groups, width = padded.shape[-2:]
     noise = gumbel(key, groups + width)
-    mass = padded.exp().sum(-1).double()  # [..., groups]
     group = (mass.log() + noise[..., :groups]).argmax(-1, keepdim=True)
-    inside = padded.gather(-2, group[..., None].expand(*group.shape, width)).squeeze(
-        -2
-    )  # [..., width]
+    inside = padded.gather(-2, group[..., None].expand(*group.shape, width)).squeeze(-2)
     token = (inside.double() + noise[..., groups:]).argmax(-1)
     return group.squeeze(-1) * width + token
 

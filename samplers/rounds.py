@@ -94,10 +94,9 @@ def planned(rows: Rows, rule: Planned, spans, fills) -> None:
     """Everything about the round but the tokens is known beforehand: the device is never waited
     for.
     """
-    plans = [
-        rule.plan(rows.keys([i] * len(fill), fill), fill, rows.settings) if fill else []
-        for i, fill in enumerate(fills)
-    ]
+    slots = [i for i, fill in enumerate(fills) for _ in fill]
+    keys = rows.keys(slots, [position for fill in fills for position in fill])
+    plans = rule.plan(keys, fills, rows.settings)
     for slot, plan in zip(rows.slots, plans, strict=True):
         slot.nfe += len(plan)
     view = View(rows, spans)

@@ -99,7 +99,7 @@ class Rows:
     def show(self) -> None:
         if self.watch is not None:
             rows = [slot.request.row for slot in self.slots]
-            self.watch(Frame(rows, self.x[:, :-1].cpu(), self.evaluations))
+            self.watch(Frame(rows, self.x[:, :-1].to("cpu", copy=True), self.evaluations))
 
     # the cache
 

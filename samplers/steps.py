@@ -41,9 +41,10 @@ class Event:
 Plan = list[Event]
 
 
-def first_hitting(keys: Tensor, positions: list[int], settings) -> Plan:
-    order = uniform(fold(keys, ORDER)).argsort().tolist()
-    return [Event([(positions[i], 0)]) for i in order]
+def first_hitting(keys: Tensor, fills: list[list[int]], settings) -> list[Plan]:
+    order = iter(uniform(fold(keys, ORDER)).tolist())
+    ordered = [sorted((next(order), position) for position in fill) for fill in fills]
+    return [[Event([(position, 0)]) for _, position in fill] for fill in ordered]
 
 
 def times(settings) -> Tensor:
@@ -52,45 +53,48 @@ def times(settings) -> Tensor:
     return settings.move_chance(t)
 
 
-def ancestral(keys: Tensor, positions: list[int], settings) -> Plan:
+def ancestral(keys: Tensor, fills: list[list[int]], settings) -> list[Plan]:
     """A token is still hidden after step i with chance p(t_i) / p(t_0): one number decides when it
-    is revealed.
-    """
-    stay = (
-        times(settings)[1:-1] / times(settings)[0]
-    )  # [T - 1], decreasing; the last step reveals the rest
-    step = torch.searchsorted(-stay, -uniform(fold(keys, ORDER)), right=False).tolist()
-    found = {}
-    for position, i in zip(positions, step, strict=True):
-        found.setdefault(i, []).append((position, 0))
-    return [Event(found[i]) for i in sorted(found)]
-
-
-def remask(keys: Tensor, positions: list[int], settings) -> Plan:
-    """The chain of one position (hidden or seen) does not depend on the tokens, so it is run
-    ahead.
-    """
+    is revealed, and the last step reveals the rest."""
     p = times(settings)
-    hidden = torch.ones(len(positions), dtype=torch.bool)
-    drawn = [0] * len(positions)
-    plan, hide = [], []
+    stay = p[1:-1] / p[0]  # [T - 1], decreasing
+    step = iter(torch.searchsorted(-stay, -uniform(fold(keys, ORDER))).tolist())
+    plans = []
+    for fill in fills:
+        found = {}
+        for position in fill:
+            found.setdefault(next(step), []).append((position, 0))
+        plans.append([Event(found[i]) for i in sorted(found)])
+    return plans
+
+
+def remask(keys: Tensor, fills: list[list[int]], settings) -> list[Plan]:
+    """The chain of one position (hidden or seen) does not depend on the tokens, so it is run
+    ahead."""
+    p = times(settings)
+    place = [(row, position) for row, fill in enumerate(fills) for position in fill]
+    hidden = torch.ones(len(place), dtype=torch.bool)
+    drawn = [0] * len(place)
+    plans, hide = [[] for _ in fills], [[] for _ in fills]
     for i in range(settings.num_steps):
-        last = i == settings.num_steps - 1
-        reveal_chance, hide_chance = (
-            (1.0, 0.0) if last else remask_chances(p[i], p[i + 1], settings.remask)
-        )
+        chances = remask_chances(p[i], p[i + 1], settings.remask)
+        reveal_chance, hide_chance = (1, 0) if i == settings.num_steps - 1 else chances
         u = uniform(fold(fold(keys, CHAIN), i))
         shown = hidden & (u < reveal_chance)
         again = ~hidden & (u < hide_chance)
         hidden = (hidden & ~shown) | again
-        chosen = shown.nonzero().flatten().tolist()
-        if chosen:
-            plan.append(Event([(positions[j], drawn[j]) for j in chosen], hide))
-            hide = []
-            for j in chosen:
-                drawn[j] += 1
-        hide = hide + [positions[j] for j in again.nonzero().flatten().tolist()]
-    return plan
+        events = {}
+        for j in shown.nonzero().flatten().tolist():
+            row, position = place[j]
+            events.setdefault(row, []).append((position, drawn[j]))
+            drawn[j] += 1
+        for row, reveal in events.items():
+            plans[row].append(Event(reveal, hide[row]))
+            hide[row] = []
+        for j in again.nonzero().flatten().tolist():
+            row, position = place[j]
+            hide[row].append(position)
+    return plans
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:
@@ -134,7 +138,11 @@ def above_threshold(log_probs: Tensor, hidden: Tensor, settings) -> Tensor:
 
 @dataclass(frozen=True)
 class Planned:
-    plan: Callable[[Tensor, list[int], object], Plan]
+    """`plan(keys [n], fills, settings)`: fills[b] are row b's hidden positions, n in all, with a
+    key each.
+    """
+
+    plan: Callable[[Tensor, list[list[int]], object], list[Plan]]
 
 
 @dataclass(frozen=True)

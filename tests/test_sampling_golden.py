@@ -99,7 +99,7 @@ def inject(monkeypatch, plans):
     """Our rounds with the recorded order and noise in place of our own."""
     orders = iter([[Event([(p, 0)]) for p, _ in plan] for plan in plans])
     noise = iter([n for plan in plans for _, n in plan])
-    monkeypatch.setitem(STEPS, "first_hitting", Planned(lambda *_: next(orders)))
+    monkeypatch.setitem(STEPS, "first_hitting", Planned(lambda *_: [next(orders)]))
     monkeypatch.setattr(rounds, "draw", lambda lp, key, dtype: (lp + next(noise)).argmax(-1))
 
 

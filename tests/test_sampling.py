@@ -1,0 +1,436 @@
+"""Texts belong to their rows, prompts stay, and a step asks for no more than it uses."""
+
+import random
+
+import pytest
+import torch
+from networks import chi_square_p, small
+from sampling_tools import Table, denoiser, write
+
+from samplers import STEPS, Request, Settings, generate
+from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
+from samplers.nucleus import nucleus
+from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
+
+V, MASK = 30, 29
+ALGOS = ["bamdlm", "mdlm", "ar", "sedd"]
+SMALL = {"length": 24, "block_size": 4, "context_size": 12, "window": 12, "num_steps": 5}
+
+
+def network(algo, **kwargs):
+    net = small(V, seed=1, adaln=algo != "ar", hidden_size=16, **kwargs)
+    with torch.no_grad():
+        net.output_layer.linear.weight *= 2
+    return denoiser(net, algo, MASK, SMALL["block_size"])
+
+
+# random numbers
+
+
+def test_the_hash_is_splitmix64():
+    """The first numbers of the generator seeded with 0, as published."""
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
+    ours = fold(torch.tensor(0), torch.arange(4))
+    assert [x % 2**64 for x in ours.tolist()] == outputs
+
+
+@pytest.mark.parametrize("axis", ["rows", "tries", "positions", "lanes", "seeds"])
+def test_numbers_are_uniform_and_unrelated_along_every_axis(axis):
+    """20 000 numbers in 64 cells, and in 8 x 8 cells of neighbours; false alarm 1e-4 each."""
+    n = 20_000
+    numbers = torch.arange(n)
+    if axis == "rows":
+        u = uniform(row_keys(1, numbers.tolist(), [1] * n))
+    elif axis == "tries":
+        u = uniform(row_keys(1, [0] * n, numbers.tolist()))
+    elif axis == "seeds":
+        u = torch.stack([uniform(row_keys(seed, [0], [1]))[0] for seed in range(2000)])
+    elif axis == "positions":
+        u = uniform(fold(row_keys(1, [5], [1]), numbers))
+    else:
+        u = (-(-gumbel(row_keys(1, [5], [1]), n)[0]).exp()).exp()
+    cells = torch.histc(u, 64, 0, 1)
+    assert chi_square_p(cells, torch.full((64,), len(u) / 64)) > 1e-4
+    pairs = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
+    pairs = torch.bincount(pairs[::2], minlength=64)
+    assert chi_square_p(pairs, torch.full((64,), pairs.sum() / 64)) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("vocabulary", [2, 5, 64])
+def test_draws_follow_the_distribution(vocabulary, dtype):
+    log_p = torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    n = 20_000
+    tokens = draw(log_p.expand(n, -1), fold(row_keys(3, [0], [1]), torch.arange(n)), dtype)
+    counts = torch.bincount(tokens, minlength=vocabulary)
+    assert chi_square_p(counts, log_p.double().exp() * n) > 1e-4
+
+
+def test_the_float32_draw_gives_every_token_its_chance_however_small():
+    """Its only float32 arithmetic is the mass of a group: the chance of a token that follows from
+    the masses is off by less than 1e-5 of itself, from 1 to 1e-30."""
+    logits = torch.linspace(0, -70, 50_258)[torch.randperm(50_258)]
+    log_p = logits.log_softmax(-1)
+    padded, mass = in_groups(log_p)
+    inside = padded.double().log_softmax(-1)
+    implied = (mass / mass.sum()).log()[:, None] + inside
+    implied = implied.flatten()[: len(log_p)]
+    exact = log_p.double().log_softmax(-1)
+    assert exact.min() < -69
+    assert (implied - exact).abs().max() < 1e-5
+
+
+def test_the_noise_reaches_where_float32_ends():
+    """-log(-log u) in float32 is at most 16.6; steps of 2^-52 reach 36.7."""
+    assert gumbel(row_keys(1, [0], [1]), 1 << 20).max() > 13
+    assert -(-uniform(torch.tensor(-1)).log()).log() > 36
+    u = uniform(torch.tensor([0, -1, 2**63 - 1, -(2**63)]))
+    assert ((u > 0) & (u < 1)).all()
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.9])
+def test_the_nucleus_keeps_at_most_p_and_always_the_first(p):
+    log_p = torch.randn(50, 40, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    kept = nucleus(log_p, p) > -torch.inf
+    mass = (log_p.exp() * kept).sum(-1)
+    first = log_p == log_p.amax(-1, keepdim=True)
+    assert (kept | ~first).all()
+    assert ((mass <= p) | (kept.sum(-1) == 1)).all()
+    torch.testing.assert_close(nucleus(log_p, p).logsumexp(-1), torch.zeros(50))
+
+
+# rows
+
+
+def texts(samples):
+    return [sample.tokens.tolist() for sample in samples]
+
+
+@pytest.mark.parametrize("steps", list(STEPS))
+@pytest.mark.parametrize(("algo", "cached"), [("bamdlm", False), ("bamdlm", True), ("mdlm", False)])
+def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
+    settings = SMALL | {"kv_cache": cached, "steps": steps, "tokens_per_step": 2, "threshold": 0.3}
+    runs = [write(algo, network(algo), 8, batch_size=b, **settings) for b in (1, 3, 8)]
+    assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
+    assert len({tuple(text) for text in texts(runs[0])}) == 8
+    assert [s.nfe for s in runs[0]] == [s.nfe for s in runs[1]] == [s.nfe for s in runs[2]]
+
+
+@pytest.mark.parametrize(("algo", "cached"), [("ar", False), ("ar", True), ("sedd", False)])
+def test_nor_with_ar_and_sedd(algo, cached):
+    settings = SMALL | {"kv_cache": cached}
+    runs = [write(algo, network(algo), 8, batch_size=b, **settings) for b in (1, 3, 8)]
+    assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
+    assert len({tuple(text) for text in texts(runs[0])}) == 8
+
+
+def test_the_seed_and_the_row_name_the_text():
+    first = texts(write("bamdlm", network("bamdlm"), 3, seed=5, **SMALL))
+    assert first == texts(write("bamdlm", network("bamdlm"), 3, seed=5, **SMALL))
+    assert first != texts(write("bamdlm", network("bamdlm"), 3, seed=6, **SMALL))
+    only = [Request(2, (0,))]
+    assert texts(write("bamdlm", network("bamdlm"), only, seed=5, **SMALL)) == first[2:]
+
+
+def ragged(seed=0, longest=22):
+    numbers = random.Random(seed)
+    lengths = [1, 2, 4, 5, 9, 13, longest]
+    return [
+        Request(row, (0, *(numbers.randrange(V - 1) for _ in range(n - 1))))
+        for row, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("batch", [2, 7])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("algo", ALGOS)
+def test_prompts_of_any_length_share_a_batch_and_never_change(algo, cached, batch):
+    if cached and algo in ("mdlm", "sedd"):
+        pytest.skip("no cache")
+    settings = SMALL | {"kv_cache": cached, "context_size": 24}
+    requests = ragged()
+    together = write(algo, network(algo), requests, batch_size=batch, **settings)
+    alone = write(algo, network(algo), requests, batch_size=1, **settings)
+    assert texts(together) == texts(alone)
+    for sample, request in zip(together, requests, strict=True):
+        assert tuple(sample.tokens[: len(request.tokens)].tolist()) == request.tokens
+        assert len(sample.tokens) == SMALL["length"]
+        assert (sample.tokens != MASK).all()
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "ar"])
+def test_with_a_cache_the_text_is_the_same(algo):
+    settings = SMALL | {"context_size": 24, "batch_size": 3}
+    plain = write(algo, network(algo), ragged(), **settings)
+    assert texts(plain) == texts(write(algo, network(algo), ragged(), kv_cache=True, **settings))
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "ar"])
+def test_cached_rows_that_come_late_see_no_trace_of_others_past_the_window(algo):
+    """Prompts longer than two blocks enter while others are far past the window of 12."""
+    requests = [*ragged(longest=12), Request(9, ragged(1)[5].tokens[:11])]
+    settings = SMALL | {"length": 40, "kv_cache": True}
+    alone = write(algo, network(algo), requests, batch_size=1, **settings)
+    for batch in (2, 3):
+        assert texts(write(algo, network(algo), requests, batch_size=batch, **settings)) == texts(
+            alone
+        )
+
+
+class Counting:
+    """A denoiser that writes down how it was asked."""
+
+    def __init__(self, denoise):
+        self.denoise, self.asked = denoise, []
+        self.mask_id, self.block_size = denoise.mask_id, denoise.block_size
+        self.new_cache = denoise.new_cache
+
+    def __call__(self, tokens, read, cache=None):
+        self.asked.append((tuple(tokens.shape), tuple(read.shape)))
+        return self.denoise(tokens, read, cache)
+
+
+def test_first_hitting_reads_one_position_and_commits_while_asking():
+    counting = Counting(network("bamdlm"))
+    samples = write("bamdlm", counting, 2, batch_size=2, kv_cache=True, **SMALL)
+    block, blocks = SMALL["block_size"], SMALL["length"] // SMALL["block_size"]
+    assert samples[0].nfe == len(counting.asked) == SMALL["length"] - 1  # no pass only to commit
+    assert {read for _, read in counting.asked} == {(2, 1)}
+    widths = [tokens[1] for tokens, _ in counting.asked]
+    assert widths.count(2 * block) == blocks - 1
+    assert widths.count(block) == len(widths) - blocks + 1
+
+
+def test_ancestral_sampling_evaluates_only_what_changed():
+    counting = Counting(network("bamdlm"))
+    settings = SMALL | {"steps": "ancestral", "num_steps": 1000}
+    (sample,) = write("bamdlm", counting, 1, **settings)
+    assert sample.nfe == len(counting.asked) <= SMALL["length"] - 1
+    few = SMALL | {"steps": "ancestral", "num_steps": 1}
+    assert write("bamdlm", network("bamdlm"), 1, **few)[0].nfe == 6  # one per block
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
+def test_a_threshold_of_one_and_k_of_one_are_the_sequential_case(algo):
+    settings = SMALL | {"batch_size": 3}
+    one = write(algo, network(algo), 4, steps="confidence", tokens_per_step=1, **settings)
+    sure = write(algo, network(algo), 4, steps="threshold", threshold=1.0, **settings)
+    assert texts(one) == texts(sure)
+    assert {s.nfe for s in one + sure} == {SMALL["length"] - 1}
+
+
+def test_a_low_threshold_reveals_a_block_at_once():
+    samples = write("bamdlm", network("bamdlm"), 2, steps="threshold", threshold=1e-6, **SMALL)
+    assert {s.nfe for s in samples} == {6}
+
+
+GOOD_TEXT = [0, *(random.Random(7).randrange(V - 1) for _ in range(23))]
+
+
+def knows(text):
+    return lambda tokens, position: [float(v == text[position]) for v in range(V)]
+
+
+@pytest.mark.parametrize("steps", list(STEPS))
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_perfect_denoiser_returns_its_text(steps, cached):
+    settings = SMALL | {"steps": steps, "context_size": 24, "window": 24}
+    table = Table(knows(GOOD_TEXT), V, MASK, block_size=4)
+    assert texts(write("bamdlm", table, 2, kv_cache=cached, **settings)) == [GOOD_TEXT] * 2
+    if not cached:
+        assert texts(write("mdlm", Table(knows(GOOD_TEXT), V, MASK), 1, **settings)) == [GOOD_TEXT]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_perfect_next_token_denoiser_returns_its_text(cached):
+    table = Table(knows(GOOD_TEXT), V, MASK, block_size=1, next_token=True)
+    settings = SMALL | {"kv_cache": cached, "context_size": 24}
+    assert texts(write("ar", table, 2, **settings)) == [GOOD_TEXT] * 2
+
+
+@pytest.mark.parametrize("length", [4, 8, 20, 52])
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
+def test_any_length_is_written_exactly(algo, length):
+    samples = write(algo, network(algo), 2, **SMALL | {"length": length})
+    assert {len(s.tokens) for s in samples} == {length}
+    assert {s.nfe for s in samples} == {length - 1}
+    assert all((s.tokens != MASK).all() for s in samples)
+
+
+@pytest.mark.parametrize("length", [13, 17, 23, 31])
+def test_windows_write_lengths_that_no_stride_divides(length):
+    (sample,) = write("mdlm", network("mdlm"), 1, **SMALL | {"length": length})
+    assert len(sample.tokens) == length
+    assert (sample.tokens != MASK).all()
+
+
+# infilling
+
+GAPS = Request(0, (0, 5, 6, MASK, MASK, 7, 8, MASK, 9, 10, MASK, 11), total=12)
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "sedd"])
+def test_infilling_fills_the_gaps_and_nothing_else(algo):
+    for batch in (1, 2):
+        requests = [GAPS, Request(1, (0, MASK, 3), total=3)]
+        samples = write(algo, network(algo), requests, batch_size=batch, **SMALL)
+        for sample, request in zip(samples, requests, strict=True):
+            assert len(sample.tokens) == len(request.tokens)
+            for given, token in zip(request.tokens, sample.tokens.tolist(), strict=True):
+                assert token != MASK
+                assert given in (token, MASK)
+
+
+def test_infilling_with_a_cache_gives_the_same_text():
+    requests = [GAPS, Request(1, (0, MASK, 3), total=3)]
+    settings = SMALL | {"context_size": 24, "batch_size": 2}
+    plain = write("bamdlm", network("bamdlm"), requests, **settings)
+    assert texts(plain) == texts(
+        write("bamdlm", network("bamdlm"), requests, kv_cache=True, **settings)
+    )
+
+
+def from_the_right(tokens, position):
+    """The token after the gap if it is seen, else 1."""
+    after = [t for t in tokens[position:] if t != MASK]
+    return [float(v == (after[0] if after else 1)) for v in range(V)]
+
+
+def test_mdlm_sees_both_sides_of_a_gap_and_a_block_what_is_left_of_its_end():
+    request = [Request(0, (0, MASK, MASK, 2, 3, 4, 5, MASK, 6, 7, 8, 9), total=12)]
+    both = texts(write("mdlm", Table(from_the_right, V, MASK), request, **SMALL))[0]
+    assert (both[1], both[2], both[7]) == (2, 2, 6)
+    left = texts(write("bamdlm", Table(from_the_right, V, MASK, block_size=4), request, **SMALL))[0]
+    assert (left[1], left[2], left[7]) == (2, 2, 1)
+
+
+def test_ar_cannot_fill_gaps():
+    with pytest.raises(ValueError, match="algo=ar cannot fill gaps"):
+        write("ar", network("ar"), [GAPS], **SMALL)
+
+
+# stopping
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
+def test_rows_that_end_leave_and_others_take_their_place(algo, cached):
+    if cached and algo == "mdlm":
+        pytest.skip("no cache")
+    settings = SMALL | {"length": 60, "var_length": True, "eos_id": 3, "kv_cache": cached}
+    denoise = network(algo)
+    alone = write(algo, denoise, 12, batch_size=1, **settings)
+    assert len({len(s.tokens) for s in alone}) > 3
+    for batch in (4, 12):
+        together = write(algo, denoise, 12, batch_size=batch, **settings)
+        assert texts(together) == texts(alone)
+        assert [s.nfe for s in together] == [s.nfe for s in alone]
+    for sample in alone:
+        ids = sample.tokens.tolist()
+        assert 3 not in ids[1:-1]
+        assert (sample.stopped == "eos") == (ids[-1] == 3 and len(ids) > 1)
+        if algo == "ar":
+            assert sample.nfe == len(ids) - 1
+    free = write(algo, denoise, 12, **settings | {"var_length": False})
+    for long, short in zip(free, alone, strict=True):
+        assert long.tokens[: len(short.tokens)].tolist() == short.tokens.tolist()
+
+
+def test_an_eos_of_the_prompt_does_not_end_the_text():
+    table = Table(lambda tokens, position: [float(v == 5) for v in range(V)], V, MASK, 4)
+    request = [Request(0, (3, 3, 3))]
+    (sample,) = write("bamdlm", table, request, var_length=True, eos_id=3, bos_id=3, **SMALL)
+    assert sample.stopped == "length"
+    assert len(sample.tokens) == SMALL["length"]
+
+
+def repeats(tokens, position):
+    return [float(v == 1) for v in range(V)]
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "ar"])
+def test_a_text_that_repeats_itself_is_cut_by_256_tokens(algo):
+    table = Table(repeats, V, MASK, 4 if algo == "bamdlm" else 1, next_token=algo == "ar")
+    settings = SMALL | {"length": 300, "var_length": True, "eos_id": 3, "kv_cache": True}
+    (sample,) = write(algo, table, [Request(0, (0, 2, 2, 2, 2))], **settings)
+    assert sample.stopped == "entropy"
+    assert sample.tokens.tolist() == [0, 2, 2, 2, 2]  # a cut does not enter the prompt
+    assert sample.nfe == ENTROPY_TOKENS - 5
+
+
+def test_of_two_cuts_the_earlier_counts_and_what_came_later_was_never_seen():
+    tail = torch.ones(300, dtype=torch.int64)
+    tail[40] = 3
+    assert find_stop(tail, 300, [300], 0, 0, 3).length == 41
+    assert find_stop(tail, 300, range(1, 301), 0, 0, 3) == (41, 41, "eos")
+    tail[40] = 1
+    tail[299] = 3
+    assert find_stop(tail, 300, [300], 290, 0, 3).length == 44
+    assert find_stop(tail, 300, range(291, 301), 290, 10, 3) == (35, 291, "entropy")
+
+
+def test_rejection_draws_again_and_says_how_often():
+    """Every third try is good enough: entropy 4 needs many different tokens."""
+    settings = {"length": 256, "window": 256, "steps": "ancestral", "num_steps": 1}
+    even = Table(lambda tokens, position: [1.0] * 300, 300, 299)
+    (sample,) = write("mdlm", even, 1, reject_low_entropy=True, **settings)
+    assert (sample.tries, sample.rejected) == (1, False)
+    (sample,) = write("mdlm", Table(repeats, V, MASK), 1, reject_low_entropy=True, **settings)
+    assert (sample.tries, sample.rejected, len(sample.tokens)) == (MOST_TRIES, True, 256)
+    (sample,) = write("mdlm", Table(repeats, V, MASK), 1, **settings)
+    assert (sample.tries, sample.rejected) == (1, False)
+
+
+# looking on
+
+
+def test_a_watcher_sees_every_evaluation():
+    frames, ticks = [], []
+    settings = Settings(bos_id=0, eos_id=0, batch_size=2, **SMALL)
+    groups = generate(
+        "bamdlm",
+        network("bamdlm"),
+        [Request(row, (0,)) for row in range(3)],
+        settings,
+        watch=frames.append,
+        tick=lambda *counts: ticks.append(counts),
+    )
+    samples = [s for group in groups for s in group]
+    assert len(frames) == 2 * (SMALL["length"] - 1)  # two batches
+    assert [int((f.tokens[0] == MASK).sum()) for f in frames[:3]] == [22, 21, 20]
+    assert sum(tokens for tokens, _ in ticks) == 3 * (SMALL["length"] - 1)
+    assert sum(count for _, count in ticks) == len(frames) == frames[-1].nfe
+    assert len(samples) == 3
+
+
+WRONG = [
+    ("bamdlm", {"length": 22}, "model.length=22 is not a multiple of block_size=4"),
+    ("bamdlm", {"context_size": 13}, "sampling.context_size=13 is not a multiple of block_size=4"),
+    ("bamdlm", {"nucleus_p": 0}, r"sampling.nucleus_p=0 must be in \(0, 1\]"),
+    ("bamdlm", {"nucleus_p": 1.5}, r"sampling.nucleus_p=1.5 must be in \(0, 1\]"),
+    ("bamdlm", {"steps": "greedy"}, "sampling.steps='greedy' must be one of"),
+    ("bamdlm", {"confidence": "luck"}, "sampling.confidence='luck' must be one of"),
+    ("bamdlm", {"threshold": 0}, "sampling.threshold=0 must be in"),
+    ("bamdlm", {"remask": -1}, "sampling.remask=-1 must be in"),
+    ("bamdlm", {"dtype": "bf16"}, "sampling.dtype='bf16' must be float32 or float64"),
+    ("bamdlm", {"batch_size": 0}, "loader.eval_batch_size=0 must be at least 1"),
+    ("bamdlm", {"tokens_per_step": 0}, "sampling.tokens_per_step=0 must be at least 1"),
+    ("bamdlm", {"steps": "ancestral", "num_steps": 0}, "algo.T=0 gives no sampling steps"),
+    ("sedd", {"num_steps": 0}, "algo.T=0 gives no sampling steps"),
+    ("mdlm", {"kv_cache": True}, "sampling.kv_cache=true is exact for bamdlm and ar only"),
+    ("mdlm", {"window": 1}, "set block_size"),
+    ("bamdlm", {"var_length": True, "reject_low_entropy": True}, "choose one"),
+    ("gpt", {}, "algo must be one of"),
+]
+
+
+@pytest.mark.parametrize(("algo", "change", "message"), WRONG)
+def test_settings_that_cannot_be_are_named(algo, change, message):
+    with pytest.raises(ValueError, match=message):
+        write(algo, None, 1, **SMALL | change)
+
+
+@pytest.mark.parametrize("tokens", [(), tuple(range(25))])
+def test_a_prompt_must_fit(tokens):
+    with pytest.raises(ValueError, match="of a text of 24"):
+        write("bamdlm", network("bamdlm"), [Request(0, tokens)], **SMALL)

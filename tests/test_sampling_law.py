@@ -1,0 +1,362 @@
+"""What the samplers write has the law that theory says, enumerated over all texts.
+
+Four tokens (one of them the mask), four positions. Each comparison is a chi-square test at a fixed
+seed that a right sampler fails with chance 1e-4 (over all tests of this file: under 0.5 %).
+"""
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+import torch
+from networks import chi_square_p, small
+from sampling_tools import Table, denoiser, write
+
+from samplers.analytic import LAST_TIME, next_log_probs, reverse_chances, total_noise
+from samplers.nucleus import nucleus
+from samplers.steps import CONFIDENCES, remask_chances, times
+
+MASK, LENGTH, ROWS = 3, 4, 2000
+FALSE_ALARM = 1e-4
+START = (0, MASK, MASK, MASK)
+
+
+def law_of_context(tokens, position):
+    """Weights that depend on everything that is seen, and are far from even."""
+    numbers = random.Random(f"{tokens}{position}")
+    return [numbers.random() ** 2 + 0.1 for _ in range(4)]
+
+
+def table(**kwargs):
+    return Table(law_of_context, 4, MASK, **kwargs)
+
+
+def chances(denoise, x, position, p=1.0):
+    """Probability of each token at `position` of the text x (what is visible of it)."""
+    log_p = denoise(torch.tensor([x]), torch.tensor([[position]]))[0, 0]
+    return nucleus(log_p, p).double().exp().tolist()
+
+
+def products(x, options):
+    """The next texts and their chances, where position i becomes v with chance options[i][v]."""
+    places = sorted(options)
+    for values in itertools.product(*(options[i].items() for i in places)):
+        new, chance = list(x), 1.0
+        for place, (value, c) in zip(places, values, strict=True):
+            new[place] = value
+            chance *= c
+        if chance > 0:
+            yield tuple(new), chance
+
+
+def step(law, options_of):
+    out = Counter()
+    for x, chance in law.items():
+        for new, c in products(x, options_of(x)):
+            out[new] += chance * c
+    return out
+
+
+def until_written(law, options_of):
+    while any(MASK in x for x in law):
+        law = step(law, options_of)
+    return law
+
+
+def assert_samples_follow(law, samples):
+    assert abs(sum(law.values()) - 1) < 1e-6
+    counts = Counter(tuple(sample.tokens.tolist()) for sample in samples)
+    assert set(counts) <= set(law)
+    texts = sorted(law)
+    observed = torch.tensor([counts[x] for x in texts])
+    expected = torch.tensor([law[x] * len(samples) for x in texts])
+    rare = expected < 5  # too few for the chi-square law: taken together
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    some = expected > 0
+    if some.sum() > 1:
+        assert chi_square_p(observed[some], expected[some]) > FALSE_ALARM
+
+
+def hidden_of(x, block):
+    return [i for i in block if x[i] == MASK]
+
+
+def blocks(size):
+    return [range(s, s + size) for s in range(0, LENGTH, size)]
+
+
+def one_at_a_time(denoise, block, p=1.0):
+    """First hitting: any hidden position, equally likely."""
+
+    def mixture(law):
+        out = Counter()
+        for x, chance in law.items():
+            hidden = hidden_of(x, block)
+            if not hidden:
+                out[x] += chance
+            for i in hidden:
+                for v, c in enumerate(chances(denoise, x[: block.stop], i, p)):
+                    if c > 0:
+                        out[(*x[:i], v, *x[i + 1 :])] += chance / len(hidden) * c
+        return out
+
+    return mixture
+
+
+def first_hitting_law(denoise, size, p=1.0):
+    law = Counter({START: 1.0})
+    for block in blocks(size):
+        for _ in block:
+            law = one_at_a_time(denoise, block, p)(law)
+    return law
+
+
+@pytest.mark.parametrize("p", [1.0, 0.8])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_first_hitting(size, cached, dtype, p):
+    denoise = table(block_size=size)
+    samples = write(
+        "bamdlm",
+        denoise,
+        ROWS,
+        length=LENGTH,
+        block_size=size,
+        kv_cache=cached,
+        context_size=4,
+        batch_size=1000,
+        nucleus_p=p,
+        dtype=dtype,
+    )
+    assert_samples_follow(first_hitting_law(denoise, size, p), samples)
+
+
+def stepwise_law(denoise, block, law, reveals, hides):
+    """Per step each hidden token is revealed with chance reveals[i], each seen hidden again."""
+    written = [i for i in block if START[i] == MASK]
+    for reveal, hide in zip(reveals, hides, strict=True):
+
+        def options(x, reveal=reveal, hide=hide):
+            out = {}
+            for i in written:
+                if x[i] == MASK:
+                    p = chances(denoise, x[: block.stop], i)
+                    out[i] = {MASK: 1 - reveal} | {v: reveal * p[v] for v in range(MASK)}
+                else:
+                    out[i] = {x[i]: 1 - hide, MASK: hide}
+            return out
+
+        law = step(law, options)
+    return law
+
+
+class ThreeSteps:
+    num_steps = 3
+
+    @staticmethod
+    def move_chance(t):
+        return t**2
+
+
+@pytest.mark.parametrize("cap", [None, 0.3])
+@pytest.mark.parametrize("cached", [False, True])
+def test_ancestral_and_remasking(cap, cached):
+    denoise = table(block_size=2)
+    samples = write(
+        "bamdlm",
+        denoise,
+        ROWS,
+        length=LENGTH,
+        block_size=2,
+        kv_cache=cached,
+        context_size=4,
+        batch_size=1000,
+        steps="ancestral" if cap is None else "remask",
+        num_steps=3,
+        remask=cap or 0.0,
+        move_chance=ThreeSteps.move_chance,
+    )
+    p = times(ThreeSteps)
+    pairs = [remask_chances(a, b, cap or 0.0) for a, b in itertools.pairwise(p)]
+    reveals = [float(reveal) for reveal, _ in pairs[:-1]] + [1.0]
+    hides = [float(hide) for _, hide in pairs[:-1]] + [0.0]
+    if cap is None:
+        assert reveals[:-1] == pytest.approx(
+            [1 - float(b / a) for a, b in itertools.pairwise(p)][:-1]
+        )
+    law = Counter({START: 1.0})
+    for block in blocks(2):
+        law = stepwise_law(denoise, block, law, reveals, hides)
+    assert_samples_follow(law, samples)
+
+
+@pytest.mark.parametrize("cap", [None, 0.3])
+def test_mdlm_with_steps(cap):
+    denoise = table()
+    samples = write(
+        "mdlm",
+        denoise,
+        ROWS,
+        length=LENGTH,
+        window=LENGTH,
+        batch_size=1000,
+        steps="ancestral" if cap is None else "remask",
+        num_steps=3,
+        remask=cap or 0.0,
+        move_chance=ThreeSteps.move_chance,
+    )
+    p = times(ThreeSteps)
+    pairs = [remask_chances(a, b, cap or 0.0) for a, b in itertools.pairwise(p)]
+    law = stepwise_law(
+        denoise,
+        range(LENGTH),
+        Counter({START: 1.0}),
+        [float(reveal) for reveal, _ in pairs[:-1]] + [1.0],
+        [float(hide) for _, hide in pairs[:-1]] + [0.0],
+    )
+    assert_samples_follow(law, samples)
+
+
+def test_mdlm_windows_move_by_half_their_length():
+    """Of a window of two tokens the second sees only the first, and what came before is final."""
+    denoise = table()
+    samples = write("mdlm", denoise, ROWS, length=LENGTH, window=2, batch_size=1000)
+    law = Counter({START: 1.0})
+    for i in range(1, LENGTH):
+        law = step(law, lambda x, i=i: {i: dict(enumerate(chances(denoise, x[i - 1 : i + 1], 1)))})
+    assert_samples_follow(law, samples)
+
+
+@pytest.mark.parametrize("kind", list(CONFIDENCES))
+@pytest.mark.parametrize("k", [1, 2])
+def test_confidence(kind, k):
+    denoise = table()
+    samples = write(
+        "mdlm",
+        denoise,
+        ROWS,
+        length=LENGTH,
+        window=LENGTH,
+        batch_size=1000,
+        steps="confidence",
+        confidence=kind,
+        tokens_per_step=k,
+    )
+
+    def options(x):
+        hidden = hidden_of(x, range(LENGTH))
+        p = {i: chances(denoise, x, i) for i in hidden}
+        log_p = torch.tensor([p[i] for i in hidden]).log()
+        score = CONFIDENCES[kind](log_p).tolist() if hidden else []
+        best = sorted(range(len(hidden)), key=lambda j: -score[j])[:k]
+        return {hidden[j]: dict(enumerate(p[hidden[j]])) for j in best}
+
+    assert_samples_follow(until_written(Counter({START: 1.0}), options), samples)
+    assert {s.nfe for s in samples} == {-(-3 // k)}
+
+
+def test_threshold():
+    denoise = table(block_size=4)
+    samples = write(
+        "bamdlm",
+        denoise,
+        ROWS,
+        length=LENGTH,
+        block_size=4,
+        context_size=4,
+        kv_cache=True,
+        batch_size=1000,
+        steps="threshold",
+        threshold=0.5,
+    )
+
+    def options(x):
+        p = {i: chances(denoise, x, i) for i in hidden_of(x, range(LENGTH))}
+        sure = [i for i in p if max(p[i]) >= 0.5] or sorted(p, key=lambda i: -max(p[i]))[:1]
+        return {i: dict(enumerate(p[i])) for i in sure}
+
+    assert_samples_follow(until_written(Counter({START: 1.0}), options), samples)
+    assert {s.nfe for s in samples} <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_autoregressive(cached):
+    denoise = table(next_token=True, block_size=1)
+    samples = write(
+        "ar", denoise, ROWS, length=LENGTH, batch_size=1000, kv_cache=cached, nucleus_p=0.9
+    )
+    law = Counter({START: 1.0})
+    for i in range(1, LENGTH):
+        law = step(law, lambda x, i=i: {i: dict(enumerate(chances(denoise, x[:i], i - 1, 0.9)))})
+    assert_samples_follow(law, samples)
+
+
+class ScoreTable:
+    mask_id = MASK
+
+    def __call__(self, tokens, sigma):
+        out = [
+            [[random.Random(f"{row}{i}{v}{s:.4f}").gauss(0, 1) for v in range(4)] for i in range(4)]
+            for row, s in zip(tokens.tolist(), sigma.tolist(), strict=True)
+        ]
+        log_score = torch.tensor(out) - torch.expm1(sigma).log()[:, None, None] - 1
+        return log_score.scatter(-1, tokens[..., None], 0.0)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.8])
+def test_sedd(p):
+    score, steps, samples_wanted = ScoreTable(), 2, 1000
+    samples = write(
+        "sedd", score, samples_wanted, length=LENGTH, num_steps=steps, batch_size=1000, nucleus_p=p
+    )
+    sigma = total_noise(torch.linspace(1, LAST_TIME, steps + 1, dtype=torch.float64)).tolist()
+    law = Counter({START: 1.0})
+    for i in range(steps + 1):
+        last = i == steps
+        change = sigma[i] if last else sigma[i] - sigma[i + 1]
+
+        def options(x, i=i, last=last, change=change):
+            tokens, level = torch.tensor([x]), torch.tensor([sigma[i]])
+            odds = reverse_chances(score(tokens, level), tokens, torch.tensor([change]), MASK, last)
+            probs = next_log_probs(odds, p, MASK)[0].double().exp().tolist()
+            return {j: dict(enumerate(probs[j])) for j in hidden_of(x, range(LENGTH))}
+
+        law = step(law, options)
+    assert_samples_follow(law, samples)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_law_holds_with_a_network(cached):
+    network = small(4, seed=3)
+    with torch.no_grad():
+        network.output_layer.linear.weight *= 4  # far from even chances
+        denoise = denoiser(network, "bamdlm", MASK, 2)
+        samples = write(
+            "bamdlm",
+            denoise,
+            ROWS,
+            length=LENGTH,
+            block_size=2,
+            kv_cache=cached,
+            context_size=4,
+            batch_size=1000,
+        )
+        assert_samples_follow(first_hitting_law(denoise, 2), samples)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_law_of_ar_holds_with_a_network(cached):
+    network = small(4, seed=4, adaln=False)
+    with torch.no_grad():
+        network.output_layer.linear.weight *= 4
+        denoise = denoiser(network, "ar", MASK)
+        samples = write(
+            "ar", denoise, ROWS, length=LENGTH, kv_cache=cached, context_size=4, batch_size=1000
+        )
+        law = Counter({START: 1.0})
+        for i in range(1, LENGTH):
+            law = step(law, lambda x, i=i: {i: dict(enumerate(chances(denoise, x[:i], i - 1)))})
+        assert_samples_follow(law, samples)
