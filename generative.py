@@ -1,0 +1,179 @@
+"""Quality of texts without a reference: perplexity under a judge, unigram entropy, length.
+
+The judge is any causal language model. A text is tokenized for the judge, seen in windows of the
+judge's context that move by 512 tokens, and every token but the first is scored once, with all
+that its window shows before it. EOS tokens are context but not counted. Entropy is that of the
+frequencies of all the text's tokens, in nats; length counts the tokens scored.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STRIDE_TOKENS = 512
+CONTEXT_TOKENS = 1024  # of a judge that does not say
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """One text. `nats` is None without a judge."""
+
+    nats: float | None  # summed over the tokens counted
+    tokens: int  # counted: all but the first and EOS
+    entropy: float  # nats
+
+    @property
+    def perplexity(self) -> float:
+        if self.nats is None or self.tokens == 0:
+            return math.nan
+        return math.exp(min(self.nats / self.tokens, 700))
+
+
+def corpus_perplexity(scores: Sequence[TextScore]) -> float:
+    """Over the tokens of all texts."""
+    judged = [s for s in scores if s.nats is not None]
+    tokens = sum(s.tokens for s in judged)
+    return TextScore(sum(s.nats for s in judged), tokens, 0.0).perplexity if tokens else math.nan
+
+
+def unigram_entropy(ids: Tensor) -> float:
+    """ids [n] -> nats; 0 for none."""
+    if len(ids) == 0:
+        return 0.0
+    p = ids.unique(return_counts=True)[1].double() / len(ids)
+    return torch.special.entr(p).sum().item()
+
+
+def describe(ids: Sequence[int] | Tensor, eos_id: int, nats: float | None = None) -> TextScore:
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    counted = int((ids[1:] != eos_id).sum())
+    return TextScore(nats, counted, unigram_entropy(ids))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens start .. stop - 1 of a text; those from `scored` on are scored here."""
+
+    text: int
+    start: int
+    stop: int
+    scored: int
+
+
+def windows(lengths: Sequence[int], context: int, stride: int) -> list[Window]:
+    """Every token but the first of each text is scored in exactly one window."""
+    found = []
+    for text, length in enumerate(lengths):
+        start, scored = 0, 1
+        while scored < length:
+            stop = min(start + context, length)
+            found.append(Window(text, start, stop, scored))
+            start, scored = start + stride, stop
+    return found
+
+
+class Judge:
+    """A causal language model with its tokenizer.
+
+    `foreign`: special tokens of the writer ("[CLS]"), which are shown to the judge as its own EOS
+    where its vocabulary does not have them.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        context: int,
+        batch_size: int = 8,
+        stride: int = STRIDE_TOKENS,
+        foreign: Sequence[str] = (),
+    ):
+        if batch_size < 1:
+            raise ValueError(f"eval.perplexity_batch_size={batch_size} must be at least 1")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.context, self.stride = context, min(stride, context)
+        self.batch_size = batch_size
+        known = tokenizer.get_vocab()
+        self.foreign = [token for token in foreign if token not in known]
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
+        found = []
+        for text in texts:
+            for token in self.foreign:
+                text = text.replace(token, self.tokenizer.eos_token)
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            found.append(torch.tensor(ids, dtype=torch.int64))
+        return found
+
+    def score(self, texts: Sequence[str]) -> list[TextScore]:
+        """One score per text, in order; windows of several texts share a batch."""
+        return self.score_tokens(self.tokenize(texts))
+
+    def score_tokens(self, ids: list[Tensor]) -> list[TextScore]:
+        nats = [0.0] * len(ids)
+        todo = windows([len(x) for x in ids], self.context, self.stride)
+        todo.sort(key=lambda w: w.start - w.stop)  # long ones together: little padding
+        for first in range(0, len(todo), self.batch_size):
+            batch = todo[first : first + self.batch_size]
+            for window, value in zip(batch, self._nats(ids, batch), strict=True):
+                nats[window.text] += value
+        return [describe(x, self.eos_id, n) for x, n in zip(ids, nats, strict=True)]
+
+    @torch.inference_mode()
+    def _nats(self, ids: list[Tensor], batch: list[Window]) -> list[float]:
+        """Nats of the tokens counted in each window."""
+        width = max(w.stop - w.start for w in batch)
+        tokens = torch.full((len(batch), width), self.eos_id)
+        seen = torch.zeros(len(batch), width, dtype=torch.int64)
+        counted = torch.zeros(len(batch), width)
+        for row, w in enumerate(batch):
+            tokens[row, : w.stop - w.start] = ids[w.text][w.start : w.stop]
+            seen[row, : w.stop - w.start] = 1
+            counted[row, w.scored - w.start : w.stop - w.start] = 1
+        counted *= tokens != self.eos_id
+        device = next(self.model.parameters()).device
+        tokens, seen, counted = tokens.to(device), seen.to(device), counted.to(device)
+        logits = self.model(input_ids=tokens, attention_mask=seen).logits[:, :-1]
+        values = torch.stack(
+            [  # row by row: a second [B, T, V] tensor would not fit beside a large judge
+                (F.cross_entropy(row.float(), after, reduction="none") * weight).double().sum()
+                for row, after, weight in zip(logits, tokens[:, 1:], counted[:, 1:], strict=True)
+            ]
+        )
+        return values.tolist()
+
+
+def load_judge(
+    name_or_path: str, *, batch_size: int = 8, device="cpu", foreign: Sequence[str] = ()
+) -> Judge:
+    """A folder or a hub id; nothing of it is executed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"eval.gen_ppl_eval_model_name_or_path={name_or_path!r} cannot be loaded"
+            f" ({type(error).__name__}: {str(error).strip().splitlines()[0][:160]}). Give the"
+            " folder of a causal language model, go online once so that the hub's files are"
+            " cached, or set it to null to leave generative perplexity out"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of the judge {name_or_path!r} has no EOS token, which must not be"
+            " counted: choose another eval.gen_ppl_eval_model_name_or_path"
+        )
+    context = getattr(model.config, "max_position_embeddings", None) or CONTEXT_TOKENS
+    return Judge(
+        model.to(device), tokenizer, context=context, batch_size=batch_size, foreign=foreign
+    )
