@@ -59,9 +59,12 @@ options=(--disable-pip-version-check)
 constraints=()
 command -v nvidia-smi >/dev/null || constraints=(-c constraints-cpu.txt)
 echo "setup: 2/3 installing $(grep -c == requirements.txt) pinned packages and what they need (1-3 minutes) ..."
-.venv/bin/python -m pip install "${options[@]}" "${constraints[@]}" -r requirements.txt |
+# grep: a local package index that lacks a package makes pip warn once per package
+.venv/bin/python -m pip install "${options[@]}" "${constraints[@]}" -r requirements.txt \
+  2> >(grep -v "is ignored: it is neither a file nor" >&2) |
   grep --line-buffered -E '^(Collecting|Downloading|Installing|Successfully)' | cut -c1-120 || true
-.venv/bin/python -m pip install "${options[@]}" --quiet --no-deps -r requirements-no-deps.txt
+.venv/bin/python -m pip install "${options[@]}" --quiet --no-deps -r requirements-no-deps.txt \
+  2> >(grep -v "is ignored: it is neither a file nor" >&2)
 
 echo "setup: 3/3 checking the versions ..."
 .venv/bin/python - "${lists[@]:0:2}" <<'PYTHON' || fail "the install is not complete (see above); run scripts/setup.sh again"
