@@ -18,6 +18,8 @@ bash scripts/setup.sh
 python=${BAMDLM_PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # two workers on two cores
 
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-exec "$python" -m pytest -n 2 --dist worksteal -m "$marks" "${rest[@]}"
+style=0 # a fault of style is reported, and the tests run all the same
+"$python" -m ruff check . || style=$?
+"$python" -m ruff format --check . || style=$?
+"$python" -m pytest -n 2 --dist worksteal -m "$marks" "${rest[@]}"
+exit "$style"
