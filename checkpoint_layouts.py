@@ -186,7 +186,7 @@ def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
         )
     weights, foreign, interval = _sort(source, tensors)
     listed = tuple(config[name] for name in INTERVAL if name in config)
-    if interval is None and len(listed) == 2 and listed != PUBLISHED_EPS:
+    if interval is None and config.get("var_min") and listed not in ((), PUBLISHED_EPS):
         interval = listed
     return Checkpoint(
         source=source,

@@ -16,7 +16,7 @@ from .masks import Full, Rule
 
 @dataclass(frozen=True)
 class Denoiser:
-    """p(x0 | visible tokens) at chosen positions; of an ar network, p(token i + 1) at position i."""
+    """p(x0 | visible tokens) at chosen positions; of ar: p(token i + 1) at position i."""
 
     backbone: torch.nn.Module
     mask_id: int

@@ -1,0 +1,93 @@
+"""Turn a checkpoint into a folder for transformers, or a model on the Hugging Face hub.
+
+    python scripts/export_hf.py CKPT FOLDER [--push ID]
+
+The folder works where this project is not installed (AutoModelForMaskedLM.from_pretrained with
+trust_remote_code=True), and inside it without remote code (algo.backbone=hf_dit).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoints
+import hub_export
+from tokenizer import Tokenizer, get_tokenizer, wrap
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", metavar="CKPT", help="file, folder, fsspec URL or hub id")
+    parser.add_argument("folder", metavar="FOLDER", help="to be written")
+    parser.add_argument("--push", metavar="ID", help="then upload it as this hub model")
+    parser.add_argument("--private", action="store_true", help="make a new hub model private")
+    parser.add_argument("--tokenizer", metavar="NAME", help="name or folder, if not the run's own")
+    parser.add_argument("--algo", choices=checkpoints.ALGORITHMS, help="if CKPT does not tell")
+    parser.add_argument("--disable-ema", action="store_true", help="plain weights, not averages")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"export_hf: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options) -> None:
+    checkpoint = checkpoints.read(options.checkpoint)
+    folder = hub_export.export(
+        checkpoint,
+        options.folder,
+        find_tokenizer(checkpoint, options.tokenizer),
+        use_ema=not options.disable_ema,
+        algo=options.algo,
+        overwrite=options.overwrite,
+    )
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    if options.push:
+        print(f"uploaded to {push(folder, options.push, options.private)}")
+
+
+def find_tokenizer(checkpoint: checkpoints.Checkpoint, name: str | None) -> Tokenizer:
+    """The one asked for, else the one pickled in an authors' checkpoint, else the run's by name."""
+    data = checkpoint.config.get("data", {})
+    if name is not None:
+        return get_tokenizer(name)
+    kept = checkpoint.raw.get("hyper_parameters", {}).get("tokenizer")
+    if isinstance(kept, dict) and isinstance(kept.get("_tokenizer"), str):
+        return wrap(rebuilt(kept), "of the checkpoint", data.get("eos_token"))
+    if "tokenizer_name_or_path" not in data:
+        raise ValueError(f"{checkpoint.source} names no tokenizer: give --tokenizer")
+    return get_tokenizer(
+        data["tokenizer_name_or_path"],
+        eos_token=data.get("eos_token"),
+        cache_dir=data.get("cache_dir"),
+    )
+
+
+def rebuilt(kept: dict):
+    """A tokenizer from its pickled state: the fast tokenizer's JSON and the special tokens."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    special = {}
+    for role, token in kept.get("_special_tokens_map", {}).items():
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            special[role] = token
+    return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(kept["_tokenizer"]), **special)
+
+
+def push(folder: Path, repo_id: str, private: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

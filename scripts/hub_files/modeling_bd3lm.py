@@ -1,0 +1,84 @@
+"""The model that transformers loads from an exported folder: BD3LM, and the samplers as `generate`.
+
+Lives in exports only, where the files of models/ and samplers/ lie beside it: hub_export.py.
+"""
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser, Score
+from .hf import BD3LM as Network
+from .hf import BD3LMConfig
+from .masks import BlockCausal, Causal, Full
+from .noise_schedule import get_schedule
+from .samplers import Request, Settings, generate
+
+__all__ = ["BD3LM", "BD3LMConfig"]
+
+SEDD_STEPS = 1000  # as in the paper
+
+
+class BD3LM(Network):
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        max_length: int | None = None,
+        seed: int = 1,
+        **settings,
+    ) -> Tensor:
+        """Texts, int64 [B, max_length]; behind the end of a shorter one (var_length) stands EOS.
+
+        input_ids [B, P]: prompts, BOS included; mask tokens in them are filled. Without them
+        `num_samples` texts that begin with BOS. max_length: the trained length, if not given; a
+        block diffusion model writes any multiple of its block size. settings: fields of
+        samplers/settings.py, such as nucleus_p, steps, num_steps, context_size, var_length,
+        batch_size. The same seed gives the same texts.
+        """
+        config = self.config
+        if input_ids is None:
+            if config.bos_token_id is None:
+                raise ValueError("config.json has no bos_token_id: give input_ids")
+            input_ids = torch.full((num_samples, 1), config.bos_token_id)
+        length = max_length or config.model_length
+        settings = self._settings(len(input_ids), length, {"seed": seed, **settings})
+        requests = [Request(i, tuple(row)) for i, row in enumerate(input_ids.tolist())]
+        device = self.backbone.vocab_embed.embedding.device
+        texts = torch.full((len(requests), settings.length), settings.eos_id)
+        training = self.training
+        self.eval()
+        try:
+            made = generate(config.algo, self._asked(), requests, settings, device=device)
+            for samples in made:
+                for sample in samples:
+                    texts[sample.row, : len(sample.tokens)] = sample.tokens
+        finally:
+            self.train(training)
+        return texts
+
+    def _settings(self, rows: int, length: int, changes: dict) -> Settings:
+        config = self.config
+        schedule = get_schedule(config.noise, config.mdlm_loss_scale)
+        values = {
+            "length": length,
+            "bos_id": config.bos_token_id,
+            "eos_id": config.eos_token_id,
+            "batch_size": rows,
+            "block_size": config.block_size if config.algo == "bamdlm" else 1,
+            "context_size": config.model_length,
+            "window": min(config.model_length, length),
+            "kv_cache": config.algo in ("ar", "bamdlm"),
+            "num_steps": SEDD_STEPS if config.algo == "sedd" else 0,
+            "move_chance": lambda t: schedule(t).p,
+        }
+        return Settings(**{**values, **changes})
+
+    def _asked(self):
+        """What the samplers ask: see denoiser.py."""
+        config = self.config
+        if config.algo == "sedd":
+            return Score(self.backbone, config.mask_token_id, config.time_conditioning)
+        rules = {"ar": Causal(), "mdlm": Full(), "bamdlm": BlockCausal(config.block_size)}
+        block_size = config.block_size if config.algo == "bamdlm" else 1
+        return Denoiser(self.backbone, config.mask_token_id, block_size, rules[config.algo])
