@@ -155,7 +155,7 @@ def adaptive(rows: Rows, rule, spans, fills) -> None:
         reveal = rule.choose(log_probs, hidden, settings)
         nfe += hidden.any(1)
         if rule.sequential:
-            most = settings.tokens_per_step
+            most = settings.k
             left -= most
         else:
             most, left = torch.stack([reveal.sum(1).max(), (hidden & ~reveal).sum()]).tolist()

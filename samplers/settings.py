@@ -29,10 +29,10 @@ class Settings:
     window: int = 1024  # mdlm: tokens of a window
     steps: str = "first_hitting"  # the rule: a name of STEPS
     num_steps: int = 0  # T, per block or window: ancestral, remask and sedd
-    tokens_per_step: int = 1  # confidence: k
+    k: int = 1  # confidence: k
     confidence: str = "probability"  # confidence and threshold: a name of CONFIDENCES
     threshold: float = 0.9
-    remask: float = 0.02  # remask: largest chance that a token seen is hidden again in one step
+    remask_eta: float = 0.02  # remask: largest chance that a token seen is hidden again in one step
     nucleus_p: float = 1.0
     dtype: str = "float32"  # of the draw: float32 (right in the tails) or float64 (all V numbers)
     kv_cache: bool = False
@@ -49,10 +49,10 @@ class Settings:
         """One sentence per setting that cannot be."""
         for name, value in (
             ("model.length", self.length),
-            ("loader.eval_batch_size", self.batch_size),
+            ("sampling.batch_size", self.batch_size),
             ("block_size", self.block_size),
             ("sampling.context_size", self.context_size),
-            ("sampling.tokens_per_step", self.tokens_per_step),
+            ("sampling.k", self.k),
         ):
             if value < 1:
                 yield f"{name}={value} must be at least 1"
@@ -66,8 +66,8 @@ class Settings:
             yield f"sampling.confidence={self.confidence!r} must be one of {sorted(CONFIDENCES)}"
         if not 0 < self.threshold <= 1:
             yield f"sampling.threshold={self.threshold} must be in (0, 1]"
-        if not 0 <= self.remask <= 1:
-            yield f"sampling.remask={self.remask} must be in [0, 1]"
+        if not 0 <= self.remask_eta <= 1:
+            yield f"sampling.remask_eta={self.remask_eta} must be in [0, 1]"
         stepped = algo == "sedd" or (
             algo in ("bamdlm", "mdlm") and self.steps in ("ancestral", "remask")
         )

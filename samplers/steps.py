@@ -77,7 +77,7 @@ def remask(keys: Tensor, fills: list[list[int]], settings) -> list[Plan]:
     drawn = [0] * len(place)
     plans, hide = [[] for _ in fills], [[] for _ in fills]
     for i in range(settings.num_steps):
-        chances = remask_chances(p[i], p[i + 1], settings.remask)
+        chances = remask_chances(p[i], p[i + 1], settings.remask_eta)
         reveal_chance, hide_chance = (1, 0) if i == settings.num_steps - 1 else chances
         u = uniform(fold(fold(keys, CHAIN), i))
         shown = hidden & (u < reveal_chance)
@@ -124,7 +124,7 @@ CONFIDENCES = {"probability": by_probability, "margin": by_margin, "entropy": by
 
 def most_confident(log_probs: Tensor, hidden: Tensor, settings) -> Tensor:
     score = CONFIDENCES[settings.confidence](log_probs).masked_fill(~hidden, -torch.inf)
-    best = score.argsort(dim=-1, descending=True, stable=True)[:, : settings.tokens_per_step]
+    best = score.argsort(dim=-1, descending=True, stable=True)[:, : settings.k]
     return torch.zeros_like(hidden).scatter(1, best, True) & hidden
 
 
@@ -150,7 +150,7 @@ class Adaptive:
     """`choose(log_probs [B, R, V], hidden [B, R], settings) -> reveal [B, R]`, at least one where
     any is hidden.
 
-    `sequential`: exactly `tokens_per_step` are revealed, so the host knows how many are left
+    `sequential`: exactly `k` are revealed, so the host knows how many are left
     without asking.
     """
 

@@ -109,7 +109,7 @@ def texts(samples):
 @pytest.mark.parametrize("steps", list(STEPS))
 @pytest.mark.parametrize(("algo", "cached"), [("bamdlm", False), ("bamdlm", True), ("mdlm", False)])
 def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
-    settings = SMALL | {"kv_cache": cached, "steps": steps, "tokens_per_step": 2, "threshold": 0.3}
+    settings = SMALL | {"kv_cache": cached, "steps": steps, "k": 2, "threshold": 0.3}
     runs = [write(algo, network(algo), 8, batch_size=b, **settings) for b in (1, 3, 8)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
     assert len({tuple(text) for text in texts(runs[0])}) == 8
@@ -213,7 +213,7 @@ def test_ancestral_sampling_evaluates_only_what_changed():
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
 def test_a_threshold_of_one_and_k_of_one_are_the_sequential_case(algo):
     settings = SMALL | {"batch_size": 3}
-    one = write(algo, network(algo), 4, steps="confidence", tokens_per_step=1, **settings)
+    one = write(algo, network(algo), 4, steps="confidence", k=1, **settings)
     sure = write(algo, network(algo), 4, steps="threshold", threshold=1.0, **settings)
     assert texts(one) == texts(sure)
     assert {s.nfe for s in one + sure} == {SMALL["length"] - 1}
@@ -411,10 +411,10 @@ WRONG = [
     ("bamdlm", {"steps": "greedy"}, "sampling.steps='greedy' must be one of"),
     ("bamdlm", {"confidence": "luck"}, "sampling.confidence='luck' must be one of"),
     ("bamdlm", {"threshold": 0}, "sampling.threshold=0 must be in"),
-    ("bamdlm", {"remask": -1}, "sampling.remask=-1 must be in"),
+    ("bamdlm", {"remask_eta": -1}, "sampling.remask_eta=-1 must be in"),
     ("bamdlm", {"dtype": "bf16"}, "sampling.dtype='bf16' must be float32 or float64"),
-    ("bamdlm", {"batch_size": 0}, "loader.eval_batch_size=0 must be at least 1"),
-    ("bamdlm", {"tokens_per_step": 0}, "sampling.tokens_per_step=0 must be at least 1"),
+    ("bamdlm", {"batch_size": 0}, "sampling.batch_size=0 must be at least 1"),
+    ("bamdlm", {"k": 0}, "sampling.k=0 must be at least 1"),
     ("bamdlm", {"steps": "ancestral", "num_steps": 0}, "algo.T=0 gives no sampling steps"),
     ("sedd", {"num_steps": 0}, "algo.T=0 gives no sampling steps"),
     ("mdlm", {"kv_cache": True}, "sampling.kv_cache=true is exact for bamdlm and ar only"),

@@ -176,7 +176,7 @@ def test_ancestral_and_remasking(cap, cached):
         batch_size=1000,
         steps="ancestral" if cap is None else "remask",
         num_steps=3,
-        remask=cap or 0.0,
+        remask_eta=cap or 0.0,
         move_chance=ThreeSteps.move_chance,
     )
     p = times(ThreeSteps)
@@ -205,7 +205,7 @@ def test_mdlm_with_steps(cap):
         batch_size=1000,
         steps="ancestral" if cap is None else "remask",
         num_steps=3,
-        remask=cap or 0.0,
+        remask_eta=cap or 0.0,
         move_chance=ThreeSteps.move_chance,
     )
     p = times(ThreeSteps)
@@ -243,7 +243,7 @@ def test_confidence(kind, k):
         batch_size=1000,
         steps="confidence",
         confidence=kind,
-        tokens_per_step=k,
+        k=k,
     )
 
     def options(x):
