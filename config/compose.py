@@ -4,6 +4,7 @@ Every problem becomes one sentence, and composing goes on without the override t
 that one run of the command shows them all. Only this file sees Hydra's composed objects.
 """
 
+import copy
 import dataclasses
 import typing
 from functools import cache
@@ -22,11 +23,18 @@ RUN_FOLDER = "<run folder>"
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
+@cache
+def _chosen(groups: tuple[str, ...]) -> DictConfig:
+    """The configuration of these groups, before any single setting is changed."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", list(groups))
+
+
 def _hydra(request: Request) -> DictConfig:
     OmegaConf.register_new_resolver("cwd", lambda: RUN_FOLDER, replace=True)
-    lines = [*request.groups.values(), *(line for _, line in request.values)]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", lines)
+    cfg = copy.deepcopy(_chosen(tuple(request.groups.values())))
+    for key, value in request.values:
+        OmegaConf.update(cfg, key, value, force_add=True)
     if OmegaConf.select(cfg, "algo.name") == "ar":
         cfg.block_size = 1
     return cfg
@@ -125,8 +133,9 @@ def compose_values(overrides: list[str], chosen_later) -> tuple[dict | None, lis
         return None, [*problems, str(error).splitlines()[0]], []
     if wrong:
         return None, problems, []
-    asked = dict(request.values).get("block_size", "=1").partition("=")[2]
-    forced = values["algo.name"] == "ar" and asked not in ("1", str(values["model.length"]))
+    asked = dict(request.values).get("block_size", 1)
+    same = str(asked).startswith("$") or asked in (1, values["model.length"])
+    forced = values["algo.name"] == "ar" and not same
     return values, problems, [f"block_size={asked} has no effect: ar has blocks of 1"] * forced
 
 

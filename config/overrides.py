@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from config.schema import Config
@@ -131,7 +130,7 @@ class Request:
     """A command line in parts: what Hydra gets, by the key that each part concerns."""
 
     groups: dict[str, str]
-    values: list[tuple[str, str]]  # (key, "++key=value"), in the order given
+    values: list[tuple[str, object]]  # (key, value), in the order given
 
     def without(self, keys) -> "Request":
         def concerned(key):
@@ -140,22 +139,33 @@ class Request:
         return Request(self.groups, [entry for entry in self.values if not concerned(entry[0])])
 
 
-def _quoted(argument: str) -> str:
+@dataclass
+class Word:
+    """One argument that has the form of an override."""
+
+    argument: str
+    key: str
+    value: object
+    text: str  # the value as typed
+
+
+def _prose(argument: str) -> Word | None:
     """Settings that hold prose are taken as they stand, commas and brackets included."""
     key, _, text = argument.lstrip("+").partition("=")
-    if key not in PROSE or text == "null" or re.fullmatch(r"'.*'|\".*\"", text, re.S):
-        return argument
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
-    return f"{key}='{text}'"
+    if key not in PROSE or text == "null":
+        return None
+    quoted = re.fullmatch(r"'.*'|\".*\"", text, re.S)
+    return Word(argument, key, text[1:-1] if quoted else text, text)
 
 
-def _parse(argument: str, parser: OverridesParser) -> Override | str:
-    """The override, or the sentence about what is wrong with its form."""
-    argument = _quoted(argument)
+def _read(argument: str, parser: OverridesParser) -> Word | str:
+    """The word, or the sentence about what is wrong with its form."""
     if argument.startswith("-"):
         return f"{argument} is not an option: settings are key=value, see python main.py --help"
     if "=" not in argument and not argument.startswith("~"):
         return f"{argument!r} is not key=value"
+    if prose := _prose(argument):
+        return prose
     try:
         override = parser.parse_override(argument)
     except HydraException as error:
@@ -165,7 +175,19 @@ def _parse(argument: str, parser: OverridesParser) -> Override | str:
         return f"{argument!r} names several values: give one, or put quotes round a comma"
     if override.package is not None:
         return f"{argument!r}: packages (@) are not offered"
-    return override
+    if override.is_delete():
+        return Word(argument, override.key_or_group, None, "null")
+    text = override.input_line.partition("=")[2]
+    return Word(argument, override.key_or_group, override.value(), text)
+
+
+def _value_problem(word: Word, nulled: set[str]) -> str | None:
+    section = word.key.partition(".")[0]
+    if word.key not in SCHEMA:
+        return unknown_key(word.key)
+    if section in nulled and word.key != section:
+        return f"{word.argument} comes after {section}=null: leave one of them out"
+    return None
 
 
 def parse(overrides: list[str]) -> tuple[Request, list[str]]:
@@ -173,26 +195,18 @@ def parse(overrides: list[str]) -> tuple[Request, list[str]]:
     parser, known_groups = OverridesParser.create(), groups()
     request, problems, nulled = Request({}, []), [], set()
     for argument in overrides:
-        override = _parse(argument, parser)
-        if isinstance(override, str):
-            problems.append(override)
+        word = _read(argument, parser)
+        if isinstance(word, str):
+            problems.append(word)
             continue
-        key = override.key_or_group
-        text = "null" if override.is_delete() else override.input_line.partition("=")[2]
-        value = None if override.is_delete() else override.value()
-        if key in known_groups and not isinstance(value, dict):
-            problem = _group_problem(key, value)
-            if problem is None and value is not None:
-                request.groups[key] = f"{key}={text}"
-        elif key not in SCHEMA:
-            problem = unknown_key(key)
-        elif key.split(".")[0] in nulled and key not in nulled:
-            problem = f"{argument} comes after {key.split('.')[0]}=null: leave one of them out"
-        else:
-            problem = None
-            request.values.append((key, f"++{key}={text}"))
-            if key not in LEAVES:
-                (nulled.add if value is None else nulled.discard)(key)
+        group = word.key in known_groups and not isinstance(word.value, dict)
+        problem = _group_problem(word.key, word.value) if group else _value_problem(word, nulled)
         if problem is not None:
             problems.append(problem)
+        elif group and word.value is not None:
+            request.groups[word.key] = f"{word.key}={word.text}"
+        elif not group:
+            request.values.append((word.key, word.value))
+            if word.key not in LEAVES:
+                (nulled.add if word.value is None else nulled.discard)(word.key)
     return request, problems

@@ -38,6 +38,7 @@ WRONG = [
     (TRAIN, ["seed=${nowhere}"], "seed: Interpolation key 'nowhere' not found"),
     (TRAIN, ["seed=${eval:'2'}"], "seed: Unsupported interpolation type eval"),
     (["data=shakespeare"], ["wandb=null", "wandb.name=x"], "wandb.name=x comes after wandb=null"),
+    (["data=shakespeare"], ["wandb=null", "wandb.notes=a, b"], "wandb.notes=a, b comes after"),
     # groups
     (
         ["wandb=null"],
