@@ -13,7 +13,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # samplers, cor
 
 from ssd_folder import ModelError, find_folder, fingerprint
 from ssd_options import blocks_of, out_path, parser, problems
-from ssd_prompts import check_lengths, contexts
+from ssd_prompts import PromptError, check_lengths, contexts
 from ssd_samples import SampleFile, SamplesError, finished
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         run(args)
-    except (ModelError, SamplesError) as error:
+    except (ModelError, PromptError, SamplesError) as error:
         print(f"this run cannot start:\n  - {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -50,7 +50,7 @@ def run(args) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     before = contexts(args, tokenizer)
     wanted = range(args.num_samples_to_generate or len(before))
-    path, stamp = out_path(args), settings(args, folder, tokenizer_folder, before, device)
+    path, stamp = out_path(args), settings(args, folder, tokenizer, before, device)
     if finished(path, stamp).issuperset(wanted):
         print(f"{path}: all {len(wanted)} samples are there")
         return
@@ -132,21 +132,27 @@ def record(index: int, context: list[int], ids: list[int], tokenizer) -> dict:
     }
 
 
-def settings(args, folder: Path, tokenizer_folder: Path, before: list, device) -> dict:
+def settings(args, folder: Path, tokenizer, before: list, device) -> dict:
     """What a sample depends on beside its index; a file holds samples of one such set."""
     return {
         "model": args.model_name_or_path,
         "files": fingerprint(folder),
-        "tokenizer_files": fingerprint(tokenizer_folder),
+        "vocabulary": digest(sorted(tokenizer.get_vocab().items())),
+        "special_tokens": sorted(set(tokenizer.all_special_tokens)),
+        "eos_token_id": tokenizer.eos_token_id,
         "max_seq_length": args.max_seq_length,
         "total_t": args.total_t,
         "decoding_block_size": args.decoding_block_size,
         "projection_top_p": args.projection_top_p,
         "one_hot_value": args.one_hot_value,
         "seed": args.seed,
-        "contexts": hashlib.sha256(json.dumps(before).encode()).hexdigest()[:16],
+        "contexts": digest(before),
         "device": device.type,
     }
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from ssd_model import rows_at_once
 from torch import Tensor
 
 from samplers.draw import draw, fold, row_keys
@@ -37,14 +38,15 @@ def alpha_bar(t: int, total_t: int) -> float:
     return f(t / total_t) / f(0.0)
 
 
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
+def nucleus(logits: Tensor, top_p: float, *, stable: bool = True) -> Tensor:
     """The common nucleus, bool [..., V]: the fewest tokens, likeliest first, that reach top_p.
 
-    The token that crosses top_p is kept (unlike in samplers/); of tied tokens the lower id comes
-    first.
+    The token that crosses top_p is kept (unlike in samplers/). Of tied tokens the lower id comes
+    first; stable=False leaves ties to torch.sort, as the reference does.
     """
-    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
+    order = logits.sort(dim=-1, descending=True, stable=stable).indices
+    probs = logits.softmax(-1).gather(-1, order)
+    before = probs.cumsum(-1, dtype=torch.float64) - probs
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < top_p)
 
 
@@ -56,34 +58,35 @@ def draw_from_nucleus(logits: Tensor, top_p: float, keys: Tensor) -> Tensor:
     times has its nucleus computed.
     """
     log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     pending = torch.arange(len(logits), device=logits.device)
     for attempt in range(TRIES):
         drawn = draw(log_probs, fold(keys[pending], attempt))
         tokens[pending] = drawn
-        refused = _mass_above(log_probs, drawn) >= top_p
-        pending, log_probs = pending[refused], log_probs[refused]
+        refused = _mass_above(probs, drawn) >= top_p
+        pending = pending[refused]
         if not len(pending):
             return tokens
+        log_probs, probs = log_probs[refused], probs[refused]
     kept = log_probs.masked_fill(~nucleus(log_probs, top_p), -torch.inf).log_softmax(-1)
     tokens[pending] = draw(kept, fold(keys[pending], TRIES))
     return tokens
 
 
-def _mass_above(log_probs: Tensor, tokens: Tensor) -> Tensor:
+def _mass_above(probs: Tensor, tokens: Tensor) -> Tensor:
     """Probability that sorts before each row's token, [R]; ties in order of id."""
-    own = log_probs.gather(1, tokens.unsqueeze(1))  # [R, 1]
-    ids = torch.arange(log_probs.shape[1], device=log_probs.device)
-    tie_is_first = torch.nextafter(own, own.new_tensor(-torch.inf))
-    floor = torch.where(ids < tokens.unsqueeze(1), tie_is_first, own)
-    return log_probs.masked_fill(log_probs <= floor, -torch.inf).exp_().sum(-1)
+    own = probs.gather(1, tokens.unsqueeze(1))  # [R, 1]
+    ids = torch.arange(probs.shape[1], device=probs.device)
+    above = (probs == own).logical_and_(ids < tokens.unsqueeze(1)).logical_or_(probs > own)
+    return (probs * above).sum(-1)
 
 
 class Noise(Protocol):
     """Where a batch's randomness comes from; a test replays recorded draws through it."""
 
-    def gaussian(self) -> Tensor:
-        """Standard normal [B, K, V]; the caller may overwrite it."""
+    def gaussian(self, out: Tensor | None = None) -> Tensor:
+        """Standard normal [B, K, V], in `out` where that is given; the caller may overwrite it."""
 
     def choose(self, logits: Tensor, top_p: float) -> Tensor:
         """A token out of each position's nucleus, [B, K, V] -> [B, K]."""
@@ -107,8 +110,8 @@ class RowNoise:
         self.keys = keys.to(device)
         self.draws = 0
 
-    def gaussian(self) -> Tensor:
-        noise = torch.empty(self.shape, device=self.keys.device)
+    def gaussian(self, out: Tensor | None = None) -> Tensor:
+        noise = torch.empty(self.shape, device=self.keys.device) if out is None else out
         for row, generator in zip(noise, self.generators, strict=True):
             row.normal_(generator=generator)
         return noise
@@ -117,7 +120,13 @@ class RowNoise:
         positions = torch.arange(self.shape[1], device=self.keys.device)
         keys = fold(fold(self.keys, self.draws)[:, None], positions)  # [B, K]
         self.draws += 1
-        return draw_from_nucleus(logits.flatten(0, 1), top_p, keys.flatten()).view(keys.shape)
+        parts = logits.flatten(0, 1).split(rows_at_once(logits))
+        drawn, done = [], 0
+        for part in parts:
+            own = keys.flatten()[done : done + len(part)]
+            drawn.append(draw_from_nucleus(part, top_p, own))
+            done += len(part)
+        return torch.cat(drawn).view(keys.shape)
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def decode(
 ) -> Decoded:
     """`blocks` blocks after each context; a context may be empty, and lengths may differ.
 
-    model: as ssd_model.SSDLM: `.context(ids)` and `.block_logits(context, x, time)`.
+    model: as ssd_model.SSDLM: `.context(ids)`, `.embed(x, time)`, `.logits(context, embedded)`.
     """
     context, decoded, seconds = list(contexts), [], []
     for block in range(blocks):
@@ -166,8 +175,9 @@ def decode_block(model, context, noise: Noise, *, total_t, top_p, one_hot_value,
     """The logits at t = 1 of one block, [B, K, V]."""
     x = noise.gaussian().mul_(one_hot_value)
     for t in range(total_t, 0, -1):
-        z = noise.gaussian()
-        logits = model.block_logits(context, x, t / total_t)
+        embedded = model.embed(x, t / total_t)
+        z = noise.gaussian(out=x)
+        logits = model.logits(context, embedded)
         tokens = noise.choose(logits, top_p)
         signal = alpha_bar(t - 1, total_t)
         # ±K * sqrt(signal) without its constant -K * sqrt(signal), which the softmax cannot see.

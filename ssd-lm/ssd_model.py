@@ -69,14 +69,18 @@ class SSDLM:
         embeddings = self.roberta.get_input_embeddings()(tokens)
         return Context(embeddings, None if real.all() else real)
 
-    def block_logits(self, context: Context, x: Tensor, time: float) -> Tensor:
-        """Noisy simplex logits x [B, K, V] at time t / T -> logits [B, K, V], the block's alone."""
-        timestep = self.time_weight * time + self.time_bias
-        block = F.linear(x.softmax(-1), self.embed_sum) + timestep
-        inputs = torch.cat([context.embeddings, block], 1)  # [B, C + K, E]
+    def embed(self, x: Tensor, time: float) -> Tensor:
+        """The block's input embeddings [B, K, E] for simplex logits x [B, K, V] at time t / T."""
+        parts = x.flatten(0, 1).split(rows_at_once(x))
+        mixed = torch.cat([F.linear(part.softmax(-1), self.embed_sum) for part in parts])
+        return mixed.view(*x.shape[:2], -1) + (self.time_weight * time + self.time_bias)
+
+    def logits(self, context: Context, embedded: Tensor) -> Tensor:
+        """The block's embeddings [B, K, E] after its context -> the block's logits [B, K, V]."""
+        inputs = torch.cat([context.embeddings, embedded], 1)  # [B, C + K, E]
         mask = positions = None
         if context.real is not None:
-            mask = F.pad(context.real, (0, x.shape[1]), value=True)
+            mask = F.pad(context.real, (0, embedded.shape[1]), value=True)
             first = self.roberta.config.pad_token_id + 1
             positions = (mask.cumsum(1) - 1).clamp(min=0) + first
         hidden = self.roberta.roberta(
@@ -85,6 +89,11 @@ class SSDLM:
             position_ids=positions,
         ).last_hidden_state
         return self.roberta.lm_head(hidden[:, context.embeddings.shape[1] :])
+
+
+def rows_at_once(x: Tensor) -> int:
+    """Rows [V] of x to work on together: on a CPU 8 MiB, which stays in its caches; else all."""
+    return max(1, (1 << 21) // x.shape[-1]) if x.device.type == "cpu" else x.shape[:-1].numel()
 
 
 def load_model(folder: Path, device="cpu") -> SSDLM:
@@ -202,7 +211,7 @@ def pick_device(name: str | None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"--device={name} cannot be used here ({reason})") from error

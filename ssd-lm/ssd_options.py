@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   python ssd-lm/generate_text.py --model_name_or_path xhan77/ssdlm \\
       --num_samples_to_generate 8 --max_seq_length 1025 --total_t 1000 --seed 1
   python ssd-lm/generate_text.py --model_name_or_path FOLDER --prompts_file prompts.txt"""
+ROOT = Path(__file__).resolve().parent.parent
 HUB_ID = "a hub id such as xhan77/ssdlm"
 
 # name, default, type, metavar, help
@@ -104,6 +105,11 @@ def _prompt_problems(args) -> list[str]:
         found.append(f"--prompt_tokens={args.prompt_tokens} must be at least 1")
     if args.prompts_data and args.num_samples_to_generate is None:
         found.append("--prompts_data needs --num_samples_to_generate: one text is taken for each")
+    if args.prompts_data:
+        try:
+            validation_corpus(args.prompts_data)
+        except ValueError as error:
+            found.append(f"--prompts_data={args.prompts_data}: {error}")
     if args.prompts_file:
         try:
             if not read_prompts(args.prompts_file):
@@ -142,3 +148,14 @@ def read_prompts(file: str) -> list[str]:
     """The lines that hold text, without their line ends."""
     lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.strip()]
+
+
+def validation_corpus(name: str):
+    """Corpus, revision and cache folder behind data=NAME; NAME may also be a file of text."""
+    import corpora
+    from config import load
+
+    known = ROOT / "configs" / "data" / f"{name}.yaml"
+    data = load([f"data={name}"] if known.is_file() else []).data
+    valid, revision = (data.valid, data.valid_revision) if known.is_file() else (name, None)
+    return corpora.get_corpus(valid, "valid"), revision, Path(data.cache_dir)

@@ -1,7 +1,12 @@
 """What samples continue: <s> alone, the lines of a file, or a data set's validation texts."""
 
-from ssd_folder import ModelError
-from ssd_options import DOCUMENT_TOKENS, read_prompts
+from collections.abc import Iterator
+
+from ssd_options import DOCUMENT_TOKENS, read_prompts, validation_corpus
+
+
+class PromptError(ValueError):
+    """The prompts do not serve; the message says what to do."""
 
 
 def contexts(args, tokenizer) -> list[list[int]]:
@@ -9,7 +14,7 @@ def contexts(args, tokenizer) -> list[list[int]]:
     if args.no_bos:
         start = []
     elif tokenizer.bos_token_id is None:
-        raise ModelError("the tokenizer has no BOS token: give --no_bos to start without one")
+        raise PromptError("the tokenizer has no BOS token: give --no_bos to start without one")
     else:
         start = [tokenizer.bos_token_id]
     if args.prompts_file:
@@ -24,16 +29,37 @@ def document_starts(args, tokenizer) -> list[list[int]]:
     tokens = args.prompt_tokens or DOCUMENT_TOKENS
     wanted = args.num_samples_to_generate
     found = []
-    for text in documents(args.prompts_data):
-        ids = encode(tokenizer, text[: 50 * tokens])[:tokens]
+    for text in documents(args.prompts_data, 50 * tokens):
+        ids = encode(tokenizer, text)[:tokens]
         if len(ids) == tokens:
             found.append(ids)
         if len(found) == wanted:
             return found
-    raise ModelError(
+    raise PromptError(
         f"--prompts_data={args.prompts_data} has {len(found)} texts of {tokens} tokens, "
         f"--num_samples_to_generate={wanted} asks for more"
     )
+
+
+def documents(name: str, characters: int) -> Iterator[str]:
+    """The beginnings of a data set's validation texts, detokenized as for the other models."""
+    import corpora
+    import detokenizers
+
+    corpus, revision, cache = validation_corpus(name)
+    text = ""
+    try:
+        for piece in corpora.read(corpus, "valid", revision, corpus.column, cache):
+            if len(text) < characters:
+                text += piece.text
+            if piece.ends:
+                whole = text[:characters]
+                if corpus.detokenizer:
+                    whole = detokenizers.detokenize(corpus.detokenizer, whole)
+                yield whole
+                text = ""
+    except ValueError as error:
+        raise PromptError(f"--prompts_data={name}: {error}") from error
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -43,13 +69,13 @@ def encode(tokenizer, text: str) -> list[int]:
 def check_lengths(rows: list[list[int]], block_size: int, max_tokens: int) -> None:
     """The first block sees the whole context, every other one the block before it."""
     if 2 * block_size > max_tokens:
-        raise ModelError(
+        raise PromptError(
             f"--decoding_block_size={block_size}: a block and the one before it do not fit "
             f"into the model's {max_tokens} positions"
         )
     for number, row in enumerate(rows, 1):
         if len(row) + block_size > max_tokens:
-            raise ModelError(
+            raise PromptError(
                 f"prompt {number} has {len(row)} tokens; with a block of {block_size} the model "
                 f"takes at most {max_tokens - block_size}: shorten it"
             )

@@ -1,0 +1,181 @@
+"""Generative perplexity, entropy, length and count of SSD-LM samples, by the project's generative.py.
+
+    python ssd-lm/report_genppl.py sample_logs/ssd-lm                     every .jsonl of a folder
+    python ssd-lm/report_genppl.py a.jsonl b.jsonl --judge gpt2-large --out report.json
+    python ssd-lm/report_genppl.py a.jsonl --judge none                   entropy and length only
+
+One row a file, samples ordered by index. Perplexity is over the tokens of all texts; `mean` is the
+mean of the samples' own. Entropy (nats) and length are means over samples, of the judge's tokens,
+or without a judge of the model's.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # generative
+
+from ssd_samples import SamplesError, read
+
+COLUMNS = {
+    "gen_ppl": "gen_ppl",
+    "mean_gen_ppl": "mean",
+    "entropy": "entropy",
+    "length": "length",
+    "nfe": "NFE",
+}
+SUFFIXES = (".jsonl", ".json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        files = find_files(args.files)
+        samples = {file: read(file) for file in files}
+        check(args, samples)
+        rows = report(args, samples)
+    except (SamplesError, ValueError) as error:
+        print(f"this report cannot be made:\n  - {error}", file=sys.stderr)
+        return 2
+    print(table(rows, args.judge))
+    if args.out:
+        write(args, rows)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="report_genppl.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("files", nargs="+", metavar="FILE", help="samples, or folders of them")
+    p.add_argument("--judge", default="gpt2-large", help="folder or hub id, or none (%(default)s)")
+    p.add_argument("--batch_size", type=int, default=8, help="windows at once (%(default)s)")
+    p.add_argument("--device", help="the accelerator if there is one, else cpu")
+    p.add_argument("--out", metavar="FILE", help="the same figures and those of each sample, JSON")
+    return p
+
+
+def find_files(names: list[str]) -> list[Path]:
+    found = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+            if not inside:
+                raise ValueError(f"{path} holds no file of samples (.jsonl)")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} does not exist; generate_text.py writes files of samples")
+    return found
+
+
+def check(args, samples: dict[Path, list[dict]]) -> None:
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
+    if args.out and not Path(args.out).expanduser().resolve().parent.is_dir():
+        raise ValueError(f"--out={args.out}: its folder does not exist")
+    for file, records in samples.items():
+        if not records:
+            raise ValueError(f"{file} holds no finished sample yet")
+        if args.judge == "none" and not all("token_ids" in record for record in records):
+            raise ValueError(f"{file} has texts without token_ids: only a judge can count those")
+
+
+def report(args, samples: dict[Path, list[dict]]) -> list[dict]:
+    """One row a file."""
+    from generative import corpus_perplexity
+
+    rows = []
+    for file, scores in zip(samples, score(args, list(samples.values())), strict=True):
+        records = samples[file]
+        own = [s.perplexity for s in scores if math.isfinite(s.perplexity)]
+        rows.append(
+            {
+                "file": str(file),
+                "samples": len(records),
+                "gen_ppl": finite(corpus_perplexity(scores)),
+                "mean_gen_ppl": fmean(own) if own else None,
+                "entropy": fmean(s.entropy for s in scores),
+                "length": fmean(s.tokens for s in scores),
+                "nfe": fmean(r["nfe"] for r in records) if "nfe" in records[0] else None,
+                "seconds": fmean(r["total_seq_time"] for r in records)
+                if "total_seq_time" in records[0]
+                else None,
+                "each": [
+                    {
+                        "index": record.get("index", place),
+                        "gen_ppl": finite(s.perplexity),
+                        "entropy": s.entropy,
+                        "length": s.tokens,
+                    }
+                    for place, (record, s) in enumerate(zip(records, scores, strict=True))
+                ],
+            }
+        )
+    return rows
+
+
+def score(args, files: list[list[dict]]):
+    """The scores of each file's samples; the judge is loaded once."""
+    if args.judge == "none":
+        from generative import describe
+
+        for records in files:
+            eos = [r.get("settings", {}).get("eos_token_id", -1) for r in records]
+            yield [describe(r["token_ids"], e) for r, e in zip(records, eos, strict=True)]
+        return
+    from ssd_model import pick_device
+    from transformers.utils import logging
+
+    from generative import load_judge
+
+    logging.disable_progress_bar()
+    # The writer's special tokens are the judge's EOS, as for every other model here.
+    foreign = {t for records in files for r in records for t in special_tokens(r)}
+    judge = load_judge(
+        args.judge,
+        batch_size=args.batch_size,
+        device=pick_device(args.device),
+        foreign=sorted(foreign),
+    )
+    for records in files:
+        yield judge.score([record["sampled_sequences"] for record in records])
+
+
+def special_tokens(record: dict) -> list[str]:
+    return record.get("settings", {}).get("special_tokens", [])
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def table(rows: list[dict], judge: str) -> str:
+    tokens = "the model's own tokens" if judge == "none" else f"the tokens of {judge}"
+    lines = ["".join(f"{name:>10}" for name in ("samples", *COLUMNS.values())) + "  file"]
+    for row in rows:
+        figures = ["-" if row[key] is None else f"{row[key]:.2f}" for key in COLUMNS]
+        shown = "".join(f"{figure:>10}" for figure in (row["samples"], *figures))
+        lines.append(f"{shown}  {row['file']}")
+    return "\n".join([*lines, f"entropy in nats and length are over {tokens}; EOS is not counted"])
+
+
+def write(args, rows: list[dict]) -> None:
+    """Whole or not at all."""
+    path = Path(args.out).expanduser()
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps({"judge": args.judge, "files": rows}, indent=1) + "\n")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

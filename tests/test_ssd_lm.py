@@ -1,0 +1,377 @@
+"""SSD-LM's decoding against the recordings, against enumeration, and batch against one by one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, load, load_json
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "ssd-lm"))
+
+import ssd_decode
+from ssd_decode import RowNoise, alpha_bar, decode, draw_from_nucleus, nucleus
+from ssd_folder import ModelError, find_folder
+from ssd_model import SSDLM, load_model, load_tokenizer
+
+FOLDER = GOLDEN / "ssd_lm"
+DECODES = load_json("ssd_lm/decode.json")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(FOLDER / "model")
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load("ssd_lm/decode.safetensors")
+
+
+class Replay:
+    """The reference's order of draws from torch's global generator, remembered."""
+
+    def __init__(self, size, log):
+        self.size, self.log = size, log
+
+    def gaussian(self, out=None):
+        self.log.append(torch.normal(0, 1, size=self.size))
+        return self.log[-1].clone()
+
+    def choose(self, logits, top_p):
+        filtered = logits.masked_fill(~nucleus(logits, top_p, stable=False), -1e10)
+        self.log.append(torch.distributions.Categorical(logits=filtered).sample().view(-1, 1))
+        return self.log[-1].view(logits.shape[:2])
+
+
+def replay(model, recorded, name):
+    about = DECODES[name]
+    asked, log = about["kwargs"], []
+    length, size = asked["max_seq_length"], asked["decoding_block_size"]
+    context = recorded.get(f"decode.{name}.context", torch.empty(1, 0, dtype=torch.int64))
+    torch.manual_seed(about["seed"])
+    decoded = decode(
+        model,
+        context,
+        lambda block: Replay((1, size, model.vocab_size), log),
+        blocks=length // size,  # the reference drops what is left over
+        total_t=asked["total_t"],
+        top_p=asked["projection_top_p"],
+        one_hot_value=asked["one_hot_value"],
+    )
+    return decoded, log
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_a_whole_decode_under_recorded_randomness_gives_the_recorded_text(model, recorded, name):
+    decoded, log = replay(model, recorded, name)
+    assert torch.equal(decoded.tokens, recorded[f"decode.{name}.ids"])
+    tokenizer = load_tokenizer(FOLDER / "model")
+    assert tokenizer.decode(decoded.tokens[0]) == DECODES[name]["sampled_sequences"]
+    asked = DECODES[name]["kwargs"]
+    blocks = asked["max_seq_length"] // asked["decoding_block_size"]
+    assert decoded.nfe == blocks * asked["total_t"]
+    assert len(log) == DECODES[name]["n_draws"]
+
+
+def test_every_recorded_draw_is_met(model, recorded):
+    _, log = replay(model, recorded, "bos_context")
+    prefix = "decode.bos_context.draw."
+    draws = {name.removeprefix(prefix): t for name, t in recorded.items() if prefix in name}
+    assert draws
+    for name, tensor in draws.items():
+        assert torch.equal(log[int(name.split(".")[0])], tensor), name
+
+
+def test_the_masked_language_model_is_the_recorded_one(model, recorded):
+    logits = model.roberta(input_ids=recorded["roberta.input_ids"]).logits
+    expected = recorded["roberta.logits"]
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * scale)
+
+
+def recorded_totals():
+    pieces = load("ssd_lm/pieces.safetensors")
+    return sorted({int(name.split(".")[1]) for name in pieces if name.startswith("time.")})
+
+
+@pytest.mark.parametrize("total_t", recorded_totals())
+def test_the_noise_schedule_is_the_recorded_one(total_t):
+    pieces = load("ssd_lm/pieces.safetensors")
+    for i, t in enumerate(pieces[f"time.{total_t}.t"].tolist()):
+        now, before = alpha_bar(int(t), total_t), alpha_bar(int(t) - 1, total_t)
+        alpha = now / before
+        ours = {
+            "alpha_t_bar": now,
+            "alpha_t_minus_bar": before,
+            "alpha_t": alpha,
+            "beta_t": 1 - alpha,
+            "beta_t_til": (1 - before) / (1 - now) * (1 - alpha),
+        }
+        for name, value in ours.items():
+            expected = pieces[f"time.{total_t}.{name}"][i].item()
+            rel = 0 if name.endswith("bar") else 1e-4  # ratios of the reference's float32 numbers
+            assert value == pytest.approx(expected, rel=rel, abs=1e-6), name
+
+
+def test_the_schedule_runs_from_text_to_noise():
+    assert alpha_bar(0, 25) == 1
+    assert alpha_bar(25, 25) == pytest.approx(0, abs=1e-12)
+    values = [alpha_bar(t, 1000) for t in range(1001)]
+    assert values == sorted(values, reverse=True)
+
+
+def recorded_top_ps():
+    names = [n for n in load("ssd_lm/pieces.safetensors") if n.endswith(".multinomial")]
+    return sorted(float(n.split("=")[1].removesuffix(".multinomial")) for n in names)
+
+
+@pytest.mark.parametrize("top_p", recorded_top_ps())
+def test_the_projection_draws_the_recorded_tokens(top_p):
+    pieces = load("ssd_lm/pieces.safetensors")
+    logits = pieces["proj.logits"]
+    torch.manual_seed(2335)
+    filtered = logits.masked_fill(~nucleus(logits, top_p, stable=False), -1e10)
+    drawn = torch.distributions.Categorical(logits=filtered).sample()
+    assert torch.equal(drawn.view(-1, 1), pieces[f"proj.p={top_p}.multinomial"])
+    one_hot = torch.nn.functional.one_hot(drawn, logits.shape[-1])
+    assert torch.equal(one_hot * 2 * 5 - 5, pieces[f"proj.p={top_p}"])
+
+
+# The projection: a draw from the nucleus
+
+
+def test_the_nucleus_keeps_the_token_that_crosses_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    kept = {p: nucleus(logits, p).tolist() for p in (0.4, 0.6, 0.9, 1.0)}
+    assert kept[0.4] == [True, False, False, False]
+    assert kept[0.6] == [True, True, False, False]
+    assert kept[0.9] == [True, True, True, False]
+    assert kept[1.0] == [True, True, True, True]
+
+
+def test_of_tied_tokens_the_lower_id_is_kept():
+    assert nucleus(torch.zeros(4), 0.5).tolist() == [True, True, False, False]
+    drawn = draw_from_nucleus(torch.zeros(500, 4), 0.5, torch.arange(500))
+    assert set(drawn.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.95, 1.0])
+def test_draws_follow_the_renormalised_nucleus(top_p):
+    """Chi-square over 20 000 draws at a false alarm of 1e-4; nothing outside is ever drawn."""
+    from scipy.stats import chisquare
+
+    logits, count = torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0, -1.0, -1.5]), 20_000
+    kept = nucleus(logits, top_p)
+    drawn = draw_from_nucleus(logits.expand(count, -1), top_p, torch.arange(count) * 7919)
+    seen = drawn.bincount(minlength=len(logits)).double()
+    assert not seen[~kept].any()
+    if kept.sum() > 1:
+        expected = logits[kept].double().softmax(0) * count
+        assert chisquare(seen[kept].numpy(), expected.numpy()).pvalue > 1e-4
+
+
+def test_a_nucleus_that_is_rarely_hit_is_sorted_out(monkeypatch):
+    monkeypatch.setattr(ssd_decode, "TRIES", 1)
+    logits = torch.linspace(0, 0.01, 300).expand(400, -1)
+    drawn = draw_from_nucleus(logits, 0.05, torch.arange(400))
+    assert nucleus(logits[0], 0.05)[drawn].all()
+    assert len(set(drawn.tolist())) > 10
+
+
+# Batches, streams, contexts
+
+
+def texts(model, contexts, indices, *, seed=3, blocks=2, total_t=4, size=6):
+    def noise(block):
+        return RowNoise(seed, indices, block, (size, model.vocab_size), model.device)
+
+    chosen = [contexts[i] for i in indices]
+    return decode(
+        model, chosen, noise, blocks=blocks, total_t=total_t, top_p=0.95, one_hot_value=5
+    ).tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    "contexts",
+    [[[299]] * 5, [[]] * 5, [[1, 2, 3], [], [4], [5, 6, 7, 8, 9], [10, 11]]],
+    ids=["bos", "none", "mixed"],
+)
+def test_a_text_depends_on_seed_and_index_alone(model, contexts):
+    last = model.vocab_size - 1
+    contexts = [[min(token, last) for token in context] for context in contexts]
+    together = texts(model, contexts, [0, 1, 2, 3, 4])
+    assert [texts(model, contexts, [i])[0] for i in range(5)] == together
+    assert texts(model, contexts, [4, 1]) == [together[4], together[1]]
+    assert len({tuple(text) for text in together}) == 5
+    assert texts(model, contexts, [0], seed=4) != [together[0]]
+
+
+def test_a_longer_text_begins_with_the_shorter_one(model):
+    short = texts(model, [[1]], [0], blocks=2)[0]
+    assert texts(model, [[1]], [0], blocks=3)[0][: len(short)] == short
+
+
+def test_batched_logits_are_those_of_one_sample(model):
+    """Contexts of different lengths are padded; a block's logits do not notice."""
+    contexts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    x = torch.randn(3, 6, model.vocab_size, generator=torch.Generator().manual_seed(0)) * 5
+    with torch.no_grad():
+        batch = model.logits(model.context(contexts), model.embed(x, 0.5))
+        for i, context in enumerate(contexts):
+            alone = model.logits(model.context([context]), model.embed(x[i : i + 1], 0.5))
+            torch.testing.assert_close(batch[i], alone[0], rtol=0, atol=1e-5)
+
+
+def test_a_block_sees_the_block_before_it_alone(model):
+    seen = []
+
+    class Spy(SSDLM):
+        def context(self, ids):
+            seen.append([list(map(int, row)) for row in ids])
+            return super().context(ids)
+
+    spy = Spy(**vars(model))
+    (tokens,) = texts(spy, [[7, 8, 9]], [0], blocks=3)
+    assert seen == [[[7, 8, 9]], [tokens[:6]], [tokens[6:12]]]
+
+
+def test_the_published_loop_written_out_gives_the_same_text(model):
+    """One-hot tensors, a softmax of the whole vocabulary, RoBERTa on the whole input."""
+    noise = RowNoise(1, [0], 0, (6, model.vocab_size), "cpu")
+    context = torch.tensor([[3, 4]])
+    x = 5 * noise.gaussian()
+    with torch.no_grad():
+        for t in range(4, 0, -1):
+            z = noise.gaussian()
+            time = model.time_weight * t / 4 + model.time_bias
+            block = x.softmax(-1) @ model.embed_sum.T + time
+            before = model.roberta.get_input_embeddings()(context)
+            logits = model.roberta(inputs_embeds=torch.cat([before, block], 1)).logits[:, 2:]
+            one_hot = torch.nn.functional.one_hot(noise.choose(logits, 0.95), model.vocab_size)
+            signal = alpha_bar(t - 1, 4)
+            x = signal**0.5 * (one_hot * 10 - 5) + (1 - signal) ** 0.5 * 5 * z
+    assert logits.argmax(-1).tolist() == texts(model, [[3, 4]], [0], seed=1, blocks=1)
+
+
+def test_decoding_needs_no_gradients(model):
+    assert not any(parameter.requires_grad for parameter in model.roberta.parameters())
+    logits = model.logits(model.context([[1]]), model.embed(torch.zeros(1, 2, model.vocab_size), 1))
+    assert logits.grad_fn is None
+
+
+# Loading
+
+
+@pytest.fixture
+def copy(tmp_path):
+    import shutil
+
+    return Path(shutil.copytree(FOLDER / "model", tmp_path / "model"))
+
+
+def test_the_pt_layers_and_the_safetensors_layers_are_the_same(copy):
+    together = load_model(copy)
+    (copy / "extra_layers.safetensors").unlink()
+    apart = load_model(copy)
+    for name in ("embed_sum", "time_weight", "time_bias"):
+        assert torch.equal(getattr(together, name), getattr(apart, name))
+
+
+def only_pt(copy):
+    (copy / "extra_layers.safetensors").unlink()
+    return copy / "embed_sum_layer.pt", copy / "timestep_layer.pt"
+
+
+def test_a_module_prefix_is_taken_off_every_name_or_none(copy):
+    _, timestep = only_pt(copy)
+    state = torch.load(timestep, weights_only=True)
+    bare = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    torch.save(bare, timestep)
+    load_model(copy)
+    torch.save({"module.weight": bare["weight"], "bias": bare["bias"]}, timestep)
+    with pytest.raises(ModelError, match=r"only some names start with 'module\.'"):
+        load_model(copy)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"module.extra": torch.ones(1)}, "extra belongs to no layer"),
+        (lambda s: {"module.weight": s["module.weight"]}, "timestep_layer.bias is missing"),
+        (lambda s: s | {"module.bias": torch.ones(3)}, r"bias has shape \(3,\)"),
+        (lambda s: s | {"module.bias": s["module.bias"].long()}, "not a floating point"),
+        (lambda s: [1, 2], "does not hold a state dict"),
+        (lambda s: {"module.weight": Harmful()}, "nothing else is unpickled"),
+    ],
+    ids=["left over", "missing", "misshapen", "integers", "no dict", "code"],
+)
+def test_a_layer_is_loaded_whole_or_not_at_all(copy, change, message, capfd):
+    _, timestep = only_pt(copy)
+    torch.save(change(torch.load(timestep, weights_only=True)), timestep)
+    with pytest.raises(ModelError, match=message):
+        load_model(copy)
+    assert "run" not in capfd.readouterr().out
+
+
+def test_a_cut_file_is_named(copy):
+    embed, _ = only_pt(copy)
+    embed.write_bytes(embed.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"embed_sum_layer\.pt is not a plain file of tensors"):
+        load_model(copy)
+
+
+def test_a_missing_weight_of_the_masked_language_model_is_an_error(copy):
+    from safetensors.torch import load_file, save_file
+
+    file = copy / "model.safetensors"
+    state = load_file(file)
+    name = next(n for n in state if n.endswith("query.weight"))
+    del state[name]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"missing keys: {name}"):
+        load_model(copy)
+
+
+def test_an_old_pytorch_model_bin_loads_the_same(copy, model):
+    from safetensors.torch import load_file
+
+    state = load_file(copy / "model.safetensors")
+    state["roberta.embeddings.position_ids"] = torch.arange(70)[None]  # of older transformers
+    torch.save(state, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    ours = load_model(copy).roberta.state_dict()
+    for name, tensor in model.roberta.state_dict().items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_a_hub_id_is_downloaded_as_files_only(monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(repo, allow_patterns):
+        asked.update(repo=repo, patterns=allow_patterns)
+        return str(FOLDER / "model")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert find_folder("xhan77/ssdlm") == FOLDER / "model"
+    assert asked["repo"] == "xhan77/ssdlm"
+    assert "embed_sum_layer.pt" in asked["patterns"]
+    assert not any(pattern.endswith(".py") for pattern in asked["patterns"])
+
+
+def test_without_a_network_a_hub_id_gives_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"the hub did not give it \(no route to host\)"):
+        find_folder("xhan77/ssdlm")
