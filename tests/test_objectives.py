@@ -361,7 +361,7 @@ def test_padding_changes_nothing_whatever_its_id(name):
         assert gradient.isfinite().all()
         found.append((loss.nats, loss.mean.detach(), gradient))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+        assert_within(one, other, LOGITS)
     assert (found[0][0] * (1 - mask[:, -found[0][0].shape[1] :]) == 0).all()
 
 
@@ -372,7 +372,7 @@ def test_the_mean_is_over_counted_tokens(name):
     mask = torch.ones_like(x0)
     mask[1, 5:] = 0
     loss = any_loss(objective, net, x0, mask)
-    torch.testing.assert_close(loss.mean.detach(), loss.nats.sum() / loss.counted.sum())
+    assert_within(loss.mean.detach(), loss.nats.sum() / loss.counted.sum(), LOGITS)
     assert (loss.nats[loss.counted == 0] == 0).all()
 
 
@@ -390,7 +390,7 @@ def test_block_means_are_means_over_the_tokens_of_a_block():
     loss = any_loss(MaskedDiffusion(6, 4, LogLinear()), net, texts(2, 12, 6), torch.ones(2, 12))
     means = loss.block_means(4)
     assert means.shape == (2, 3)
-    torch.testing.assert_close(means[1, 2], loss.nats[1, 8:].mean())
+    assert_within(means[1, 2], loss.nats[1, 8:].mean(), LOGITS)
 
 
 @pytest.mark.parametrize("name", ["bamdlm", "mdlm"])
@@ -405,7 +405,8 @@ def test_a_denoiser_answers_with_normalised_log_probabilities(name):
     assert (found[..., 6] == -torch.inf).all()
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(2, 3))
     everywhere = denoise(tokens, torch.arange(12).expand(2, 12))
-    torch.testing.assert_close(found, everywhere.gather(1, read[..., None].expand(-1, -1, 7)))
+    expected = everywhere.gather(1, read[..., None].expand(-1, -1, 7))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
