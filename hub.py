@@ -5,9 +5,14 @@ HF_HUB_OFFLINE, which reads its cache alone).
 """
 
 import json
+import logging
 import os
 import re
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 10
 
 # The first name of each pair is looked for; an index also names the shards that belong to it.
 WEIGHT_FILES = (
@@ -59,24 +64,21 @@ def _no_revision(path: str, revision: str | None):
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
     """Folder with config.json and the weights of a hub model, downloaded unless it is cached."""
-    config = _download(repo_id, "config.json", revision)
+    present, note = _listing(repo_id, revision)
+    config = _file(repo_id, "config.json", revision, present, note)
     if config is None:
-        raise FileNotFoundError(
-            f"hub model {repo_id} has no config.json{_offline_note()}: not a model of this family"
-        )
+        raise FileNotFoundError(f"hub model {repo_id} has no config.json: not one of this family")
     for name in WEIGHT_FILES:
-        weights = _download(repo_id, name, revision)
+        weights = _file(repo_id, name, revision, present, note)
         if weights is None:
             continue
         for shard in shards(json.loads(weights.read_text())) if name.endswith(".json") else ():
-            if _download(repo_id, shard, revision) is None:
+            if _file(repo_id, shard, revision, present, note) is None:
                 raise FileNotFoundError(
-                    f"{repo_id}: {name} names {shard}, which is not there{_offline_note()}"
+                    f"{repo_id}: {name} names {shard}, which is not there{note}"
                 )
         return config.parent
-    raise FileNotFoundError(
-        f"hub model {repo_id} has none of {', '.join(WEIGHT_FILES)}{_offline_note()}"
-    )
+    raise FileNotFoundError(f"hub model {repo_id} has none of {', '.join(WEIGHT_FILES)}{note}")
 
 
 def shards(index: dict) -> list[str]:
@@ -91,27 +93,18 @@ def shards(index: dict) -> list[str]:
     return names
 
 
-def _offline_note() -> str:
-    from huggingface_hub import constants
+def _listing(repo_id: str, revision: str | None) -> tuple[set[str] | None, str]:
+    """File names of a hub model, or None and the reason why only the cache can tell.
 
-    return " in the cache (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
-
-
-def _download(repo_id: str, name: str, revision: str | None) -> Path | None:
-    """The cached file, or None if the model does not have it."""
-    from huggingface_hub import errors, hf_hub_download
+    One question first: downloads would retry for half a minute before they report a missing network.
+    """
+    from huggingface_hub import HfApi, constants, errors
 
     where = f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
+    if constants.is_offline_mode():
+        return None, " in the cache (HF_HUB_OFFLINE is set)"
     try:
-        return Path(hf_hub_download(repo_id, name, revision=revision))
-    except errors.LocalEntryNotFoundError as error:
-        note = _offline_note()
-        if note and name != "config.json":
-            return None
-        raise FileNotFoundError(
-            f"{where} is not{note or ' in the cache, the hub cannot be reached'}, and there is no"
-            f" local path {Path(repo_id).absolute()}. With a connection: hf download {repo_id}"
-        ) from error
+        info = HfApi().model_info(repo_id, revision=revision, timeout=CONNECT_SECONDS)
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
             f"{where} asks for an agreement: accept it on its page, then `hf auth login`"
@@ -123,5 +116,26 @@ def _download(repo_id: str, name: str, revision: str | None) -> Path | None:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{where} does not exist: no such branch, tag or commit") from error
-    except errors.RemoteEntryNotFoundError:
-        return None
+    except errors.HTTPError as error:
+        log.warning("the hub cannot be reached (%s); looking for %s in its cache", error, repo_id)
+        return None, " in the cache, and the hub cannot be reached"
+    return {file.rfilename for file in info.siblings or ()}, ""
+
+
+def _file(repo_id, name, revision, present: set[str] | None, note: str) -> Path | None:
+    """A file of a hub model, or None if the model (or without a network the cache) lacks it."""
+    from huggingface_hub import errors, hf_hub_download
+
+    if present is not None:
+        wanted = name in present
+        return Path(hf_hub_download(repo_id, name, revision=revision)) if wanted else None
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=True))
+    except errors.LocalEntryNotFoundError as error:
+        if name != "config.json":
+            return None
+        where = f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
+        raise FileNotFoundError(
+            f"{where} is not{note}, and there is no local path {Path(repo_id).absolute()}."
+            f" With a connection: hf download {repo_id}"
+        ) from error
