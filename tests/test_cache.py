@@ -286,19 +286,27 @@ def test_a_reset_row_starts_a_new_text_and_the_others_go_on():
     assert_same(kept[1], whole(net, new[1:], rule)[0])
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
 @pytest.mark.parametrize(
     "rows", [torch.tensor([2, 0]), torch.tensor([True, False, True])], ids=["indices", "booleans"]
 )
 @torch.no_grad()
-def test_selected_rows_continue_as_if_they_had_been_alone(rows):
+def test_selected_rows_continue_as_if_they_had_been_alone(rows, ragged):
     net, rule = small(VOCAB), BlockCausal(4, 8)
     tokens = texts(3, 20, VOCAB)
     cache = net.new_cache(3, 8, 4)
-    for start in range(0, 16, 4):
-        net.hidden(tokens[:, start : start + 4], rule=rule, cache=cache)
-        cache = cache.commit(4)
-    hidden = net.hidden(tokens[rows][:, 16:], rule=rule, cache=cache.select(rows))
-    assert_same(hidden, whole(net, tokens, rule)[rows][:, 16:])
+    counts = torch.zeros(3, dtype=torch.int64)
+    step = torch.tensor([0, 4, 4]) if ragged else 4
+    for kept in (4, 4, 4, step):
+        new = tokens.gather(1, counts[:, None] + torch.arange(4))
+        net.hidden(new, rule=rule, cache=cache)
+        cache, counts = cache.commit(kept), counts + kept
+    cache = cache.select(rows)
+    assert torch.equal(cache.committed, counts[rows])
+    places = counts[rows][:, None] + torch.arange(4)
+    hidden = net.hidden(tokens[rows].gather(1, places), rule=rule, cache=cache)
+    expected = whole(net, tokens, rule)[rows]
+    assert_same(hidden, expected[torch.arange(2)[:, None], places])
 
 
 # ---- cost and refusals
