@@ -96,7 +96,7 @@ def shards(index: dict) -> list[str]:
 def _listing(repo_id: str, revision: str | None) -> tuple[set[str] | None, str]:
     """File names of a hub model, or None and the reason why only the cache can tell.
 
-    One question first: downloads would retry for half a minute before they report a missing network.
+    One question first: downloads would retry for half a minute before reporting a missing network.
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -126,11 +126,13 @@ def _file(repo_id, name, revision, present: set[str] | None, note: str) -> Path 
     """A file of a hub model, or None if the model (or without a network the cache) lacks it."""
     from huggingface_hub import errors, hf_hub_download
 
-    if present is not None:
-        wanted = name in present
-        return Path(hf_hub_download(repo_id, name, revision=revision)) if wanted else None
+    if present is not None and name not in present:
+        return None
+    cached = present is None
     try:
-        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=True))
+        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=cached))
+    except errors.HTTPError as error:
+        raise OSError(f"download of {name} of {repo_id} failed ({error}); try again") from error
     except errors.LocalEntryNotFoundError as error:
         if name != "config.json":
             return None
