@@ -11,6 +11,7 @@ from networks import CHECKPOINTS, LENGTH, LOGITS, MASK, assert_within, recorded,
 
 from metrics import LikelihoodMeter
 from noise_schedule import EPS, LogLinear
+from objectives import clipping
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT
@@ -26,6 +27,14 @@ def averaged(name):
     net.load_state_dict(recorded_weights(name, "ema.backbone."), strict=False)
     assert recorded_weights(name, "ema.backbone.").keys() == dict(net.named_parameters()).keys()
     return net
+
+
+def batches_of(run):
+    numbers = sorted({int(key.split(".")[1]) for key in BATCHES if key.startswith(f"{run}.")})
+    assert numbers
+    for number in numbers:
+        prefix = f"{run}.{number}."
+        yield {k.removeprefix(prefix): v for k, v in BATCHES.items() if k.startswith(prefix)}
 
 
 def evaluate(name, net, batch):
@@ -53,16 +62,26 @@ def evaluate(name, net, batch):
 def test_evaluation_gives_the_recorded_likelihood(run):
     name, meter = RUNS[run]["checkpoint"], LikelihoodMeter()
     net = averaged(name)
-    numbers = sorted({int(key.split(".")[1]) for key in BATCHES if key.startswith(f"{run}.")})
-    assert numbers
-    for number in numbers:
-        prefix = f"{run}.{number}."
-        batch = {k.removeprefix(prefix): v for k, v in BATCHES.items() if k.startswith(prefix)}
+    for batch in batches_of(run):
         loss = evaluate(name, net, batch)
-        assert_within(loss.nats, batch["nlls"], LOGITS, prefix)
+        assert_within(loss.nats, batch["nlls"], LOGITS, run)
         assert torch.equal(loss.counted, batch["token_mask"])
         meter.update(loss.nats, loss.counted)
     found, result = meter.compute(), RUNS[run]["result"]
     assert found.nll == pytest.approx(result["val/nll"], rel=LOGITS)
     assert found.bpd == pytest.approx(result["val/bpd"], rel=LOGITS)
     assert found.ppl == pytest.approx(result["val/ppl"], rel=1e-4)  # exp magnifies nll's 1e-5
+
+
+@pytest.mark.parametrize("run", [r for r in RECORDED if CHECKPOINTS[r]["algo"] == "bd3lm"])
+@torch.no_grad()
+def test_the_search_gives_the_reported_interval_the_recorded_variance(run):
+    """Position 0 is not counted, and still one of its block's tokens."""
+    name = RUNS[run]["checkpoint"]
+    net, size = averaged(name), CHECKPOINTS[name]["block_size"]
+    interval = EXACT if size == 1 else (EPS, 1)
+    search = clipping.Search([interval])
+    for batch in batches_of(run):
+        search.add([clipping.variance(evaluate(name, net, batch).block_means(size))])
+    recorded_figure = RUNS[run]["result"][clipping.name(interval)]
+    assert search.means()[0] == pytest.approx(recorded_figure, rel=1e-4)
