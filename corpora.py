@@ -292,7 +292,8 @@ def read(corpus: Corpus, split: str, revision: str | None, column: str, cache: P
         try:
             return source.read(split, revision, column, cache)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-            problems.append(f"{source.identity(split, revision)}: {error}")
+            known = source.identity(split, revision).values()
+            problems.append(f"{', '.join(str(x) for x in known if x is not None)}: {error}")
             log.warning("a source did not answer: %s", problems[-1])
     raise ValueError(
         "no source of this corpus could be read; without a network give a local copy with"

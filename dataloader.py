@@ -22,8 +22,9 @@ import corpora
 import detokenizers
 import rows
 from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
+from packing import Shape
 from randomness import uniform
-from rows import Rows, Shape
+from rows import Rows
 from tokenizer import Tokenizer
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import load_json
 from lightning import LightningModule, Trainer
 
+import packing
 import rows
 from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
 from dataloader import DataModule, Examples
@@ -19,7 +20,7 @@ LENGTH = 6
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """29 rows; row r holds 10 r, 10 r + 1 ..."""
-    shape = rows.Shape(LENGTH, True, insert_eos=False, insert_special=False, bos=1, eos=2, pad=0)
+    shape = packing.Shape(LENGTH, True, insert_eos=False, insert_special=False, bos=1, eos=2, pad=0)
     ids = [10 * row + column for row in range(29) for column in range(LENGTH)]
     about = {"corpus": "numbers", "split": "train", "shape": vars(shape)}
     folder = tmp_path_factory.mktemp("rows") / "numbers"
