@@ -1,4 +1,4 @@
-"""Where text comes from: local files, the hub (miniatures), the plays, text8; and what goes wrong."""
+"""Where text comes from: local files, the hub (miniatures), the plays, text8; what goes wrong."""
 
 import json
 from functools import partial
