@@ -19,11 +19,11 @@ import torch
 from .analytic import generate_analytic
 from .autoregressive import generate_autoregressive
 from .blockwise import generate_blockwise
-from .settings import Request, Sample, Settings
+from .settings import Frame, Request, Sample, Settings
 from .steps import STEPS
 from .windows import generate_windows
 
-__all__ = ["SAMPLERS", "STEPS", "Request", "Sample", "Settings", "generate"]
+__all__ = ["SAMPLERS", "STEPS", "Frame", "Request", "Sample", "Settings", "generate"]
 
 SAMPLERS = {
     "bamdlm": generate_blockwise,

@@ -95,14 +95,9 @@ def write(rows: Rows) -> None:
     for number, (now, then) in enumerate(steps):
         tokens = rows.x[:, :-1]
         level = torch.full((len(rows),), now, device=rows.device)
-        rows.evaluations += 1
-        with torch.inference_mode():
-            log_score = rows.denoise(tokens, level)
-            dsigma = level - then
-            last = number == len(steps) - 1
-            chances = reverse_chances(log_score, tokens, dsigma, rows.mask_id, last)
-            log_probs = next_log_probs(chances, settings.nucleus_p, rows.mask_id)
-            new = draw(log_probs, fold(keys, DRAW + number), settings.dtype)
-            new = new.where(tokens == rows.mask_id, tokens)
-        rows.x[:, :-1] = new
+        last = number == len(steps) - 1
+        chances = reverse_chances(rows.ask(tokens, level), tokens, level - then, rows.mask_id, last)
+        log_probs = next_log_probs(chances, settings.nucleus_p, rows.mask_id)
+        new = draw(log_probs, fold(keys, DRAW + number), settings.dtype)
+        rows.x[:, :-1] = new.where(tokens == rows.mask_id, tokens)
         rows.show()

@@ -47,7 +47,7 @@ def next_token(rows: Rows) -> None:
     feed = [target - start for target, start in zip(targets, starts, strict=True)]
     packed = rows.tensor([[n - 1 for n in feed], targets])
     key = rows.tensor(fold(rows.keys(list(range(len(rows))), targets), DRAW))
-    log_probs = rows.ask(rows.window(starts, max(feed)), packed[0][:, None])
+    log_probs = rows.ask(rows.window(starts, max(feed)), packed[0][:, None], rows.cache)
     token = draw(nucleus(log_probs[:, 0], settings.nucleus_p), key, settings.dtype)
     rows.x.scatter_(1, packed[1][:, None], token[:, None])
     if settings.kv_cache:

@@ -68,7 +68,7 @@ class View:
 
     def ask(self, read: Tensor) -> Tensor:
         """log-probabilities at read [B, R], positions in the view."""
-        answer = self.rows.ask(self.rows.window(self.starts, self.width), read)
+        answer = self.rows.ask(self.rows.window(self.starts, self.width), read, self.rows.cache)
         if self.rows.settings.kv_cache and self.first:
             if any(self.pending):
                 self.rows.commit(self.pending)

@@ -90,16 +90,21 @@ class Rows:
         of_slot = torch.tensor([slot.key for slot in self.slots])
         return fold(of_slot[slots], torch.tensor(positions, dtype=torch.int64))
 
-    def ask(self, tokens: Tensor, read: Tensor) -> Tensor:
-        """log-probabilities float32 [B, R, V]; counted as one evaluation of the batch."""
+    def ask(self, *question) -> Tensor:
+        """The denoiser's answer; counted as one evaluation of the batch."""
         self.evaluations += 1
+        if self.watch is not None:
+            self.before = self._copy()
         with torch.inference_mode():
-            return self.denoise(tokens, read, self.cache)
+            return self.denoise(*question)
+
+    def _copy(self) -> Tensor:
+        return self.x[:, :-1].to("cpu", copy=True)
 
     def show(self) -> None:
         if self.watch is not None:
             rows = [slot.request.row for slot in self.slots]
-            self.watch(Frame(rows, self.x[:, :-1].to("cpu", copy=True), self.evaluations))
+            self.watch(Frame(rows, self.before, self._copy(), self.evaluations))
 
     # the cache
 
@@ -129,7 +134,7 @@ class Rows:
             size = self.denoise.block_size
             width = min(max(missing), max(spare, room // size * size))
             tokens = self.window([slot.committed for slot in self.slots], width)
-            self.ask(tokens, self.tensor([[0]] * len(self)))
+            self.ask(tokens, self.tensor([[0]] * len(self)), self.cache)
             self.evaluations -= 1  # it asks nothing
             self.commit([min(n, width) for n in missing])
 

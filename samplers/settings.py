@@ -122,5 +122,6 @@ class Frame:
     """The texts being written, after one evaluation."""
 
     rows: list[int]
-    tokens: Tensor  # int64 [B, L], on the CPU; mask tokens where nothing is written yet
+    before: Tensor  # int64 [B, L], on the CPU: what the evaluation was asked about
+    tokens: Tensor  # the same after it; mask tokens where nothing is written yet
     nfe: int  # evaluations so far

@@ -1,0 +1,92 @@
+"""Prompts: from a file or a line to the ids that a text begins with.
+
+BOS comes first. Where gaps are to be filled, `[MASK]` stands for one hidden token, `[MASK][MASK]`
+(with or without spaces between) for two; the space before a run belongs to the run, as in GPT-2's
+words.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+GAP = re.compile(r"\s*((?:\[MASK\]\s*)*\[MASK\])")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """.txt: one prompt a line, empty lines left out; .jsonl: objects with the field `prompt`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"sampling.prompts={path} does not exist")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"sampling.prompts={path} must be a .txt or .jsonl file")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"sampling.prompts={path} is not UTF-8 text ({error.reason})") from error
+    read = _line if path.suffix == ".txt" else _record
+    prompts = [read(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"sampling.prompts={path} is empty: write one prompt a line")
+    return prompts
+
+
+def _line(line: str, path: Path, number: int) -> str:
+    return line
+
+
+def _record(line: str, path: Path, number: int) -> str:
+    where = f"sampling.prompts={path}, line {number}"
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f"{where} must be an object with a text under `prompt`")
+    return record["prompt"]
+
+
+def encode_prompts(
+    prompts: Sequence[str], tokenizer, *, infill: bool, length: int, context_size: int
+) -> list[tuple[int, ...]]:
+    """Ids of each prompt, BOS first; with `infill` hidden tokens where `[MASK]` stands.
+
+    length: tokens of a text; context_size: tokens that are visible at once.
+    """
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        name = f"prompt {number} ({prompt[:40]!r})"
+        gaps = "[MASK]" in prompt
+        if gaps and not infill:
+            raise ValueError(f"{name} has a [MASK]: set sampling.infill=true to have it filled")
+        if infill and not gaps:
+            raise ValueError(
+                f"{name} has no [MASK] to fill: mark the gaps, or leave sampling.infill out"
+            )
+        ids = (
+            tokenizer.bos_id,
+            *(_with_gaps(prompt, tokenizer) if gaps else tokenizer.encode(prompt)),
+        )
+        limit = length if infill else length - 1
+        if len(ids) > limit:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens with BOS, a text of model.length={length} has room"
+                f" for {limit}: shorten it or set a greater model.length"
+            )
+        if len(ids) > context_size:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens with BOS, more than the {context_size} that are"
+                " visible at once: shorten it or raise sampling.context_size"
+            )
+        found.append(ids)
+    return found
+
+
+def _with_gaps(prompt: str, tokenizer) -> list[int]:
+    ids = []
+    for i, piece in enumerate(GAP.split(prompt)):
+        if i % 2:
+            ids += [tokenizer.mask_id] * piece.count("[MASK]")
+        elif piece:
+            ids += tokenizer.encode(piece)
+    return ids

@@ -1,0 +1,135 @@
+"""The CSV of a sampling run: one row a text, added as soon as it is done, by any number of
+processes.
+
+Columns are those of the authors, in their order, then `row` and `run`, so that several runs can
+share a file and each knows its own rows. Beside PATH lies PATH.log.jsonl: what the columns cannot
+hold (time, tries), one line per added group.
+
+Rows are added under a lock in one write and flushed to the disk. What a killed process left
+unfinished is cut off by the next one that writes.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+COLUMNS = ("gen_ppl", "gen_nfes", "gen_entropy", "gen_lengths", "samples", "seed", "row", "run")
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    gen_ppl: float | None  # None: no judge
+    gen_nfes: int
+    gen_entropy: float
+    gen_lengths: int
+    samples: str
+    seed: int
+    row: int
+    run: str
+
+
+class SampleFile:
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.log = self.path.with_name(self.path.name + ".log.jsonl")
+
+    @property
+    def summary(self) -> Path:
+        """Where the report of the file's last run is written."""
+        named = self.path.suffix == ".csv"
+        return self.path.with_suffix(".json") if named else Path(f"{self.path}.json")
+
+    def check(self) -> None:
+        """ValueError if the path cannot be such a file; nothing is written."""
+        if self.path.is_dir():
+            raise ValueError(f"sampling.logdir={self.path} is a folder: name a file in it")
+        if self.path.exists():
+            self._records(self.path.read_bytes())
+
+    def rows(self, run: str) -> dict[int, SampleRow]:
+        """The complete rows of this run, by row."""
+        if not self.path.exists():
+            return {}
+        found = {}
+        for record in self._records(self.path.read_bytes()):
+            if record["run"] == run:
+                found[int(record["row"])] = SampleRow(
+                    gen_ppl=float(record["gen_ppl"]) if record["gen_ppl"] else None,
+                    gen_nfes=int(record["gen_nfes"]),
+                    gen_entropy=float(record["gen_entropy"]),
+                    gen_lengths=int(float(record["gen_lengths"])),
+                    samples=record["samples"],
+                    seed=int(record["seed"]),
+                    row=int(record["row"]),
+                    run=run,
+                )
+        return found
+
+    def add(self, rows: Sequence[SampleRow], note: dict) -> None:
+        """Adds what is not there yet. `note` goes to the log with the run's name."""
+        if not rows:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as file:
+            content = file.read()
+            whole = complete(content)
+            there = {(r["run"], int(r["row"])) for r in self._records(content)}
+            new = [row for row in rows if (row.run, row.row) not in there]
+            text = io.StringIO(newline="")
+            writer = csv.writer(text)
+            if whole == 0:
+                writer.writerow(COLUMNS)
+            for row in new:
+                values = [getattr(row, name) for name in COLUMNS]
+                writer.writerow(["" if value is None else value for value in values])
+            file.truncate(whole)
+            os.pwrite(file.fileno(), text.getvalue().encode(), whole)
+            os.fsync(file.fileno())
+            with open(self.log, "a") as log:
+                log.write(json.dumps({"run": rows[0].run, **note}) + "\n")
+
+    def notes(self, run: str) -> list[dict]:
+        if not self.log.exists():
+            return []
+        lines = [line for line in self.log.read_text().splitlines() if line.endswith("}")]
+        return [note for note in map(json.loads, lines) if note["run"] == run]
+
+    @contextmanager
+    def _locked(self) -> Iterator:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+    def _records(self, content: bytes) -> list[dict]:
+        text = content[: complete(content)].decode("utf-8", errors="replace")
+        lines = csv.reader(io.StringIO(text, newline=""))
+        header = next(lines, None)
+        if header is None:
+            return []
+        if tuple(header) != COLUMNS:
+            raise ValueError(
+                f"sampling.logdir={self.path} is not a file of samples: it begins with"
+                f" {','.join(header)[:60]!r} instead of {','.join(COLUMNS)!r}. Name another file"
+            )
+        return [
+            dict(zip(COLUMNS, line, strict=True)) for line in lines if len(line) == len(COLUMNS)
+        ]
+
+
+def complete(content: bytes) -> int:
+    """Length of the records that are whole: the end of the last line break outside of quotes."""
+    quoted, start = 0, 0
+    whole = 0
+    for line in content.splitlines(keepends=True):
+        quoted += line.count(b'"')
+        start += len(line)
+        if quoted % 2 == 0 and line.endswith(b"\n"):
+            whole = start
+    return whole

@@ -1,0 +1,256 @@
+"""Looking at sampling: a progress bar, the text in the terminal as it is denoised, a page that
+replays it.
+"""
+
+import html
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as Bar
+from rich.text import Text
+from torch import Tensor
+
+from samplers import Frame, Settings
+from utils import say
+
+LINE_SECONDS = 15  # between lines in a log file
+SHOWN_TOKENS = 600  # of a text in the terminal
+SHOWN_ROWS = 3
+HIDDEN, FRESH, SETTLED = "hidden", "fresh", "settled"
+STYLES = {HIDDEN: "dim", FRESH: "bold black on yellow", SETTLED: ""}
+
+
+class Progress:
+    """Tokens written, tokens/s, evaluations: a bar in a terminal, lines in a log file."""
+
+    def __init__(self, texts: int, settings: Settings, *, enabled: bool):
+        self.texts, self.total = texts, texts * settings.length
+        self.enabled = enabled
+        self.written = self.tokens = self.evaluations = 0
+        self.bar = self.task = None
+
+    def __enter__(self):
+        self.started = self.shown = time.monotonic()
+        if self.enabled and sys.stdout.isatty():
+            self.bar = Bar(
+                SpinnerColumn(),
+                TextColumn("texts"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+            )
+            self.task = self.bar.add_task("", total=self.texts, figures="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.stop()
+
+    def tick(self, tokens: int, evaluations: int) -> None:
+        self.tokens += tokens
+        self.evaluations += evaluations
+        self._show(every=LINE_SECONDS)
+
+    def done(self, texts: int) -> None:
+        self.written += texts
+        self._show(every=LINE_SECONDS)
+
+    def _show(self, every: float) -> None:
+        now = time.monotonic()
+        rate = self.tokens / max(now - self.started, 1e-9)
+        figures = f"{self.tokens:,} tokens, {rate:,.0f} tokens/s, {self.evaluations:,} evaluations"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.written, figures=figures)
+        elif self.enabled and now - self.shown > every:
+            self.shown = now
+            say(f"{self.written} of {self.texts} texts, {figures}")
+
+
+def pieces(
+    tokens: list[int], before: list[int] | None, mask_id: int
+) -> list[tuple[str, list[int]]]:
+    """Runs of (state, ids): hidden, fresh since `before`, settled."""
+    runs = []
+    for i, token in enumerate(tokens):
+        if token == mask_id:
+            state = HIDDEN
+        elif before is not None and before[i] != token:
+            state = FRESH
+        else:
+            state = SETTLED
+        if runs and runs[-1][0] == state:
+            runs[-1][1].append(token)
+        else:
+            runs.append((state, [token]))
+    return runs
+
+
+class Show:
+    """The first texts of the batch in the terminal: masked, fresh and settled tokens."""
+
+    def __init__(self, tokenizer, console: Console | None = None):
+        self.tokenizer = tokenizer
+        self.before: dict[int, list[int]] = {}
+        self.live = Live(console=console, refresh_per_second=12, vertical_overflow="ellipsis")
+
+    def __enter__(self):
+        self.live.start()
+        return self
+
+    def __exit__(self, *error):
+        self.live.stop()
+
+    def __call__(self, frame: Frame) -> None:
+        text, now = Text(), {}
+        for row, tokens in zip(frame.rows[:SHOWN_ROWS], frame.tokens[:SHOWN_ROWS], strict=True):
+            now[row] = tokens.tolist()
+            text.append(f"text {row}, evaluation {frame.nfe}\n", style="bold cyan")
+            text.append(self.paint(now[row], self.before.get(row)))
+            text.append("\n\n")
+        self.before = now
+        self.live.update(text)
+
+    def paint(self, tokens: list[int], before: list[int] | None) -> Text:
+        """The part of a text that is being written."""
+        mask = self.tokenizer.mask_id
+        written = [i for i, token in enumerate(tokens) if token != mask]
+        stop = min(len(tokens), (written[-1] if written else 0) + 1 + SHOWN_TOKENS // 10)
+        start = max(0, stop - SHOWN_TOKENS)
+        before = None if before is None else before[start:stop]
+        text = Text()
+        for state, ids in pieces(tokens[start:stop], before, mask):
+            shown = "░" * len(ids) if state == HIDDEN else self.tokenizer.decode(ids)
+            text.append(shown, style=STYLES[state])
+        return text
+
+
+class Trajectory:
+    """Records one text and writes a page that replays it; the page needs nothing but a browser."""
+
+    def __init__(self, path: str | Path, tokenizer, *, row: int, about: dict):
+        self.path, self.tokenizer = Path(path), tokenizer
+        self.row, self.about = row, about
+        self.given: list[list] = []  # [position, piece] that were there before the first evaluation
+        self.last: list[int] | None = None
+        self.steps: list[list[list]] = []  # per evaluation: [position, piece or None for hidden]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.last is not None:
+            self.write()
+
+    def __call__(self, frame: Frame) -> None:
+        if self.row in frame.rows:
+            place = frame.rows.index(self.row)
+            self.record(frame.before[place], frame.tokens[place])
+
+    def record(self, before: Tensor, tokens: Tensor) -> None:
+        now = tokens.tolist()
+        mask = self.tokenizer.mask_id
+        if self.last is None:
+            self.last = before.tolist()
+            self.given = [[i, self.piece(t)] for i, t in enumerate(self.last) if t != mask]
+        changed = [i for i, (a, b) in enumerate(zip(self.last, now, strict=True)) if a != b]
+        self.steps.append([[i, None if now[i] == mask else self.piece(now[i])] for i in changed])
+        self.last = now
+
+    def piece(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    def write(self) -> None:
+        used = 1 + max((i for step in [self.given, *self.steps] for i, _ in step), default=0)
+        data = json.dumps({"length": used, "given": self.given, "steps": self.steps}).replace(
+            "<", "\\u003c"
+        )
+        facts = ", ".join(
+            f"{k} {v}" for k, v in self.about.items() if v not in (None, False, "none")
+        )
+        page = PAGE.replace("{{title}}", html.escape(f"text {self.row}"))
+        page = page.replace("{{facts}}", html.escape(facts)).replace("{{data}}", data)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, self.path)
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{{title}}</title>
+<style>
+  body { font: 16px/1.6 Georgia, serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }
+  header { position: sticky; top: 0; background: white; padding: .5rem 0; }
+  #bar { width: 100%; }
+  #facts { color: #666; font: 12px/1.4 sans-serif; }
+  #text { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .hidden { color: #bbb; }
+  .fresh { background: #fd4; }
+  .given { color: #06c; }
+</style>
+<header>
+  <button id="play">play</button> <span id="step"></span>
+  <input id="bar" type="range" min="0" value="0">
+</header>
+<div id="text"></div>
+<p id="facts">{{facts}}</p>
+<script type="application/json" id="data">{{data}}</script>
+<script>
+  const data = JSON.parse(document.getElementById('data').textContent);
+  const bar = document.getElementById('bar'), label = document.getElementById('step');
+  const box = document.getElementById('text'), play = document.getElementById('play');
+  const spans = [];
+  for (let i = 0; i < data.length; i++) spans.push(box.appendChild(document.createElement('span')));
+  bar.max = data.steps.length;
+  let at = 0, timer = null;
+  function clear() {
+    for (const span of spans) { span.textContent = '\\u2591'; span.className = 'hidden'; }
+    for (const [i, piece] of data.given) {
+      spans[i].textContent = piece;
+      spans[i].className = 'given';
+    }
+    at = 0;
+  }
+  function apply(step) {
+    for (const span of box.querySelectorAll('.fresh')) span.className = '';
+    for (const [i, piece] of data.steps[step]) {
+      spans[i].textContent = piece === null ? '\\u2591' : piece;
+      spans[i].className = piece === null ? 'hidden' : 'fresh';
+    }
+  }
+  function go(to) {
+    if (to < at) clear();
+    while (at < to) apply(at++);
+    const hidden = box.querySelectorAll('.hidden').length;
+    label.textContent = `evaluation ${at} of ${data.steps.length}, ${hidden} tokens hidden`;
+    bar.value = at;
+  }
+  bar.addEventListener('input', () => go(Number(bar.value)));
+  play.addEventListener('click', () => {
+    if (timer) { clearInterval(timer); timer = null; play.textContent = 'play'; return; }
+    if (at === data.steps.length) go(0);
+    play.textContent = 'pause';
+    timer = setInterval(() => {
+      if (at === data.steps.length) play.click(); else go(at + 1);
+    }, 80);
+  });
+  clear();
+  go(data.steps.length);
+</script>
+</html>
+"""
