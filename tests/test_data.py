@@ -183,7 +183,7 @@ def test_rows_too_short_for_their_specials_are_refused():
 
 def test_padding_is_masked_out(prepare, tmp_path):
     path = tmp_path / "two.jsonl"
-    path.write_text('{"text": "be"}\n{"text": "software software software software software"}\n')
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("be", "software " * 40)))
     made = prepare(str(path), "valid", wrap=False)
     ids, mask = made.read([0, 1])
     assert mask.sum(1).tolist() == [(ids[0] != made.about["shape"]["pad"]).sum(), 16]

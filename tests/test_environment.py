@@ -1,5 +1,6 @@
 """The requirement lists: pinned, the same for pip and conda, installed."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -50,6 +51,17 @@ def test_what_is_pinned_is_installed(pin):
     assert version(name).partition("+")[0] == wanted
 
 
+def imports(path):
+    """The top-level names that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
 def test_every_package_that_the_project_imports_is_pinned():
     distribution = {
         "hydra": "hydra-core",
@@ -64,9 +76,7 @@ def test_every_package_that_the_project_imports_is_pinned():
     local |= {path.stem for path in sources}
     missing = set()
     for path in sources:
-        for name in re.findall(r"^\s*(?:import|from) ([a-zA-Z_]\w*)", path.read_text(), re.M):
-            if name in sys.stdlib_module_names or name in local or name in optional:
-                continue
+        for name in imports(path) - local - optional - sys.stdlib_module_names:
             if distribution.get(name, name).lower() not in known:
                 missing.add((path.name, name))
     assert not missing
