@@ -167,6 +167,24 @@ def test_each_token_is_hidden_with_probability_p():
             assert chi_square_p(counts, expected) > FALSE_ALARM
 
 
+def test_a_number_equal_to_p_hides_as_published():
+    p = torch.tensor([[0.25]])
+    token = torch.tensor([[0.25, 0.25 + 1e-6]])
+    assert hidden_independently(token, p).tolist() == [[True, False]]
+
+
+def test_times_tokens_and_counts_are_independent():
+    """With blocks of one the three have the same coordinates but for their stream."""
+    found = [draws(s, length=400, block_size=1, antithetic=False) for s in range(5)]
+    streams = {
+        name: (torch.cat([getattr(d, name).flatten() for d in found]) * 8).long()
+        for name in ("time", "token", "count")
+    }
+    for one, other in itertools.combinations(streams.values(), 2):
+        counts = (one * 8 + other).bincount(minlength=64)
+        assert chi_square_p(counts, torch.full((64,), len(one) / 64)) > FALSE_ALARM
+
+
 def test_a_block_shares_its_time():
     assert per_token(torch.tensor([[1.0, 2.0]]), 6).tolist() == [[1, 1, 1, 2, 2, 2]]
 
