@@ -2,8 +2,10 @@
 command.
 """
 
+import base64
 import csv
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -244,12 +246,10 @@ def test_every_row_has_the_figures_of_its_own_text(tmp_path, judge):
 
 @pytest.mark.parametrize("name", list(load_json("sampling/generate_samples.json")))
 def test_recorded_texts_have_the_recorded_figures(judge, name):
-    """main.generate_samples of the authors: texts, and what it wrote for each."""
+    """main.generate_samples of the authors: texts, and what it wrote for each. It cuts re-tokenized
+    texts at model.length (reference-quirks.md): so does this test."""
     entry = load_json("sampling/generate_samples.json")[name]
-    scores = judge.score(entry["texts"])
-    cut = max(len(ids) for ids in judge.tokenize(entry["texts"])) > entry["length"]
-    if cut:
-        pytest.skip("the reference cuts re-tokenized texts at model.length (reference-quirks.md)")
+    scores = judge.score_tokens([t[: entry["length"]] for t in judge.tokenize(entry["texts"])])
     assert [s.perplexity for s in scores] == pytest.approx(entry["gen_ppls"], rel=1e-5)
     assert [s.entropy for s in scores] == pytest.approx(entry["gen_entropies"], rel=1e-6)
     assert [s.tokens for s in scores] == entry["gen_lengths"]
@@ -401,7 +401,7 @@ def test_runs_of_tokens_are_hidden_fresh_or_settled():
 
 
 def test_the_terminal_shows_the_text_being_written(tmp_path):
-    console = Console(record=True, width=80, force_terminal=True, file=open("/dev/null", "w"))
+    console = Console(record=True, width=80, force_terminal=True, file=io.StringIO())
     before = torch.tensor([[BOS, *TOKENIZER.encode("the work"), MASK, MASK]])
     after = before.clone()
     after[0, -2] = TOKENIZER.encode(" of")[0]
@@ -488,8 +488,6 @@ def test_the_page_replays_in_a_browser(tmp_path):
         timeout=60,
         check=True,
     ).stdout
-    import base64
-
     body = found.split("<body>")[1].split("</body>")[0].strip()
     end, whole, third, start, hidden = json.loads(base64.b64decode(body))
     steps = end.split(" of ")[1].split(",")[0]
@@ -507,12 +505,11 @@ def test_the_page_replays_in_a_browser(tmp_path):
 def test_three_lines_in_a_notebook():
     writer = Writer("bamdlm", model(), TOKENIZER, settings())
     out = writer.generate(["the work", "any"], length=20, nucleus_p=0.9)
-    assert [
-        t.startswith("<|endoftext|>" + p)
-        for t, p in zip(out.texts, ["the work", "any"], strict=False)
-    ]
+    assert out.texts[0].startswith("<|endoftext|>the work")
+    assert out.texts[1].startswith("<|endoftext|>any")
     assert out.nfe == [20 - s.given for s in out.samples]
-    assert [s.tokens for s in out.scores] == [19, 19] or all(s.tokens <= 19 for s in out.scores)
+    assert all(len(s.tokens) == 20 for s in out.samples)
+    assert all(0 < score.entropy < 3 for score in out.scores)
     filled = writer.generate("the [MASK] work", infill=True)
     assert filled.texts[0].endswith(" work")
     assert writer.generate().texts != writer.generate(seed=2).texts
