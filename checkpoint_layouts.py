@@ -37,6 +37,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     foreign: dict[str, Tensor] = field(default_factory=dict)  # keys no network of ours has
     ema: dict[str, Tensor] | None = None
+    ema_problem: str | None = None  # why `ema` is empty
     ema_decay: float | None = None
     ema_updates: int = 0
     interval: tuple[float, float] | None = None  # the clipped schedule, if it was saved
@@ -58,7 +59,7 @@ class Checkpoint:
         """Tokens of a training sequence."""
         if self.layout == "hub":
             return self.config.get("model_length")
-        return self.config.get("model", {}).get("length")
+        return section(self.config, "model").get("length")
 
 
 def read(path_or_id: str | Path, *, revision: str | None = None, launch_dir=None) -> Checkpoint:
@@ -95,8 +96,7 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
         )
     raw = canonical(raw, source)
     weights, foreign, interval = _sort(source, raw["state_dict"])
-    config = _lightning_config(raw)
-    ema = raw.get("ema")
+    config = section(raw["hyper_parameters"], "config")
     return Checkpoint(
         source=source,
         layout="lightning",
@@ -104,12 +104,10 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
         config=config,
         weights=weights,
         foreign=foreign,
-        ema=None if ema is None else _ema_by_name(source, ema, weights),
-        ema_decay=None if ema is None else ema["decay"],
-        ema_updates=0 if ema is None else ema["num_updates"] or 0,
         interval=interval,
         step=raw.get("global_step"),
         raw=raw,
+        **_average(raw.get("ema"), weights),
     )
 
 
@@ -121,7 +119,7 @@ def canonical(raw: dict, source: str) -> dict:
         raise CheckpointError(f"{source} holds compiled and plain weights at once: {twice[:10]}")
     values = raw["state_dict"].values()
     state = type(raw["state_dict"])(zip(names, values, strict=True))
-    hyper = dict(raw.get("hyper_parameters") or {})
+    hyper = dict(section(raw, "hyper_parameters"))
     if isinstance(hyper.get("config"), dict):
         hyper["config"] = resolve(hyper["config"])
     return {**raw, "state_dict": state, "hyper_parameters": hyper}
@@ -149,19 +147,20 @@ def _sort(source, state) -> tuple[dict, dict, tuple[float, float] | None]:
     return weights, foreign, tuple(float(bound) for bound in bounds) or None
 
 
-def _lightning_config(raw) -> dict:
-    config = raw["hyper_parameters"].get("config")
-    return config if isinstance(config, dict) else {}
+def section(config: dict, name: str) -> dict:
+    """A part of a configuration that may lack it: foreign files hold anything."""
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _lightning_algorithms(source, config, weights, interval) -> tuple[str, ...]:
-    name = config.get("algo", {}).get("name")
+    name = section(config, "algo").get("name")
     if name is None:
         return _from_keys(weights, interval)
     if ALIASES.get(name, name) not in ALGORITHMS:
         raise CheckpointError(f"{source} was trained with algo={name}; known: {ALGORITHMS}")
     return _one_block_is_mdlm(
-        ALIASES.get(name, name), config.get("block_size"), config.get("model", {}).get("length")
+        ALIASES.get(name, name), config.get("block_size"), section(config, "model").get("length")
     )
 
 
@@ -175,7 +174,8 @@ def _from_keys(weights, interval) -> tuple[str, ...]:
 
 def _one_block_is_mdlm(algo, block_size, length) -> tuple[str, ...]:
     """With one block to a sequence the two algorithms are the same."""
-    return ("bamdlm", "mdlm") if algo == "bamdlm" and block_size == length else (algo,)
+    one_block = algo == "bamdlm" and block_size is not None and block_size == length
+    return ("bamdlm", "mdlm") if one_block else (algo,)
 
 
 def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
@@ -216,14 +216,20 @@ def _hub_algorithms(source, config) -> tuple[str, ...]:
     return ("sedd",) if config.get("time_conditioning") else ("mdlm", "sedd")
 
 
-def _ema_by_name(source, ema, weights) -> dict[str, Tensor]:
+def _average(ema: Any, weights: dict[str, Tensor]) -> dict:
+    """Fields of Checkpoint about the EMA. One that does not fit is reported when it is asked for,
+    because missing weights, which come first, explain it better."""
+    if ema is None:
+        return {}
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadow, list) or not {"decay", "num_updates"} <= ema.keys():
-        raise CheckpointError(f"{source}: ema must hold decay, num_updates and shadow_params")
+        return {"ema": {}, "ema_problem": "ema must hold decay, num_updates and shadow_params"}
+    about = {"ema_decay": ema["decay"], "ema_updates": ema["num_updates"] or 0}
     try:
-        return ema_from_list(shadow, {n: w for n, w in weights.items() if n not in BUFFERS})
+        named = ema_from_list(shadow, {n: w for n, w in weights.items() if n not in BUFFERS})
     except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        return {"ema": {}, "ema_problem": str(error), **about}
+    return {"ema": named, **about}
 
 
 def ema_from_list(shadow: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from checkpoint_layouts import (
     ema_to_list,
     read,
     resolve,
+    section,
 )
 from unpickling import CheckpointError
 
@@ -37,6 +38,7 @@ __all__ = [
     "load_pretrained",
     "read",
     "resolve",
+    "section",
 ]
 
 log = logging.getLogger(__name__)
@@ -57,10 +59,10 @@ class Pretrained:
 def build_backbone_args(checkpoint: Checkpoint) -> dict:
     """Arguments of DiT for these weights (all but attn_backend), checked against the config."""
     weights, config = checkpoint.weights, checkpoint.config
-    model = config if checkpoint.layout == "hub" else config.get("model", {})
+    model = config if checkpoint.layout == "hub" else section(config, "model")
     width_key = "hidden_dim" if checkpoint.layout == "hub" else "hidden_size"
-    needed = ("vocab_embed.embedding", "blocks.0.attn_qkv.weight", "rotary_emb.inv_freq")
-    missing = [name for name in needed if name not in weights or weights[name].dim() == 0]
+    needed = {"vocab_embed.embedding": 2, "blocks.0.attn_qkv.weight": 2, "rotary_emb.inv_freq": 1}
+    missing = [n for n, dim in needed.items() if n not in weights or weights[n].dim() != dim]
     if missing:
         raise CheckpointError(
             f"{checkpoint.source} is not a network of this family: it has no"
@@ -99,10 +101,7 @@ def load_into(
 
     With a `block_size`, bamdlm weights must have been trained at it.
     """
-    values = dict(checkpoint.weights)
-    if use_ema:
-        values.update(_averages(checkpoint))
-    _check_fit(backbone, checkpoint, values, algo, may_be_new=())
+    _check_fit(backbone, checkpoint, algo, may_be_new=())
     if algo not in checkpoint.algorithms:
         raise CheckpointError(
             f"{checkpoint.source} cannot be used here: {_other(checkpoint, algo)}"
@@ -113,6 +112,7 @@ def load_into(
             f"{checkpoint.source} was trained with block_size={trained_at}, the run asks for"
             f" block_size={block_size}; training.from_pretrained can adapt it"
         )
+    values = {**checkpoint.weights, **(_averages(checkpoint) if use_ema else {})}
     _check_finite(checkpoint.source, values)
     _copy(backbone, values)
 
@@ -129,7 +129,8 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
         if any(_is_conditioning(name) for name in checkpoint.weights):
             may_be_new = ()  # trained with model.adaln=True
     _check_interval(checkpoint, algo)
-    _check_fit(backbone, checkpoint, checkpoint.weights, algo, may_be_new=may_be_new)
+    _check_fit(backbone, checkpoint, algo, may_be_new=may_be_new)
+    _check_average(checkpoint)
     _check_finite(checkpoint.source, checkpoint.weights)
     ema = checkpoint.ema
     if ema is not None:
@@ -159,11 +160,12 @@ def _other(checkpoint: Checkpoint, algo: str) -> str:
 
 
 def _averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    _check_average(checkpoint)
     if checkpoint.layout == "hub":
         return {}
     if checkpoint.ema is not None:
         return checkpoint.ema
-    if checkpoint.config.get("training", {}).get("ema") == 0:
+    if section(checkpoint.config, "training").get("ema") == 0:
         log.info("%s was trained without EMA: its plain weights are used", checkpoint.source)
         return {}
     raise CheckpointError(
@@ -198,8 +200,15 @@ def _copy(backbone: nn.Module, values: dict[str, Tensor]) -> None:
                 target.copy_(values[name])
 
 
-def _check_fit(backbone, checkpoint: Checkpoint, values, algo, *, may_be_new) -> None:
-    expected = _expected(backbone)
+def _check_average(checkpoint: Checkpoint) -> None:
+    if checkpoint.ema_problem is not None:
+        raise CheckpointError(
+            f"{checkpoint.source}: {checkpoint.ema_problem}; eval.disable_ema=true does without it"
+        )
+
+
+def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
+    expected, values = _expected(backbone), checkpoint.weights
     missing = [name for name in expected if name not in values and name not in may_be_new]
     unexpected = [name for name in values if name not in expected]
     unexpected += [f"{name} (outside the backbone)" for name in checkpoint.foreign]

@@ -14,7 +14,7 @@ from string import Template
 
 import torch
 
-from checkpoints import Checkpoint, CheckpointError, build_backbone_args, load_into
+from checkpoints import Checkpoint, CheckpointError, build_backbone_args, load_into, section
 from models.dit import DiT
 from tokenizer import Tokenizer
 
@@ -101,8 +101,8 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         raise CheckpointError(f"{checkpoint.source} does not tell the length it was trained at")
     settings, noise = checkpoint.config, checkpoint.config.get("noise", "loglinear")
     if checkpoint.layout == "lightning":
-        settings = checkpoint.config.get("algo", {})
-        noise = checkpoint.config.get("noise", {}).get("type", "loglinear")
+        settings = section(checkpoint.config, "algo")
+        noise = section(checkpoint.config, "noise").get("type", "loglinear")
     low, high = checkpoint.interval or (1e-3, 1.0)
     return {
         "algo": algo,
@@ -168,7 +168,7 @@ CARD_SECTIONS = (
 
 def best_validation(raw: dict) -> dict[str, str]:
     """Best validation likelihood, from the states of Lightning's checkpoint callbacks."""
-    for state in raw.get("callbacks", {}).values():
+    for state in section(raw, "callbacks").values():
         score = state.get("best_model_score") if isinstance(state, dict) else None
         if score is not None and state.get("monitor") == "val/nll":
             nll = torch.as_tensor(score, dtype=torch.float64)

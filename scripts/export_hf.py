@@ -53,10 +53,10 @@ def run(options) -> None:
 
 def find_tokenizer(checkpoint: checkpoints.Checkpoint, name: str | None) -> Tokenizer:
     """The one asked for, else the one pickled in an authors' checkpoint, else the run's by name."""
-    data = checkpoint.config.get("data", {})
+    data = checkpoints.section(checkpoint.config, "data")
     if name is not None:
         return get_tokenizer(name)
-    kept = checkpoint.raw.get("hyper_parameters", {}).get("tokenizer")
+    kept = checkpoints.section(checkpoint.raw, "hyper_parameters").get("tokenizer")
     if isinstance(kept, dict) and isinstance(kept.get("_tokenizer"), str):
         return wrap(rebuilt(kept), "of the checkpoint", data.get("eos_token"))
     if "tokenizer_name_or_path" not in data:

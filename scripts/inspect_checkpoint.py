@@ -1,0 +1,121 @@
+"""Say what is inside a checkpoint: layout, algorithm, sizes, steps, average, interval, keys.
+
+    python scripts/inspect_checkpoint.py PATH [--keys] [--config]
+
+PATH: a .ckpt file, a hub folder, an fsspec URL or a hub id. Nothing in the file is run.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import checkpoints
+from checkpoints import Checkpoint, CheckpointError, build_backbone_args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", metavar="PATH", help="file, folder, fsspec URL or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--keys", action="store_true", help="list every tensor")
+    parser.add_argument("--config", action="store_true", help="print the configuration as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        checkpoint = checkpoints.read(options.path, revision=options.revision)
+    except CheckpointError as error:
+        print(f"inspect_checkpoint: {error}", file=sys.stderr)
+        return 2
+    for name, value in facts(checkpoint).items():
+        print(f"{name:<18}{value}")
+    if options.keys:
+        print("\n".join(listed(checkpoint)))
+    if options.config:
+        print(json.dumps(checkpoint.config, indent=2, default=str))
+    return 0
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, str]:
+    """{what: its value}, one line each."""
+    weights = checkpoint.weights.values()
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights})
+    config = checkpoint.config
+    if checkpoint.layout == "lightning":
+        data = checkpoints.section(config, "data")
+        trained = f"{data.get('train')}, tokenizer {data.get('tokenizer_name_or_path')}"
+        trained = trained if data else "not stored"
+    else:
+        trained = "not stored (hub folders hold the network only)"
+    return {
+        "source": checkpoint.source,
+        "layout": {"lightning": "Lightning checkpoint", "hub": "hub folder"}[checkpoint.layout],
+        "algorithm": " or ".join(checkpoint.algorithms),
+        "block size": str(checkpoint.block_size or "not stored"),
+        "trained length": str(checkpoint.length or "not stored"),
+        "network": network(checkpoint),
+        "parameters": f"{sum(value.numel() for value in weights):,} ({', '.join(dtypes)})",
+        "finite": finite(checkpoint),
+        "optimizer steps": "not stored" if checkpoint.step is None else f"{checkpoint.step:,}",
+        "trained on": trained,
+        "average (EMA)": average(checkpoint),
+        "clipped interval": interval(checkpoint),
+        "other contents": ", ".join(k for k in checkpoint.raw if k != "state_dict") or "none",
+        "keys": f"{len(checkpoint.weights)} of the network"
+        + (f", {len(checkpoint.foreign)} of nobody" if checkpoint.foreign else ""),
+    }
+
+
+def network(checkpoint: Checkpoint) -> str:
+    try:
+        sizes = build_backbone_args(checkpoint)
+    except CheckpointError as error:
+        return f"unknown: {error}"
+    return ", ".join(f"{name} {value}" for name, value in sizes.items())
+
+
+def finite(checkpoint: Checkpoint) -> str:
+    tensors = {
+        **checkpoint.weights,
+        **{f"EMA of {k}": v for k, v in (checkpoint.ema or {}).items()},
+    }
+    odd = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    return f"NO: {', '.join(odd[:10])}" if odd else "all weights"
+
+
+def average(checkpoint: Checkpoint) -> str:
+    if checkpoint.layout == "hub":
+        return "the weights are averages already"
+    if checkpoint.ema_problem:
+        return f"broken: {checkpoint.ema_problem}"
+    if checkpoint.ema is None:
+        return "none"
+    far = math.sqrt(
+        sum((checkpoint.weights[k].double() - v).square().sum() for k, v in checkpoint.ema.items())
+    )
+    return (
+        f"decay {checkpoint.ema_decay}, {checkpoint.ema_updates:,} updates, {len(checkpoint.ema)}"
+        f" tensors, at distance {far:.4g} from the weights"
+    )
+
+
+def interval(checkpoint: Checkpoint) -> str:
+    if checkpoint.interval is None:
+        return "none"
+    return "{:.6g} to {:.6g} (sampling_eps_min/max)".format(*checkpoint.interval)
+
+
+def listed(checkpoint: Checkpoint) -> list[str]:
+    tensors = {f"backbone.{name}": value for name, value in checkpoint.weights.items()}
+    return [
+        f"  {name:<56}{str(value.dtype).removeprefix('torch.'):<10}{list(value.shape)}"
+        for name, value in {**tensors, **checkpoint.foreign}.items()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
