@@ -59,12 +59,15 @@ run() {
 
 # submit SCRIPT ARGUMENTS: one job, its log in watch_folder/; run here where there is no Slurm.
 submit() {
+  local start=(bash) arguments=() argument
+  for argument in "$@"; do
+    if [[ $argument != --dry-run ]]; then arguments+=("$argument"); fi
+  done
   if [[ -z $in_job ]] && command -v sbatch >/dev/null; then
+    start=(sbatch -o "watch_folder/%x_%j.log")
     if [[ -z $dry ]]; then mkdir -p watch_folder; fi
-    supervise sbatch -o "watch_folder/%x_%j.log" "$@"
-  else
-    supervise bash "$@"
   fi
+  supervise "${start[@]}" "${arguments[@]}"
 }
 
 # each_block_size ALGO SCRIPT ARGUMENTS: submits the script; bamdlm's for every published block size.

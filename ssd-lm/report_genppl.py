@@ -1,4 +1,4 @@
-"""Generative perplexity, entropy, length and count of SSD-LM samples, by the project's generative.py.
+"""Generative perplexity, entropy, length and count of SSD-LM samples (by generative.py).
 
     python ssd-lm/report_genppl.py sample_logs/ssd-lm                     every .jsonl of a folder
     python ssd-lm/report_genppl.py a.jsonl b.jsonl --judge gpt2-large --out report.json
@@ -141,12 +141,15 @@ def score(args, files: list[list[dict]]):
     logging.disable_progress_bar()
     # The writer's special tokens are the judge's EOS, as for every other model here.
     foreign = {t for records in files for r in records for t in special_tokens(r)}
-    judge = load_judge(
-        args.judge,
-        batch_size=args.batch_size,
-        device=pick_device(args.device),
-        foreign=sorted(foreign),
-    )
+    options = {"batch_size": args.batch_size, "device": pick_device(args.device)}
+    try:
+        judge = load_judge(args.judge, foreign=sorted(foreign), **options)
+    except ValueError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(
+            f"--judge={args.judge} cannot be loaded ({reason}); give the folder of a causal"
+            " language model, or --judge none"
+        ) from error
     for records in files:
         yield judge.score([record["sampled_sequences"] for record in records])
 

@@ -113,6 +113,7 @@ def load_model(folder: Path, device="cpu") -> SSDLM:
 def _load_roberta(folder: Path) -> nn.Module:
     if problems := folder_problems(folder):
         raise ModelError("; ".join(problems))
+    from safetensors import SafetensorError
     from transformers import RobertaForMaskedLM
 
     try:
@@ -122,7 +123,7 @@ def _load_roberta(folder: Path) -> nn.Module:
             output_loading_info=True,
             dtype=torch.float32,
         )
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
         raise ModelError(f"{folder}: the masked LM cannot be loaded: {error}") from error
     problems = [
         f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, names))[:5])}"
@@ -194,10 +195,16 @@ def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{folder}: no tokenizer can be loaded ({reason})") from error
+    if not tokenizer.encode("a", add_special_tokens=False):  # transformers does not complain
+        raise ModelError(
+            f"{folder}: no tokenizer can be loaded (tokenizer.json, or vocab.json with merges.txt,"
+            " is missing); --tokenizer_name may name it"
+        )
+    return tokenizer
 
 
 def check_tokenizer(tokenizer, vocab_size: int) -> None:

@@ -16,10 +16,10 @@ def make_tiny(folder: Path, texts: Iterable[str], *, vocab_size=400, width=32, s
     from transformers import RobertaConfig, RobertaForMaskedLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = make_tokenizer(folder, texts, vocab_size)
+    tokenizer = make_tokenizer(texts, vocab_size)
     generator = torch.Generator().manual_seed(seed)
     config = RobertaConfig(
-        vocab_size=vocabulary,
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -39,6 +39,7 @@ def make_tiny(folder: Path, texts: Iterable[str], *, vocab_size=400, width=32, s
     randomise(layer, generator)
     timestep = {f"module.{name}": tensor for name, tensor in layer.state_dict().items()}
     torch.save(timestep, folder / "timestep_layer.pt")
+    save_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -47,9 +48,9 @@ def make_judge(folder: Path, texts: Iterable[str], *, vocab_size=400, width=32, 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = make_tokenizer(folder, texts, vocab_size)
+    tokenizer = make_tokenizer(texts, vocab_size)
     config = GPT2Config(
-        vocab_size=vocabulary,
+        vocab_size=tokenizer.get_vocab_size(),
         n_positions=1024,
         n_embd=width,
         n_layer=2,
@@ -60,6 +61,7 @@ def make_judge(folder: Path, texts: Iterable[str], *, vocab_size=400, width=32, 
     model = GPT2LMHeadModel(config)
     randomise(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -72,8 +74,8 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def make_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
-    """Byte-level BPE as RoBERTa's, saved in `folder`; its number of tokens."""
+def make_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Byte-level BPE with RoBERTa's special tokens in its order."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -86,6 +88,10 @@ def make_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -97,4 +103,3 @@ def make_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    return tokenizer.get_vocab_size()

@@ -110,7 +110,7 @@ def test_the_noise_schedule_is_the_recorded_one(total_t):
         }
         for name, value in ours.items():
             expected = pieces[f"time.{total_t}.{name}"][i].item()
-            rel = 0 if name.endswith("bar") else 1e-4  # ratios of the reference's float32 numbers
+            rel = 0 if name.endswith("bar") else 2e-4  # ratios of float32 numbers
             assert value == pytest.approx(expected, rel=rel, abs=1e-6), name
 
 
