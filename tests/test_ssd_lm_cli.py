@@ -265,6 +265,29 @@ def test_the_report_is_the_projects_generative_perplexity(tmp_path):
     assert f"{row['entropy']:.2f}" in shown
 
 
+def recorded_reports():
+    """Recordings of one text that the reference did not cut."""
+    recorded = json.loads((GOLDEN / "metrics" / "gen_ppl.json").read_text())
+    return {
+        name: case
+        for name, case in recorded.items()
+        if len(case["texts"]) == 1 and case["tokens_shape"][1] < case["max_length"]
+    }
+
+
+@pytest.mark.parametrize("name", recorded_reports())
+def test_the_report_meets_the_recorded_perplexity(tmp_path, name):
+    case = recorded_reports()[name]
+    (tmp_path / "s.json").write_text(json.dumps({"sampled_sequences": case["texts"][0]}))
+    out = tmp_path / "report.json"
+    options = ("--judge", JUDGE, "--device", "cpu", "--out", out)
+    assert command(report_genppl, tmp_path / "s.json", *options)[0] == 0
+    (row,) = json.loads(out.read_text())["files"]
+    assert row["gen_ppl"] == pytest.approx(case["gen_ppl"], rel=1e-4)
+    assert row["entropy"] == pytest.approx(case["gen_entropies"][0], rel=1e-5)
+    assert row["length"] == case["gen_lengths"][0]
+
+
 def test_without_a_judge_entropy_and_length_are_over_the_models_tokens(tmp_path):
     from generative import describe
 
