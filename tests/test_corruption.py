@@ -139,11 +139,16 @@ def test_times_stay_inside_the_interval():
         assert (t <= torch.tensor(hi)).all()
 
 
-def test_a_draw_is_always_below_one():
-    """Else a token could stay visible at p = 1: with 2^24 strata the last would round to 1."""
-    time = draws(batch=3, length=3, block_size=1).time
-    assert (time < 1).all()
-    assert hidden_independently(torch.full((1, 1), 1 - 2.0**-24), torch.ones(1, 1)).all()
+def test_a_draw_is_below_one_also_where_float32_would_round_up(monkeypatch):
+    """Else the last stratum would leave its interval."""
+    highest = 1 - 2.0**-53
+
+    def ones(*coordinates, dtype=torch.float32):
+        return torch.full((6, 4), highest, dtype=dtype)
+
+    monkeypatch.setattr(corruption, "uniform", ones)
+    for antithetic in (True, False):
+        assert (draws(antithetic=antithetic).time < 1).all()
 
 
 # ---- masks

@@ -376,6 +376,32 @@ def test_the_mean_is_over_counted_tokens(name):
     assert (loss.nats[loss.counted == 0] == 0).all()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@torch.no_grad()
+def test_one_segment_is_no_segment(name):
+    net, objective = small(adaln=name != "ar"), OBJECTIVES[name]
+    x0, mask = texts(3, 12, 6), torch.ones(3, 12)
+    plain = any_loss(objective, net, x0, mask)
+    same = any_loss(objective, net, x0, mask, segments=torch.full_like(x0, 5))
+    assert_within(same.nats, plain.nats, LOGITS)
+
+
+@torch.no_grad()
+def test_a_packed_document_costs_what_it_costs_alone():
+    """Two documents of two blocks each in a row, each of its own segment."""
+    net, objective = small(), OBJECTIVES["bamdlm"]
+    x0, x_t, t = texts(3, 16, 6), texts(3, 16, 7, seed=1), torch.rand(3, 4) * 0.9 + 0.1
+    segments = torch.arange(16).expand(3, -1) // 8
+    settings = {"interval": FULL}
+    packed = objective.loss_at(net, x0, x_t, t, torch.ones(3, 16), segments=segments, **settings)
+    for first, blocks in ((0, slice(0, 2)), (8, slice(2, 4))):
+        part = slice(first, first + 8)
+        alone = objective.loss_at(
+            net, x0[:, part], x_t[:, part], t[:, blocks], torch.ones(3, 8), **settings
+        )
+        assert_within(packed.nats[:, part], alone.nats, LOGITS)
+
+
 def test_position_zero_counts_in_training_and_not_in_evaluation():
     mask = torch.ones(2, 12)
     for objective in (MaskedDiffusion(6, 4, LogLinear()), ScoreEntropy(6, LogLinear())):
