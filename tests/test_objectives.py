@@ -390,7 +390,7 @@ def test_one_segment_is_no_segment(name):
 def test_a_packed_document_costs_what_it_costs_alone():
     """Two documents of two blocks each in a row, each of its own segment."""
     net, objective = small(), OBJECTIVES["bamdlm"]
-    x0, x_t, t = texts(3, 16, 6), texts(3, 16, 7, seed=1), torch.rand(3, 4) * 0.9 + 0.1
+    x0, x_t, t = texts(3, 16, 6), texts(3, 16, 7, seed=1), torch.linspace(0.1, 1, 12).view(3, 4)
     segments = torch.arange(16).expand(3, -1) // 8
     settings = {"interval": FULL}
     packed = objective.loss_at(net, x0, x_t, t, torch.ones(3, 16), segments=segments, **settings)
