@@ -5,7 +5,6 @@ sampling: the algorithm must be the file's own. `load_pretrained` starts a new r
 of another; exactly the tensors that its algorithm adds may be new, and they are named.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from unpickling import CheckpointError
 
 __all__ = [
     "ALGORITHMS",
+    "BUFFERS",
     "Checkpoint",
     "CheckpointError",
     "Pretrained",
@@ -40,8 +40,6 @@ __all__ = [
     "resolve",
     "section",
 ]
-
-log = logging.getLogger(__name__)
 
 SHOWN = 10  # keys of each kind in an error
 INV_FREQ_TOLERANCE = 0.01  # bfloat16 rounds by 0.004
@@ -144,7 +142,6 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
     new = tuple(f"backbone.{name}" for name in may_be_new)
     if algo == "bamdlm" and checkpoint.interval is None:
         new = (*INTERVAL, *new)
-    log.info("%s: %d new keys: %s", checkpoint.source, len(new), ", ".join(new) or "none")
     if ema is not None:
         parameters = dict(backbone.named_parameters())
         ema = {n: ema[n].float() if n in ema else p.detach().clone() for n, p in parameters.items()}
@@ -166,8 +163,7 @@ def _averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if checkpoint.ema is not None:
         return checkpoint.ema
     if section(checkpoint.config, "training").get("ema") == 0:
-        log.info("%s was trained without EMA: its plain weights are used", checkpoint.source)
-        return {}
+        return {}  # trained without EMA: the weights are all there is
     raise CheckpointError(
         f"{checkpoint.source} has no averaged weights (ema); eval.disable_ema=true takes the others"
     )

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import checkpoints
-from checkpoints import Checkpoint, CheckpointError, build_backbone_args
+from checkpoints import BUFFERS, Checkpoint, CheckpointError, build_backbone_args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def facts(checkpoint: Checkpoint) -> dict[str, str]:
     """{what: its value}, one line each."""
-    weights = checkpoint.weights.values()
+    weights = [value for name, value in checkpoint.weights.items() if name not in BUFFERS]
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights})
     config = checkpoint.config
     if checkpoint.layout == "lightning":
@@ -79,10 +79,8 @@ def network(checkpoint: Checkpoint) -> str:
 
 
 def finite(checkpoint: Checkpoint) -> str:
-    tensors = {
-        **checkpoint.weights,
-        **{f"EMA of {k}": v for k, v in (checkpoint.ema or {}).items()},
-    }
+    averages = {f"EMA of {name}": value for name, value in (checkpoint.ema or {}).items()}
+    tensors = {**checkpoint.weights, **averages}
     odd = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     return f"NO: {', '.join(odd[:10])}" if odd else "all weights"
 
