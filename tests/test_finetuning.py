@@ -115,7 +115,9 @@ def written(run):
         "mdlm": mdlm,
         "ar": run("train_owt_ar"),
         "sedd": run("train_owt_sedd"),
-        "bamdlm": run("train_owt_bamdlm", block_size=BLOCK_SIZES[0], training__from_pretrained=mdlm),
+        "bamdlm": run(
+            "train_owt_bamdlm", block_size=BLOCK_SIZES[0], training__from_pretrained=mdlm
+        ),
     }
 
 
