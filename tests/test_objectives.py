@@ -376,6 +376,15 @@ def test_the_mean_is_over_counted_tokens(name):
     assert (loss.nats[loss.counted == 0] == 0).all()
 
 
+@torch.no_grad()
+def test_the_causal_loss_leaves_its_first_target_out_in_evaluation_only():
+    net, x0 = small(adaln=False), texts(2, 12, 6)
+    for ignore_bos, training, counted in ((True, True, 22), (True, False, 20), (False, False, 22)):
+        objective = Autoregressive(6, ignore_bos)
+        loss = objective.loss(net, x0, torch.ones_like(x0), training=training)
+        assert loss.counted.sum() == counted
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @torch.no_grad()
 def test_one_segment_is_no_segment(name):
