@@ -1,26 +1,12 @@
-"""From settings to objects: with fitting.py the only file that reads the configuration of a run.
-
-Each mode is a function `prepare_*(config) -> run`: it makes and checks everything the run needs,
-and what it returns does the work. A ValueError while preparing is the user's (a file, a setting);
-one while running would be ours.
-"""
+"""From settings to objects: the network, its objective, the data. With fitting.py and modes.py the
+only files that read the configuration of a run."""
 
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-import lightning as L
 
 import checkpoints
-import config as settings
 from config import Config
 from dataloader import DataModule, get_rows
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
-from fitting import build_trainer, examples_seen, resume_point, training_logs
-from metrics import Likelihood
 from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
@@ -28,118 +14,7 @@ from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
 from rows import Rows
 from tokenizer import Tokenizer, get_tokenizer
-from utils import lr_factor, rank, say
-
-
-def prepare(config: Config) -> Callable[[], None]:
-    """Everything the mode needs, checked; call it to do the work. Raises ValueError, OSError."""
-    return MODES[config.mode](config)
-
-
-def prepare_train(config: Config) -> Callable[[], None]:
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    resume = resume_point(config)
-    pretrained = None
-    if config.training.from_pretrained and resume is None:
-        pretrained = checkpoints.read(config.training.from_pretrained)
-    tokenizer = build_tokenizer(config)
-    backbone = build_backbone(config, tokenizer, pretrained)
-    module = build_module(config, backbone, tokenizer)
-    if pretrained is not None:
-        start_from(module, pretrained, config)
-    data = build_data(config, tokenizer, train=True)
-    run_folder = Path(config.checkpointing.save_dir)
-    trainer = build_trainer(config, loggers=training_logs(config))
-
-    def run() -> None:
-        if rank() == 0:
-            settings.write_settings(config)
-        if resume is not None:
-            data.start_at(examples_seen(resume, config), resume.step)
-            say(f"going on from step {resume.step:,} of {config.checkpointing.resume_ckpt_path}")
-        say(f"run folder: {run_folder}")
-        path = None if resume is None else config.checkpointing.resume_ckpt_path
-        trainer.fit(module, datamodule=data, ckpt_path=path)
-
-    return run
-
-
-def prepare_ppl_eval(config: Config) -> Callable[[], None]:
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    tokenizer = build_tokenizer(config)
-    module, checkpoint = trained_module(config, tokenizer)
-    data = build_data(config, tokenizer, train=False)
-    trainer = build_trainer(config, loggers=[])
-
-    def run() -> None:
-        started = time.monotonic()
-        trainer.validate(module, datamodule=data, verbose=False)
-        report_likelihood(config, checkpoint, module.likelihood(), time.monotonic() - started)
-
-    return run
-
-
-def trained_module(
-    config: Config, tokenizer: Tokenizer
-) -> tuple[Diffusion, checkpoints.Checkpoint]:
-    """The module with the weights of eval.checkpoint_path, averaged unless eval.disable_ema."""
-    checkpoint = checkpoints.read(config.eval.checkpoint_path)
-    backbone = build_backbone(config, tokenizer, checkpoint)
-    averaged = not config.eval.disable_ema and checkpoint.ema is not None
-    checkpoints.load_into(
-        backbone,
-        checkpoint,
-        use_ema=averaged,
-        algo=config.algo.name,
-        block_size=config.block_size if config.algo.name == "bamdlm" else None,
-    )
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
-    return build_module(config, backbone, tokenizer), checkpoint
-
-
-def report_likelihood(
-    config: Config, checkpoint: checkpoints.Checkpoint, found: Likelihood, seconds: float
-) -> None:
-    """The result as lines and, beside the run, as JSON."""
-    exact = config.algo.name == "ar" or (config.block_size == 1 and config.training.eval_nll)
-    summary = {
-        "mode": "ppl_eval",
-        "algo": config.algo.name,
-        "block_size": config.block_size,
-        "data": config.data.valid,
-        "checkpoint": config.eval.checkpoint_path,
-        "ema": not config.eval.disable_ema,
-        "bound": "exact" if exact else "upper bound (NELBO)",
-        "ppl": found.ppl,
-        "ppl_error": found.ppl_error,
-        "nll": found.nll,
-        "bpd": found.bpd,
-        "tokens": found.tokens,
-        "rows": found.rows,
-        "precision": config.trainer.precision,
-        "seed": config.seed,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": found.tokens / seconds,
-    }
-    if rank() != 0:
-        return
-    path = Path(config.checkpointing.save_dir) / f"ppl_{Path(str(config.data.valid)).stem}.json"
-    write_json(path, summary)
-    say(f"{config.algo.name} on {config.data.valid} ({summary['bound']}): {found}")
-    say(f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
-
-
-MODES = {"train": prepare_train, "ppl_eval": prepare_ppl_eval}
-
-
-# ---- parts ----------------------------------------------------------------------------------
+from utils import lr_factor, say
 
 
 def build_tokenizer(config: Config) -> Tokenizer:

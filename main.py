@@ -14,11 +14,12 @@ def main(argv: list[str]) -> int:
     from config import ConfigError
 
     config = cli.configure(argv)
-    quiet()
-    import build
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
+    import modes
 
+    quiet()
     try:
-        run = build.prepare(config)
+        run = modes.prepare(config)
     except (ValueError, OSError) as error:
         problem = error if isinstance(error, ConfigError) else ConfigError([str(error)])
         print(problem, file=sys.stderr)
@@ -29,7 +30,6 @@ def main(argv: list[str]) -> int:
 
 def quiet() -> None:
     """Keep banners and advice of the libraries out of the way of what this project says."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of forked data workers
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for name in ("httpx", "fsspec", "urllib3", "torch"):
