@@ -71,17 +71,18 @@ def training_callbacks(config: Config, loggers: list) -> list[L.Callback]:
                 save_top_k=every.save_top_k,
                 every_n_train_steps=every.every_n_train_steps,
                 save_last=True,
+                enable_version_counter=False,
             )
         )
     if config.trainer.enable_checkpointing and (best := wanted.checkpoint_monitor):
         made.append(
             ModelCheckpoint(
                 dirpath=folder,
-                filename="best",
+                filename="best" if best.save_top_k == 1 else "best-{step}",
                 monitor=best.monitor,
                 mode=best.mode,
                 save_top_k=best.save_top_k,
-                enable_version_counter=best.save_top_k != 1,
+                enable_version_counter=False,
             )
         )
     if loggers and (rates := wanted.learning_rate_monitor):

@@ -39,6 +39,7 @@ def quiet() -> None:
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
+        ".*`srun` command is available on your system but is not used.*",
         ".*flex_attention called without torch.compile.*",
     ):
         warnings.filterwarnings("ignore", message)
