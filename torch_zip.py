@@ -4,6 +4,7 @@ Read through `zipfile`, which checks every record's checksum, and `unpickling`, 
 Tensors land on the CPU.
 """
 
+import glob
 import os
 import tempfile
 import zipfile
@@ -103,7 +104,9 @@ def save(checkpoint: dict, path: str) -> None:
 
 def _save_local(checkpoint, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in target.parent.glob(f".{target.name}.*.partial"):  # of a run that was killed
+    for left_behind in target.parent.glob(
+        f".{glob.escape(target.name)}.*.partial"
+    ):  # of a run that was killed
         left_behind.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
     try:

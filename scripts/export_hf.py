@@ -16,6 +16,8 @@ import checkpoints
 import hub_export
 from tokenizer import Tokenizer, get_tokenizer, wrap
 
+SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -73,8 +75,10 @@ def rebuilt(kept: dict):
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
+    # transformers 5 keeps them in a map, transformers 4 in attributes
+    roles = {f"{role}_token": kept.get(f"_{role}_token") for role in SPECIAL_ROLES}
     special = {}
-    for role, token in kept.get("_special_tokens_map", {}).items():
+    for role, token in (roles | checkpoints.section(kept, "_special_tokens_map")).items():
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             special[role] = token
