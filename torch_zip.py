@@ -104,10 +104,8 @@ def save(checkpoint: dict, path: str) -> None:
 
 def _save_local(checkpoint, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in target.parent.glob(
-        f".{glob.escape(target.name)}.*.partial"
-    ):  # of a run that was killed
-        left_behind.unlink(missing_ok=True)
+    for unfinished in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        unfinished.unlink(missing_ok=True)  # its writer was killed
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
     try:
         os.fchmod(handle, 0o666 & ~_umask())

@@ -309,6 +309,16 @@ def test_the_command_takes_the_tokenizer_out_of_an_authors_checkpoint(tmp_path, 
         assert getattr(found, key) == getattr(tokenizer, key)
 
 
+def test_a_tokenizer_pickled_by_transformers_4_is_rebuilt_too(tokenizer):
+    """There the special tokens are attributes, AddedToken or str."""
+    backend = tokenizer.hf.backend_tokenizer.to_str()
+    end = tokenizer.hf.eos_token
+    kept = {"_tokenizer": backend, "_eos_token": {"class": "AddedToken", "content": end}}
+    found = export_hf.rebuilt({**kept, "_bos_token": end, "_pad_token": None})
+    assert (found.eos_token, found.bos_token, found.pad_token) == (end, end, None)
+    assert found.encode("to be") == tokenizer.encode("to be")
+
+
 def get_tokenizer_of(folder):
     from transformers import PreTrainedTokenizerFast
 
