@@ -8,7 +8,8 @@
 # (sbatch -p gpu --gpus-per-node=8 --ntasks-per-node=8 -t 2-0 …) or its environment (SBATCH_PARTITION …).
 # The log is %x_%j.log in the folder of the submission. Ahead of the time limit, and on
 # `scancel --signal=USR1`, the run is told to stop and the job goes back into the queue: the same command
-# goes on with the same run. A preempted job is requeued by Slurm itself.
+# goes on with the same run. A preempted job is requeued by Slurm itself. The number of an array's task is
+# its seed: sbatch --array=1-12 scripts/gen_ppl/gen_ppl_ar.sh
 #
 #   BAMDLM_PYTHON=…      the interpreter; else .venv/bin/python, else python
 #   BAMDLM_TORCHRUN=N    without Slurm: N processes under torchrun
@@ -39,8 +40,16 @@ run() {
   for argument in "$@"; do
     if [[ $argument != --dry-run ]]; then arguments+=("$argument"); fi
   done
+  if [[ $in_job && -n ${SLURM_ARRAY_TASK_ID:-} && $program == main.py ]]; then
+    arguments=("seed=$SLURM_ARRAY_TASK_ID" ${arguments[@]+"${arguments[@]}"})
+  elif [[ $in_job && -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    arguments=(--seed "$SLURM_ARRAY_TASK_ID" ${arguments[@]+"${arguments[@]}"})
+  fi
   if [[ $in_job ]]; then
     start=(srun --kill-on-bad-exit=1)
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then # srun does not take it over by itself (22.05)
+      start+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+    fi
     tasks=$((${SLURM_NNODES:-1} * ${SLURM_GPUS_ON_NODE:-1}))
     # One process per GPU, also where --ntasks-per-node was forgotten.
     if [[ $program == main.py && -z ${SLURM_NTASKS_PER_NODE:-} && ${SLURM_NTASKS:-1} -lt $tasks ]]; then

@@ -208,13 +208,15 @@ def cluster(tmp_path):
     spool, tools = tmp_path / "spool", tmp_path / "tools"
     spool.mkdir()
     tools.mkdir()
+    for name in ("bash", "dirname", "mkdir", "pwd", "sleep"):  # and no Slurm of this machine
+        (tools / name).symlink_to(shutil.which(name))
     program(tools / "srun", 'echo "srun $*" >>"$LOG"; exec "${@: -1}"')
     program(tools / "scontrol", 'echo "scontrol $*" >>"$LOG"')
     return tmp_path
 
 
 def program(path, body):
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.write_text(f"#!{shutil.which('bash')}\n{body}\n")
     path.chmod(0o755)
 
 
@@ -227,11 +229,11 @@ def started(cluster, script, *arguments, in_job=True, **environment):
         environment = {"SLURM_JOB_ID": 7, "SLURM_SUBMIT_DIR": root, "SLURM_NTASKS": 1} | environment
     environment = {
         "LOG": cluster / "log",
-        "PATH": f"{cluster / 'tools'}:{os.environ['PATH']}",
+        "PATH": cluster / "tools",
         "BAMDLM_PYTHON": "echo",
     } | environment
     return subprocess.Popen(
-        ["bash", path, *arguments],
+        [shutil.which("bash"), path, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -312,6 +314,12 @@ def test_several_nodes_and_gpus_get_a_process_each(cluster):
     assert "--ntasks=8 --ntasks-per-node=4 --overcommit" in completed
     assert "--ntasks" not in as_asked
     assert "main.py trainer.num_nodes=2 experiment=train_owt_ar" in as_asked
+
+
+def test_a_task_of_an_array_takes_its_number_as_seed(cluster):
+    worker(cluster, "true")
+    finished(started(cluster, "gen_ppl/gen_ppl_ar.sh", SLURM_ARRAY_TASK_ID=5))
+    assert "main.py seed=5 experiment=gen_ppl_ar" in logged(cluster)
 
 
 def running_until_signalled(cluster, trapped, script="train/train_owt_ar.sh"):
