@@ -238,7 +238,7 @@ CONSUMER = """
         assert type(model).__module__.startswith("transformers_modules."), type(model)
         same = AutoModel.from_pretrained(**where)
         with torch.no_grad():
-            sigma = torch.full((2,), 0.5)
+            sigma = torch.full((len(data["tokens"]),), 0.5)
             logits = model(data["tokens"], sigma, sample_mode=True).logits
             assert torch.equal(same(data["tokens"], sigma, sample_mode=True).logits, logits)
             out[f"{algo}.logits"] = logits
@@ -246,7 +246,7 @@ CONSUMER = """
         texts = model.generate(prompts, num_steps=4, nucleus_p=0.9, seed=7)
         out[f"{algo}.texts"] = texts
         assert torch.equal(texts[:, : prompts.shape[1]], prompts)
-        assert len(model.generate(num_samples=3, num_steps=2, max_length=8)) == 3
+        assert len(model.generate(num_samples=3, num_steps=2, max_length=model.config.model_length)) == 3
     longer = AutoModelForMaskedLM.from_pretrained(sys.argv[3], trust_remote_code=True)
     twice = 2 * longer.config.model_length
     assert longer.generate(max_length=twice).shape == (1, twice)
@@ -284,7 +284,7 @@ def test_transformers_loads_and_samples_an_export_where_this_project_is_not_inst
         net = network(checkpoint)
         load_into(net, checkpoint, use_ema=True, algo=algo)
         rule = {"ar": Causal(), "bamdlm": BlockCausal(checkpoint.block_size)}.get(algo, Full())
-        sigma = torch.full((2,), 0.5) if algo == "sedd" else None
+        sigma = torch.full((len(tokens),), 0.5) if algo == "sedd" else None
         with torch.no_grad():
             close(found[f"{algo}.logits"], net.logits(net.hidden(tokens, sigma, rule=rule), sigma))
         assert torch.equal(found[f"{algo}.texts"], native_texts(algo, folders[algo]))
