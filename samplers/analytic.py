@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .draw import draw, fold
+from .draw import fold, sample
 from .nucleus import nucleus
 from .rows import Rows
 from .settings import Sample
@@ -65,7 +65,7 @@ def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
         tokens = log.clone()
         tokens[..., mask_id] = -torch.inf
         mass = tokens.logsumexp(-1, keepdim=True)
-        kept = nucleus(tokens - mass, nucleus_p) + mass
+        kept = nucleus(tokens - mass, nucleus_p).log_softmax(-1) + mass
         kept[..., mask_id] = log[..., mask_id]
         log = kept
     return log.log_softmax(-1)
@@ -98,6 +98,6 @@ def write(rows: Rows) -> None:
         last = number == len(steps) - 1
         chances = reverse_chances(rows.ask(tokens, level), tokens, level - then, rows.mask_id, last)
         log_probs = next_log_probs(chances, settings.nucleus_p, rows.mask_id)
-        new = draw(log_probs, fold(keys, DRAW + number), settings.dtype)
+        new = sample(log_probs, fold(keys, DRAW + number), 1.0, settings.dtype)
         rows.x[:, :-1] = new.where(tokens == rows.mask_id, tokens)
         rows.show()

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from .draw import draw, fold
-from .nucleus import nucleus
+from .draw import fold, sample
 from .rows import Rows
 from .settings import Sample
 from .steps import DRAW
@@ -48,7 +47,7 @@ def next_token(rows: Rows) -> None:
     packed = rows.tensor([[n - 1 for n in feed], targets])
     key = rows.tensor(fold(rows.keys(list(range(len(rows))), targets), DRAW))
     log_probs = rows.ask(rows.window(starts, max(feed)), packed[0][:, None], rows.cache)
-    token = draw(nucleus(log_probs[:, 0], settings.nucleus_p), key, settings.dtype)
+    token = sample(log_probs[:, 0], key, settings.nucleus_p, settings.dtype)
     rows.x.scatter_(1, packed[1][:, None], token[:, None])
     if settings.kv_cache:
         rows.commit(feed)

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .nucleus import nucleus
+
+CACHED = 1 << 17  # numbers that a CPU handles at once
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
@@ -59,9 +62,25 @@ def gumbel(key: Tensor, count: int) -> Tensor:
     return -(-uniform(fold(key[..., None], lanes)).log()).log()
 
 
+def sample(log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str) -> Tensor:
+    """Nucleus and draw: [..., V] and keys [...] -> tokens [...].
+
+    A CPU takes few rows at a time, so that what is made on the way stays in its cache.
+    """
+    rows, keys = log_probs.flatten(0, -2), key.flatten()
+    if dtype == "float64":
+        rows = rows.double()
+    at_once = max(1, CACHED // rows.shape[-1]) if rows.device.type == "cpu" else len(rows)
+    tokens = [
+        draw(nucleus(part, nucleus_p), some, dtype)
+        for part, some in zip(rows.split(at_once), keys.split(at_once), strict=True)
+    ]
+    return torch.cat(tokens).view(key.shape)
+
+
 def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32") -> Tensor:
-    """One token per distribution, [..., V] and keys [...] -> [...]. The log-probabilities must be
-    normalised.
+    """One token per distribution, [..., V] and keys [...] -> [...]. A common factor of the
+    probabilities does not matter.
     """
     return DRAWS[dtype](log_probs, key)
 

@@ -3,22 +3,67 @@
 Tokens in descending order of probability are kept while the cumulative sum *including* the token is
 <= p, and the first is always kept. So the kept mass is below p, unlike the common variant, which
 also keeps the token that crosses p. Published numbers depend on it.
+
+Sorting 50 000 numbers costs as much as the network's head. In float32 the edge of the nucleus is
+therefore found by two histograms over the halves of the probabilities' bit patterns (which order as
+the numbers do), with masses in fixed point, so that the result depends on no order of summation and
+nothing is asked back from the device. In float64 it is sorted, as the reference does.
 """
 
 import torch
 from torch import Tensor
 
+HALF = 15  # bits: a float32 in [0, 1] has 30 below its sign
+ONE = 1 << 40  # fixed point
+SORTED = 4096  # a vocabulary that is sorted sooner than counted
+
 
 def nucleus(log_probs: Tensor, p: float) -> Tensor:
-    """Normalised log-probabilities [..., V] with -inf at the dropped tokens; p = 1 returns the
-    argument itself.
+    """Log-probabilities [..., V] with -inf at the dropped tokens, not renormalised; p = 1 returns
+    the argument itself.
 
     Among equal probabilities the smaller id is kept first.
     """
     if p >= 1:
         return log_probs
+    sort = log_probs.dtype == torch.float64 or log_probs.shape[-1] <= SORTED
+    kept = by_sorting(log_probs, p) if sort else by_digits(log_probs, p)
+    return log_probs.masked_fill(~kept, -torch.inf)
+
+
+def by_sorting(log_probs: Tensor, p: float) -> Tensor:
+    """Which tokens are kept, bool [..., V]."""
     ordered, order = log_probs.sort(dim=-1, descending=True, stable=True)
-    dropped = ordered.exp().cumsum(-1) > p
-    dropped[..., 0] = False
-    kept = log_probs.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
-    return kept - kept.logsumexp(-1, keepdim=True)
+    kept = ordered.exp().cumsum(-1) <= p
+    kept[..., 0] = True
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def by_digits(log_probs: Tensor, p: float) -> Tensor:
+    """The same without sorting; log_probs float32."""
+    probs = log_probs.exp()
+    bits = probs.view(torch.int32)
+    mass = (probs * ONE).long()
+    limit = int(p * ONE)
+    upper = bits >> HALF
+    edge, above = last_that_fits(upper, mass, torch.zeros_like(mass[..., :1]), limit)
+    inside = mass * (upper == edge)
+    lower, above = last_that_fits(bits & ((1 << HALF) - 1), inside, above, limit)
+    edge = (edge << HALF) + lower  # the greatest probability that does not fit, as bits
+    at_edge = bits == edge
+    each = (edge.view(torch.float32) * ONE).long().clamp(min=1)
+    kept = (bits > edge) | (at_edge & (at_edge.cumsum(-1) <= (limit - above) // each))
+    return kept.scatter(-1, log_probs.argmax(-1, keepdim=True), True)
+
+
+def last_that_fits(digit: Tensor, mass: Tensor, above: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """The greatest digit whose tokens do not all fit below `limit`, and the mass above it, [...,
+    1].
+
+    `above`: mass that is kept whatever the digit. The digit is -1 where all fit.
+    """
+    counts = mass.new_zeros(*mass.shape[:-1], 1 << HALF).scatter_add_(-1, digit.long(), mass)
+    total = above + counts.flip(-1).cumsum(-1)
+    whole = (total <= limit).sum(-1, keepdim=True)  # digits from the top that fit
+    above = torch.where(whole > 0, total.gather(-1, (whole - 1).clamp(min=0)), above)
+    return ((1 << HALF) - 1 - whole).int(), above

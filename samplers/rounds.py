@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .draw import draw, fold
-from .nucleus import nucleus
+from .draw import fold, sample
 from .rows import Rows
 from .settings import Sample
 from .steps import DRAW, STEPS, Event, Planned
@@ -105,8 +104,9 @@ def planned(rows: Rows, rule: Planned, spans, fills) -> None:
         step = make_step(rows, view.starts, events)
         if step.hide is not None:
             rows.x.scatter_(1, step.hide, rows.mask_id)
-        log_probs = nucleus(view.ask(step.read), rows.settings.nucleus_p)
-        rows.x.scatter_(1, step.write, draw(log_probs, step.key, rows.settings.dtype))
+        log_probs = view.ask(step.read)
+        token = sample(log_probs, step.key, rows.settings.nucleus_p, rows.settings.dtype)
+        rows.x.scatter_(1, step.write, token)
         rows.show()
 
 
@@ -161,9 +161,8 @@ def adaptive(rows: Rows, rule, spans, fills) -> None:
             most, left = torch.stack([reveal.sum(1).max(), (hidden & ~reveal).sum()]).tolist()
         picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
         chosen = log_probs.gather(1, picked[..., None].expand(-1, -1, log_probs.shape[-1]))
-        token = draw(
-            nucleus(chosen, settings.nucleus_p), step.key.gather(1, picked), settings.dtype
-        )
+        key = step.key.gather(1, picked)
+        token = sample(chosen, key, settings.nucleus_p, settings.dtype)
         target = step.write.gather(1, picked).where(reveal.gather(1, picked), rows.dump)
         rows.x.scatter_(1, target, token)
         rows.show()

@@ -9,7 +9,7 @@ from sampling_tools import Table, denoiser, write
 
 from samplers import STEPS, Request, Settings, generate
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
-from samplers.nucleus import nucleus
+from samplers.nucleus import by_digits, by_sorting, nucleus
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 
 V, MASK = 30, 29
@@ -96,7 +96,16 @@ def test_the_nucleus_keeps_at_most_p_and_always_the_first(p):
     first = log_p == log_p.amax(-1, keepdim=True)
     assert (kept | ~first).all()
     assert ((mass <= p) | (kept.sum(-1) == 1)).all()
-    torch.testing.assert_close(nucleus(log_p, p).logsumexp(-1), torch.zeros(50))
+    assert nucleus(log_p, 1.0) is log_p
+
+
+@pytest.mark.parametrize("vocabulary", [4, 40, 5000])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
+def test_the_nucleus_without_sorting_is_the_sorted_one(vocabulary, scale):
+    generator = torch.Generator().manual_seed(2)
+    log_p = (torch.randn(30, vocabulary, generator=generator) * scale).log_softmax(-1)
+    for p in (0.01, 0.3, 0.75, 0.9, 0.99):
+        assert torch.equal(by_digits(log_p, p), by_sorting(log_p.double(), p))
 
 
 # rows

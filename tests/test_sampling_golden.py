@@ -7,7 +7,7 @@ from conftest import load, load_json
 from networks import CHECKPOINTS, LOGITS, MASK, assert_within, recorded
 from sampling_tools import denoiser, recorded_denoiser, write
 
-from samplers import analytic, autoregressive, rounds
+from samplers import draw as draw_module
 from samplers.analytic import next_log_probs, reverse_chances, staggered, total_noise, transition
 from samplers.nucleus import nucleus
 from samplers.steps import STEPS, Event, Planned
@@ -29,7 +29,7 @@ def test_the_nucleus_is_the_recorded_one():
     golden = load("sampling/nucleus.safetensors")
     block = int(golden["block_size"])
     for name in [k for k in golden if k.startswith("p=")]:
-        ours = nucleus(golden["p_x0"].log(), float(name[2:])).exp()
+        ours = nucleus(golden["p_x0"].log(), float(name[2:])).softmax(-1)
         for row, theirs, before in zip(
             *(x[:, -block:].flatten(0, 1) for x in (ours, golden[name], golden["p_x0"])),
             strict=True,
@@ -55,7 +55,7 @@ def test_one_update_asks_for_the_recorded_distribution_and_makes_the_recorded_ch
     block = torch.arange(x.shape[1] - noise.shape[1], x.shape[1]).expand(len(x), -1)
     given = piece.get("p_x0_given", piece.get("p_x0"))
     p = float(overrides(entry).get("sampling.nucleus_p", 1))
-    ours = nucleus(denoise(x, block), p)
+    ours = nucleus(denoise(x, block), p).log_softmax(-1)
     hidden = x.gather(1, block) == MASK
     if "p_x0" in piece:
         assert_within(ours.exp()[hidden], given[hidden].float(), LOGITS, name)
@@ -100,7 +100,7 @@ def inject(monkeypatch, plans):
     orders = iter([[Event([(p, 0)]) for p, _ in plan] for plan in plans])
     noise = iter([n for plan in plans for _, n in plan])
     monkeypatch.setitem(STEPS, "first_hitting", Planned(lambda *_: [next(orders)]))
-    monkeypatch.setattr(rounds, "draw", lambda lp, key, dtype: (lp + next(noise)).argmax(-1))
+    monkeypatch.setattr(draw_module, "draw", lambda lp, key, dtype: (lp + next(noise)).argmax(-1))
 
 
 FIRST_HITTING = [
@@ -177,7 +177,7 @@ def test_ar_writes_the_recorded_text(monkeypatch, name, cached):
     torch.manual_seed(entry["seed"])
     gumbel = torch.distributions.Gumbel(0, 1)
     monkeypatch.setattr(
-        autoregressive,
+        draw_module,
         "draw",
         lambda log_p, key, dtype: (log_p + gumbel.sample((rows, MASK + 1))).argmax(-1),
     )
@@ -260,7 +260,7 @@ def test_the_nucleus_of_sedd_leaves_the_chance_to_stay_hidden_alone():
     alone = plain.clone()
     alone[:, MASK] = 0
     alone /= alone.sum(-1, keepdim=True)
-    kept = nucleus(alone.log(), 0.9).exp() * (1 - plain[:, MASK:])
+    kept = nucleus(alone.log(), 0.9).softmax(-1) * (1 - plain[:, MASK:])
     torch.testing.assert_close(filtered[:, :MASK], kept[:, :MASK])
 
 
@@ -273,7 +273,7 @@ def test_sedd_writes_the_recorded_text(monkeypatch, name):
     def draw(log_p, key, dtype):
         return (log_p + noise_of(torch.rand(log_p.shape, dtype=torch.float64))).argmax(-1)
 
-    monkeypatch.setattr(analytic, "draw", draw)
+    monkeypatch.setattr(draw_module, "draw", draw)
     (sample,) = write(
         "sedd",
         score,

@@ -17,7 +17,7 @@ from samplers.analytic import LAST_TIME, next_log_probs, reverse_chances, total_
 from samplers.nucleus import nucleus
 from samplers.steps import CONFIDENCES, remask_chances, times
 
-MASK, LENGTH, ROWS = 3, 4, 2000
+MASK, LENGTH, ROWS = 3, 4, 1500
 FALSE_ALARM = 1e-4
 START = (0, MASK, MASK, MASK)
 
@@ -35,7 +35,7 @@ def table(**kwargs):
 def chances(denoise, x, position, p=1.0):
     """Probability of each token at `position` of the text x (what is visible of it)."""
     log_p = denoise(torch.tensor([x]), torch.tensor([[position]]))[0, 0]
-    return nucleus(log_p, p).double().exp().tolist()
+    return nucleus(log_p, p).double().softmax(-1).tolist()
 
 
 def products(x, options):
