@@ -246,7 +246,7 @@ CONSUMER = """
         texts = model.generate(prompts, num_steps=4, nucleus_p=0.9, seed=7)
         out[f"{algo}.texts"] = texts
         assert torch.equal(texts[:, : prompts.shape[1]], prompts)
-        assert len(model.generate(num_samples=3, num_steps=2, max_length=model.config.model_length)) == 3
+        assert len(model.generate(num_samples=3, num_steps=2)) == 3
     longer = AutoModelForMaskedLM.from_pretrained(sys.argv[3], trust_remote_code=True)
     twice = 2 * longer.config.model_length
     assert longer.generate(max_length=twice).shape == (1, twice)
