@@ -76,7 +76,7 @@ def announce_cut(args) -> None:
 
 
 def generate(args, model, tokenizer, before, missing: list[int], file: SampleFile) -> None:
-    """Batch by batch; a batch's samples are written when it is done."""
+    """Batch by batch; a batch's samples are written when it is done, its blocks as they are."""
     from tqdm import tqdm
 
     steps = len(missing) * blocks_of(args) * args.total_t
@@ -84,33 +84,33 @@ def generate(args, model, tokenizer, before, missing: list[int], file: SampleFil
         for start in range(0, len(missing), args.batch_size):
             rows = missing[start : start + args.batch_size]
             inputs = [before[row % len(before)] for row in rows]
-            decoded = decode_rows(args, model, rows, inputs, bar)
-            seconds = sum(decoded.block_seconds)
+            decoded = decode_rows(args, model, rows, inputs, file, bar)
             shared = {
-                "total_seq_time": seconds,
-                "avg_block_time": seconds / blocks_of(args),
-                "avg_decode_step_time": seconds / decoded.nfe,
+                "total_seq_time": decoded.seconds,
+                "avg_block_time": decoded.seconds / blocks_of(args),
+                "avg_decode_step_time": decoded.seconds / decoded.nfe,
                 "nfe": decoded.nfe,
                 "batch_size": len(rows),
             }
-            texts = decoded.tokens[:, : args.max_seq_length].tolist()
             file.append(
                 [
-                    record(row, context, ids, tokenizer) | shared
-                    for row, context, ids in zip(rows, inputs, texts, strict=True)
+                    record(row, context, ids[: args.max_seq_length], tokenizer) | shared
+                    for row, context, ids in zip(rows, inputs, decoded.tokens, strict=True)
                 ]
             )
-            rate = len(rows) * args.max_seq_length / seconds
+            rate = len(rows) * args.max_seq_length / decoded.seconds
             bar.write(
-                f"samples {rows[0]} to {rows[-1]}: {seconds:.1f} s, {rate:.1f} tokens/s, "
+                f"samples {rows[0]} to {rows[-1]}: {decoded.seconds:.1f} s, {rate:.1f} tokens/s, "
                 f"{decoded.nfe} evaluations each"
             )
 
 
-def decode_rows(args, model, rows: list[int], inputs: list[list[int]], bar):
-    from ssd_decode import RowNoise, decode
+def decode_rows(args, model, rows: list[int], inputs: list[list[int]], file: SampleFile, bar):
+    from ssd_decode import Block, RowNoise, decode
 
     size = (args.decoding_block_size, model.vocab_size)
+    done = [Block(*block) for block in file.unfinished(rows)]
+    bar.update(len(done) * args.total_t * len(rows))
     return decode(
         model,
         inputs,
@@ -119,7 +119,9 @@ def decode_rows(args, model, rows: list[int], inputs: list[list[int]], bar):
         total_t=args.total_t,
         top_p=args.projection_top_p,
         one_hot_value=args.one_hot_value,
+        done=done,
         on_step=lambda: bar.update(len(rows)),
+        on_block=lambda blocks: file.keep(rows, [(b.tokens, b.seconds) for b in blocks]),
     )
 
 

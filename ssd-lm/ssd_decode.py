@@ -130,10 +130,25 @@ class RowNoise:
 
 
 @dataclass(frozen=True)
+class Block:
+    tokens: list[list[int]]  # [B][K]
+    seconds: float  # the whole batch shares them
+
+
+@dataclass(frozen=True)
 class Decoded:
-    tokens: Tensor  # int64 [B, blocks * K]
+    blocks: list[Block]
     nfe: int  # network evaluations of a sample
-    block_seconds: list[float]  # one per block; the whole batch shares them
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """One row a sample, [B][blocks * K]."""
+        rows = zip(*(block.tokens for block in self.blocks), strict=True)
+        return [[token for part in row for token in part] for row in rows]
+
+    @property
+    def seconds(self) -> float:
+        return sum(block.seconds for block in self.blocks)
 
 
 @torch.no_grad()
@@ -146,29 +161,32 @@ def decode(
     total_t: int,
     top_p: float,
     one_hot_value: float,
+    done: Sequence[Block] = (),
     on_step: Callable[[], None] = lambda: None,
+    on_block: Callable[[list[Block]], None] = lambda blocks: None,
 ) -> Decoded:
     """`blocks` blocks after each context; a context may be empty, and lengths may differ.
 
     model: as ssd_model.SSDLM: `.context(ids)`, `.embed(x, time)`, `.logits(context, embedded)`.
+    done: the first blocks, from a run that was cut short; the rest is what it would have been.
     """
-    context, decoded, seconds = list(contexts), [], []
-    for block in range(blocks):
+    decoded = list(done)
+    for number in range(len(decoded), blocks):
         started = time.perf_counter()
+        context = model.context(decoded[-1].tokens if decoded else contexts)
         logits = decode_block(
             model,
-            model.context(context),
-            noise_of_block(block),
+            context,
+            noise_of_block(number),
             total_t=total_t,
             top_p=top_p,
             one_hot_value=one_hot_value,
             on_step=on_step,
         )
-        context = logits.argmax(-1)  # [B, K]
-        decoded.append(context.cpu())
-        seconds.append(time.perf_counter() - started)
-    tokens = torch.cat(decoded, 1) if decoded else torch.empty(len(contexts), 0, dtype=torch.int64)
-    return Decoded(tokens, nfe=blocks * total_t, block_seconds=seconds)
+        tokens = logits.argmax(-1).tolist()
+        decoded.append(Block(tokens, time.perf_counter() - started))
+        on_block(decoded)
+    return Decoded(decoded, nfe=blocks * total_t)
 
 
 def decode_block(model, context, noise: Noise, *, total_t, top_p, one_hot_value, on_step) -> Tensor:

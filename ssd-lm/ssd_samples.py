@@ -9,7 +9,8 @@ A line has the reference's keys
     avg_decode_step_time   the same per step (network evaluation and projection)
 
 and index, nfe, token_ids, batch_size, settings. A half-written last line (a killed run) is dropped
-when the file is opened again, and the run goes on.
+when the file is opened again, and the run goes on. The blocks of an unfinished batch are beside it,
+in .<name>.part.
 """
 
 import errno
@@ -28,6 +29,7 @@ class SampleFile:
 
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, settings
+        self.part = path.with_name(f".{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.stream = path.open("a+b")
         try:
@@ -50,6 +52,22 @@ class SampleFile:
         self.stream.truncate(data.rfind(b"\n") + 1)
         return finished(self.path, self.settings)
 
+    def unfinished(self, rows: list[int]) -> list:
+        """The blocks that a killed run had of this very batch, as `keep` was given them."""
+        try:
+            found = json.loads(self.part.read_text())
+        except (FileNotFoundError, ValueError):
+            return []
+        same = found.get("settings") == self.settings and found.get("rows") == rows
+        return found["blocks"] if same else []
+
+    def keep(self, rows: list[int], blocks: list) -> None:
+        """The finished blocks of an unfinished batch, until it is appended; whole or not at all."""
+        content = {"settings": self.settings, "rows": rows, "blocks": blocks}
+        new = self.part.with_name(self.part.name + ".new")
+        new.write_text(json.dumps(content))
+        os.replace(new, self.part)
+
     def append(self, records: list[dict]) -> None:
         """On the disk when this returns."""
         lines = [json.dumps(r | {"settings": self.settings}, ensure_ascii=False) for r in records]
@@ -57,6 +75,7 @@ class SampleFile:
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.done.update(record["index"] for record in records)
+        self.part.unlink(missing_ok=True)
 
     def __enter__(self):
         return self

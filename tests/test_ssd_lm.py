@@ -64,7 +64,7 @@ def replay(model, recorded, name):
 @pytest.mark.parametrize("name", DECODES)
 def test_a_whole_decode_under_recorded_randomness_gives_the_recorded_text(model, recorded, name):
     decoded, log = replay(model, recorded, name)
-    assert torch.equal(decoded.tokens, recorded[f"decode.{name}.ids"])
+    assert decoded.tokens == recorded[f"decode.{name}.ids"].tolist()
     tokenizer = load_tokenizer(FOLDER / "model")
     assert tokenizer.decode(decoded.tokens[0]) == DECODES[name]["sampled_sequences"]
     asked = DECODES[name]["kwargs"]
@@ -188,7 +188,7 @@ def texts(model, contexts, indices, *, seed=3, blocks=2, total_t=4, size=6):
     chosen = [contexts[i] for i in indices]
     return decode(
         model, chosen, noise, blocks=blocks, total_t=total_t, top_p=0.95, one_hot_value=5
-    ).tokens.tolist()
+    ).tokens
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,36 @@ def test_a_run_killed_between_batches_goes_on(tmp_path):
     assert texts(tmp_path) == texts(tmp_path, "resumed.jsonl")
 
 
+def test_an_unfinished_batch_goes_on_at_its_next_block(tmp_path, monkeypatch):
+    import ssd_decode
+
+    options = ("--num_samples_to_generate", 3, "--batch_size", 3)
+    assert generate(tmp_path, *options, length=30, out="whole")[0] == 0
+    decode_block, calls = ssd_decode.decode_block, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return decode_block(*args, **kwargs)
+
+    monkeypatch.setattr(ssd_decode, "decode_block", interrupted)
+    assert generate(tmp_path, *options, length=30)[0] == 130
+    assert samples(tmp_path) == []
+    assert generate(tmp_path, *options, length=30)[0] == 0
+    assert len(calls) == 3 + 1 + 2  # five blocks, none twice but the one cut short
+    assert texts(tmp_path) == texts(tmp_path, "whole")
+    assert {file.name for file in tmp_path.iterdir()} == {"s.jsonl", "whole"}
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"rows": [9]}'])
+def test_an_unfinished_batch_of_another_kind_is_begun_again(tmp_path, torn):
+    assert generate(tmp_path, out="whole")[0] == 0
+    (tmp_path / ".s.jsonl.part").write_text(torn)
+    assert generate(tmp_path)[0] == 0
+    assert texts(tmp_path) == texts(tmp_path, "whole")
+
+
 def test_another_runs_file_is_left_alone(tmp_path):
     assert generate(tmp_path)[0] == 0
     before = (tmp_path / "s.jsonl").read_bytes()
