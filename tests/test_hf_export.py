@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -167,6 +168,16 @@ def test_an_export_holds_the_projects_own_files(folders):
         assert (folders["mdlm"] / name).read_bytes() == source.read_bytes()
     for name in ("dit.py", "attention.py", "cache.py", "masks.py", "draw.py", "nucleus.py"):
         assert name in hub_export.sources()
+
+
+def test_reading_an_export_natively_runs_none_of_its_code(folders, tmp_path):
+    folder = shutil.copytree(folders["ar"], tmp_path / "x")
+    marker = tmp_path / "it-ran"
+    for name in hub_export.sources():
+        (folder / name).write_text(f"open({str(marker)!r}, 'w')")
+    checkpoint = read(folder)
+    load_into(network(checkpoint), checkpoint, use_ema=True, algo="ar")
+    assert not marker.exists()
 
 
 def test_an_export_is_whole_or_not_there(tmp_path, tokenizer, monkeypatch):
