@@ -12,10 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from generative import Judge, TextScore, describe
-from prompts import encode_prompts
 from sample_file import SampleFile, SampleRow
 from sample_report import RULES, lines, summarise, write_summary
 from samplers import Request, Sample, Settings, generate
@@ -93,7 +92,21 @@ class Job:
             say(f"{self.file.path} has all {self.num_samples} texts of this run: nothing to do")
         return self._report()
 
+    def cache_bytes(self) -> int:
+        """Memory of the cache, known before the run: a ring of context + one block per text."""
+        if not self.settings.kv_cache:
+            return 0
+        size = self.denoise.block_size
+        slots = self.settings.context_size + size
+        texts = min(self.settings.batch_size, self.num_samples)
+        return self.denoise.new_cache(1, size).bytes // (2 * size) * slots * texts
+
     def _write(self, missing: list[int]) -> None:
+        if self.settings.kv_cache:
+            say(
+                f"cache: {self.cache_bytes() / 2**20:,.1f} MiB for {self.settings.batch_size} texts"
+                f" of {self.settings.context_size} visible tokens"
+            )
         started, process = time.monotonic(), f"{os.getpid()}-{time.time_ns()}"
         with ExitStack() as stack:
             shown = self.rank == 0 and not self.show
@@ -193,53 +206,3 @@ class Job:
             print(line, flush=True)
         print(f"texts: {self.file.path}; report: {path}", flush=True)
         return summary
-
-
-@dataclass(frozen=True)
-class Written:
-    """What `Writer.generate` gives: texts and figures, in the order of the prompts."""
-
-    texts: list[str]
-    samples: list[Sample]
-    scores: list[TextScore]
-
-    @property
-    def nfe(self) -> list[int]:
-        return [s.nfe for s in self.samples]
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A loaded model that writes: for notebooks."""
-
-    algo: str
-    denoise: Callable
-    tokenizer: object
-    settings: Settings
-    device: object = "cpu"
-
-    def generate(
-        self, prompts: str | Sequence[str] = "", *, infill: bool = False, watch=None, **changes
-    ) -> Written:
-        """One text per prompt. `changes`: fields of Settings (length, nucleus_p, seed …)."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = replace(self.settings, **({"batch_size": len(prompts)} | changes))
-        ids = encode_prompts(
-            prompts,
-            self.tokenizer,
-            infill=infill,
-            length=settings.length,
-            context_size=visible_tokens(self.algo, settings),
-        )
-        requests = [
-            Request(row, tokens, len(tokens) if infill else None) for row, tokens in enumerate(ids)
-        ]
-        groups = generate(
-            self.algo, self.denoise, requests, settings, device=self.device, watch=watch
-        )
-        samples = sorted((s for group in groups for s in group), key=lambda s: s.row)
-        return Written(
-            texts=[self.tokenizer.decode(s.tokens.tolist()) for s in samples],
-            samples=samples,
-            scores=[describe(s.tokens, settings.eos_id) for s in samples],
-        )

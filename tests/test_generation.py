@@ -21,7 +21,7 @@ from rich.console import Console
 from sampling_tools import denoiser
 
 import generation
-from generation import Job, Writer, run_id
+from generation import Job, run_id
 from generative import load_judge
 from prompts import encode_prompts, read_prompts
 from sample_file import COLUMNS, SampleFile, SampleRow, complete
@@ -59,6 +59,11 @@ def job(folder, *, run="a", num_samples=5, algo="bamdlm", changes=None, **more):
 def read(job):
     with open(job.file.path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def finished(job):
+    job.run()
+    return job
 
 
 def by_row(job):
@@ -219,6 +224,14 @@ def test_a_run_is_named_by_all_that_decides_its_texts():
     first = run_id("ckpt", settings(), 1)
     assert first == run_id("ckpt", settings(), 1)
     assert len({first, run_id("other", settings(), 1), run_id("ckpt", settings(), 2)}) == 3
+
+
+def test_the_memory_of_the_cache_is_said_before_the_run(tmp_path, capsys):
+    one = job(tmp_path, changes={"kv_cache": True, "batch_size": 3})
+    assert one.cache_bytes() == one.denoise.new_cache(3, 16).bytes
+    one.run()
+    assert "cache: 0.0 MiB for 3 texts of 16 visible tokens" in capsys.readouterr().out
+    assert by_row(one) == by_row(finished(job(tmp_path / "plain")))
 
 
 # figures
@@ -498,22 +511,6 @@ def test_the_page_replays_in_a_browser(tmp_path):
     assert start == f"evaluation 0 of {steps}, {steps} tokens hidden"
     assert hidden.startswith("<|endoftext|>the </script> work")
     assert hidden.count("░") == int(steps)
-
-
-# notebooks
-
-
-def test_three_lines_in_a_notebook():
-    writer = Writer("bamdlm", model(), TOKENIZER, settings())
-    out = writer.generate(["the work", "any"], length=20, nucleus_p=0.9)
-    assert out.texts[0].startswith("<|endoftext|>the work")
-    assert out.texts[1].startswith("<|endoftext|>any")
-    assert out.nfe == [20 - s.given for s in out.samples]
-    assert all(len(s.tokens) == 20 for s in out.samples)
-    assert all(0 < score.entropy < 3 for score in out.scores)
-    filled = writer.generate("the [MASK] work", infill=True)
-    assert filled.texts[0].endswith(" work")
-    assert writer.generate().texts != writer.generate(seed=2).texts
 
 
 def test_a_trajectory_can_be_recorded_by_hand(tmp_path):

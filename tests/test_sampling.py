@@ -7,6 +7,7 @@ import torch
 from networks import chi_square_p, small
 from sampling_tools import Table, denoiser, write
 
+from models.masks import BlockCausal
 from samplers import STEPS, Request, Settings, generate
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_sorting, nucleus
@@ -184,6 +185,57 @@ def test_cached_rows_that_come_late_see_no_trace_of_others_past_the_window(algo)
         assert texts(write(algo, network(algo), requests, batch_size=batch, **settings)) == texts(
             alone
         )
+
+
+class Recording:
+    """A denoiser that keeps what it answered while all three rows were there."""
+
+    def __init__(self, denoise):
+        self.denoise, self.answers = denoise, []
+        self.mask_id, self.block_size = denoise.mask_id, denoise.block_size
+        self.new_cache = denoise.new_cache
+
+    def __call__(self, tokens, read, cache=None):
+        answer = self.denoise(tokens, read, cache)
+        before = cache.committed.tolist()
+        for b, positions in enumerate(read.tolist() if len(read) == 3 else []):
+            self.answers.append((before[b], tokens[b], positions, answer[b]))
+        return answer
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "ar"])
+def test_cached_answers_are_those_of_one_full_pass_over_40_blocks(algo):
+    """Ragged prompts, a window of 3 blocks: what the cache answers is one pass over the whole text
+    under the block-causal mask limited to the window, to 1e-5 of the scale."""
+    block = 4 if algo == "bamdlm" else 1
+    length, window = 40 * 4, 12
+    denoise = Recording(network(algo))
+    requests = [Request(0, (0,)), Request(1, tuple(range(7))), Request(2, tuple(range(10)))]
+    samples = write(
+        algo,
+        denoise,
+        requests,
+        batch_size=3,
+        length=length,
+        block_size=block,
+        context_size=window,
+        kv_cache=True,
+    )
+    net, rule = denoise.denoise.backbone, BlockCausal(block, window)
+    final = [s.tokens for s in samples]
+    checked = 0
+    for i, (committed, tokens, positions, answer) in enumerate(denoise.answers):
+        text = torch.cat([final[i % 3][:committed], tokens])[None]
+        if committed + positions[0] >= length or i % 7:
+            continue  # a seventh of them
+        with torch.inference_mode():
+            hidden = net.hidden(text, rule=rule)[:, committed + positions[0]]
+            logits = net.logits(hidden).float()
+            logits[:, MASK] = -torch.inf
+        full, seen = logits.log_softmax(-1)[:, :MASK], answer[:, :MASK]
+        assert (full - seen).abs().max() <= 1e-5 * full.abs().max()
+        checked += 1
+    assert checked > 60
 
 
 class Counting:
@@ -443,3 +495,26 @@ def test_settings_that_cannot_be_are_named(algo, change, message):
 def test_a_prompt_must_fit(tokens):
     with pytest.raises(ValueError, match="of a text of 24"):
         write("bamdlm", network("bamdlm"), [Request(0, tokens)], **SMALL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", ["first_hitting", "ancestral", "remask", "confidence"])
+def test_the_host_never_waits_for_the_device_inside_a_block(steps):
+    """Any synchronising call between two looks at the stop rules is an error."""
+    device = torch.accelerator.current_accelerator()
+    if device is None or device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    denoise = network("bamdlm")
+    denoise.backbone.to(device)
+    settings = Settings(
+        **SMALL, bos_id=0, eos_id=0, batch_size=3, kv_cache=True, steps=steps, nucleus_p=0.9
+    )
+    requests = [Request(row, (0, *range(row))) for row in range(3)]
+    groups = generate("bamdlm", denoise, requests, settings, device=device)
+    next(groups)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            next(groups)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
