@@ -199,7 +199,7 @@ class Recording:
         answer = self.denoise(tokens, read, cache)
         before = cache.committed.tolist()
         for b, positions in enumerate(read.tolist() if len(read) == 3 else []):
-            self.answers.append((before[b], tokens[b], positions, answer[b]))
+            self.answers.append((before[b], tokens[b].clone(), positions, answer[b]))
         return answer
 
 
