@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 SHOWN = 10  # keys of each kind in an error
+DEFAULT_COND_DIM = 129  # of the published config class, whatever the weights have
 INV_FREQ_TOLERANCE = 0.01  # bfloat16 rounds by 0.004
 
 
@@ -61,6 +62,7 @@ def build_backbone_args(checkpoint: Checkpoint) -> dict:
     width_key = "hidden_dim" if checkpoint.layout == "hub" else "hidden_size"
     needed = {"vocab_embed.embedding": 2, "blocks.0.attn_qkv.weight": 2, "rotary_emb.inv_freq": 1}
     missing = [n for n, dim in needed.items() if n not in weights or weights[n].dim() != dim]
+    missing = missing or [name for name in needed if not weights[name].numel()]
     if missing:
         raise CheckpointError(
             f"{checkpoint.source} is not a network of this family: it has no"
@@ -80,11 +82,14 @@ def build_backbone_args(checkpoint: Checkpoint) -> dict:
     odd = [
         f"{name} {stated[name]} but weights of {sizes[name]}"
         for name in sizes
-        if stated[name] is not None and stated[name] != sizes[name]
+        if stated[name] not in (None, sizes[name])
+        and not (name == "cond_dim" and stated[name] == DEFAULT_COND_DIM)
     ]
     if odd:
         raise CheckpointError(f"{checkpoint.source} contradicts itself: it states {'; '.join(odd)}")
-    return {**sizes, "dropout": float(model.get("dropout", 0.1)), "adaln": adaln}
+    dropout = model.get("dropout")
+    dropout = float(dropout) if isinstance(dropout, int | float) else 0.1
+    return {**sizes, "dropout": dropout, "adaln": adaln}
 
 
 def load_into(
@@ -134,7 +139,7 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
     if ema is not None:
         _check_finite(f"the EMA of {checkpoint.source}", ema)
     _copy(backbone, checkpoint.weights)
-    state = dict(backbone.state_dict())
+    state = _expected(backbone)
     with torch.no_grad():
         for name in may_be_new:
             if "adaLN_modulation" in name:
@@ -143,8 +148,8 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
     if algo == "bamdlm" and checkpoint.interval is None:
         new = (*INTERVAL, *new)
     if ema is not None:
-        parameters = dict(backbone.named_parameters())
-        ema = {n: ema[n].float() if n in ema else p.detach().clone() for n, p in parameters.items()}
+        parameters = {n: p.detach() for n, p in state.items() if n not in BUFFERS}
+        ema = {n: ema[n].float() if n in ema else p.clone() for n, p in parameters.items()}
     return Pretrained(new_keys=new, ema=ema, ema_updates=checkpoint.ema_updates)
 
 

@@ -61,6 +61,14 @@ def test_the_interval_of_a_config_counts_unless_it_is_the_published_default(tmp_
     assert read(put(tmp_path / "b", {**CONFIG, **changes}, tensors)).interval == (0.3, 0.8)
 
 
+def test_a_published_config_may_state_the_default_of_its_class(tmp_path):
+    """cond_dim 129 is what BD3LMConfig says when nobody says anything."""
+    sizes = checkpoints.build_backbone_args(
+        read(put(tmp_path, {**CONFIG, "cond_dim": 129}, TENSORS))
+    )
+    assert sizes["cond_dim"] == CONFIG["cond_dim"]
+
+
 def test_sizes_come_from_the_weights_and_must_agree_with_the_config(tmp_path):
     for key, value in (("hidden_dim", 64), ("n_blocks", 7), ("n_heads", 1), ("vocab_size", 9)):
         checkpoint = read(put(tmp_path / key, {**CONFIG, key: value}, TENSORS))

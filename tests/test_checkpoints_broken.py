@@ -207,6 +207,10 @@ BROKEN = {
         config(lambda c: c["model"].update(n_blocks=12)),
         "states n_blocks 12 but weights of",
     ),
+    "an empty rotation": (
+        state(lambda s: s.update({"backbone.rotary_emb.inv_freq": torch.zeros(0)})),
+        "not a network of this family",
+    ),
     # the average
     "a short EMA": (
         lightning(lambda raw: raw["ema"]["shadow_params"].clear()),
