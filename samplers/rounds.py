@@ -15,7 +15,7 @@ from torch import Tensor
 from .draw import fold, sample
 from .rows import Rows
 from .settings import Sample
-from .steps import DRAW, STEPS, Event, Planned
+from .steps import DRAW, STEPS, Adaptive, Event, Planned
 
 # (a hidden position, settings) -> (start, stop): what is visible while it is filled
 Span = Callable[[int, object], tuple[int, int]]
@@ -135,30 +135,31 @@ def make_step(rows: Rows, starts: list[int], events: list[Event]) -> Step:
     return Step(packed[0], packed[1], packed[2], hide)
 
 
-def adaptive(rows: Rows, rule, spans, fills) -> None:
-    """The network decides what is revealed, so all that was hidden at first is read each time."""
+def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
+    """The network decides what is revealed, so all that was hidden at first is read each time.
+
+    Only a rule that is not `sequential` has to wait for the device, once per evaluation.
+    """
     settings = rows.settings
     view = View(rows, spans)
-    width = max(map(len, fills))
     events = [Event([(p, 0) for p in fill]) for fill in fills]
     steps = {}
-    nfe = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    left = width
-    while left > 0:
+    left = [len(fill) for fill in fills]
+    while any(left):
+        for slot, n in zip(rows.slots, left, strict=True):
+            slot.nfe += n > 0
         origin = tuple(view.starts)
         if origin not in steps:  # the first pass of a cached round starts a block earlier
             steps[origin] = make_step(rows, view.starts, events)
         step = steps[origin]
-        now = rows.x.gather(1, step.write)
-        hidden = (now == rows.mask_id) & (step.write != rows.dump)
+        hidden = (rows.x.gather(1, step.write) == rows.mask_id) & (step.write != rows.dump)
         log_probs = view.ask(step.read)
         reveal = rule.choose(log_probs, hidden, settings)
-        nfe += hidden.any(1)
         if rule.sequential:
-            most = settings.k
-            left -= most
+            most, left = settings.k, [max(0, n - settings.k) for n in left]
         else:
-            most, left = torch.stack([reveal.sum(1).max(), (hidden & ~reveal).sum()]).tolist()
+            shown, left = torch.stack([reveal.sum(1), (hidden & ~reveal).sum(1)]).tolist()
+            most = max(shown)
         picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
         chosen = log_probs.gather(1, picked[..., None].expand(-1, -1, log_probs.shape[-1]))
         key = step.key.gather(1, picked)
@@ -166,5 +167,3 @@ def adaptive(rows: Rows, rule, spans, fills) -> None:
         target = step.write.gather(1, picked).where(reveal.gather(1, picked), rows.dump)
         rows.x.scatter_(1, target, token)
         rows.show()
-    for slot, count in zip(rows.slots, nfe.tolist(), strict=True):
-        slot.nfe += count

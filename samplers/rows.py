@@ -81,7 +81,7 @@ class Rows:
     def tensor(self, values, dtype=torch.int64) -> Tensor:
         """Numbers of the host on the device, without waiting for it."""
         values = torch.as_tensor(values, dtype=dtype)
-        if values.device != torch.device(self.device) and torch.device(self.device).type == "cuda":
+        if torch.device(self.device).type != "cpu":
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)
 
