@@ -6,8 +6,9 @@ than its neighbours waits for the round to end. With a cache the finished block 
 same pass that asks the first question about the next one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -49,39 +50,38 @@ def from_round(rows: Rows, span: Span) -> list[Sample]:
 
 
 class View:
-    """What the network is fed: row b's tokens from starts[b] on."""
+    """What the network is fed: row b's tokens from starts[b] on. `later`: from the second
+    evaluation on, when the finished block is in the cache."""
 
     def __init__(self, rows: Rows, spans: list[tuple[int, int]]):
-        self.rows, self.spans = rows, spans
-        self.first = True
+        self.rows = rows
         if rows.settings.kv_cache:
             size = rows.settings.block_size
-            blocks = [stop - size for _, stop in spans]
-            rows.catch_up([block - size for block in blocks], spare=2 * size)
+            self.later = [stop - size for _, stop in spans]
+            rows.catch_up([block - size for block in self.later], spare=2 * size)
             self.starts = [slot.committed for slot in rows.slots]
-            self.pending = [block - start for block, start in zip(blocks, self.starts, strict=True)]
-            self.width = size + max(self.pending)
+            self.pending = [b - start for b, start in zip(self.later, self.starts, strict=True)]
+            self.width, self.later_width = size + max(self.pending), size
         else:
-            self.starts = [start for start, _ in spans]
-            self.width = max(stop - start for start, stop in spans)
+            self.starts = self.later = [start for start, _ in spans]
+            self.pending = []
+            self.width = self.later_width = max(stop - start for start, stop in spans)
 
     def ask(self, read: Tensor) -> Tensor:
         """log-probabilities at read [B, R], positions in the view."""
-        answer = self.rows.ask(self.rows.window(self.starts, self.width), read, self.rows.cache)
-        if self.rows.settings.kv_cache and self.first:
-            if any(self.pending):
-                self.rows.commit(self.pending)
-            self.starts = [slot.committed for slot in self.rows.slots]
-            self.width = self.rows.settings.block_size
-        self.first = False
+        rows = self.rows
+        answer = rows.ask(rows.window(self.starts, self.width), read, rows.cache)
+        if any(self.pending):
+            rows.commit(self.pending)
+            self.pending = []
+        self.starts, self.width = self.later, self.later_width
         return answer
 
 
 @dataclass(frozen=True)
 class Step:
     """One evaluation of the batch, all [B, R]: where to read in the view, where to write, with
-    which number.
-    """
+    which number."""
 
     read: Tensor
     write: Tensor
@@ -91,17 +91,15 @@ class Step:
 
 def planned(rows: Rows, rule: Planned, spans, fills) -> None:
     """Everything about the round but the tokens is known beforehand: the device is never waited
-    for.
-    """
+    for."""
     slots = [i for i, fill in enumerate(fills) for _ in fill]
     keys = rows.keys(slots, [position for fill in fills for position in fill])
     plans = rule.plan(keys, fills, rows.settings)
     for slot, plan in zip(rows.slots, plans, strict=True):
         slot.nfe += len(plan)
     view = View(rows, spans)
-    for number in range(max(map(len, plans))):
-        events = [plan[number] if number < len(plan) else Event([]) for plan in plans]
-        step = make_step(rows, view.starts, events)
+    evaluations = zip_longest(*plans, fillvalue=Event([]))
+    for step in make_steps(rows, view, list(evaluations)):
         if step.hide is not None:
             rows.x.scatter_(1, step.hide, rows.mask_id)
         log_probs = view.ask(step.read)
@@ -110,29 +108,41 @@ def planned(rows: Rows, rule: Planned, spans, fills) -> None:
         rows.show()
 
 
-def make_step(rows: Rows, starts: list[int], events: list[Event]) -> Step:
-    """Rows with fewer positions than others read something and write it where it concerns
-    nobody.
+def make_steps(rows: Rows, view: View, evaluations: list[Sequence[Event]]) -> list[Step]:
+    """All evaluations of a round, one event per row each, brought to the device together.
+
+    Rows with fewer positions than others read something and write it where it concerns nobody.
     """
-    width = max(len(event.reveal) for event in events)
-    nobody = [(rows.dump, 0)]
-    padded = [event.reveal + nobody * (width - len(event.reveal)) for event in events]
-    slots = [i for i in range(len(padded)) for _ in range(width)]
-    positions = [position for row in padded for position, _ in row]
-    drawn = torch.tensor([count for row in padded for _, count in row])
-    read = [0 if p == rows.dump else p - starts[i] for i, p in zip(slots, positions, strict=True)]
-    key = fold(rows.keys(slots, positions), drawn + DRAW)
-    packed = torch.stack([torch.tensor(read), torch.tensor(positions), key]).view(
-        3, len(events), width
-    )
-    packed = rows.tensor(packed)
-    hide = None
-    if any(event.hide for event in events):
-        most = max(len(event.hide) for event in events)
-        hide = rows.tensor(
-            [event.hide + [rows.dump] * (most - len(event.hide)) for event in events]
-        )
-    return Step(packed[0], packed[1], packed[2], hide)
+    slots, positions, drawn, read, sizes = [], [], [], [], []
+    starts = view.starts
+    for events in evaluations:
+        width = max(len(event.reveal) for event in events)
+        for i, event in enumerate(events):
+            for position, count in event.reveal:
+                positions.append(position)
+                drawn.append(count)
+                read.append(position - starts[i])
+            nobody = width - len(event.reveal)
+            positions += [rows.dump] * nobody
+            drawn += [0] * nobody
+            read += [0] * nobody
+            slots += [i] * width
+        sizes.append(width * len(events))
+        starts = view.later
+    key = fold(rows.keys(slots, positions), torch.tensor(drawn) + DRAW)
+    packed = rows.tensor(torch.stack([torch.tensor(read), torch.tensor(positions), key]))
+    parts = [part.unflatten(1, (len(rows), -1)) for part in packed.split(sizes, dim=1)]
+    return [
+        Step(part[0], part[1], part[2], hidden_again(rows, events))
+        for part, events in zip(parts, evaluations, strict=True)
+    ]
+
+
+def hidden_again(rows: Rows, events: Sequence[Event]) -> Tensor | None:
+    most = max(len(event.hide) for event in events)
+    if most == 0:
+        return None
+    return rows.tensor([event.hide + [rows.dump] * (most - len(event.hide)) for event in events])
 
 
 def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
@@ -143,15 +153,12 @@ def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
     settings = rows.settings
     view = View(rows, spans)
     events = [Event([(p, 0) for p in fill]) for fill in fills]
-    steps = {}
+    first, later = make_steps(rows, view, [events, events])
+    step = first  # of a cached round it starts a block earlier
     left = [len(fill) for fill in fills]
     while any(left):
         for slot, n in zip(rows.slots, left, strict=True):
             slot.nfe += n > 0
-        origin = tuple(view.starts)
-        if origin not in steps:  # the first pass of a cached round starts a block earlier
-            steps[origin] = make_step(rows, view.starts, events)
-        step = steps[origin]
         hidden = (rows.x.gather(1, step.write) == rows.mask_id) & (step.write != rows.dump)
         log_probs = view.ask(step.read)
         reveal = rule.choose(log_probs, hidden, settings)
@@ -166,4 +173,5 @@ def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
         token = sample(chosen, key, settings.nucleus_p, settings.dtype)
         target = step.write.gather(1, picked).where(reveal.gather(1, picked), rows.dump)
         rows.x.scatter_(1, target, token)
+        step = later
         rows.show()
