@@ -130,7 +130,7 @@ class Job:
                         "rank": self.rank,
                         "seconds": time.monotonic() - started,
                         "rows": len(rows),
-                        "tokens": sum(len(s.tokens) - s.given for s in part),
+                        "tokens": sum(s.written for s in part),
                         "nfes": sum(s.nfe for s in part),
                         "tries": sum(s.tries for s in part),
                         "rejected": sum(s.rejected for s in part),

@@ -157,7 +157,10 @@ def load_judge(
 ) -> Judge:
     """A folder or a hub id; nothing of it is executed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as library
 
+    bars = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False)
@@ -168,6 +171,9 @@ def load_judge(
             " folder of a causal language model, go online once so that the hub's files are"
             " cached, or set it to null to leave generative perplexity out"
         ) from error
+    finally:
+        if bars:
+            library.enable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of the judge {name_or_path!r} has no EOS token, which must not be"

@@ -220,6 +220,7 @@ class Rows:
             - (slot.filled - stop.seen),  # evaluations past the look that ended it do not count
             stopped=stop.reason,
             given=slot.given,
+            written=len(slot.gaps) + max(0, stop.length - slot.given),
             tries=slot.tries,
             rejected=slot.rejected,
         )

@@ -113,6 +113,7 @@ class Sample:
     nfe: int  # network evaluations this text needed
     stopped: str  # "length", "eos" or "entropy"
     given: int  # tokens of the request
+    written: int  # tokens that the sampler wrote and kept
     tries: int = 1  # 1 + rejected ones
     rejected: bool = False  # the last allowed try was of low entropy too
 

@@ -320,7 +320,8 @@ def test_gaps_are_filled_and_the_rest_is_kept(tmp_path):
         *TOKENIZER.encode(" any"),
     ]
     one = job(tmp_path, algo="mdlm", prompts=[ids], infill=True, num_samples=3)
-    one.run()
+    report = one.run()
+    assert report["tokens_per_evaluation"] == 1
     for _, text in by_row(one):
         assert text.startswith("<|endoftext|>the work")
         assert text.endswith(" any")

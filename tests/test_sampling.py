@@ -340,6 +340,7 @@ def test_infilling_fills_the_gaps_and_nothing_else(algo):
             for given, token in zip(request.tokens, sample.tokens.tolist(), strict=True):
                 assert token != MASK
                 assert given in (token, MASK)
+            assert sample.written == request.tokens.count(MASK)
 
 
 def test_infilling_with_a_cache_gives_the_same_text():
