@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 1 << 24  # float32 logits held at once: 64 MiB
+CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
+CHUNK_LOGITS_ACCELERATOR = 1 << 26  # small matrices leave a GPU idle
 
-# (logits float32 [m, V], targets [m], ...) -> nats [m]; with `gradient` the logits are overwritten
-# by d nats / d logits
+# (logits [m, V] in the dtype of the matrix product, targets [m], gradient, ...) -> nats float32 [m];
+# overwrites the logits, with `gradient` by d nats / d logits
 LossKernel = Callable[..., Tensor]
 
 
@@ -29,12 +30,14 @@ class HeadLoss:
 def cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: int) -> Tensor:
     """-log p(target) with the mask id excluded (subs parameterization, arXiv:2406.07524)."""
     logits[:, mask_id] = -torch.inf
-    log_z = logits.logsumexp(-1, keepdim=True)
-    nats = (log_z - logits.gather(1, target[:, None]))[:, 0]
+    wide = wide_dtype(logits)
+    in_place = logits if logits.dtype == wide else None  # one pass, no second [m, V]
+    log_p = torch.log_softmax(logits, -1, dtype=wide, out=in_place)
+    picked = log_p.gather(1, target[:, None])
     if gradient:
-        logits.sub_(log_z).exp_()
-        logits.scatter_add_(1, target[:, None], torch.full_like(log_z, -1.0))
-    return nats
+        torch.exp(log_p, out=logits)
+        logits.scatter_(1, target[:, None], picked.expm1().to(logits.dtype))
+    return -picked[:, 0]
 
 
 def head_loss(
@@ -60,41 +63,85 @@ def head_loss(
 
 
 class _ChunkedHead(torch.autograd.Function):
+    """The factors enter through the [m, E] side of each product, never through the logits."""
+
     @staticmethod
     def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows):
-        gradient = any(ctx.needs_input_grad[:3])
         dtype = _matmul_dtype(features)
         x, w, b = features.to(dtype), weight.to(dtype), bias.to(dtype)
         nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        if gradient:
-            d_features = torch.empty_like(x)
-            d_weight = torch.zeros_like(weight, dtype=torch.float32)
-            d_bias = torch.zeros_like(bias, dtype=torch.float32)
-        size = max(1, CHUNK_LOGITS // len(w))
+        gradients = None
+        if any(ctx.needs_input_grad[:3]):
+            # times a constant near 1, so that 1 / (number counted) is not lost in half precision
+            unit = factors.sum().clamp_min(torch.finfo(torch.float32).tiny) / max(len(x), 1)
+            gradients = _Gradients(x, w, (factors / unit)[:, None])
+        size = _chunk_rows(len(x), w)
+        logits = torch.empty(min(size, len(x)), len(w), dtype=dtype, device=x.device)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            logits = F.linear(x[part], w, b).float()
+            chunk = logits[: len(x[part])]
+            torch.addmm(b, x[part], w.t(), out=chunk)
             rows = (r[part] for r in kernel_rows)
-            nats[part] = kernel(logits, targets[part], gradient, *rows)
-            if gradient:
-                logits.mul_(factors[part, None])
-                d_bias += logits.sum(0)
-                d_logits = logits.to(dtype)
-                d_features[part] = d_logits @ w
-                if dtype == torch.float32:
-                    d_weight.addmm_(d_logits.t(), x[part])
-                else:
-                    d_weight += d_logits.t() @ x[part]
-        if gradient:
-            ctx.save_for_backward(
-                d_features.to(features.dtype), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
-            )
+            nats[part] = kernel(chunk, targets[part], gradients is not None, *rows)
+            if gradients is not None:
+                gradients.add(part, chunk)
+        if gradients is not None:
+            # kept on ctx, not saved, so that backward may scale them where they are
+            ctx.gradients = [
+                d.to(like.dtype)
+                for d, like in zip(gradients.sums(), (features, weight, bias), strict=True)
+            ]
+            ctx.unit = unit
         ctx.mark_non_differentiable(nats)
         return (nats * factors).sum(), nats
 
     @staticmethod
     def backward(ctx, d_total, _):
-        return (*(d_total * d for d in ctx.saved_tensors), None, None, None, None)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of head_loss are given out once: no second backward")
+        gradients, ctx.gradients = ctx.gradients, None
+        torch._foreach_mul_(gradients, d_total * ctx.unit)
+        return (*gradients, None, None, None, None)
+
+
+class _Gradients:
+    """Gradients of sum(factor * nats) with respect to x [M, E], w [V, E] and the bias [V]."""
+
+    def __init__(self, x: Tensor, w: Tensor, factors: Tensor):
+        self.x, self.w, self.factors = x, w, factors
+        self.scaled = x * factors.to(x.dtype)
+        self.d_x = torch.empty_like(x)
+        self.d_w: Tensor | None = None
+        self.d_b = torch.zeros(len(w), dtype=torch.float32, device=w.device)
+
+    def add(self, part: slice, d_logits: Tensor) -> None:
+        """The chunk `part` of the rows, d_logits [m, V]."""
+        torch.mm(d_logits, self.w, out=self.d_x[part])
+        pulled, scaled = d_logits.t(), self.scaled[part]
+        self.d_b += torch.mv(pulled, self.factors[part, 0].to(d_logits.dtype))
+        if self.d_w is None:
+            self.d_w = torch.mm(pulled, scaled).float()
+        elif d_logits.dtype == torch.float32:
+            self.d_w.addmm_(pulled, scaled)
+        else:
+            self.d_w += torch.mm(pulled, scaled)
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.d_w is None:
+            self.d_w = torch.zeros_like(self.w, dtype=torch.float32)
+        return self.d_x.mul_(self.factors), self.d_w, self.d_b
+
+
+def _chunk_rows(rows: int, w: Tensor) -> int:
+    """Rows of a chunk; chunks are about equal, so that none is too small to be worth a call."""
+    logits = CHUNK_LOGITS if w.device.type == "cpu" else CHUNK_LOGITS_ACCELERATOR
+    most = max(1, logits // len(w))
+    return max(1, -(-rows // max(1, -(-rows // most))))
+
+
+def wide_dtype(logits: Tensor) -> torch.dtype:
+    """What sums over the vocabulary are made in: float32 at least."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

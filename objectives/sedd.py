@@ -16,7 +16,7 @@ from noise_schedule import SIGMA_MAX, Schedule
 
 from .block_diffusion import _without_first
 from .corruption import Draws, Interval, hidden_independently, hide, times
-from .head import head_loss
+from .head import head_loss, wide_dtype
 from .loss import TokenLoss, scattered
 
 
@@ -26,13 +26,16 @@ def score_entropy(
     """sum_y score(y) - ratio log score(x0) + ratio (ln ratio - 1), where ratio = 1 / (e^sigma - 1);
     >= 0, and 0 at the true score of a known token."""
     ratio = 1 / expm1
-    logits -= (expm1.log() + math.log(logits.shape[1] - 1))[:, None]
-    picked = logits.gather(1, target[:, None])[:, 0]
     logits[:, mask_id] = -torch.inf
-    logits.exp_()
-    nats = logits.sum(-1) - ratio * picked + ratio * (ratio.log() - 1)
+    shift = (expm1.log() + math.log(logits.shape[1] - 1))[:, None]
+    in_place = logits if logits.dtype == wide_dtype(logits) else None
+    score = torch.sub(logits, shift, out=in_place)
+    picked = score.gather(1, target[:, None])[:, 0]
+    nats = score.exp_().sum(-1) - ratio * picked + ratio * (ratio.log() - 1)
     if gradient:
-        logits.scatter_add_(1, target[:, None], -ratio[:, None])
+        if in_place is None:
+            logits.copy_(score)
+        logits.scatter_(1, target[:, None], (picked.exp() - ratio)[:, None].to(logits.dtype))
     return nats
 
 
