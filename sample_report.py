@@ -105,6 +105,15 @@ def lines(summary: dict) -> list[str]:
         found.append(
             f"{show('tokens_per_second', '{:,.0f}')} tokens/s, {show('seconds', '{:,.1f}')} s"
         )
+    facts = {
+        "steps": summary["steps"],
+        "nucleus": summary["nucleus_p"],
+        "precision": summary.get("precision"),
+        "draws": summary["dtype"],
+        "seed": summary["seed"],
+        "checkpoint": summary.get("checkpoint"),
+    }
+    found.append(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
     if summary.get("reject_low_entropy"):
         found.append(f"acceptance {show('acceptance', '{:.3f}')} ({RULES['low_entropy']})")
     return found

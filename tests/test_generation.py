@@ -242,9 +242,13 @@ def judge():
     return load_judge(str(GOLDEN / "judge"), batch_size=2)
 
 
-def test_every_row_has_the_figures_of_its_own_text(tmp_path, judge):
-    one = job(tmp_path, judge=judge, num_samples=3, about={"judge": "golden"})
+def test_every_row_has_the_figures_of_its_own_text(tmp_path, judge, capsys):
+    about = {"judge": "golden", "checkpoint": "x.ckpt", "precision": "32"}
+    one = job(tmp_path, judge=judge, num_samples=3, about=about)
     report = one.run()
+    said = capsys.readouterr().out
+    assert "steps first_hitting, nucleus 1.0, precision 32, draws float32, seed 1" in said
+    assert f"generative perplexity {report['gen_ppl']:,.2f} (judge: golden)" in said
     rows = read(one)
     scores = judge.score([r["samples"] for r in rows])
     for row, score in zip(rows, scores, strict=True):
