@@ -65,28 +65,30 @@ def _split_block_diffusion(rule, queries, keys, segments, device) -> Attend:
     """
     length = keys // 2
     both = queries == keys
-    size = rule.block_size * max(1, CHUNK_TOKENS // rule.block_size)
-    chunks = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
+    size = min(rule.block_size * max(1, CHUNK_TOKENS // rule.block_size), length)
+    borders = [(start, min(start + size, length)) for start in range(0, length, size)]
+    masks = []
+    for start, stop in borders:
         noised = torch.arange(start, stop, device=device)
         q = torch.cat([noised, noised + length]) if both else noised
         k = torch.cat([noised, torch.arange(length, length + stop, device=device)])
-        chunks.append((start, stop, dense_mask(rule, q, k, keys, segments)))
+        masks.append(dense_mask(rule, q, k, keys, segments))
+    sizes = [stop - start for start, stop in borders]
+    count = len(sizes)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # split, never slice: the backward pass of a slice fills a whole tensor with zeros
+        q = q.split(sizes * 2 if both else sizes, 2)
+        k, v = k.split(sizes * 2, 2), v.split(sizes * 2, 2)
         noised, clean = [], []
-        for start, stop, mask in chunks:
-            asked = q[:, :, start:stop]
-            if both:
-                asked = torch.cat([asked, q[:, :, length + start : length + stop]], 2)
-            seen = [
-                torch.cat([x[:, :, start:stop], x[:, :, length : length + stop]], 2) for x in (k, v)
-            ]
-            out = F.scaled_dot_product_attention(asked, *seen, attn_mask=mask)
-            noised.append(out[:, :, : stop - start])
-            clean.append(out[:, :, stop - start :])
-        return torch.cat(noised + clean if both else noised, 2)
+        for i, mask in enumerate(masks):
+            asked = torch.cat([q[i], q[count + i]], 2) if both else q[i]
+            seen = (torch.cat([x[i], *x[count : count + i + 1]], 2) for x in (k, v))
+            out = F.scaled_dot_product_attention(asked, *seen, attn_mask=mask).transpose(1, 2)
+            parts = out.split(sizes[i], 1)
+            noised.append(parts[0])
+            clean += parts[1:]
+        return torch.cat(noised + clean, 1).transpose(1, 2)  # in memory [B, T, H, D], as read next
 
     return attend
 

@@ -23,15 +23,14 @@ MAX_PERIOD = 10_000
 
 
 class Norm(nn.Module):
-    """LayerNorm with a scale and no bias, computed in float32 whatever comes in."""
+    """LayerNorm with a scale and no bias, in float32 whatever comes in (also under autocast)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
 
 
 class Embedding(nn.Module):
@@ -77,11 +76,27 @@ class Rotary(nn.Module):
         return angles.cos().float().unsqueeze(-3), angles.sin().float().unsqueeze(-3)
 
 
+class _Rotate(torch.autograd.Function):
+    """Its own derivative with the angle turned round, so nothing is kept but the tables."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        a, b = x.chunk(2, -1)
+        turned = [torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)]
+        return torch.cat(turned, -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        a, b = grad.chunk(2, -1)
+        turned = [torch.addcmul(a * cos, b, sin), torch.addcmul(b * cos, a, sin, value=-1)]
+        return torch.cat(turned, -1).to(grad.dtype), None, None
+
+
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x [B, H, T, D] by the angles of its position."""
-    cos, sin = tables
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """Turn the pairs (i, i + D/2) of x [..., T, D] by the angles of its position, in float32."""
+    return _Rotate.apply(x, *tables)
 
 
 class Block(nn.Module):
@@ -106,24 +121,32 @@ class Block(nn.Module):
             return [None] * 6
         return list(self.adaLN_modulation(c)[:, None].chunk(6, -1))
 
-    def queries_keys_values(self, x: Tensor, asking: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, E] -> q of the first `asking` rows, k, v of all rows, each [B, H, ., D]."""
+    def queries_keys_values(
+        self, x: Tensor, asking: int, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, E] -> q of the first `asking` rows, k, v of all rows, each [B, H, ., D]; q, k
+        rotated."""
         if asking == x.shape[1]:
-            q, k, v = self.attn_qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
-        else:
-            width = x.shape[-1]
-            weight = self.attn_qkv.weight
-            q = F.linear(x[:, :asking], weight[:width]).unflatten(-1, (self.n_heads, -1))
-            k, v = F.linear(x, weight[width:]).unflatten(-1, (2, self.n_heads, -1)).unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            qkv = self._heads(self.attn_qkv(x), 3)  # [3, B, H, T, D]
+            qk, v = qkv.split((2, 1))
+            return *rotate(qk, tables).unbind(), v[0]
+        width = x.shape[-1]
+        weights = self.attn_qkv.weight.split((width, 2 * width))
+        q = self._heads(F.linear(x[:, :asking], weights[0]), 1)
+        k, v = self._heads(F.linear(x, weights[1]), 2).unbind()
+        asked = tuple(t[..., :asking, :] for t in tables)
+        return rotate(q[0], asked), rotate(k, tables), v
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """[B, T, parts * E] -> [parts, B, H, T, D]."""
+        return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, c, attend, tables, asking, read, layer):
         """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B *
         asking."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
-        q, k, v = self.queries_keys_values(_modulate(self.norm1(x), shift, scale), asking)
-        asked = tuple(t[..., :asking, :] for t in tables)
-        a = attend(layer, rotate(q, asked), rotate(k, tables), v)
+        q, k, v = self.queries_keys_values(_modulate(self.norm1(x), shift, scale), asking, tables)
+        a = attend(layer, q, k, v)
         a = a.transpose(1, 2).flatten(2)  # [B, asking, E]
         x = x[:, :asking]
         if read is not None:
@@ -131,9 +154,9 @@ class Block(nn.Module):
             parts = [gate, mlp_shift, mlp_scale, mlp_gate]
             gate, mlp_shift, mlp_scale, mlp_gate = (_of_rows(part, row) for part in parts)
             x, a = x.flatten(0, 1)[read], a.flatten(0, 1)[read]  # [M, E]
-        x = x + _gated(self._drop(self.attn_out(a)), gate)
+        x = _added(x, gate, self._drop(self.attn_out(a)))
         y = self.mlp(_modulate(self.norm2(x), mlp_shift, mlp_scale))
-        return x + _gated(self._drop(y), mlp_gate)
+        return _added(x, mlp_gate, self._drop(y))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -308,8 +331,9 @@ def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     return x if shift is None else torch.addcmul(shift, x, 1 + scale)
 
 
-def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else gate * x
+def _added(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
+    """The residual stream x and what a layer adds to it, gated."""
+    return x + y if gate is None else torch.addcmul(x, gate, y)
 
 
 def _of_rows(part: Tensor | None, row: Tensor | None) -> Tensor | None:
