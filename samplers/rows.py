@@ -63,6 +63,7 @@ class Rows:
         self.slots: list[Slot] = []
         self.x = torch.empty(0, settings.length + 1, dtype=torch.int64, device=device)
         self.cache = None
+        self.before: Tensor | None = None  # for who watches: the texts of the last question
         self.evaluations = 0
         first = [r for _, r in zip(range(settings.batch_size), requests, strict=False)]
         if first:

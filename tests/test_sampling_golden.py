@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import load, load_json
+from conftest import GOLDEN, load, load_json
 from networks import CHECKPOINTS, LOGITS, MASK, assert_within, recorded
 from sampling_tools import denoiser, recorded_denoiser, write
 
@@ -12,6 +12,7 @@ from samplers.analytic import next_log_probs, reverse_chances, staggered, total_
 from samplers.nucleus import nucleus
 from samplers.steps import STEPS, Event, Planned
 from samplers.stopping import ENTROPY_TOKENS, entropy, find_stop, low_entropy
+from writer import load as load_writer
 
 STEPS_GOLDEN = load_json("sampling/ddpm_update.json")
 RUNS = load_json("sampling/e2e.json")
@@ -106,7 +107,9 @@ def inject(monkeypatch, plans):
 FIRST_HITTING = [
     name
     for name, run in RUNS.items()
-    if run["out_shape"] and name.startswith(("bd3lm_fh", "mdlm_fh")) and run["n_updates"] < 100
+    if run["out_shape"]
+    and name.startswith(("bd3lm_fh", "mdlm_fh", "hf_fh"))
+    and run["n_updates"] < 100
 ]
 
 
@@ -116,8 +119,12 @@ def test_first_hitting_writes_the_recorded_text(monkeypatch, name, cached):
     """Left out: the reference's cache with block size 1, which forgets BOS, and its cache past the
     window, which is another function than ours (reference-quirks.md)."""
     entry = RUNS[name]
-    size = CHECKPOINTS[entry["checkpoint"]]["block_size"]
-    algo, denoise = recorded_denoiser(entry["checkpoint"])
+    if name.startswith("hf"):
+        writer = load_writer(GOLDEN / "hf_export", tokenizer=str(GOLDEN / "tokenizer"))
+        algo, denoise, size = writer.algo, writer.denoise, entry["block_size"]
+    else:
+        size = CHECKPOINTS[entry["checkpoint"]]["block_size"]
+        algo, denoise = recorded_denoiser(entry["checkpoint"])
     if entry.get("equals_no_cache") is False:
         pytest.skip("the reference never stores BOS")
     if cached and (algo == "mdlm" or "window" in name):
@@ -125,7 +132,8 @@ def test_first_hitting_writes_the_recorded_text(monkeypatch, name, cached):
     if name == "bd3lm_fh_window_kv":
         pytest.skip("the reference's cache mixes evicted blocks in")
     length = entry["out_shape"][1]
-    context = int(entry["note"].split("=")[1]) if "=" in entry["note"] else 1024
+    note = entry.get("note", "")
+    context = int(note.split("=")[1]) if "=" in note else 1024
     block = size if algo == "bamdlm" else length
     windows = [(s, range(max(s, 1), s + block)) for s in range(0, length, block)]
     windows = [w for w in windows if len(w[1])]
