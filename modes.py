@@ -35,6 +35,7 @@ from noise_schedule import get_schedule
 from prompts import encode_prompts, read_prompts
 from sample_file import SampleFile
 from samplers import Settings
+from signals import Signals
 from tokenizer import Tokenizer
 from utils import rank, say
 
@@ -57,16 +58,18 @@ def prepare_train(config: Config) -> Callable[[], None]:
         start_from(module, pretrained, config)
     data = build_data(config, tokenizer, train=True)
     run_folder = Path(config.checkpointing.save_dir)
-    trainer = build_trainer(config, loggers=training_logs(config))
+    signals = Signals()
+    trainer = build_trainer(config, loggers=training_logs(config), signals=signals)
 
     def run() -> None:
         if rank() == 0:
             settings.write_settings(config)
         if resume is not None:
             data.start_at(examples_seen(resume, config), resume.step)
-            say(f"going on from step {resume.step:,} of {config.checkpointing.resume_ckpt_path}")
+            say(f"going on from step {resume.step:,} of {resume.source}")
         say(f"run folder: {run_folder}")
-        path = None if resume is None else config.checkpointing.resume_ckpt_path
+        signals.listen()
+        path = None if resume is None else resume.source
         trainer.fit(module, datamodule=data, ckpt_path=path)
 
     return run
@@ -93,11 +96,10 @@ def trained_module(
     """The module with the weights of eval.checkpoint_path, averaged unless eval.disable_ema."""
     checkpoint = checkpoints.read(config.eval.checkpoint_path)
     backbone = build_backbone(config, tokenizer, checkpoint)
-    averaged = not config.eval.disable_ema and checkpoint.ema is not None
     checkpoints.load_into(
         backbone,
         checkpoint,
-        use_ema=averaged,
+        use_ema=not config.eval.disable_ema,
         algo=config.algo.name,
         block_size=config.block_size if config.algo.name == "bamdlm" else None,
     )

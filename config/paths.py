@@ -14,7 +14,7 @@ from config.schema import Config
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 HF_DIT = "algo.backbone=hf_dit needs an exported folder or a hub id"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*(@[\w./-]+)?)?")
 
 
 def is_hub_id(name: str) -> bool:

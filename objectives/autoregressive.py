@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.denoiser import Denoiser
 from models.masks import Causal
 
-from .block_diffusion import Denoiser, _without_first
 from .head import cross_entropy, head_loss
-from .loss import TokenLoss
+from .loss import TokenLoss, without_first
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Autoregressive:
     ) -> TokenLoss:
         """x0, attention_mask, segments [B, L]; the result is [B, L - 1], about tokens 1 .. L -
         1."""
-        counted = _without_first(attention_mask[:, 1:], self.ignore_bos and not training)
+        counted = without_first(attention_mask[:, 1:], self.ignore_bos and not training)
         seen = None if segments is None else segments[:, :-1]
         hidden = backbone.hidden(x0[:, :-1], rule=Causal(), segments=seen).flatten(0, 1)
         factors = (counted / counted.sum()).flatten()

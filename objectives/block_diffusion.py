@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.cache import KVCache
-from models.masks import BlockCausal, BlockDiffusion, Full, Rule
+from models.denoiser import Denoiser
+from models.masks import BlockCausal, BlockDiffusion, Full
 from noise_schedule import EPS, Noise, Schedule
 
 from .corruption import (
@@ -26,7 +26,7 @@ from .corruption import (
     times,
 )
 from .head import cross_entropy, head_loss
-from .loss import TokenLoss, scattered
+from .loss import TokenLoss, scattered, without_first
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class MaskedDiffusion:
     def counted(self, attention_mask: Tensor, training: bool) -> Tensor:
         """Which tokens enter the mean. Position 0 stays in the training mean (as published), not in
         evaluation."""
-        return _without_first(attention_mask, self.ignore_bos and not training)
+        return without_first(attention_mask, self.ignore_bos and not training)
 
     def loss(
         self,
@@ -117,41 +117,7 @@ class MaskedDiffusion:
         rule = BlockDiffusion(self.block_size)
         return backbone.hidden(tokens, rule=rule, segments=segments, read=read)
 
-    def denoiser(self, backbone, *, whole_window: bool) -> "Denoiser":
+    def denoiser(self, backbone, *, whole_window: bool) -> Denoiser:
         """The questions samplers ask. whole_window: mdlm, the visible window is one block."""
         rule = Full() if whole_window else BlockCausal(self.block_size)
         return Denoiser(backbone, self.mask_id, self.block_size, rule)
-
-
-@dataclass(frozen=True)
-class Denoiser:
-    """p(x0 | visible tokens) at chosen positions, from the network."""
-
-    backbone: torch.nn.Module
-    mask_id: int
-    block_size: int
-    rule: Rule
-
-    def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32
-        [B, R, V].
-
-        Without a cache the tokens are all that is visible; with one they stand behind its committed
-        tokens.
-        """
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-        rule = self.rule if cache is None else cache.rule
-        hidden = self.backbone.hidden(tokens, rule=rule, cache=cache, read=(rows + read).flatten())
-        logits = self.backbone.logits(hidden).float()
-        logits[:, self.mask_id] = -torch.inf
-        return logits.log_softmax(-1).view(*read.shape, logits.shape[-1])
-
-    def new_cache(self, batch: int, window: int) -> KVCache:
-        return self.backbone.new_cache(batch, window, self.block_size)
-
-
-def _without_first(attention_mask: Tensor, drop: bool) -> Tensor:
-    counted = attention_mask.to(torch.float32, copy=True)
-    if drop:
-        counted[:, 0] = 0
-    return counted

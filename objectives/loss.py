@@ -24,3 +24,11 @@ def scattered(nats: Tensor, read: Tensor, like: Tensor) -> Tensor:
     """nats [M] at the flat indices `read`, 0 elsewhere, in the shape of `like` [B, L]."""
     out = torch.zeros(like.numel(), dtype=nats.dtype, device=nats.device)
     return out.index_copy_(0, read, nats).view(like.shape)
+
+
+def without_first(attention_mask: Tensor, drop: bool) -> Tensor:
+    """The counted tokens as float32, in a tensor of their own; position 0 left out with `drop`."""
+    counted = attention_mask.to(torch.float32, copy=True)
+    if drop:
+        counted[:, 0] = 0
+    return counted

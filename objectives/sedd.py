@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.denoiser import Score
 from models.masks import Full
-from noise_schedule import SIGMA_MAX, Schedule
+from noise_schedule import Schedule
 
-from .block_diffusion import _without_first
 from .corruption import Draws, Interval, hidden_independently, hide, times
 from .head import head_loss, wide_dtype
-from .loss import TokenLoss, scattered
+from .loss import TokenLoss, scattered, without_first
 
 
 def score_entropy(
@@ -53,7 +53,7 @@ class ScoreEntropy:
         return hide(x0, hidden, self.mask_id, self.ignore_bos), t
 
     def counted(self, attention_mask: Tensor, training: bool) -> Tensor:
-        return _without_first(attention_mask, self.ignore_bos and not training)
+        return without_first(attention_mask, self.ignore_bos and not training)
 
     def loss(
         self,
@@ -98,25 +98,5 @@ class ScoreEntropy:
         nats = scattered(head.nats, read, x0) * weight * counted
         return TokenLoss(nats=nats, counted=counted, mean=head.total)
 
-    def denoiser(self, backbone) -> "Score":
+    def denoiser(self, backbone) -> Score:
         return Score(backbone, self.mask_id, self.time_conditioning)
-
-
-@dataclass(frozen=True)
-class Score:
-    """log score(y) at every position, from the network."""
-
-    backbone: torch.nn.Module
-    mask_id: int
-    time_conditioning: bool = True
-    sigma_max: float = SIGMA_MAX
-
-    def __call__(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """tokens [B, L], sigma [B] -> log-score float32 [B, L, V], 0 at the token seen. Only hidden
-        positions mean something: a visible token never changes."""
-        seen = sigma if self.time_conditioning else None
-        hidden = self.backbone.hidden(tokens, seen, rule=Full())
-        logits = self.backbone.logits(hidden, seen).float()
-        shift = torch.expm1(sigma).log() + math.log(logits.shape[-1] - 1)
-        log_score = logits - shift[:, None, None]
-        return log_score.scatter(-1, tokens[..., None], 0.0)

@@ -42,8 +42,12 @@ WITH_LIGHTNING = {
     "checkpoint_io",
     "build",
     "fitting",
+    "modes",
     "progress",
     "run_log",
+    "health",
+    "saving",
+    "sharding",
 }
 MAY_MEET_PICKLES = {"unpickling", "torch_zip"}
 
