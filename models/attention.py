@@ -24,6 +24,15 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Queries taken at a time by the split form: smaller wastes calls, larger computes what is masked.
 CHUNK_TOKENS = 128
+SHARED_MEMORY = 128 << 10  # bytes per block that torch's default tiles of FlexAttention may need
+SMALL_TILES = {
+    "BLOCK_M": 64,
+    "BLOCK_N": 64,
+    "BLOCK_M1": 32,
+    "BLOCK_N1": 64,
+    "BLOCK_M2": 64,
+    "BLOCK_N2": 32,
+}
 
 
 def dense_mask(
@@ -100,15 +109,33 @@ def flex(
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = _block_mask(rule, queries, keys, segments, device)
-    run = flex_attention if device.type == "cpu" else _compiled_flex()
-    return lambda q, k, v: run(q, k, v, block_mask=mask)
+    if device.type == "cpu":
+        return lambda q, k, v: flex_attention(q, k, v, block_mask=mask)
+    options = _kernel_options(device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # part of a larger graph
+            return flex_attention(q, k, v, block_mask=mask, kernel_options=options)
+        for x in (q, k, v):  # a short last batch must not compile anew
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return _compiled_flex()(q, k, v, block_mask=mask, kernel_options=options)
+
+    return attend
 
 
 @functools.cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def _kernel_options(device: torch.device) -> dict | None:
+    """Tiles that fit GPUs with 99 KB of shared memory per block (GeForce, L4, A10); else torch's
+    own choice."""
+    properties = torch.cuda.get_device_properties(device)
+    return SMALL_TILES if properties.shared_memory_per_block_optin < SHARED_MEMORY else None
 
 
 def _block_mask(rule, queries, keys, segments, device):

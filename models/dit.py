@@ -7,6 +7,7 @@ tensor kept between calls, no knowledge of the algorithm. Parameter names are th
 checkpoints.
 """
 
+import functools
 import math
 
 import torch
@@ -141,12 +142,12 @@ class Block(nn.Module):
         """[B, T, parts * E] -> [parts, B, H, T, D]."""
         return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, c, attend, tables, asking, read, layer):
+    def forward(self, x, c, attend, tables, asking, read):
         """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B *
         asking."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
         q, k, v = self.queries_keys_values(_modulate(self.norm1(x), shift, scale), asking, tables)
-        a = attend(layer, q, k, v)
+        a = attend(q, k, v)
         a = a.transpose(1, 2).flatten(2)  # [B, asking, E]
         x = x[:, :asking]
         if read is not None:
@@ -185,7 +186,11 @@ class DiT(nn.Module):
         dropout: float = 0.1,
         adaln: bool = True,
         attn_backend: str = "sdpa",
+        compile: bool = False,
     ):
+        """compile: the blocks, by torch.compile; one graph serves them all. The last one stays as
+        it is where the number of rows read from it changes from step to step, and so do passes with
+        a cache, whose shapes change."""
         super().__init__()
         if hidden_size % n_heads or hidden_size // n_heads % 2:
             raise ValueError(
@@ -193,6 +198,7 @@ class DiT(nn.Module):
                 f" model.n_heads={n_heads}"
             )
         self.prepare_attention = get_backend(attn_backend)
+        self.run_block = torch.compile(_run_block) if compile else _run_block
         self.adaln, self.head_width = adaln, hidden_size // n_heads
         self.vocab_embed = Embedding(vocab_size, hidden_size)
         if adaln:
@@ -233,34 +239,29 @@ class DiT(nn.Module):
             period = length // 2 if noised_only else length
             positions = torch.arange(length, device=tokens.device) % period
         if cache is None:
-            attend, attend_last = self._uncached(rule, length, segments, tokens.device)
+            attends = self._uncached(rule, length, segments, tokens.device)
+            run = self.run_block
         else:
-            attend, positions = self._cached(rule, cache, length)
-            attend_last = attend
+            attends, positions = self._cached(rule, cache, length)
+            run = _run_block
         tables = self.rotary_emb(positions)
         c = self.conditioning(sigma)
         x = self.vocab_embed(tokens)
-        last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            if layer < last:
-                x = block(x, c, attend, tables, length, None, layer)
-            else:
-                asking = length // 2 if noised_only else length
-                x = block(x, c, attend_last, tables, asking, read, layer)
-        return x
+        for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
+            x = run(block, x, c, attend, tables, length, None)
+        asking = length // 2 if noised_only else length
+        run = run if read is None else _run_block
+        return run(self.blocks[-1], x, c, attends[-1], tables, asking, read)
 
-    def _uncached(self, rule, length, segments, device):
-        """The attention of the inner layers and of the last one, which asks for fewer rows."""
+    def _uncached(self, rule, length, segments, device) -> list:
+        """The attention of each layer: all alike but the last, which may ask for fewer rows."""
         inner = self.prepare_attention(rule, length, length, segments, device)
         final = inner
         if isinstance(rule, BlockDiffusion):
             final = self.prepare_attention(rule, length // 2, length, segments, device)
-        return (
-            lambda layer, q, k, v: inner(q, k, v),
-            lambda layer, q, k, v: final(q, k, v),
-        )
+        return [inner] * (len(self.blocks) - 1) + [final]
 
-    def _cached(self, rule, cache, length):
+    def _cached(self, rule, cache, length) -> tuple[list, Tensor]:
         if rule != cache.rule:
             raise ValueError(f"this cache was made for {cache.rule}, the pass asks for {rule}")
         step = cache.begin(length)
@@ -271,7 +272,8 @@ class DiT(nn.Module):
                 q, k.to(q.dtype), v.to(q.dtype), attn_mask=step.visible
             )
 
-        return attend, step.positions
+        layers = range(len(self.blocks))
+        return [functools.partial(attend, layer) for layer in layers], step.positions
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
         """What modulates the blocks, [B or 1, cond_dim]; one row when sigma is 0 everywhere."""
@@ -319,6 +321,10 @@ class DiT(nn.Module):
             uniform=0,
             rule=rule,
         )
+
+
+def _run_block(block: Block, *arguments) -> Tensor:
+    return block(*arguments)
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:
