@@ -57,7 +57,7 @@ def data(batch_size=4, valid=10):
     )
 
 
-def module(algo, *, ema=0.9, dropout=0.0, widths=(), exact=False, block=None, fix=False):
+def module(algo, *, ema=0.9, dropout=0.0, widths=(), exact=False, block=None, fix=False, eps=1e-8):
     objective = ALGORITHMS[algo]()
     if block:
         objective = MaskedDiffusion(MASK, block, get_schedule("loglinear"))
@@ -79,7 +79,7 @@ def module(algo, *, ema=0.9, dropout=0.0, widths=(), exact=False, block=None, fi
         optimizer=OptimizerSettings(
             lr=1e-2,
             betas=(0.9, 0.999),
-            eps=1e-8,
+            eps=eps,
             weight_decay=0.0,
             lr_factor=functools.partial(constant_warmup, warmup_steps=2),
         ),
@@ -142,11 +142,11 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(algo, tmp_path):
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_the_split_into_micro_batches_does_not_change_a_run(algo, tmp_path):
     """Noise and data are functions of the place in the stream. What is left is the order of
-    summation, which Adam amplifies where a gradient is near zero."""
-    one = trained(algo, tmp_path, 4, batch_size=8)
-    four = trained(algo, tmp_path, 4, batch_size=2)
+    summation; Adam's eps is raised, because its first steps amplify rounding near zero gradients."""
+    one = trained(algo, tmp_path, 4, batch_size=8, eps=1e-3)
+    four = trained(algo, tmp_path, 4, batch_size=2, eps=1e-3)
     for ours, theirs in zip(one.backbone.parameters(), four.backbone.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def validated(m, **kwargs):
