@@ -142,7 +142,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(algo, tmp_path):
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_the_split_into_micro_batches_does_not_change_a_run(algo, tmp_path):
     """Noise and data are functions of the place in the stream. What is left is the order of
-    summation; Adam's eps is raised, because its first steps amplify rounding near zero gradients."""
+    summation. Adam's eps is raised: its first steps amplify rounding where gradients are near 0."""
     one = trained(algo, tmp_path, 4, batch_size=8, eps=1e-3)
     four = trained(algo, tmp_path, 4, batch_size=2, eps=1e-3)
     for ours, theirs in zip(one.backbone.parameters(), four.backbone.parameters(), strict=True):
