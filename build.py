@@ -3,10 +3,14 @@ only files that read the configuration of a run."""
 
 import dataclasses
 
+import torch
+
 import checkpoints
 from config import Config
 from dataloader import DataModule, get_rows
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
+from flops import Shape
+from health import StepHealth
 from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
@@ -48,7 +52,7 @@ def build_backbone(
             "adaln": config.algo.name != "ar" or model.adaln,
         }
     sizes["dropout"] = model.dropout
-    return DiT(**sizes, attn_backend=model.attn_backend)
+    return DiT(**sizes, attn_backend=model.attn_backend, compile=model.compile)
 
 
 def build_objective(
@@ -112,6 +116,7 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
         else None,
         exact_nll=algo.name == "bamdlm" and config.block_size == 1 and training.eval_nll,
         pad_apart=not config.data.wrap,
+        health=StepHealth(training.max_bad_steps, config.checkpointing.save_dir),
         description={
             "config": dataclasses.asdict(config),
             "tokenizer": {
@@ -133,6 +138,26 @@ def start_from(module: Diffusion, checkpoint: checkpoints.Checkpoint, config: Co
     if module.ema is not None:
         weights = {name: p.detach() for name, p in module.named_weights()}
         module.ema.load(taken.ema or weights, taken.ema_updates)
+
+
+def build_shape(config: Config, vocab_size: int) -> Shape:
+    """What the cost of training depends on."""
+    algo, training = config.algo, config.training
+    lo, hi = training.sampling_eps_min, training.sampling_eps_max
+    share = 1.0
+    if algo.name != "ar":
+        times = torch.linspace(lo, hi, 1001, dtype=torch.float64)
+        schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
+        share = float(schedule(times).p.mean())
+    return Shape(
+        algo=algo.name,
+        hidden_size=config.model.hidden_size,
+        n_blocks=config.model.n_blocks,
+        vocab_size=vocab_size,
+        length=config.model.length,
+        block_size=config.block_size,
+        hidden_share=share,
+    )
 
 
 def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModule:

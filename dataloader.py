@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 import corpora
 import detokenizers
 import rows
+import signals
 from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
 from packing import Shape
 from randomness import uniform
@@ -190,10 +191,16 @@ class DataModule(LightningDataModule):
             examples,
             batch_sampler=batches,
             collate_fn=_as_it_is,
+            worker_init_fn=_deaf,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
         )
+
+
+def _deaf(worker: int) -> None:
+    """A signal to the whole job must not end the workers while the last steps are made."""
+    signals.ignore()
 
 
 def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+import loop_state
+import sharding
+from health import StepHealth
 from metrics import Likelihood, LikelihoodMeter
 from models.ema import EMA
 from objectives import clipping
@@ -23,9 +26,11 @@ from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT, Draws, Interval, draw_examples
 from objectives.loss import TokenLoss
 from objectives.sedd import ScoreEntropy
+from randomness import hashed
 from utils import say
 
 VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
+DROPOUT_SEED = 0xD20  # the same for what torch's generator gives
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Diffusion(L.LightningModule):
         clip: ClippingSettings | None = None,
         exact_nll: bool = False,
         pad_apart: bool = False,
+        health: StepHealth | None = None,
         description: dict | None = None,
     ):
         super().__init__()
@@ -90,6 +96,7 @@ class Diffusion(L.LightningModule):
         self.clip = clip
         self.exact_nll = exact_nll
         self.pad_apart = pad_apart
+        self.health = health or StepHealth()
         self.description = description or {}
         self.interval = noise.interval
         if clip is not None:
@@ -99,9 +106,27 @@ class Diffusion(L.LightningModule):
         self.averaged = False  # whether the EMA weights are in place of the raw ones
         self.meter = LikelihoodMeter()
         self.search: clipping.Search | None = None
+        self.validated_at = 0  # the step of the last validation
 
     def named_weights(self):
         return self.backbone.named_parameters()
+
+    def averaged_weights(self):
+        """What the EMA follows: with fsdp this rank's part of every weight."""
+        return [(name, sharding.part(p)) for name, p in self.named_weights()]
+
+    def configure_model(self) -> None:
+        """With strategy=fsdp: share the network out, and its average in the same way."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, sharding.Sharded) or sharding.is_sharded(self.backbone):
+            return
+        sharding.shard(self.backbone, strategy.device_mesh["data_parallel"])
+        if self.ema is not None:
+            like = dict(self.named_weights())
+            self.ema.shadow = {
+                name: sharding.part_of(average, like[name]).clone()
+                for name, average in self.ema.shadow.items()
+            }
 
     # ---- one step -----------------------------------------------------------------------------
 
@@ -127,9 +152,14 @@ class Diffusion(L.LightningModule):
         )
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        # dropout, too, is a function of the place in the stream
+        torch.manual_seed(int(hashed(self.noise.seed + DROPOUT_SEED, int(batch["row"][0]))))
         draws = self._draws(batch, self.noise.seed, self.noise.global_batch)
         loss = self.token_loss(batch, self.interval, draws, training=True)
+        self.health.saw(batch, loss.mean)
         self.log("trainer/loss", loss.mean.detach(), on_step=True, sync_dist=self._several())
+        if self.health.bad_steps:
+            self.log("trainer/bad_steps", float(self.health.bad_steps), on_step=True)
         return loss.mean
 
     def _draws(self, batch: dict, seed: int, global_batch: int) -> Draws | None:
@@ -162,7 +192,7 @@ class Diffusion(L.LightningModule):
     # ---- validation ---------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._average(True)
+        self.average(True)
         self.meter = LikelihoodMeter()
         self.search = None
         fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
@@ -198,7 +228,9 @@ class Diffusion(L.LightningModule):
         return clipping.variance(means)
 
     def on_validation_epoch_end(self) -> None:
-        self._average(False)
+        self.average(False)
+        if not self.trainer.sanity_checking:
+            self.validated_at = self.trainer.global_step
         result = self.likelihood()
         self.log_dict(
             {
@@ -233,14 +265,16 @@ class Diffusion(L.LightningModule):
         self.sampling_eps_min.fill_(interval[0])
         self.sampling_eps_max.fill_(interval[1])
 
-    def _average(self, on: bool) -> None:
+    def average(self, on: bool) -> None:
         """Put the EMA weights in place, or the raw ones back."""
         if self.ema is not None and on != self.averaged:
-            self.ema.swap(self.named_weights())
+            self.ema.swap(self.averaged_weights())
             self.averaged = on
+            if sharding.is_sharded(self.backbone):
+                self.backbone.reshard()  # what was put together before the exchange is stale
 
     def on_exception(self, exception: BaseException) -> None:
-        self._average(False)
+        self.average(False)
 
     # ---- optimizer ----------------------------------------------------------------------------
 
@@ -258,8 +292,17 @@ class Diffusion(L.LightningModule):
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.named_weights())
+        if self.ema is not None and not self.health.skipped:
+            self.ema.update(self.averaged_weights())
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        """Clip, or where loss or gradient are not finite leave the step out."""
+        named = [(name, p) for name, p in self.named_weights() if p.grad is not None]
+        self.health.inspect(self.trainer, named)
+        if not self.health.skipped:
+            self.health.clip(named, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         if self.ema is not None:
@@ -274,28 +317,70 @@ class Diffusion(L.LightningModule):
             checkpoint["ema"] = {
                 "decay": self.ema.decay,
                 "num_updates": self.ema.num_updates,
-                "shadow_params": list(self.ema.shadow.values()),
+                "shadow_params": [
+                    sharding.whole_of(self.ema.shadow[name], p) for name, p in self.named_weights()
+                ],
             }
         if self.clip is not None:
             checkpoint["sampling_eps_min"] = self.sampling_eps_min.clone()
             checkpoint["sampling_eps_max"] = self.sampling_eps_max.clone()
+        if self._endless():
+            at = self.trainer.global_step
+            loop_state.place(
+                checkpoint["loops"],
+                step=at,
+                accumulate=self.trainer.accumulate_grad_batches,
+                validation=self._validation(at, pending=self.validated_at != at),
+            )
         # The authors' code restores its data order from a generator; ours is (seed, examples seen).
         checkpoint["sampler"] = {
             "random_state": torch.Generator().manual_seed(self.noise.seed).get_state(),
             "examples_seen": self.trainer.global_step * self.noise.global_batch,
         }
 
+    def _endless(self) -> bool:
+        """Whether the training data are one epoch without end, as they are unless limited."""
+        return not isinstance(self.trainer.limit_train_batches, int)
+
+    def _validation(self, step: int, *, pending: bool) -> str:
+        """What loop_state is to note of the validation after `step`."""
+        t = self.trainer
+        every = t.val_check_interval if t.check_val_every_n_epoch is None else None
+        follows = isinstance(every, int) and t.limit_val_batches and step
+        if not follows or step * t.accumulate_grad_batches % every:
+            return loop_state.NOTHING
+        return loop_state.DUE if pending else loop_state.DONE
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and self._endless():
+            step, pending = (
+                checkpoint["global_step"],
+                loop_state.validation_due(checkpoint["loops"]),
+            )
+            validation = self._validation(step, pending=pending)
+            loop_state.place(
+                checkpoint["loops"],
+                step=step,
+                accumulate=self.trainer.accumulate_grad_batches,
+                validation=validation,
+            )
+            self.validated_at = -1 if validation == loop_state.DUE else step
         if self.clip is not None:
             bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
             # float32 buffers: 0.45 is stored as 0.44999999
             self._set_interval((round(float(bounds[0]), 6), round(float(bounds[1]), 6)))
         if self.ema is not None and "ema" in checkpoint:
             ema = checkpoint["ema"]
-            names = [name for name, _ in self.named_weights()]
-            self.ema.load(dict(zip(names, ema["shadow_params"], strict=True)), ema["num_updates"])
+            averages = zip(self.named_weights(), ema["shadow_params"], strict=True)
+            parts = {name: sharding.part_of(average, p) for (name, p), average in averages}
+            self.ema.load(parts, ema["num_updates"])
         elif self.ema is not None:
             say("the checkpoint has no EMA: the average starts at its weights")
+            weights, like = checkpoint["state_dict"], dict(self.named_weights())
             self.ema.load(
-                {n: checkpoint["state_dict"][f"backbone.{n}"] for n in self.ema.shadow}, 0
+                {
+                    name: sharding.part_of(weights[f"backbone.{name}"], like[name])
+                    for name in self.ema.shadow
+                },
+                0,
             )

@@ -5,30 +5,35 @@ import os
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from fsspec.core import url_to_fs
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 
 import checkpoints
 import config as settings
-from checkpoint_io import SafeCheckpointIO
 from config import Config
+from health import RankFailure, StallWatch
 from progress import RunProgress
 from run_log import CSVLog
+from saving import LAST, BestCheckpoint, CarefulIO, StepCheckpoints, steps_in
+from sharding import Sharded
+from signals import Signals
 from utils import say
 
 
-def build_trainer(config: Config, *, loggers: list) -> L.Trainer:
-    t = config.trainer
+def build_trainer(config: Config, *, loggers: list, signals: Signals | None = None) -> L.Trainer:
+    """`signals`: what tells training to stop; the caller lets it listen."""
+    t, io = config.trainer, CarefulIO()
     several = t.devices * t.num_nodes > 1
     training = config.mode == "train"
     callbacks = [RunProgress()] if t.enable_progress_bar else []
     if training:
-        callbacks += training_callbacks(config, loggers)
-    return L.Trainer(
+        callbacks += training_callbacks(config, loggers, io, signals or Signals())
+    trainer = L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,
         num_nodes=t.num_nodes,
-        strategy=STRATEGIES[config.strategy.name] if several else "auto",
+        strategy=training_strategy(config) if several else "auto",
         precision=t.precision,
         max_steps=t.max_steps,
         max_time=t.max_time,
@@ -49,34 +54,48 @@ def build_trainer(config: Config, *, loggers: list) -> L.Trainer:
         detect_anomaly=t.detect_anomaly,
         callbacks=callbacks,
         logger=loggers or False,
-        plugins=[SafeCheckpointIO()],
+        plugins=[io],
         use_distributed_sampler=False,  # the data module shares out rows itself
         default_root_dir=config.checkpointing.save_dir,
     )
+    # Lightning's handlers save, requeue and talk to other devices from inside the handler
+    trainer._signal_connector.register_signal_handlers = _no_handlers
+    return trainer
 
 
-STRATEGIES = {"ddp": "ddp", "fsdp": "fsdp"}
+def _no_handlers() -> None:
+    """In place of Lightning's: signals are read between steps (saving.py)."""
 
 
-def training_callbacks(config: Config, loggers: list) -> list[L.Callback]:
-    wanted, folder = config.callbacks, Path(config.checkpointing.save_dir) / "checkpoints"
-    made = []
-    if config.trainer.enable_checkpointing and (every := wanted.checkpoint_every_n_steps):
+def training_strategy(config: Config) -> str | Sharded:
+    """fsdp is for training; an evaluation holds the network once per device."""
+    if config.strategy.name == "fsdp" and config.mode == "train":
+        return Sharded(config.trainer.devices * config.trainer.num_nodes)
+    return "ddp"
+
+
+def training_callbacks(
+    config: Config, loggers: list, io: CarefulIO, signals: Signals
+) -> list[L.Callback]:
+    wanted, c = config.callbacks, config.checkpointing
+    folder = f"{c.save_dir.rstrip('/')}/checkpoints"
+    made = [RankFailure(), StallWatch()]
+    if config.trainer.enable_checkpointing:
+        every = wanted.checkpoint_every_n_steps
         made.append(
-            ModelCheckpoint(
-                dirpath=folder,
-                filename="{step}",
-                monitor="step",
-                mode="max",
-                save_top_k=every.save_top_k,
-                every_n_train_steps=every.every_n_train_steps,
-                save_last=True,
-                enable_version_counter=False,
+            StepCheckpoints(
+                folder,
+                every.every_n_train_steps if every else 0,
+                keep_last=c.keep_last,
+                keep_every=c.keep_every,
+                io=io,
+                signals=signals,
+                stop_on_error=c.on_save_error == "stop",
             )
         )
     if config.trainer.enable_checkpointing and (best := wanted.checkpoint_monitor):
         made.append(
-            ModelCheckpoint(
+            BestCheckpoint(
                 dirpath=folder,
                 filename="best" if best.save_top_k == 1 else "best-{step}",
                 monitor=best.monitor,
@@ -129,17 +148,56 @@ def wandb_login(wandb) -> bool:
 
 def resume_point(config: Config) -> checkpoints.Checkpoint | None:
     """The checkpoint to go on from, or None; refuses one of a run with other shaping settings."""
-    c = config.checkpointing
-    if not c.resume_from_ckpt or not Path(c.resume_ckpt_path).exists():
+    if not config.checkpointing.resume_from_ckpt:
         return None
-    checkpoint = checkpoints.read(c.resume_ckpt_path)
+    checkpoint = newest_complete(config.checkpointing)
+    if checkpoint is None:
+        return None
     differing = differences(config, checkpoint)
     if differing:
         raise ValueError(
-            f"{c.resume_ckpt_path} belongs to a run with other settings: {'; '.join(differing)}."
+            f"{checkpoint.source} belongs to a run with other settings: {'; '.join(differing)}."
             " Give those, another checkpointing.save_dir, or checkpointing.resume_from_ckpt=false"
         )
     return checkpoint
+
+
+def newest_complete(c: settings.Checkpointing) -> checkpoints.Checkpoint | None:
+    """What checkpointing.resume_ckpt_path names; if that is the run's own last.ckpt and cannot be
+    read or is not the newest, the newest that can. None where there is no file at all."""
+    folder = f"{c.save_dir.rstrip('/')}/checkpoints"
+    last = c.resume_ckpt_path
+    if last != f"{folder}/{LAST}":
+        return checkpoints.read(last) if exists(last) else None
+    damaged, newest = [], None
+    if exists(last):
+        try:
+            newest = checkpoints.read(last)
+        except checkpoints.CheckpointError as error:
+            damaged.append(str(error))
+    for step in sorted(steps_in(folder), reverse=True):
+        if newest is not None and newest.step >= step:
+            break
+        try:
+            newest = checkpoints.read(f"{folder}/step={step}.ckpt")
+        except checkpoints.CheckpointError as error:
+            damaged.append(str(error))
+    best = f"{folder}/best.ckpt"
+    if newest is None and damaged and exists(best):
+        newest = checkpoints.read(best)
+    for problem in damaged:
+        say(f"not complete: {problem}")
+    if newest is None and damaged:
+        raise ValueError(
+            f"no checkpoint in {folder} can be read; delete them or give"
+            " checkpointing.resume_from_ckpt=false to start anew"
+        )
+    return newest
+
+
+def exists(path: str) -> bool:
+    fs, place = url_to_fs(path)
+    return fs.exists(place)
 
 
 def differences(config: Config, checkpoint: checkpoints.Checkpoint) -> list[str]:

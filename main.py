@@ -16,6 +16,8 @@ def main(argv: list[str]) -> int:
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
     import modes
+    from health import BadSteps
+    from saving import SaveError
 
     quiet()
     try:
@@ -24,7 +26,11 @@ def main(argv: list[str]) -> int:
         problem = error if isinstance(error, ConfigError) else ConfigError([str(error)])
         print(problem, file=sys.stderr)
         return 2
-    run()
+    try:
+        run()
+    except (SaveError, BadSteps) as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

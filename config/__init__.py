@@ -20,9 +20,10 @@ from config.defaults import (
     write_settings,
 )
 from config.rules import check
-from config.schema import Config
+from config.schema import Checkpointing, Config
 
 __all__ = [
+    "Checkpointing",
     "Config",
     "ConfigError",
     "check",
@@ -55,7 +56,7 @@ def _assemble(overrides: list[str]) -> tuple[Config | None, list[str], list[str]
     folder = run_dir(config)
     config = build(with_run_folder(values, folder))
     if (
-        config.mode != "train"
+        config.mode in ("ppl_eval", "sample_eval")
         and config.eval.checkpoint_path is None
         and config.algo.backbone == "dit"
     ):

@@ -40,7 +40,9 @@ NOT_SHAPING = {
     "algo.sampler",
     "data.cache_dir",
     "model.attn_backend",
+    "model.compile",
     "training.eval_nll",
+    "training.max_bad_steps",
 }
 SHAPING_SECTIONS = ("algo", "data", "model", "noise", "lr_scheduler", "optim", "training")
 SHAPING_KEYS = (

@@ -10,7 +10,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 STEPS = ("first_hitting", "ancestral", "confidence", "threshold", "remask")
 
 CHOICES = {
-    "mode": ("train", "ppl_eval", "sample_eval"),
+    "mode": ("train", "ppl_eval", "sample_eval", "plan"),
     "sampling.steps": STEPS,
     "sampling.confidence": ("probability", "margin", "entropy"),
     "sampling.dtype": ("float32", "float64"),
@@ -25,6 +25,7 @@ CHOICES = {
     "noise.type": ("loglinear", "cosine", "square", "square_root", "log"),
     "lr_scheduler.name": ("constant_warmup", "constant", "cosine_decay_warmup"),
     "strategy.name": ("ddp", "fsdp"),
+    "checkpointing.on_save_error": ("continue", "stop"),
     "callbacks.checkpoint_monitor.mode": ("min", "max"),
     "callbacks.learning_rate_monitor.logging_interval": ("step", "epoch"),
 }
@@ -57,6 +58,7 @@ RANGES = (
             "model.n_blocks",
             "model.n_heads",
             "callbacks.checkpoint_every_n_steps.every_n_train_steps",
+            "checkpointing.keep_every",
         ),
     ),
     (
@@ -65,6 +67,7 @@ RANGES = (
         0,
         (
             "loader.num_workers",
+            "training.max_bad_steps",
             "optim.weight_decay",
             "trainer.gradient_clip_val",
             "algo.T",
@@ -79,7 +82,7 @@ RANGES = (
         0,
         (
             "trainer.num_sanity_val_steps",
-            "callbacks.checkpoint_every_n_steps.save_top_k",
+            "checkpointing.keep_last",
             "callbacks.checkpoint_monitor.save_top_k",
         ),
     ),

@@ -3,8 +3,11 @@
 Each rule is a generator of sentences that name the setting as typed, its value and the way out.
 """
 
+import os
 import re
+import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from config.compose import build, flatten
 from config.defaults import has_flash_attn, needs_block_mask, visible_gpus
@@ -127,7 +130,7 @@ def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]
 
 def batches(config: Config) -> Iterator[str]:
     loader, trainer = config.loader, config.trainer
-    if config.mode != "train":
+    if config.mode not in ("train", "plan"):
         return
     devices = trainer.devices * trainer.num_nodes
     at_once = loader.batch_size * devices
@@ -158,11 +161,15 @@ def machine(config: Config) -> Iterator[str]:
             yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
     if trainer.precision.startswith("16") and not gpu:
         yield f"trainer.precision={trainer.precision} needs a GPU; a CPU can do bf16 and 32"
-    if config.strategy.name == "fsdp" and not gpu:
-        yield "strategy=fsdp needs GPUs; use strategy=ddp"
-    elif config.strategy.name == "fsdp" and trainer.devices * trainer.num_nodes == 1:
+    if config.strategy.name == "fsdp" and trainer.precision in ("16-mixed", "64-true"):
+        yield (
+            f"trainer.precision={trainer.precision} does not go with strategy=fsdp;"
+            " use bf16, 32, or strategy=ddp"
+        )
+    if config.strategy.name == "fsdp" and trainer.devices * trainer.num_nodes == 1:
         yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"
     yield from _attention(config, gpu)
+    yield from _compiled(config, gpu)
 
 
 def _attention(config: Config, gpu: bool) -> Iterator[str]:
@@ -186,6 +193,17 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
         yield f"model.attn_backend=flash_attn cannot hide padding (data.wrap=False); {way_out}"
     if config.mode == "sample_eval" and config.sampling.kv_cache:
         yield f"model.attn_backend=flash_attn does not serve sampling.kv_cache=True; {way_out}"
+
+
+def _compiled(config: Config, gpu: bool) -> Iterator[str]:
+    if not config.model.compile:
+        return
+    if config.strategy.name == "fsdp":
+        yield "model.compile=True does not go with strategy=fsdp, which hooks into every block"
+    if gpu and find_spec("triton") is None:
+        yield "model.compile=True: the package triton is not installed; use model.compile=False"
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        yield "model.compile=True needs a C++ compiler (g++, or $CXX); use model.compile=False"
 
 
 def optimization(config: Config) -> Iterator[str]:

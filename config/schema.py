@@ -64,6 +64,7 @@ class Training:
     resample: bool = doc("keep each block's masked share inside [eps_min, eps_max]")
     from_pretrained: str | None = doc("start from these weights: .ckpt, exported folder or hub id")
     eval_nll: bool = doc("with S = 1, validate the exact NLL")
+    max_bad_steps: int = doc("steps in a row left out for a loss or gradient not finite; then stop")
 
 
 @dataclass
@@ -157,6 +158,7 @@ class Model:
     dropout: float = doc("in [0, 1)")
     adaln: bool = doc("ar only: modulate by a timestep embedding as the others do")
     attn_backend: str = doc("sdpa, flex or flash_attn; auto: what algorithm and machine have")
+    compile: bool = doc("compile the blocks (a minute or two at the start); needs a compiler")
 
 
 @dataclass
@@ -180,7 +182,6 @@ class Strategy:
 @dataclass
 class CheckpointEveryNSteps:
     every_n_train_steps: int = doc("optimizer steps from one checkpoint to the next")
-    save_top_k: int = doc("newest of them kept besides last.ckpt; -1: all")
 
 
 @dataclass
@@ -209,6 +210,9 @@ class Checkpointing:
     save_dir: str = doc("folder of the run; ${cwd:} is outputs/<data>/<name>-<hash>")
     resume_from_ckpt: bool = doc("go on from resume_ckpt_path where it exists")
     resume_ckpt_path: str = doc("checkpoint to go on from")
+    keep_last: int = doc("newest step=N.ckpt kept; -1: all")
+    keep_every: int | None = doc("kept for good: those whose step is a multiple; null: none")
+    on_save_error: str = doc("continue training or stop when a checkpoint cannot be written")
 
 
 @dataclass
@@ -225,7 +229,7 @@ class WandB:
 
 @dataclass
 class Config:
-    mode: str = doc("train, ppl_eval or sample_eval")
+    mode: str = doc("train, ppl_eval, sample_eval, or plan: what training would cost")
     seed: int = doc("of weights, data order, noise and samples")
     block_size: int = doc("S, divides L; ar: 1")
     loader: Loader

@@ -1,0 +1,172 @@
+"""Steps that cannot be right, data that do not come: said, counted, and where asked for the end."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from signals import Stopped
+
+TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended
+STALL_SECONDS = 60.0  # without a batch, until a line says so
+
+
+class BadSteps(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+@dataclass
+class StepHealth:
+    """An optimizer step whose loss or gradient is not finite is left out: no weight, average or
+    moment changes.
+
+    `allowed` of them in a row are; one more ends the run. The batches go to `folder`, for a look.
+    """
+
+    allowed: int = 10
+    folder: str | None = None
+    bad_steps: int = 0  # since the process began
+    in_a_row: int = 0
+    skipped: bool = False  # the step at hand
+    norm: Tensor | None = None  # of its gradient
+    _batches: list[dict] = field(default_factory=list)
+    _losses: list[Tensor] = field(default_factory=list)
+
+    def saw(self, batch: dict, loss: Tensor) -> None:
+        """A micro-batch of the step at hand."""
+        self._batches.append(batch)
+        self._losses.append(loss.detach())
+
+    def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> None:
+        """Decide, over all devices together, whether the step is left out; drops its gradients."""
+        self.norm = nn.utils.get_total_norm([p.grad for _, p in named])
+        bad_loss = ~torch.isfinite(torch.stack(self._losses or [self.norm.new_zeros(())])).all()
+        bad = torch.stack([bad_loss, ~torch.isfinite(_whole(self.norm))]).float()
+        if trainer.world_size > 1:
+            bad = trainer.strategy.reduce(bad, reduce_op="sum")
+        loss_is_bad, gradient_is_bad = (x > 0 for x in bad.tolist())
+        batches, self._batches = self._batches, []
+        losses, self._losses = self._losses, []
+        self.skipped = loss_is_bad or gradient_is_bad
+        if not self.skipped:
+            self.in_a_row = 0
+            return
+        odd = [name for name, p in named if not bool(_whole(p.grad).isfinite().all())]
+        for _, p in named:
+            p.grad = None
+        if trainer.precision == "16-mixed" and not loss_is_bad:
+            return  # the scaler of float16 finds its scale this way
+        self.bad_steps += 1
+        self.in_a_row += 1
+        what = "loss" if loss_is_bad else "gradient"
+        message = f"step {trainer.global_step + 1:,} left out: its {what} is not finite"
+        if self.folder is not None and self.in_a_row <= self.allowed + 1:
+            name = f"step={trainer.global_step + 1}-rank={trainer.global_rank}.pt"
+            message += f" (batch in {self._keep(name, batches, losses, odd)})"
+        if trainer.is_global_zero:
+            print(f"{message}; {self.bad_steps} so far", file=sys.stderr, flush=True)
+        if self.in_a_row > self.allowed:
+            raise BadSteps(
+                f"{self.in_a_row} steps in a row had a {what} that is not finite, more than"
+                f" training.max_bad_steps={self.allowed}; first: {', '.join(odd[:3]) or 'the loss'}."
+                " The checkpoints are from before the first of them that is written. A lower"
+                " optim.lr or trainer.gradient_clip_val may help"
+            )
+
+    def _keep(self, name: str, batches: list[dict], losses: list[Tensor], odd: list[str]) -> str:
+        path = Path(self.folder) / "bad_steps" / name
+        kept = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
+        losses = [loss.cpu() for loss in losses]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"batches": kept, "losses": losses, "parameters": odd}, path)
+        except (OSError, RuntimeError) as error:
+            return f"no file: {error}"
+        return str(path)
+
+    def clip(self, named: list[tuple[str, Tensor]], limit: float | None, algorithm: str) -> None:
+        """trainer.gradient_clip_val by trainer.gradient_clip_algorithm (norm: as inspected)."""
+        parameters = [p for _, p in named]
+        if limit and algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, limit)
+        elif limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this rank holds a part (fsdp), else itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class RankFailure(L.Callback):
+    """Of a job of several processes: the traceback comes first, and the process ends with it.
+
+    Lightning's tidying up may wait for the other processes, and they for this one.
+    """
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        if trainer.world_size == 1 or isinstance(exception, Stopped | KeyboardInterrupt):
+            return
+        where = f"rank {trainer.global_rank} failed in step {trainer.global_step + 1:,}"
+        print(where, *traceback.format_exception(exception), sep="\n", file=sys.stderr, flush=True)
+        ending = threading.Timer(TIDY_SECONDS, os._exit, [1])
+        ending.daemon = True
+        ending.start()
+
+
+class StallWatch(L.Callback):
+    """Says when training has waited long for its next batch; it goes on waiting."""
+
+    def __init__(self, seconds: float = STALL_SECONDS):
+        self.seconds = seconds
+        self._since: float | None = None  # waiting since
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._done.clear()
+        self._since = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, args=(trainer,), daemon=True)
+        self._thread.start()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._since = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self._since = time.monotonic()
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self._since = None
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self._since = time.monotonic()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._done.set()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._done.set()
+
+    def _watch(self, trainer) -> None:
+        said = 0
+        while not self._done.wait(min(self.seconds / 4, 5.0)):
+            since = self._since
+            waited = 0.0 if since is None else time.monotonic() - since
+            said = said if waited >= self.seconds else 0
+            if waited >= self.seconds * (said + 1):
+                said += 1
+                print(
+                    f"rank {trainer.global_rank}, step {trainer.global_step + 1:,}: no batch from"
+                    f" the {trainer.datamodule.num_workers} data workers for {waited:.0f} s;"
+                    " data.cache_dir may lie on a slow disk, or a worker hangs",
+                    file=sys.stderr,
+                    flush=True,
+                )

@@ -1,0 +1,81 @@
+"""strategy=fsdp: weights, gradients, averages and optimizer state shared out over the devices (FSDP2).
+
+A checkpoint is the same single file as on one device; either reads the other's.
+"""
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, reading checkpoints as every other run does."""
+
+    def __init__(self, devices: int):
+        super().__init__(
+            data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+
+    def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
+        checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        states = checkpoint.get("optimizer_states", [])
+        for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
+            named = FullyShardedDataParallel.rekey_optim_state_dict(
+                state, OptimStateKeyType.PARAM_NAME, self.model
+            )
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return checkpoint
+
+
+def shard(backbone: nn.Module, mesh) -> None:
+    """Share out a backbone; its blocks are put together one at a time, the rest for a whole pass.
+
+    The objectives call `hidden` and `features`, not `forward`.
+    """
+    for block in backbone.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
+    for name in ("hidden", "features", "logits"):
+        register_fsdp_forward_method(backbone, name)
+
+
+def is_sharded(backbone: nn.Module) -> bool:
+    return isinstance(backbone, FSDPModule)
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(
+        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    ).to_local()
+
+
+def whole_of(mine: Tensor, like: Tensor) -> Tensor:
+    """The whole of which `mine` is this rank's part; every rank must ask."""
+    if not isinstance(like, DTensor):
+        return mine
+    joined = DTensor.from_local(
+        mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+    return joined.full_tensor().cpu()

@@ -1,0 +1,173 @@
+"""Runs of main.py as processes of their own: forked, so that nothing has to be imported again."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+import main
+
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "night",
+    "day",
+    "king",
+    "queen",
+    "love",
+    "war",
+    "time",
+    "and",
+    "the",
+    "of",
+]
+TIMEOUT = 120.0
+
+
+def write_text(path, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(0, len(WORDS), (count,), generator=generator).tolist()
+    path.write_text(" ".join(WORDS[i] for i in picked))
+    return path
+
+
+def tiny(folder: Path) -> list[str]:
+    """Overrides of a run that takes seconds: 10 steps of two micro-batches, dropout at work."""
+    return [
+        "data=files",
+        f"data.train={write_text(folder / 'train.txt', 2000, 1)}",
+        f"data.valid={write_text(folder / 'valid.txt', 60, 2)}",
+        "data.tokenizer_name_or_path=text8",
+        f"data.cache_dir={folder / 'cache'}",
+        "model=tiny",
+        "model.length=16",
+        "model.hidden_size=16",
+        "model.cond_dim=8",
+        "model.n_blocks=2",
+        "model.n_heads=2",
+        "model.dropout=0.2",
+        "loader.global_batch_size=8",
+        "loader.batch_size=4",
+        "loader.eval_batch_size=4",
+        "loader.num_workers=0",
+        "optim.lr=1e-2",
+        "lr_scheduler.num_warmup_steps=2",
+        "trainer.max_steps=10",
+        "trainer.val_check_interval=8",
+        "trainer.num_sanity_val_steps=0",
+        "trainer.log_every_n_steps=1",
+        "trainer.accelerator=cpu",
+        "trainer.enable_model_summary=false",
+        "callbacks.checkpoint_every_n_steps.every_n_train_steps=4",
+        "wandb=null",
+    ]
+
+
+ALGORITHMS = {
+    "ar": ["algo=ar"],
+    "bamdlm": ["algo=bamdlm", "block_size=4", "algo.clip_search_widths=[0.5]"],
+    "mdlm": ["algo=mdlm"],
+    "sedd": ["algo=sedd"],
+}
+
+
+class Run:
+    """One process. `before` is called in it ahead of main; `environment` is added to its own."""
+
+    def __init__(self, arguments, log: Path, *, before=None, environment=None):
+        self.log = log
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(arguments, before, environment or {})
+
+    def _child(self, arguments, before, environment):
+        status = 70
+        try:
+            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout = os.fdopen(1, "w", buffering=1)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            os.environ.update(environment)
+            torch.set_num_threads(1)
+            if before is not None:
+                before()
+            status = main.main(arguments)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=TIMEOUT) -> int:
+        """The exit code, negative for a signal."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"no end after {timeout} s:\n{self.text()}")
+
+    def wait_for(self, path, timeout=TIMEOUT):
+        end = time.monotonic() + timeout
+        while not Path(path).exists():
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.005)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def run(arguments, log: Path, **kwargs) -> tuple[int, str]:
+    """A run from start to end: its exit code, and what it printed."""
+    begin = log.stat().st_size if log.exists() else 0
+    process = Run(arguments, log, **kwargs)
+    return process.wait(), log.read_bytes()[begin:].decode()
+
+
+def ranks(count: int, arguments, log: Path, *, before=None) -> list[Run]:
+    """A run of `count` processes, as torchrun would start them. `before` is told the rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs = []
+    for rank in range(count):
+        environment = {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "GROUP_RANK": "0",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        step = None if before is None else lambda rank=rank: before(rank)
+        place = log.with_name(f"{log.stem}-{rank}{log.suffix}")
+        runs.append(Run(arguments, place, before=step, environment=environment))
+    return runs
+
+
+def finish(runs: list[Run], timeout=TIMEOUT) -> list[int]:
+    return [each.wait(timeout) for each in runs]
