@@ -140,7 +140,7 @@ def start_from(module: Diffusion, checkpoint: checkpoints.Checkpoint, config: Co
         module.ema.load(taken.ema or weights, taken.ema_updates)
 
 
-def build_shape(config: Config, vocab_size: int) -> Shape:
+def build_shape(config: Config, backbone: DiT) -> Shape:
     """What the cost of training depends on."""
     algo, training = config.algo, config.training
     lo, hi = training.sampling_eps_min, training.sampling_eps_max
@@ -151,9 +151,9 @@ def build_shape(config: Config, vocab_size: int) -> Shape:
         share = float(schedule(times).p.mean())
     return Shape(
         algo=algo.name,
-        hidden_size=config.model.hidden_size,
-        n_blocks=config.model.n_blocks,
-        vocab_size=vocab_size,
+        hidden_size=backbone.vocab_embed.embedding.shape[1],
+        n_blocks=len(backbone.blocks),
+        vocab_size=backbone.vocab_size,
         length=config.model.length,
         block_size=config.block_size,
         hidden_share=share,

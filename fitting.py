@@ -21,12 +21,19 @@ from signals import Signals
 from utils import say
 
 
-def build_trainer(config: Config, *, loggers: list, signals: Signals | None = None) -> L.Trainer:
-    """`signals`: what tells training to stop; the caller lets it listen."""
+def build_trainer(
+    config: Config,
+    *,
+    loggers: list,
+    signals: Signals | None = None,
+    callbacks: tuple[L.Callback, ...] = (),
+) -> L.Trainer:
+    """`signals`: what tells training to stop; the caller lets it listen. `callbacks`: besides those
+    that the settings ask for."""
     t, io = config.trainer, CarefulIO()
     several = t.devices * t.num_nodes > 1
     training = config.mode == "train"
-    callbacks = [RunProgress()] if t.enable_progress_bar else []
+    callbacks = [*callbacks, *([RunProgress()] if t.enable_progress_bar else [])]
     if training:
         callbacks += training_callbacks(config, loggers, io, signals or Signals())
     trainer = L.Trainer(

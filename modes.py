@@ -1,4 +1,4 @@
-"""The modes of a run: train, ppl_eval, sample_eval.
+"""The modes of a run: train, ppl_eval, sample_eval, plan.
 
 Each is a function `prepare_*(config) -> run`: it makes and checks everything the run needs, and
 what it returns does the work. A ValueError while preparing is the user's (a file, a setting); one
@@ -21,21 +21,25 @@ from build import (
     build_data,
     build_module,
     build_objective,
+    build_shape,
     build_tokenizer,
     start_from,
 )
 from config import Config
 from diffusion import Diffusion
 from fitting import build_trainer, examples_seen, resume_point, training_logs
+from flops import flops, matmul_dtype
 from generation import Job, run_id, visible_tokens
 from generative import load_judge
 from metrics import Likelihood
 from models.dit import DiT
 from noise_schedule import get_schedule
+from plan import prepare_plan
 from prompts import encode_prompts, read_prompts
 from sample_file import SampleFile
 from samplers import Settings
 from signals import Signals
+from throughput import Throughput
 from tokenizer import Tokenizer
 from utils import rank, say
 
@@ -59,7 +63,13 @@ def prepare_train(config: Config) -> Callable[[], None]:
     data = build_data(config, tokenizer, train=True)
     run_folder = Path(config.checkpointing.save_dir)
     signals = Signals()
-    trainer = build_trainer(config, loggers=training_logs(config), signals=signals)
+    step_flops = flops(build_shape(config, backbone)).step
+    trainer = build_trainer(
+        config,
+        loggers=training_logs(config),
+        signals=signals,
+        callbacks=(Throughput(step_flops, matmul_dtype(config.trainer.precision)),),
+    )
 
     def run() -> None:
         if rank() == 0:
@@ -284,4 +294,5 @@ MODES = {
     "train": prepare_train,
     "ppl_eval": prepare_ppl_eval,
     "sample_eval": prepare_sample_eval,
+    "plan": prepare_plan,
 }

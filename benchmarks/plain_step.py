@@ -126,9 +126,7 @@ def score_entropy_loss(w, heads, x0, x_t, t, counted, *, mask_id: int):
     log_score = logits(w, heads, x_t, sigma[:, 0], None, period=x0.shape[1])
     expm1 = torch.expm1(sigma)
     log_score = log_score - expm1.log()[:, :, None] - math.log(log_score.shape[-1] - 1)
-    log_score = torch.scatter(
-        log_score, -1, x_t[..., None], torch.zeros_like(log_score[..., :1])
-    )
+    log_score = torch.scatter(log_score, -1, x_t[..., None], torch.zeros_like(log_score[..., :1]))
     hidden = x_t == mask_id
     ratio = 1 / expm1.expand_as(x_t)[hidden]
     negative = ratio * torch.gather(log_score[hidden], -1, x0[hidden][:, None]).squeeze(-1)

@@ -409,9 +409,7 @@ def overhead(args) -> dict:
 
 def over_mdlm(cases: list[dict]) -> dict:
     rate = {(c["algo"], c["length"]): c["tokens_per_second"] for c in cases}
-    return {
-        str(n): rate["mdlm", n] / rate["bamdlm", n] for algo, n in rate if algo == "bamdlm"
-    }
+    return {str(n): rate["mdlm", n] / rate["bamdlm", n] for algo, n in rate if algo == "bamdlm"}
 
 
 def misses(figures: dict):

@@ -7,7 +7,7 @@ from config.schema import Config
 
 def without_effect(config: Config) -> Iterator[str]:
     """Sentences; settings left at their defaults are never mentioned."""
-    if config.mode == "train":
+    if config.mode in ("train", "plan"):
         yield from _training(config)
     elif config.training.from_pretrained is not None:
         yield (

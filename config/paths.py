@@ -50,7 +50,7 @@ def known_corpora() -> frozenset[str]:
 
 def checkpoints(config: Config) -> Iterator[str]:
     path = config.eval.checkpoint_path
-    if config.mode == "train":
+    if config.mode in ("train", "plan"):
         yield from _training_start(config)
     elif path is None and config.algo.backbone == "hf_dit":
         yield f"eval.checkpoint_path is not set: {HF_DIT}"

@@ -48,6 +48,7 @@ WITH_LIGHTNING = {
     "health",
     "saving",
     "sharding",
+    "throughput",
 }
 MAY_MEET_PICKLES = {"unpickling", "torch_zip"}
 

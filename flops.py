@@ -1,0 +1,112 @@
+"""What training costs: floating-point operations of the steps as this project computes them, and
+what the device can do.
+
+Counted are multiplications and additions of matrix products (2 per pair), of everything that is
+really computed: attention over the pairs that may see each other, the head at hidden positions,
+the last layer only where it is read. The backward pass costs twice the forward pass. Not counted:
+norms, rotary positions, modulation (one row per batch), the optimizer; together a few percent.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+PEAK_SIZE = {"cpu": 768}  # side of the square matrices that measure the peak; else 8192
+BACKWARD = 2  # times the forward pass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a network and the sequences it is trained on; `block_size` only for bamdlm."""
+
+    algo: str
+    hidden_size: int
+    n_blocks: int
+    vocab_size: int
+    length: int
+    block_size: int
+    hidden_share: float = 0.5  # of the tokens, on average: the mean of p(t)
+
+    @property
+    def clean_half(self) -> bool:
+        """Whether the pass is over [x_t ; x0]."""
+        return self.algo == "bamdlm" and self.block_size < self.length
+
+    @property
+    def read(self) -> float:
+        """Rows of a sequence that reach the head."""
+        return self.length - 1 if self.algo == "ar" else self.length * self.hidden_share
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of the forward pass over one sequence."""
+
+    layers: float
+    attention: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        return self.layers + self.attention + self.head
+
+    @property
+    def step(self) -> float:
+        """Forward and backward."""
+        return (1 + BACKWARD) * self.forward
+
+
+def seen_pairs(shape: Shape) -> tuple[int, int]:
+    """(query, key) pairs that may see each other: in an inner layer, and in the last one."""
+    length, size = shape.length, shape.block_size
+    if shape.algo == "ar":
+        pairs = length * (length + 1) // 2
+        return pairs, pairs
+    if not shape.clean_half:
+        return length**2, length**2
+    blocks = length // size
+    earlier = size**2 * blocks * (blocks - 1) // 2
+    noised = length * size + earlier  # own block, and x0 of the blocks before
+    return noised + length * size + earlier, noised
+
+
+def flops(shape: Shape) -> Flops:
+    width = shape.hidden_size
+    square, length = 2 * width**2, shape.length
+    rows = length * (2 if shape.clean_half else 1)
+    inner, last = seen_pairs(shape)
+    layer = 12 * square * rows  # 3 of q, k, v, 1 after attention, 8 of the MLP
+    last_layer = square * (2 * rows + length + 9 * shape.read)
+    per_pair = 4 * width  # q k^T and the weighted sum
+    return Flops(
+        layers=(shape.n_blocks - 1) * layer + last_layer,
+        attention=per_pair * ((shape.n_blocks - 1) * inner + last),
+        head=2 * width * shape.vocab_size * shape.read,
+    )
+
+
+def matmul_dtype(precision: str) -> torch.dtype:
+    """What matrix products are made in under a setting of trainer.precision."""
+    names = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return names.get(precision.split("-")[0], torch.float32)
+
+
+@torch.no_grad()
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product: the best of a few."""
+    size = PEAK_SIZE.get(device.type, 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

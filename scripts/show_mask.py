@@ -1,0 +1,103 @@
+"""Draw the block-diffusion mask over [x_t ; x0], and what each backend computes of it.
+
+    python scripts/show_mask.py --length 64 --block-size 8 --out mask.png
+
+Left: who sees whom (rows ask, columns answer). Beside it the pairs that a backend hands to its
+kernel: seen pairs dark, computed for nothing light. sdpa: chunks of queries with their keys; flex:
+tiles of 128 x 128 that are not empty (--tile draws other sizes).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from models.attention import CHUNK_TOKENS
+from models.masks import BlockDiffusion
+
+LONGEST = 4096  # a picture of 8192 x 8192 pairs
+
+
+def seen_pairs(length: int, block_size: int) -> torch.Tensor:
+    index = torch.arange(2 * length)
+    return BlockDiffusion(block_size).allowed(index[:, None], index[None], 2 * length)
+
+
+def sdpa_pairs(length: int, block_size: int) -> torch.Tensor:
+    """What the split form computes."""
+    computed = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+    size = block_size * max(1, CHUNK_TOKENS // block_size)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        for half in (0, length):
+            computed[half + start : half + stop, start:stop] = True
+            computed[half + start : half + stop, length : length + stop] = True
+    return computed
+
+
+def flex_pairs(seen: torch.Tensor, tile: int) -> torch.Tensor:
+    """Tiles with at least one pair."""
+    rows = len(seen)
+    padded = -(-rows // tile) * tile
+    full = torch.zeros(padded, padded, dtype=torch.bool)
+    full[:rows, :rows] = seen
+    tiles = full.unflatten(0, (-1, tile)).unflatten(2, (-1, tile)).any(3).any(1)
+    return tiles.repeat_interleave(tile, 0).repeat_interleave(tile, 1)[:rows, :rows]
+
+
+def draw(length: int, block_size: int, tile: int, path: Path) -> dict[str, float]:
+    """Writes the picture; the share of the dense (2L)^2 that each form computes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    seen = seen_pairs(length, block_size)
+    computed = {
+        "seen": seen,
+        "dense": torch.ones_like(seen),
+        "sdpa": sdpa_pairs(length, block_size),
+        "flex": flex_pairs(seen, tile),
+    }
+    shares = {name: float(pairs.float().mean()) for name, pairs in computed.items()}
+    figure, axes = pyplot.subplots(1, len(computed), figsize=(4 * len(computed), 4.4))
+    for axis, (name, pairs) in zip(axes, computed.items(), strict=True):
+        axis.imshow(pairs.float() + seen.float(), cmap="Greys", vmin=0, vmax=2)
+        axis.axhline(length - 0.5, color="tab:red", linewidth=0.8)
+        axis.axvline(length - 0.5, color="tab:red", linewidth=0.8)
+        axis.set_title(f"{name}: {shares[name]:.1%} of (2L)²")
+        axis.set_xticks([length // 2, length + length // 2], ["x_t", "x0"])
+        axis.set_yticks([length // 2, length + length // 2], ["x_t", "x0"])
+    figure.suptitle(f"L = {length}, S = {block_size}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return shares
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--block-size", type=int, default=8)
+    parser.add_argument("--tile", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("mask.png"))
+    args = parser.parse_args(argv)
+    if args.block_size < 1 or args.length < 1 or args.length % args.block_size:
+        parser.error(f"--block-size {args.block_size} does not divide --length {args.length}")
+    if args.length > LONGEST:
+        parser.error(f"--length {args.length} is more than a picture holds; at most {LONGEST}")
+    if args.out.suffix != ".png":
+        parser.error(f"--out {args.out} must end in .png")
+    for name, share in draw(args.length, args.block_size, args.tile, args.out).items():
+        print(f"{name:<6}{share:8.2%} of the dense (2L)^2")
+    print(f"written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
