@@ -78,7 +78,7 @@ for line in "\n".join(Path(name).read_text() for name in sys.argv[1:]).splitline
     if not wanted or line.startswith("#"):
         continue
     try:
-        found = version(name)
+        found = version(name.partition("[")[0])  # without extras
     except PackageNotFoundError:
         found = "nothing"
     if found.partition("+")[0] != wanted:  # +cpu, +cu128: a build of the same version
