@@ -286,9 +286,14 @@ class Diffusion(L.LightningModule):
             betas=s.betas,
             eps=s.eps,
             weight_decay=s.weight_decay,
+            fused=self._fused(),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.lr_factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "trainer/lr"}]
+
+    def _fused(self) -> bool:
+        """One pass over the weights; not where float16 must unscale gradients before clipping."""
+        return self.trainer.precision != "16-mixed"
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -313,6 +318,7 @@ class Diffusion(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["hparams_name"] = "kwargs"
         checkpoint["hyper_parameters"] = self.description
+        _set_fused(checkpoint, None)  # says how a step is computed here, not what it is
         if self.ema is not None:
             checkpoint["ema"] = {
                 "decay": self.ema.decay,
@@ -352,6 +358,7 @@ class Diffusion(L.LightningModule):
         return loop_state.DUE if pending else loop_state.DONE
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        _set_fused(checkpoint, self._fused())
         if self.trainer.state.fn == TrainerFn.FITTING and self._endless():
             step, pending = (
                 checkpoint["global_step"],
@@ -384,3 +391,10 @@ class Diffusion(L.LightningModule):
                 },
                 0,
             )
+
+
+def _set_fused(checkpoint: dict, fused: bool | None) -> None:
+    """In the optimizer states of a checkpoint; a file of weights alone has none."""
+    for state in checkpoint.get("optimizer_states", []):
+        for group in state["param_groups"]:
+            group["fused"] = fused
