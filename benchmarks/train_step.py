@@ -401,6 +401,7 @@ def overhead(args) -> dict:
         block_size=args.block,
         steps=args.rounds,
         device=args.device,
+        clock=lambda: now(args),
     )
 
 
