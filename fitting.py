@@ -127,13 +127,16 @@ def wandb_log(config: Config) -> WandbLogger:
     import wandb
 
     w = config.wandb
-    offline = w.offline
-    if not offline and not wandb_login(wandb):
-        say("wandb: nobody is logged in here, logging offline (wandb login, or wandb=null)")
-        offline = True
     folder = Path(config.checkpointing.save_dir)
+    mode = "offline" if w.offline else os.environ.get("WANDB_MODE", "online")
+    if mode == "online" and not wandb.login(prompt=False):
+        say(f"wandb: nobody is logged in, logging to {folder}/wandb (wandb login, or wandb=null)")
+        mode = "offline"
+    if mode == "offline":
+        # WandbLogger(offline=True) sets an environment variable, which wandb has read by now
+        wandb.setup(wandb.Settings(mode="offline", silent=True))
     folder.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
+    logger = WandbLogger(
         project=w.project,
         notes=w.notes,
         group=w.group,
@@ -141,16 +144,12 @@ def wandb_log(config: Config) -> WandbLogger:
         name=w.name,
         id=w.id,
         tags=w.tags,
-        offline=offline,
         save_dir=folder,
         config=dataclasses.asdict(config),
         resume="allow",
     )
-
-
-def wandb_login(wandb) -> bool:
-    """Whether a key is at hand: in the environment or in the user's netrc."""
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    del logger._wandb_init["anonymous"]  # wandb warns of it, whatever its value
+    return logger
 
 
 def resume_point(config: Config) -> checkpoints.Checkpoint | None:
