@@ -223,9 +223,15 @@ class Diffusion(L.LightningModule):
 
     def _variance(self, loss: TokenLoss) -> Tensor:
         means = loss.block_means(self.objective.block_size)
-        if self._several():
-            means = self.all_gather(means)
-        return clipping.variance(means)
+        return clipping.variance(self._of_all(means) if self._several() else means)
+
+    def _of_all(self, rows: Tensor) -> Tensor:
+        """The rows [B, N] of all devices; the last batches of a split differ in B."""
+        counts = self.all_gather(torch.tensor(len(rows), device=rows.device))
+        padded = rows.new_zeros(int(counts.max()), rows.shape[1])
+        padded[: len(rows)] = rows
+        gathered = zip(self.all_gather(padded), counts.tolist(), strict=True)
+        return torch.cat([part[:count] for part, count in gathered])
 
     def on_validation_epoch_end(self) -> None:
         self.average(False)
@@ -268,10 +274,10 @@ class Diffusion(L.LightningModule):
     def average(self, on: bool) -> None:
         """Put the EMA weights in place, or the raw ones back."""
         if self.ema is not None and on != self.averaged:
+            if sharding.is_sharded(self.backbone):
+                self.backbone.reshard()  # what is put together would not see the exchange
             self.ema.swap(self.averaged_weights())
             self.averaged = on
-            if sharding.is_sharded(self.backbone):
-                self.backbone.reshard()  # what was put together before the exchange is stale
 
     def on_exception(self, exception: BaseException) -> None:
         self.average(False)
@@ -396,5 +402,5 @@ class Diffusion(L.LightningModule):
 def _set_fused(checkpoint: dict, fused: bool | None) -> None:
     """In the optimizer states of a checkpoint; a file of weights alone has none."""
     for state in checkpoint.get("optimizer_states", []):
-        for group in state["param_groups"]:
+        for group in state.get("param_groups", []):  # with fsdp rank 0 alone has it
             group["fused"] = fused

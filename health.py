@@ -76,8 +76,8 @@ class StepHealth:
         if self.in_a_row > self.allowed:
             raise BadSteps(
                 f"{self.in_a_row} steps in a row had a {what} that is not finite, more than"
-                f" training.max_bad_steps={self.allowed}; first: {', '.join(odd[:3]) or 'the loss'}."
-                " The checkpoints are from before the first of them that is written. A lower"
+                f" training.max_bad_steps={self.allowed};"
+                f" first: {', '.join(odd[:3]) or 'the loss'}. The checkpoints are from before the first of them that is written. A lower"
                 " optim.lr or trainer.gradient_clip_val may help"
             )
 

@@ -1,4 +1,4 @@
-"""strategy=fsdp: weights, gradients, averages and optimizer state shared out over the devices (FSDP2).
+"""strategy=fsdp: weights, gradients, averages, optimizer state shared out over devices (FSDP2).
 
 A checkpoint is the same single file as on one device; either reads the other's.
 """

@@ -1,18 +1,17 @@
 """Kill a training at random moments, resume it each time, and compare the end with an undisturbed
 run.
 
-    python benchmarks/chaos.py --kills 20 --steps 400 [--seed 0] [--folder DIR] [-- OVERRIDES]
+    python benchmarks/chaos.py [--kills 20] [--steps 200] [--seed 0] [--folder DIR] [-- OVERRIDES]
 
-Each kill is a SIGKILL; the moments are uniform over the time that a process lives, so they hit
-start-up, steps, validation and saving alike (a checkpoint is due every second step). Prints a line
-per kill and a table; the exit code is 0 if the last checkpoints are equal in every bit.
+Each training is a process of its own, ended by SIGKILL: during start-up, steps, validation (which
+follows every fourth step) or a save (every second step). Prints a line per kill; the exit code is
+0 if the last checkpoints agree in every bit.
 """
 
 import argparse
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,24 +20,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT)]
 
-WORDS = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "night",
-    "day",
-    "king",
-    "queen",
-    "love",
-    "war",
-    "time",
-    "and",
-    "the",
-    "of",
-]
+import torch_zip  # noqa: E402  needs the path
+from tests.runs import ALGORITHMS, Run, run, tiny  # noqa: E402  needs the path
+
+EVERY = 2  # steps from one checkpoint to the next
 
 
 def differences(ours, theirs, path: str = "") -> list[str]:
@@ -65,64 +52,57 @@ def differences(ours, theirs, path: str = "") -> list[str]:
 
 
 def read(path: Path) -> dict:
-    import torch_zip
-
     with open(path, "rb") as file:
         return torch_zip.load(file, str(path))
 
 
 def overrides(folder: Path, steps: int) -> list[str]:
     """A training of small steps: two micro-batches, dropout, validation with the clip search."""
-    draw = random.Random(1)
-    for name, count in (("train", 4000), ("valid", 400)):
-        text = " ".join(draw.choice(WORDS) for _ in range(count))
-        (folder / f"{name}.txt").write_text(text)
     return [
-        "algo=bamdlm",
-        "algo.clip_search_widths=[0.5]",
-        "block_size=4",
-        "data=files",
-        f"data.train={folder / 'train.txt'}",
-        f"data.valid={folder / 'valid.txt'}",
-        "data.tokenizer_name_or_path=text8",
-        f"data.cache_dir={folder / 'cache'}",
-        "model=tiny",
-        "model.length=32",
-        "model.hidden_size=32",
-        "model.cond_dim=8",
-        "model.n_blocks=2",
-        "model.n_heads=2",
-        "model.dropout=0.1",
-        "loader.global_batch_size=8",
-        "loader.batch_size=4",
-        "loader.num_workers=0",
-        "lr_scheduler.num_warmup_steps=20",
+        *tiny(folder),
+        *ALGORITHMS["bamdlm"],
         f"trainer.max_steps={steps}",
-        "trainer.val_check_interval=20",
         "trainer.limit_val_batches=4",
-        "trainer.log_every_n_steps=50",
-        "trainer.accelerator=cpu",
-        "callbacks.checkpoint_every_n_steps.every_n_train_steps=2",
-        "wandb=null",
+        f"callbacks.checkpoint_every_n_steps.every_n_train_steps={EVERY}",
         f"checkpointing.save_dir={folder / 'run'}",
     ]
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen:
-    with log.open("a") as file:
-        command = [sys.executable, str(ROOT / "main.py"), *arguments]
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+def saves(last: Path) -> int | None:
+    """Changes with every save."""
+    try:
+        return last.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
-def last_step(folder: Path) -> int:
-    last = folder / "run/checkpoints/last.ckpt"
-    return read(last)["global_step"] if last.exists() else 0
+def kill_at_random(process: Run, last: Path, draw: random.Random, most: int) -> int | None:
+    """SIGKILL at a random place between two of the next `most` saves; None if it ended before."""
+    wanted, seen, before = draw.randint(0, most), 0, saves(last)
+    began = since = time.monotonic()
+    interval = 0.5
+    while seen < wanted:
+        if (code := process.poll()) is not None:
+            return code
+        if (now := saves(last)) != before:
+            interval, since = time.monotonic() - since, time.monotonic()
+            before, seen = now, seen + 1
+        time.sleep(0.0005)
+    if wanted == 0:
+        interval = 4 * interval  # starting up
+    time.sleep(draw.uniform(0, interval))
+    if (code := process.poll()) is not None:
+        return code
+    process.send(signal.SIGKILL)
+    process.wait()
+    print(f"     killed {time.monotonic() - began:5.2f} s after its start, {seen} saves", end="")
+    return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
     parser.add_argument("rest", nargs="*", help="overrides of main.py, after --")
@@ -130,35 +110,35 @@ def main() -> int:
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [*overrides(folder, asked.steps), *asked.rest]
+    last = folder / "run/checkpoints/last.ckpt"
 
     began = time.monotonic()
-    if start(arguments, folder / "whole.log").wait():
-        print((folder / "whole.log").read_text())
+    code, text = run(arguments, folder / "whole.log", timeout=3600)
+    if code:
+        print(text)
         return 1
-    alone = time.monotonic() - began
-    print(f"undisturbed: {asked.steps} steps in {alone:.1f} s")
+    print(f"undisturbed: {asked.steps} steps, {time.monotonic() - began:.1f} s", flush=True)
+    shutil.rmtree(folder / "whole", ignore_errors=True)
     (folder / "run").rename(folder / "whole")
 
-    draw, unfinished = random.Random(asked.seed), 0
-    for kill in range(1, asked.kills + 1):
-        process = start(arguments, folder / "killed.log")
-        wait = draw.uniform(0, alone)
-        try:
-            code = process.wait(wait)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            code = process.wait()
-        partial = len(list((folder / "run/checkpoints").glob(".*.partial")))
-        unfinished += partial
-        note = ", in the middle of saving" if partial else ""
-        at = f"killed after {wait:4.1f} s" if code == -signal.SIGKILL else f"ended with {code}"
-        print(f"{kill:3}  {at}{note}; last checkpoint: step {last_step(folder)}", flush=True)
-    code = start(arguments, folder / "killed.log").wait()
-    print(f"last run ended with {code} at step {last_step(folder)}")
-    both = (read(folder / name / "checkpoints/last.ckpt") for name in ("run", "whole"))
-    found = differences(*both)
+    draw, unfinished, killed = random.Random(asked.seed), 0, 0
+    while killed < asked.kills:
+        most = max(1, 2 * (asked.steps // EVERY) // asked.kills - 2)
+        process = Run(arguments, folder / "killed.log")
+        if kill_at_random(process, last, draw, most) is not None:
+            print("the training ended before it could be killed: give more --steps")
+            return 1
+        killed += 1
+        partial = len(list(last.parent.glob(".*.partial")))
+        unfinished += bool(partial)
+        step = read(last)["global_step"] if last.exists() else 0
+        note = ", in the middle of a save" if partial else ""
+        print(f"{note}; last checkpoint: step {step}", flush=True)
+    code, text = run(arguments, folder / "killed.log", timeout=3600)
+    print(f"the last run ended with {code}")
+    found = differences(read(last), read(folder / "whole/checkpoints/last.ckpt"))
     print(*found[:10], sep="\n")
-    print(f"{asked.kills} kills, {unfinished} while saving: {len(found)} differences")
+    print(f"{killed} kills, {unfinished} of them in a save: {len(found)} differences")
     if asked.folder is None and not found:
         shutil.rmtree(folder)
     return 1 if found or code else 0

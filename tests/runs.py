@@ -12,22 +12,7 @@ import torch
 
 import main
 
-WORDS = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "night",
-    "day",
-    "king",
-    "queen",
-    "love",
-    "war",
-    "time",
-    "and",
-    "the",
-    "of",
-]
+WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love", "war", "time")
 TIMEOUT = 120.0
 
 
@@ -117,13 +102,17 @@ class Run:
     def send(self, number):
         os.kill(self.pid, number)
 
+    def poll(self) -> int | None:
+        """The exit code if it has ended."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
     def wait(self, timeout=TIMEOUT) -> int:
         """The exit code, negative for a signal."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+            if (code := self.poll()) is not None:
+                return code
             time.sleep(0.01)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -139,11 +128,11 @@ class Run:
         return self.log.read_text()
 
 
-def run(arguments, log: Path, **kwargs) -> tuple[int, str]:
+def run(arguments, log: Path, timeout=TIMEOUT, **kwargs) -> tuple[int, str]:
     """A run from start to end: its exit code, and what it printed."""
     begin = log.stat().st_size if log.exists() else 0
     process = Run(arguments, log, **kwargs)
-    return process.wait(), log.read_bytes()[begin:].decode()
+    return process.wait(timeout), log.read_bytes()[begin:].decode()
 
 
 def ranks(count: int, arguments, log: Path, *, before=None) -> list[Run]:

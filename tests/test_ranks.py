@@ -1,0 +1,138 @@
+"""Several processes (gloo, CPU) against one: the same losses, the same checkpoints."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from runs import ALGORITHMS, finish, ranks, run, tiny
+
+from benchmarks.chaos import differences, read
+from diffusion import Diffusion
+from run_log import read_log
+from signals import GO_ON
+
+LAST = "run/checkpoints/last.ckpt"
+BY_ONE = ["loader.batch_size=8", "loader.eval_batch_size=8", "trainer.val_check_interval=4"]
+TWO = ["trainer.devices=2", "trainer.val_check_interval=4"]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(overrides, folder of a run of one process): dropout 0, since its masks are per process."""
+    folder = tmp_path_factory.mktemp("one")
+    overrides = [
+        *tiny(folder),
+        *ALGORITHMS["bamdlm"],
+        "model.dropout=0",
+        "loader.eval_global_batch_size=8",
+    ]
+    save_dir = f"checkpointing.save_dir={folder / 'run'}"
+    code, text = run([*overrides, *BY_ONE, save_dir], folder / "log")
+    assert code == 0, text
+    return overrides, folder
+
+
+def of_two(overrides, folder, *more, before=None):
+    arguments = [*overrides, *TWO, *more, f"checkpointing.save_dir={folder / 'run'}"]
+    return ranks(2, arguments, folder / "log.txt", before=before)
+
+
+def equal_runs(ours, theirs, names=("trainer/loss", "val/nll", "valid_var_0.0 - 0.5")):
+    ours_log, theirs_log = (read_log(f / "run/metrics.csv") for f in (ours, theirs))
+    assert set(ours_log) == set(theirs_log)
+    for name in names:
+        assert ours_log[name].keys() == theirs_log[name].keys()
+        for step, value in theirs_log[name].items():
+            assert ours_log[name][step] == pytest.approx(value, rel=TOLERANCE), (name, step)
+    a, b = read(ours / LAST), read(theirs / LAST)
+    equal_states(a, b)
+
+
+def equal_states(a, b):
+    """Weights, averages, moments: equal but for the order of sums."""
+    assert a.keys() == b.keys()
+    assert a["loops"]["fit_loop"].keys() == b["loops"]["fit_loop"].keys()
+    assert list(a["state_dict"]) == list(b["state_dict"])
+    for name, value in b["state_dict"].items():
+        close(a["state_dict"][name], value, name)
+    for x, y in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True):
+        close(x, y, "ema")
+    assert a["ema"]["num_updates"] == b["ema"]["num_updates"]
+    mine, other = (state["optimizer_states"][0] for state in (a, b))
+    assert mine["param_groups"] == other["param_groups"]
+    assert mine["state"].keys() == other["state"].keys()
+    for key, moments in other["state"].items():
+        for name, value in moments.items():
+            close(mine["state"][key][name], value, name)
+    assert differences(a["sampler"], b["sampler"]) == []
+    assert differences(a["lr_schedulers"], b["lr_schedulers"]) == []
+
+
+def close(x, y, name):
+    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(strategy, one, tmp_path):
+    overrides, alone = one
+    started = of_two(overrides, tmp_path, f"strategy={strategy}")
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    equal_runs(tmp_path, alone)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_moves_between_one_process_and_two(strategy, one, tmp_path):
+    """One step on two, stopped by a signal to one of them; one process goes on; then two again."""
+    overrides, alone = one
+
+    def told(rank):
+        if rank == 1:
+            patched(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    started = of_two(overrides, tmp_path, f"strategy={strategy}", before=told)
+    assert finish(started) == [GO_ON, GO_ON], started[0].text() + started[1].text()
+    assert read(tmp_path / LAST)["global_step"] == 2
+    more = [f"checkpointing.save_dir={tmp_path / 'run'}"]
+    more += [*BY_ONE, "trainer.max_steps=6"]
+    code, text = run([*overrides, *more], tmp_path / "log1")
+    assert code == 0, text
+    started = of_two(overrides, tmp_path, f"strategy={strategy}")
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    equal_states(read(tmp_path / LAST), read(alone / LAST))
+
+
+def patched(call, act):
+    real, calls = Diffusion.training_step, [0]
+
+    def step(self, batch, batch_idx):
+        calls[0] += 1
+        if calls[0] == call:
+            act()
+        return real(self, batch, batch_idx)
+
+    Diffusion.training_step = step
+
+
+def fail():
+    raise ZeroDivisionError("a fault of rank 1")
+
+
+@pytest.mark.parametrize("way", ["killed", "raises"])
+def test_a_rank_that_dies_brings_the_job_down(way, one, tmp_path):
+    overrides, _ = one
+    act = fail if way == "raises" else lambda: os.kill(os.getpid(), signal.SIGKILL)
+    started = of_two(overrides, tmp_path, before=lambda rank: rank and patched(3, act))
+    begun = time.monotonic()
+    codes = finish(started, timeout=60)
+    assert time.monotonic() - begun < 60
+    assert codes[0] != 0
+    assert codes[1] == (1 if way == "raises" else -signal.SIGKILL)
+    if way == "raises":
+        text = started[1].text()
+        assert "rank 1 failed in step 3" in text
+        assert text.index("a fault of rank 1") < len(text)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
