@@ -1,0 +1,366 @@
+"""One GPU: are the numbers right, how fast are training and sampling? Run by gpu.sh.
+
+    python benchmarks/gpu.py check train sample      the parts to run; a table, a line of JSON
+    python benchmarks/gpu.py --tiny check train sample        on a CPU, to try the script itself
+
+check   flex (compiled) and sdpa forward and backward against dense float32; the network in float32
+        and bf16 against the CPU; cached against uncached; samples with tokens of their own
+train   model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU, memory
+sample  bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from flops import Shape, flops, matmul_peak
+from models.attention import dense, get_backend
+from models.dit import DiT
+from models.ema import EMA
+from models.masks import BlockCausal, BlockDiffusion
+from noise_schedule import get_schedule
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.corruption import draw_examples
+
+SMALL = {"hidden_size": 768, "cond_dim": 128, "n_blocks": 12, "n_heads": 12}
+TINY = {"hidden_size": 32, "cond_dim": 8, "n_blocks": 2, "n_heads": 2}
+# name, algorithm, S, backend, compiled
+RUNS = (
+    ("ar sdpa", "ar", 1, "sdpa", False),
+    ("ar sdpa compiled", "ar", 1, "sdpa", True),
+    ("mdlm sdpa", "mdlm", None, "sdpa", False),
+    ("mdlm sdpa compiled", "mdlm", None, "sdpa", True),
+    ("bamdlm 16 flex", "bamdlm", 16, "flex", False),
+    ("bamdlm 16 flex compiled", "bamdlm", 16, "flex", True),
+    ("bamdlm 16 sdpa", "bamdlm", 16, "sdpa", False),
+    ("bamdlm 4 flex", "bamdlm", 4, "flex", False),
+    ("bamdlm 4 flex compiled", "bamdlm", 4, "flex", True),
+)
+TOKENS_PER_SECOND = 250_000  # aim for bamdlm 16 on an H100
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    started = time.monotonic()
+    found = {"device": args.device.type, "torch": torch.__version__}
+    for part in args.parts:
+        found[part] = PARTS[part](args)
+        print(f"-- {part} done after {time.monotonic() - started:.0f} s", flush=True)
+    print(json.dumps(found))
+    if args.out:
+        unfinished = args.out.with_name(f"{args.out.name}.{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(found, indent=2) + "\n")
+        os.replace(unfinished, args.out)
+    wrong = [name for name, entry in found.get("check", {}).items() if not entry["right"]]
+    for name in wrong:
+        print(f"WRONG: {name}")
+    return 1 if wrong else 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
+    parser.add_argument("--batch", type=int, default=32, help="sequences per training step")
+    parser.add_argument("--seconds", type=float, default=240, help="for `train`; then it stops")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    accelerator = None if args.tiny else torch.accelerator.current_accelerator()
+    if accelerator is None and not args.tiny:
+        parser.error("no accelerator here; --tiny tries the script on the CPU")
+    args.device = accelerator or torch.device("cpu")
+    args.length = 64 if args.tiny else 1024
+    args.vocab = 101 if args.tiny else 50_258
+    args.sizes = TINY if args.tiny else SMALL
+    if args.tiny:
+        args.steps, args.batch = 2, 2
+    return args
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def network(args, *, algo="bamdlm", backend="sdpa", compiled=False, dropout=0.0) -> DiT:
+    torch.manual_seed(0)
+    net = DiT(
+        vocab_size=args.vocab,
+        dropout=dropout,
+        adaln=algo != "ar",
+        attn_backend=backend,
+        compile=compiled,
+        **args.sizes,
+    )
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.startswith("output_layer") or "adaLN" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+    return net.to(args.device)
+
+
+# ---- check --------------------------------------------------------------------------------------
+
+
+def check(args) -> dict:
+    found = {}
+    for backend in ("sdpa", "flex"):
+        if backend == "flex" and args.device.type == "cpu":
+            continue  # no backward pass there
+        for rule, both in ((BlockDiffusion(4), True), (BlockDiffusion(16), False)):
+            found[f"{backend} {rule}"] = attention_gap(backend, rule, both, args)
+    found["network float32 against CPU"] = network_gap(args, None, 1e-4)
+    found["network bf16 against CPU float32"] = network_gap(args, torch.bfloat16, 0.1)
+    found["cached against uncached"] = cache_gap(args)
+    found["a short last batch compiles nothing"] = short_batch(args)
+    for name, entry in found.items():
+        print(f"{'ok   ' if entry['right'] else 'WRONG'} {name}: {entry['gap']:.1e}", flush=True)
+    return found
+
+
+def verdict(gap: float, limit: float) -> dict:
+    return {"gap": gap, "right": gap <= limit}
+
+
+def attention_gap(backend: str, rule, both: bool, args) -> dict:
+    """Largest difference of output and gradients to dense float32, of the scale."""
+    keys = 2 * args.length
+    queries = keys if both else args.length
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, n, 64) for n in (queries, keys, keys, queries)]
+    made = [torch.randn(s, generator=generator).to(args.device) for s in shapes]
+    results = []
+    for prepare in (dense, get_backend(backend)):
+        qkv = [x.clone().requires_grad_() for x in made[:3]]
+        out = prepare(rule, queries, keys, None, args.device)(*qkv)
+        out.backward(made[3])
+        results.append([out.detach(), *(x.grad for x in qkv)])
+    pairs = zip(*results, strict=True)
+    gap = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    return verdict(gap, 1e-3 if backend == "flex" else 1e-4)
+
+
+@torch.no_grad()
+def network_gap(args, dtype, limit: float) -> dict:
+    net = network(args).eval()
+    tokens = torch.randint(args.vocab - 1, (2, 2 * args.length), device=args.device)
+    rule = BlockDiffusion(16)
+    with autocast(args.device, dtype):
+        ours = net.logits(net.hidden(tokens, rule=rule)).float().cpu()
+    net, tokens = net.to("cpu"), tokens.cpu()
+    reference = net.logits(net.hidden(tokens, rule=rule))
+    return verdict(float((ours - reference).abs().max() / reference.abs().max()), limit)
+
+
+def autocast(device: torch.device, dtype):
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@torch.no_grad()
+def cache_gap(args) -> dict:
+    net = network(args).eval()
+    tokens = torch.randint(args.vocab - 1, (3, 64), device=args.device)
+    whole = net.hidden(tokens, rule=BlockCausal(16))
+    cache, parts = net.new_cache(3, 64, 16), []
+    for start in range(0, 64, 16):
+        block = tokens[:, start : start + 16]
+        parts.append(net.hidden(block, rule=cache.rule, cache=cache))
+        cache = cache.commit(16)
+    gap = float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
+    return verdict(gap, 1e-4)
+
+
+def short_batch(args) -> dict:
+    """Graphs made by a smaller batch after a larger one."""
+    if args.device.type == "cpu":
+        return verdict(0, 0)
+    from torch._dynamo.utils import counters
+
+    net = network(args, backend="flex")
+    graphs = []
+    for rows in (4, 3):
+        tokens = torch.randint(args.vocab - 1, (rows, 2 * args.length), device=args.device)
+        with autocast(args.device, torch.bfloat16):
+            net.hidden(tokens, rule=BlockDiffusion(16)).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return verdict(graphs[1] - graphs[0], 0)
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+def train(args) -> dict:
+    dtype = None if args.tiny else torch.bfloat16
+    peak = matmul_peak(args.device, dtype or torch.float32)
+    print(f"matrix product: {peak / 1e12:.1f} TFLOP/s")
+    found, deadline = {"peak": peak}, time.monotonic() + args.seconds
+    for name, algo, size, backend, compiled in RUNS:
+        if args.tiny and (backend == "flex" or compiled):
+            continue
+        if time.monotonic() > deadline:
+            print(f"{name}: left out, no time")
+            continue
+        size = size or args.length
+        entry = measure(algo, size, backend, compiled, dtype, peak, args)
+        found[name] = entry
+        print(
+            f"{name:<26}{entry['tokens_per_second']:11,.0f} tokens/s  {entry['mfu']:6.1%} MFU"
+            f"  {1000 * entry['seconds']:7.1f} ms  {entry['memory_gib']:5.1f} GiB"
+            f"  first step {entry['first_step']:.0f} s",
+            flush=True,
+        )
+    best = max((e["tokens_per_second"] for n, e in found.items() if n.startswith("bamdlm 16")))
+    print(f"bamdlm 16: {best:,.0f} tokens/s, aim {TOKENS_PER_SECOND:,}")
+    if not args.tiny:
+        found["largest_batch"] = largest_batch(args)
+        print(f"largest batch of bamdlm 16 flex (powers of two): {found['largest_batch']}")
+    return found
+
+
+def stepper(algo, size, backend, compiled, dtype, batch, args):
+    """A function that makes one whole step: draws, loss, gradients, clipping, AdamW, EMA."""
+    net = network(args, algo=algo, backend=backend, compiled=compiled, dropout=0.1)
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
+    ema = EMA(net.named_parameters(), 0.9999)
+    mask_id, rows = args.vocab - 1, torch.arange(batch)
+    x0 = torch.randint(mask_id, (batch, args.length), device=args.device)
+    ones = torch.ones_like(x0)
+    if algo == "ar":
+        objective = Autoregressive(mask_id)
+    else:
+        objective = MaskedDiffusion(mask_id, size, get_schedule("loglinear"))
+
+    def loss(step: int):
+        if algo == "ar":
+            return objective.loss(net, x0, ones, training=True).mean
+        draws = draw_examples(
+            1,
+            rows + step * batch,
+            global_batch=batch,
+            device=args.device,
+            length=args.length,
+            block_size=size,
+            antithetic=True,
+        )
+        return objective.loss(net, x0, ones, draws, interval=(1e-3, 1.0), training=True).mean
+
+    def run(step: int) -> None:
+        with autocast(args.device, dtype):
+            value = loss(step)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(net.named_parameters())
+
+    return run
+
+
+def measure(algo, size, backend, compiled, dtype, peak, args) -> dict:
+    torch._dynamo.reset()  # its limit of graphs per function is for one network
+    run = stepper(algo, size, backend, compiled, dtype, args.batch, args)
+    if args.device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+    started = time.perf_counter()
+    run(0)
+    synchronise(args.device)
+    first = time.perf_counter() - started
+    run(1), run(2)
+    synchronise(args.device)
+    started = time.perf_counter()
+    for step in range(args.steps):
+        run(3 + step)
+    synchronise(args.device)
+    seconds = (time.perf_counter() - started) / args.steps
+    sizes = args.sizes
+    shape = Shape(algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size)
+    memory = 0 if args.device.type == "cpu" else torch.accelerator.max_memory_allocated()
+    return {
+        "seconds": seconds,
+        "first_step": first,
+        "tokens_per_second": args.batch * args.length / seconds,
+        "mfu": flops(shape).step * args.batch / seconds / peak,
+        "memory_gib": memory / 2**30,
+    }
+
+
+def largest_batch(args) -> int:
+    fits, batch = 0, args.batch
+    while batch <= 512:
+        try:
+            run = stepper("bamdlm", 16, "flex", False, torch.bfloat16, batch, args)
+            run(0)
+            synchronise(args.device)
+        except torch.OutOfMemoryError:
+            break
+        fits, batch = batch, 2 * batch
+        del run
+        torch.accelerator.empty_cache()
+    return fits
+
+
+# ---- sample -------------------------------------------------------------------------------------
+
+
+def sample(args) -> dict:
+    net = network(args).eval()
+    objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
+    denoise = objective.denoiser(net, whole_window=False)
+    found = {}
+    wide = 4 if args.tiny else 512
+    for rows, length in ((1, args.length), (wide, args.length), (1, 2 * args.length)):
+        found[f"{rows} x {length}"] = sampled(denoise, rows, length, args)
+    # 2 048 tokens and 8 192: what a token costs once the window is full
+    longer = 8 * args.length
+    cost = {n: sampled(denoise, 8, n, args)["seconds"] / n for n in (2 * args.length, longer)}
+    found["cost_ratio"] = cost[longer] / cost[2 * args.length]
+    for name, entry in found.items():
+        print(name, json.dumps(entry), flush=True)
+    return found
+
+
+@torch.inference_mode()
+def sampled(denoise, rows: int, length: int, args) -> dict:
+    from samplers import Request, Settings, generate
+
+    settings = Settings(
+        length=length,
+        bos_id=0,
+        eos_id=0,
+        batch_size=rows,
+        block_size=16,
+        context_size=args.length,
+        kv_cache=True,
+        nucleus_p=0.9,
+    )
+    requests = [Request(row, (0,)) for row in range(rows)]
+    synchronise(args.device)
+    started = time.perf_counter()
+    with autocast(args.device, None if args.tiny else torch.bfloat16):
+        for _ in generate("bamdlm", denoise, requests, settings, device=args.device):
+            pass
+    synchronise(args.device)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "tokens_per_second": rows * length / seconds}
+
+
+PARTS = {"check": check, "train": train, "sample": sample}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

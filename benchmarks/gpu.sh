@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything about one GPU in under 8 minutes; prints tables and writes $OUT/gpu.json.
+#
+#   bash benchmarks/gpu.sh            on the GPU machine, in the repository root
+#   bash benchmarks/gpu.sh --tiny     on a CPU, to try the script itself
+#
+# Wheels in .whl/ (hydra-core, omegaconf, antlr4: nothing can be fetched there) are unpacked to a
+# folder of their own and put on PYTHONPATH.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+OUT=${OUT:-/tmp}
+PYTHON=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1
+if [ "${1:-}" != --tiny ] && compgen -G ".whl/*.whl" > /dev/null; then
+  site=$(mktemp -d)
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+code=0
+for part in check train sample; do
+  echo "== $part"
+  timeout $([ $part = train ] && echo 330 || echo 120) \
+    "$PYTHON" benchmarks/gpu.py "$@" $part --out "$OUT/gpu_$part.json" | grep -v '^{' || code=1
+  [ "${PIPESTATUS[0]}" = 0 ] || { echo "$part ended early or found something wrong"; code=1; }
+done
+gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
+[ "$gpus" -gt 1 ] || echo "== several GPUs: skipped, this machine has $gpus"
+exit $code

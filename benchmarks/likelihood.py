@@ -1,0 +1,182 @@
+"""Evaluating the likelihood (mode=ppl_eval): tokens/s and perplexity against a plain evaluation.
+
+    python benchmarks/likelihood.py             a table, then one line of JSON
+    python benchmarks/likelihood.py --check     exit 1 where a bound is missed
+
+The plain evaluation is the published step (plain_step.py) without gradients: logits of all 2L rows,
+log-softmax over the vocabulary. Both see the same masks of the same random ids, in float32; ours
+once more in bf16, with the error that makes. They take turns, batch by batch; the ratio is the
+median over the batches.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+SPEED = {"bamdlm": 3.5}  # at least
+SAME = 1e-4  # of the perplexity
+ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
+INTERVAL = (1e-3, 1.0)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    figures = {"load_before": os.getloadavg()[0], "algorithms": {}}
+    with torch.inference_mode():
+        for algo in args.only.split(","):
+            figures["algorithms"][algo] = found = evaluate(algo, args)
+            print(
+                f"{algo:<8}{found['tokens_per_second']:9,.0f} tokens/s"
+                f"  plain{found['plain_tokens_per_second']:9,.0f}{found['speed']:7.2f} x"
+                f"   perplexity off by {found['gap']:.1e}; bf16 by {found['bf16_gap']:.1e}",
+                flush=True,
+            )
+    figures["machine"] = f"{platform.machine()}, {args.threads} threads, {args.device}"
+    figures["torch"], figures["load_after"] = torch.__version__, os.getloadavg()[0]
+    figures["missed"] = list(misses(figures["algorithms"]))
+    for text in figures["missed"]:
+        print("missed:", text)
+    print(json.dumps(figures))
+    return 1 if args.check and figures["missed"] else 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--only", default=",".join(ALGORITHMS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=50_258)
+    return parser.parse_args(argv)
+
+
+def evaluate(algo: str, args) -> dict:
+    """Tokens/s and perplexity of both, over the same batches."""
+    import torch
+
+    ours, plain = ways(algo, args)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+
+    def timed(way, index: int) -> tuple[float, float]:
+        if args.device != "cpu":
+            torch.accelerator.synchronize()
+        started = clock()
+        nats = float(way(index))
+        return nats, clock() - started
+
+    def half(index: int):
+        with torch.autocast(args.device, torch.bfloat16):
+            return ours(index)
+
+    ours(0), plain(0)
+    rounds = [(timed(ours, i), timed(plain, i), timed(half, i)) for i in range(args.batches)]
+    tokens = args.batch * args.length
+    nll, plain_nll, half_nll = (statistics.fmean(r[way][0] for r in rounds) for way in range(3))
+    return {
+        "tokens_per_second": tokens / statistics.median(r[0][1] for r in rounds),
+        "plain_tokens_per_second": tokens / statistics.median(r[1][1] for r in rounds),
+        "bf16_tokens_per_second": tokens / statistics.median(r[2][1] for r in rounds),
+        "speed": statistics.median(r[1][1] / r[0][1] for r in rounds),
+        "nll": nll,
+        # relative difference of two perplexities
+        "gap": abs(math.expm1(nll - plain_nll)),
+        "bf16_gap": abs(math.expm1(half_nll - plain_nll)),
+    }
+
+
+def ways(algo: str, args):
+    """(ours, plain): functions of the batch's number, mean nats of its tokens."""
+    import plain_step
+    import torch
+
+    from models.dit import DiT
+    from noise_schedule import get_schedule
+    from objectives.autoregressive import Autoregressive
+    from objectives.block_diffusion import MaskedDiffusion
+    from objectives.corruption import draw_examples
+    from objectives.sedd import ScoreEntropy
+
+    torch.manual_seed(0)
+    device, mask_id, length = torch.device(args.device), args.vocab - 1, args.length
+    net = DiT(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        cond_dim=128,
+        n_blocks=args.blocks,
+        n_heads=args.heads,
+        dropout=0.0,
+        adaln=algo != "ar",
+    )
+    for name, parameter in net.named_parameters():
+        if name.startswith("output_layer") or "adaLN" in name:
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    net = net.to(device).eval()
+    weights = dict(net.named_parameters())
+    ids = torch.randint(mask_id, (args.batches, args.batch, length), device=device)
+    ones = torch.ones(args.batch, length, device=device)
+    if algo == "ar":
+        objective = Autoregressive(mask_id)
+        return (
+            lambda i: objective.loss(net, ids[i], ones, training=False).mean,
+            lambda i: plain_step.next_token_loss(
+                weights, args.heads, ids[i], ones, mask_id=mask_id
+            ),
+        )
+    size = args.block if algo == "bamdlm" else length
+    schedule, extra = get_schedule("loglinear"), {"mask_id": mask_id}
+    if algo == "sedd":
+        objective, kind = ScoreEntropy(mask_id, schedule), plain_step.score_entropy_loss
+    else:
+        objective, kind = MaskedDiffusion(mask_id, size, schedule), plain_step.masked_loss
+        blocks = plain_step.block_diffusion_mask(length, size, device) if algo == "bamdlm" else None
+        extra |= {"block_size": size, "mask": blocks}
+    settings = {"length": length, "block_size": size, "antithetic": True, "device": device}
+    rows = torch.arange(args.batch)
+
+    def draws(i: int):
+        return draw_examples(1, rows + i * args.batch, global_batch=args.batch, **settings)
+
+    def ours(i: int):
+        return objective.loss(net, ids[i], ones, draws(i), interval=INTERVAL, training=False).mean
+
+    counted = objective.counted(ones, training=False)
+    given = [objective.corrupt(ids[i], draws(i), INTERVAL) for i in range(args.batches)]
+
+    def plain(i: int):
+        return kind(weights, args.heads, ids[i], *given[i], counted, **extra)
+
+    return ours, plain
+
+
+def misses(algorithms: dict):
+    for algo, found in algorithms.items():
+        if found["speed"] < SPEED.get(algo, 1.0):
+            yield f"{algo}: {found['speed']:.2f} times faster, wanted {SPEED.get(algo, 1.0)}"
+        if not found["gap"] <= SAME:
+            yield f"{algo}: perplexity off by {found['gap']:.1e}, wanted {SAME:.0e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
