@@ -282,10 +282,9 @@ def test_sampling_writes_a_row_a_text_and_does_nothing_twice(trained, algo, tmp_
         "sampling.num_sample_batches=2",
         "sampling.batch_size=2",
     ]
-    length = LENGTH
-    if algo in CACHED:
-        length = 3 * LENGTH  # beyond the trained length
-    words += [f"model.length={length}", *(["algo.T=8"] if algo == "sedd" else [])]
+    length = 3 * LENGTH if algo in CACHED else LENGTH  # beyond the trained length
+    more = {"sedd": ["algo.T=8"], "mdlm": []}.get(algo, [f"sampling.context_size={length}"])
+    words += [f"model.length={length}", *more]
     assert main.main(words) == 0
     rows = texts(tmp_path / "plain.csv")
     assert sorted(int(row["row"]) for row in rows) == [0, 1, 2, 3]
