@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
@@ -57,7 +56,14 @@ def head_loss(
     features = backbone.features(hidden, sigma, row)
     linear = backbone.output_layer.linear
     total, nats = _ChunkedHead.apply(
-        features, linear.weight, linear.bias, targets, factors, kernel, kernel_rows
+        features,
+        linear.weight,
+        linear.bias,
+        targets,
+        factors,
+        kernel,
+        kernel_rows,
+        torch.is_grad_enabled(),
     )
     return HeadLoss(nats=nats, total=total)
 
@@ -66,12 +72,13 @@ class _ChunkedHead(torch.autograd.Function):
     """The factors enter through the [m, E] side of each product, never through the logits."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows):
+    def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows, training):
         dtype = _matmul_dtype(features)
         x, w, b = features.to(dtype), weight.to(dtype), bias.to(dtype)
         nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
         gradients = None
-        if any(ctx.needs_input_grad[:3]):
+        # what an input needs is also true under no_grad, and grad mode is always off in here
+        if training and any(ctx.needs_input_grad[:3]):
             # times a constant near 1, so that 1 / (number counted) is not lost in half precision
             unit = factors.sum().clamp_min(torch.finfo(torch.float32).tiny) / max(len(x), 1)
             gradients = _Gradients(x, w, (factors / unit)[:, None])
@@ -101,7 +108,7 @@ class _ChunkedHead(torch.autograd.Function):
             raise RuntimeError("the gradients of head_loss are given out once: no second backward")
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_(gradients, d_total * ctx.unit)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 class _Gradients:

@@ -1,0 +1,105 @@
+"""model.compile: the blocks as one graph, the same numbers, and a clear word where it cannot work.
+
+The graphs are made with the backend aot_eager, which traces forward and backward pass as inductor
+does and leaves out the minutes of the C++ compiler.
+"""
+
+import functools
+import re
+
+import pytest
+import torch
+from networks import GRADIENTS, assert_within, small, texts
+
+import config
+from models import dit
+from models.attention import SMALL_TILES, _kernel_options
+from models.masks import BlockCausal, BlockDiffusion, Causal, Full
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a code generator, and how many graphs it made."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.compile
+    monkeypatch.setattr(dit.torch, "compile", functools.partial(plain, backend=backend))
+    yield graphs
+    torch._dynamo.reset()
+
+
+def both(rule, traced, **kwargs):
+    """Hidden states and a gradient, plain and compiled."""
+    results = []
+    for compiled in (False, True):
+        net = small(compile=compiled, n_blocks=3)
+        hidden = net.hidden(texts(2, 24, 7), rule=rule, **kwargs)
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), net.blocks[0].attn_qkv.weight.grad))
+    return results
+
+
+@pytest.mark.parametrize("rule", [Full(), Causal(), BlockDiffusion(4)], ids=repr)
+def test_compiled_blocks_give_equal_results(rule, traced):
+    (plain, plain_gradient), (ours, gradient) = both(rule, traced, read=torch.arange(5))
+    assert traced
+    assert_within(ours, plain, 1e-5)
+    assert (gradient - plain_gradient).norm() <= GRADIENTS * plain_gradient.norm()
+
+
+def test_one_graph_serves_all_blocks(traced):
+    both(Full(), traced)
+    assert len(traced) == 1
+
+
+def test_another_number_of_rows_read_compiles_nothing(traced):
+    net, tokens = small(compile=True, n_blocks=3), texts(2, 24, 7)
+    for rows in (5, 6, 9):
+        net.hidden(tokens, rule=BlockDiffusion(4), read=torch.arange(rows))
+    assert len(traced) == 1
+
+
+def test_passes_with_a_cache_are_not_compiled(traced):
+    net = small(compile=True)
+    cache = net.new_cache(2, 8, 4)
+    with torch.no_grad():
+        net.hidden(texts(2, 4, 7), rule=BlockCausal(4, 8), cache=cache)
+    assert not traced
+
+
+def test_a_compiled_network_has_the_same_parameter_names():
+    assert list(small(compile=True).state_dict()) == list(small().state_dict())
+
+
+def test_compile_is_off_by_default():
+    assert not config.load(["data=shakespeare"]).model.compile
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy=fsdp"], "model.compile=True does not go with strategy=fsdp"),
+        ([], "model.compile=True needs a C.. compiler"),
+    ],
+)
+def test_compile_is_refused_where_it_cannot_work(overrides, message, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    made = config.load(["data=shakespeare", "model.compile=true", *overrides])
+    problems, _ = config.check(made)
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(("kilobytes", "options"), [(99, SMALL_TILES), (163, None), (227, None)])
+def test_small_gpus_get_small_tiles(kilobytes, options, monkeypatch):
+    class Properties:
+        shared_memory_per_block_optin = kilobytes << 10
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    _kernel_options.cache_clear()
+    assert _kernel_options(torch.device("meta")) == options
+    _kernel_options.cache_clear()
