@@ -15,7 +15,7 @@ from torch import Tensor
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 CHUNK_LOGITS_ACCELERATOR = 1 << 26  # small matrices leave a GPU idle
 
-# (logits [m, V] in the dtype of the matrix product, targets [m], gradient, ...) -> nats float32 [m];
+# (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> nats float32 [m];
 # overwrites the logits, with `gradient` by d nats / d logits
 LossKernel = Callable[..., Tensor]
 
