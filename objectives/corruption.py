@@ -120,17 +120,18 @@ def hidden_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Inte
     """
     size = token.shape[1] // p.shape[1]
     k = torch.arange(size + 1, device=p.device)
-    fits = shares_within(size, interval).to(p.device)
+    fits = shares_within(size, interval)  # on the CPU, so that nothing here waits for the device
+    most = int(fits.nonzero().max())
     p = p.double()[..., None]
     log_choose = torch.lgamma(torch.tensor(size + 1.0, dtype=torch.float64)) - (
-        torch.lgamma(k + 1.0).double() + torch.lgamma(size - k + 1.0).double()
+        torch.lgamma(k.double() + 1) + torch.lgamma(size - k.double() + 1)
     )
     log_pmf = log_choose.to(p.device) + torch.xlogy(k, p) + torch.xlogy(size - k, 1 - p)
-    log_pmf = log_pmf.masked_fill(~fits, -torch.inf)
+    log_pmf = log_pmf.masked_fill(~fits.to(p.device), -torch.inf)
     cdf = log_pmf.softmax(-1).cumsum(-1)
     # smallest k whose cdf exceeds u; never one outside the bounds, whatever the rounding
     drawn = (cdf <= count.double()[..., None]).sum(-1)
-    drawn = drawn.clamp(max=int(k[fits.cpu()].max()))
+    drawn = drawn.clamp(max=most)
     rank = token.unflatten(1, (p.shape[1], size)).argsort(dim=-1, stable=True).argsort(-1)
     return (rank < drawn[..., None]).flatten(1)
 
