@@ -76,9 +76,9 @@ class StepHealth:
         if self.in_a_row > self.allowed:
             raise BadSteps(
                 f"{self.in_a_row} steps in a row had a {what} that is not finite, more than"
-                f" training.max_bad_steps={self.allowed};"
-                f" first: {', '.join(odd[:3]) or 'the loss'}. The checkpoints are from before the first of them that is written. A lower"
-                " optim.lr or trainer.gradient_clip_val may help"
+                f" training.max_bad_steps={self.allowed}; first: {', '.join(odd[:3]) or what}."
+                " The checkpoints hold finite weights. A lower optim.lr or"
+                " trainer.gradient_clip_val may help"
             )
 
     def _keep(self, name: str, batches: list[dict], losses: list[Tensor], odd: list[str]) -> str:

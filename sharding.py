@@ -38,6 +38,8 @@ class Sharded(ModelParallelStrategy):
                 state, OptimStateKeyType.PARAM_NAME, self.model
             )
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
+            for group in optimizer.param_groups:
+                group["betas"] = tuple(group["betas"])  # which comes back as a list
         return checkpoint
 
 

@@ -71,7 +71,7 @@ def overrides(folder: Path, steps: int) -> list[str]:
 def saves(last: Path) -> int | None:
     """Changes with every save."""
     try:
-        return last.stat().st_ino
+        return last.stat().st_mtime_ns
     except FileNotFoundError:
         return None
 

@@ -1,0 +1,108 @@
+"""Saves that fail, steps that are not finite, data that do not come."""
+
+import errno
+import shutil
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import ALGORITHMS, run, tiny
+
+import torch_zip
+from benchmarks.chaos import differences, read
+from diffusion import Diffusion
+from health import StallWatch
+from run_log import read_log
+
+LAST = "run/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return [*tiny(tmp_path_factory.mktemp("data")), *ALGORITHMS["ar"]]
+
+
+def disk_full_after(saves):
+    """Patch: writing fails from the given save on, after some bytes."""
+    real, calls = torch_zip.torch.save, [0]
+
+    def save(content, file, **kwargs):
+        calls[0] += 1
+        if calls[0] > saves:
+            file.write(b"PK half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(content, file, **kwargs)
+
+    torch_zip.torch.save = save
+
+
+@pytest.mark.parametrize(("policy", "code", "step"), [("continue", 0, 10), ("stop", 1, 8)])
+def test_a_full_disk_leaves_the_checkpoint_before_it(policy, code, step, base, tmp_path):
+    save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
+    more = [save_dir, f"checkpointing.on_save_error={policy}", "trainer.limit_val_batches=0"]
+    ended, text = run(
+        [*base, *more], tmp_path / "log", before=lambda: disk_full_after(1)
+    )  # the save of step 4 succeeds
+    assert ended == code, text
+    assert "No space left on device" in text
+    assert "the checkpoint before it is as it was" in text
+    assert "Traceback" not in text
+    assert read(tmp_path / LAST)["global_step"] == 4
+    assert max(read_log(tmp_path / "run/metrics.csv")["trainer/loss"]) == step - 1
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def poisoned(calls):
+    """Patch: these calls of training_step give a loss that is not a number."""
+    real, seen = Diffusion.training_step, [0]
+
+    def step(self, batch, batch_idx):
+        seen[0] += 1
+        loss = real(self, batch, batch_idx)
+        if seen[0] not in calls:
+            return loss
+        self.health.saw(batch, loss * torch.nan)
+        return loss * torch.nan
+
+    Diffusion.training_step = step
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(base, tmp_path):
+    arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}"]
+    code, text = run(arguments, tmp_path / "log", before=lambda: poisoned({4}))
+    assert code == 0, text
+    assert "step 2 left out: its loss is not finite" in text
+    kept = torch.load(tmp_path / "run/bad_steps/step=2-rank=0.pt", weights_only=True)
+    assert kept["batches"][0]["input_ids"].shape == (4, 16)
+    assert kept["parameters"]
+    last = read(tmp_path / LAST)
+    assert last["global_step"] == 10
+    assert last["ema"]["num_updates"] == 9
+    assert float(last["optimizer_states"][0]["state"][0]["step"]) == 9
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+def test_too_many_of_them_in_a_row_end_the_run(base, tmp_path):
+    arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}", "training.max_bad_steps=2"]
+    calls = set(range(11, 100))
+    code, text = run(arguments, tmp_path / "log", before=lambda: poisoned(calls))
+    assert code == 1, text
+    assert "3 steps in a row had a loss that is not finite" in text
+    assert "training.max_bad_steps=2" in text
+    last = read(tmp_path / LAST)
+    assert last["global_step"] == 4
+    shutil.rmtree(tmp_path / "run")
+    code, text = run([*arguments, "trainer.max_steps=4"], tmp_path / "log2")
+    assert differences(last["state_dict"], read(tmp_path / LAST)["state_dict"]) == []
+
+
+def test_waiting_for_data_is_said(capsys):
+    trainer = SimpleNamespace(
+        global_rank=0, global_step=6, datamodule=SimpleNamespace(num_workers=2)
+    )
+    watch = StallWatch(seconds=0.05)
+    watch.on_train_start(trainer, None)
+    time.sleep(0.3)
+    watch.on_train_end(trainer, None)
+    assert "step 7: no batch from the 2 data workers" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""scripts/summarize.py: finished evaluations in one table."""
+
+import csv
+import json
+
+import pytest
+
+from scripts import summarize
+
+PPL = {"mode": "ppl_eval", "algo": "bamdlm", "block_size": 4, "data": "ptb", "ppl": 96.812}
+SAMPLES = {"algo": "sedd", "block_size": 1024, "gen_ppl": 52.0, "gen_nfes": 1000.0, "rows": 8}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in (("a/ppl_ptb", PPL), ("b/samples", SAMPLES), ("b/settings", {"seed": 1})):
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    (tmp_path / "broken.json").write_text("{")
+    return tmp_path
+
+
+def test_every_finished_evaluation_is_a_row(folder, capsys):
+    assert summarize.main([str(folder), "--csv", str(folder / "table.csv")]) == 0
+    said = capsys.readouterr()
+    assert "broken.json" in said.err
+    lines = said.out.splitlines()
+    assert len(lines) == 2 + 2
+    assert len({len(line) for line in lines}) == 1
+    assert "96.81" in lines[2]
+    with (folder / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["algo"] for row in rows] == ["bamdlm", "sedd"]
+    assert rows[0]["PPL"] == "96.81"
+    assert rows[1]["NFEs"] == "1000.00"
+
+
+def test_nothing_found_is_said(tmp_path, capsys):
+    assert summarize.main([str(tmp_path)]) == 1
+    assert "no finished evaluation" in capsys.readouterr().err
+    assert summarize.main([str(tmp_path / "nowhere")]) == 2
