@@ -155,7 +155,8 @@ class Judge:
 def load_judge(
     name_or_path: str, *, batch_size: int = 8, device="cpu", foreign: Sequence[str] = ()
 ) -> Judge:
-    """A folder or a hub id; nothing of it is executed."""
+    """A folder or a hub id; nothing of it is executed, and no weight may be missing."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as library
 
@@ -163,8 +164,12 @@ def load_judge(
     library.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=False, output_loading_info=True
+        )
+        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"its files lack {', '.join(missing[:5])}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"eval.gen_ppl_eval_model_name_or_path={name_or_path!r} cannot be loaded"
             f" ({type(error).__name__}: {str(error).strip().splitlines()[0][:160]}). Give the"

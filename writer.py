@@ -108,8 +108,7 @@ def load(
         )
     averaged = use_ema and found.ema is not None
     checkpoints.load_into(network, found, use_ema=averaged, algo=algo)
-    noise = checkpoints.section(found.config, "noise").get("type") or "loglinear"
-    schedule = get_schedule(noise)
+    schedule = get_schedule(*trained_noise(found))
     length = found.length or CONTEXT_TOKENS
     base = {
         "length": length,
@@ -128,6 +127,15 @@ def load(
         Settings(**(base | settings)),
         device,
     )
+
+
+def trained_noise(found: checkpoints.Checkpoint) -> tuple[str, bool]:
+    """Name of the schedule and algo.mdlm_loss_scale of a run; an export has them in config.json."""
+    config, noise = found.config, found.config.get("noise")
+    if found.layout == "lightning":
+        noise = checkpoints.section(config, "noise").get("type")
+        config = checkpoints.section(config, "algo")
+    return noise or "loglinear", bool(config.get("mdlm_loss_scale"))
 
 
 def word_list(found: checkpoints.Checkpoint, name: str | None, cache_dir) -> Tokenizer:

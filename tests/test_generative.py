@@ -1,12 +1,14 @@
 """Generative perplexity against the recordings, and against scoring one token at a time."""
 
 import math
+import shutil
 import types
 from itertools import pairwise
 
 import pytest
 import torch
 from conftest import GOLDEN, load_json
+from safetensors.torch import load_file, save_file
 
 from generative import (
     Judge,
@@ -114,6 +116,19 @@ def test_without_a_judge_the_writers_own_tokens_are_described():
     assert unigram_entropy(torch.tensor([], dtype=torch.int64)) == 0
     assert math.isnan(corpus_perplexity([score]))
     assert corpus_perplexity([TextScore(2.0, 2, 0.0), TextScore(0.0, 2, 0.0)]) == math.exp(0.5)
+
+
+def test_a_judge_without_all_its_weights_is_refused(tmp_path):
+    folder = shutil.copytree(GOLDEN / "judge", tmp_path / "judge")
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("mlp.c_fc.weight"))
+    del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=gone):
+        load_judge(str(folder))
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_judge(str(folder))
 
 
 def test_a_judge_that_is_not_there_is_named():

@@ -5,8 +5,9 @@ import torch
 from conftest import GOLDEN
 from networks import CHECKPOINTS, MANIFEST
 
+from checkpoint_layouts import Checkpoint
 from generative import load_judge
-from writer import load
+from writer import load, trained_noise
 
 TOKENIZER = str(GOLDEN / "tokenizer")
 
@@ -36,6 +37,19 @@ def test_gaps_are_filled_and_a_judge_may_be_asked():
     assert out.texts[0].startswith("<|endoftext|>the")
     assert out.texts[0].endswith(" work")
     assert out.scores[0].perplexity > 1
+
+
+def test_the_schedule_is_the_one_of_the_training():
+    run = {"noise": {"type": "cosine"}, "algo": {"mdlm_loss_scale": False}}
+    export = {"noise": "loglinear", "mdlm_loss_scale": True}
+    for layout, config, expected in (
+        ("lightning", run, ("cosine", False)),
+        ("hub", export, ("loglinear", True)),
+        ("hub", {"noise": "square"}, ("square", False)),
+        ("lightning", {}, ("loglinear", False)),
+    ):
+        found = Checkpoint("here", layout, ("sedd",), config, weights={})
+        assert trained_noise(found) == expected
 
 
 def test_averages_are_used_unless_told_otherwise():
