@@ -271,14 +271,13 @@ def sampling_prompts(
 
 
 def sampling_run_id(config: Config, checkpoint: checkpoints.Checkpoint, wanted: Settings) -> str:
-    """Changes with whatever changes a text; the size of the batch and of the job do not."""
+    """Changes with whatever changes a row; the size of the batch and of the job do not."""
     numbers = dataclasses.asdict(wanted)
     for name in ("batch_size", "move_chance"):
         del numbers[name]
     prompts = config.sampling.prompts and Path(config.sampling.prompts).read_text()
     return run_id(
-        checkpoint.source,
-        checkpoint.step,
+        checkpoint.fingerprint,
         config.eval.disable_ema,
         config.algo.name,
         config.noise.type,
@@ -287,6 +286,7 @@ def sampling_run_id(config: Config, checkpoint: checkpoints.Checkpoint, wanted: 
         prompts or config.sampling.prompt,
         config.sampling.infill,
         config.trainer.precision,
+        config.eval.gen_ppl_eval_model_name_or_path,
     )
 
 
