@@ -17,6 +17,7 @@ Modes
   mode=train        train, or go on where the same command stopped before
   mode=ppl_eval     perplexity on the validation split of data=...
   mode=sample_eval  write texts and judge them; one CSV row each
+  mode=plan         memory, tokens, FLOPs and hours of that training; nothing is trained
 
 A few commands
   python main.py experiment=quickstart

@@ -1,6 +1,7 @@
 """What a single setting may be, whatever the others are: choices and ranges, one line each."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ CHOICES = {
     "lr_scheduler.name": ("constant_warmup", "constant", "cosine_decay_warmup"),
     "strategy.name": ("ddp", "fsdp"),
     "checkpointing.on_save_error": ("continue", "stop"),
+    "callbacks.checkpoint_monitor.monitor": ("val/nll", "val/bpd", "val/ppl"),
     "callbacks.checkpoint_monitor.mode": ("min", "max"),
     "callbacks.learning_rate_monitor.logging_interval": ("step", "epoch"),
 }
@@ -123,6 +125,12 @@ RANGES = (
         lambda value: value >= 0 and (isinstance(value, int) or value <= 1),
         1.0,
         ("trainer.limit_val_batches",),
+    ),
+    (
+        "DD:HH:MM:SS, such as 01:12:00:00",
+        lambda value: re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value),
+        "01:00:00:00",
+        ("trainer.max_time",),
     ),
 )
 

@@ -130,6 +130,8 @@ def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]
 
 def batches(config: Config) -> Iterator[str]:
     loader, trainer = config.loader, config.trainer
+    if config.mode == "ppl_eval" and trainer.limit_val_batches == 0:
+        yield f"trainer.limit_val_batches={trainer.limit_val_batches} leaves nothing to evaluate"
     if config.mode not in ("train", "plan"):
         return
     devices = trainer.devices * trainer.num_nodes

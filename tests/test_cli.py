@@ -89,6 +89,17 @@ WRONG = [
     (TRAIN, ["trainer.devices=0"], "trainer.devices=0 must be at least 1"),
     (TRAIN, ["trainer.limit_val_batches=1.5"], "trainer.limit_val_batches=1.5 must be a number of"),
     (TRAIN, ["trainer.val_check_interval=0.5"], "the training data are an endless stream"),
+    (
+        PPL,
+        ["trainer.limit_val_batches=0"],
+        "trainer.limit_val_batches=0 leaves nothing to evaluate",
+    ),
+    (TRAIN, ["trainer.max_time=8h"], "trainer.max_time=8h must be DD:HH:MM:SS"),
+    (
+        TRAIN,
+        ["callbacks.checkpoint_monitor.monitor=val/loss"],
+        "callbacks.checkpoint_monitor.monitor=val/loss must be one of val/nll, val/bpd, val/ppl",
+    ),
     (TRAIN, ["training.sampling_eps=1"], "training.sampling_eps=1.0 must be in (0, 1)"),
     (TRAIN, ["training.sampling_eps_max=1.2"], "training.sampling_eps_max=1.2 must be in (0, 1]"),
     (TRAIN, ["algo.T=-1"], "algo.T=-1 must be at least 0"),
@@ -446,6 +457,7 @@ def test_help_shows_modes_groups_commands_and_every_setting(word, capsys):
     text = capsys.readouterr().out
     for part in (
         "mode=ppl_eval",
+        "  mode=plan",
         "experiment=quickstart",
         "lr_scheduler=",
         "wikitext103",
