@@ -366,7 +366,7 @@ def test_the_refusal_is_one_of_the_command_too(trained, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
