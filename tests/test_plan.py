@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,8 @@ import torch
 from networks import small, texts
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
+import modes
 from flops import Shape, flops, matmul_dtype, matmul_peak, seen_pairs
 from models.masks import BlockDiffusion, Causal, Full
 from noise_schedule import get_schedule
@@ -116,13 +116,15 @@ def test_a_plan_reads_well():
     assert "8 × H100" in text
 
 
-def test_mode_plan_prints_and_writes_nothing(tmp_path):
-    command = [sys.executable, ROOT / "main.py", "mode=plan", "data=text8", "model=tiny"]
-    command += ["model.length=64", "block_size=4", "wandb=null"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "in blocks of 4" in done.stdout
-    assert "time at 40% MFU" in done.stdout
+def test_mode_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["mode=plan", "data=text8", "model=tiny", "model.length=64", "block_size=4"]
+    made = config.load([*overrides, "wandb=null", "trainer.max_steps=5000"])
+    assert config.check(made) == ([], [])
+    modes.prepare(made)()
+    printed = capsys.readouterr().out
+    assert "in blocks of 4" in printed
+    assert "time at 40% MFU" in printed
     assert not list(tmp_path.iterdir())
 
 
