@@ -1,0 +1,102 @@
+"""Draws and tabulates the learning check of docs/results.md from what its runs left behind.
+
+    python scripts/plot_results.py [FOLDER] [OUT.png]
+
+FOLDER (docs/results) holds NAME.csv, the run's metrics.csv, and NAME.ppl.json, the result of its
+mode=ppl_eval. Prints the table and writes the curves of the validation perplexity.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_log import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = {
+    "ar": "AR",
+    "bamdlm4": "BAM-DLM S = 4",
+    "bamdlm16": "BAM-DLM S = 16",
+    "mdlm": "MDLM",
+    "sedd": "SEDD",
+}
+
+
+def read_runs(folder: Path) -> dict[str, tuple[dict[int, float], dict]]:
+    """{run: (validation perplexity by number of steps, its ppl_eval)} of the runs in the folder."""
+    runs = {}
+    for name in LABELS:
+        log, found = folder / f"{name}.csv", folder / f"{name}.ppl.json"
+        if log.is_file() and found.is_file():
+            ppl = {step + 1: value for step, value in read_log(log)["val/ppl"].items()}
+            runs[name] = (ppl, json.loads(found.read_text()))
+    if not runs:
+        raise ValueError(f"{folder} holds no NAME.csv with NAME.ppl.json, NAME of {list(LABELS)}")
+    return runs
+
+
+def table(runs: dict) -> str:
+    """Markdown: validation perplexity by step, and of the last checkpoint with its error."""
+    steps = sorted({step for ppl, _ in runs.values() for step in ppl})
+    lines = [
+        "| | "
+        + " | ".join(f"{step:,}" for step in steps)
+        + " | last checkpoint | nats per token |",
+        "|---" * (len(steps) + 3) + "|",
+    ]
+    for name, (ppl, found) in runs.items():
+        values = [f"{ppl[step]:.2f}" if step in ppl else "" for step in steps]
+        values += [f"{found['ppl']:.2f} ± {found['ppl_error']:.2f}", f"{found['nll']:.4f}"]
+        lines.append(f"| {LABELS[name]} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: dict, target: Path) -> None:
+    """Validation perplexity by step, one line a run; needs no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for name, (ppl, found) in runs.items():
+        steps, values = zip(*sorted(ppl.items()), strict=True)
+        (line,) = axes.plot(steps, values, "o-", ms=4, label=f"{LABELS[name]}: {found['ppl']:.1f}")
+        error = found["ppl_error"]
+        axes.errorbar(steps[-1], found["ppl"], error, color=line.get_color(), capsize=4)
+    ticks = [30, 40, 50, 60, 80, 100, 140]
+    axes.set(yscale="log", xlabel="optimizer steps", ylabel="validation perplexity")
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_title("Shakespeare's held-out plays (AR exact, the others upper bounds)", fontsize=10)
+    axes.grid(True, alpha=0.2)
+    axes.legend(fontsize=9)
+    unfinished = target.with_suffix(".tmp.png")
+    figure.savefig(unfinished, dpi=100)
+    plt.close(figure)
+    unfinished.replace(target)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "docs/results")
+    parser.add_argument(
+        "out", type=Path, nargs="?", default=ROOT / "docs/images/learning_check.png"
+    )
+    arguments = parser.parse_args()
+    try:
+        runs = read_runs(arguments.folder)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table(runs))
+    plot(runs, arguments.out)
+    print(f"\n{arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
