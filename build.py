@@ -191,4 +191,6 @@ def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
         insert_eos=data.insert_train_eos if train else data.insert_valid_eos,
         insert_special=data.insert_train_special if train else data.insert_valid_special,
         revision=data.train_revision if train else data.valid_revision,
+        text_column=data.text_column,
+        source=data.source,
     )

@@ -116,6 +116,8 @@ class Trainer:
 class Data:
     train: str | None = doc("corpus, or a .txt, .jsonl or .parquet file")
     valid: str | None = doc("the same for validation")
+    source: str | None = doc("a local copy of the corpus, instead of the hub; see corpora.py")
+    text_column: str | None = doc("column or field of the text; null: the corpus's own, or text")
     tokenizer_name_or_path: str = doc(
         "gpt2, bert-base-uncased, text8, shakespeare-bpe, folder, hub"
     )
