@@ -274,6 +274,8 @@ def looks_like_files(name: str) -> bool:
 
 
 def local_copy(corpus: Corpus, name: str, split: str, source: str) -> Source:
+    if not Path(source).exists():
+        raise ValueError(f"data.source={source} does not exist: name a file or folder with {name}")
     if isinstance(corpus.sources[0], Text8):
         return Text8(path=source)
     if not isinstance(corpus.sources[0], Hub):
