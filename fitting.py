@@ -213,8 +213,8 @@ def differences(config: Config, checkpoint: checkpoints.Checkpoint) -> list[str]
     differing = []
     for key, ours in settings.shaping(config).items():
         theirs = checkpoint.config
-        for part in key.split("."):
-            theirs = theirs[part]
+        for part in key.split("."):  # a setting that is younger than the checkpoint is left out
+            theirs = theirs.get(part, ours) if isinstance(theirs, dict) else ours
         if theirs != ours:
             differing.append(f"{key} was {theirs}, now {ours}")
     return differing
