@@ -137,21 +137,21 @@ class Cluster:
                 raise RuntimeError(f"{what} did not start:\n" + "\n".join(logs))
             time.sleep(0.1)
 
-    def command(self, line: str, **environment) -> str:
-        """What a command of Slurm prints, run in the cluster's folder."""
+    def command(self, line: str, cwd: Path | None = None, **environment) -> str:
+        """What a command of Slurm prints; it runs in the cluster's folder unless told."""
         done = subprocess.run(
             line,
             shell=True,
             capture_output=True,
             text=True,
-            cwd=self.folder,
+            cwd=cwd or self.folder,
             env={**self.environment, **environment},
         )
         return done.stdout + done.stderr
 
-    def submit(self, line: str, **environment) -> str:
+    def submit(self, line: str, cwd: Path | None = None, **environment) -> str:
         """The number of the job."""
-        said = self.command(f"sbatch --parsable {line}", **environment).strip()
+        said = self.command(f"sbatch --parsable {line}", cwd, **environment).strip()
         if not said.isdigit():
             raise RuntimeError(f"sbatch {line}: {said}")
         return said

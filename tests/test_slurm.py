@@ -33,7 +33,6 @@ def cluster(tmp_path_factory):
         "BAMDLM_PYTHON": sys.executable,
         "MASTER_ADDR": "127.0.0.1",  # of both nodes
         "OMP_NUM_THREADS": "1",
-        "SLURM_TEST": "1",
     }
     try:
         made.start()
@@ -111,8 +110,8 @@ def test_two_tasks_on_one_node_or_two_train_as_one_process(cluster, overrides, t
         devices = 2 if name == "node" else 1
         save = f"trainer.devices={devices} checkpointing.save_dir={tmp_path / name / 'run'}"
         words = " ".join([*overrides, "trainer.val_check_interval=4"])
-        line = f"{asked} -D {cluster.folder} {script} {words} {save}"
-        jobs[name] = cluster.submit(line, BLOCK_SIZE="4")
+        line = f"{asked} -o '{cluster.folder}/%x_%j.log' {script} {words} {save}"
+        jobs[name] = cluster.submit(line, SCRIPTS.parent, BLOCK_SIZE="4")
         if name == "node":  # the nodes are free again, and so is the port
             assert "COMPLETED" in cluster.wait(jobs[name]), cluster.log(jobs[name])
     code, text = run(
