@@ -197,14 +197,14 @@ class Diffusion(L.LightningModule):
         self.search = None
         fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         if self.clip is not None and fitting:
-            self.search = clipping.Search(
-                clipping.candidates(
-                    self.objective.block_size,
-                    list(self.clip.widths),
-                    self.clip.delta,
-                    self.noise.sampling_eps,
-                )
+            grid = clipping.candidates(
+                self.objective.block_size,
+                list(self.clip.widths),
+                self.clip.delta,
+                self.noise.sampling_eps,
             )
+            if len(grid) > 1:  # with the full interval alone there is nothing to choose
+                self.search = clipping.Search(grid)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         seed = self.noise.seed + VALIDATION_SEED

@@ -75,10 +75,10 @@ def algorithm(config: Config) -> Iterator[str]:
         )
     if windows and config.block_size < 2:
         yield "block_size=1: the windows of algo=mdlm need at least 2 tokens"
-    if algo.time_conditioning and (algo.name == "ar" or (algo.name == "bamdlm" and blocks)):
+    if algo.time_conditioning and algo.name != "sedd":
         yield (
-            f"algo.time_conditioning=True: algo={algo.name} has no single noise level per sequence;"
-            " set it to False"
+            f"algo.time_conditioning=True: algo={algo.name} does not tell its network the noise"
+            " level, only sedd does; set it to False"
         )
     if algo.name == "bamdlm" and blocks and not algo.cross_attn:
         yield "algo.cross_attn=False: algo=bamdlm with block_size < model.length needs it"

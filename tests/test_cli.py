@@ -129,9 +129,13 @@ WRONG = [
     (
         TRAIN,
         [*BLOCKS, "algo.time_conditioning=True"],
-        "algo.time_conditioning=True: algo=bamdlm has",
+        "algo.time_conditioning=True: algo=bamdlm does not",
     ),
-    (TRAIN, ["algo=ar", "algo.time_conditioning=True"], "algo.time_conditioning=True: algo=ar has"),
+    (
+        TRAIN,
+        ["algo=mdlm", "algo.time_conditioning=True"],
+        "algo.time_conditioning=True: algo=mdlm does not",
+    ),
     (TRAIN, [*BLOCKS, "algo.cross_attn=False"], "algo.cross_attn=False: algo=bamdlm with"),
     (TRAIN, ["algo=mdlm", "algo.cross_attn=True"], "algo.cross_attn=True does not fit algo=mdlm"),
     (TRAIN, ["noise=log", "algo.mdlm_loss_scale=True"], "is defined for noise=loglinear, not log"),

@@ -57,7 +57,18 @@ def data(batch_size=4, valid=10):
     )
 
 
-def module(algo, *, ema=0.9, dropout=0.0, widths=(), exact=False, block=None, fix=False, eps=1e-8):
+def module(
+    algo,
+    *,
+    ema=0.9,
+    dropout=0.0,
+    widths=(),
+    exact=False,
+    block=None,
+    fix=False,
+    eps=1e-8,
+    interval=(1e-3, 1),
+):
     objective = ALGORITHMS[algo]()
     if block:
         objective = MaskedDiffusion(MASK, block, get_schedule("loglinear"))
@@ -70,7 +81,7 @@ def module(algo, *, ema=0.9, dropout=0.0, widths=(), exact=False, block=None, fi
         objective=objective,
         noise=NoiseSettings(
             seed=1,
-            interval=(1e-3, 1.0),
+            interval=interval,
             sampling_eps=1e-3,
             antithetic=True,
             global_batch=GLOBAL,
@@ -211,6 +222,12 @@ def test_the_interval_of_least_variance_becomes_the_training_interval(tmp_path):
     assert m.interval[1] == pytest.approx(hi, abs=5e-3)
     saved = checkpoints.read(str(next(tmp_path.glob("*.ckpt"))))
     assert saved.interval == pytest.approx(m.interval, abs=1e-6)
+
+
+def test_without_widths_the_interval_stays_as_it_was_set(tmp_path):
+    m = module("bamdlm", interval=(0.3, 0.8))
+    trainer(tmp_path, 2, validate=1).fit(m, datamodule=data())
+    assert m.interval == (0.3, 0.8)
 
 
 def test_fixed_clipping_searches_but_keeps_the_interval(tmp_path):
