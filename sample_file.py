@@ -91,14 +91,22 @@ class SampleFile:
             file.truncate(whole)
             os.pwrite(file.fileno(), text.getvalue().encode(), whole)
             os.fsync(file.fileno())
-            with open(self.log, "a") as log:
-                log.write(json.dumps({"run": rows[0].run, **note}) + "\n")
+            with open(self.log, "a+b") as log:
+                log.seek(0)
+                torn = not (log.read() or b"\n").endswith(b"\n")
+                line = json.dumps({"run": rows[0].run, **note}) + "\n"
+                log.write(("\n" * torn + line).encode())
 
     def notes(self, run: str) -> list[dict]:
         if not self.log.exists():
             return []
-        lines = [line for line in self.log.read_text().splitlines() if line.endswith("}")]
-        return [note for note in map(json.loads, lines) if note["run"] == run]
+        found = []
+        for line in self.log.read_text(errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # its writer was killed
+        return [note for note in found if isinstance(note, dict) and note.get("run") == run]
 
     @contextmanager
     def _locked(self) -> Iterator:

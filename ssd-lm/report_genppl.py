@@ -106,10 +106,8 @@ def report(args, samples: dict[Path, list[dict]]) -> list[dict]:
                 "mean_gen_ppl": fmean(own) if own else None,
                 "entropy": fmean(s.entropy for s in scores),
                 "length": fmean(s.tokens for s in scores),
-                "nfe": fmean(r["nfe"] for r in records) if "nfe" in records[0] else None,
-                "seconds": fmean(r["total_seq_time"] for r in records)
-                if "total_seq_time" in records[0]
-                else None,
+                "nfe": mean_of(records, "nfe"),
+                "seconds": mean_of(records, "total_seq_time"),
                 "each": [
                     {
                         "index": record.get("index", place),
@@ -156,6 +154,11 @@ def score(args, files: list[list[dict]]):
 
 def special_tokens(record: dict) -> list[str]:
     return record.get("settings", {}).get("special_tokens", [])
+
+
+def mean_of(records: list[dict], key: str) -> float | None:
+    """None where a record lacks it: the reference's have no nfe."""
+    return fmean(r[key] for r in records) if all(key in r for r in records) else None
 
 
 def finite(value: float) -> float | None:

@@ -107,7 +107,7 @@ def parse(text: str, path: Path) -> list[dict]:
             raise SamplesError(
                 f"{path}, line {number} is no JSON ({error}); remove it or the file"
             ) from error
-        if not isinstance(record, dict) or "sampled_sequences" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get("sampled_sequences"), str):
             raise SamplesError(f"{path}, line {number} is no sample: it has no sampled_sequences")
         records.append(record)
     return records

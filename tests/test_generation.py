@@ -165,6 +165,16 @@ def test_what_a_killed_process_left_unfinished_is_cut_off(tmp_path):
         assert len(read(one)) == 5
 
 
+def test_a_torn_line_of_the_log_is_passed_over(tmp_path):
+    one = job(tmp_path, num_samples=3)
+    one.run()
+    with one.file.log.open("a") as log:
+        log.write('{"run": "r", "stopped": {"length": 1}')  # killed here
+    more = job(tmp_path, num_samples=5)
+    assert more.run()["rows"] == 5
+    assert sum(note["rows"] for note in more.file.notes(more.run_name)) == 5
+
+
 def test_another_run_is_added_and_each_reports_its_own(tmp_path):
     job(tmp_path, run="a").run()
     other = job(tmp_path, run="b", num_samples=3, changes={"seed": 7})

@@ -124,6 +124,7 @@ BAD_REPORTS = {
     "no folder of samples": (["empty"], "holds no file of samples"),
     "no sample yet": (["torn.jsonl"], "holds no finished sample yet"),
     "not samples": (["other.jsonl"], "is no sample"),
+    "no text": (["number.jsonl"], "is no sample"),
     "no JSON": (["noise.jsonl"], "is no JSON"),
     "no tokens": (["plain.jsonl", "--judge", "none"], "only a judge can count those"),
     "batch": (["plain.jsonl", "--batch_size", "0"], "must be at least 1"),
@@ -137,6 +138,7 @@ def test_a_bad_report_is_refused(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.jsonl").write_text('{"sampled_seq')
+    (tmp_path / "number.jsonl").write_text('{"sampled_sequences": 5}\n' * 2)
     (tmp_path / "other.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
     (tmp_path / "noise.jsonl").write_text("x\ny\n")
     plain = '{"sampled_sequences": "x"}\n'

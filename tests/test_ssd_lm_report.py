@@ -68,6 +68,14 @@ def test_without_a_judge_entropy_and_length_are_over_the_models_tokens(tmp_path)
         assert each["length"] == describe(record["token_ids"], eos).tokens
 
 
+def test_a_figure_that_some_samples_lack_is_left_out(tmp_path):
+    record = {"sampled_sequences": "a rose", "total_seq_time": 2.0}
+    (tmp_path / "mixed.json").write_text(json.dumps([record | {"nfe": 3}, record]))
+    status, shown, _ = command(report_genppl, tmp_path, "--judge", JUDGE, "--device", "cpu")
+    assert status == 0
+    assert shown.splitlines()[1].split()[5] == "-"
+
+
 def test_a_report_reads_a_list_and_a_folder(tmp_path):
     plain = [{"sampled_sequences": "to be or not to be"}, {"sampled_sequences": "a rose"}]
     (tmp_path / "list.json").write_text(json.dumps(plain))
