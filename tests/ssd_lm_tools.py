@@ -1,15 +1,11 @@
 """What the tests of SSD-LM's commands share."""
 
 import io
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from conftest import GOLDEN
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "ssd-lm"))
-
 import generate_text
+from conftest import GOLDEN
 from ssd_samples import read
 
 ROOT = Path(__file__).parent.parent

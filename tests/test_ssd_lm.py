@@ -1,15 +1,9 @@
 """SSD-LM's decoding against the recordings, against enumeration, and batch against one by one."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import ssd_decode
 import torch
 from conftest import GOLDEN, load, load_json
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "ssd-lm"))
-
-import ssd_decode
 from ssd_decode import RowNoise, alpha_bar, decode, draw_from_nucleus, nucleus
 from ssd_model import SSDLM, load_model, load_tokenizer
 

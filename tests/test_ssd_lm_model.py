@@ -1,14 +1,10 @@
 """Loading SSD-LM: the published layout, whole or not at all."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "ssd-lm"))
-
 from ssd_folder import ModelError, find_folder
 from ssd_model import load_model
 
