@@ -1,4 +1,4 @@
-"""What every test shares: where the recordings lie, and one thread so that two workers fit two cores."""
+"""What every test shares: where the recordings lie, and one thread, so that two workers fit."""
 
 import json
 import os
