@@ -210,14 +210,7 @@ def differences(config: Config, checkpoint: checkpoints.Checkpoint) -> list[str]
     """Settings that shape training and are not those of the checkpoint; none for foreign files."""
     if "examples_seen" not in checkpoint.raw.get("sampler", {}):
         return []
-    differing = []
-    for key, ours in settings.shaping(config).items():
-        theirs = checkpoint.config
-        for part in key.split("."):  # a setting that is younger than the checkpoint is left out
-            theirs = theirs.get(part, ours) if isinstance(theirs, dict) else ours
-        if theirs != ours:
-            differing.append(f"{key} was {theirs}, now {ours}")
-    return differing
+    return settings.differences(config, checkpoint.config)
 
 
 def examples_seen(checkpoint: checkpoints.Checkpoint, config: Config) -> int:

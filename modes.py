@@ -143,7 +143,9 @@ def report_likelihood(
     }
     if rank() != 0:
         return
-    path = Path(config.checkpointing.save_dir) / f"ppl_{Path(str(config.data.valid)).stem}.json"
+    weights = checkpoint.fingerprint[:8] + ("-raw" if config.eval.disable_ema else "")
+    name = f"ppl_{Path(str(config.data.valid)).stem}-{weights}.json"
+    path = Path(config.checkpointing.save_dir) / name
     write_json(path, summary)
     say(f"{config.algo.name} on {config.data.valid} ({summary['bound']}): {found}")
     say(f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
@@ -169,7 +171,9 @@ def prepare_sample_eval(config: Config) -> Callable[[], None]:
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
     wanted = sampling_settings(config, tokenizer, checkpoint)
-    algo = config.algo.name
+    prompts = sampling_prompts(config, tokenizer, wanted)
+    file = SampleFile(config.sampling.logdir)
+    file.check()
     path_or_id = config.eval.gen_ppl_eval_model_name_or_path
     judge = None
     if path_or_id is not None:
@@ -180,14 +184,14 @@ def prepare_sample_eval(config: Config) -> Callable[[], None]:
         )
     fabric.launch()
     job = Job(
-        algo=algo,
+        algo=config.algo.name,
         denoise=denoiser(config, module.backbone.to(fabric.device).eval(), tokenizer),
         tokenizer=tokenizer,
         settings=wanted,
         num_samples=config.sampling.num_sample_batches * config.sampling.batch_size,
-        file=SampleFile(config.sampling.logdir),
+        file=file,
         run_name=sampling_run_id(config, checkpoint, wanted),
-        prompts=sampling_prompts(config, tokenizer, wanted),
+        prompts=prompts,
         infill=config.sampling.infill,
         judge=judge,
         device=fabric.device,

@@ -28,7 +28,7 @@ def candidates(
         for i in range(starts):
             lo = round(i * delta, 10)
             interval = (max(lo, sampling_eps), min(round(lo + width, 10), 1.0))
-            if interval not in grid:
+            if interval[0] < interval[1] and interval not in grid:
                 grid.append(interval)
     return grid
 

@@ -129,7 +129,7 @@ def test_likelihood(bash, launch, exported):
     assert "perplexity" not in err
     log = (launch / "logs/bamdlm_owt_block_size4.log").read_text()
     ppl = float(re.search(r"perplexity ([\d.]+) ± ", log)[1])
-    (written,) = launch.glob("outputs/**/ppl_valid.json")
+    (written,) = launch.glob("outputs/**/ppl_valid-*.json")
     found = json.loads(written.read_text())
     assert found["ppl"] == pytest.approx(ppl, abs=1e-3)
     assert found["checkpoint"] == str(exported)

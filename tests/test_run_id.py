@@ -30,7 +30,7 @@ def name(words=(), made=None, ema=None, wanted=WANTED, source="run/last.ckpt"):
         {"words": ["eval.gen_ppl_eval_model_name_or_path=null"]},
         {"words": ["sampling.prompt=Once"]},
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),
 )
 def test_another_row_has_another_run(change):
     assert name(**change) != name()
@@ -43,7 +43,7 @@ def test_another_row_has_another_run(change):
         {"words": ["sampling.num_sample_batches=3"]},
         {"wanted": Settings(length=8, bos_id=0, eos_id=0, batch_size=4)},
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),
 )
 def test_the_same_rows_belong_to_one_run(same):
     assert name(**same) == name()
