@@ -203,9 +203,11 @@ def parse(overrides: list[str]) -> tuple[Request, list[str]]:
         problem = _group_problem(word.key, word.value) if group else _value_problem(word, nulled)
         if problem is not None:
             problems.append(problem)
-        elif group and word.value is not None:
+        elif group and word.value is None:
+            request.groups.pop(word.key, None)  # experiment=null takes an earlier choice back
+        elif group:
             request.groups[word.key] = f"{word.key}={word.text}"
-        elif not group:
+        else:
             request.values.append((word.key, word.value))
             if word.key not in LEAVES:
                 (nulled.add if word.value is None else nulled.discard)(word.key)

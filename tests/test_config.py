@@ -566,3 +566,11 @@ def test_importing_and_loading_needs_no_torch():
         check=True,
     )
     assert done.stdout.strip() == "set()" or Path("/dev/nvidiactl").exists()
+
+
+def test_a_later_experiment_null_takes_an_earlier_choice_back():
+    plain = config.load(["block_size=4", "wandb=null"])
+    taken_back = config.load(
+        ["experiment=quickstart", "block_size=4", "wandb=null", "experiment=null"]
+    )
+    assert config.shaping(taken_back) == config.shaping(plain)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slurm
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 LAST = "run/checkpoints/last.ckpt"
+SCRIPT = ["experiment=train_owt_bamdlm", "block_size=4"]  # what train_owt_bamdlm.sh says
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return [*tiny(folder), *ALGORITHMS["bamdlm"], "model.dropout=0", "experiment=null"]
+    return [*tiny(folder), *ALGORITHMS["bamdlm"], "model.dropout=0"]
 
 
 def until_saved(cluster, job, step, folder):
@@ -84,7 +85,7 @@ def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, ov
     last = read(tmp_path / LAST)
     assert last["global_step"] == steps
     shutil.rmtree(tmp_path / "run")
-    code, text = run([*arguments, f"trainer.max_steps={steps}"], tmp_path / "log")
+    code, text = run([*SCRIPT, *arguments, f"trainer.max_steps={steps}"], tmp_path / "log")
     assert code == 0, text
     whole = read(tmp_path / LAST)
     for part in ("hyper_parameters", "callbacks"):  # the job has other words for the same
@@ -115,7 +116,8 @@ def test_two_tasks_on_one_node_or_two_train_as_one_process(cluster, overrides, t
         if name == "node":  # the nodes are free again, and so is the port
             assert "COMPLETED" in cluster.wait(jobs[name]), cluster.log(jobs[name])
     code, text = run(
-        [*overrides, *BY_ONE, f"checkpointing.save_dir={tmp_path / 'one/run'}"], tmp_path / "log"
+        [*SCRIPT, *overrides, *BY_ONE, f"checkpointing.save_dir={tmp_path / 'one/run'}"],
+        tmp_path / "log",
     )
     assert code == 0, text
     assert "COMPLETED" in cluster.wait(jobs["nodes"]), cluster.log(jobs["nodes"])
