@@ -72,7 +72,7 @@ def _sampling(config: Config) -> Iterator[str]:
         yield f"sampling.context_size has no effect: algo={algo.name} has no blocks to look back on"
     for key, changed, steps in (
         ("k", sampling.k != 1, ("confidence",)),
-        ("confidence", sampling.confidence != "probability", ("confidence", "threshold")),
+        ("confidence", sampling.confidence != "probability", ("confidence",)),
         ("threshold", sampling.threshold != 0.9, ("threshold",)),
         ("remask_eta", sampling.remask_eta != 0.02, ("remask",)),
     ):
