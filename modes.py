@@ -20,7 +20,6 @@ from build import (
     build_backbone,
     build_data,
     build_module,
-    build_objective,
     build_shape,
     build_tokenizer,
     start_from,
@@ -32,7 +31,6 @@ from flops import flops, matmul_dtype
 from generation import Job, run_id, visible_tokens
 from generative import load_judge
 from metrics import Likelihood
-from models.dit import DiT
 from noise_schedule import get_schedule
 from plan import prepare_plan
 from prompts import encode_prompts, read_prompts
@@ -185,7 +183,7 @@ def prepare_sample_eval(config: Config) -> Callable[[], None]:
     fabric.launch()
     job = Job(
         algo=config.algo.name,
-        denoise=denoiser(config, module.backbone.to(fabric.device).eval(), tokenizer),
+        denoise=denoiser(module.to(fabric.device).eval(), config.algo.name),
         tokenizer=tokenizer,
         settings=wanted,
         num_samples=config.sampling.num_sample_batches * config.sampling.batch_size,
@@ -250,12 +248,11 @@ def sampling_settings(
     )
 
 
-def denoiser(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Callable:
+def denoiser(module: Diffusion, algo: str) -> Callable:
     """The questions the sampler asks the network."""
-    objective = build_objective(config, tokenizer.mask_id)
-    if config.algo.name in ("ar", "sedd"):
-        return objective.denoiser(backbone)
-    return objective.denoiser(backbone, whole_window=config.algo.name == "mdlm")
+    if algo in ("ar", "sedd"):
+        return module.objective.denoiser(module.backbone)
+    return module.objective.denoiser(module.backbone, whole_window=algo == "mdlm")
 
 
 def sampling_prompts(
