@@ -7,6 +7,7 @@ import torch
 
 import checkpoints
 from config import Config
+from config.defaults import needs_block_mask
 from dataloader import DataModule, get_rows
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from flops import Shape
@@ -179,6 +180,14 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
     )
 
 
+def alignment(config: Config) -> int | None:
+    """data.pack=documents: documents begin at blocks, where the algorithm has them."""
+    if config.data.pack == "wrap":
+        return None
+    blocks = needs_block_mask(config.algo.name, config.block_size, config.model.length)
+    return config.block_size if blocks else 1
+
+
 def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
     data, train = config.data, split == "train"
     return get_rows(
@@ -188,6 +197,7 @@ def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
         length=config.model.length,
         cache_dir=data.cache_dir,
         wrap=data.wrap,
+        align=alignment(config),
         insert_eos=data.insert_train_eos if train else data.insert_valid_eos,
         insert_special=data.insert_train_special if train else data.insert_valid_special,
         revision=data.train_revision if train else data.valid_revision,

@@ -3,10 +3,11 @@
 get_rows prepares one split of a corpus, once: the result lies under data.cache_dir in a folder
 named by a hash of every setting that shapes it. DataModule serves prepared rows to Lightning.
 
-A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}. In training
-"row" is the example's position in the endless stream of the run (data_order.py): position // global
-batch size is the optimizer step, the remainder the row of the global batch. In validation it is the
-row of the split.
+A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}, with
+data.pack=documents also "segments" int64 [B, L] (packing.segments). In training "row" is the
+example's position in the endless stream of the run (data_order.py): position // global batch size
+is the optimizer step, the remainder the row of the global batch. In validation it is the row of the
+split.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ def get_rows(
     length: int,
     cache_dir: str | Path,
     wrap: bool = True,
+    align: int | None = None,
     insert_eos: bool = True,
     insert_special: bool = True,
     revision: str | None = None,
@@ -58,7 +60,13 @@ def get_rows(
         bos=tokenizer.bos_id,
         eos=tokenizer.eos_id,
         pad=tokenizer.pad_id,
+        align=align,
     )
+    if entry.windows and split == "train" and align is not None:
+        raise ValueError(
+            f"data.pack=documents has no meaning for {corpus}, windows of one document;"
+            " use data.pack=wrap"
+        )
     column = text_column or entry.column
     about = {
         "corpus": corpus,
@@ -68,7 +76,7 @@ def get_rows(
         "detokenizer": entry.detokenizer,
         "detokenizer_rules": entry.detokenizer and detokenizers.fingerprint(entry.detokenizer),
         "tokenizer": tokenizer.fingerprint,
-        "shape": vars(shape),
+        "shape": shape.settings(),
         "format": rows.FORMAT,
     }
     cache = Path(cache_dir).expanduser()
@@ -109,7 +117,10 @@ class Examples(Dataset):
             ids, mask = ids.gather(1, columns), mask.gather(1, columns)
             if self.bos is not None:
                 ids[:, 0] = self.bos
-        return {"input_ids": ids, "attention_mask": mask, "row": positions}
+        batch = {"input_ids": ids, "attention_mask": mask, "row": positions}
+        if self.rows.apart:
+            batch["segments"] = torch.from_numpy(self.rows.segments([p.row for p in places]))
+        return batch
 
 
 class DataModule(LightningDataModule):

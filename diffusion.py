@@ -2,9 +2,10 @@
 No maths.
 
 What a loss is belongs to objectives/, the average of the weights to models/ema.py, the order of the
-data to the data module. A batch is {"input_ids" [B, L], "attention_mask" [B, L], "row" [B]}: row is
-the index of the example in the endless stream of training data, or in the validation split, and
-with the seed it fixes the noise of that example.
+data to the data module. A batch is {"input_ids" [B, L], "attention_mask" [B, L], "row" [B]}, and
+"segments" [B, L] where a row holds several documents (packing.segments): row is the index of the
+example in the endless stream of training data, or in the validation split, and with the seed it
+fixes the noise of that example.
 """
 
 from collections.abc import Callable
@@ -136,7 +137,7 @@ class Diffusion(L.LightningModule):
         """The loss of a batch under given draws (None: ar, nothing is drawn)."""
         x0, mask = batch["input_ids"], batch["attention_mask"]
         # padding forms a segment of its own, so it is neither attended to nor attends
-        segments = mask.long() if self.pad_apart else None
+        segments = mask.long() if self.pad_apart else batch.get("segments")
         if isinstance(self.objective, Autoregressive):
             return self.objective.loss(
                 self.backbone, x0, mask, training=training, segments=segments

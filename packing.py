@@ -1,8 +1,10 @@
 """Documents as ids, cut into rows of L.
 
 Wrapped: all documents form one stream, cut into chunks; only what is left at its very end is
-dropped. Unwrapped: one document a row, cut or padded to L. A document comes as (ids, ends) pairs,
-one for each of its pieces (readers.Piece).
+dropped. Unwrapped: one document a row, cut or padded to L. Apart (data.pack=documents): one stream
+again, in which every document begins at a block border and is a segment of its own; where a row
+ends inside a document, the next row goes on with it as a new segment. A document comes as (ids,
+ends) pairs, one for each of its pieces (readers.Piece).
 """
 
 import itertools
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 DOCUMENTS_AT_ONCE = 1000
+IDS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,19 @@ class Shape:
 
     length: int
     wrap: bool
-    insert_eos: bool  # after each document; wrapped only
-    insert_special: bool  # BOS and EOS round each chunk; unwrapped rows always have them
+    insert_eos: bool  # after each document; not where rows are unwrapped
+    insert_special: bool  # BOS and EOS round each chunk (unwrapped: always), or apart each document
     bos: int
     eos: int
     pad: int
+    align: int | None = None  # documents apart: each begins at a multiple of this in its row
 
     def __post_init__(self):
+        if self.align is not None and (not self.wrap or self.length % self.align):
+            raise ValueError(
+                f"documents cannot be kept apart in rows of {self.length} at multiples of"
+                f" {self.align} with data.wrap={self.wrap}"
+            )
         if self.room < 1:
             raise ValueError(
                 f"model.length={self.length} leaves no room for text between the BOS and the EOS of"
@@ -36,18 +45,32 @@ class Shape:
 
     @property
     def framed(self) -> bool:
-        return self.insert_special or not self.wrap
+        """Whether each row begins with BOS and ends with EOS."""
+        return self.align is None and (self.insert_special or not self.wrap)
 
     @property
     def room(self) -> int:
         return self.length - 2 * self.framed
+
+    def settings(self) -> dict:
+        """What the name of a prepared folder depends on; as it was before `align` where that is
+        None."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 class Chunk(NamedTuple):
     """Rows that are ready."""
 
     ids: np.ndarray  # [n, L]
-    counts: np.ndarray  # [n], real tokens, the rest of a row is padding
+    counts: np.ndarray  # [n], real tokens; padding follows them, and stands between them if apart
+    marks: np.ndarray | None = None  # uint8 [n, 2, ceil(L / 8)], apart: bits of `segments`
+
+
+def packed(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
+    """The rows, in the way that the shape says."""
+    if shape.align is not None:
+        return apart(documents, shape)
+    return (wrapped if shape.wrap else unwrapped)(documents, shape)
 
 
 def wrapped(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
@@ -90,6 +113,79 @@ def joined(documents: Iterable[tuple[list[int], bool]], most: int) -> Iterator[l
         if ends:
             yield document
             document = []
+
+
+def apart(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
+    """[BOS] + ids + [EOS] of each document and padding up to the next multiple of `align`, cut into
+    rows of L; the last row is padded. Documents without a token are left out.
+
+    A row is not closed early where a document does not fit: each row would lose the rest, here at
+    most one document of a row loses the sight of its beginning, as when wrapped.
+    """
+    length = shape.length
+    stream = _Stream(shape)
+    for ids, ends in documents:
+        stream.add(ids, ends)
+        if len(stream.ids) >= max(length, IDS_AT_ONCE):
+            yield stream.cut(len(stream.ids) // length)
+    if len(stream.ids) >= length:
+        yield stream.cut(len(stream.ids) // length)
+    if stream.ids:
+        stream.pad(-len(stream.ids) % length)
+        yield stream.cut(1)
+
+
+class _Stream:
+    """Documents one after the other, each from a block border on."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        self.inside = False  # a document has begun and not ended
+        self.ids: list[int] = []
+        self.starts: list[int] = []
+        self.gaps: list[tuple[int, int]] = []  # padding, from and to
+
+    def add(self, ids: list[int], ends: bool) -> None:
+        shape = self.shape
+        if ids and not self.inside:
+            self.inside = True
+            self.starts.append(len(self.ids))
+            if shape.insert_special:
+                self.ids.append(shape.bos)
+        self.ids += ids
+        if ends and self.inside:
+            self.inside = False
+            if shape.insert_eos or shape.insert_special:
+                self.ids.append(shape.eos)
+            self.pad(-len(self.ids) % shape.align)
+
+    def pad(self, count: int) -> None:
+        self.gaps.append((len(self.ids), len(self.ids) + count))
+        self.ids += [self.shape.pad] * count
+
+    def cut(self, rows: int) -> Chunk:
+        """The first rows, which leave the stream."""
+        length = self.shape.length
+        end = rows * length
+        marks = np.zeros((2, len(self.ids)), bool)
+        marks[0, self.starts] = True
+        marks[0, ::length] = True
+        marks[1] = True
+        for begin, stop in self.gaps:
+            marks[1, begin:stop] = False
+        ids = np.array(self.ids[:end]).reshape(rows, length)
+        starts, real = (plane[:end].reshape(rows, length) for plane in marks)
+        self.ids = self.ids[end:]
+        self.starts = [start - end for start in self.starts if start >= end]
+        self.gaps = [(a - end, b - end) for a, b in self.gaps if b > end]
+        return Chunk(ids, real.sum(1), np.packbits(np.stack([starts, real], 1), axis=-1))
+
+
+def segments(marks: np.ndarray, length: int) -> np.ndarray:
+    """Chunk.marks [B, 2, ceil(L / 8)] -> the number of each token's document in its row, int64
+    [B, L]: 1, 2 ...; 0 is padding."""
+    starts, real = np.unpackbits(marks, axis=-1, count=length).astype(np.int64).swapaxes(0, 1)
+    return starts.cumsum(1) * real
 
 
 def batched(items: Iterable) -> Iterator[list]:

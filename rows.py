@@ -2,6 +2,8 @@
 
     ids.bin      [rows, L] uint16, or uint32 for vocabularies above 65 536
     counts.bin   [rows] uint32, real tokens of each row; what follows them is padding
+    marks.bin    [rows, 2, ceil(L / 8)] uint8, of data.pack=documents alone: two bits for a token,
+                 whether a segment begins there and whether it is real (not padding)
     about.json   what the rows were made from and how many there are
 
 and is made under a temporary name, so that a folder that exists is complete.
@@ -13,13 +15,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from packing import Shape, unwrapped, wrapped
+import packing
+from packing import Shape
 from readers import Piece
 
 log = logging.getLogger("bamdlm")
@@ -140,8 +143,7 @@ def write(
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     try:
         with Report(f"preparing {about['corpus']} ({about['split']})") as report:
-            pack = wrapped if shape.wrap else unwrapped
-            rows = save(new, pack(documents(report), shape), dtype, vocab_size)
+            rows = save(new, packing.packed(documents(report), shape), dtype, vocab_size)
         if rows == 0:
             raise ValueError(
                 f"{about['corpus']} ({about['split']}) has {report.tokens} tokens in"
@@ -170,21 +172,23 @@ def write(
 
 def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
     """The number of rows written."""
-    rows = 0
-    with (
-        (folder / "ids.bin").open("wb") as ids_file,
-        (folder / "counts.bin").open("wb") as counts_file,
-    ):
-        for ids, counts in chunks:
+    rows, files = 0, {}
+    with ExitStack() as stack:
+        for ids, counts, marks in chunks:
             if ids.max() >= vocab_size:
                 raise ValueError(
                     f"the tokenizer gave the id {ids.max()}, but its vocabulary has {vocab_size}"
                     " ids, the mask included; check data.tokenizer_name_or_path"
                 )
-            ids_file.write(ids.astype(dtype).tobytes())
-            counts_file.write(counts.astype(np.uint32).tobytes())
+            arrays = {"ids.bin": ids.astype(dtype), "counts.bin": counts.astype(np.uint32)}
+            if marks is not None:
+                arrays["marks.bin"] = marks
+            for name, array in arrays.items():
+                if name not in files:
+                    files[name] = stack.enter_context((folder / name).open("wb"))
+                files[name].write(array.tobytes())
             rows += len(ids)
-        for file in (ids_file, counts_file):
+        for file in files.values():
             file.flush()
             os.fsync(file.fileno())
     return rows
@@ -203,6 +207,14 @@ class Rows:
     def open(self) -> None:
         self.ids = self.array("ids.bin", self.dtype, (self.about["rows"], self.length))
         self.counts = self.array("counts.bin", np.dtype(np.uint32), (self.about["rows"],))
+        if self.apart:
+            shape = (self.about["rows"], 2, -(-self.length // 8))
+            self.marks = self.array("marks.bin", np.dtype(np.uint8), shape)
+
+    @property
+    def apart(self) -> bool:
+        """Whether documents are kept apart (data.pack=documents)."""
+        return self.about["shape"].get("align") is not None
 
     def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
         expected, found = np.prod(shape) * dtype.itemsize, (self.folder / name).stat().st_size
@@ -214,7 +226,8 @@ class Rows:
         return np.memmap(self.folder / name, dtype, "r", shape=shape)
 
     def __getstate__(self) -> dict:  # a memory map would be copied into a worker
-        return {key: value for key, value in vars(self).items() if key not in ("ids", "counts")}
+        maps = ("ids", "counts", "marks")
+        return {key: value for key, value in vars(self).items() if key not in maps}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -226,5 +239,12 @@ class Rows:
     def read(self, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [B, L], attention mask [B, L]), both int64."""
         ids = np.array(self.ids[rows], np.int64)
+        if self.apart:
+            return ids, (self.segments(rows) > 0).astype(np.int64)
         mask = np.arange(self.length) < self.counts[rows][:, None]
         return ids, mask.astype(np.int64)
+
+    def segments(self, rows: list[int]) -> np.ndarray:
+        """Where documents are apart: the number of each token's document in its row, int64 [B, L];
+        0 is padding."""
+        return packing.segments(self.marks[rows], self.length)

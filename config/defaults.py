@@ -86,7 +86,8 @@ def _attn_backend(values: dict, gpu: bool) -> str:
     half = values["trainer.precision"].startswith(("bf16", "16"))
     if masked:
         return "flex"
-    plain = half and values["data.wrap"] and values["mode"] != "sample_eval"
+    one_text = values["data.wrap"] and values["data.pack"] == "wrap"
+    plain = half and one_text and values["mode"] != "sample_eval"
     return "flash_attn" if plain and has_flash_attn() else "sdpa"
 
 

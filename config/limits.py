@@ -15,6 +15,7 @@ CHOICES = {
     "sampling.steps": STEPS,
     "sampling.confidence": ("probability", "margin", "entropy"),
     "sampling.dtype": ("float32", "float64"),
+    "data.pack": ("wrap", "documents"),
     "trainer.accelerator": ("auto", "gpu", "cpu"),
     "trainer.precision": PRECISIONS,
     "trainer.gradient_clip_algorithm": ("norm", "value"),

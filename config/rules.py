@@ -193,6 +193,11 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
         yield f"model.attn_backend=flash_attn needs trainer.precision=bf16; or {way_out}"
     if not config.data.wrap:
         yield f"model.attn_backend=flash_attn cannot hide padding (data.wrap=False); {way_out}"
+    if config.data.pack == "documents":
+        yield (
+            "model.attn_backend=flash_attn cannot keep documents apart (data.pack=documents);"
+            f" {way_out}"
+        )
     if config.mode == "sample_eval" and config.sampling.kv_cache:
         yield f"model.attn_backend=flash_attn does not serve sampling.kv_cache=True; {way_out}"
 
@@ -225,8 +230,20 @@ def optimization(config: Config) -> Iterator[str]:
 def data(config: Config) -> Iterator[str]:
     if config.data.streaming:
         yield "data.streaming=True is not offered yet; False prepares the data before training"
+    if config.data.pack == "documents" and not config.data.wrap:
+        yield (
+            "data.pack=documents does not go with data.wrap=False, which gives each document a row"
+            " of its own: choose one"
+        )
+    windows = config.data.train == "text8-crop" and config.mode in ("train", "plan")
+    if config.data.pack == "documents" and windows:
+        yield (
+            "data.pack=documents has no meaning for data.train=text8-crop, windows of one document;"
+            " use data=text8 or data.pack=wrap"
+        )
     special = config.data.insert_train_special or config.data.insert_valid_special
-    if config.data.wrap and special and config.model.length <= SPECIAL_TOKENS:
+    framed = config.data.wrap and config.data.pack == "wrap" and special
+    if framed and config.model.length <= SPECIAL_TOKENS:
         yield (
             f"model.length={config.model.length} leaves no room between BOS and EOS;"
             " set data.insert_train_special=False and data.insert_valid_special=False"

@@ -9,7 +9,8 @@ from models.denoiser import Denoiser
 from models.masks import Causal
 
 from .head import cross_entropy, head_loss
-from .loss import TokenLoss, without_first
+from .loss import TokenLoss
+from .segments import begins, positions
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,19 @@ class Autoregressive:
         training: bool,
         segments: Tensor | None = None,
     ) -> TokenLoss:
-        """x0, attention_mask, segments [B, L]; the result is [B, L - 1], about tokens 1 .. L -
-        1."""
-        counted = without_first(attention_mask[:, 1:], self.ignore_bos and not training)
+        """x0, attention_mask, segments [B, L]; the result is [B, L - 1], about tokens 1 .. L - 1.
+        A text's first token is not predicted: before it stands another text."""
+        first = begins(x0, segments)
+        counted = attention_mask[:, 1:].float().masked_fill(first[:, 1:], 0)
+        if self.ignore_bos and not training:
+            counted = counted.masked_fill(first[:, :-1], 0)
         seen = None if segments is None else segments[:, :-1]
-        hidden = backbone.hidden(x0[:, :-1], rule=Causal(), segments=seen).flatten(0, 1)
+        hidden = backbone.hidden(
+            x0[:, :-1],
+            rule=Causal(),
+            segments=seen,
+            positions=None if seen is None else positions(seen),
+        ).flatten(0, 1)
         factors = (counted / counted.sum()).flatten()
         kernel = functools.partial(cross_entropy, mask_id=self.mask_id)
         # padding may carry the mask's id, whose probability is 0: ask for any other token there

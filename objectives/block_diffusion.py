@@ -27,6 +27,7 @@ from .corruption import (
 )
 from .head import cross_entropy, head_loss
 from .loss import TokenLoss, scattered, without_first
+from .segments import positions
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class MaskedDiffusion:
             return Noise(p=torch.ones_like(t), weight=torch.ones_like(t))
         return self.schedule(t)
 
-    def corrupt(self, x0: Tensor, draws: Draws, interval: Interval) -> tuple[Tensor, Tensor]:
+    def corrupt(
+        self, x0: Tensor, draws: Draws, interval: Interval, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x_t [B, L] and the times t [B, N] of its blocks."""
         t = times(draws.time, interval)
         p = self.noise(t, interval).p
@@ -61,12 +64,14 @@ class MaskedDiffusion:
             hidden = hidden_within_bounds(draws.token, draws.count, p, bounds)
         else:
             hidden = hidden_independently(draws.token, p)
-        return hide(x0, hidden, self.mask_id, self.ignore_bos), t
+        return hide(x0, hidden, self.mask_id, self.ignore_bos, segments), t
 
-    def counted(self, attention_mask: Tensor, training: bool) -> Tensor:
-        """Which tokens enter the mean. Position 0 stays in the training mean (as published), not in
-        evaluation."""
-        return without_first(attention_mask, self.ignore_bos and not training)
+    def counted(
+        self, attention_mask: Tensor, training: bool, segments: Tensor | None = None
+    ) -> Tensor:
+        """Which tokens enter the mean. A text's position 0 stays in the training mean (as
+        published), not in evaluation."""
+        return without_first(attention_mask, self.ignore_bos and not training, segments)
 
     def loss(
         self,
@@ -80,8 +85,8 @@ class MaskedDiffusion:
         segments: Tensor | None = None,
     ) -> TokenLoss:
         """x0, attention_mask, segments [B, L]. Only the full interval bounds the likelihood."""
-        x_t, t = self.corrupt(x0, draws, interval)
-        counted = self.counted(attention_mask, training)
+        x_t, t = self.corrupt(x0, draws, interval, segments)
+        counted = self.counted(attention_mask, training, segments)
         return self.loss_at(backbone, x0, x_t, t, counted, interval=interval, segments=segments)
 
     def loss_at(
@@ -109,13 +114,14 @@ class MaskedDiffusion:
     def hidden(self, backbone, x_t, x0, read, segments=None) -> Tensor:
         """Hidden states of the rows `read` of x_t. With one block nobody would read the clean half:
         it is not built."""
+        places = None if segments is None else positions(segments)
         if self.block_size == x_t.shape[1]:
-            return backbone.hidden(x_t, rule=Full(), segments=segments, read=read)
+            return backbone.hidden(x_t, rule=Full(), segments=segments, positions=places, read=read)
         if segments is not None:
-            segments = torch.cat([segments, segments], 1)
+            segments, places = torch.cat([segments] * 2, 1), torch.cat([places] * 2, 1)
         tokens = torch.cat([x_t, x0], 1)
         rule = BlockDiffusion(self.block_size)
-        return backbone.hidden(tokens, rule=rule, segments=segments, read=read)
+        return backbone.hidden(tokens, rule=rule, segments=segments, positions=places, read=read)
 
     def denoiser(self, backbone, *, whole_window: bool) -> Denoiser:
         """The questions samplers ask. whole_window: mdlm, the visible window is one block."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from randomness import uniform
 
+from .segments import begins
+
 Interval = tuple[float, float]  # the times (eps_min, eps_max) that are drawn
 # Everything hidden; with blocks of one token the loss is the exact NLL. Ints, as it is logged.
 EXACT: Interval = (1, 1)
@@ -97,11 +99,12 @@ def per_token(blocks: Tensor, length: int) -> Tensor:
     return blocks.repeat_interleave(length // blocks.shape[1], 1)
 
 
-def hide(x0: Tensor, hidden: Tensor, mask_id: int, ignore_bos: bool) -> Tensor:
-    """x_t: the mask token where `hidden`; position 0 stays visible with `ignore_bos`."""
+def hide(
+    x0: Tensor, hidden: Tensor, mask_id: int, ignore_bos: bool, segments: Tensor | None = None
+) -> Tensor:
+    """x_t: the mask token where `hidden`; with `ignore_bos` a text's first token stays visible."""
     if ignore_bos:
-        hidden = hidden.clone()
-        hidden[:, 0] = False
+        hidden = hidden & ~begins(x0, segments)
     return torch.where(hidden, mask_id, x0)
 
 

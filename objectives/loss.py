@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .segments import begins
+
 
 @dataclass(frozen=True)
 class TokenLoss:
@@ -26,9 +28,10 @@ def scattered(nats: Tensor, read: Tensor, like: Tensor) -> Tensor:
     return out.index_copy_(0, read, nats).view(like.shape)
 
 
-def without_first(attention_mask: Tensor, drop: bool) -> Tensor:
-    """The counted tokens as float32, in a tensor of their own; position 0 left out with `drop`."""
+def without_first(attention_mask: Tensor, drop: bool, segments: Tensor | None = None) -> Tensor:
+    """The counted tokens as float32, in a tensor of their own; the first of each text left out with
+    `drop`."""
     counted = attention_mask.to(torch.float32, copy=True)
     if drop:
-        counted[:, 0] = 0
+        counted.masked_fill_(begins(attention_mask, segments), 0)
     return counted

@@ -18,6 +18,7 @@ from noise_schedule import Schedule
 from .corruption import Draws, Interval, hidden_independently, hide, times
 from .head import head_loss, wide_dtype
 from .loss import TokenLoss, scattered, without_first
+from .segments import positions
 
 
 def score_entropy(
@@ -46,14 +47,18 @@ class ScoreEntropy:
     ignore_bos: bool = True
     time_conditioning: bool = True
 
-    def corrupt(self, x0: Tensor, draws: Draws, interval: Interval) -> tuple[Tensor, Tensor]:
+    def corrupt(
+        self, x0: Tensor, draws: Draws, interval: Interval, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x_t [B, L] and the times t [B, 1]."""
         t = times(draws.time, interval)
         hidden = hidden_independently(draws.token, self.schedule(t).p)
-        return hide(x0, hidden, self.mask_id, self.ignore_bos), t
+        return hide(x0, hidden, self.mask_id, self.ignore_bos, segments), t
 
-    def counted(self, attention_mask: Tensor, training: bool) -> Tensor:
-        return without_first(attention_mask, self.ignore_bos and not training)
+    def counted(
+        self, attention_mask: Tensor, training: bool, segments: Tensor | None = None
+    ) -> Tensor:
+        return without_first(attention_mask, self.ignore_bos and not training, segments)
 
     def loss(
         self,
@@ -67,10 +72,9 @@ class ScoreEntropy:
         segments: Tensor | None = None,
     ) -> TokenLoss:
         """x0, attention_mask, segments [B, L]; one time per row."""
-        x_t, t = self.corrupt(x0, draws, interval)
-        return self.loss_at(
-            backbone, x0, x_t, t, self.counted(attention_mask, training), segments=segments
-        )
+        x_t, t = self.corrupt(x0, draws, interval, segments)
+        counted = self.counted(attention_mask, training, segments)
+        return self.loss_at(backbone, x0, x_t, t, counted, segments=segments)
 
     def loss_at(
         self, backbone, x0: Tensor, x_t: Tensor, t: Tensor, counted: Tensor, *, segments=None
@@ -83,7 +87,14 @@ class ScoreEntropy:
         read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]
         row = read // x0.shape[1]
         seen = sigma[:, 0] if self.time_conditioning else None
-        hidden = backbone.hidden(x_t, seen, rule=Full(), segments=segments, read=read)
+        hidden = backbone.hidden(
+            x_t,
+            seen,
+            rule=Full(),
+            segments=segments,
+            positions=None if segments is None else positions(segments),
+            read=read,
+        )
         factors = (weight * counted / counted.sum()).flatten()[read]
         head = head_loss(
             backbone,
