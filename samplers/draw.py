@@ -22,6 +22,7 @@ from torch import Tensor
 from .nucleus import nucleus
 
 CACHED = 1 << 17  # numbers that a CPU handles at once
+AT_ONCE = 1 << 26  # and another device: the nucleus takes about 40 bytes each
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
@@ -65,12 +66,13 @@ def gumbel(key: Tensor, count: int) -> Tensor:
 def sample(log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str) -> Tensor:
     """Nucleus and draw: [..., V] and keys [...] -> tokens [...].
 
-    A CPU takes few rows at a time, so that what is made on the way stays in its cache.
+    A CPU takes few rows at a time, so that what is made on the way stays in its cache; another
+    device takes all but where they would need gigabytes.
     """
     rows, keys = log_probs.flatten(0, -2), key.flatten()
     if dtype == "float64":
         rows = rows.double()
-    at_once = max(1, CACHED // rows.shape[-1]) if rows.device.type == "cpu" else len(rows)
+    at_once = max(1, (CACHED if rows.device.type == "cpu" else AT_ONCE) // rows.shape[-1])
     tokens = [
         draw(nucleus(part, nucleus_p), some, dtype)
         for part, some in zip(rows.split(at_once), keys.split(at_once), strict=True)

@@ -13,6 +13,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from .countdown import Countdown
 from .draw import fold, sample
 from .rows import Rows
 from .settings import Sample
@@ -148,25 +149,26 @@ def hidden_again(rows: Rows, events: Sequence[Event]) -> Tensor | None:
 def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
     """The network decides what is revealed, so all that was hidden at first is read each time.
 
-    Only a rule that is not `sequential` has to wait for the device, once per evaluation.
+    Of a rule that is not `sequential` the host learns late how many are left (countdown.py): a pass
+    that turns out to ask nothing may follow the last one, and changes nothing.
     """
     settings = rows.settings
     view = View(rows, spans)
     events = [Event([(p, 0) for p in fill]) for fill in fills]
     first, later = make_steps(rows, view, [events, events])
     step = first  # of a cached round it starts a block earlier
-    left = [len(fill) for fill in fills]
-    while any(left):
-        for slot, n in zip(rows.slots, left, strict=True):
-            slot.nfe += n > 0
+    left = Countdown([len(fill) for fill in fills])
+    while before := left.most():
         hidden = (rows.x.gather(1, step.write) == rows.mask_id) & (step.write != rows.dump)
         log_probs = view.ask(step.read)
         reveal = rule.choose(log_probs, hidden, settings)
         if rule.sequential:
-            most, left = settings.k, [max(0, n - settings.k) for n in left]
+            left.tell([max(0, n - settings.k) for n in left.known[-1]])
         else:
-            shown, left = torch.stack([reveal.sum(1), (hidden & ~reveal).sum(1)]).tolist()
-            most = max(shown)
+            left.send((hidden & ~reveal).sum(1))
+        most = left.shown(before)
+        if most == 0:
+            break
         picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
         chosen = log_probs.gather(1, picked[..., None].expand(-1, -1, log_probs.shape[-1]))
         key = step.key.gather(1, picked)
@@ -175,3 +177,5 @@ def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
         rows.x.scatter_(1, target, token)
         step = later
         rows.show()
+    for slot, asked in zip(rows.slots, left.evaluations(), strict=True):
+        slot.nfe += asked

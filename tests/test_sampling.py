@@ -11,6 +11,7 @@ from models.masks import BlockCausal
 from samplers import STEPS, Request, Settings, generate
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_sorting, nucleus
+from samplers.steps import CONFIDENCES
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 
 V, MASK = 30, 29
@@ -280,6 +281,45 @@ def test_a_threshold_of_one_and_k_of_one_are_the_sequential_case(algo):
     assert {s.nfe for s in one + sure} == {SMALL["length"] - 1}
 
 
+class Late:
+    """What a device counts arrives when it is waited for, or at the `after`-th look."""
+
+    def __init__(self, numbers, after, waits):
+        self.numbers, self.looks, self.waits = numbers, after, waits
+
+    def query(self):
+        self.looks -= 1
+        return self.looks < 0
+
+    def synchronize(self):
+        self.waits.append(self.numbers)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("after", [1, 2, 3, 1000])
+def test_counts_that_arrive_late_change_neither_text_nor_nfe(monkeypatch, after, cached):
+    """As on a device that lags behind: passes that ask nothing may be added, one a block at most,
+    and only what is older than the last evaluation is waited for."""
+    settings = SMALL | {
+        "batch_size": 3,
+        "steps": "threshold",
+        "threshold": 0.15,
+        "kv_cache": cached,
+    }
+    asked, waits = Counting(network("bamdlm")), []
+    at_once = write("bamdlm", asked, 6, **settings)
+    needed = len(asked.asked)
+    monkeypatch.setattr("samplers.countdown.send", lambda n: (Late(n, after, waits), n))
+    late = write("bamdlm", asked, 6, **settings)
+    assert texts(late) == texts(at_once)
+    assert [s.nfe for s in late] == [s.nfe for s in at_once]
+    rounds = 2 * SMALL["length"] // SMALL["block_size"]
+    assert rounds < needed < 2 * (SMALL["length"] - 1)  # neither all at once nor one by one
+    more = len(asked.asked) - 2 * needed
+    assert 0 < more <= rounds if after > 1 else more == 0
+    assert bool(waits) == (after > 2)
+
+
 def test_a_low_threshold_reveals_a_block_at_once():
     samples = write("bamdlm", network("bamdlm"), 2, steps="threshold", threshold=1e-6, **SMALL)
     assert {s.nfe for s in samples} == {6}
@@ -499,18 +539,36 @@ def test_a_prompt_must_fit(tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("steps", ["first_hitting", "ancestral", "remask", "confidence"])
-def test_the_host_never_waits_for_the_device_inside_a_block(steps):
-    """Any synchronising call between two looks at the stop rules is an error."""
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("steps", "change"),
+    [
+        ("first_hitting", {}),
+        ("ancestral", {}),
+        ("remask", {}),
+        *(("confidence", {"k": 2, "confidence": kind}) for kind in CONFIDENCES),
+        ("threshold", {"threshold": 0.15}),
+        ("threshold", {"threshold": 1.0}),
+    ],
+)
+def test_the_host_never_waits_for_the_device_inside_a_block(monkeypatch, steps, change, dtype):
+    """Any synchronising call between two looks at the stop rules is an error. The nucleus is the
+    one of large vocabularies, and the texts are the CPU's."""
     device = torch.accelerator.current_accelerator()
     if device is None or device.type != "cuda":
         pytest.skip("needs a CUDA device")
+    monkeypatch.setattr("samplers.nucleus.SORTED", 8)
     denoise = network("bamdlm")
-    denoise.backbone.to(device)
     settings = Settings(
-        **SMALL, bos_id=0, eos_id=0, batch_size=3, kv_cache=True, steps=steps, nucleus_p=0.9
+        **SMALL | change | {"kv_cache": True, "steps": steps, "dtype": dtype},
+        bos_id=0,
+        eos_id=0,
+        batch_size=3,
+        nucleus_p=0.9,
     )
     requests = [Request(row, (0, *range(row))) for row in range(3)]
+    (here,) = [g for g in generate("bamdlm", denoise, requests, settings) if g]
+    denoise.backbone.to(device)
     groups = generate("bamdlm", denoise, requests, settings, device=device)
     next(groups)
     torch.cuda.set_sync_debug_mode("error")
@@ -519,3 +577,6 @@ def test_the_host_never_waits_for_the_device_inside_a_block(steps):
             next(groups)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    (there,) = [g for g in groups if g]
+    assert texts(there) == texts(here)
+    assert [s.nfe for s in there] == [s.nfe for s in here]
