@@ -100,6 +100,22 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return _Rotate.apply(x, *tables)
 
 
+class _Pick(torch.autograd.Function):
+    """x[rows] of x [N, E], no row twice: so the derivative needs neither sorting nor a sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = len(x)
+        return x[rows]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (rows,) = ctx.saved_tensors
+        out = grad.new_zeros(ctx.count, grad.shape[1])
+        return out.index_copy_(0, rows, grad), None
+
+
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated by the noise level, gated and added."""
 
@@ -154,7 +170,7 @@ class Block(nn.Module):
             row = read // asking
             parts = [gate, mlp_shift, mlp_scale, mlp_gate]
             gate, mlp_shift, mlp_scale, mlp_gate = (_of_rows(part, row) for part in parts)
-            x, a = x.flatten(0, 1)[read], a.flatten(0, 1)[read]  # [M, E]
+            x, a = (_Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
         x = _added(x, gate, self._drop(self.attn_out(a)))
         y = self.mlp(_modulate(self.norm2(x), mlp_shift, mlp_scale))
         return _added(x, mlp_gate, self._drop(y))
@@ -188,9 +204,9 @@ class DiT(nn.Module):
         attn_backend: str = "sdpa",
         compile: bool = False,
     ):
-        """compile: the blocks, by torch.compile; one graph serves them all. The last one stays as
-        it is where the number of rows read from it changes from step to step, and so do passes with
-        a cache, whose shapes change."""
+        """compile: the blocks, by torch.compile; one graph serves them all but the last, which has
+        one of its own for any number of rows read. Passes with a cache, whose shapes change, are
+        left as they are."""
         super().__init__()
         if hidden_size % n_heads or hidden_size // n_heads % 2:
             raise ValueError(
@@ -198,6 +214,7 @@ class DiT(nn.Module):
                 f" model.n_heads={n_heads}"
             )
         self.prepare_attention = get_backend(attn_backend)
+        self.compiled = compile
         self.run_block = torch.compile(_run_block) if compile else _run_block
         self.adaln, self.head_width = adaln, hidden_size // n_heads
         self.vocab_embed = Embedding(vocab_size, hidden_size)
@@ -229,9 +246,9 @@ class DiT(nn.Module):
 
         sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1,
         twice under BlockDiffusion. segments [B, T]: tokens see only their own segment. read [M]:
-        indices into the flattened rows of the result; then only those are finished and [M, E] is
-        returned. With a cache the tokens stand behind the committed ones and `rule` must be the
-        cache's.
+        indices into the flattened rows of the result, none twice where gradients are wanted; then
+        only those are finished and [M, E] is returned. With a cache the tokens stand behind the
+        committed ones and `rule` must be the cache's.
         """
         length = tokens.shape[1]
         noised_only = isinstance(rule, BlockDiffusion)
@@ -250,7 +267,8 @@ class DiT(nn.Module):
         for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
             x = run(block, x, c, attend, tables, length, None)
         asking = length // 2 if noised_only else length
-        run = run if read is None else _run_block
+        if read is not None and self.compiled:
+            torch._dynamo.maybe_mark_dynamic(read, 0)
         return run(self.blocks[-1], x, c, attends[-1], tables, asking, read)
 
     def _uncached(self, rule, length, segments, device) -> list:

@@ -1,6 +1,5 @@
 """Next-token prediction: the baseline, and what a block size of one amounts to."""
 
-import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch import Tensor
 from models.denoiser import Denoiser
 from models.masks import Causal
 
-from .head import cross_entropy, head_loss
+from .head import cross_entropy_kernel, head_loss
 from .loss import TokenLoss
 from .segments import begins, positions
 
@@ -43,7 +42,7 @@ class Autoregressive:
             positions=None if seen is None else positions(seen),
         ).flatten(0, 1)
         factors = (counted / counted.sum()).flatten()
-        kernel = functools.partial(cross_entropy, mask_id=self.mask_id)
+        kernel = cross_entropy_kernel(backbone, self.mask_id)
         # padding may carry the mask's id, whose probability is 0: ask for any other token there
         targets = x0[:, 1:].masked_fill(counted == 0, int(self.mask_id == 0))
         head = head_loss(backbone, hidden, targets.flatten(), factors, kernel)

@@ -5,7 +5,6 @@ times the cross-entropy at the hidden tokens. x_t is noised block by block; a bl
 noised and the earlier ones clean, all blocks in one pass over [x_t ; x0].
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from .corruption import (
     per_token,
     times,
 )
-from .head import cross_entropy, head_loss
+from .head import cross_entropy_kernel, head_loss
 from .loss import TokenLoss, scattered, without_first
 from .segments import positions
 
@@ -106,7 +105,7 @@ class MaskedDiffusion:
         read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]  # [M]
         hidden = self.hidden(backbone, x_t, x0, read, segments)
         factors = (weight * counted / counted.sum()).flatten()[read]
-        kernel = functools.partial(cross_entropy, mask_id=self.mask_id)
+        kernel = cross_entropy_kernel(backbone, self.mask_id)
         head = head_loss(backbone, hidden, x0.flatten()[read], factors, kernel)
         nats = scattered(head.nats, read, x0) * weight * counted
         return TokenLoss(nats=nats, counted=counted, mean=head.total)

@@ -6,6 +6,7 @@ token's factor in the scalar loss is known beforehand. So the forward pass multi
 and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
-CHUNK_LOGITS_ACCELERATOR = 1 << 26  # small matrices leave a GPU idle
+CHUNK_LOGITS_ACCELERATOR = 1 << 27  # small matrices leave a GPU idle
+TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
 
 # (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> nats float32 [m];
 # overwrites the logits, with `gradient` by d nats / d logits
@@ -37,6 +39,35 @@ def cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: in
         torch.exp(log_p, out=logits)
         logits.scatter_(1, target[:, None], picked.expm1().to(logits.dtype))
     return -picked[:, 0]
+
+
+def cross_entropy_kernel(backbone, mask_id: int) -> LossKernel:
+    kernel = fused_cross_entropy if backbone.compiled else cross_entropy
+    return functools.partial(kernel, mask_id=mask_id)
+
+
+def fused_cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: int) -> Tensor:
+    """`cross_entropy` in two passes over the logits, by torch.compile."""
+    for x in (logits, target):  # the last chunk and the next step must not compile anew
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return _compiled_cross_entropy()(logits, target, gradient, mask_id)
+
+
+@functools.cache
+def _compiled_cross_entropy() -> Callable:
+    return torch.compile(_cross_entropy_in_place)
+
+
+def _cross_entropy_in_place(logits: Tensor, target: Tensor, gradient: bool, mask_id: int) -> Tensor:
+    column = torch.arange(logits.shape[1], device=logits.device)
+    wide = logits.to(wide_dtype(logits)).masked_fill(column == mask_id, -torch.inf)
+    norm = wide.logsumexp(-1, keepdim=True)
+    is_target = column == target[:, None]
+    nats = norm[:, 0] - wide.masked_fill(~is_target, 0).sum(-1)
+    if gradient:
+        log_p = wide - norm
+        logits.copy_(torch.where(is_target, log_p.expm1(), log_p.exp()))
+    return nats
 
 
 def head_loss(
@@ -74,7 +105,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows, training):
         dtype = _matmul_dtype(features)
-        x, w, b = features.to(dtype), weight.to(dtype), bias.to(dtype)
+        x, (w, b) = features.to(dtype), _products(weight, bias, dtype)
         nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
         gradients = None
         # what an input needs is also true under no_grad, and grad mode is always off in here
@@ -89,13 +120,14 @@ class _ChunkedHead(torch.autograd.Function):
             chunk = logits[: len(x[part])]
             torch.addmm(b, x[part], w.t(), out=chunk)
             rows = (r[part] for r in kernel_rows)
-            nats[part] = kernel(chunk, targets[part], gradients is not None, *rows)
+            real = chunk[:, : len(weight)]
+            nats[part] = kernel(real, targets[part], gradients is not None, *rows)
             if gradients is not None:
                 gradients.add(part, chunk)
         if gradients is not None:
             # kept on ctx, not saved, so that backward may scale them where they are
             ctx.gradients = [
-                d.to(like.dtype)
+                d[: len(like)].to(like.dtype)
                 for d, like in zip(gradients.sums(), (features, weight, bias), strict=True)
             ]
             ctx.unit = unit
@@ -137,6 +169,18 @@ class _Gradients:
         if self.d_w is None:
             self.d_w = torch.zeros_like(self.w, dtype=torch.float32)
         return self.d_x.mul_(self.factors), self.d_w, self.d_b
+
+
+def _products(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight [V, E] and bias [V] in the dtype of the products. In half precision on an accelerator
+    zeros follow, up to a width that tensor cores take: logits and gradients are 0 there."""
+    more = -len(weight) % TENSOR_CORE_COLUMNS
+    if not more or dtype.itemsize != 2 or weight.device.type == "cpu":
+        return weight.to(dtype), bias.to(dtype)
+    w = weight.new_zeros((len(weight) + more, weight.shape[1]), dtype=dtype)
+    b = bias.new_zeros(len(bias) + more, dtype=dtype)
+    w[: len(weight)], b[: len(bias)] = weight, bias
+    return w, b
 
 
 def _chunk_rows(rows: int, w: Tensor) -> int:

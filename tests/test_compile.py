@@ -15,6 +15,7 @@ import config
 from models import dit
 from models.attention import SMALL_TILES, _kernel_options
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
+from objectives import head
 
 
 @pytest.fixture
@@ -61,7 +62,24 @@ def test_another_number_of_rows_read_compiles_nothing(traced):
     net, tokens = small(compile=True, n_blocks=3), texts(2, 24, 7)
     for rows in (5, 6, 9):
         net.hidden(tokens, rule=BlockDiffusion(4), read=torch.arange(rows))
-    assert len(traced) == 1
+    assert len(traced) == 2  # the last block has its own
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_compiled_loss_kernel_is_the_plain_one(gradient, monkeypatch):
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(head.torch, "compile", compiled)
+    head._compiled_cross_entropy.cache_clear()
+    for rows in (6, 5):
+        logits = torch.randn(rows, 40)[:, :37] * 5  # a part of padded rows
+        target = torch.randint(36, (rows,))
+        ours = logits.clone()
+        expected = head.cross_entropy(logits, target, gradient, mask_id=36)
+        found = head.fused_cross_entropy(ours, target, gradient, mask_id=36)
+        assert_within(found, expected, 1e-6)
+        if gradient:
+            assert_within(ours, logits, 1e-6)
+    head._compiled_cross_entropy.cache_clear()
 
 
 def test_passes_with_a_cache_are_not_compiled(traced):
