@@ -56,18 +56,13 @@ class Job:
     trajectory: str | None = None
 
     def __post_init__(self):
-        self.settings.check(self.algo)
+        self.settings.check(self.algo, self.infill)
         if self.num_samples < 1:
             raise ValueError(
                 f"sampling.num_sample_batches leaves {self.num_samples} texts to write"
             )
         if not 0 <= self.rank < self.ranks:
             raise ValueError(f"rank {self.rank} is not one of {self.ranks} processes")
-        if self.infill and self.settings.var_length:
-            raise ValueError(
-                "sampling.infill=true keeps every visible token, sampling.var_length=true cuts:"
-                " choose one"
-            )
         self.file.check()
 
     def request(self, row: int) -> Request:

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoints
@@ -54,9 +54,11 @@ class Writer:
         watch=None,
         **changes,
     ) -> Written:
-        """One text per prompt. `changes`: fields of Settings (length, nucleus_p, seed, steps …)."""
+        """One text per prompt. `changes`: fields of Settings (length, nucleus_p, seed, steps …).
+        ValueError where one is unknown or cannot be."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = replace(self.settings, **({"batch_size": max(1, len(prompts))} | changes))
+        settings = self.settings.changed(**({"batch_size": max(1, len(prompts))} | changes))
+        settings.check(self.algo, infill)
         found = encode_prompts(
             prompts,
             self.tokenizer,
@@ -124,7 +126,7 @@ def load(
         algo,
         questions(algo, network.to(device).eval(), words.mask_id, block_size, schedule),
         words,
-        Settings(**(base | settings)),
+        Settings(**base).changed(**settings),
         device,
     )
 

@@ -288,6 +288,12 @@ def _prompts(config: Config) -> Iterator[str]:
         yield "sampling.prompt and sampling.prompts are both set: choose one"
     if sampling.infill and sampling.prompt is None and sampling.prompts is None:
         yield "sampling.infill=True needs sampling.prompt or sampling.prompts with [MASK] in it"
+    for key in ("var_length", "reject_low_entropy"):
+        if sampling.infill and getattr(sampling, key):
+            yield (
+                f"sampling.{key}=True has no place beside sampling.infill=True, where the length is"
+                " given: leave one of them out"
+            )
     if sampling.infill and config.algo.name in ("ar", "sedd"):
         yield f"sampling.infill=True is offered by bamdlm and mdlm, not by algo={config.algo.name}"
 

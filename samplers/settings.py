@@ -1,7 +1,7 @@
 """What a sampling run is asked for, and what it gives back."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -40,12 +40,23 @@ class Settings:
     reject_low_entropy: bool = False  # the reference's rule: up to 10 tries
     move_chance: Callable = linear  # noise: p(t), for ancestral and remask
 
-    def check(self, algo: str) -> None:
-        problems = list(self.problems(algo))
+    def changed(self, also: Iterable[str] = (), /, **changes) -> "Settings":
+        """With other values. ValueError for a name that is no setting; it lists those there are,
+        after `also`, what the caller takes beside them."""
+        known = [field.name for field in fields(self)]
+        if unknown := sorted(changes.keys() - known):
+            raise ValueError(
+                f"there is no option {', '.join(unknown)}; the options are"
+                f" {', '.join([*also, *known])}"
+            )
+        return replace(self, **changes)
+
+    def check(self, algo: str, infill: bool = False) -> None:
+        problems = list(self.problems(algo, infill))
         if problems:
             raise ValueError("; ".join(problems))
 
-    def problems(self, algo: str):
+    def problems(self, algo: str, infill: bool = False):
         """One sentence per setting that cannot be."""
         for name, value in (
             ("model.length", self.length),
@@ -93,6 +104,14 @@ class Settings:
                 "sampling.reject_low_entropy=true redraws what sampling.var_length=true would cut:"
                 " choose one"
             )
+        if infill and (self.var_length or self.reject_low_entropy):
+            rule = "var_length" if self.var_length else "reject_low_entropy"
+            yield (
+                f"sampling.{rule}=true has no place in infilling, whose length is given:"
+                " leave it out"
+            )
+        if infill and algo == "ar":
+            yield "algo=ar cannot fill gaps: it sees no token behind them; use mdlm or bamdlm"
 
 
 @dataclass(frozen=True)

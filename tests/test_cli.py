@@ -298,6 +298,16 @@ WRONG = [
     (SAMPLE, ["algo=ar", "sampling.prompt=a", "sampling.infill=True"], "not by algo=ar"),
     (
         SAMPLE,
+        ["sampling.prompt=a", "sampling.infill=True", "sampling.var_length=True"],
+        "sampling.var_length=True has no place beside sampling.infill=True",
+    ),
+    (
+        SAMPLE,
+        ["sampling.prompt=a", "sampling.infill=True", "sampling.reject_low_entropy=True"],
+        "sampling.reject_low_entropy=True has no place beside sampling.infill=True",
+    ),
+    (
+        SAMPLE,
         ["sampling.trajectory=t.gif"],
         "sampling.trajectory=t.gif must be the name of an .html",
     ),

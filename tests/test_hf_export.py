@@ -192,6 +192,12 @@ CONSUMER = """
     longer = AutoModelForMaskedLM.from_pretrained(sys.argv[3], trust_remote_code=True)
     twice = 2 * longer.config.model_length
     assert longer.generate(max_length=twice).shape == (1, twice)
+    try:
+        longer.generate(max_new_tokens=5)
+    except ValueError as error:
+        assert "no option max_new_tokens; the options are input_ids, " in str(error)
+    else:
+        raise AssertionError("max_new_tokens was accepted")
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[3], trust_remote_code=True)
     assert tokenizer.eos_token_id == longer.config.eos_token_id
     save_file(out, sys.argv[2])

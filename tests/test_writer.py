@@ -66,3 +66,20 @@ def test_what_the_file_does_not_fit_is_said(tmp_path):
         load(GOLDEN / CHECKPOINTS["ar"]["file"], tokenizer=TOKENIZER, algo="mdlm", block_size=4)
     with pytest.raises(ValueError):
         load(tmp_path / "none.ckpt", tokenizer=TOKENIZER)
+
+
+def test_options_that_there_are_not_or_that_cannot_be_are_named():
+    path = GOLDEN / CHECKPOINTS["mdlm"]["file"]
+    with pytest.raises(ValueError, match="no option temperature; the options are length, "):
+        load(path, tokenizer=TOKENIZER, temperature=0.7)
+    writer = load(path, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="no option max_length, top_p; the options are length, "):
+        writer.generate("any", top_p=0.9, max_length=9)
+    with pytest.raises(ValueError, match="nucleus_p=0 must be in"):
+        writer.generate("any", nucleus_p=0)
+    for rule in ("var_length", "reject_low_entropy"):
+        with pytest.raises(ValueError, match=f"{rule}=true has no place in infilling"):
+            writer.generate("the [MASK] work", infill=True, **{rule: True})
+    ar = load(GOLDEN / CHECKPOINTS["ar"]["file"], tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="algo=ar cannot fill gaps"):
+        ar.generate("the [MASK] work", infill=True)

@@ -42,7 +42,8 @@ class BD3LM(Network):
                 raise ValueError("config.json has no bos_token_id: give input_ids")
             input_ids = torch.full((num_samples, 1), config.bos_token_id)
         length = max_length or config.model_length
-        settings = self._settings(len(input_ids), length, {"seed": seed, **settings})
+        own = ("input_ids", "num_samples", "max_length")
+        settings = self._settings(len(input_ids), length).changed(own, seed=seed, **settings)
         requests = [Request(i, tuple(row)) for i, row in enumerate(input_ids.tolist())]
         device = self.backbone.vocab_embed.embedding.device
         texts = torch.full((len(requests), settings.length), settings.eos_id)
@@ -57,22 +58,21 @@ class BD3LM(Network):
             self.train(training)
         return texts
 
-    def _settings(self, rows: int, length: int, changes: dict) -> Settings:
+    def _settings(self, rows: int, length: int) -> Settings:
         config = self.config
         schedule = get_schedule(config.noise, config.mdlm_loss_scale)
-        values = {
-            "length": length,
-            "bos_id": config.bos_token_id,
-            "eos_id": config.eos_token_id,
-            "batch_size": rows,
-            "block_size": config.block_size if config.algo == "bamdlm" else 1,
-            "context_size": config.model_length,
-            "window": min(config.model_length, length),
-            "kv_cache": config.algo in ("ar", "bamdlm"),
-            "num_steps": SEDD_STEPS if config.algo == "sedd" else 0,
-            "move_chance": lambda t: schedule(t).p,
-        }
-        return Settings(**{**values, **changes})
+        return Settings(
+            length=length,
+            bos_id=config.bos_token_id,
+            eos_id=config.eos_token_id,
+            batch_size=rows,
+            block_size=config.block_size if config.algo == "bamdlm" else 1,
+            context_size=config.model_length,
+            window=min(config.model_length, length),
+            kv_cache=config.algo in ("ar", "bamdlm"),
+            num_steps=SEDD_STEPS if config.algo == "sedd" else 0,
+            move_chance=lambda t: schedule(t).p,
+        )
 
     def _asked(self):
         """What the samplers ask: see denoiser.py."""
