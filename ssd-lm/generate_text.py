@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"this run cannot start:\n  - {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{out_path(args)}: {error}; the samples before it are kept", file=sys.stderr)
+        print(
+            f"stopped: {error}; finished samples are kept, the same command goes on",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
@@ -86,6 +89,7 @@ def generate(args, model, tokenizer, before, missing: list[int], file: SampleFil
             inputs = [before[row % len(before)] for row in rows]
             decoded = decode_rows(args, model, rows, inputs, file, bar)
             shared = {
+                "model": args.model_name_or_path,
                 "total_seq_time": decoded.seconds,
                 "avg_block_time": decoded.seconds / blocks_of(args),
                 "avg_decode_step_time": decoded.seconds / decoded.nfe,
@@ -135,9 +139,9 @@ def record(index: int, context: list[int], ids: list[int], tokenizer) -> dict:
 
 
 def settings(args, folder: Path, tokenizer, before: list, device) -> dict:
-    """What a sample depends on beside its index; a file holds samples of one such set."""
+    """What a sample depends on beside its index; a file holds samples of one such set. The model
+    is known by its files, however its path is spelt."""
     return {
-        "model": args.model_name_or_path,
         "files": fingerprint(folder),
         "vocabulary": digest(sorted(tokenizer.get_vocab().items())),
         "special_tokens": sorted(set(tokenizer.all_special_tokens)),

@@ -8,15 +8,17 @@ A line has the reference's keys
     avg_block_time         the same per block
     avg_decode_step_time   the same per step (network evaluation and projection)
 
-and index, nfe, token_ids, batch_size, settings. A half-written last line (a killed run) is dropped
-when the file is opened again, and the run goes on. The blocks of an unfinished batch are beside it,
-in .<name>.part.
+and index, nfe, token_ids, batch_size, model, settings. A half-written last line (a killed run) is
+dropped when the file is opened again, and the run goes on. The blocks of an unfinished batch are
+beside it, in .<name>.part.
 """
 
 import errno
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -58,6 +60,8 @@ class SampleFile:
             found = json.loads(self.part.read_text())
         except (FileNotFoundError, ValueError):
             return []
+        if not isinstance(found, dict) or not isinstance(found.get("blocks"), list):
+            return []
         same = found.get("settings") == self.settings and found.get("rows") == rows
         return found["blocks"] if same else []
 
@@ -65,15 +69,17 @@ class SampleFile:
         """The finished blocks of an unfinished batch, until it is appended; whole or not at all."""
         content = {"settings": self.settings, "rows": rows, "blocks": blocks}
         new = self.part.with_name(self.part.name + ".new")
-        new.write_text(json.dumps(content))
-        os.replace(new, self.part)
+        with naming(new):
+            new.write_text(json.dumps(content))
+            os.replace(new, self.part)
 
     def append(self, records: list[dict]) -> None:
         """On the disk when this returns."""
         lines = [json.dumps(r | {"settings": self.settings}, ensure_ascii=False) for r in records]
-        self.stream.write("".join(line + "\n" for line in lines).encode())
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        with naming(self.path):
+            self.stream.write("".join(line + "\n" for line in lines).encode())
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
         self.done.update(record["index"] for record in records)
         self.part.unlink(missing_ok=True)
 
@@ -82,6 +88,15 @@ class SampleFile:
 
     def __exit__(self, *_):
         self.stream.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of writing tells which file: "No space left on device" alone does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def finished(path: Path, settings: dict) -> set[int]:

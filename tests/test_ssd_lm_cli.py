@@ -133,7 +133,7 @@ def test_an_unfinished_batch_goes_on_at_its_next_block(tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {"s.jsonl", "whole"}
 
 
-@pytest.mark.parametrize("torn", ["", "{", '{"rows": [9]}'])
+@pytest.mark.parametrize("torn", ["", "{", '{"rows": [9]}', "[]", "3", '{"blocks": 3}'])
 def test_an_unfinished_batch_of_another_kind_is_begun_again(tmp_path, torn):
     assert generate(tmp_path, out="whole")[0] == 0
     (tmp_path / ".s.jsonl.part").write_text(torn)
@@ -163,6 +163,16 @@ def test_other_weights_are_another_run(tmp_path):
     assert "files " in err
 
 
+def test_another_spelling_of_the_models_path_is_the_same_run(tmp_path, monkeypatch):
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    assert generate(tmp_path, model=model)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = generate(tmp_path, "--num_samples_to_generate", 2, model="./model/")
+    assert status == 0
+    assert "2 samples, 1 of them new" in out
+    assert [record["model"] for record in samples(tmp_path)] == [str(model), "./model/"]
+
+
 def test_a_second_writer_is_refused(tmp_path):
     path = tmp_path / "s.jsonl"
     with (
@@ -173,18 +183,32 @@ def test_a_second_writer_is_refused(tmp_path):
         pass
 
 
-def test_a_write_that_fails_keeps_what_is_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", [".s.jsonl.part.new", "s.jsonl"])
+def test_a_write_that_fails_is_named_and_keeps_what_is_there(tmp_path, monkeypatch, file):
+    import ssd_samples
+
     assert generate(tmp_path)[0] == 0
     before = texts(tmp_path)
 
-    def full(self, records):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SampleFile, "append", full)
+    monkeypatch.setattr(ssd_samples.os, "replace" if "part" in file else "fsync", full)
     status, _, err = generate(tmp_path, "--num_samples_to_generate", 2)
     assert status == 1
-    assert "No space left on device" in err
-    assert texts(tmp_path) == before
+    assert f"No space left on device: '{tmp_path / file}'" in err
+    assert texts(tmp_path)[:1] == before
+
+
+def test_an_error_elsewhere_is_not_blamed_on_the_file_of_samples(tmp_path, monkeypatch):
+    def unreadable(folder, device):
+        raise PermissionError(13, "Permission denied", "/models/weights")
+
+    monkeypatch.setattr("ssd_model.load_model", unreadable)
+    status, _, err = generate(tmp_path)
+    assert status == 1
+    assert "Permission denied: '/models/weights'" in err
+    assert "s.jsonl" not in err
 
 
 # Prompts
