@@ -6,6 +6,7 @@ import dataclasses
 import torch
 
 import checkpoints
+import mirror
 from config import Config
 from config.defaults import needs_block_mask
 from dataloader import DataModule, get_rows
@@ -26,7 +27,7 @@ def build_tokenizer(config: Config) -> Tokenizer:
     return get_tokenizer(
         config.data.tokenizer_name_or_path,
         eos_token=config.data.eos_token,
-        cache_dir=config.data.cache_dir,
+        cache_dir=mirror.local(config.data.cache_dir),
     )
 
 
@@ -203,4 +204,5 @@ def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
         revision=data.train_revision if train else data.valid_revision,
         text_column=data.text_column,
         source=data.source,
+        processes=config.loader.num_workers,
     )

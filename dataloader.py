@@ -10,91 +10,43 @@ is the optimizer step, the remainder the row of the global batch. In validation 
 split.
 """
 
-import hashlib
-import json
-from functools import partial
 from pathlib import Path
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-import corpora
-import detokenizers
-import rows
+import mirror
+import preparation
 import signals
 from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
-from packing import Shape
 from randomness import uniform
 from rows import Rows
-from tokenizer import Tokenizer
+from splits import Split
 
 
 def get_rows(
-    corpus: str,
-    split: str,
-    *,
-    tokenizer: Tokenizer,
-    length: int,
-    cache_dir: str | Path,
-    wrap: bool = True,
-    align: int | None = None,
-    insert_eos: bool = True,
-    insert_special: bool = True,
-    revision: str | None = None,
-    text_column: str | None = None,
-    source: str | None = None,
+    corpus: str, split: str, *, cache_dir: str | Path, processes: int = 1, **settings
 ) -> Rows:
-    """The rows of one split, "train" or "valid", prepared at the first call.
+    """The rows of one split, prepared at the first call; settings: of splits.Split.
 
-    corpus: a name of corpora.table() or a path or pattern of files. Training rows of text8-crop are
-    2 L long; DataModule cuts the windows. Safe when several processes ask at once: one prepares,
+    cache_dir: a folder, or a URL, of which a copy is kept here (mirror.py). processes: that
+    tokenize; they do not change the rows. Safe when several processes ask at once: one prepares,
     the others wait.
     """
-    entry = corpora.get_corpus(corpus, split, source=source)
-    shape = Shape(
-        length=2 * length if entry.windows and split == "train" else length,
-        wrap=wrap,
-        insert_eos=insert_eos,
-        insert_special=insert_special,
-        bos=tokenizer.bos_id,
-        eos=tokenizer.eos_id,
-        pad=tokenizer.pad_id,
-        align=align,
+    wanted, cache = Split(corpus, split, **settings), mirror.local(cache_dir)
+    return preparation.prepare(
+        cache / "rows" / wanted.folder_name,
+        lambda: wanted.pieces(cache),
+        wanted.encode,
+        wanted.shape,
+        wanted.tokenizer.vocab_size,
+        wanted.about,
+        processes=processes,
+        remote=f"{str(cache_dir).rstrip('/')}/rows/{wanted.folder_name}"
+        if mirror.is_url(cache_dir)
+        else None,
     )
-    if entry.windows and split == "train" and align is not None:
-        raise ValueError(
-            f"data.pack=documents has no meaning for {corpus}, windows of one document;"
-            " use data.pack=wrap"
-        )
-    column = text_column or entry.column
-    about = {
-        "corpus": corpus,
-        "split": split,
-        "sources": [place.identity(split, revision) for place in entry.sources],
-        "column": column,
-        "detokenizer": entry.detokenizer,
-        "detokenizer_rules": entry.detokenizer and detokenizers.fingerprint(entry.detokenizer),
-        "tokenizer": tokenizer.fingerprint,
-        "shape": shape.settings(),
-        "format": rows.FORMAT,
-    }
-    cache = Path(cache_dir).expanduser()
-    folder = cache / "rows" / folder_name(about)
-
-    def documents(report):
-        rules = entry.detokenizer
-        detokenize = partial(detokenizers.detokenize, rules) if rules else None
-        pieces = corpora.read(entry, split, revision, column, cache)
-        return rows.encoded(pieces, tokenizer, detokenize, report)
-
-    return rows.prepare(folder, documents, shape, tokenizer.vocab_size, about)
-
-
-def folder_name(about: dict) -> str:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(about["corpus"]).stem)
-    return f"{name[:40]}-{about['split']}-{about['shape']['length']}-{digest}"
 
 
 class Examples(Dataset):

@@ -75,12 +75,23 @@ def packed(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterato
 
 def wrapped(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
     """The stream in rows."""
-    rest = np.empty(0, np.int64)
-    for batch in batched(documents):
-        flat = itertools.chain.from_iterable(
-            (*ids, shape.eos) if ends and shape.insert_eos else ids for ids, ends in batch
+    streams = (
+        np.fromiter(
+            itertools.chain.from_iterable(
+                (*ids, shape.eos) if ends and shape.insert_eos else ids for ids, ends in batch
+            ),
+            np.int64,
         )
-        stream = np.concatenate([rest, np.fromiter(flat, np.int64)])
+        for batch in batched(documents)
+    )
+    return in_rows(streams, shape)
+
+
+def in_rows(streams: Iterable[np.ndarray], shape: Shape) -> Iterator[Chunk]:
+    """The parts of a stream, end to end, in rows."""
+    rest = np.empty(0, np.int64)
+    for part in streams:
+        stream = np.concatenate([rest, part])
         whole = len(stream) // shape.room * shape.room
         rest = stream[whole:]
         if whole:

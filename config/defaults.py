@@ -70,6 +70,11 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def user_cache() -> Path:
+    """This project's folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bamdlm"
+
+
 def has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
@@ -112,8 +117,7 @@ def _fill_machine(values: dict):
     if values["loader.num_workers"] is None:
         values["loader.num_workers"] = len(os.sched_getaffinity(0))
     if values["data.cache_dir"] is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        values["data.cache_dir"] = str(Path(cache) / "bamdlm")
+        values["data.cache_dir"] = str(user_cache())
     if values["model.attn_backend"] == "auto":
         values["model.attn_backend"] = _attn_backend(values, gpu)
 

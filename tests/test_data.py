@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +12,8 @@ from conftest import GOLDEN, load_json
 
 import detokenizers
 import packing
+import preparation
 import readers
-import rows
 from dataloader import get_rows
 from packing import Shape
 from tokenizer import get_tokenizer
@@ -196,7 +193,7 @@ def test_padding_is_masked_out(prepare, tmp_path):
 def test_preparing_again_reads_nothing(prepare, monkeypatch, tmp_path):
     path = write_lines(tmp_path, 50)
     first = prepare(path, "train")
-    monkeypatch.setattr(rows, "write", None)
+    monkeypatch.setattr(preparation, "write", None)
     again = prepare(path, "train")
     assert again.folder == first.folder
     np.testing.assert_array_equal(again.ids, first.ids)
@@ -250,75 +247,38 @@ def test_the_folder_says_what_it_was_made_from(prepare, tmp_path):
 
 
 def test_a_damaged_folder_is_refused(prepare, tmp_path):
-    made = prepare(write_lines(tmp_path, 50), "train")
+    path = write_lines(tmp_path, 50)
+    made = prepare(path, "train")
     with (made.folder / "ids.bin").open("ab") as file:
         file.write(b"xx")
     with pytest.raises(ValueError, match=r"ids.bin has .* bytes, .* delete the folder"):
-        prepare(write_lines(tmp_path, 50), "train") and rows.Rows(made.folder)
+        prepare(path, "train")
 
 
 def test_ids_that_do_not_fit_the_vocabulary_are_refused(tmp_path):
     about = {"corpus": "x", "split": "train"}
     with pytest.raises(ValueError, match=r"gave the id 9, but its vocabulary has 9 ids"):
-        rows.prepare(tmp_path / "new", lambda _: [([9] * 20, True)], shape(), 9, about)
-    assert [path.name for path in tmp_path.iterdir()] == ["new.lock"]
+        prepare_ids(tmp_path / "new", [9] * 20, 9, about)
+    assert list(tmp_path.iterdir()) == []
+
+
+def prepare_ids(folder, ids, vocab_size, about):
+    """The rows of one document whose ids are given."""
+    pieces = [readers.Piece("", True, 1.0)]
+    return preparation.prepare(folder, lambda: pieces, lambda _: [ids], shape(), vocab_size, about)
 
 
 def test_large_vocabularies_keep_their_ids(tmp_path):
     about = {"corpus": "x", "split": "train", "shape": {"length": 6}}
-    documents = [([70_000, 1, 2, 3, 4, 5], True)]
-    made = rows.prepare(tmp_path / "new", lambda _: documents, shape(), 80_000, about)
-    assert made.read([0])[0].tolist() == [documents[0][0]]
-
-
-WORKER = """
-import os, signal, sys, time
-from pathlib import Path
-import packing, rows
-folder, killed_at, wait = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-def documents(report):
-    print("preparing", flush=True)
-    time.sleep(wait)
-    for i in range(5000):
-        if i == killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield [i % 50] * 7, True
-shape = packing.Shape(6, True, insert_eos=True, insert_special=True, bos=1, eos=2, pad=0)
-about = {"corpus": "x", "split": "train", "shape": vars(shape)}
-made = rows.prepare(folder, documents, shape, 50, about)
-print(len(made), int(made.ids.astype(int).sum()), flush=True)
-"""
-
-
-def worker(folder, killed_at=-1, wait=0.0):
-    command = [sys.executable, "-c", WORKER, str(folder), str(killed_at), str(wait)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(tmp_path):
-    for killed_at in (0, 2500, 4999):
-        process = worker(tmp_path / "new", killed_at)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert not (tmp_path / "new").exists()
-    again, _ = worker(tmp_path / "new").communicate()
-    whole, _ = worker(tmp_path / "other").communicate()
-    assert again == whole
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"new", "new.lock", "other", "other.lock"}
-
-
-def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
-    both = [worker(tmp_path / "new", wait=1.0) for _ in range(2)]
-    outputs = [process.communicate()[0].split("\n") for process in both]
-    assert sorted(len(lines) for lines in outputs) == [2, 3]  # one says "preparing"
-    assert outputs[0][-2] == outputs[1][-2]
+    ids = [70_000, 1, 2, 3, 4, 5]
+    made = prepare_ids(tmp_path / "new", ids, 80_000, about)
+    assert made.read([0])[0].tolist() == [ids]
 
 
 def test_preparation_does_not_depend_on_batches(prepare, monkeypatch, tmp_path):
     path = write_lines(tmp_path, 300)
     whole = np.array(prepare(path, "train").ids)
-    monkeypatch.setattr(rows, "TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr(preparation, "TEXTS_AT_ONCE", 7)
     monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 5)
     monkeypatch.setattr(readers, "ROWS_AT_ONCE", 3)
     again = prepare(path, "train", cache_dir=tmp_path / "second")

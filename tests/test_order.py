@@ -10,7 +10,8 @@ from conftest import load_json
 from lightning import LightningModule, Trainer
 
 import packing
-import rows
+import preparation
+import readers
 from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
 from dataloader import DataModule, Examples
 
@@ -24,7 +25,8 @@ def prepared(tmp_path_factory):
     ids = [10 * row + column for row in range(29) for column in range(LENGTH)]
     about = {"corpus": "numbers", "split": "train", "shape": vars(shape)}
     folder = tmp_path_factory.mktemp("rows") / "numbers"
-    return rows.prepare(folder, lambda _: [(ids, True)], shape, 300, about)
+    pieces = [readers.Piece("", True, 1.0)]
+    return preparation.prepare(folder, lambda: pieces, lambda _: [ids], shape, 300, about)
 
 
 def module(prepared, **settings):

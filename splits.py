@@ -1,0 +1,96 @@
+"""One split of a corpus as a run wants it: which text, tokenized how, in rows of what shape."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import corpora
+import detokenizers
+import rows
+from packing import Shape
+from readers import Piece
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Split:
+    """split is "train" or "valid"; corpus a name of corpora.table() or a path or pattern of files.
+
+    length: L. Training rows of text8-crop are 2 L long; DataModule cuts the windows. align: as in
+    packing.Shape. The others are the settings data.* of the same name; None: the corpus's own.
+    """
+
+    corpus: str
+    split: str
+    tokenizer: Tokenizer
+    length: int
+    wrap: bool = True
+    align: int | None = None
+    insert_eos: bool = True
+    insert_special: bool = True
+    revision: str | None = None
+    text_column: str | None = None
+    source: str | None = None
+
+    @cached_property
+    def entry(self) -> corpora.Corpus:
+        return corpora.get_corpus(self.corpus, self.split, source=self.source)
+
+    @property
+    def column(self) -> str:
+        return self.text_column or self.entry.column
+
+    @cached_property
+    def shape(self) -> Shape:
+        windows = self.entry.windows and self.split == "train"
+        if windows and self.align is not None:
+            raise ValueError(
+                f"data.pack=documents has no meaning for {self.corpus}, windows of one document;"
+                " use data.pack=wrap"
+            )
+        return Shape(
+            length=2 * self.length if windows else self.length,
+            wrap=self.wrap,
+            insert_eos=self.insert_eos,
+            insert_special=self.insert_special,
+            bos=self.tokenizer.bos_id,
+            eos=self.tokenizer.eos_id,
+            pad=self.tokenizer.pad_id,
+            align=self.align,
+        )
+
+    @cached_property
+    def about(self) -> dict:
+        """Everything that decides what the rows are."""
+        rules = self.entry.detokenizer
+        return {
+            "corpus": self.corpus,
+            "split": self.split,
+            "sources": [place.identity(self.split, self.revision) for place in self.entry.sources],
+            "column": self.column,
+            "detokenizer": rules,
+            "detokenizer_rules": rules and detokenizers.fingerprint(rules),
+            "tokenizer": self.tokenizer.fingerprint,
+            "shape": self.shape.settings(),
+            "format": rows.FORMAT,
+        }
+
+    @property
+    def folder_name(self) -> str:
+        """Of the prepared rows."""
+        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:12]
+        name = Path(self.corpus).stem
+        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+        return f"{name[:40]}-{self.split}-{self.shape.length}-{digest}"
+
+    def pieces(self, cache: Path) -> Iterator[Piece]:
+        """The text; cache: where downloads lie."""
+        return corpora.read(self.entry, self.split, self.revision, self.column, cache)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        if rules := self.entry.detokenizer:
+            texts = [detokenizers.detokenize(rules, text) for text in texts]
+        return self.tokenizer.encode_batch(texts)
