@@ -169,6 +169,8 @@ def prepare_sample_eval(config: Config) -> Callable[[], None]:
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
     wanted = sampling_settings(config, tokenizer, checkpoint)
+    if t.precision.endswith("-mixed"):
+        module.backbone.cast_products(matmul_dtype(t.precision))
     prompts = sampling_prompts(config, tokenizer, wanted)
     file = SampleFile(config.sampling.logdir)
     file.check()

@@ -317,33 +317,55 @@ def largest_batch(args) -> int:
 
 
 def sample(args) -> dict:
-    net = network(args).eval()
-    objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
-    denoise = objective.denoiser(net, whole_window=False)
     found = {}
-    wide = 4 if args.tiny else 512
-    for rows, length in ((1, args.length), (wide, args.length), (1, 2 * args.length)):
-        found[f"{rows} x {length}"] = sampled(denoise, rows, length, args)
-    # 2 048 tokens and 8 192: what a token costs once the window is full
+    for compiled in (False, True):
+        if compiled and args.tiny:
+            continue
+        torch._dynamo.reset()
+        net = network(args, compiled=compiled).eval()
+        if not args.tiny:
+            net.cast_products(torch.bfloat16)
+        objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
+        denoise = objective.denoiser(net, whole_window=False)
+        for rows, texts in ((1, 3), (4 if args.tiny else 512, 1)):
+            name = f"{rows} x {args.length}{' compiled' if compiled else ''}"
+            found[name] = sampled(denoise, rows, texts, args)
+            print(name, json.dumps(found[name]), flush=True)
+    # 2 048 tokens and 8 192: what a block costs once the window is full
     cost = [block_seconds(denoise, 8, start, args) for start in (2 * args.length, 8 * args.length)]
     found["block_seconds"], found["cost_ratio"] = cost, cost[1] / cost[0]
-    for name, entry in found.items():
-        print(name, json.dumps(entry), flush=True)
+    print(f"a block behind {2 * args.length} and {8 * args.length} tokens: {cost} s", flush=True)
     return found
 
 
-def block_seconds(denoise, rows: int, start: int, args) -> float:
+def sampled(denoise, rows: int, texts: int, args) -> dict:
+    """`texts` batches of texts one after the other; tokens/s of the last one."""
+    seconds = []
+    synchronise(args.device)
+    started = time.perf_counter()
+    for group in groups(denoise, rows, args.length, rows * texts, args):
+        if group:
+            synchronise(args.device)
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+    return {"seconds": seconds, "tokens_per_second": rows * args.length / seconds[-1]}
+
+
+def block_seconds(denoise, rows: int, start: int, args, warm_up: int = 4, blocks: int = 8) -> float:
     """Of one more block behind `start` tokens."""
-    short, long = (
-        sampled(denoise, rows, start + 16 * blocks, args, given=start)["seconds"]
-        for blocks in (1, 5)
-    )
-    return (long - short) / 4
+    made = groups(denoise, rows, start + 16 * (warm_up + blocks + 1), rows, args, given=start)
+    for _ in range(warm_up):
+        next(made)
+    synchronise(args.device)
+    started = time.perf_counter()
+    for _ in range(blocks):
+        next(made)
+    synchronise(args.device)
+    return (time.perf_counter() - started) / blocks
 
 
-@torch.inference_mode()
-def sampled(denoise, rows: int, length: int, args, given: int = 1) -> dict:
-    """`given`: tokens that are there already."""
+def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
+    """Rounds of one block; `given`: tokens that are there already."""
     from samplers import Request, Settings, generate
 
     settings = Settings(
@@ -356,15 +378,9 @@ def sampled(denoise, rows: int, length: int, args, given: int = 1) -> dict:
         kv_cache=True,
         nucleus_p=0.9,
     )
-    requests = [Request(row, (0,) * given) for row in range(rows)]
-    synchronise(args.device)
-    started = time.perf_counter()
+    requests = [Request(row, (0,) * given) for row in range(texts)]
     with autocast(args.device, None if args.tiny else torch.bfloat16):
-        for _ in generate("bamdlm", denoise, requests, settings, device=args.device):
-            pass
-    synchronise(args.device)
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "tokens_per_second": rows * length / seconds}
+        yield from generate("bamdlm", denoise, requests, settings, device=args.device)
 
 
 PARTS = {"check": check, "train": train, "sample": sample}

@@ -12,24 +12,31 @@ BlockCausal(block_size, window), which is not the same as recomputing the last `
 scratch.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .masks import BlockCausal
+
+REACH_STEP = 128
 
 
 @dataclass(frozen=True)
 class KVCache:
     """`committed` [B]: tokens kept per row. `uniform`: the same as one number while all rows agree,
-    else None (known without asking the device). Made by `DiT.new_cache`."""
+    else None (known without asking the device). `reach`: slots that a pass may need, None: all.
+    Made by `DiT.new_cache`."""
 
     keys: list[Tensor]  # per layer [B, slots, H, D], rotated
     values: list[Tensor]  # per layer [B, slots, H, D]
     committed: Tensor  # int64 [B]
     uniform: int | None
     rule: BlockCausal
+    reach: int | None = None
 
     @property
     def slots(self) -> int:
@@ -60,6 +67,20 @@ class KVCache:
         place."""
         return replace(self, committed=self.committed.masked_fill(rows, 0), uniform=None)
 
+    def restarted(self) -> "KVCache":
+        """Forget everything."""
+        return replace(self, committed=torch.zeros_like(self.committed), uniform=0)
+
+    def at(self, committed: Tensor, reach: int) -> "KVCache":
+        """The same keys and values with nothing known to the host but `reach`: passes of one shape
+        are then the same kernels over the same memory, wherever the rows stand."""
+        return replace(self, committed=committed, uniform=None, reach=reach)
+
+    def reach_of(self, committed: int, tokens: int) -> int:
+        """For `at`: slots that a pass of `tokens` behind at most `committed` ones needs, in steps
+        of REACH_STEP, so that few shapes occur."""
+        return min(self.slots, -(-(committed + tokens) // REACH_STEP) * REACH_STEP)
+
     def begin(self, tokens: int) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
         room = self.slots
@@ -88,7 +109,7 @@ class KVCache:
         if one_block and self.uniform + tokens <= self.rule.window:
             return None  # nothing has left the window yet: extend() returns exactly what is seen
         end = positions[:, -1:] + 1
-        slot = torch.arange(self.slots, device=positions.device)
+        slot = torch.arange(self.reach or self.slots, device=positions.device)
         held = (
             end - 1 - (end - 1 - slot) % self.slots
         )  # the position each slot holds, < 0: none yet
@@ -105,18 +126,27 @@ class CachedPass:
     slots: Tensor  # int64 [B or 1, T]
     visible: Tensor | None
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, H, T, D] of this pass and return all keys and values to attend to, [B, H,
-        S, D]."""
-        out = []
-        for store, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
-            new = new.transpose(1, 2).to(store.dtype)
-            if len(self.slots) == 1 and self.cache.uniform is not None:
-                store.index_copy_(1, self.slots[0], new)
-            else:
-                rows = torch.arange(len(store), device=store.device)[:, None]
-                store.index_put_((rows, self.slots), new)
-            if self.visible is None:
-                store = store[:, : self.cache.uniform + new.shape[1]]
-            out.append(store.transpose(1, 2))
-        return out[0], out[1]
+    def attention(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """attend(q, k, v), each [B, H, T, D], that writes k, v of this pass to the layer's slots
+        and attends to all that is seen."""
+        cache = self.cache
+        rows = None
+        if cache.uniform is None:
+            rows = torch.arange(len(cache.committed), device=self.slots.device)[:, None]
+        if self.visible is None:
+            reach = cache.uniform + self.positions.shape[1]
+        else:
+            reach = self.visible.shape[-1]
+        keys, values = (store[layer][:, :reach] for store in (cache.keys, cache.values))
+        return functools.partial(_attend, keys, values, rows, self.slots, self.visible)
+
+
+def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    for store, new in ((keys, k), (values, v)):
+        new = new.transpose(1, 2).to(store.dtype)
+        if rows is None:
+            store.index_copy_(1, slots[0], new)
+        else:
+            store.index_put_((rows, slots), new)
+    k, v = (store.transpose(1, 2).to(q.dtype) for store in (keys, values))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)

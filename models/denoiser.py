@@ -22,6 +22,7 @@ class Denoiser:
     mask_id: int
     block_size: int
     rule: Rule
+    recordable = True  # as a CUDA graph: no shape depends on values, and the host is not asked
 
     def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32

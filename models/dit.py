@@ -7,7 +7,6 @@ tensor kept between calls, no knowledge of the algorithm. Parameter names are th
 checkpoints.
 """
 
-import functools
 import math
 
 import torch
@@ -205,8 +204,8 @@ class DiT(nn.Module):
         compile: bool = False,
     ):
         """compile: the blocks, by torch.compile; one graph serves them all but the last, which has
-        one of its own for any number of rows read. Passes with a cache, whose shapes change, are
-        left as they are."""
+        one of its own for any number of rows read. Passes with a cache are compiled where they
+        repeat one shape (`KVCache.at`)."""
         super().__init__()
         if hidden_size % n_heads or hidden_size // n_heads % 2:
             raise ValueError(
@@ -260,7 +259,7 @@ class DiT(nn.Module):
             run = self.run_block
         else:
             attends, positions = self._cached(rule, cache, length)
-            run = _run_block
+            run = _run_block if cache.reach is None else self.run_block
         tables = self.rotary_emb(positions)
         c = self.conditioning(sigma)
         x = self.vocab_embed(tokens)
@@ -283,15 +282,7 @@ class DiT(nn.Module):
         if rule != cache.rule:
             raise ValueError(f"this cache was made for {cache.rule}, the pass asks for {rule}")
         step = cache.begin(length)
-
-        def attend(layer, q, k, v):
-            k, v = step.extend(layer, k, v)
-            return F.scaled_dot_product_attention(
-                q, k.to(q.dtype), v.to(q.dtype), attn_mask=step.visible
-            )
-
-        layers = range(len(self.blocks))
-        return [functools.partial(attend, layer) for layer in layers], step.positions
+        return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
         """What modulates the blocks, [B or 1, cond_dim]; one row when sigma is 0 everywhere."""
@@ -324,6 +315,13 @@ class DiT(nn.Module):
         """Raw logits [..., V] of the rows asked for; arguments as for `features`."""
         return self.output_layer.linear(self.features(hidden, sigma, row))
 
+    def cast_products(self, dtype: torch.dtype) -> None:
+        """Keep the weights of all linear layers in `dtype`, what autocast would make of them at
+        every use: equal results, a third of the traffic. For evaluation only."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+
     def new_cache(self, batch: int, window: int, block_size: int, dtype=None) -> KVCache:
         """An empty cache for `batch` rows that see `window` tokens, the current block included."""
         rule = BlockCausal(block_size, window)
@@ -331,7 +329,8 @@ class DiT(nn.Module):
         n_heads = self.blocks[0].n_heads
         shape = (batch, window + block_size, n_heads, self.head_width)
         # zeros, not empty: a slot nobody may see still enters as 0 * value
-        empty = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
+        dtype = dtype or products_dtype(weight)
+        empty = torch.zeros(shape, dtype=dtype, device=weight.device)
         return KVCache(
             keys=[empty.clone() for _ in self.blocks],
             values=[empty.clone() for _ in self.blocks],
@@ -339,6 +338,12 @@ class DiT(nn.Module):
             uniform=0,
             rule=rule,
         )
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of x are made in: autocast's choice where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _run_block(block: Block, *arguments) -> Tensor:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.dit import products_dtype
+
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 CHUNK_LOGITS_ACCELERATOR = 1 << 27  # small matrices leave a GPU idle
 TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
@@ -104,7 +106,7 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows, training):
-        dtype = _matmul_dtype(features)
+        dtype = products_dtype(features)
         x, (w, b) = features.to(dtype), _products(weight, bias, dtype)
         nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
         gradients = None
@@ -193,8 +195,3 @@ def _chunk_rows(rows: int, w: Tensor) -> int:
 def wide_dtype(logits: Tensor) -> torch.dtype:
     """What sums over the vocabulary are made in: float32 at least."""
     return torch.promote_types(logits.dtype, torch.float32)
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .draw import fold, sample
+from .draw import fold
 from .rows import Rows
 from .settings import Sample
 from .steps import DRAW
@@ -46,9 +46,8 @@ def next_token(rows: Rows) -> None:
     feed = [target - start for target, start in zip(targets, starts, strict=True)]
     packed = rows.tensor([[n - 1 for n in feed], targets])
     key = rows.tensor(fold(rows.keys(list(range(len(rows))), targets), DRAW))
-    log_probs = rows.ask(rows.window(starts, max(feed)), packed[0][:, None], rows.cache)
-    token = sample(log_probs[:, 0], key, settings.nucleus_p, settings.dtype)
-    rows.x.scatter_(1, packed[1][:, None], token[:, None])
+    token = rows.reveal(starts, max(feed), packed[0][:, None], key[:, None])
+    rows.x.scatter_(1, packed[1][:, None], token)
     if settings.kv_cache:
         rows.commit(feed)
     for slot in rows.slots:

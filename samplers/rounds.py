@@ -72,11 +72,20 @@ class View:
         """log-probabilities at read [B, R], positions in the view."""
         rows = self.rows
         answer = rows.ask(rows.window(self.starts, self.width), read, rows.cache)
+        self._asked()
+        return answer
+
+    def reveal(self, read: Tensor, key: Tensor) -> Tensor:
+        """Tokens drawn there, [B, R]."""
+        tokens = self.rows.reveal(self.starts, self.width, read, key)
+        self._asked()
+        return tokens
+
+    def _asked(self) -> None:
         if any(self.pending):
-            rows.commit(self.pending)
+            self.rows.commit(self.pending)
             self.pending = []
         self.starts, self.width = self.later, self.later_width
-        return answer
 
 
 @dataclass(frozen=True)
@@ -103,9 +112,7 @@ def planned(rows: Rows, rule: Planned, spans, fills) -> None:
     for step in make_steps(rows, view, list(evaluations)):
         if step.hide is not None:
             rows.x.scatter_(1, step.hide, rows.mask_id)
-        log_probs = view.ask(step.read)
-        token = sample(log_probs, step.key, rows.settings.nucleus_p, rows.settings.dtype)
-        rows.x.scatter_(1, step.write, token)
+        rows.x.scatter_(1, step.write, view.reveal(step.read, step.key))
         rows.show()
 
 

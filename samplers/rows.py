@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .draw import fold, row_keys
+from .draw import fold, row_keys, sample
+from .replay import Replay
 from .settings import Frame, Request, Sample, Settings
 from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
 
@@ -63,6 +64,8 @@ class Rows:
         self.slots: list[Slot] = []
         self.x = torch.empty(0, settings.length + 1, dtype=torch.int64, device=device)
         self.cache = None
+        cuda = torch.device(device).type == "cuda"
+        self.replay = Replay() if cuda and denoise.recordable else None
         self.before: Tensor | None = None  # for who watches: the texts of the last question
         self.evaluations = 0
         first = [r for _, r in zip(range(settings.batch_size), requests, strict=False)]
@@ -99,6 +102,30 @@ class Rows:
         with torch.inference_mode():
             return self.denoise(*question)
 
+    def reveal(self, starts: list[int], width: int, read: Tensor, key: Tensor) -> Tensor:
+        """A token for each position read [B, R] of tokens starts[b] .. starts[b] + width - 1."""
+        self.evaluations += 1
+        if self.watch is not None:
+            self.before = self._copy()
+        question = self.window(starts, width), read, key
+        with torch.inference_mode():
+            if self.replay is None:
+                return self._evaluate(*question, self.cache)
+            if self.cache is None:
+                return self.replay(None, lambda *q: self._evaluate(*q, None), *question)
+            reach = self.cache.reach_of(max(slot.committed for slot in self.slots), width)
+            cache = self.cache
+            return self.replay(
+                reach,
+                lambda *q: self._evaluate(*q[:3], cache.at(q[3], reach)),
+                *question,
+                cache.committed,
+            )
+
+    def _evaluate(self, tokens: Tensor, read: Tensor, key: Tensor, cache) -> Tensor:
+        log_probs = self.denoise(tokens, read, cache)
+        return sample(log_probs, key, self.settings.nucleus_p, self.settings.dtype)
+
     def _copy(self) -> Tensor:
         return self.x[:, :-1].to("cpu", copy=True)
 
@@ -110,6 +137,8 @@ class Rows:
     # the cache
 
     def _fresh_cache(self) -> None:
+        if self.replay is not None:
+            self.replay.forget()
         if self.settings.kv_cache:
             self.cache = self.denoise.new_cache(len(self.slots), self.settings.context_size)
 
@@ -238,10 +267,13 @@ class Rows:
             else:
                 self.slots[i] = self._seat(i, request, tries=1)
                 new.append(i)
-        if len(new) + len(empty) == len(self):  # nobody stays
+        before = len(self)
+        if len(new) + len(empty) == before:  # nobody stays
             self.x = self.x[sorted(new)]
             self.slots = [self.slots[i] for i in sorted(new)]
-            if self.slots:
+            if self.replay is not None and self.cache is not None and len(new) == before:
+                self.cache = self.cache.restarted()  # recordings stay
+            elif self.slots:
                 self._fresh_cache()
             return
         if new and self.cache is not None:
@@ -255,3 +287,5 @@ class Rows:
             self.slots = [self.slots[i] for i in keep]
             if self.cache is not None:
                 self.cache = self.cache.select(rows)
+            if self.replay is not None:
+                self.replay.forget()
