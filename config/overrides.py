@@ -41,8 +41,9 @@ INSTEAD = {
     "trainer.max_epochs": "trainer.max_steps: the training data are one endless stream",
     "hydra.run.dir": "checkpointing.save_dir",
     "sampling.top_p": "sampling.nucleus_p",
+    "tokenizer": "data.tokenizer_name_or_path",
 }
-PROSE = {"sampling.prompt", "wandb.notes"}
+PROSE = {"sampling.prompt", "wandb.notes", "data.tokenizer_name_or_path"}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Word:
 
 
 def _prose(argument: str) -> Word | None:
-    """Settings that hold prose are taken as they stand, commas and brackets included."""
+    """Settings that hold prose or an alphabet are taken as they stand, commas and brackets too."""
     key, _, text = argument.lstrip("+").partition("=")
     if key not in PROSE or text == "null":
         return None

@@ -14,6 +14,7 @@ from config.schema import Config
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 HF_DIT = "algo.backbone=hf_dit needs an exported folder or a hub id"
+ALPHABET = "characters:"  # a tokenizer given by its characters
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*(@[\w./-]+)?)?")
 
 
@@ -50,6 +51,8 @@ def known_corpora() -> frozenset[str]:
 
 def checkpoints(config: Config) -> Iterator[str]:
     path = config.eval.checkpoint_path
+    if config.mode == "prepare":
+        return
     if config.mode in ("train", "plan"):
         yield from _training_start(config)
     elif path is None and config.algo.backbone == "hf_dit":
@@ -86,11 +89,16 @@ def _training_start(config: Config) -> Iterator[str]:
 
 
 def corpora(config: Config) -> Iterator[str]:
-    wanted = {"train": ("train", "valid"), "ppl_eval": ("valid",)}.get(config.mode, ())
-    for key in wanted:
+    both = [key for key in ("train", "valid") if getattr(config.data, key) is not None]
+    wanted = {
+        "train": ("train", "valid"),
+        "ppl_eval": ("valid",),
+        "prepare": both or ("train",),
+    }
+    for key in wanted.get(config.mode, ()):
         yield from _corpus(f"data.{key}", getattr(config.data, key))
     tokenizer = config.data.tokenizer_name_or_path
-    if _is_lost(tokenizer):
+    if not tokenizer.startswith(ALPHABET) and _is_lost(tokenizer):
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
     if Path(config.data.cache_dir).is_file():
         yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"

@@ -22,7 +22,7 @@ class Loader:
     eval_global_batch_size: int = doc("sequences per evaluation batch, all devices together")
     batch_size: int = doc("sequences per device and pass; null: global / devices; rest accumulates")
     eval_batch_size: int = doc("the same for evaluation and sampling; null: global / devices")
-    num_workers: int = doc("processes that load data; null: one per core")
+    num_workers: int = doc("processes that prepare and load data; null: one per core")
     pin_memory: bool = doc("page-locked host memory, for GPUs")
 
 
@@ -119,10 +119,10 @@ class Data:
     source: str | None = doc("a local copy of the corpus, instead of the hub; see corpora.py")
     text_column: str | None = doc("column or field of the text; null: the corpus's own, or text")
     tokenizer_name_or_path: str = doc(
-        "gpt2, bert-base-uncased, text8, shakespeare-bpe, folder, hub"
+        "gpt2, bert-base-uncased, text8, characters, characters:ACGT, shakespeare-bpe, folder, hub"
     )
     eos_token: str | None = doc("ends documents and chunks; null: the tokenizer's own")
-    cache_dir: str = doc("prepared data; null: bamdlm/ in the user's cache folder")
+    cache_dir: str = doc("prepared data: folder or URL; null: bamdlm/ in the user's cache folder")
     train_revision: str | None = doc("revision on the hub; null: the corpus's known good one")
     valid_revision: str | None = doc("the same for validation")
     wrap: bool = doc("join documents and cut into chunks of L; false: one document per row")
@@ -232,7 +232,7 @@ class WandB:
 
 @dataclass
 class Config:
-    mode: str = doc("train, ppl_eval, sample_eval, or plan: what training would cost")
+    mode: str = doc("train, ppl_eval, sample_eval, plan (its cost) or prepare (its data)")
     seed: int = doc("of weights, data order, noise and samples")
     block_size: int = doc("S, divides L; ar: 1")
     loader: Loader

@@ -7,6 +7,7 @@ from conftest import GOLDEN, load_json
 
 import plays
 import tokenizer
+import vocabularies
 from tokenizer import get_tokenizer
 
 
@@ -122,7 +123,10 @@ def test_fingerprints_tell_tokenizers_apart(golden, text8, gpt2, bpe):
 
 
 def test_shakespeare_bpe_spells_every_play(bpe):
-    assert (bpe.vocab_size, bpe.mask_id) == (tokenizer.PLAYS_TOKENS + 1, tokenizer.PLAYS_TOKENS)
+    assert (bpe.vocab_size, bpe.mask_id) == (
+        vocabularies.PLAYS_TOKENS + 1,
+        vocabularies.PLAYS_TOKENS,
+    )
     assert bpe.bos_id == bpe.eos_id == bpe.encode("<|endoftext|>")[0]
     texts = [*plays.documents("validation"), "unseen: ÄÖ 漢字 🙂"]
     ids = bpe.encode_batch(texts)
@@ -132,14 +136,14 @@ def test_shakespeare_bpe_spells_every_play(bpe):
 
 
 def test_shakespeare_bpe_is_trained_once_and_kept(bpe, cache, monkeypatch):
-    monkeypatch.setattr(tokenizer, "train_bpe", None)  # a second training would fail
+    monkeypatch.setattr(vocabularies, "train_bpe", None)  # a second training would fail
     assert get_tokenizer("shakespeare-bpe", cache_dir=cache).fingerprint == bpe.fingerprint
     assert [path.name.partition(".tmp")[1] for path in (cache / "tokenizers").iterdir()] == [""]
 
 
 def test_training_a_tokenizer_twice_gives_the_same():
     texts = list(plays.documents("validation"))[:5]
-    once, twice = (tokenizer.wrap(tokenizer.train_bpe(texts, 400), "x") for _ in range(2))
+    once, twice = (tokenizer.wrap(vocabularies.train_bpe(texts, 400), "x") for _ in range(2))
     assert once.fingerprint == twice.fingerprint
     assert len(once.hf) == 400
 
@@ -150,16 +154,16 @@ def test_a_killed_training_leaves_no_folder(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tokenizer.save_atomically(Killed(), tmp_path / "bpe")
+        vocabularies.save_atomically(Killed(), tmp_path / "bpe")
     assert not list(tmp_path.iterdir())
 
 
 def test_eos_token_can_be_another_word_of_the_vocabulary():
     """The published LM1B models end with [CLS]."""
-    ended = tokenizer.wrap(tokenizer.characters("abc"), "abc", eos_token="[CLS]")
+    ended = tokenizer.wrap(vocabularies.characters("abc"), "abc", eos_token="[CLS]")
     assert ended.eos_id == 0
     with pytest.raises(ValueError, match=r"data.eos_token='\[NO\]' is not in the vocabulary"):
-        tokenizer.wrap(tokenizer.characters("abc"), "abc", eos_token="[NO]")
+        tokenizer.wrap(vocabularies.characters("abc"), "abc", eos_token="[NO]")
 
 
 def bert_like():
@@ -190,7 +194,7 @@ def test_saved_truncation_and_padding_do_not_touch_documents():
 
 
 def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path):
-    hf = tokenizer.train_bpe(["to be or not to be"], 270)
+    hf = vocabularies.train_bpe(["to be or not to be"], 270)
     hf.bos_token = hf.eos_token = None
     hf.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no end-of-sequence .* set data.eos_token"):
@@ -211,7 +215,7 @@ def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
     def unreachable(name):
         raise OSError("no connection: unreachable")
 
-    monkeypatch.setattr(tokenizer, "download", unreachable)
+    monkeypatch.setattr(vocabularies, "download", unreachable)
     with pytest.raises(ValueError, match=r"bert-base-uncased is neither .*unreachable.* its path"):
         get_tokenizer("bert-base-uncased")
 
