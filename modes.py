@@ -1,4 +1,4 @@
-"""The modes of a run: train, ppl_eval, sample_eval, plan.
+"""The modes of a run: train, ppl_eval, sample_eval, plan, prepare.
 
 Each is a function `prepare_*(config) -> run`: it makes and checks everything the run needs, and
 what it returns does the work. A ValueError while preparing is the user's (a file, a setting); one
@@ -33,6 +33,7 @@ from generative import load_judge
 from metrics import Likelihood
 from noise_schedule import get_schedule
 from plan import prepare_plan
+from prepare import prepare_data
 from prompts import encode_prompts, read_prompts
 from sample_file import SampleFile
 from samplers import Settings
@@ -298,4 +299,5 @@ MODES = {
     "ppl_eval": prepare_ppl_eval,
     "sample_eval": prepare_sample_eval,
     "plan": prepare_plan,
+    "prepare": prepare_data,
 }

@@ -9,7 +9,7 @@ def without_effect(config: Config) -> Iterator[str]:
     """Sentences; settings left at their defaults are never mentioned."""
     if config.mode in ("train", "plan"):
         yield from _training(config)
-    elif config.training.from_pretrained is not None:
+    elif config.mode != "prepare" and config.training.from_pretrained is not None:
         yield (
             f"training.from_pretrained={config.training.from_pretrained} has no effect:"
             f" mode={config.mode} reads eval.checkpoint_path"

@@ -18,6 +18,7 @@ Modes
   mode=ppl_eval     perplexity on the validation split of data=...
   mode=sample_eval  write texts and judge them; one CSV row each
   mode=plan         memory, tokens, FLOPs and hours of that training; nothing is trained
+  mode=prepare      tokenize the data of that training and stop; it goes on where it was killed
 
 A few commands
   python main.py experiment=quickstart

@@ -11,7 +11,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 STEPS = ("first_hitting", "ancestral", "confidence", "threshold", "remask")
 
 CHOICES = {
-    "mode": ("train", "ppl_eval", "sample_eval", "plan"),
+    "mode": ("train", "ppl_eval", "sample_eval", "plan", "prepare"),
     "sampling.steps": STEPS,
     "sampling.confidence": ("probability", "margin", "entropy"),
     "sampling.dtype": ("float32", "float64"),
