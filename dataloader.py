@@ -142,6 +142,11 @@ class DataModule(LightningDataModule):
         batches = ValidBatches(len(self.valid), self.eval_batch_size, *self.place)
         return self.loader(Examples(self.valid), batches)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Lets the workers end. Lightning tears down the loop at hand alone: after a validation the
+        workers of training would be left, and the process would wait for them at its end."""
+        self.trainer.fit_loop.teardown()
+
     @property
     def place(self) -> tuple[int, int]:
         """(rank, world size)"""

@@ -116,7 +116,8 @@ class RankFailure(L.Callback):
         if trainer.world_size == 1 or isinstance(exception, Stopped | KeyboardInterrupt):
             return
         where = f"rank {trainer.global_rank} failed in step {trainer.global_step + 1:,}"
-        print(where, *traceback.format_exception(exception), sep="\n", file=sys.stderr, flush=True)
+        text = "".join(traceback.format_exception(exception))
+        print(f"{where}\n{text}", file=sys.stderr, flush=True)
         ending = threading.Timer(TIDY_SECONDS, os._exit, [1])
         ending.daemon = True
         ending.start()

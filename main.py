@@ -52,4 +52,7 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
+    import signals
+
+    signals.end_on_interrupt()
     sys.exit(main(sys.argv[1:]))

@@ -77,7 +77,8 @@ def prepare_train(config: Config) -> Callable[[], None]:
             data.start_at(examples_seen(resume, config), resume.step)
             say(f"going on from step {resume.step:,} of {resume.source}")
         say(f"run folder: {run_folder}")
-        signals.listen()
+        if config.trainer.enable_checkpointing:  # else nobody would read what they note
+            signals.listen()
         path = None if resume is None else resume.source
         trainer.fit(module, datamodule=data, ckpt_path=path)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from checkpoint_io import SafeCheckpointIO
-from signals import GO_ON, Signals, Stopped
+from signals import BY_HAND, GO_ON, Signals, Stopped
 from utils import say
 
 LAST = "last.ckpt"
@@ -92,7 +93,7 @@ class StepCheckpoints(L.Callback):
         self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
     ) -> None:
         """A validation that is broken off begins anew when the run goes on."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING:
             self.stop_if_told(trainer, before=lambda: pl_module.average(False))
 
     def on_train_end(self, trainer, pl_module) -> None:
@@ -114,11 +115,15 @@ class StepCheckpoints(L.Callback):
         saved = self.save(trainer)
         name = self.signals.received.name if told else "a signal"
         what = "saved; the same command goes on from here" if saved else "could not save"
+        if not trainer.global_step:
+            what = "nothing to save yet"
         say(f"stopping at step {trainer.global_step:,} on {name}: {what}")
+        by_hand = self.signals.received == signal.SIGINT
+        code = BY_HAND if trainer.strategy.reduce_boolean_decision(by_hand, all=False) else GO_ON
         # Lightning's own launcher kills the whole job when one of its processes ends with an error
         ours = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
         started_by_lightning = ours is not None and not ours.creates_processes_externally
-        raise Stopped(0 if started_by_lightning and not trainer.is_global_zero else GO_ON)
+        raise Stopped(0 if started_by_lightning and not trainer.is_global_zero else code)
 
     # ---- files --------------------------------------------------------------------------------
 

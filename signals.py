@@ -1,14 +1,20 @@
-"""Being told to stop: SIGTERM and SIGUSR1 are noted, and training reads the note between steps.
+"""Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C (SIGINT).
 
-Nothing is done inside a handler, so a second signal changes nothing. Until `listen` the signals
-keep their usual effect (the process ends): before training there is nothing to save.
+Training notes them and reads the note between steps. Nothing else is done inside a handler, so a
+further SIGTERM or SIGUSR1 changes nothing; a second Ctrl-C ends the process there and then. Until
+`listen`, as in the other modes, all three end the process: what is on disk is complete.
 """
 
+import os
 import signal
 import types
 
+from utils import rank
+
 GO_ON = 75  # exit code (EX_TEMPFAIL): saved, the same command goes on; scripts/job.sh requeues
+BY_HAND = 130  # exit code after Ctrl-C, as shells have it; not requeued
 TOLD_BY = (signal.SIGTERM, signal.SIGUSR1)
+SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 
 class Stopped(SystemExit):
@@ -18,17 +24,50 @@ class Stopped(SystemExit):
 class Signals:
     def __init__(self):
         self.received: signal.Signals | None = None  # the first one
+        self._process = os.getpid()
+        self._pressed = False
 
     def listen(self) -> None:
         for number in TOLD_BY:
             signal.signal(number, self._note)
+        signal.signal(signal.SIGINT, self._interrupt)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
 
+    def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data worker that is just starting
+        if self._pressed:
+            end("stopped at once; the same command goes on from the last checkpoint")
+        self._pressed = True
+        tell("Ctrl-C: saving after this step, then stopping; press again to stop at once")
+        self._note(number, frame)
+
+
+def end_on_interrupt() -> None:
+    """Ctrl-C ends the process with one line. Python's own exception instead may be swallowed by a
+    library that is being imported, and the run then goes on."""
+    signal.signal(signal.SIGINT, lambda number, frame: end("stopped"))
+
+
+def end(line: str) -> None:
+    """The process dies of SIGINT, so that a script that started it stops as well."""
+    tell(line)
+    if os.isatty(1):
+        os.write(1, SHOW_CURSOR)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def tell(line: str) -> None:
+    """A line from the first process; past Python's buffers, in which a handler may have arrived."""
+    if rank() == 0:
+        os.write(2, f"\n{line}\n\n".encode())
+
 
 def ignore() -> None:
     """For data workers: they end with the process they work for, which still needs them."""
-    for number in TOLD_BY:
+    for number in (*TOLD_BY, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

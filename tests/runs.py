@@ -1,9 +1,12 @@
 """Runs of main.py as processes of their own: forked, so that nothing has to be imported again."""
 
+import fcntl
 import os
+import pty
 import signal
 import socket
 import sys
+import termios
 import time
 import traceback
 from pathlib import Path
@@ -63,26 +66,36 @@ ALGORITHMS = {
 }
 
 
-class Run:
-    """One process. `before` is called in it ahead of main; `environment` is added to its own."""
+def take_terminal(screen: int) -> None:
+    """In a new process: `screen` becomes its terminal, whose keys send it signals."""
+    os.setsid()
+    fcntl.ioctl(screen, termios.TIOCSCTTY, 0)
 
-    def __init__(self, arguments, log: Path, *, before=None, environment=None):
+
+class Run:
+    """One process. `before` is called in it ahead of main; `environment` is added to its own.
+
+    Without a log it runs in a terminal, of which `screen` is the other side.
+    """
+
+    def __init__(self, arguments, log: Path | None, *, before=None, environment=None):
         self.log = log
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
+        self.pid, self.screen = pty.fork() if log is None else (os.fork(), None)
         if self.pid == 0:
             self._child(arguments, before, environment or {})
 
     def _child(self, arguments, before, environment):
         status = 70
         try:
-            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            if self.log is not None:
+                output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
             sys.stdout = os.fdopen(1, "w", buffering=1)
             sys.stderr = os.fdopen(2, "w", buffering=1)
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             os.environ.update(environment)
             torch.set_num_threads(1)
@@ -125,7 +138,7 @@ class Run:
             time.sleep(0.005)
 
     def text(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text() if self.log is not None else "in a terminal"
 
 
 def run(arguments, log: Path, timeout=TIMEOUT, **kwargs) -> tuple[int, str]:

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def _launch_folder(tmp_path, monkeypatch):
     """An empty one; and main listens to signals, pytest has its own."""
     monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -114,6 +114,16 @@ def test_a_signal_before_training_ends_the_process_and_loses_nothing(wholes):
     goes_on_to_the_same_end(overrides, folder, expected)
 
 
+def test_without_checkpoints_a_signal_ends_the_process(wholes):
+    """It would be noted, and nobody would read the note."""
+    overrides, folder, _ = wholes("ar")
+    before = at_call(Diffusion, "training_step", 2, tell(signal.SIGTERM))
+    code, text = run(
+        [*overrides, "trainer.enable_checkpointing=false"], folder / "log", before=before
+    )
+    assert code == -signal.SIGTERM, text
+
+
 def test_the_newest_complete_checkpoint_is_taken_and_named(wholes):
     overrides, folder, expected = wholes("ar")
     code, text = run([*overrides, "trainer.max_steps=9"], folder / "log")

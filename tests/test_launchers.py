@@ -1,0 +1,99 @@
+"""Two processes, started by torchrun or by Lightning: equal, and none waits for a dead one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ALGORITHMS, finish, ranks, tiny
+
+from benchmarks.chaos import differences, read
+
+LAST = "run/checkpoints/last.ckpt"
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "lightning": [],
+}
+PROGRAM = f"""\
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import main
+from diffusion import Diffusion
+
+real, calls = Diffusion.training_step, []
+
+def step(self, batch, index):
+    calls.append(index)
+    if len(calls) == 3 and os.environ.get("LOCAL_RANK", "0") == os.environ["FAULT_RANK"]:
+        if os.environ["FAULT"] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("a fault of one rank")
+    return real(self, batch, index)
+
+Diffusion.training_step = step
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return [*tiny(folder), *ALGORITHMS["bamdlm"], "trainer.devices=2"]
+
+
+def launched(launcher, arguments, folder, *, rank="none", fault="raises"):
+    """(exit code, output, seconds) of two processes started by the launcher."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "NODE_RANK", "PL_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCHERS[launcher], program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**kept, "OMP_NUM_THREADS": "1", "FAULT_RANK": rank, "FAULT": fault},
+        start_new_session=True,
+    )
+    begun = time.monotonic()
+    try:
+        text, _ = process.communicate(timeout=60)  # until all that have its output are gone
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, text, time.monotonic() - begun
+
+
+def test_both_launchers_train_the_same(overrides, tmp_path):
+    arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
+    code, text, _ = launched("lightning", arguments, tmp_path)
+    assert code == 0, text
+    ours = read(tmp_path / LAST)
+    (tmp_path / "run").rename(tmp_path / "first")
+    started = ranks(2, arguments, tmp_path / "log.txt")
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    assert differences(ours, read(tmp_path / LAST)) == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank", "fault"),
+    [
+        ("torchrun", "1", "killed"),
+        ("torchrun", "1", "raises"),
+        ("lightning", "1", "killed"),
+        ("lightning", "1", "raises"),
+        ("lightning", "0", "killed"),  # with the first process goes the one that watches the others
+    ],
+)
+def test_a_rank_that_dies_brings_the_job_down(launcher, rank, fault, overrides, tmp_path):
+    arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
+    code, text, seconds = launched(launcher, arguments, tmp_path, rank=rank, fault=fault)
+    assert code, text
+    assert seconds < 60
+    if fault == "raises":  # the traceback of the fault comes before those of its consequences
+        begun, told = text.index("Traceback"), text.index("a fault of one rank")
+        assert text.index("rank 1 failed in step 3") < begun < told
+        assert text.count("Traceback", 0, told) == 1
