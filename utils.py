@@ -22,6 +22,10 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def constant_warmup(step: int, *, warmup_steps: int) -> float:
     """Factor on the learning rate: from 0 to 1 over `warmup_steps`, then 1."""
     return step / warmup_steps if step < warmup_steps else 1.0

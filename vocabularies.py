@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import plays
+from utils import first_line
 
 log = logging.getLogger("bamdlm")
 
@@ -204,10 +205,6 @@ def save_atomically(hf, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():
                 raise
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 BUILTIN = {

@@ -1,0 +1,157 @@
+"""Train a tokenizer on your text: a folder for data.tokenizer_name_or_path.
+
+    python scripts/train_tokenizer.py --files 'texts/*.jsonl' --vocab_size 8192 --out FOLDER
+    python scripts/train_tokenizer.py data=wikitext2 --vocab_size 8192 --out FOLDER
+    python scripts/train_tokenizer.py --files molecules.txt --characters --out FOLDER
+
+The default is a byte-level BPE: every text has ids, nothing is lower-cased or cut. --characters
+gives one id to each character that occurs, and refuses others later. Documents end with
+<|endoftext|>, which also begins them; the mask is added when the tokenizer is used, so that the
+model's vocabulary is one larger. The same text gives the same folder. Settings of main.py that say
+where text lies (data=…, data.train, data.source, data.text_column) are taken as they are there.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import config as settings
+import corpora
+import detokenizers
+import tokenizer
+import vocabularies
+from utils import say
+
+SAMPLE_CHARACTERS = 1 << 20  # of the beginning of the text; compression is measured on them
+SECONDS_BETWEEN_REPORTS = 10
+LARGEST = 1 << 24
+LEAST = vocabularies.BYTES + 1  # with <|endoftext|>
+
+
+def texts(names: list[str], data: settings.Config, done: Callable[[float], None]) -> Iterator[str]:
+    """The training text of all corpora, in pieces, detokenized as for training."""
+    cache = Path(data.cache_dir).expanduser()
+    for number, name in enumerate(names):
+        entry = corpora.get_corpus(name, "train", source=data.source)
+        column = data.text_column or entry.column
+        for piece in corpora.read(entry, "train", data.train_revision, column, cache):
+            rules = entry.detokenizer
+            yield detokenizers.detokenize(rules, piece.text) if rules else piece.text
+            done((number + piece.done) / len(names))
+
+
+class Reading:
+    """What was read, for the eye: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.characters, self.sample = 0, ""
+        self.said = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, transient=True)
+        self.bar = self.progress.add_task("reading", total=1.0)
+
+    def of(self, pieces: Iterator[str]) -> Iterator[str]:
+        with self.progress if self.progress.console.is_terminal else nullcontext():
+            for text in pieces:
+                self.characters += len(text)
+                self.sample += text[: SAMPLE_CHARACTERS - len(self.sample)]
+                yield text
+
+    def done(self, share: float) -> None:
+        self.progress.update(self.bar, completed=share)
+        now = time.monotonic()
+        if not self.progress.console.is_terminal and now - self.said > SECONDS_BETWEEN_REPORTS:
+            self.said = now
+            say(f"read {share:.0%}: {self.characters:,} characters")
+
+
+def alphabet(pieces: Iterator[str]) -> list[str]:
+    found: set[str] = set()
+    for text in pieces:
+        found.update(text)
+    return sorted(found)
+
+
+def train(arguments: argparse.Namespace, data: settings.Config, out: Path) -> tokenizer.Tokenizer:
+    reading = Reading()
+    pieces = reading.of(texts(arguments.files or [data.train], data, reading.done))
+    if arguments.characters:
+        found = alphabet(pieces)
+        hf = vocabularies.character_set(found) if found else None
+    else:
+        # the merges follow when all is read
+        hf = vocabularies.train_bpe(pieces, arguments.vocab_size, show_progress=sys.stderr.isatty())
+    if not reading.characters:
+        raise ValueError("there is no text to train on: every document is empty")
+    made = tokenizer.wrap(hf, str(out))
+    vocabularies.save_atomically(hf, out)
+    size, tokens = len(reading.sample.encode()), len(made.encode(reading.sample))
+    say(f"{reading.characters:,} characters read -> {out}")
+    if arguments.characters:
+        say(f"{len(found)} characters: {''.join(found)!r}")
+    elif len(hf) < arguments.vocab_size:
+        say(f"the text gives {len(hf)} ids, not --vocab_size {arguments.vocab_size}")
+    say(
+        f"vocabulary {made.vocab_size}: {len(hf)} ids, then the mask ({made.mask_id}); BOS and EOS"
+        f" {made.eos_id} {vocabularies.END_OF_TEXT}; padding as the mask"
+    )
+    say(f"{size / tokens:.2f} bytes per token on the first {size:,} bytes")
+    say(f"use it with data.tokenizer_name_or_path={out}")
+    return made
+
+
+def check(arguments: argparse.Namespace, data: settings.Config, out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"--out {out} exists: name a new folder, or remove it")
+    if arguments.files and data.train is not None:
+        raise ValueError(
+            f"--files and data.train={data.train} both name text: leave one of them out"
+        )
+    if not arguments.characters and arguments.vocab_size is None:
+        raise ValueError("--vocab_size is missing (or --characters for an id per character)")
+    if arguments.characters and arguments.vocab_size is not None:
+        raise ValueError(
+            f"--vocab_size {arguments.vocab_size} has no meaning with --characters: the text says"
+            " how many there are"
+        )
+    if not arguments.characters and not LEAST <= arguments.vocab_size <= LARGEST:
+        raise ValueError(
+            f"--vocab_size {arguments.vocab_size} must be from {LEAST} (the bytes and"
+            f" {vocabularies.END_OF_TEXT}) to {LARGEST}"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE", help="as for main.py")
+    parser.add_argument(
+        "--files", nargs="+", metavar="PATTERN", help=".txt, .jsonl or .parquet files, or folders"
+    )
+    parser.add_argument("--vocab_size", "--vocab-size", type=int, help="ids, <|endoftext|> counted")
+    parser.add_argument("--characters", action="store_true", help="one id for each character")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        chosen = arguments.settings
+        if not any(word.startswith("data=") for word in chosen):
+            chosen = ["data=files", *chosen]
+        data, out = settings.load(chosen).data, arguments.out.expanduser()
+        check(arguments, data, out)
+        train(arguments, data, out)
+    except (ValueError, OSError) as error:
+        print(f"train_tokenizer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
