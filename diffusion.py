@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-import loop_state
 import sharding
+import training_state
 from health import StepHealth
 from metrics import Likelihood, LikelihoodMeter
 from models.ema import EMA
@@ -28,7 +28,6 @@ from objectives.corruption import EXACT, Draws, Interval, draw_examples
 from objectives.loss import TokenLoss
 from objectives.sedd import ScoreEntropy
 from randomness import hashed
-from utils import say
 
 VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
 DROPOUT_SEED = 0xD20  # the same for what torch's generator gives
@@ -264,10 +263,10 @@ class Diffusion(L.LightningModule):
         means = search.means()
         self.log_dict({clipping.name(i): mean for i, mean in zip(search.grid, means, strict=True)})
         if not self.clip.fix:
-            self._set_interval(search.best())
+            self.set_interval(search.best())
         self.log_dict({"sampling_eps_min": self.interval[0], "sampling_eps_max": self.interval[1]})
 
-    def _set_interval(self, interval: Interval) -> None:
+    def set_interval(self, interval: Interval) -> None:
         self.interval = interval
         self.sampling_eps_min.fill_(interval[0])
         self.sampling_eps_max.fill_(interval[1])
@@ -293,12 +292,12 @@ class Diffusion(L.LightningModule):
             betas=s.betas,
             eps=s.eps,
             weight_decay=s.weight_decay,
-            fused=self._fused(),
+            fused=self.fused(),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.lr_factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "trainer/lr"}]
 
-    def _fused(self) -> bool:
+    def fused(self) -> bool:
         """One pass over the weights; not where float16 must unscale gradients before clipping."""
         return self.trainer.precision != "16-mixed"
 
@@ -320,88 +319,10 @@ class Diffusion(L.LightningModule):
         if self.ema is not None:
             self.ema.to(self.device)
 
-    # ---- checkpoints: the published layout ----------------------------------------------------
+    # ---- checkpoints --------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["hparams_name"] = "kwargs"
-        checkpoint["hyper_parameters"] = self.description
-        _set_fused(checkpoint, None)  # says how a step is computed here, not what it is
-        if self.ema is not None:
-            checkpoint["ema"] = {
-                "decay": self.ema.decay,
-                "num_updates": self.ema.num_updates,
-                "shadow_params": [
-                    sharding.whole_of(self.ema.shadow[name], p) for name, p in self.named_weights()
-                ],
-            }
-        if self.clip is not None:
-            checkpoint["sampling_eps_min"] = self.sampling_eps_min.clone()
-            checkpoint["sampling_eps_max"] = self.sampling_eps_max.clone()
-        if self._endless():
-            at = self.trainer.global_step
-            loop_state.place(
-                checkpoint["loops"],
-                step=at,
-                accumulate=self.trainer.accumulate_grad_batches,
-                validation=self._validation(at, pending=self.validated_at != at),
-            )
-        # The authors' code restores its data order from a generator; ours is (seed, examples seen).
-        checkpoint["sampler"] = {
-            "random_state": torch.Generator().manual_seed(self.noise.seed).get_state(),
-            "examples_seen": self.trainer.global_step * self.noise.global_batch,
-        }
-
-    def _endless(self) -> bool:
-        """Whether the training data are one epoch without end, as they are unless limited."""
-        return not isinstance(self.trainer.limit_train_batches, int)
-
-    def _validation(self, step: int, *, pending: bool) -> str:
-        """What loop_state is to note of the validation after `step`."""
-        t = self.trainer
-        every = t.val_check_interval if t.check_val_every_n_epoch is None else None
-        follows = isinstance(every, int) and t.limit_val_batches and step
-        if not follows or step * t.accumulate_grad_batches % every:
-            return loop_state.NOTHING
-        return loop_state.DUE if pending else loop_state.DONE
+        training_state.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        _set_fused(checkpoint, self._fused())
-        if self.trainer.state.fn == TrainerFn.FITTING and self._endless():
-            step, pending = (
-                checkpoint["global_step"],
-                loop_state.validation_due(checkpoint["loops"]),
-            )
-            validation = self._validation(step, pending=pending)
-            loop_state.place(
-                checkpoint["loops"],
-                step=step,
-                accumulate=self.trainer.accumulate_grad_batches,
-                validation=validation,
-            )
-            self.validated_at = -1 if validation == loop_state.DUE else step
-        if self.clip is not None:
-            bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
-            # float32 buffers: 0.45 is stored as 0.44999999
-            self._set_interval((round(float(bounds[0]), 6), round(float(bounds[1]), 6)))
-        if self.ema is not None and "ema" in checkpoint:
-            ema = checkpoint["ema"]
-            averages = zip(self.named_weights(), ema["shadow_params"], strict=True)
-            parts = {name: sharding.part_of(average, p) for (name, p), average in averages}
-            self.ema.load(parts, ema["num_updates"])
-        elif self.ema is not None:
-            say("the checkpoint has no EMA: the average starts at its weights")
-            weights, like = checkpoint["state_dict"], dict(self.named_weights())
-            self.ema.load(
-                {
-                    name: sharding.part_of(weights[f"backbone.{name}"], like[name])
-                    for name in self.ema.shadow
-                },
-                0,
-            )
-
-
-def _set_fused(checkpoint: dict, fused: bool | None) -> None:
-    """In the optimizer states of a checkpoint; a file of weights alone has none."""
-    for state in checkpoint.get("optimizer_states", []):
-        for group in state.get("param_groups", []):  # with fsdp rank 0 alone has it
-            group["fused"] = fused
+        training_state.load(self, checkpoint)

@@ -49,6 +49,7 @@ WITH_LIGHTNING = {
     "saving",
     "sharding",
     "throughput",
+    "training_state",
 }
 MAY_MEET_PICKLES = {"unpickling", "torch_zip"}
 
