@@ -70,6 +70,11 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def started_by_torchrun() -> int | None:
+    """Processes that torchrun started on this machine; None without it."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 def user_cache() -> Path:
     """This project's folder in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bamdlm"
@@ -109,7 +114,7 @@ def _fill_machine(values: dict):
     values["trainer.accelerator"] = accelerator
     gpu = accelerator == "gpu"
     if values["trainer.devices"] is None:
-        values["trainer.devices"] = max(gpus, 1) if gpu else 1
+        values["trainer.devices"] = started_by_torchrun() or (max(gpus, 1) if gpu else 1)
     if values["trainer.precision"] is None:
         values["trainer.precision"] = "bf16-mixed" if gpu else "32-true"
     precision = values["trainer.precision"]

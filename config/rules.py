@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from config.compose import build, flatten
-from config.defaults import has_flash_attn, needs_block_mask, visible_gpus
+from config.defaults import has_flash_attn, needs_block_mask, started_by_torchrun, visible_gpus
 from config.effects import without_effect
 from config.limits import limits
 from config.paths import checkpoints, corpora, sampling_files
@@ -23,6 +23,7 @@ BELONGS = {
     "sedd": ("sedd", "analytic"),
     "ar": ("ar", "ar"),
 }
+DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
 SPECIAL_TOKENS = 2  # BOS and EOS of a chunk
 
 
@@ -161,6 +162,12 @@ def machine(config: Config) -> Iterator[str]:
             yield "trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=auto"
         elif trainer.devices > gpus:
             yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
+    started = started_by_torchrun()
+    if started not in (None, trainer.devices) and config.mode in DISTRIBUTED:
+        yield (
+            f"trainer.devices={trainer.devices}: torchrun started {started} processes here;"
+            " leave trainer.devices out"
+        )
     if trainer.precision.startswith("16") and not gpu:
         yield f"trainer.precision={trainer.precision} needs a GPU; a CPU can do bf16 and 32"
     if config.strategy.name == "fsdp" and trainer.precision in ("16-mixed", "64-true"):

@@ -354,6 +354,15 @@ def test_wrong_input_has_its_one_message(context, wrong, message, capsys):
     assert message in problems[0]
 
 
+def test_processes_of_torchrun_must_be_the_devices(capsys, monkeypatch):
+    """Otherwise each of them would write every text."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (_, problem) = refused([*SAMPLE, "trainer.devices=1"], capsys)
+    assert "trainer.devices=1: torchrun started 2 processes here" in problem
+    assert cli.configure(SAMPLE).trainer.devices == 2
+
+
 def test_all_problems_are_listed_at_once(capsys):
     lines = refused(
         [
