@@ -12,6 +12,7 @@ where text lies (data=…, data.train, data.source, data.text_column) are taken 
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from utils import say
 SAMPLE_CHARACTERS = 1 << 20  # of the beginning of the text; compression is measured on them
 SECONDS_BETWEEN_REPORTS = 10
 LARGEST = 1 << 24
+SETTING = re.compile(r"data(\.\w+)?=")
 LEAST = vocabularies.BYTES + 1  # with <|endoftext|>
 
 
@@ -140,8 +142,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--characters", action="store_true", help="one id for each character")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     arguments = parser.parse_intermixed_args(argv)
+    # --files takes all words up to the next option
+    behind = [word for word in arguments.files or [] if SETTING.match(word)]
+    arguments.files = [word for word in arguments.files or [] if word not in behind]
     try:
-        chosen = arguments.settings
+        chosen = [*arguments.settings, *behind]
         if not any(word.startswith("data=") for word in chosen):
             chosen = ["data=files", *chosen]
         data, out = settings.load(chosen).data, arguments.out.expanduser()
