@@ -85,6 +85,8 @@ class Job:
             self._write(missing)
         else:
             say(f"{self.file.path} has all {self.num_samples} texts of this run: nothing to do")
+            if self.show or self.trajectory is not None:
+                say("nothing is shown or recorded either: name another sampling.logdir or seed")
         return self._report()
 
     def cache_bytes(self) -> int:
@@ -177,6 +179,7 @@ class Job:
             "window": s.window if self.algo == "mdlm" else None,
             "context_size": s.context_size if self.algo in ("bamdlm", "ar") else None,
             "steps": s.steps if self.algo in ("bamdlm", "mdlm") else self.algo,
+            **(s.of_steps() if self.algo in ("bamdlm", "mdlm") else {}),
             "T": s.num_steps,
             "nucleus_p": s.nucleus_p,
             "nucleus": RULES["nucleus"] if s.nucleus_p < 1 else "none",

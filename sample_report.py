@@ -107,6 +107,7 @@ def lines(summary: dict) -> list[str]:
         )
     facts = {
         "steps": summary["steps"],
+        **{name: summary.get(name) for name in ("k", "confidence", "threshold", "remask_eta")},
         "nucleus": summary["nucleus_p"],
         "precision": summary.get("precision"),
         "draws": summary["dtype"],

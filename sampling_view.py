@@ -154,6 +154,7 @@ class Trajectory:
     def __exit__(self, *error):
         if self.last is not None:
             self.write()
+            say(f"text {self.row} replays in {self.path}")
 
     def __call__(self, frame: Frame) -> None:
         if self.row in frame.rows:

@@ -8,6 +8,13 @@ from torch import Tensor
 from .steps import CONFIDENCES, STEPS
 
 
+READ_BY = {
+    "confidence": ("k", "confidence"),
+    "threshold": ("threshold",),
+    "remask": ("remask_eta",),
+}
+
+
 def linear(t):
     """The loglinear schedule's move chance, p(t) = t: the default of `Settings.move_chance`."""
     return t
@@ -50,6 +57,10 @@ class Settings:
                 f" {', '.join([*also, *known])}"
             )
         return replace(self, **changes)
+
+    def of_steps(self) -> dict:
+        """The numbers that the step rule reads, beside num_steps."""
+        return {name: getattr(self, name) for name in READ_BY.get(self.steps, ())}
 
     def check(self, algo: str, infill: bool = False) -> None:
         problems = list(self.problems(algo, infill))

@@ -300,6 +300,36 @@ def test_rejection_is_reported(tmp_path):
     assert report["reject_low_entropy"] is True
 
 
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"steps": "threshold", "threshold": 0.25}, "steps threshold, threshold 0.25, nucleus"),
+        ({"steps": "confidence", "k": 2}, "steps confidence, k 2, confidence probability, nucleus"),
+        ({"steps": "remask", "num_steps": 3}, "steps remask, remask_eta 0.02, nucleus"),
+        ({}, "steps first_hitting, nucleus"),
+    ],
+)
+def test_the_report_has_the_numbers_of_the_step_rule(tmp_path, capsys, rule, told):
+    report = job(tmp_path, num_samples=1, changes=rule).run()
+    assert told in capsys.readouterr().out
+    numbers = {"k", "confidence", "threshold", "remask_eta"} & report.keys()
+    assert {name: report[name] for name in numbers} == {
+        name: getattr(settings(**rule), name) for name in numbers
+    }
+    assert ("threshold" in numbers) == (rule.get("steps") == "threshold")
+
+
+def test_a_complete_run_says_that_nothing_is_recorded(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    one = job(tmp_path, num_samples=1, trajectory=str(page))
+    one.run()
+    assert f"text 0 replays in {page}" in capsys.readouterr().out
+    page.unlink()
+    one.run()
+    assert "nothing is shown or recorded either" in capsys.readouterr().out
+    assert not page.exists()
+
+
 def test_variable_lengths_are_reported(tmp_path):
     changes = {"var_length": True, "eos_id": 5, "length": 256}
     report = job(tmp_path, changes=changes, num_samples=12).run()
