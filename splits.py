@@ -69,7 +69,7 @@ class Split:
         return {
             "corpus": self.corpus,
             "split": self.split,
-            "sources": [place.identity(self.split, self.revision) for place in self.entry.sources],
+            "sources": self.entry.identities(self.split, self.revision),
             "column": self.column,
             "detokenizer": rules,
             "detokenizer_rules": rules and detokenizers.fingerprint(rules),

@@ -3,12 +3,12 @@
 import json
 from functools import partial
 
-import datasets
 import pytest
 from conftest import GOLDEN
+from hub_tools import texts
 
+import archives
 import corpora
-import detokenizers
 import plays
 import readers
 from dataloader import get_rows
@@ -34,18 +34,6 @@ def write_lines(folder, number, name="lines.jsonl"):
     return str(path)
 
 
-def texts(pieces):
-    """Documents whole."""
-    documents, parts = [], []
-    for piece in pieces:
-        parts.append(piece.text)
-        if piece.ends:
-            documents.append("".join(parts))
-            parts = []
-    assert not parts
-    return documents
-
-
 def test_text_files_are_one_document_each_in_the_order_of_their_names(tmp_path):
     for name, text in {"b.txt": "second\n\nfile", "a.txt": "first\n"}.items():
         (tmp_path / name).write_text(text)
@@ -64,21 +52,21 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": d}) for d in documents))
     pq.write_table(pa.table({"body": documents}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
-        assert texts(readers.files([tmp_path / name], "body")) == documents
+        assert texts(readers.read([readers.file_part(tmp_path / name)], "body")) == documents
 
 
 def test_a_long_file_is_read_in_pieces_that_tokenize_as_the_whole(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(readers, "PIECE_CHARACTERS", 700)
     text = list(plays.documents("validation"))[1] + "\n\n\n  end   of\n all  " + "x" * 900 + " y"
     (tmp_path / "a.txt").write_text(text)
-    for pieces in (readers.files([tmp_path / "a.txt"], "text"), readers.cut_long(text)):
+    for pieces in (readers.read_txt(tmp_path / "a.txt", "text"), readers.cut_long(text)):
         pieces = list(pieces)
         assert len(pieces) > 5
         assert texts(pieces) == [text]
         ids = [token for piece in pieces for token in tokenizer.encode(piece.text)]
         assert tokenizer.decode(ids) == text
     gpt2 = get_tokenizer("gpt2")
-    pieces = readers.files([tmp_path / "a.txt"], "text")
+    pieces = readers.read_txt(tmp_path / "a.txt", "text")
     assert [t for piece in pieces for t in gpt2.encode(piece.text)] == gpt2.encode(text)
 
 
@@ -131,71 +119,6 @@ def test_a_corpus_that_does_not_exist_is_told_with_what_does(name, message, prep
 
 
 # Corpora
-
-
-@pytest.mark.parametrize("split", ["train", "valid"])
-@pytest.mark.parametrize("name", [n for n, c in corpora.table().items() if "text8" not in n])
-def test_each_corpus_is_asked_for_by_repository_revision_and_split(
-    name, split, monkeypatch, tmp_path
-):
-    """The hub cannot be reached here: the request is checked, the answer is a miniature."""
-    corpus = corpora.get_corpus(name, split)
-    if name == "shakespeare":
-        return
-    assert corpus.licence
-    assert corpus.detokenizer is None or corpus.detokenizer in detokenizers.DETOKENIZERS
-    first = corpus.sources[0]
-    asked = {}
-
-    def load_dataset(repo, **options):
-        asked.update(options, repo=repo)
-        return datasets.Dataset.from_dict({corpus.column: ["a b", "c"], "label": [0, 1]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    if (first.train if split == "train" else first.valid) is None:
-        with pytest.raises(ValueError, match=rf"has no {split} split; set data.{split}"):
-            corpora.read(corpus, split, None, corpus.column, tmp_path)
-        return
-    assert texts(corpora.read(corpus, split, None, corpus.column, tmp_path)) == ["a b", "c"]
-    assert asked["repo"] == first.repo
-    assert asked["revision"] == first.revision
-    if split == "valid":
-        expected = "test" if name in ("lm1b", "ag_news", "lambada") else "validation"
-        assert asked["split"] in (expected, "train[-100000:]")
-    corpora.read(corpus, split, "other", corpus.column, tmp_path)
-    assert asked["revision"] == "other"
-
-
-def test_the_next_source_is_asked_when_the_first_does_not_answer(monkeypatch, tmp_path):
-    def load_dataset(repo, **_):
-        if repo.startswith("armanc"):
-            raise ConnectionError("unreachable")
-        return datasets.Dataset.from_dict({"article": ["text"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = corpora.get_corpus("scientific_papers_pubmed", "valid")
-    assert texts(corpora.read(corpus, "valid", None, "article", tmp_path)) == ["text"]
-
-
-def test_without_a_network_the_error_names_the_way_out(monkeypatch, tmp_path):
-    def load_dataset(*_, **__):
-        raise ConnectionError("unreachable")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = corpora.get_corpus("wikitext2", "valid")
-    with pytest.raises(ValueError, match=r"(?s)data.source=PATH.*Salesforce/wikitext.*unreachable"):
-        corpora.read(corpus, "valid", None, "text", tmp_path)
-
-
-def test_a_local_copy_takes_the_place_of_the_hub(prepare, tmp_path):
-    for split in ("train", "test"):
-        write_lines(tmp_path, 30 if split == "train" else 60, f"{split}-00000.jsonl")
-    train = prepare("ag_news", "train", source=str(tmp_path))
-    valid = prepare("ag_news", "valid", source=str(tmp_path))
-    assert (train.about["documents"], valid.about["documents"]) == (30, 60)
-    (tmp_path / "test-00000.jsonl").unlink()
-    with pytest.raises(ValueError, match="but no file of the split test"):
-        prepare("ag_news", "valid", source=str(tmp_path))
 
 
 def test_the_plays_are_plain_text_and_held_out_whole():
@@ -254,19 +177,19 @@ def test_text8_is_downloaded_once(text8_zip, tmp_path):
     path, text = text8_zip
     url = path.as_uri()
     for _ in range(2):
-        got = readers.fetched(url, tmp_path / "downloads")
-        assert readers.text8(got) == text
+        got = archives.fetched(url, tmp_path / "downloads")
+        assert archives.text8(got) == text
         path.unlink(missing_ok=True)  # the second time there is nothing to download from
     assert [file.name for file in (tmp_path / "downloads").iterdir()] == ["text8.zip"]
 
 
 def test_text8_without_a_network_says_where_to_put_the_file(tmp_path):
     with pytest.raises(OSError, match=r"could not download .* place the file at .*text8.zip"):
-        readers.fetched((tmp_path / "none" / "text8.zip").as_uri(), tmp_path / "downloads")
+        archives.fetched((tmp_path / "none" / "text8.zip").as_uri(), tmp_path / "downloads")
     assert not list((tmp_path / "downloads").iterdir())
 
 
 def test_a_file_that_is_not_text8_is_refused(tmp_path):
     (tmp_path / "text8").write_text("Not Text8!")
     with pytest.raises(ValueError, match=r"is not text8: it holds \['!', '8', 'N', 'T'\]"):
-        readers.text8(tmp_path / "text8")
+        archives.text8(tmp_path / "text8")

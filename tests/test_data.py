@@ -5,12 +5,14 @@ import os
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from conftest import GOLDEN, load_json
+from hub_tools import in_memory
 
+import corpora
 import detokenizers
+import hub_tables
 import packing
 import preparation
 import readers
@@ -78,12 +80,16 @@ def test_prepared_rows_are_those_recorded(name, prepare, monkeypatch, tmp_path):
     wanted = case["kwargs"]
     asked = []
 
-    def load_dataset(repo, **options):
-        asked.append((repo, options["split"]))
-        return datasets.Dataset.from_dict(case["columns"])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     corpus = case["dataset_name"]
+    held_out = ["the last document"] if corpus == "openwebtext-train" else []
+    columns = {name: documents + held_out for name, documents in case["columns"].items()}
+
+    def parts(table, split, cache, **_):
+        asked.append((table.repo, split))
+        return [in_memory(columns)]
+
+    monkeypatch.setattr(hub_tables, "parts", parts)
+    monkeypatch.setattr(corpora, "HELD_OUT", 1)
     if corpus == "mydata":
         corpus = str(tmp_path / "mydata.jsonl")
         lines = (json.dumps({"text": text}) for text in case["columns"]["text"])
@@ -116,8 +122,8 @@ def test_validation_batches_are_those_recorded(prepare, tokenizer, monkeypatch):
     from dataloader import DataModule
 
     recorded = load_json("data/dataloaders.json")
-    dataset = datasets.Dataset.from_dict({"text": recorded["texts"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset)
+    documents = in_memory({"text": recorded["texts"]})
+    monkeypatch.setattr(hub_tables, "parts", lambda *_, **__: [documents])
     valid = prepare("ag_news", "valid", length=recorded["length"])
     data = DataModule(
         train=None,

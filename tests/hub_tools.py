@@ -1,0 +1,70 @@
+"""Repositories of data sets for the stand-in hub, and clients that ask it."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hub_server import serving
+
+from readers import Part, Piece
+
+
+def put_table(root, repo, revision, name, columns):
+    """A parquet file of a repository below the stand-in's root."""
+    path = root / "datasets" / repo / revision.replace("/", "%2F") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def in_memory(columns):
+    """A part that has nothing behind it."""
+
+    def read(column):
+        for i, text in enumerate(columns[column]):
+            yield Piece(text, True, (i + 1) / len(columns[column]))
+
+    return Part("in memory", 1, read, lambda column: len(columns[column]))
+
+
+def texts(pieces):
+    """Documents whole."""
+    documents, open_parts = [], []
+    for piece in pieces:
+        open_parts.append(piece.text)
+        if piece.ends:
+            documents.append("".join(open_parts))
+            open_parts = []
+    assert not open_parts
+    return documents
+
+
+class StandIn:
+    """root: to be filled; asked: every request so far."""
+
+    def __init__(self, root, address, asked):
+        self.root, self.address, self.asked = root, address, asked
+
+    def files(self):
+        """Names of the files that were read, in whole or in part."""
+        return {
+            request.path.rpartition("/")[2]
+            for request in self.asked
+            if request.method == "GET" and "/resolve/" in request.path and request.bytes
+        }
+
+    def bytes_of(self, name):
+        return sum(r.bytes for r in self.asked if r.path.endswith(f"/{name}"))
+
+
+def stand_in(root, monkeypatch, cache):
+    """A generator for a fixture: the clients of this process ask a server of its own."""
+    import datasets
+    from huggingface_hub import constants
+
+    root.mkdir(parents=True, exist_ok=True)
+    with serving(root) as (address, asked):
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+        yield StandIn(root, address, asked)
