@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .steps import CONFIDENCES, STEPS
 
-
 READ_BY = {
     "confidence": ("k", "confidence"),
     "threshold": ("threshold",),
