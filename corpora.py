@@ -9,7 +9,7 @@ import difflib
 import glob
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import readers
 from archives import Archive
 from hub_tables import CONVERTED, Table
 from local_copies import LocalCopy
-from readers import Piece
+from readers import Part, Piece
 from text_sources import Files, Hub, Plays, Source, Text8
 
 log = logging.getLogger("bamdlm")
@@ -222,6 +222,23 @@ def read(
 
     download: keep the files read in cache; False reads parquet files over the network.
     """
+    parts, begin, end = _found(corpus, split, revision, cache, download)
+    return readers.read(parts, column, begin, end)
+
+
+def passages(
+    corpus: Corpus, split: str, revision: str | None, column: str, cache: Path
+) -> list[Callable[[], Iterator[Piece]]]:
+    """The same, one function for each part, which reads it from its beginning; nothing is kept in
+    cache that can be read over the network."""
+    parts, begin, end = _found(corpus, split, revision, cache, download=False)
+    return readers.passages(parts, column, begin, end)
+
+
+def _found(
+    corpus: Corpus, split: str, revision: str | None, cache: Path, download: bool
+) -> tuple[list[Part], int, int | None]:
+    """The parts of the first source that answers, and which of their documents are wanted."""
     name, begin, end = corpus.rows(split)
     problems = []
     for source in corpus.sources:
@@ -235,7 +252,7 @@ def read(
         log.info("reading from %s%s", parts[0].place, more)
         if corpus.unverified and isinstance(source, Hub):
             log.info("not verified: %s", corpus.unverified)
-        return readers.read(parts, column, begin, end)
+        return parts, begin, end
     raise ValueError(
         "no source of this corpus could be read; without a network give a local copy with"
         " data.source=PATH\n  " + "\n  ".join(problems)

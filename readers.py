@@ -61,6 +61,16 @@ def read(parts: list[Part], column: str, begin: int = 0, end: int | None = None)
         before += part.size
 
 
+def passages(
+    parts: list[Part], column: str, begin: int = 0, end: int | None = None
+) -> list[Callable[[], Iterator[Piece]]]:
+    """What `read` gives, part by part; each function reads its part from the beginning."""
+    return [
+        lambda part=part, first=first, last=last: _window(part.read(column), first, last)
+        for part, first, last in _between(parts, column, begin, end)
+    ]
+
+
 def _between(parts, column, begin, end) -> list[tuple[Part, int, int | None]]:
     """(part, first document, one past its last or None) of the parts that hold [begin:end]."""
     if begin > 0 or (end is not None and end >= 0):

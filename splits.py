@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +89,10 @@ class Split:
     def pieces(self, cache: Path) -> Iterator[Piece]:
         """The text; cache: where downloads lie."""
         return corpora.read(self.entry, self.split, self.revision, self.column, cache)
+
+    def passages(self, cache: Path) -> list[Callable[[], Iterator[Piece]]]:
+        """The parts of the text, each a function that reads it from its beginning."""
+        return corpora.passages(self.entry, self.split, self.revision, self.column, cache)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         if rules := self.entry.detokenizer:
