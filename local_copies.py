@@ -144,9 +144,10 @@ class LocalCopy:
         return self.path
 
     def names(self, path: Path, split: str) -> bool:
-        """Whether a file is of the split: by its name, its folder's, at last that of source."""
-        here = path.relative_to(self.path).as_posix() if path != self.path else path.name
-        for name in (here, self.path.name):
+        """Whether a file is of the split: by its name and those of its folders inside of source,
+        or else by the name of source."""
+        folder = self.path.parent if path == self.path else self.path
+        for name in (path.relative_to(folder).as_posix(), folder.name):
             if found := words(name) & set().union(*NAMES.values()):
                 return bool(found & NAMES[split])
         return self.is_one_table()
