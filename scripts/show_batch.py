@@ -1,0 +1,262 @@
+"""Show what training sees: rows as text, and figures about the data.
+
+    python scripts/show_batch.py data=shakespeare model.length=256 block_size=16
+    python scripts/show_batch.py data=files data.train=a.jsonl data.valid=b.jsonl \\
+        data.pack=documents --rows 2 --histogram lengths.png
+
+Settings are those of main.py; the data are prepared as training would, where they are not yet. In a
+row, blocks alternate in colour and have │ between them, BOS, EOS and other special tokens stand
+out, ↵ is a line break and ▒ padding; with data.pack=documents each document has its line. Figures
+are of the rows from there on and of the split's first documents, --tokens tokens of each.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+import cli
+import mirror
+from build import build_data, build_tokenizer
+from config import Config
+from main import quiet
+from rows import Rows
+from splits import Split
+from tokenizer import Tokenizer
+
+SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
+BLOCKS = ("", "cyan")  # in turn
+PIECES_AT_ONCE = 256
+SHOWN = str.maketrans({"\n": "↵", "\t": "⇥"})
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    text = text.translate(SHOWN)
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+class Painter:
+    """Rows as coloured lines."""
+
+    def __init__(self, tokenizer: Tokenizer, block_size: int):
+        self.tokenizer, self.block_size = tokenizer, block_size
+        ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
+        self.special = ends | set(tokenizer.hf.all_special_ids)
+
+    def lines(self, ids: np.ndarray, mask: np.ndarray, segments: np.ndarray | None) -> list[Text]:
+        """One line for a row, or one for each of its documents; ids, mask, segments: [L]."""
+        if segments is None:
+            return [self.line(ids, mask, 0)]
+        # padding stays with the document before it
+        starts = np.flatnonzero(np.diff(np.maximum.accumulate(segments), prepend=0))
+        stops = [*starts[1:], len(ids)]
+        return [
+            Text(f"[document {n}] ", BORDER) + self.line(ids[a:b], mask[a:b], a)
+            for n, (a, b) in enumerate(zip(starts, stops, strict=True), 1)
+        ]
+
+    def line(self, ids: np.ndarray, mask: np.ndarray, begin: int) -> Text:
+        """begin: the place of the first of these tokens in the row."""
+        text = Text()
+
+        def kind(i: int) -> tuple[int, bool, int]:
+            alone = i if mask[i] and ids[i] in self.special else -1
+            return (begin + i) // self.block_size, bool(mask[i]), alone
+
+        for (block, real, alone), run in itertools.groupby(range(len(ids)), kind):
+            places = list(run)
+            if places[0] and (begin + places[0]) % self.block_size == 0 and self.block_size > 1:
+                text.append("│", BORDER)
+            if not real:
+                text.append("▒" * len(places), PADDING)
+            else:
+                shown = printable(self.tokenizer.decode(ids[places].tolist()))
+                text.append(shown, SPECIAL if alone >= 0 else BLOCKS[block % 2])
+        return text
+
+
+@dataclass
+class Figures:
+    """Of batches: how much of their rows is text."""
+
+    tokenizer: Tokenizer
+    rows: int = 0
+    places: int = 0  # tokens, padding counted
+    tokens: int = 0
+    ends: int = 0  # of them BOS and EOS
+    unknown: int = 0
+
+    def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        """A batch, arrays [B, L]."""
+        tokenizer = self.tokenizer
+        ends = (tokenizer.bos_id, tokenizer.eos_id)
+        real = ids[mask > 0]
+        self.rows += len(ids)
+        self.places += ids.size
+        self.tokens += len(real)
+        self.ends += int(np.isin(real, ends).sum())
+        if tokenizer.hf.unk_token_id not in (None, *ends):
+            self.unknown += int((real == tokenizer.hf.unk_token_id).sum())
+
+    def __str__(self) -> str:
+        unknown = f", {self.unknown / self.tokens:.2%} unknown" if self.unknown else ""
+        return (
+            f"rows: {self.rows:,} read with {self.tokens:,} tokens, {self.ends / self.tokens:.1%}"
+            f" of them BOS and EOS{unknown}; {1 - self.tokens / self.places:.1%} of the rows is"
+            " padding"
+        )
+
+
+@dataclass
+class Documents:
+    """The first documents of a split, whole, without BOS and EOS."""
+
+    lengths: list[int] = field(default_factory=list)  # tokens
+    tokens: int = 0
+    size: int = 0  # bytes of the text, as it is read
+
+    def read(self, split: Split, cache: Path, most: int) -> None:
+        """Until `most` tokens are read."""
+        pieces, length = split.pieces(cache), 0
+        while self.tokens < most and (some := list(itertools.islice(pieces, PIECES_AT_ONCE))):
+            for piece, ids in zip(some, split.encode([p.text for p in some]), strict=True):
+                self.tokens += len(ids)
+                self.size += len(piece.text.encode())
+                length += len(ids)
+                if piece.ends:
+                    self.lengths.append(length)
+                    length = 0
+
+    def __str__(self) -> str:
+        compression = f"{self.size / max(self.tokens, 1):.2f} bytes per token"
+        if not self.lengths:
+            return f"documents: the first has more than {self.tokens:,} tokens; {compression}"
+        return (
+            f"documents: {len(self.lengths):,} read, of {min(self.lengths):,} to"
+            f" {max(self.lengths):,} tokens, median {statistics.median_low(self.lengths):,};"
+            f" {compression}"
+        )
+
+
+def histogram(lengths: list[int], title: str, target: Path) -> None:
+    """Of the lengths in tokens, as a PNG; needs no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.hist(lengths, bins=min(60, max(lengths) + 1), color="tab:blue")
+    middle = statistics.median_low(lengths)
+    axes.axvline(middle, color="tab:red", label=f"median {middle:,}")
+    axes.set(xlabel="tokens of a document", ylabel="documents", title=title)
+    axes.grid(True, alpha=0.2)
+    axes.legend()
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp.png")
+    figure.savefig(unfinished, dpi=120)
+    plt.close(figure)
+    unfinished.replace(target)
+
+
+def batches(config: Config, tokenizer: Tokenizer, split: str) -> tuple[object, Iterator[dict]]:
+    """What the split is read from, and its batches, as numpy arrays."""
+    data = build_data(config, tokenizer, train=split == "train")
+    data.num_workers = 0  # the first batch is there sooner
+    loader = data.train_dataloader() if split == "train" else data.val_dataloader()
+    found = ({key: value.numpy() for key, value in batch.items()} for batch in loader)
+    return data.train if split == "train" else data.valid, found
+
+
+def whole_documents(config: Config, tokenizer: Tokenizer, options) -> Documents:
+    data, train = config.data, options.split == "train"
+    split = Split(
+        data.train if train else data.valid,
+        options.split,
+        tokenizer=tokenizer,
+        length=config.model.length,
+        revision=data.train_revision if train else data.valid_revision,
+        text_column=data.text_column,
+        source=data.source,
+    )
+    documents = Documents()
+    documents.read(split, mirror.local(data.cache_dir), options.tokens)
+    return documents
+
+
+def show(config: Config, options: argparse.Namespace, console: Console) -> None:
+    def say(line: str | Text, **how) -> None:
+        console.print(line, soft_wrap=True, **how)
+
+    tokenizer = build_tokenizer(config)
+    source, stream = batches(config, tokenizer, options.split)
+    painter = Painter(tokenizer, config.block_size)
+    figures, left = Figures(tokenizer), options.rows
+    for batch in itertools.islice(stream, options.batch, None):
+        ids, mask, segments = batch["input_ids"], batch["attention_mask"], batch.get("segments")
+        for i in range(min(left, len(ids))):
+            say(f"row {batch['row'][i]}", style="bold")
+            for line in painter.lines(ids[i], mask[i], None if segments is None else segments[i]):
+                say(line)
+            left -= 1
+        figures.add(ids, mask)
+        if figures.tokens >= options.tokens and not left:
+            break
+    if not figures.tokens:
+        raise ValueError(f"--batch {options.batch}: the split has fewer batches")
+    title = f"{config.data.train if options.split == 'train' else config.data.valid}"
+    title = f"{title} ({options.split})"
+    if isinstance(source, Rows):
+        about = source.about
+        say(
+            f"{title}: {about['documents']:,} documents, {about['tokens']:,} tokens,"
+            f" {len(source):,} rows of {source.length} in {source.folder}"
+        )
+    documents = whole_documents(config, tokenizer, options)
+    say(str(figures))
+    say(str(documents))
+    if options.histogram is not None and documents.lengths:
+        histogram(documents.lengths, title, options.histogram)
+        say(f"written to {options.histogram}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for main.py")
+    parser.add_argument("--split", choices=("train", "valid"), default="train")
+    parser.add_argument("--batch", type=int, default=0, help="the first one shown, from 0")
+    parser.add_argument("--rows", type=int, default=3, help="shown as text; default 3")
+    parser.add_argument("--tokens", type=int, default=200_000, help="for figures; default 200000")
+    parser.add_argument("--histogram", type=Path, metavar="FILE.png", help="lengths of documents")
+    options = parser.parse_intermixed_args(argv)
+    for name in ("batch", "rows", "tokens"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name} {getattr(options, name)} must not be negative")
+    if options.histogram is not None and options.histogram.suffix != ".png":
+        parser.error(f"--histogram {options.histogram} must end in .png")
+    if options.histogram is not None and not options.histogram.absolute().parent.is_dir():
+        parser.error(f"--histogram {options.histogram}: the folder does not exist")
+    config = cli.configure(options.settings)
+    quiet()
+    try:
+        show(config, options, Console(highlight=False, markup=False, emoji=False))
+    except (ValueError, OSError) as error:
+        print(f"show_batch: {error}", file=sys.stderr)
+        return cli.TROUBLE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
