@@ -36,7 +36,7 @@ from tokenizer import Tokenizer
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
 BLOCKS = ("", "cyan")  # in turn
-PIECES_AT_ONCE = 256
+PIECES_AT_ONCE = 16
 SHOWN = str.maketrans({"\n": "↵", "\t": "⇥"})
 
 
