@@ -28,7 +28,7 @@ from config import Config
 from diffusion import Diffusion
 from fitting import build_trainer, examples_seen, resume_point, training_logs
 from flops import flops, matmul_dtype
-from generation import Job, run_id, visible_tokens
+from generation import Job, questions, run_id, visible_tokens
 from generative import load_judge
 from metrics import Likelihood
 from noise_schedule import get_schedule
@@ -172,7 +172,7 @@ def prepare_sample_eval(config: Config) -> Callable[[], None]:
     module, checkpoint = trained_module(config, tokenizer)
     wanted = sampling_settings(config, tokenizer, checkpoint)
     if t.precision.endswith("-mixed"):
-        module.backbone.cast_products(matmul_dtype(t.precision))
+        module.backbone.freeze(matmul_dtype(t.precision))
     prompts = sampling_prompts(config, tokenizer, wanted)
     file = SampleFile(config.sampling.logdir)
     file.check()
@@ -187,7 +187,9 @@ def prepare_sample_eval(config: Config) -> Callable[[], None]:
     fabric.launch()
     job = Job(
         algo=config.algo.name,
-        denoise=denoiser(module.to(fabric.device).eval(), config.algo.name),
+        denoise=questions(
+            module.objective, module.to(fabric.device).eval().backbone, config.algo.name
+        ),
         tokenizer=tokenizer,
         settings=wanted,
         num_samples=config.sampling.num_sample_batches * config.sampling.batch_size,
@@ -250,13 +252,6 @@ def sampling_settings(
         reject_low_entropy=s.reject_low_entropy,
         move_chance=lambda t: noise(t).p,
     )
-
-
-def denoiser(module: Diffusion, algo: str) -> Callable:
-    """The questions the sampler asks the network."""
-    if algo in ("ar", "sedd"):
-        return module.objective.denoiser(module.backbone)
-    return module.objective.denoiser(module.backbone, whole_window=algo == "mdlm")
 
 
 def sampling_prompts(

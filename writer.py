@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoints
-from generation import visible_tokens
+from generation import questions, visible_tokens
 from generative import Judge, TextScore, describe
 from models.dit import DiT
 from noise_schedule import get_schedule
@@ -111,6 +111,7 @@ def load(
     averaged = use_ema and found.ema is not None
     checkpoints.load_into(network, found, use_ema=averaged, algo=algo)
     schedule = get_schedule(*trained_noise(found))
+    objective = objective_of(algo, words.mask_id, block_size, schedule)
     length = found.length or CONTEXT_TOKENS
     base = {
         "length": length,
@@ -124,7 +125,7 @@ def load(
     }
     return Writer(
         algo,
-        questions(algo, network.to(device).eval(), words.mask_id, block_size, schedule),
+        questions(objective, network.to(device).eval(), algo),
         words,
         Settings(**base).changed(**settings),
         device,
@@ -147,11 +148,10 @@ def word_list(found: checkpoints.Checkpoint, name: str | None, cache_dir) -> Tok
     return get_tokenizer(name, eos_token=data.get("eos_token"), cache_dir=cache_dir)
 
 
-def questions(algo: str, network: DiT, mask_id: int, block_size: int, schedule):
-    """What the sampler asks the network."""
+def objective_of(algo: str, mask_id: int, block_size: int, schedule):
+    """What the network's logits mean."""
     if algo == "ar":
-        return Autoregressive(mask_id).denoiser(network)
+        return Autoregressive(mask_id)
     if algo == "sedd":
-        return ScoreEntropy(mask_id, schedule).denoiser(network)
-    objective = MaskedDiffusion(mask_id, block_size, schedule)
-    return objective.denoiser(network, whole_window=algo == "mdlm")
+        return ScoreEntropy(mask_id, schedule)
+    return MaskedDiffusion(mask_id, block_size, schedule)
