@@ -111,7 +111,7 @@ def load(
     averaged = use_ema and found.ema is not None
     checkpoints.load_into(network, found, use_ema=averaged, algo=algo)
     schedule = get_schedule(*trained_noise(found))
-    objective = objective_of(algo, words.mask_id, block_size, schedule)
+    objective = objective_of(algo, words.mask_id, block_size, schedule, found)
     length = found.length or CONTEXT_TOKENS
     base = {
         "length": length,
@@ -134,11 +134,17 @@ def load(
 
 def trained_noise(found: checkpoints.Checkpoint) -> tuple[str, bool]:
     """Name of the schedule and algo.mdlm_loss_scale of a run; an export has them in config.json."""
-    config, noise = found.config, found.config.get("noise")
+    noise = found.config.get("noise")
     if found.layout == "lightning":
-        noise = checkpoints.section(config, "noise").get("type")
-        config = checkpoints.section(config, "algo")
-    return noise or "loglinear", bool(config.get("mdlm_loss_scale"))
+        noise = checkpoints.section(found.config, "noise").get("type")
+    return noise or "loglinear", bool(trained_algo(found).get("mdlm_loss_scale"))
+
+
+def trained_algo(found: checkpoints.Checkpoint) -> dict:
+    """The settings algo.* of a run; an export has those it needs in config.json."""
+    if found.layout == "lightning":
+        return checkpoints.section(found.config, "algo")
+    return found.config
 
 
 def word_list(found: checkpoints.Checkpoint, name: str | None, cache_dir) -> Tokenizer:
@@ -148,10 +154,11 @@ def word_list(found: checkpoints.Checkpoint, name: str | None, cache_dir) -> Tok
     return get_tokenizer(name, eos_token=data.get("eos_token"), cache_dir=cache_dir)
 
 
-def objective_of(algo: str, mask_id: int, block_size: int, schedule):
+def objective_of(algo: str, mask_id: int, block_size: int, schedule, found: checkpoints.Checkpoint):
     """What the network's logits mean."""
     if algo == "ar":
         return Autoregressive(mask_id)
     if algo == "sedd":
-        return ScoreEntropy(mask_id, schedule)
+        timed = trained_algo(found).get("time_conditioning", True)
+        return ScoreEntropy(mask_id, schedule, time_conditioning=timed)
     return MaskedDiffusion(mask_id, block_size, schedule)

@@ -7,7 +7,8 @@ from networks import CHECKPOINTS, MANIFEST
 
 from checkpoint_layouts import Checkpoint
 from generative import load_judge
-from writer import load, trained_noise
+from noise_schedule import get_schedule
+from writer import load, objective_of, trained_noise
 
 TOKENIZER = str(GOLDEN / "tokenizer")
 
@@ -50,6 +51,15 @@ def test_the_schedule_is_the_one_of_the_training():
     ):
         found = Checkpoint("here", layout, ("sedd",), config, weights={})
         assert trained_noise(found) == expected
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_sedd_is_told_the_noise_level_as_in_its_training(timed):
+    run = {"algo": {"time_conditioning": timed}}
+    for layout, config in (("lightning", run), ("hub", run["algo"])):
+        found = Checkpoint("here", layout, ("sedd",), config, weights={})
+        objective = objective_of("sedd", 3, 1, get_schedule("loglinear"), found)
+        assert objective.time_conditioning == timed
 
 
 def test_averages_are_used_unless_told_otherwise():
