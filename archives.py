@@ -79,7 +79,8 @@ class Archive:
         for name in (str(source), *names):
             if self.sister and self.sister in name.lower():
                 raise ValueError(
-                    f"data.source={source} is of another corpus ({name}); see data.{split}"
+                    f"data.source={source} is of another corpus ({name}); look at data.train and"
+                    " data.valid"
                 )
         if found := sorted(name for name in names if _matches(name, self.pattern(split))):
             return found
@@ -130,7 +131,7 @@ def unpacked(source: Path, pattern: str, cache: Path) -> Path:
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     folder = cache / f"unpacked-{digest}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock") as lock:
         if not folder.is_dir():
             new = folder.with_name(f"{folder.name}.tmp")
             shutil.rmtree(new, ignore_errors=True)  # left by a killed process
@@ -141,6 +142,8 @@ def unpacked(source: Path, pattern: str, cache: Path) -> Path:
                 os.rename(new, folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
+                if not folder.is_dir():  # who waits for the lock tries anew
+                    Path(lock.lock_file).unlink(missing_ok=True)
     return folder
 
 

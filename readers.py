@@ -138,7 +138,7 @@ def matching(pattern: str) -> list[Path]:
     """Files of a path, folder or glob pattern, sorted."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix in READERS]
+        found = [p for p in path.rglob("*") if p.suffix in READERS and not p.is_dir()]
     else:
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
     if not found:

@@ -95,8 +95,11 @@ def corpora(config: Config) -> Iterator[str]:
         "ppl_eval": ("valid",),
         "prepare": both or ("train",),
     }
-    for key in wanted.get(config.mode, ()):
-        yield from _corpus(f"data.{key}", getattr(config.data, key))
+    names = {f"data.{key}": getattr(config.data, key) for key in wanted.get(config.mode, ())}
+    for key, name in names.items():
+        yield from _corpus(key, name)
+    if config.data.source is not None and names:
+        yield from _source(config.data.source, names)
     tokenizer = config.data.tokenizer_name_or_path
     if not tokenizer.startswith(ALPHABET) and _is_lost(tokenizer):
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
@@ -110,6 +113,18 @@ def _corpus(key: str, value: str | None) -> Iterator[str]:
         yield f"{key} is not set: data=files needs a file ({suffixes})"
     elif value not in known_corpora():
         yield from _files(key, value)
+
+
+def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
+    """Problems of a local copy of the corpora {setting: name}."""
+    if all(name not in known_corpora() for name in names.values()):
+        own = ", ".join(f"{key}={name}" for key, name in names.items())
+        yield f"data.source={source} stands for a named corpus, but {own} is text of your own"
+    elif not Path(source).expanduser().exists():
+        yield (
+            f"data.source={source} does not exist: name a folder, an archive or a file with"
+            f" {', '.join(dict.fromkeys(map(str, names.values())))}"
+        )
 
 
 def _files(key: str, pattern: str) -> Iterator[str]:
