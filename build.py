@@ -9,7 +9,7 @@ import checkpoints
 import mirror
 from config import Config
 from config.defaults import needs_block_mask
-from dataloader import DataModule, get_rows
+from dataloader import DataModule, prepared, streamed
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from flops import Shape
 from health import StepHealth
@@ -19,6 +19,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
 from rows import Rows
+from splits import Split
 from tokenizer import Tokenizer, get_tokenizer
 from utils import lr_factor, say
 
@@ -165,8 +166,13 @@ def build_shape(config: Config, backbone: DiT) -> Shape:
 def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModule:
     """The splits that the mode reads, prepared at the first use; evaluation reads only its own."""
     loader, length = config.loader, config.model.length
-    training = build_rows(config, tokenizer, "train") if train else None
-    if training is not None and training.length != length and config.algo.name == "ar":
+    training = None
+    if train and config.data.streaming:
+        training = streamed(wanted_split(config, tokenizer, "train"), config.data.cache_dir)
+    elif train:
+        training = build_rows(config, tokenizer, "train")
+    windows = isinstance(training, Rows) and training.length != length
+    if windows and config.algo.name == "ar":
         length += 1  # windows of a longer row: one more token, so that ar predicts L as well
     return DataModule(
         train=training,
@@ -190,13 +196,17 @@ def alignment(config: Config) -> int | None:
 
 
 def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
+    wanted = wanted_split(config, tokenizer, split)
+    return prepared(wanted, config.data.cache_dir, config.loader.num_workers)
+
+
+def wanted_split(config: Config, tokenizer: Tokenizer, split: str) -> Split:
     data, train = config.data, split == "train"
-    return get_rows(
+    return Split(
         data.train if train else data.valid,
         split,
         tokenizer=tokenizer,
         length=config.model.length,
-        cache_dir=data.cache_dir,
         wrap=data.wrap,
         align=alignment(config),
         insert_eos=data.insert_train_eos if train else data.insert_valid_eos,
@@ -204,5 +214,4 @@ def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
         revision=data.train_revision if train else data.valid_revision,
         text_column=data.text_column,
         source=data.source,
-        processes=config.loader.num_workers,
     )

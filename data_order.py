@@ -38,24 +38,38 @@ class ShuffledStream:
         return Place(position, int(self.permutation[offset]))
 
 
+class InOrder:
+    """A stream whose rows are its positions (streaming.py)."""
+
+    def __getitem__(self, position: int) -> Place:
+        return Place(position, position)
+
+
 @dataclass
 class TrainBatches:
     """Batch sampler without end; `start` tells the position at which an iterator begins.
+
+    in_turn: a slice is dealt out row by row, not cut into contiguous parts, so that a rank's
+    positions are the same modulo the world size; which examples make up a step does not change.
 
     With accumulation over k micro-batches a step's global batch is k whole slices, so any number of
     devices that gives the same global batch gives the same steps.
     """
 
-    stream: ShuffledStream
+    stream: ShuffledStream | InOrder
     batch_size: int  # of one device
     rank: int
     world_size: int
     start: Callable[[], int]
+    in_turn: bool = False
 
     def __iter__(self) -> Iterator[list[Place]]:
-        position = self.start() + self.rank * self.batch_size
+        begin, step = self.rank * self.batch_size, 1
+        if self.in_turn:
+            begin, step = self.rank, self.world_size
+        position = self.start() + begin
         while True:
-            yield [self.stream[position + i] for i in range(self.batch_size)]
+            yield [self.stream[position + i * step] for i in range(self.batch_size)]
             position += self.batch_size * self.world_size
 
 

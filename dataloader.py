@@ -10,31 +10,45 @@ is the optimizer step, the remainder the row of the global batch. In validation 
 split.
 """
 
+import logging
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 import mirror
+import packing
 import preparation
 import signals
-from data_order import Place, ShuffledStream, TrainBatches, ValidBatches
+import streaming
+from data_order import InOrder, Place, ShuffledStream, TrainBatches, ValidBatches
 from randomness import uniform
 from rows import Rows
 from splits import Split
+from streaming import StreamedText
+
+log = logging.getLogger("bamdlm")
+
+BOOKMARK_EVERY = 32  # batches
 
 
 def get_rows(
     corpus: str, split: str, *, cache_dir: str | Path, processes: int = 1, **settings
 ) -> Rows:
-    """The rows of one split, prepared at the first call; settings: of splits.Split.
+    """The rows of one split, prepared at the first call; settings: of splits.Split."""
+    return prepared(Split(corpus, split, **settings), cache_dir, processes)
 
-    cache_dir: a folder, or a URL, of which a copy is kept here (mirror.py). processes: that
+
+def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
+    """cache_dir: a folder, or a URL, of which a copy is kept here (mirror.py). processes: that
     tokenize; they do not change the rows. Safe when several processes ask at once: one prepares,
     the others wait.
     """
-    wanted, cache = Split(corpus, split, **settings), mirror.local(cache_dir)
+    cache = mirror.local(cache_dir)
     return preparation.prepare(
         cache / "rows" / wanted.folder_name,
         lambda: wanted.pieces(cache),
@@ -47,6 +61,14 @@ def get_rows(
         if mirror.is_url(cache_dir)
         else None,
     )
+
+
+def streamed(wanted: Split, cache_dir: str | Path) -> StreamedText:
+    """The split without preparing it; its beginning is read, to find what is wrong before work."""
+    if wanted.entry.windows:
+        raise ValueError(f"data.streaming=True: {wanted.corpus} is windows of prepared rows")
+    passages = wanted.passages(mirror.local(cache_dir))
+    return StreamedText(passages, wanted.encode, wanted.shape, wanted.about)
 
 
 class Examples(Dataset):
@@ -75,8 +97,57 @@ class Examples(Dataset):
         return batch
 
 
+class StreamedExamples(Dataset):
+    """Whole batches straight from the text, read forwards by the process that asks.
+
+    Some batches have a "bookmark", where to read on (streaming.to_text). Where the text cannot be
+    read a batch is {"error": why}: an exception would come out of a worker as a traceback.
+    """
+
+    def __init__(
+        self,
+        text: StreamedText,
+        seed: int,
+        rank: int,
+        world_size: int,
+        bookmarks: Callable[[], list[str]],
+    ):
+        self.text, self.seed = text, seed
+        self.lanes, self.bookmarks = streaming.lanes_of(rank, world_size), bookmarks
+        self.fingerprint = text.fingerprint(seed)
+        self.stream: streaming.Stream | None = None
+        self.batches = 0
+
+    def open(self, position: int) -> streaming.Stream:
+        bookmarks = streaming.from_texts(self.bookmarks(), self.fingerprint)
+        if position and not bookmarks:
+            log.info("no bookmark: tokenizing the text up to example %s again", f"{position:,}")
+        return streaming.Stream(self.text, self.seed, lanes=self.lanes, bookmarks=bookmarks)
+
+    def __getitems__(self, places: list[Place]) -> dict:
+        positions = [place.position for place in places]
+        try:
+            if self.stream is None:
+                self.stream = self.open(positions[0])
+            rows = self.stream.read(positions)
+        except streaming.TextError as error:
+            return {"error": str(error)}
+        length = rows.ids.shape[1]
+        mask = np.arange(length) < rows.counts[:, None]
+        batch = {"row": torch.tensor(positions)}
+        if rows.marks is not None:
+            batch["segments"] = torch.from_numpy(packing.segments(rows.marks, length))
+            mask = batch["segments"].numpy() > 0
+        batch["input_ids"] = torch.from_numpy(rows.ids)
+        batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        if self.batches % BOOKMARK_EVERY == 0:
+            batch["bookmark"] = streaming.to_text(self.stream.bookmarks(), self.fingerprint)
+        self.batches += 1
+        return batch
+
+
 class DataModule(LightningDataModule):
-    """Prepared rows as loaders. Set Trainer(use_distributed_sampler=False): the samplers here know
+    """Rows as loaders. Set Trainer(use_distributed_sampler=False): the samplers here know
     their rank.
 
     The position in the stream is the number of examples trained on, optimizer steps times the
@@ -87,7 +158,7 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        train: Rows | None,
+        train: Rows | StreamedText | None,
         valid: Rows | None,
         length: int,
         batch_size: int,
@@ -107,6 +178,8 @@ class DataModule(LightningDataModule):
         self.seed = seed
         self.window_bos = window_bos
         self.resumed_examples, self.resumed_step = 0, 0
+        self.bookmark: str | None = None  # of the text streamed, at a batch that was trained on
+        self.resumed_bookmarks: list[str] = []  # of all devices
 
     @property
     def examples_seen(self) -> int:
@@ -125,6 +198,8 @@ class DataModule(LightningDataModule):
         self.resumed_examples, self.resumed_step = examples_seen, step
 
     def train_dataloader(self) -> DataLoader:
+        if isinstance(self.train, StreamedText):
+            return self.streamed_dataloader()
         windows = self.train.length != self.length
         examples = Examples(
             self.train,
@@ -137,6 +212,38 @@ class DataModule(LightningDataModule):
             examples,
             TrainBatches(stream, self.batch_size, *self.place, lambda: self.examples_seen),
         )
+
+    def streamed_dataloader(self) -> DataLoader:
+        """One process reads for a device: it tokenizes several times as fast as a GPU trains."""
+        examples = StreamedExamples(
+            self.train, self.seed, *self.place, lambda: self.resumed_bookmarks
+        )
+        batches = TrainBatches(
+            InOrder(), self.batch_size, *self.place, lambda: self.examples_seen, in_turn=True
+        )
+        return self.loader(examples, batches, num_workers=min(1, self.num_workers))
+
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        """Called with each batch when its turn comes, not when it is fetched."""
+        if "error" in batch:
+            raise streaming.TextError(batch["error"])
+        self.bookmark = batch.pop("bookmark", self.bookmark)
+        return batch
+
+    def state_dict(self) -> dict:
+        """Of a streamed text: the bookmarks of all devices. Every rank must call it."""
+        if not isinstance(self.train, StreamedText):
+            return {}
+        of_all = [self.bookmark]
+        if torch.distributed.is_initialized():
+            of_all = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(of_all, self.bookmark)
+        if None in of_all:  # nothing was trained on since the run went on
+            return {"bookmarks": self.resumed_bookmarks}
+        return {"bookmarks": of_all}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.resumed_bookmarks = state["bookmarks"]
 
     def val_dataloader(self) -> DataLoader:
         batches = ValidBatches(len(self.valid), self.eval_batch_size, *self.place)
@@ -154,21 +261,26 @@ class DataModule(LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def loader(self, examples: Examples, batches) -> DataLoader:
+    def loader(
+        self, examples: Dataset, batches: Iterable, num_workers: int | None = None
+    ) -> DataLoader:
+        workers = self.num_workers if num_workers is None else num_workers
         return DataLoader(
             examples,
             batch_sampler=batches,
             collate_fn=_as_it_is,
             worker_init_fn=_deaf,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=self.pin_memory,
         )
 
 
 def _deaf(worker: int) -> None:
-    """A signal to the whole job must not end the workers while the last steps are made."""
+    """A signal to the whole job must not end the workers while the last steps are made. The threads
+    of `tokenizers` did not survive the fork."""
     signals.ignore()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

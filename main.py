@@ -18,6 +18,7 @@ def main(argv: list[str]) -> int:
     import modes
     from health import BadSteps
     from saving import SaveError
+    from streaming import TextError
 
     quiet()
     try:
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         run()
-    except (SaveError, BadSteps) as error:
+    except (SaveError, BadSteps, TextError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

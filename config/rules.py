@@ -235,8 +235,11 @@ def optimization(config: Config) -> Iterator[str]:
 
 
 def data(config: Config) -> Iterator[str]:
-    if config.data.streaming:
-        yield "data.streaming=True is not offered yet; False prepares the data before training"
+    if config.data.streaming and config.data.train == "text8-crop" and config.mode == "train":
+        yield (
+            "data.streaming=True does not go with data.train=text8-crop, random windows of prepared"
+            " rows; use data=text8 or data.streaming=False"
+        )
     if config.data.pack == "documents" and not config.data.wrap:
         yield (
             "data.pack=documents does not go with data.wrap=False, which gives each document a row"

@@ -127,7 +127,7 @@ class Data:
     valid_revision: str | None = doc("the same for validation")
     wrap: bool = doc("join documents and cut into chunks of L; false: one document per row")
     pack: str = doc("wrap: texts run on; documents: apart, from blocks on, attention inside each")
-    streaming: bool = doc("read while training instead of preparing first")
+    streaming: bool = doc("tokenize the training split while training instead of preparing it")
     insert_train_eos: bool = doc("EOS after each training document")
     insert_train_special: bool = doc("BOS and EOS round each training chunk")
     insert_valid_eos: bool = doc("EOS after each validation document")

@@ -244,7 +244,11 @@ WRONG = [
     ),
     (TRAIN, ["data.valid=empty.txt"], "data.valid: empty.txt is empty"),
     (TRAIN, ["data.valid=folder"], "data.valid=folder holds no file of kind .txt"),
-    (TRAIN, ["data.streaming=True"], "data.streaming=True is not offered yet"),
+    (
+        TRAIN,
+        ["data.train=text8-crop", "data.streaming=True"],
+        "data.streaming=True does not go with data.train=text8-crop",
+    ),
     (
         TRAIN,
         ["data.tokenizer_name_or_path=./no"],

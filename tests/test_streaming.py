@@ -1,0 +1,425 @@
+"""Training rows straight from the text: their order, bookmarks, devices, runs that are killed."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from runs import Run, finish, ranks, run, tiny
+
+import packing
+import streaming
+from data_order import InOrder, TrainBatches
+from dataloader import DataModule, get_rows, streamed
+from packing import Shape
+from readers import Piece
+from splits import Split
+from streaming import LANES, Place, Stream, StreamedText, TextError
+from tokenizer import get_tokenizer
+
+SEED = 3
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 300)
+
+
+def shape(**changes):
+    settings = {"length": 8, "wrap": True, "insert_eos": True, "insert_special": False}
+    return Shape(**(settings | changes), bos=1, eos=2, pad=0)
+
+
+def encode(texts):
+    """A token for a character."""
+    return [[ord(character) for character in text] for text in texts]
+
+
+def write(part, documents, longest=60):
+    """Pieces of a part: letters that tell documents apart; every fifth document is in two."""
+    pick = random.Random(part)
+    for number in range(documents):
+        text = chr(0x1000 + 500 * part + number) * pick.randrange(1, longest)
+        if number % 5 == 0:
+            yield Piece(text[:3], False, 0.0)
+            text = text[3:]
+        yield Piece(text, True, (number + 1) / documents)
+
+
+def text(parts=4, documents=200, **changes):
+    readers = [lambda part=part: write(part, documents) for part in range(parts)]
+    return StreamedText(readers, encode, shape(**changes), {"corpus": "letters"})
+
+
+def read(stream, first, last):
+    return stream.read(range(first, last)).ids.tolist()
+
+
+# The order
+
+
+def test_the_wrapped_rows_of_an_epoch_are_its_text(monkeypatch):
+    """Of one lane: the rows of all units, put back in order, are the text with EOS after each
+    document; what is left over goes on in the next epoch."""
+    monkeypatch.setattr(streaming, "LANES", 1)
+    given = text(parts=1)
+    whole = []
+    for piece in write(0, 200):
+        whole += [ord(character) for character in piece.text] + [2] * piece.ends
+    stream = Stream(given, SEED, lanes=[0])
+    back = []
+    while len(back) * 8 < len(whole):
+        stream.row(stream.lanes[0].end)
+        lane = stream.lanes[0]
+        order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.unit])
+        back += lane.rows.ids[np.argsort(order.permutation(len(lane.rows.ids)))].tolist()
+    flat = [token for row in back for token in row]
+    assert flat[: len(whole)] == whole
+    again = (whole * 2)[len(whole) : len(flat)]
+    assert flat[len(whole) :] == again
+
+
+@pytest.mark.parametrize("changes", [{"wrap": False}, {"align": 4}], ids=["unwrapped", "apart"])
+def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch):
+    """The same rows as when prepared, in another order; where documents are apart, a unit ends with
+    a padded row, so only the tokens are the same."""
+    monkeypatch.setattr(streaming, "LANES", 1)
+    how = shape(**changes)
+    given = StreamedText([lambda: write(0, 200)], encode, how, {})
+    documents = [(encode([piece.text])[0], piece.ends) for piece in write(0, 200)]
+    prepared = np.concatenate([chunk.ids for chunk in packing.packed(documents, how)])
+    stream, found = Stream(given, SEED, lanes=[0]), []
+    while True:
+        stream.row(stream.lanes[0].end)
+        if stream.lanes[0].bookmark.place.epoch == 1:
+            break
+        found += stream.lanes[0].rows.ids.tolist()
+    if how.align is None:
+        assert sorted(found) == sorted(prepared.tolist())
+    else:
+        assert sorted(np.ravel(found)[np.ravel(found) > 0]) == sorted(prepared[prepared > 0])
+
+
+def test_rows_come_in_another_order_than_the_text_and_by_seed():
+    rows = read(Stream(text(), SEED), 0, 480)
+    assert read(Stream(text(), SEED), 0, 480) == rows
+    assert read(Stream(text(), SEED + 1), 0, 480) != rows
+    sources = [(max(row) - 0x1000) // 500 for row in rows]
+    assert all(len(set(sources[i : i + 48])) > 1 for i in range(0, 480, 48))
+
+
+def test_every_epoch_reads_the_parts_in_another_order():
+    places = {}
+    for unit in streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=True):
+        if unit.place.epoch == 6:
+            break
+        order = places.setdefault(unit.place.epoch, [])
+        part = (ord(unit.texts[0][:1] or "\u1000") - 0x1000) // 500
+        if part not in order:
+            order.append(part)
+    assert all(sorted(order) == [0, 1, 2, 3] for order in places.values())
+    assert len({tuple(order) for order in places.values()}) > 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"wrap": False}, {"align": 4}], ids=str)
+def test_units_can_be_read_from_any_place(changes):
+    anywhere = not changes
+    given = text(parts=3, documents=30)
+    units = streaming.units(given.parts, SEED, Place(0, 0, 0, 0), anywhere=anywhere)
+    first = list(itertools.islice(units, 40))
+    assert first[-1].place.epoch > 1
+    for at in range(0, 40, 3):
+        again = streaming.units(given.parts, SEED, first[at].place, anywhere=anywhere)
+        assert next(again) == first[at]
+        assert at == 39 or next(again) == first[at + 1]
+    if not anywhere:
+        assert all(unit.ends[-1] for unit in first)
+
+
+# Devices and workers
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+def test_devices_together_see_the_rows_that_one_sees(world_size):
+    alone = read(Stream(text(), SEED), 0, 120 * world_size)
+    seen = {}
+    for rank in range(world_size):
+        lanes = streaming.lanes_of(rank, world_size)
+        stream = Stream(text(), SEED, lanes=lanes)
+        batches = TrainBatches(InOrder(), 4, rank, world_size, lambda: 0, in_turn=True)
+        for batch in itertools.islice(batches, 30):
+            positions = [place.position for place in batch]
+            assert not seen.keys() & set(positions)
+            seen |= dict(zip(positions, stream.read(positions).ids.tolist(), strict=True))
+    assert [seen[position] for position in range(120 * world_size)] == alone
+
+
+def test_a_device_tokenizes_its_lanes_only():
+    tokenized = []
+
+    def counting(texts):
+        tokenized.append(sum(map(len, texts)))
+        return encode(texts)
+
+    given = text()
+    given = StreamedText(given.parts, counting, given.shape, given.about)
+    work = []
+    for world_size in (1, 4):
+        tokenized.clear()
+        stream = Stream(given, SEED, lanes=streaming.lanes_of(0, world_size))
+        stream.read(range(0, 960, world_size))
+        work.append(sum(tokenized))
+    assert work[1] < 0.35 * work[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_loader_gives_the_rows_of_the_stream(workers):
+    data = module(text(), num_workers=workers)
+    batches = list(itertools.islice(data.train_dataloader(), 12))
+    assert [batch["row"].tolist() for batch in batches[:2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    rows = [row for batch in batches for row in batch["input_ids"].tolist()]
+    assert rows == read(Stream(text(), SEED), 0, 48)
+    assert all(batch["attention_mask"].all() for batch in batches)
+    assert all(batch["input_ids"].dtype == torch.int64 for batch in batches)
+
+
+def module(given, **settings):
+    defaults = {"length": 8, "batch_size": 4, "eval_batch_size": 4, "seed": SEED}
+    return DataModule(train=given, valid=None, **(defaults | settings))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_padding_and_segments_reach_the_batch(workers):
+    data = module(text(wrap=False), num_workers=workers)
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch["attention_mask"], (batch["input_ids"] != 0).long())
+    assert "segments" not in batch
+    data = module(text(align=4), num_workers=workers)
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch["attention_mask"], (batch["segments"] > 0).long())
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == 0)
+
+
+# Bookmarks
+
+
+@pytest.mark.parametrize("changes", [{}, {"wrap": False}, {"align": 4}], ids=str)
+def test_a_stream_goes_on_from_its_bookmarks_at_any_row(changes):
+    given = text(**changes)
+    rows = read(Stream(given, SEED), 0, 2000)
+    stream, before = Stream(given, SEED), 0
+    for at in (1, 47, 300, 301, 960, 1500):
+        stream.read(range(before, at))
+        before = at
+        noted = streaming.to_text(stream.bookmarks(), "x")
+        again = Stream(given, SEED, bookmarks=streaming.from_texts([noted], "x"))
+        assert read(again, at, at + 200) == rows[at : at + 200]
+
+
+def test_bookmarks_are_those_of_a_stream_that_went_on():
+    """Saved right after going on: the same again, without a unit read."""
+    stream = Stream(text(), SEED)
+    stream.read(range(700))
+    noted = streaming.to_text(stream.bookmarks(), "x")
+    again = Stream(text(), SEED, bookmarks=streaming.from_texts([noted], "x"))
+    assert streaming.to_text(again.bookmarks(), "x") == noted
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 4), (5, 2)])
+def test_a_run_goes_on_on_other_devices(before, after):
+    rows = read(Stream(text(), SEED), 0, 1600)
+    noted = []
+    for rank in range(before):
+        stream = Stream(text(), SEED, lanes=streaming.lanes_of(rank, before))
+        stream.read(range(rank, 960, before))
+        noted.append(streaming.to_text(stream.bookmarks(), "x"))
+    marks = streaming.from_texts(noted, "x")
+    for rank in range(after):
+        stream = Stream(text(), SEED, lanes=streaming.lanes_of(rank, after), bookmarks=marks)
+        positions = range(960 + rank, 1600, after)
+        assert stream.read(positions).ids.tolist() == [rows[p] for p in positions]
+
+
+def test_going_on_reads_little():
+    """The parts before the bookmark are not opened, the text of the lanes' units is tokenized
+    again, and no more."""
+    opened, tokenized = [], []
+
+    def part(number):
+        opened.append(number)
+        return write(number, 200)
+
+    def counting(texts):
+        tokenized.append(sum(map(len, texts)))
+        return encode(texts)
+
+    readers = [lambda number=number: part(number) for number in range(30)]
+    given = StreamedText(readers, counting, shape(), {})
+    stream = Stream(given, SEED)
+    stream.read(range(10_000))
+    marks = stream.bookmarks()
+    before = len(opened), sum(tokenized)
+    opened.clear()
+    tokenized.clear()
+    Stream(given, SEED, bookmarks=marks).row(10_000)
+    assert len(opened) < 0.4 * before[0]
+    assert sum(tokenized) <= 2 * streaming.UNIT_CHARACTERS
+
+
+def test_without_a_bookmark_the_text_is_read_again(caplog):
+    rows = read(Stream(text(), SEED), 0, 500)
+    assert read(Stream(text(), SEED), 400, 500) == rows[400:]
+    data = module(text())
+    data.start_at(400)
+    with caplog.at_level("INFO", "bamdlm"):
+        batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].tolist() == rows[400:404]
+    assert "no bookmark: tokenizing the text up to example 400 again" in caplog.text
+
+
+def test_bookmarks_of_another_text_are_not_used(caplog):
+    stream = Stream(text(), SEED)
+    stream.read(range(300))
+    noted = streaming.to_text(stream.bookmarks(), text().fingerprint(SEED))
+    assert streaming.from_texts([noted], text().fingerprint(SEED))
+    assert not streaming.from_texts([noted], text().fingerprint(SEED + 1))
+    assert "have changed since the checkpoint" in caplog.text
+
+
+# What cannot be streamed
+
+
+def test_a_text_of_less_than_a_row_is_refused():
+    with pytest.raises(ValueError, match=r"has 2 tokens: not one row of model.length=8"):
+        StreamedText([lambda: [Piece("ab", True, 1.0)]], encode, shape(), {})
+
+
+def test_windows_of_prepared_rows_are_refused(tmp_path):
+    (tmp_path / "text8").write_text("a b c " * 100)
+    wanted = Split(
+        "text8-crop",
+        "train",
+        tokenizer=get_tokenizer("text8"),
+        length=8,
+        source=str(tmp_path / "text8"),
+    )
+    with pytest.raises(ValueError, match=r"streaming=True: text8-crop is windows of prepared"):
+        streamed(wanted, tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_text_that_breaks_off_is_one_error(workers):
+    def broken():
+        yield from write(0, 1000)
+        raise ValueError("data: a.jsonl, line 1001 is not JSON")
+
+    given = StreamedText([broken], encode, shape(), {})
+    data = module(given, num_workers=workers)
+    with pytest.raises(TextError, match="line 1001 is not JSON"):
+        [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+
+
+# From files, and whole runs
+
+
+def lines(path, count, seed):
+    pick = random.Random(seed)
+    words = ["the", "license", "shall", "be", "provided", "under", "terms", "of", "this", "notice"]
+    with path.open("w") as file:
+        for _ in range(count):
+            text = " ".join(pick.choices(words, k=pick.randrange(1, 30)))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def test_files_of_a_corpus_are_its_parts(tmp_path):
+    """The tokens of an epoch are those that are prepared."""
+    for number in range(3):
+        lines(tmp_path / f"{number}.jsonl", 60, number)
+    settings = {"tokenizer": get_tokenizer(str(GOLDEN / "tokenizer")), "length": 16, "wrap": False}
+    wanted = Split(str(tmp_path / "*.jsonl"), "train", **settings)
+    given = streamed(wanted, tmp_path / "cache")
+    assert len(given.parts) == 3
+    stream, found = Stream(given, SEED), []
+    for number in itertools.count():
+        lane = stream.lanes[number % LANES]
+        stream.row(lane.end * LANES + number % LANES)
+        if lane.bookmark.place.epoch:
+            break
+        found += lane.rows.ids.tolist()
+    rows = get_rows(str(tmp_path / "*.jsonl"), "train", cache_dir=tmp_path / "cache", **settings)
+    assert sorted(found) == sorted(rows.ids.tolist())
+
+
+def arguments(folder):
+    lines(folder / "train-1.jsonl", 300, 1)
+    lines(folder / "train-2.jsonl", 300, 2)
+    return [
+        *tiny(folder),
+        f"data.train={folder}/train-*.jsonl",
+        "data.streaming=True",
+        "algo=bamdlm",
+        "block_size=4",
+    ]
+
+
+def weights(folder):
+    (path,) = folder.glob("outputs/*/*/checkpoints/last.ckpt")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name: tensor for name, tensor in state.items() if name.startswith("backbone")}
+
+
+def test_a_killed_run_goes_on_with_the_rows_of_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 2000)
+    results = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        given = [*arguments(tmp_path), "loader.num_workers=1"]
+        if name == "killed":
+            process = Run(given, folder / "log")
+            while not list(folder.glob("outputs/*/*/checkpoints/step=4.ckpt")):
+                assert process.poll() is None, process.text()
+            process.send(9)
+            assert process.wait() == -9
+        code, said = run(given, folder / "log")
+        assert code == 0, said
+        if name == "killed":
+            assert "going on from step" in said
+            assert "no bookmark" not in said
+        results.append(weights(folder))
+    assert results[0].keys() == results[1].keys()
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+    assert not list(tmp_path.glob("cache/rows/train*"))
+
+
+def test_two_devices_train_on_the_rows_of_one(tmp_path, monkeypatch):
+    given = arguments(tmp_path)
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    code, said = run([*given, "model.dropout=0"], folders[0] / "log")
+    assert code == 0, said
+    monkeypatch.chdir(folders[1])
+    both = ranks(2, [*given, "model.dropout=0", "trainer.devices=2"], folders[1] / "log")
+    assert finish(both) == [0, 0], both[0].text() + both[1].text()
+    one, two = weights(folders[0]), weights(folders[1])
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_bad_line_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 2000)
+    monkeypatch.chdir(tmp_path)
+    given = arguments(tmp_path)
+    with (tmp_path / "train-2.jsonl").open("a") as file:
+        file.write("{\n")
+    code, said = run([*given, "loader.num_workers=1"], tmp_path / "log")
+    assert code == 1
+    assert "train-2.jsonl, line 301 is not JSON" in said
+    assert "Traceback" not in said
