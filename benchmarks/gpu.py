@@ -324,7 +324,7 @@ def sample(args) -> dict:
         torch._dynamo.reset()
         net = network(args, compiled=compiled).eval()
         if not args.tiny:
-            net.cast_products(torch.bfloat16)
+            net.freeze(torch.bfloat16)
         objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
         denoise = objective.denoiser(net, whole_window=False)
         for rows, texts in ((1, 3), (4 if args.tiny else 512, 1)):

@@ -93,16 +93,18 @@ class KVCache:
                 " tokens in one pass; feed them in pieces (two blocks fit always)"
             )
         device = self.committed.device
-        steps = torch.arange(tokens, device=device)
+        steps, rows = torch.arange(tokens, device=device), None
         if self.uniform is None:
             positions = self.committed[:, None] + steps  # [B, T]
+            rows = torch.arange(len(positions), device=device)[:, None]
         else:
             positions = (self.uniform + steps)[None]  # [1, T]
-        return CachedPass(self, positions, positions % self.slots, self._visible(positions))
+        visible = self._visible(positions)
+        return CachedPass(self, positions, positions % self.slots, rows, visible)
 
     def _visible(self, positions: Tensor) -> Tensor | None:
-        """Which slot each query may read: [B or 1, 1, T, slots], or None where all that is returned
-        is seen."""
+        """Which slot each query may read, added to its score: 0 or -inf in the dtype of the keys
+        [B or 1, 1, T, slots]; or None where all that is returned is seen."""
         tokens = positions.shape[1]
         size = self.rule.block_size
         one_block = self.uniform is not None and tokens == size and self.uniform % size == 0
@@ -114,7 +116,9 @@ class KVCache:
             end - 1 - (end - 1 - slot) % self.slots
         )  # the position each slot holds, < 0: none yet
         seen = self.rule.allowed(positions[:, :, None], held[:, None, :], self.slots)
-        return (seen & (held >= 0)[:, None, :])[:, None]
+        seen = (seen & (held >= 0)[:, None, :])[:, None]
+        nothing = torch.zeros((), dtype=self.keys[0].dtype, device=seen.device)
+        return torch.where(seen, nothing, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -124,21 +128,19 @@ class CachedPass:
     cache: KVCache
     positions: Tensor  # int64 [B or 1, T]
     slots: Tensor  # int64 [B or 1, T]
+    rows: Tensor | None  # int64 [B, 1]; None where all rows write to the same slots
     visible: Tensor | None
 
     def attention(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """attend(q, k, v), each [B, H, T, D], that writes k, v of this pass to the layer's slots
         and attends to all that is seen."""
         cache = self.cache
-        rows = None
-        if cache.uniform is None:
-            rows = torch.arange(len(cache.committed), device=self.slots.device)[:, None]
         if self.visible is None:
             reach = cache.uniform + self.positions.shape[1]
         else:
             reach = self.visible.shape[-1]
         keys, values = (store[layer][:, :reach] for store in (cache.keys, cache.values))
-        return functools.partial(_attend, keys, values, rows, self.slots, self.visible)
+        return functools.partial(_attend, keys, values, self.rows, self.slots, self.visible)
 
 
 def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,4 +151,5 @@ def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor)
         else:
             store.index_put_((rows, slots), new)
     k, v = (store.transpose(1, 2).to(q.dtype) for store in (keys, values))
+    visible = None if visible is None else visible.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)

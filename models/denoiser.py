@@ -24,6 +24,10 @@ class Denoiser:
     rule: Rule
     recordable = True  # as a CUDA graph: no shape depends on values, and the host is not asked
 
+    @property
+    def compiled(self) -> bool:
+        return self.backbone.compiled
+
     def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32
         [B, R, V].

@@ -128,14 +128,17 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
+        self.register_buffer("kept", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
 
     def modulation(self, c: Tensor | None) -> list[Tensor | None]:
-        """shift, scale, gate of the attention, then of the MLP: six of [B or 1, 1, E]."""
-        if c is None:
+        """shift, scale, gate of the attention, then of the MLP: six of [B or 1, 1, E]. c None: no
+        modulation, or the one that was kept (`DiT.freeze`)."""
+        if c is None and self.kept is None:
             return [None] * 6
-        return list(self.adaLN_modulation(c)[:, None].chunk(6, -1))
+        parts = self.kept if c is None else self.adaLN_modulation(c)[:, None]
+        return list(parts.chunk(6, -1))
 
     def queries_keys_values(
         self, x: Tensor, asking: int, tables: tuple[Tensor, Tensor]
@@ -183,8 +186,16 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(width)
         self.linear = _zero(nn.Linear(width, vocab_size))
+        self.register_buffer("kept", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 2 * width))
+
+    def modulation(self, c: Tensor | None) -> list[Tensor | None]:
+        """shift, scale [B or 1, 1, E]; c as for `Block.modulation`."""
+        if c is None and self.kept is None:
+            return [None] * 2
+        parts = self.kept if c is None else self.adaLN_modulation(c)[:, None]
+        return list(parts.chunk(2, -1))
 
 
 class DiT(nn.Module):
@@ -204,8 +215,8 @@ class DiT(nn.Module):
         compile: bool = False,
     ):
         """compile: the blocks, by torch.compile; one graph serves them all but the last, which has
-        one of its own for any number of rows read. Passes with a cache are compiled where they
-        repeat one shape (`KVCache.at`)."""
+        one of its own for any number of rows read. Passes with a cache are compiled on accelerators
+        only."""
         super().__init__()
         if hidden_size % n_heads or hidden_size // n_heads % 2:
             raise ValueError(
@@ -215,6 +226,8 @@ class DiT(nn.Module):
         self.prepare_attention = get_backend(attn_backend)
         self.compiled = compile
         self.run_block = torch.compile(_run_block) if compile else _run_block
+        if compile:  # training, validation, sampling; with and without read, cache, full windows
+            torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         self.adaln, self.head_width = adaln, hidden_size // n_heads
         self.vocab_embed = Embedding(vocab_size, hidden_size)
         if adaln:
@@ -256,13 +269,13 @@ class DiT(nn.Module):
             positions = torch.arange(length, device=tokens.device) % period
         if cache is None:
             attends = self._uncached(rule, length, segments, tokens.device)
-            run = self.run_block
         else:
             attends, positions = self._cached(rule, cache, length)
-            run = _run_block if cache.reach is None else self.run_block
         tables = self.rotary_emb(positions)
         c = self.conditioning(sigma)
         x = self.vocab_embed(tokens)
+        # sampling on a CPU is not worth the compiler's minutes
+        run = _run_block if cache is not None and x.device.type == "cpu" else self.run_block
         for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
             x = run(block, x, c, attend, tables, length, None)
         asking = length // 2 if noised_only else length
@@ -285,8 +298,9 @@ class DiT(nn.Module):
         return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
-        """What modulates the blocks, [B or 1, cond_dim]; one row when sigma is 0 everywhere."""
-        if not self.adaln:
+        """What modulates the blocks, [B or 1, cond_dim]; one row when sigma is 0 everywhere. None:
+        nothing does, or what is kept."""
+        if not self.adaln or (sigma is None and self.output_layer.kept is not None):
             return None
         if sigma is None:
             sigma = torch.zeros(1, device=self.vocab_embed.embedding.device)
@@ -301,10 +315,7 @@ class DiT(nn.Module):
         is given.
         """
         x = self.output_layer.norm_final(hidden)
-        c = self.conditioning(sigma)
-        if c is None:
-            return x
-        shift, scale = self.output_layer.adaLN_modulation(c)[:, None].chunk(2, -1)  # [B or 1, 1, E]
+        shift, scale = self.output_layer.modulation(self.conditioning(sigma))
         if hidden.dim() == 2:
             shift, scale = _of_rows(shift, row), _of_rows(scale, row)
         return _modulate(x, shift, scale)
@@ -315,12 +326,21 @@ class DiT(nn.Module):
         """Raw logits [..., V] of the rows asked for; arguments as for `features`."""
         return self.output_layer.linear(self.features(hidden, sigma, row))
 
-    def cast_products(self, dtype: torch.dtype) -> None:
-        """Keep the weights of all linear layers in `dtype`, what autocast would make of them at
-        every use: equal results, a third of the traffic. For evaluation only."""
+    @torch.no_grad()
+    def freeze(self, dtype: torch.dtype) -> None:
+        """For evaluation only: keep what each pass would make anew. That is the modulation at sigma
+        0, and the weights of linear layers in `dtype`, what autocast makes of them at every use;
+        so results are equal, to be used under the same autocast."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
+        if not self.adaln:
+            return
+        device = self.vocab_embed.embedding.device.type
+        with torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
+            c = self.conditioning(None)
+            for layer in (*self.blocks, self.output_layer):
+                layer.kept = layer.adaLN_modulation(c)[:, None]
 
     def new_cache(self, batch: int, window: int, block_size: int, dtype=None) -> KVCache:
         """An empty cache for `batch` rows that see `window` tokens, the current block included."""

@@ -15,6 +15,9 @@ exp and a sum of positive numbers, so a token's chance is right to a relative er
 however small it is.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,6 +81,12 @@ def sample(log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str) -> Tens
         for part, some in zip(rows.split(at_once), keys.split(at_once), strict=True)
     ]
     return torch.cat(tokens).view(key.shape)
+
+
+@functools.cache
+def compiled_sample() -> Callable[..., Tensor]:
+    """`sample` in a tenth of the kernels."""
+    return torch.compile(sample)
 
 
 def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32") -> Tensor:

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .draw import fold, row_keys, sample
+from .draw import compiled_sample, fold, row_keys, sample
 from .replay import Replay
 from .settings import Frame, Request, Sample, Settings
 from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
+
+# Compiled passes over more tokens take the device longer than the host. Unrecorded, they read no
+# more of the cache than is filled.
+RECORDED_TOKENS = 4096
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Rows:
         self.cache = None
         cuda = torch.device(device).type == "cuda"
         self.replay = Replay() if cuda and denoise.recordable else None
+        self.compiled = self.replay is not None and denoise.compiled
+        self.sample = compiled_sample() if self.compiled else sample
         self.before: Tensor | None = None  # for who watches: the texts of the last question
         self.evaluations = 0
         first = [r for _, r in zip(range(settings.batch_size), requests, strict=False)]
@@ -109,7 +115,8 @@ class Rows:
             self.before = self._copy()
         question = self.window(starts, width), read, key
         with torch.inference_mode():
-            if self.replay is None:
+            large = self.compiled and len(self) * width > RECORDED_TOKENS
+            if self.replay is None or large:
                 return self._evaluate(*question, self.cache)
             if self.cache is None:
                 return self.replay(None, lambda *q: self._evaluate(*q, None), *question)
@@ -124,7 +131,7 @@ class Rows:
 
     def _evaluate(self, tokens: Tensor, read: Tensor, key: Tensor, cache) -> Tensor:
         log_probs = self.denoise(tokens, read, cache)
-        return sample(log_probs, key, self.settings.nucleus_p, self.settings.dtype)
+        return self.sample(log_probs, key, self.settings.nucleus_p, self.settings.dtype)
 
     def _copy(self) -> Tensor:
         return self.x[:, :-1].to("cpu", copy=True)

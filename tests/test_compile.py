@@ -13,7 +13,7 @@ from networks import GRADIENTS, assert_within, small, texts
 
 import config
 from models import dit
-from models.attention import SMALL_TILES, _kernel_options
+from models.attention import LARGE_TILES, SMALL_TILES, _has_little_shared_memory, _kernel_options
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
 
@@ -112,12 +112,21 @@ def test_compile_is_refused_where_it_cannot_work(overrides, message, monkeypatch
     assert any(re.search(message, problem) for problem in problems), problems
 
 
-@pytest.mark.parametrize(("kilobytes", "options"), [(99, SMALL_TILES), (163, None), (227, None)])
-def test_small_gpus_get_small_tiles(kilobytes, options, monkeypatch):
+@pytest.mark.parametrize(
+    ("kilobytes", "width", "dtype", "tiles"),
+    [
+        (99, 64, torch.bfloat16, SMALL_TILES),
+        (227, 64, torch.bfloat16, LARGE_TILES),
+        (227, 64, torch.float32, {}),
+        (163, 128, torch.bfloat16, {}),
+    ],
+)
+def test_tiles_fit_the_gpu(kilobytes, width, dtype, tiles, monkeypatch):
     class Properties:
         shared_memory_per_block_optin = kilobytes << 10
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    _kernel_options.cache_clear()
-    assert _kernel_options(torch.device("meta")) == options
-    _kernel_options.cache_clear()
+    _has_little_shared_memory.cache_clear()
+    small = _has_little_shared_memory(torch.device("meta"))
+    _has_little_shared_memory.cache_clear()
+    assert _kernel_options(small, width, dtype) == {"ROWS_GUARANTEED_SAFE": True} | tiles
