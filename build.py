@@ -7,7 +7,7 @@ import torch
 
 import checkpoints
 import mirror
-from config import Config
+from config import Config, local_folder
 from config.defaults import needs_block_mask
 from dataloader import DataModule, prepared, streamed
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
@@ -119,7 +119,7 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
         else None,
         exact_nll=algo.name == "bamdlm" and config.block_size == 1 and training.eval_nll,
         pad_apart=not config.data.wrap,
-        health=StepHealth(training.max_bad_steps, config.checkpointing.save_dir),
+        health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
         description={
             "config": dataclasses.asdict(config),
             "tokenizer": {

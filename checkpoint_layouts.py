@@ -18,6 +18,7 @@ import hub
 import torch_zip
 import weight_files
 from unpickling import CheckpointError
+from utils import plain_errors
 
 ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
 ALIASES = {"bd3lm": "bamdlm"}
@@ -77,13 +78,14 @@ def read(path_or_id: str | Path, *, revision: str | None = None, launch_dir=None
     """The checkpoint at a local path, an fsspec URL or a hub id, or a CheckpointError."""
     source = str(path_or_id) + (f" (revision {revision})" if revision else "")
     try:
-        fs, path = hub.locate(path_or_id, revision=revision, launch_dir=launch_dir)
-        if fs.isdir(path):
-            return _from_hub(source, *weight_files.read_folder(fs, path))
-        if path.endswith(".safetensors"):
-            return _from_hub(source, *_beside_config(fs, path))
-        with fs.open(path, "rb") as file:
-            raw = torch_zip.load(file, source, without=("optimizer_states",))
+        with plain_errors(source):
+            fs, path = hub.locate(path_or_id, revision=revision, launch_dir=launch_dir)
+            if fs.isdir(path):
+                return _from_hub(source, *weight_files.read_folder(fs, path))
+            if path.endswith(".safetensors"):
+                return _from_hub(source, *_beside_config(fs, path))
+            with fs.open(path, "rb") as file:
+                raw = torch_zip.load(file, source, without=("optimizer_states",))
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 import lightning as L
 from fsspec.core import url_to_fs
@@ -18,7 +17,7 @@ from run_log import CSVLog
 from saving import LAST, BestCheckpoint, CarefulIO, StepCheckpoints, steps_in
 from sharding import Sharded
 from signals import Signals
-from utils import say
+from utils import plain_errors, say
 
 
 def build_trainer(
@@ -53,7 +52,8 @@ def build_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=t.num_sanity_val_steps,
         log_every_n_steps=t.log_every_n_steps,
-        enable_checkpointing=training and t.enable_checkpointing,
+        # true without one of Lightning's own would make it add one
+        enable_checkpointing=any(isinstance(each, BestCheckpoint) for each in callbacks),
         enable_progress_bar=t.enable_progress_bar,
         enable_model_summary=training and t.enable_model_summary,
         deterministic=t.deterministic,
@@ -63,7 +63,7 @@ def build_trainer(
         logger=loggers or False,
         plugins=[io],
         use_distributed_sampler=False,  # the data module shares out rows itself
-        default_root_dir=config.checkpointing.save_dir,
+        default_root_dir=settings.local_folder(config.checkpointing.save_dir),
     )
     # Lightning's handlers save, requeue and talk to other devices from inside the handler
     trainer._signal_connector.register_signal_handlers = _no_handlers
@@ -118,7 +118,7 @@ def training_callbacks(
 
 def training_logs(config: Config) -> list:
     """metrics.csv in the run folder, and wandb unless wandb=null."""
-    own = CSVLog(Path(config.checkpointing.save_dir) / "metrics.csv")
+    own = CSVLog(settings.local_folder(config.checkpointing.save_dir) / "metrics.csv")
     return [own] if config.wandb is None else [own, wandb_log(config)]
 
 
@@ -127,7 +127,7 @@ def wandb_log(config: Config) -> WandbLogger:
     import wandb
 
     w = config.wandb
-    folder = Path(config.checkpointing.save_dir)
+    folder = settings.local_folder(config.checkpointing.save_dir)
     mode = "offline" if w.offline else os.environ.get("WANDB_MODE", "online")
     if mode == "online" and not wandb.login(prompt=False):
         say(f"wandb: nobody is logged in, logging to {folder}/wandb (wandb login, or wandb=null)")
@@ -156,7 +156,8 @@ def resume_point(config: Config) -> checkpoints.Checkpoint | None:
     """The checkpoint to go on from, or None; refuses one of a run with other shaping settings."""
     if not config.checkpointing.resume_from_ckpt:
         return None
-    checkpoint = newest_complete(config.checkpointing)
+    with plain_errors(config.checkpointing.resume_ckpt_path):
+        checkpoint = newest_complete(config.checkpointing)
     if checkpoint is None:
         return None
     differing = differences(config, checkpoint)

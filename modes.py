@@ -60,7 +60,8 @@ def prepare_train(config: Config) -> Callable[[], None]:
     if pretrained is not None:
         start_from(module, pretrained, config)
     data = build_data(config, tokenizer, train=True)
-    run_folder = Path(config.checkpointing.save_dir)
+    run_folder = config.checkpointing.save_dir
+    own = settings.local_folder(run_folder)
     signals = Signals()
     step_flops = flops(build_shape(config, backbone)).step
     trainer = build_trainer(
@@ -76,7 +77,7 @@ def prepare_train(config: Config) -> Callable[[], None]:
         if resume is not None:
             data.start_at(examples_seen(resume, config), resume.step)
             say(f"going on from step {resume.step:,} of {resume.source}")
-        say(f"run folder: {run_folder}")
+        say(f"run folder: {run_folder}" + f" (its log: {own})" * ("://" in run_folder))
         if config.trainer.enable_checkpointing:  # else nobody would read what they note
             signals.listen()
         path = None if resume is None else resume.source
@@ -145,7 +146,7 @@ def report_likelihood(
         return
     weights = checkpoint.fingerprint[:8] + ("-raw" if config.eval.disable_ema else "")
     name = f"ppl_{Path(str(config.data.valid)).stem}-{weights}.json"
-    path = Path(config.checkpointing.save_dir) / name
+    path = settings.local_folder(config.checkpointing.save_dir) / name
     write_json(path, summary)
     say(f"{config.algo.name} on {config.data.valid} ({summary['bound']}): {found}")
     say(f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")

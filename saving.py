@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from checkpoint_io import SafeCheckpointIO
 from signals import BY_HAND, GO_ON, Signals, Stopped
-from utils import say
+from utils import plain_errors, say
 
 LAST = "last.ckpt"
 
@@ -40,13 +40,18 @@ class CarefulIO(SafeCheckpointIO):
         if self.attempt(path, write):
             self.failure = None
 
-    def attempt(self, path, write: Callable[[], None]) -> bool:
+    def remove_checkpoint(self, path) -> None:
+        self.attempt(path, lambda: SafeCheckpointIO.remove_checkpoint(self, path), "deleted")
+
+    def attempt(self, path, write: Callable[[], None], done: str = "written") -> bool:
         try:
-            write()
+            with plain_errors(os.fspath(path)):
+                write()
         except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
-            cause = error if isinstance(error, OSError) else error.__context__ or error
+            hidden = error.__cause__ if isinstance(error, OSError) else error.__context__
+            cause = hidden or error
             self.failure = (
-                f"{path} could not be written ({type(cause).__name__}: {cause});"
+                f"{path} could not be {done} ({type(cause).__name__}: {cause});"
                 " the checkpoint before it is as it was"
             )
             print(self.failure, file=sys.stderr, flush=True)

@@ -4,8 +4,23 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger("bamdlm")
+
+
+@contextmanager
+def plain_errors(place: str) -> Iterator[None]:
+    """Behind a URL every file system has errors of its own: here they are OSErrors."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError):
+        raise
+    except Exception as error:
+        if "://" not in place:
+            raise
+        raise OSError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def rank() -> int:

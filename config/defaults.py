@@ -212,9 +212,15 @@ def with_run_folder(values: dict, folder: Path) -> dict:
     }
 
 
+def local_folder(save_dir: str) -> Path:
+    """Where a run keeps what is no checkpoint: its folder, or if that is a URL, under outputs/."""
+    scheme, url, place = save_dir.partition("://")
+    return OUTPUTS / scheme / place.strip("/") if url else Path(save_dir)
+
+
 def write_settings(config: Config) -> Path:
-    """Puts settings.json into the run folder: what resume compares and newest_checkpoint reads."""
-    path = Path(config.checkpointing.save_dir) / SETTINGS
+    """Puts settings.json into the run folder: what newest_checkpoint reads."""
+    path = local_folder(config.checkpointing.save_dir) / SETTINGS
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(shaping(config), indent=2) + "\n")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from runs import ALGORITHMS, run, tiny
 
 import torch_zip
@@ -14,6 +15,7 @@ from benchmarks.chaos import differences, read
 from diffusion import Diffusion
 from health import StallWatch
 from run_log import read_log
+from saving import CarefulIO
 
 LAST = "run/checkpoints/last.ckpt"
 
@@ -51,6 +53,21 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(policy, code, last, base, t
     assert read(tmp_path / LAST)["global_step"] == 4
     assert max(read_log(tmp_path / "run/metrics.csv")["trainer/loss"]) == last
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+class NoRoute(Exception):
+    """What the client of a store raises: not an OSError."""
+
+
+def test_a_store_that_is_gone_is_reported_like_a_full_disk(monkeypatch, capsys):
+    def gone(*args, **kwargs):
+        raise NoRoute("to host")
+
+    monkeypatch.setattr(MemoryFileSystem, "open", gone)
+    io = CarefulIO()
+    io.save_checkpoint({}, "memory://runs/step=1.ckpt")
+    assert "memory://runs/step=1.ckpt could not be written (NoRoute: to host)" in io.failure
+    assert io.failure in capsys.readouterr().err
 
 
 def poisoned(calls):
