@@ -214,15 +214,16 @@ class Diffusion(L.LightningModule):
         loss = self.token_loss(batch, reported, draws, training=False)
         self.meter.update(loss.nats, loss.counted)
         if self.search is not None and self.search.wants_more():
-            found = {reported: self._variance(loss)}
+            real = batch["attention_mask"]
+            found = {reported: self._variance(loss, real)}
             for interval in self.search.grid:
                 if interval not in found:
                     other = self.token_loss(batch, interval, draws, training=False)
-                    found[interval] = self._variance(other)
+                    found[interval] = self._variance(other, real)
             self.search.add([found[interval] for interval in self.search.grid])
 
-    def _variance(self, loss: TokenLoss) -> Tensor:
-        means = loss.block_means(self.objective.block_size)
+    def _variance(self, loss: TokenLoss, real: Tensor) -> Tensor:
+        means = loss.block_means(self.objective.block_size, real)
         return clipping.variance(self._of_all(means) if self._several() else means)
 
     def _of_all(self, rows: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ WORK = ("loss", "backward", "clip", "optimizer")
 class SyntheticRows:
     """Random ids in memory, read as prepared rows are."""
 
+    apart = False
+
     def __init__(self, rows: int, length: int, vocab: int):
         self.length = length
         self.ids = np.random.default_rng(0).integers(0, vocab - 1, (rows, length), np.uint16)

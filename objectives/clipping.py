@@ -39,8 +39,10 @@ def name(interval: Interval) -> str:
 
 
 def variance(block_means: Tensor) -> Tensor:
-    """Unbiased variance over all blocks [B, N] of one global batch."""
-    return block_means.flatten().double().var()
+    """Unbiased variance over all blocks [B, N] of one global batch, but those of padding (nan)."""
+    means = block_means.double()
+    number = (~means.isnan()).sum()
+    return (means - means.nansum() / number).square().nansum() / (number - 1)
 
 
 class Search:

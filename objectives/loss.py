@@ -17,9 +17,13 @@ class TokenLoss:
     counted: Tensor
     mean: Tensor
 
-    def block_means(self, block_size: int) -> Tensor:
-        """Mean nats of each block, [B, N]: what the clipped-schedule search compares."""
-        return self.nats.unflatten(1, (-1, block_size)).mean(-1)
+    def block_means(self, block_size: int, real: Tensor | None = None) -> Tensor:
+        """Mean nats of each block, [B, N]: what the clipped-schedule search compares. real [B, L]:
+        1 where a token is no padding; the means are over these, and nan where there are none."""
+        sums = self.nats.unflatten(1, (-1, block_size)).sum(-1)
+        if real is None:
+            return sums / block_size
+        return sums / real.unflatten(1, (-1, block_size)).sum(-1)
 
 
 def scattered(nats: Tensor, read: Tensor, like: Tensor) -> Tensor:

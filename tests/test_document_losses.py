@@ -14,7 +14,9 @@ from models.masks import BlockDiffusion, Causal, Full
 from noise_schedule import EPS, LogLinear
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
+from objectives.clipping import variance
 from objectives.corruption import Draws
+from objectives.loss import TokenLoss
 from objectives.sedd import ScoreEntropy
 from objectives.segments import begins, positions
 
@@ -246,3 +248,16 @@ def test_the_end_of_an_unwrapped_row_counts_nowhere(name):
     assert torch.equal(before.nats, after.nats)
     if name != "ar":
         assert after.counted.sum() == mask.sum()
+
+
+def test_the_clip_search_sees_no_padding():
+    """The variance is that of the blocks alone, each a mean over its real tokens."""
+    nats, real = torch.rand(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    real[0, 6:], real[1, 11:] = 0, 0
+    loss = TokenLoss(nats=nats * real, counted=real, mean=nats.mean())
+    blocks = [nats[0, :4], nats[0, 4:6], nats[1, :4], nats[1, 4:8], nats[1, 8:11]]
+    means = torch.stack([block.mean() for block in blocks]).double()
+    found = variance(loss.block_means(4, real))
+    torch.testing.assert_close(found, means.var(), rtol=1e-6, atol=0)
+    whole = torch.ones_like(real)
+    assert torch.equal(loss.block_means(4, whole), loss.block_means(4))

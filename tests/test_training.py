@@ -33,6 +33,8 @@ ALGORITHMS = {
 class MemoryRows:
     """What DataModule reads from: rows in memory instead of a prepared folder."""
 
+    apart = False
+
     def __init__(self, count, seed):
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(0, MASK, (count, LENGTH), generator=generator).numpy()
