@@ -135,6 +135,18 @@ def test_nor_with_ar_and_sedd(algo, cached):
     assert len({tuple(text) for text in texts(runs[0])}) == 8
 
 
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
+def test_the_network_answers_a_batch_as_it_answers_each_row_up_to_rounding(algo):
+    denoise = network(algo)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (8, 12), generator=generator)
+    read = torch.arange(12).expand(8, -1)
+    with torch.no_grad():
+        together = denoise(tokens, read)[..., :MASK]
+        alone = torch.cat([denoise(row[None], read[:1]) for row in tokens])[..., :MASK]
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
 def test_the_seed_and_the_row_name_the_text():
     first = texts(write("bamdlm", network("bamdlm"), 3, seed=5, **SMALL))
     assert first == texts(write("bamdlm", network("bamdlm"), 3, seed=5, **SMALL))
