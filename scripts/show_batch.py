@@ -170,12 +170,11 @@ def histogram(lengths: list[int], title: str, target: Path) -> None:
 
 
 def batches(config: Config, tokenizer: Tokenizer, split: str) -> tuple[object, Iterator[dict]]:
-    """What the split is read from, and its batches, as numpy arrays."""
+    """What the split is read from, and its batches."""
     data = build_data(config, tokenizer, train=split == "train")
     data.num_workers = 0  # the first batch is there sooner
     loader = data.train_dataloader() if split == "train" else data.val_dataloader()
-    found = ({key: value.numpy() for key, value in batch.items()} for batch in loader)
-    return data.train if split == "train" else data.valid, found
+    return data.train if split == "train" else data.valid, loader
 
 
 def whole_documents(config: Config, tokenizer: Tokenizer, options) -> Documents:
@@ -203,7 +202,10 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
     painter = Painter(tokenizer, config.block_size)
     figures, left = Figures(tokenizer), options.rows
     for batch in itertools.islice(stream, options.batch, None):
-        ids, mask, segments = batch["input_ids"], batch["attention_mask"], batch.get("segments")
+        if "error" in batch:  # where the text is read as it goes (data.streaming)
+            raise ValueError(batch["error"])
+        ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
+        segments = batch["segments"].numpy() if "segments" in batch else None
         for i in range(min(left, len(ids))):
             say(f"row {batch['row'][i]}", style="bold")
             for line in painter.lines(ids[i], mask[i], None if segments is None else segments[i]):

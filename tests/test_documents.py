@@ -223,6 +223,14 @@ def test_flash_attention_has_no_segments(monkeypatch):
     assert composed("algo=mdlm", "data.pack=wrap").model.attn_backend == "flash_attn"
 
 
+def test_an_end_that_is_there_anyway_is_told():
+    _, warnings = config.check(composed("data.insert_valid_eos=false"))
+    wanted = "data.insert_valid_eos=False has no effect: data.insert_valid_special puts EOS"
+    assert any(wanted in warning for warning in warnings)
+    _, warnings = config.check(composed("data.insert_valid_eos=false", "data.pack=wrap"))
+    assert not any("insert_valid_eos" in warning for warning in warnings)
+
+
 def test_an_unknown_way_of_packing_is_refused():
     found, _ = config.check(config.load(["data.pack=document"]))
     assert any("data.pack=document must be one of wrap, documents" in problem for problem in found)
