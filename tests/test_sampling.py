@@ -1,6 +1,7 @@
 """Texts belong to their rows, prompts stay, and a step asks for no more than it uses."""
 
 import random
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from sampling_tools import Table, denoiser, write
 
 from models.masks import BlockCausal
 from samplers import STEPS, Request, Settings, generate
+from samplers.analytic import write as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_sorting, nucleus
+from samplers.rows import Rows
 from samplers.steps import CONFIDENCES
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 
@@ -550,45 +553,76 @@ def test_a_prompt_must_fit(tokens):
         write("bamdlm", network("bamdlm"), [Request(0, tokens)], **SMALL)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(
-    ("steps", "change"),
-    [
-        ("first_hitting", {}),
-        ("ancestral", {}),
-        ("remask", {}),
-        *(("confidence", {"k": 2, "confidence": kind}) for kind in CONFIDENCES),
-        ("threshold", {"threshold": 0.15}),
-        ("threshold", {"threshold": 1.0}),
-    ],
-)
-def test_the_host_never_waits_for_the_device_inside_a_block(monkeypatch, steps, change, dtype):
-    """Any synchronising call between two looks at the stop rules is an error. The nucleus is the
-    one of large vocabularies, and the texts are the CPU's."""
+@pytest.fixture
+def cuda():
     device = torch.accelerator.current_accelerator()
     if device is None or device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    monkeypatch.setattr("samplers.nucleus.SORTED", 8)
-    denoise = network("bamdlm")
-    settings = Settings(
-        **SMALL | change | {"kv_cache": True, "steps": steps, "dtype": dtype},
-        bos_id=0,
-        eos_id=0,
-        batch_size=3,
-        nucleus_p=0.9,
-    )
-    requests = [Request(row, (0, *range(row))) for row in range(3)]
-    (here,) = [g for g in generate("bamdlm", denoise, requests, settings) if g]
-    denoise.backbone.to(device)
-    groups = generate("bamdlm", denoise, requests, settings, device=device)
-    next(groups)
+    return device
+
+
+@contextmanager
+def no_waiting():
+    """Any synchronising call in here is an error."""
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            next(groups)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    (there,) = [g for g in groups if g]
-    assert texts(there) == texts(here)
-    assert [s.nfe for s in there] == [s.nfe for s in here]
+
+
+CACHED = {"kv_cache": True}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("algo", "change"),
+    [
+        *(
+            ("bamdlm", CACHED | {"steps": steps})
+            for steps in ("first_hitting", "ancestral", "remask")
+        ),
+        *(
+            ("bamdlm", CACHED | {"steps": "confidence", "k": 2, "confidence": c})
+            for c in CONFIDENCES
+        ),
+        *(("bamdlm", CACHED | {"steps": "threshold", "threshold": p}) for p in (0.15, 1.0)),
+        ("bamdlm", {"steps": "threshold", "threshold": 0.15}),
+        ("mdlm", {"steps": "threshold", "threshold": 0.15, "length": 48}),
+        ("mdlm", {"length": 48}),
+        ("ar", CACHED | {"length": 128}),
+        ("ar", {"length": 128}),
+    ],
+)
+def test_the_host_never_waits_for_the_device_inside_a_block(cuda, monkeypatch, algo, change, dtype):
+    """Between two looks at the stop rules. The nucleus is the one of large vocabularies, and the
+    texts are the CPU's."""
+    monkeypatch.setattr("samplers.nucleus.SORTED", 8)
+    denoise, options = network(algo), SMALL | change | {"dtype": dtype, "nucleus_p": 0.9}
+    settings = Settings(**options, bos_id=0, eos_id=0, batch_size=3)
+    requests = [Request(row, (0, *range(row))) for row in range(3)]
+    here = list(generate(algo, denoise, requests, settings))
+    denoise.backbone.to(cuda)
+    groups = generate(algo, denoise, requests, settings, device=cuda)
+    there = [next(groups)]  # sets libraries up
+    assert [] in here[1:]
+    for ended in here[1:]:
+        with nullcontext() if ended else no_waiting():  # a text that ended is brought to the host
+            there.append(next(groups))
+    assert not list(groups)
+    assert [texts(group) for group in there] == [texts(group) for group in here]
+    assert [[s.nfe for s in group] for group in there] == [[s.nfe for s in g] for g in here]
+
+
+@pytest.mark.gpu
+def test_nor_in_the_steps_of_sedd(cuda):
+    denoise = network("sedd")
+    denoise.backbone.to(cuda)
+    settings = Settings(**SMALL, bos_id=0, eos_id=0, batch_size=3, nucleus_p=0.9)
+    for waiting in (nullcontext, no_waiting):  # the first call sets libraries up
+        requests = iter([Request(row, (0,)) for row in range(3)])
+        rows = Rows(denoise, requests, settings, cuda, None, None)
+        with waiting():
+            write_analytically(rows)
+        assert (rows.x[:, :-1] != MASK).all()
