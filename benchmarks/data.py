@@ -55,7 +55,7 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--megabytes", type=int, default=20, help="of text in (a)")
+    parser.add_argument("--megabytes", type=int, default=50, help="of text in (a)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--clock",
@@ -85,9 +85,7 @@ def measured(args, folder: Path) -> dict:
             f" {row['tokenizers']:12,.0f}: ratio {row['ratio']:.3f}"
         )
     figures["reading"] = ask("reading", text)
-    print(
-        f"    reading alone, as where finished parts are passed over: {figures['reading']:.0f} MB/s"
-    )
+    print(f"    reading alone (passing over finished parts): {figures['reading']:.0f} MB/s")
     figures["loader"] = ask("loader", text, folder)
     loader = figures["loader"]
     for name in ("prepared", "streamed"):
@@ -101,9 +99,7 @@ def measured(args, folder: Path) -> dict:
     for megabytes in map(int, args.memory.split(",")):
         row = ask("memory", write_text(folder, megabytes), folder)
         figures["memory"].append({"megabytes": megabytes} | row)
-        print(
-            f"(c) {megabytes} MB of text: {row['here']:.0f} MB here, {row['worker']:.0f} a worker"
-        )
+        print(f"(c) {megabytes} MB of text: {row['here']:.0f} here, {row['worker']:.0f} a worker")
     return figures
 
 
@@ -289,8 +285,9 @@ def misses(figures):
             yield f"(b) {name}: {figures['loader'][f'{name}_ratio']:.1f} times the step"
     small, *others = figures["memory"]
     for row, where in itertools.product(others, ("here", "worker")):
-        if row[where] - small[where] >= GROWTH:
-            yield f"(c) {row['megabytes']} MB of text: {row[where] - small[where]:.0f} MB more {where}"
+        growth = row[where] - small[where]
+        if growth >= GROWTH:
+            yield f"(c) {row['megabytes']} MB of text: {growth:.0f} MB more {where}"
 
 
 if __name__ == "__main__":
