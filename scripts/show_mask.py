@@ -5,6 +5,10 @@
 Left: who sees whom (rows ask, columns answer). Beside it the pairs that a backend hands to its
 kernel: seen pairs dark, computed for nothing light. sdpa: chunks of queries with their keys; flex:
 tiles of 128 x 128 that are not empty (--tile draws other sizes).
+
+    python scripts/show_mask.py --length 64 --block-size 8 --documents 20 8 30
+
+The same where a row holds documents of these lengths (data.pack=documents), each from a block on.
 """
 
 import argparse
@@ -15,15 +19,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models.attention import CHUNK_TOKENS
+from models.attention import CHUNK_TOKENS, dense_mask
 from models.masks import BlockDiffusion
 
 LONGEST = 4096  # a picture of 8192 x 8192 pairs
 
 
-def seen_pairs(length: int, block_size: int) -> torch.Tensor:
+def segments_of(documents: list[int], length: int, block_size: int) -> torch.Tensor | None:
+    """[1, 2L] of [x_t ; x0] for documents of these lengths; None: one text. ValueError if they do
+    not fit."""
+    if not documents:
+        return None
+    row = torch.zeros(1, length, dtype=torch.int64)
+    begin = 0
+    for number, tokens in enumerate(documents, 1):
+        if tokens < 1 or begin + tokens > length:
+            raise ValueError(
+                f"--documents: {tokens} tokens do not fit from place {begin} of a row of {length}"
+            )
+        row[:, begin : begin + tokens] = number
+        begin += -(-tokens // block_size) * block_size
+    return torch.cat([row, row], 1)
+
+
+def seen_pairs(length: int, block_size: int, segments: torch.Tensor | None = None) -> torch.Tensor:
     index = torch.arange(2 * length)
-    return BlockDiffusion(block_size).allowed(index[:, None], index[None], 2 * length)
+    mask = dense_mask(BlockDiffusion(block_size), index, index, 2 * length, segments)
+    return mask if segments is None else mask[0, 0]
 
 
 def sdpa_pairs(length: int, block_size: int) -> torch.Tensor:
@@ -48,14 +70,16 @@ def flex_pairs(seen: torch.Tensor, tile: int) -> torch.Tensor:
     return tiles.repeat_interleave(tile, 0).repeat_interleave(tile, 1)[:rows, :rows]
 
 
-def draw(length: int, block_size: int, tile: int, path: Path) -> dict[str, float]:
+def draw(
+    length: int, block_size: int, tile: int, path: Path, segments: torch.Tensor | None = None
+) -> dict[str, float]:
     """Writes the picture; the share of the dense (2L)^2 that each form computes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    seen = seen_pairs(length, block_size)
+    seen = seen_pairs(length, block_size, segments)
     computed = {
         "seen": seen,
         "dense": torch.ones_like(seen),
@@ -85,6 +109,7 @@ def main(argv=None) -> int:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--tile", type=int, default=128)
+    parser.add_argument("--documents", type=int, nargs="+", default=[], metavar="TOKENS")
     parser.add_argument("--out", type=Path, default=Path("mask.png"))
     args = parser.parse_args(argv)
     if args.block_size < 1 or args.length < 1 or args.length % args.block_size:
@@ -93,7 +118,12 @@ def main(argv=None) -> int:
         parser.error(f"--length {args.length} is more than a picture holds; at most {LONGEST}")
     if args.out.suffix != ".png":
         parser.error(f"--out {args.out} must end in .png")
-    for name, share in draw(args.length, args.block_size, args.tile, args.out).items():
+    try:
+        segments = segments_of(args.documents, args.length, args.block_size)
+    except ValueError as error:
+        parser.error(str(error))
+    shares = draw(args.length, args.block_size, args.tile, args.out, segments)
+    for name, share in shares.items():
         print(f"{name:<6}{share:8.2%} of the dense (2L)^2")
     print(f"written to {args.out}")
     return 0

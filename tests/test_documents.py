@@ -20,6 +20,7 @@ import rows
 from build import alignment
 from dataloader import DataModule, get_rows
 from packing import Shape
+from scripts import show_mask
 from tokenizer import get_tokenizer
 
 BOS, EOS, PAD = 1, 2, 0
@@ -234,6 +235,25 @@ def test_an_end_that_is_there_anyway_is_told():
 def test_an_unknown_way_of_packing_is_refused():
     found, _ = config.check(config.load(["data.pack=document"]))
     assert any("data.pack=document must be one of wrap, documents" in problem for problem in found)
+
+
+# ---- a picture --------------------------------------------------------------------------------
+
+
+def test_the_picture_of_the_mask_shows_documents(tmp_path, capsys):
+    """Pairs of one document alone; padding is a text of its own."""
+    row = show_mask.segments_of([3, 4], 8, 4)
+    assert row.tolist() == [[1, 1, 1, 0, 2, 2, 2, 2] * 2]
+    seen = show_mask.seen_pairs(8, 4, row)
+    assert (seen == (row[0][:, None] == row[0]) & show_mask.seen_pairs(8, 4)).all()
+    path = tmp_path / "mask.png"
+    words = ["--length", "8", "--block-size", "4", "--out", str(path)]
+    assert show_mask.main([*words, "--documents", "3", "4"]) == 0
+    assert f"{2 * (9 + 1 + 16) / 256:.2%}" in capsys.readouterr().out
+    assert path.is_file()
+    with pytest.raises(SystemExit):
+        show_mask.main([*words, "--documents", "5", "4"])
+    assert "--documents: 4 tokens do not fit from place 8 of a row of 8" in capsys.readouterr().err
 
 
 # ---- a run ------------------------------------------------------------------------------------
