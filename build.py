@@ -174,9 +174,11 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
     windows = isinstance(training, Rows) and training.length != length
     if windows and config.algo.name == "ar":
         length += 1  # windows of a longer row: one more token, so that ar predicts L as well
+    valid = build_rows(config, tokenizer, "valid")
+    check_share(config, len(valid))
     return DataModule(
         train=training,
-        valid=build_rows(config, tokenizer, "valid"),
+        valid=valid,
         length=length,
         seed=config.seed,
         batch_size=loader.batch_size,
@@ -185,6 +187,18 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
         pin_memory=loader.pin_memory and config.trainer.accelerator == "gpu",
         window_bos=tokenizer.bos_id if config.data.insert_train_special else None,
     )
+
+
+def check_share(config: Config, rows: int) -> None:
+    """trainer.limit_val_batches as a share of the batches of a device: one of them at least."""
+    share, devices = config.trainer.limit_val_batches, config.trainer.devices
+    batch_size = config.loader.eval_batch_size
+    batches = -(-rows // (batch_size * devices * config.trainer.num_nodes))
+    if isinstance(share, float) and share and not int(share * batches):
+        raise ValueError(
+            f"trainer.limit_val_batches={share:g} of {batches:,} validation batches of {batch_size}"
+            " rows is less than one; give a number of batches, such as 1, or a larger share"
+        )
 
 
 def alignment(config: Config) -> int | None:

@@ -12,7 +12,7 @@ import checkpoints
 import config as settings
 from config import Config
 from health import RankFailure, StallWatch
-from progress import RunProgress
+from progress import NetworkSummary, RunProgress
 from run_log import CSVLog
 from saving import LAST, BestCheckpoint, CarefulIO, StepCheckpoints, steps_in
 from sharding import Sharded
@@ -33,6 +33,8 @@ def build_trainer(
     several = t.devices * t.num_nodes > 1
     training = config.mode == "train"
     callbacks = [*callbacks, *([RunProgress()] if t.enable_progress_bar else [])]
+    if training and t.enable_model_summary:
+        callbacks.append(NetworkSummary())
     if training:
         callbacks += training_callbacks(config, loggers, io, signals or Signals())
     trainer = L.Trainer(
@@ -55,7 +57,7 @@ def build_trainer(
         # true without one of Lightning's own would make it add one
         enable_checkpointing=any(isinstance(each, BestCheckpoint) for each in callbacks),
         enable_progress_bar=t.enable_progress_bar,
-        enable_model_summary=training and t.enable_model_summary,
+        enable_model_summary=False,  # ours is among the callbacks
         deterministic=t.deterministic,
         benchmark=t.benchmark,
         detect_anomaly=t.detect_anomaly,

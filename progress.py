@@ -8,8 +8,9 @@ import math
 import sys
 import time
 
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
+from rich import get_console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from utils import say
 
@@ -115,14 +117,12 @@ class RunProgress(ProgressBar):
         if self._bar and self._valid is not None:
             self._bar.remove_task(self._valid)
             self._valid = None
-        if not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             nll = float(trainer.callback_metrics["val/nll"])
             error = float(trainer.callback_metrics["val/nll_error"])
             ppl = f"{_ppl(nll)} ± {math.exp(min(nll, 700)) * error:.2f}"
-            step = (
-                f"step {trainer.global_step:,}: " if trainer.state.fn == TrainerFn.FITTING else ""
-            )
-            self.print(f"{step}validation perplexity {ppl} ({nll:.4f} nats per token)")
+            step = f"step {trainer.global_step:,}"
+            self.print(f"{step}: validation perplexity {ppl} ({nll:.4f} nats per token)")
         if trainer.state.fn != TrainerFn.FITTING:
             self._close()
         self._since += time.monotonic() - self._paused
@@ -156,6 +156,20 @@ class RunProgress(ProgressBar):
         if due:
             self._shown = now
         return due and self._enabled
+
+
+class NetworkSummary(ModelSummary):
+    """Lightning's table of layers, less its FLOPs: without an example to run it counts none."""
+
+    @staticmethod
+    def summarize(columns, total_parameters, trainable_parameters, megabytes, *args, **kwargs):
+        columns = {name: values for name, values in columns if name not in ("Mode", "FLOPs")}
+        shown = Table(*columns)
+        for row in zip(*columns.values(), strict=True):
+            shown.add_row(*row)
+        console = get_console()
+        console.print(shown)
+        console.print(f"{total_parameters:,} parameters, {megabytes:,.1f} MB in float32")
 
 
 def _ppl(nll: float) -> str:

@@ -20,6 +20,7 @@ from config.defaults import (
     with_run_folder,
     write_settings,
 )
+from config.overrides import parse
 from config.rules import check
 from config.schema import Checkpointing, Config
 
@@ -84,5 +85,5 @@ def examine(overrides: list[str]) -> tuple[Config | None, list[str], list[str]]:
     config, problems, notes = _assemble(overrides)
     if config is None:
         return None, problems, notes
-    more, warnings = check(config)
+    more, warnings = check(config, {key for key, _ in parse(overrides)[0].values})
     return config, problems + more, notes + warnings

@@ -14,6 +14,7 @@ from config.schema import Config
 OUTPUTS = Path("outputs")
 SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+WARMUP = "lr_scheduler.num_warmup_steps"
 # Settings whose null is replaced by fill(), though their type has no None.
 CHOSEN = {
     "loader.batch_size",
@@ -24,7 +25,7 @@ CHOSEN = {
     "trainer.precision",
     "trainer.accumulate_grad_batches",
     "data.cache_dir",
-    "lr_scheduler.num_warmup_steps",
+    WARMUP,
 }
 # Other names for the same, as Lightning has them.
 ACCELERATORS = {"cuda": "gpu"}
@@ -139,8 +140,8 @@ def _fill_sizes(values: dict):
         values["trainer.accumulate_grad_batches"] = max(passes, 1)
     if values["sampling.batch_size"] is None:
         values["sampling.batch_size"] = values["loader.eval_batch_size"]
-    if values["lr_scheduler.num_warmup_steps"] is None:
-        values["lr_scheduler.num_warmup_steps"] = values["trainer.max_steps"] // 10
+    if values[WARMUP] is None:
+        values[WARMUP] = values["trainer.max_steps"] // 10
 
 
 def fill(values: dict) -> dict:
@@ -185,7 +186,10 @@ def differences(config: Config, recorded: dict | None) -> list[str]:
             continue
         node = SAME_NAME.get((key, str(node)), node)
         if node != value:
-            found.append(f"{key}={value} (the checkpoint has {node})")
+            theirs = f"the checkpoint has {node}"
+            if key == WARMUP and value == config.trainer.max_steps // 10:
+                theirs += f"; null is a tenth of trainer.max_steps: set {WARMUP}={node} to go on"
+            found.append(f"{key}={value} ({theirs})")
     return found
 
 

@@ -1,12 +1,13 @@
 """Settings that were changed although nothing in this run reads them: a one-line warning each."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from config.schema import Config
 
 
-def without_effect(config: Config) -> Iterator[str]:
-    """Sentences; settings left at their defaults are never mentioned."""
+def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
+    """Sentences; settings left at their defaults are never mentioned, and what an experiment sets
+    for all modes only if it is typed."""
     if config.mode in ("train", "plan"):
         yield from _training(config)
     elif config.mode != "prepare" and config.training.from_pretrained is not None:
@@ -16,6 +17,12 @@ def without_effect(config: Config) -> Iterator[str]:
         )
     if config.mode == "sample_eval":
         yield from _sampling(config)
+    if config.mode in ("train", "plan", "ppl_eval"):
+        yield from _exact(config)
+    if config.mode == "ppl_eval" and config.algo.name != "ar":
+        for key in ("sampling_eps_min", "sampling_eps_max", "resample"):
+            if f"training.{key}" in typed:
+                yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
     yield from _algorithm(config)
     yield from _data(config)
 
@@ -33,8 +40,15 @@ def _training(config: Config) -> Iterator[str]:
             f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"
             f" trainer.max_steps={trainer.max_steps}: optim.lr is never reached"
         )
-    if not config.training.eval_nll and config.block_size > 1:
-        yield "training.eval_nll=False has no effect: block_size is not 1"
+
+
+def _exact(config: Config) -> Iterator[str]:
+    has_choice = config.algo.name == "bamdlm" and config.block_size == 1
+    if not config.training.eval_nll and not has_choice:
+        yield (
+            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
+            " choice"
+        )
 
 
 def _algorithm(config: Config) -> Iterator[str]:

@@ -6,7 +6,7 @@ Each rule is a generator of sentences that name the setting as typed, its value 
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 
 from config.compose import build, flatten
@@ -27,8 +27,9 @@ DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out 
 SPECIAL_TOKENS = 2  # BOS and EOS of a chunk
 
 
-def check(config: Config) -> tuple[list[str], list[str]]:
-    """(problems, warnings): why the run cannot start, and what is set without effect."""
+def check(config: Config, typed: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """(problems, warnings): why the run cannot start, and what is set without effect. typed: the
+    settings that stand on the command line."""
     outside = list(limits(flatten(config)))
     problems = [entry.problem for entry in outside]
     # The rules between settings go on with stand-ins; what they say about those is not repeated.
@@ -39,7 +40,7 @@ def check(config: Config) -> tuple[list[str], list[str]]:
             for problem in rule(possible)
             if not any(re.search(rf"\b{entry.key}\b", problem) for entry in outside)
         ]
-    return problems, list(without_effect(config))
+    return problems, list(without_effect(config, typed))
 
 
 def network(config: Config) -> Iterator[str]:
@@ -234,6 +235,15 @@ def optimization(config: Config) -> Iterator[str]:
                 yield f"lr_scheduler.{key}={value} must be at most optim.lr={config.optim.lr}"
 
 
+def best(config: Config) -> Iterator[str]:
+    monitor = config.callbacks.checkpoint_monitor
+    if monitor is not None and monitor.mode == "max":
+        yield (
+            f"callbacks.checkpoint_monitor.mode=max would keep the worst checkpoint: less"
+            f" {monitor.monitor} is better; use min"
+        )
+
+
 def data(config: Config) -> Iterator[str]:
     if config.data.streaming and config.data.train == "text8-crop" and config.mode == "train":
         yield (
@@ -315,6 +325,7 @@ RULES = (
     batches,
     machine,
     optimization,
+    best,
     data,
     sampling,
     checkpoints,

@@ -101,6 +101,11 @@ WRONG = [
         "callbacks.checkpoint_monitor.monitor=val/loss must be one of val/nll, val/bpd, val/ppl",
     ),
     (TRAIN, ["training.sampling_eps=1"], "training.sampling_eps=1.0 must be in (0, 1)"),
+    (
+        TRAIN,
+        ["callbacks.checkpoint_monitor.mode=max"],
+        "callbacks.checkpoint_monitor.mode=max would keep the worst checkpoint",
+    ),
     (TRAIN, ["training.sampling_eps_max=1.2"], "training.sampling_eps_max=1.2 must be in (0, 1]"),
     (TRAIN, ["algo.T=-1"], "algo.T=-1 must be at least 0"),
     (TRAIN, [f"{CLIP}=[0.5,1.5]"], f"{CLIP}: [1.5] must be in (0, 1]"),
@@ -434,6 +439,8 @@ HARMLESS = [
         ["data.train_revision=main"],
         "data.train_revision has no effect: shakespeare does not",
     ),
+    (PPL, ["training.eval_nll=False"], "training.eval_nll=False has no effect"),
+    (PPL, ["training.sampling_eps_min=.3"], "training.sampling_eps_min has no effect: mode=ppl"),
     (PPL, ["training.from_pretrained=org/x"], "training.from_pretrained=org/x has no effect"),
     (
         SAMPLE,

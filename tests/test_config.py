@@ -505,6 +505,16 @@ def test_setting_may_shape_training_through_another(context, setting):
     assert config.run_dir(one) != config.run_dir(two)
 
 
+def test_a_warm_up_that_follows_from_the_number_of_steps_is_explained():
+    """lr_scheduler.num_warmup_steps=null, a run made longer."""
+    null = "lr_scheduler.num_warmup_steps=null"
+    old = dataclasses.asdict(config.load([null, "trainer.max_steps=100"]))
+    assert config.differences(config.load([null, "trainer.max_steps=200"]), old) == [
+        "lr_scheduler.num_warmup_steps=20 (the checkpoint has 10; null is a tenth of"
+        " trainer.max_steps: set lr_scheduler.num_warmup_steps=10 to go on)"
+    ]
+
+
 def test_differences_from_a_checkpoint_are_named():
     old = dataclasses.asdict(config.load(["block_size=4", "seed=2"]))
     assert config.differences(config.load(["block_size=8", "seed=2"]), old) == [

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,26 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(trained, tmp_path, mo
     assert files(tmp_path / "run/checkpoints") == before
     log = (tmp_path / "run/metrics.csv").read_text().splitlines()
     assert sum("trainer/loss" in line for line in log) == STEPS
+
+
+def test_a_share_of_no_validation_batch_is_refused(base, tmp_path, capsys):
+    words = [*base, *ALGORITHMS["ar"], f"checkpointing.save_dir={tmp_path / 'run'}"]
+    message = refused([*words, "trainer.limit_val_batches=0.01"], capsys)
+    assert re.search(r"limit_val_batches=0.01 of \d+ validation batches of 4 rows is less", message)
+
+
+def test_each_figure_is_said_once(trained, capsys):
+    """The perplexity of an evaluation; and no count of FLOPs that nobody made."""
+    words, folder = trained("ar")
+    capsys.readouterr()
+    evaluated(words, folder)
+    assert len(re.findall("perplexity", capsys.readouterr().out)) == 1
+    more = ["trainer.enable_model_summary=true", "trainer.max_steps=3"]
+    assert main.main([*words, *more, f"checkpointing.save_dir={folder / 'b'}"]) == 0
+    summary = capsys.readouterr().out
+    assert re.search(r"backbone +│ DiT +│ +[\d.]+ K", summary)
+    assert re.search(r"[\d,]+ parameters, [\d.]+ MB", summary)
+    assert "FLOPs" not in summary
 
 
 @pytest.mark.parametrize(
