@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from hub_tools import put_table, stand_in
 from runs import Run, finish, ranks, run, tiny
+from test_hub_corpora import LAYOUTS, card, write_card
 
 import packing
 import streaming
@@ -351,6 +353,38 @@ def test_files_of_a_corpus_are_its_parts(tmp_path):
         found += lane.rows.ids.tolist()
     rows = get_rows(str(tmp_path / "*.jsonl"), "train", cache_dir=tmp_path / "cache", **settings)
     assert sorted(found) == sorted(rows.ids.tolist())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    yield from stand_in(tmp_path / "hub", monkeypatch, tmp_path / "home")
+
+
+def test_openwebtext_is_streamed_from_the_hub_and_not_kept(hub, tmp_path):
+    """Through the real clients; going on opens the files from the bookmark on."""
+    repo, revision, files, _ = LAYOUTS["openwebtext"]
+    for number, path in enumerate(files["train"]):
+        content = [f"{number} {i} work of the license" for i in range(230)]
+        put_table(hub.root, repo, revision, path, {"text": content})
+    write_card(hub, repo, revision, card(("plain_text", {"train": "plain_text/train-*"})))
+    settings = {"tokenizer": get_tokenizer(str(GOLDEN / "tokenizer")), "length": 16}
+    given = streamed(Split("openwebtext", "train", **settings), tmp_path / "cache")
+    assert len(given.parts) == 3
+    rows = read(Stream(given, SEED), 0, 300)
+    loaded = itertools.islice(module(given, length=16, num_workers=1).train_dataloader(), 75)
+    assert [row for batch in loaded for row in batch["input_ids"].tolist()] == rows
+    assert not list(tmp_path.glob("*/**/*.parquet.incomplete"))
+    assert not [path for path in tmp_path.rglob("*.parquet") if hub.root not in path.parents]
+
+    stream = Stream(given, SEED)
+    stream.read(range(1200))
+    marks = stream.bookmarks()
+    place = min(mark.place for mark in marks.values())
+    hub.asked.clear()
+    assert read(Stream(given, SEED, bookmarks=marks), 1200, 1201) == read(stream, 1200, 1201)
+    order = np.random.default_rng([SEED, streaming.SHUFFLE_PARTS, place.epoch]).permutation(3)
+    assert place.part > 0
+    assert f"train-{order[0]:05}-of-00003.parquet" not in hub.files()
 
 
 def arguments(folder):
