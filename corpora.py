@@ -42,15 +42,8 @@ class Corpus:
     archive: Archive | None = None  # how it was published before there was a hub
     unverified: str = ""
 
-    def split(self, split: str) -> str:
-        if not self.has(split):
-            raise ValueError(
-                f"this corpus has no {split} split; set data.{split} to another corpus"
-            )
+    def split(self, split: str) -> str | None:
         return self.train if split == "train" else self.valid
-
-    def has(self, split: str) -> bool:
-        return (self.train if split == "train" else self.valid) is not None
 
     def rows(self, split: str) -> tuple[str, int, int | None]:
         """(split of the sources, begin, end), as in readers.read."""
@@ -185,6 +178,11 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
             )
         return Corpus((Files(name),), licence="yours")
     corpus = corpora[name]
+    if corpus.split(split) is None:
+        raise ValueError(
+            f"data.{split}={name}: this corpus has no {split} split; set another one, or null where"
+            " mode=prepare is to leave it out"
+        )
     if source is None:
         return corpus
     return replace(corpus, sources=(local_copy(corpus, name, source),), unverified="")
@@ -204,7 +202,7 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
         raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
     tables = [hub.table for hub in corpus.sources]
     inside = [name, *(table.name or table.data_dir for table in tables)]
-    splits = {corpus.rows(key)[0] for key in ("train", "valid") if corpus.has(key)}
+    splits = {corpus.rows(key)[0] for key in ("train", "valid") if corpus.split(key)}
     folders = tuple(folder for folder in inside if folder is not None)
     return LocalCopy(path, frozenset(splits), folders, corpus.archive)
 
@@ -222,8 +220,21 @@ def read(
 
     download: keep the files read in cache; False reads parquet files over the network.
     """
+    return opened(corpus, split, revision, column, cache, download=download)[1]
+
+
+def opened(
+    corpus: Corpus,
+    split: str,
+    revision: str | None,
+    column: str,
+    cache: Path,
+    *,
+    download: bool = True,
+) -> tuple[str, Iterator[Piece]]:
+    """(the place that the text is read from, its pieces)"""
     parts, begin, end = _found(corpus, split, revision, cache, download)
-    return readers.read(parts, column, begin, end)
+    return parts[0].place, readers.read(parts, column, begin, end)
 
 
 def passages(
@@ -246,8 +257,9 @@ def _found(
             parts = source.parts(name, revision, cache, download=download)
         except OSError as error:
             problems.append(str(error))
-            log.warning("a source did not answer: %s", error)
             continue
+        for problem in problems:
+            log.warning("not read: %s", problem)
         more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
         log.info("reading from %s%s", parts[0].place, more)
         if corpus.unverified and isinstance(source, Hub):
@@ -255,5 +267,5 @@ def _found(
         return parts, begin, end
     raise ValueError(
         "no source of this corpus could be read; without a network give a local copy with"
-        " data.source=PATH\n  " + "\n  ".join(problems)
+        " data.source=PATH\n    " + "\n    ".join(problems)
     )

@@ -48,10 +48,10 @@ def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
     tokenize; they do not change the rows. Safe when several processes ask at once: one prepares,
     the others wait.
     """
-    cache = mirror.local(cache_dir)
+    cache, notes = mirror.local(cache_dir), {}
     return preparation.prepare(
         cache / "rows" / wanted.folder_name,
-        lambda: wanted.pieces(cache),
+        lambda: wanted.pieces(cache, notes),
         wanted.encode,
         wanted.shape,
         wanted.tokenizer.vocab_size,
@@ -60,6 +60,7 @@ def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
         remote=f"{str(cache_dir).rstrip('/')}/rows/{wanted.folder_name}"
         if mirror.is_url(cache_dir)
         else None,
+        notes=notes,
     )
 
 

@@ -167,7 +167,7 @@ def _downloaded(repo: str, commit: str, name: str, cache: Path, *, ask: bool = T
     try:
         return Path(hf_hub_download(cache_dir=folder, **where))
     except (errors.HTTPError, OSError) as error:
-        raise ValueError(_lost(f"{repo}, {name}", error)) from error
+        raise OSError(_lost(f"{repo}, {name}", error)) from error
 
 
 def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:
@@ -184,7 +184,7 @@ def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(readers.broken_parquet(place, error)) from error
     except (errors.HTTPError, OSError) as error:
-        raise ValueError(_lost(place, error)) from error
+        raise OSError(_lost(place, error)) from error
 
 
 def _footer_rows(address: str, place: str) -> int:
@@ -199,7 +199,7 @@ def _footer_rows(address: str, place: str) -> int:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(readers.broken_parquet(place, error)) from error
     except (errors.HTTPError, OSError) as error:
-        raise ValueError(_lost(place, error)) from error
+        raise OSError(_lost(place, error)) from error
 
 
 def _lost(place: str, error: Exception) -> str:

@@ -76,19 +76,30 @@ def prepare(
     *,
     processes: int = 1,
     remote: str | None = None,
+    notes: dict | None = None,
 ) -> Rows:
     """The rows in folder, made where they are missing: by one process, while others wait.
 
     pieces: called where rows must be made. encode: texts -> their ids. processes: that tokenize;
     with 0 or 1 it is this one. remote: URL of a copy of the folder, which is fetched instead where
-    it is complete, and is made where it is not.
+    it is complete, and is made where it is not. notes: what calling `pieces` puts in there is kept
+    with `about`, and parts made under other notes are not used.
     """
     if not folder.is_dir() or work_folder(folder).exists():
         with lock(folder):
             if folder.is_dir():  # killed, or another process's, after the folder was complete
                 shutil.rmtree(work_folder(folder), ignore_errors=True)
             elif remote is None or not mirror.fetch(remote, folder):
-                write(folder, pieces, encode, shape, vocab_size, about, processes)
+                write(
+                    folder,
+                    pieces,
+                    encode,
+                    shape,
+                    vocab_size,
+                    about,
+                    processes,
+                    {} if notes is None else notes,
+                )
     made = Rows(folder)
     if remote is not None and not mirror.is_complete(remote):
         mirror.publish(folder, remote)
@@ -126,15 +137,17 @@ def write(
     vocab_size: int,
     about: dict,
     processes: int,
+    notes: dict,
 ) -> None:
     """Make the prepared folder. The caller holds its lock."""
     work = work_folder(folder)
     new = work / "rows"
-    start_or_go_on(work, new)
     title = f"{about['corpus']} ({about['split']})"
+    text = pieces()  # before anything is kept or thrown away: it fills notes
+    start_or_go_on(work, new, notes)
     try:
         with Report(f"preparing {title}") as report:
-            parts = tokenized(pieces(), encode, vocab_size, work, processes, report)
+            parts = tokenized(text, encode, vocab_size, work, processes, report)
             count = rows.save(new, packed(parts, shape), dtype_of(vocab_size), vocab_size)
         if count == 0:
             raise ValueError(
@@ -148,8 +161,8 @@ def write(
             "documents": report.documents,
             "seconds": round(time.monotonic() - report.began, 1),
         }
-        text = json.dumps(about | made, indent=1, ensure_ascii=False)
-        (new / "about.json").write_text(text + "\n", encoding="utf-8")
+        whole = json.dumps(about | notes | made, indent=1, ensure_ascii=False)
+        (new / "about.json").write_text(whole + "\n", encoding="utf-8")
         os.rename(new, folder)
     except ValueError:  # of the data: mended, they are other data, and these parts of no use
         shutil.rmtree(work)
@@ -163,9 +176,9 @@ def write(
     )
 
 
-def start_or_go_on(work: Path, new: Path) -> None:
+def start_or_go_on(work: Path, new: Path, notes: dict) -> None:
     """The folder of the parts, kept where it was cut as it would be now; rows are packed anew."""
-    plan = json.dumps({"characters": SHARD_CHARACTERS, "texts": SHARD_TEXTS})
+    plan = json.dumps({"characters": SHARD_CHARACTERS, "texts": SHARD_TEXTS} | notes)
     note = work / "plan.json"
     if work.exists() and not (note.is_file() and note.read_text() == plan):
         shutil.rmtree(work)

@@ -86,9 +86,12 @@ class Split:
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
         return f"{name[:40]}-{self.split}-{self.shape.length}-{digest}"
 
-    def pieces(self, cache: Path) -> Iterator[Piece]:
-        """The text; cache: where downloads lie."""
-        return corpora.read(self.entry, self.split, self.revision, self.column, cache)
+    def pieces(self, cache: Path, notes: dict | None = None) -> Iterator[Piece]:
+        """The text; cache: where downloads lie. notes["read_from"] is set to its place."""
+        place, pieces = corpora.opened(self.entry, self.split, self.revision, self.column, cache)
+        if notes is not None:
+            notes["read_from"] = place
+        return pieces
 
     def passages(self, cache: Path) -> list[Callable[[], Iterator[Piece]]]:
         """The parts of the text, each a function that reads it from its beginning."""

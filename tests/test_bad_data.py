@@ -149,7 +149,7 @@ def test_names_that_give_no_text(refused, tmp_path):
     (tmp_path / "lost.txt").symlink_to(tmp_path / "nowhere")
     assert "lost.txt is not a file" in refused(str(tmp_path))
     assert "did you mean wikitext103" in refused("wikitext1003")
-    assert "no valid split; set data.valid to another corpus" in refused("openwebtext", "valid")
+    assert "data.valid=openwebtext: this corpus has no valid split" in refused("openwebtext", "valid")
 
 
 def test_a_folder_of_several_kinds_is_refused(refused, tmp_path):

@@ -158,12 +158,11 @@ CASES = [(name, split) for name in LAYOUTS for split in ("train", "valid")]
 def test_a_corpus_is_read_from_its_repository_and_only_what_is_asked(name, split, hub, tmp_path):
     put(hub, name)
     repo, _, files, _ = LAYOUTS[name]
-    corpus = corpora.get_corpus(name, split)
-    if not corpus.has(split):
-        with pytest.raises(ValueError, match=rf"has no {split} split; set data.{split}"):
-            read(name, split, tmp_path / "cache")
+    if corpora.table()[name].split(split) is None:
+        with pytest.raises(ValueError, match=rf"data.{split}={name}: this corpus has no {split}"):
+            corpora.get_corpus(name, split)
         return
-    wanted = corpus.rows(split)[0]
+    wanted = corpora.table()[name].rows(split)[0]
     expected = [text for i in range(len(files[wanted])) for text in documents(name, wanted, i)]
     assert read(name, split, tmp_path / "cache") == expected
     names = {path.rpartition("/")[2] for path in files[wanted]}
@@ -177,7 +176,7 @@ def test_a_corpus_is_read_from_its_repository_and_only_what_is_asked(name, split
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_corpus_is_streamed_without_keeping_its_files(name, hub, tmp_path):
     put(hub, name)
-    split = "valid" if corpora.table()[name].has("valid") else "train"
+    split = "valid" if corpora.table()[name].valid else "train"
     assert read(name, split, tmp_path / "a", download=False) == read(name, split, tmp_path / "b")
     kept = list((tmp_path / "a").rglob("*.parquet"))
     assert not kept
@@ -252,6 +251,16 @@ def test_the_next_source_is_asked_when_the_first_has_no_answer(hub, tmp_path, ca
     assert (
         "armanc/scientific_papers (pubmed) at refs/convert/parquet: no such data set" in caplog.text
     )
+    tokenizer = get_tokenizer(str(GOLDEN / "tokenizer"))
+    made = get_rows(
+        "scientific_papers_pubmed",
+        "valid",
+        tokenizer=tokenizer,
+        length=2,
+        cache_dir=tmp_path,
+        insert_special=False,
+    )
+    assert made.about["read_from"].startswith("ccdv/pubmed-summarization, document/validation")
     assert "reading from ccdv/pubmed-summarization" in caplog.text
     assert "cleaned in another way" in caplog.text
 
@@ -279,7 +288,7 @@ def test_a_repository_of_another_form_is_named(revisions, message, hub, tmp_path
             file = put_table(hub.root, repo, revision, path, {"sentence": ["a"]})
             if not path.endswith(".parquet"):
                 file.write_text("a\n")
-    with pytest.raises(ValueError, match=r"local copy with data.source=PATH\n  .*ptb") as raised:
+    with pytest.raises(ValueError, match=r"local copy with data.source=PATH\n    .*ptb") as raised:
         read("ptb", "valid", tmp_path / "cache")
     assert message in str(raised.value)
     assert len(str(raised.value).splitlines()) == 2
@@ -338,7 +347,7 @@ def test_a_file_that_is_lost_on_the_way_is_named(hub, tmp_path):
         pieces = corpora.read(corpus, "valid", None, "text", tmp_path, download=path)
         for file in hub.root.rglob("test-*.parquet"):
             file.rename(file.with_suffix(".gone"))
-        with pytest.raises(ValueError, match=r"test-00000-of-00001.parquet could not be read from"):
+        with pytest.raises(OSError, match=r"test-00000-of-00001.parquet could not be read from"):
             next(pieces)
         for file in hub.root.rglob("*.gone"):
             file.rename(file.with_suffix(".parquet"))
