@@ -212,7 +212,8 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
                 say(line)
             left -= 1
         figures.add(ids, mask)
-        if figures.tokens >= options.tokens and not left:
+        once = isinstance(source, Rows) and figures.rows >= len(source)  # training begins again
+        if (figures.tokens >= options.tokens or once) and not left:
             break
     if not figures.tokens:
         raise ValueError(f"--batch {options.batch}: the split has fewer batches")
