@@ -20,6 +20,7 @@ from .masks import BlockCausal, BlockDiffusion, Rule
 TIMESTEP_FEATURES = 256
 ROTARY_BASE = 10_000
 MAX_PERIOD = 10_000
+TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
 
 
 class Norm(nn.Module):
@@ -186,9 +187,15 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(width)
         self.linear = _zero(nn.Linear(width, vocab_size))
-        self.register_buffer("kept", None, persistent=False)
+        for name in ("kept", "wide_weight", "wide_bias"):
+            self.register_buffer(name, None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 2 * width))
+
+    def logits(self, features: Tensor) -> Tensor:
+        if self.wide_weight is None:
+            return self.linear(features)
+        return F.linear(features, self.wide_weight, self.wide_bias)[..., : len(self.linear.weight)]
 
     def modulation(self, c: Tensor | None) -> list[Tensor | None]:
         """shift, scale [B or 1, 1, E]; c as for `Block.modulation`."""
@@ -324,16 +331,19 @@ class DiT(nn.Module):
         self, hidden: Tensor, sigma: Tensor | None = None, row: Tensor | None = None
     ) -> Tensor:
         """Raw logits [..., V] of the rows asked for; arguments as for `features`."""
-        return self.output_layer.linear(self.features(hidden, sigma, row))
+        return self.output_layer.logits(self.features(hidden, sigma, row))
 
     @torch.no_grad()
     def freeze(self, dtype: torch.dtype) -> None:
         """For evaluation only: keep what each pass would make anew. That is the modulation at sigma
         0, and the weights of linear layers in `dtype`, what autocast makes of them at every use;
-        so results are equal, to be used under the same autocast."""
+        so results are equal, to be used under the same autocast. And the head's weights as wide as
+        tensor cores like."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
+        head = self.output_layer
+        head.wide_weight, head.wide_bias = widened(head.linear.weight, head.linear.bias)
         if not self.adaln:
             return
         device = self.vocab_embed.embedding.device.type
@@ -364,6 +374,13 @@ def products_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of x are made in: autocast's choice where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def widened(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [V, E] and bias [V] with zeros behind them, up to a width for which tensor cores have
+    a fast path; logits there are 0."""
+    more = -len(weight) % TENSOR_CORE_COLUMNS
+    return F.pad(weight, (0, 0, 0, more)), F.pad(bias, (0, more))
 
 
 def _run_block(block: Block, *arguments) -> Tensor:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.dit import products_dtype
+from models.dit import products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 CHUNK_LOGITS_ACCELERATOR = 1 << 27  # small matrices leave a GPU idle
-TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
 
 # (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> nats float32 [m];
 # overwrites the logits, with `gradient` by d nats / d logits
@@ -174,15 +173,10 @@ class _Gradients:
 
 
 def _products(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight [V, E] and bias [V] in the dtype of the products. In half precision on an accelerator
-    zeros follow, up to a width that tensor cores take: logits and gradients are 0 there."""
-    more = -len(weight) % TENSOR_CORE_COLUMNS
-    if not more or dtype.itemsize != 2 or weight.device.type == "cpu":
-        return weight.to(dtype), bias.to(dtype)
-    w = weight.new_zeros((len(weight) + more, weight.shape[1]), dtype=dtype)
-    b = bias.new_zeros(len(bias) + more, dtype=dtype)
-    w[: len(weight)], b[: len(bias)] = weight, bias
-    return w, b
+    """Weight [V, E] and bias [V] in the dtype of the products; in half precision on an accelerator
+    followed by zeros, whose logits and gradients are 0."""
+    w, b = weight.to(dtype), bias.to(dtype)
+    return (w, b) if dtype.itemsize != 2 or w.device.type == "cpu" else widened(w, b)
 
 
 def _chunk_rows(rows: int, w: Tensor) -> int:

@@ -62,8 +62,13 @@ def uniform(key: Tensor) -> Tensor:
 
 def gumbel(key: Tensor, count: int) -> Tensor:
     """`count` independent Gumbel(0, 1) numbers per key, float64 [..., count]."""
-    lanes = torch.arange(count, device=key.device)
+    lanes = _numbers(count, key.device)
     return -(-uniform(fold(key[..., None], lanes)).log()).log()
+
+
+@torch.compiler.disable  # torch.compile would count them, times GAMMA, in int32
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def sample(log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str) -> Tensor:

@@ -52,13 +52,15 @@ def by_digits(log_probs: Tensor, p: float) -> Tensor:
     edge = (edge << HALF) + lower  # the greatest probability that does not fit, as bits
     at_edge = bits == edge
     each = (edge.view(torch.float32) * ONE).long().clamp(min=1)
-    kept = (bits > edge) | (at_edge & (running_sum(at_edge) <= (limit - above) // each))
+    kept = (bits > edge) | (
+        at_edge & (running_sum(at_edge, torch.int32) <= (limit - above) // each)
+    )
     return kept.scatter(-1, log_probs.argmax(-1, keepdim=True), True)
 
 
 @torch.compiler.disable  # torch.compile cannot join scans over long rows and other reductions
-def running_sum(x: Tensor) -> Tensor:
-    return x.cumsum(-1)
+def running_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.cumsum(-1, dtype=dtype)
 
 
 def last_that_fits(digit: Tensor, mass: Tensor, above: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,9 @@ def last_that_fits(digit: Tensor, mass: Tensor, above: Tensor, limit: int) -> tu
     `above`: mass that is kept whatever the digit. The digit is -1 where all fit.
     """
     counts = mass.new_zeros(*mass.shape[:-1], 1 << HALF).scatter_add_(-1, digit.long(), mass)
-    total = above + running_sum(counts.flip(-1))
-    whole = (total <= limit).sum(-1, keepdim=True)  # digits from the top that fit
-    above = torch.where(whole > 0, total.gather(-1, (whole - 1).clamp(min=0)), above)
-    return ((1 << HALF) - 1 - whole).int(), above
+    rest = counts.sum(-1, keepdim=True) - running_sum(counts)  # mass of greater digits
+    total = above + rest + counts
+    least = (total > limit).sum(-1, keepdim=True)  # digits from it on fit
+    last = (1 << HALF) - 1
+    above = torch.where(least <= last, total.gather(-1, least.clamp(max=last)), above)
+    return (least - 1).int(), above

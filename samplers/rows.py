@@ -17,10 +17,6 @@ from .replay import Replay
 from .settings import Frame, Request, Sample, Settings
 from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
 
-# Compiled passes over more tokens take the device longer than the host. Unrecorded, they read no
-# more of the cache than is filled.
-RECORDED_TOKENS = 4096
-
 
 @dataclass
 class Slot:
@@ -70,8 +66,8 @@ class Rows:
         self.cache = None
         cuda = torch.device(device).type == "cuda"
         self.replay = Replay() if cuda and denoise.recordable else None
-        self.compiled = self.replay is not None and denoise.compiled
-        self.sample = compiled_sample() if self.compiled else sample
+        compiled = self.replay is not None and denoise.compiled
+        self.sample = compiled_sample() if compiled else sample
         self.before: Tensor | None = None  # for who watches: the texts of the last question
         self.evaluations = 0
         first = [r for _, r in zip(range(settings.batch_size), requests, strict=False)]
@@ -115,8 +111,7 @@ class Rows:
             self.before = self._copy()
         question = self.window(starts, width), read, key
         with torch.inference_mode():
-            large = self.compiled and len(self) * width > RECORDED_TOKENS
-            if self.replay is None or large:
+            if self.replay is None:
                 return self._evaluate(*question, self.cache)
             if self.cache is None:
                 return self.replay(None, lambda *q: self._evaluate(*q, None), *question)

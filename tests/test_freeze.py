@@ -1,0 +1,48 @@
+"""DiT.freeze: what evaluation keeps is what every pass makes anew."""
+
+import copy
+
+import pytest
+import torch
+from networks import assert_within, small, texts
+
+from models.masks import BlockCausal, Causal, Full
+
+
+def logits(net, tokens, sigma, rule):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = net.hidden(tokens, sigma, rule=rule)
+        row = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])
+        return net.logits(hidden.flatten(0, 1), sigma, row)
+
+
+@pytest.mark.parametrize("sigma", [None, torch.tensor([0.3, 2.0])], ids=["zero", "given"])
+@pytest.mark.parametrize(
+    ("rule", "adaln"), [(Full(), True), (BlockCausal(4), True), (Causal(), False)], ids=repr
+)
+def test_a_frozen_network_gives_the_logits_of_autocast(rule, adaln, sigma):
+    net, tokens = small(adaln=adaln), texts(2, 24, 7)
+    frozen = copy.deepcopy(net)
+    frozen.freeze(torch.bfloat16)
+    ours, plain = logits(frozen, tokens, sigma, rule), logits(net, tokens, sigma, rule)
+    assert ours.shape == plain.shape
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    # a wider product may sum in another order: one rounding of bf16
+    assert_within(ours.float(), plain.float(), 2**-8)
+
+
+def test_freezing_adds_nothing_to_a_checkpoint():
+    net = small()
+    names = list(net.state_dict())
+    net.freeze(torch.bfloat16)
+    assert list(net.state_dict()) == names
+
+
+def test_the_frozen_modulation_is_the_one_of_sigma_zero():
+    net = small()
+    tokens = texts(2, 24, 7)
+    plain = net.hidden(tokens, rule=Full())
+    net.freeze(torch.float32)
+    assert torch.equal(net.hidden(tokens, rule=Full()), plain)
+    moved = net.hidden(tokens, torch.tensor([1.0, 2.0]), rule=Full())
+    assert not torch.allclose(moved, plain)
