@@ -1,11 +1,11 @@
 """Kill a training at random moments, resume it each time, and compare the end with an undisturbed
 run.
 
-    python benchmarks/chaos.py [--kills 20] [--steps 200] [--seed 0] [--folder DIR] [-- OVERRIDES]
+    python benchmarks/chaos.py [--kills 20] [--steps 240] [--seed 0] [--folder DIR] [-- OVERRIDES]
 
 Each training is a process of its own, ended by SIGKILL: during start-up, steps, validation (which
-follows every fourth step) or a save (every second step). Prints a line per kill; the exit code is
-0 if the last checkpoints agree in every bit.
+follows every fourth step) or a save (every second step); every third kill waits for a save to
+begin. Prints a line per kill; the exit code is 0 if the last checkpoints agree in every bit.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch_zip  # noqa: E402  needs the path
 from tests.runs import ALGORITHMS, Run, run, tiny  # noqa: E402  needs the path
 
 EVERY = 2  # steps from one checkpoint to the next
+SAVE_SECONDS = 0.008  # about, from the first byte of a save to the last
 
 
 def differences(ours, theirs, path: str = "") -> list[str]:
@@ -76,19 +77,36 @@ def saves(last: Path) -> int | None:
         return None
 
 
-def kill_at_random(process: Run, last: Path, draw: random.Random, most: int) -> int | None:
-    """SIGKILL at a random place between two of the next `most` saves; None if it ended before."""
+def unfinished(folder: Path) -> set[Path]:
+    """Files of saves that have begun and not ended."""
+    return set(folder.glob(".*.partial"))
+
+
+def kill_at_random(
+    process: Run, last: Path, draw: random.Random, most: int, in_save: bool
+) -> int | None:
+    """SIGKILL at a random place between two of the next `most` saves, or in a save. The exit code
+    if it ended before that."""
     wanted, seen, before = draw.randint(0, most), 0, saves(last)
+    stale = unfinished(last.parent)  # of the kill before
     began = since = time.monotonic()
     interval = 0.5
     while seen < wanted:
         if (code := process.poll()) is not None:
             return code
         if (now := saves(last)) != before:
-            interval, since = time.monotonic() - since, time.monotonic()
+            if seen:  # the first comes after starting up
+                interval = time.monotonic() - since
+            since = time.monotonic()
             before, seen = now, seen + 1
         time.sleep(0.0005)
-    if wanted == 0:
+    if in_save:
+        while not unfinished(last.parent) - stale:
+            if (code := process.poll()) is not None:
+                return code
+            time.sleep(0.0005)
+        interval = SAVE_SECONDS
+    elif wanted == 0:
         interval = 4 * interval  # starting up
     time.sleep(draw.uniform(0, interval))
     if (code := process.poll()) is not None:
@@ -102,7 +120,7 @@ def kill_at_random(process: Run, last: Path, draw: random.Random, most: int) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
     parser.add_argument("rest", nargs="*", help="overrides of main.py, after --")
@@ -121,16 +139,17 @@ def main() -> int:
     shutil.rmtree(folder / "whole", ignore_errors=True)
     (folder / "run").rename(folder / "whole")
 
-    draw, unfinished, killed = random.Random(asked.seed), 0, 0
-    while killed < asked.kills:
-        most = max(1, 2 * (asked.steps // EVERY) // asked.kills - 2)
+    draw, in_saves, step = random.Random(asked.seed), 0, 0
+    for killed in range(1, asked.kills + 1):
+        left = (asked.steps - step) // EVERY  # saves, to be shared out among the kills to come
+        most = left // (asked.kills - killed + 1)
+        stale = unfinished(last.parent)
         process = Run(arguments, folder / "killed.log")
-        if kill_at_random(process, last, draw, most) is not None:
+        if kill_at_random(process, last, draw, most, in_save=killed % 3 == 0) is not None:
             print("the training ended before it could be killed: give more --steps")
             return 1
-        killed += 1
-        partial = len(list(last.parent.glob(".*.partial")))
-        unfinished += bool(partial)
+        partial = bool(unfinished(last.parent) - stale)
+        in_saves += partial
         step = read(last)["global_step"] if last.exists() else 0
         note = ", in the middle of a save" if partial else ""
         print(f"{note}; last checkpoint: step {step}", flush=True)
@@ -138,7 +157,8 @@ def main() -> int:
     print(f"the last run ended with {code}")
     found = differences(read(last), read(folder / "whole/checkpoints/last.ckpt"))
     print(*found[:10], sep="\n")
-    print(f"{killed} kills, {unfinished} of them in a save: {len(found)} differences")
+    print(f"{asked.kills} kills, {in_saves} of them in a save: {len(found)} differences")
+    print(f"{time.monotonic() - began:.0f} s in all")
     if asked.folder is None and not found:
         shutil.rmtree(folder)
     return 1 if found or code else 0
