@@ -36,7 +36,7 @@ from rows import Rows
 
 log = logging.getLogger("bamdlm")
 
-SHARD_CHARACTERS = 1 << 22  # about a million tokens
+SHARD_CHARACTERS = 1 << 21  # about half a million tokens
 SHARD_TEXTS = 100_000
 TEXTS_AT_ONCE = 1000
 CHARACTERS_AT_ONCE = 1 << 20
