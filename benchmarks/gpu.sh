@@ -17,12 +17,18 @@ if [ "${1:-}" != --tiny ] && compgen -G ".whl/*.whl" > /dev/null; then
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 code=0
-for part in check train sample; do
-  echo "== $part"
-  timeout $([ $part = train ] && echo 330 || echo 120) \
-    "$PYTHON" benchmarks/gpu.py "$@" $part --out "$OUT/gpu_$part.json" | grep -v '^{' || code=1
-  [ "${PIPESTATUS[0]}" = 0 ] || { echo "$part ended early or found something wrong"; code=1; }
-done
+part() { # name, seconds
+  echo "== $1"
+  timeout "$2" "$PYTHON" benchmarks/gpu.py "${@:3}" "$1" --out "$OUT/gpu_$1.json" | grep -v '^{'
+  [ "${PIPESTATUS[0]}" = 0 ] || { echo "$1 ended early or found something wrong"; code=1; }
+}
+part check 100 "$@"
+echo "== tests: recordings in float32 and bf16, samplers that never wait, SSD-LM"
+tests="tests/test_forward.py tests/test_sampling.py tests/test_ssd_lm.py"
+timeout 90 "$PYTHON" -m pytest -q -m gpu $tests | tail -3
+[ "${PIPESTATUS[0]}" = 0 ] || code=1
+part sample 100 "$@"
+part train 180 "$@"
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 [ "$gpus" -gt 1 ] || echo "== several GPUs: skipped, this machine has $gpus"
 exit $code

@@ -53,6 +53,7 @@ class Score:
     backbone: torch.nn.Module
     mask_id: int
     time_conditioning: bool = True
+    recordable = False  # sigma changes from step to step: little is gained
 
     def __call__(self, tokens: Tensor, sigma: Tensor) -> Tensor:
         """tokens [B, L], sigma [B] -> log-score float32 [B, L, V], 0 at the token seen. Only hidden
