@@ -129,9 +129,9 @@ class Data:
     pack: str = doc("wrap: texts run on; documents: apart, from blocks on, attention inside each")
     streaming: bool = doc("tokenize the training split while training instead of preparing it")
     insert_train_eos: bool = doc("EOS after each training document")
-    insert_train_special: bool = doc("BOS and EOS round each training chunk")
+    insert_train_special: bool = doc("BOS and EOS round each training chunk, or packed document")
     insert_valid_eos: bool = doc("EOS after each validation document")
-    insert_valid_special: bool = doc("BOS and EOS round each validation chunk")
+    insert_valid_special: bool = doc("BOS and EOS round each validation chunk, or packed document")
 
 
 @dataclass

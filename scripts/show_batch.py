@@ -178,13 +178,13 @@ def batches(config: Config, tokenizer: Tokenizer, split: str) -> tuple[object, I
 
 
 def whole_documents(config: Config, tokenizer: Tokenizer, options) -> Documents:
-    data, train = config.data, options.split == "train"
+    data = config.data
     split = Split(
-        data.train if train else data.valid,
+        getattr(data, options.split),
         options.split,
         tokenizer=tokenizer,
         length=config.model.length,
-        revision=data.train_revision if train else data.valid_revision,
+        revision=getattr(data, f"{options.split}_revision"),
         text_column=data.text_column,
         source=data.source,
     )
@@ -217,8 +217,7 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
             break
     if not figures.tokens:
         raise ValueError(f"--batch {options.batch}: the split has fewer batches")
-    title = f"{config.data.train if options.split == 'train' else config.data.valid}"
-    title = f"{title} ({options.split})"
+    title = f"{getattr(config.data, options.split)} ({options.split})"
     if isinstance(source, Rows):
         about = source.about
         say(

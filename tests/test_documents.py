@@ -16,11 +16,11 @@ from runs import tiny
 import config
 import main
 import packing
+import preparation
 import rows
 from build import alignment
 from dataloader import DataModule, get_rows
 from packing import Shape
-from scripts import show_mask
 from tokenizer import get_tokenizer
 
 BOS, EOS, PAD = 1, 2, 0
@@ -122,11 +122,9 @@ def prepare(tmp_path):
     def make(align=4, **more):
         return get_rows(
             *(str(path), "train"),
-            tokenizer=tokenizer,
+            **{"tokenizer": tokenizer, "cache_dir": tmp_path / "cache"} | more,
             length=16,
-            cache_dir=tmp_path / "cache",
             align=align,
-            **more,
         )
 
     return make
@@ -151,6 +149,22 @@ def test_rows_of_one_text_carry_no_segments(prepare):
     data = DataModule(train=None, valid=made, length=16, batch_size=1, eval_batch_size=1)
     assert "segments" not in next(iter(data.val_dataloader()))
     assert sorted(path.name for path in made.folder.glob("*.bin")) == ["counts.bin", "ids.bin"]
+
+
+def test_processes_change_nothing(prepare, monkeypatch, tmp_path):
+    alone = prepare()
+    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 20)
+    several = prepare(cache_dir=tmp_path / "other", processes=2)
+    assert several.folder != alone.folder
+    for name in ("ids.bin", "marks.bin", "counts.bin"):
+        assert (several.folder / name).read_bytes() == (alone.folder / name).read_bytes()
+
+
+def test_a_process_that_meets_an_unknown_character_says_which(prepare, monkeypatch):
+    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 20)
+    letters = get_tokenizer("characters:abcdefghijklmnopqrst uv")
+    with pytest.raises(ValueError, match=r"'w' .* is not among the 23 .*text that begins 'the w"):
+        prepare(tokenizer=letters, processes=2)
 
 
 def test_each_alignment_has_its_folder_and_wrapped_rows_keep_theirs(prepare):
@@ -235,25 +249,6 @@ def test_an_end_that_is_there_anyway_is_told():
 def test_an_unknown_way_of_packing_is_refused():
     found, _ = config.check(config.load(["data.pack=document"]))
     assert any("data.pack=document must be one of wrap, documents" in problem for problem in found)
-
-
-# ---- a picture --------------------------------------------------------------------------------
-
-
-def test_the_picture_of_the_mask_shows_documents(tmp_path, capsys):
-    """Pairs of one document alone; padding is a text of its own."""
-    row = show_mask.segments_of([3, 4], 8, 4)
-    assert row.tolist() == [[1, 1, 1, 0, 2, 2, 2, 2] * 2]
-    seen = show_mask.seen_pairs(8, 4, row)
-    assert (seen == (row[0][:, None] == row[0]) & show_mask.seen_pairs(8, 4)).all()
-    path = tmp_path / "mask.png"
-    words = ["--length", "8", "--block-size", "4", "--out", str(path)]
-    assert show_mask.main([*words, "--documents", "3", "4"]) == 0
-    assert f"{2 * (9 + 1 + 16) / 256:.2%}" in capsys.readouterr().out
-    assert path.is_file()
-    with pytest.raises(SystemExit):
-        show_mask.main([*words, "--documents", "5", "4"])
-    assert "--documents: 4 tokens do not fit from place 8 of a row of 8" in capsys.readouterr().err
 
 
 # ---- a run ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from objectives.corruption import draw_examples
 from plan import plan, report
 from run_log import CSVLog, read_log
 from scripts.show_mask import main as show_mask
+from scripts.show_mask import seen_pairs, segments_of
 from throughput import Throughput
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +169,22 @@ def test_the_mask_is_drawn(tmp_path, capsys):
     shares = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:4])
     # 4 own + (0 + 1 + 2 + 3) earlier + (1 + 2 + 3 + 4) clean blocks of 64 in all
     assert shares == {"seen": "31.25%", "dense": "100.00%", "sdpa": "100.00%", "flex": "31.25%"}
+
+
+def test_the_picture_of_the_mask_shows_documents(tmp_path, capsys):
+    """Pairs of one document alone; padding is a text of its own."""
+    row = segments_of([3, 4], 8, 4)
+    assert row.tolist() == [[1, 1, 1, 0, 2, 2, 2, 2] * 2]
+    seen = seen_pairs(8, 4, row)
+    assert (seen == (row[0][:, None] == row[0]) & seen_pairs(8, 4)).all()
+    path = tmp_path / "mask.png"
+    words = ["--length", "8", "--block-size", "4", "--out", str(path)]
+    assert show_mask([*words, "--documents", "3", "4"]) == 0
+    assert f"{2 * (9 + 1 + 16) / 256:.2%}" in capsys.readouterr().out
+    assert path.is_file()
+    with pytest.raises(SystemExit):
+        show_mask([*words, "--documents", "5", "4"])
+    assert "--documents: 4 tokens do not fit from place 8 of a row of 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
