@@ -20,7 +20,8 @@ from objectives.corruption import draw_examples
 from plan import plan, report
 from run_log import CSVLog, read_log
 from scripts.show_mask import main as show_mask
-from scripts.show_mask import seen_pairs, segments_of
+from scripts.show_mask import seen_pairs as drawn_pairs
+from scripts.show_mask import segments_of
 from throughput import Throughput
 
 ROOT = Path(__file__).parent.parent
@@ -175,8 +176,8 @@ def test_the_picture_of_the_mask_shows_documents(tmp_path, capsys):
     """Pairs of one document alone; padding is a text of its own."""
     row = segments_of([3, 4], 8, 4)
     assert row.tolist() == [[1, 1, 1, 0, 2, 2, 2, 2] * 2]
-    seen = seen_pairs(8, 4, row)
-    assert (seen == (row[0][:, None] == row[0]) & seen_pairs(8, 4)).all()
+    seen = drawn_pairs(8, 4, row)
+    assert (seen == (row[0][:, None] == row[0]) & drawn_pairs(8, 4)).all()
     path = tmp_path / "mask.png"
     words = ["--length", "8", "--block-size", "4", "--out", str(path)]
     assert show_mask([*words, "--documents", "3", "4"]) == 0
