@@ -85,6 +85,15 @@ class StepCheckpoints(L.Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._step = self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            self.io.attempt(self.folder, self._tidy, "tidied up")
+
+    def _tidy(self) -> None:
+        """Deletes what a save left that was killed; its step may never be saved again."""
+        fs, place = url_to_fs(self.folder)
+        for path in fs.ls(place, detail=False) if fs.isdir(place) else []:
+            if path.endswith(".partial"):
+                fs.rm_file(path)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self._step:

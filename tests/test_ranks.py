@@ -1,5 +1,6 @@
 """Several processes (gloo, CPU) against one: the same losses, the same checkpoints."""
 
+import json
 import os
 import shutil
 import signal
@@ -82,6 +83,24 @@ def test_two_processes_train_as_one(strategy, one, tmp_path):
     started = of_two(overrides, tmp_path, f"strategy={strategy}")
     assert finish(started) == [0, 0], started[0].text() + started[1].text()
     equal_runs(tmp_path, alone)
+
+
+def test_two_processes_evaluate_every_row_once(one, tmp_path):
+    """21 rows in batches of 8: the last batch of the two processes has 3 rows and 2."""
+    overrides, alone = one
+    words = [*overrides, "mode=ppl_eval", f"eval.checkpoint_path={alone / LAST}"]
+    found = []
+    for name, more in (("one", BY_ONE), ("two", TWO)):
+        arguments = [*words, *more, f"checkpointing.save_dir={tmp_path / name}"]
+        started = ranks(len(found) + 1, arguments, tmp_path / f"{name}.txt")
+        assert finish(started) == [0] * len(started), started[0].text()
+        (path,) = (tmp_path / name).glob("ppl_*.json")
+        found.append(json.loads(path.read_text()))
+    ours, theirs = found
+    assert ours["rows"] == theirs["rows"] == 21
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=TOLERANCE)
+    assert ours["ppl_error"] == pytest.approx(theirs["ppl_error"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -1,7 +1,6 @@
 """A run that was killed or stopped, and then goes on, is bit for bit the run that was not."""
 
 import os
-import re
 import shutil
 import signal
 
@@ -139,9 +138,12 @@ def test_the_newest_complete_checkpoint_is_taken_and_named(wholes):
     for name in ("step=9.ckpt", "last.ckpt"):  # one file with two names
         (checkpoints / name).unlink()
         (checkpoints / name).write_bytes(whole[: len(whole) // 2])
+    (checkpoints / ".step=7.ckpt.x.partial").touch()  # of a save that was killed
     text = goes_on_to_the_same_end(overrides, folder, expected)
-    assert re.search(r"not complete: .*last.ckpt", text)
+    for name in ("last.ckpt", "step=9.ckpt"):
+        assert f"not complete: {checkpoints}/{name} is damaged or was cut short" in text
     assert f"going on from step 8 of {checkpoints}/step=8.ckpt" in text
+    assert not list(checkpoints.glob("*.partial"))
 
 
 def test_few_checkpoints_are_kept(wholes):
