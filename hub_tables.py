@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -110,12 +111,20 @@ def _ask(table: Table, split: str, cache: Path) -> dict:
         raise OSError(f"{table} has no split {split}, only {', '.join(splits)}")
     prefix = f"hf://datasets/{table.repo}@{commit}/"
     names = [address.removeprefix(prefix) for address in splits[split]]
+    if len({_shardless(name) for name in names}) > 1:
+        some = ", ".join(names[:4])
+        raise OSError(f"{table}: the files of {split} are of several tables ({some})")
     for name in names:
         if f"partial-{split}" in name:
             raise OSError(f"{table}: the hub has converted only the first part of {split} ({name})")
         if not name.endswith(KINDS):
             raise OSError(f"{table}: {name} is none of {', '.join(KINDS)}")
     return {"table": asdict(table), "split": split, "commit": commit, "files": names}
+
+
+def _shardless(name: str) -> str:
+    """A file's name without what tells the files of one table apart."""
+    return re.sub(r"(-\d{5}-of-\d{5}(-[0-9a-f]{16})?|\d+)(?=\.\w+$)", "", name)
 
 
 def _note(table: Table, split: str, cache: Path) -> Path:
@@ -132,9 +141,9 @@ def _keep(note: Path, found: dict) -> None:
 
 
 def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Part:
-    place = f"{repo}, {name}"
+    place = f"{repo}@{commit[:8]}, {name}"
     address = f"hf://datasets/{repo}@{commit}/{name}"
-    have = partial(_downloaded, repo, commit, name, cache)
+    have = partial(_downloaded, repo, commit, name, cache, place)
     reader = readers.READERS[Path(name).suffix]
 
     def read(column: str) -> Iterator[Piece]:
@@ -153,7 +162,9 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
     return Part(place, 1, read if download else stream, count)
 
 
-def _downloaded(repo: str, commit: str, name: str, cache: Path, *, ask: bool = True) -> Path | None:
+def _downloaded(
+    repo: str, commit: str, name: str, cache: Path, place: str, *, ask: bool = True
+) -> Path | None:
     """The file in the cache, downloaded if need be; None where it is missing and ask is False."""
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
@@ -167,7 +178,7 @@ def _downloaded(repo: str, commit: str, name: str, cache: Path, *, ask: bool = T
     try:
         return Path(hf_hub_download(cache_dir=folder, **where))
     except (errors.HTTPError, OSError) as error:
-        raise OSError(_lost(f"{repo}, {name}", error)) from error
+        raise OSError(_lost(place, error)) from error
 
 
 def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:
@@ -178,7 +189,7 @@ def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:
     try:
         with (
             HfFileSystem().open(address, "rb") as file,
-            pyarrow.parquet.ParquetFile(file) as table,
+            pyarrow.parquet.ParquetFile(file, **readers.BIT_BY_BIT) as table,
         ):
             yield from readers.parquet_rows(table, column, place)
     except pyarrow.ArrowInvalid as error:

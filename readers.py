@@ -3,6 +3,7 @@
 A reader yields documents as pieces, never the whole at once, and keeps nothing of what it has read.
 """
 
+import codecs
 import glob
 import json
 import re
@@ -14,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 PIECE_CHARACTERS = 1 << 18
 ROWS_AT_ONCE = 1000
+BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # else row groups are read whole
 
 # Where a text may be cut so that its tokens do not change: word tokenizers and byte-level BPEs
 # split there anyway, after a single line break and before a single space.
@@ -194,12 +196,15 @@ def size_of(path: Path) -> int:
 
 
 def read_txt(path: Path, column: str) -> Iterator[Piece]:
-    """The whole file is one document, whatever its size."""
+    """The whole file is one document, whatever its size and that of its lines. Text without a
+    seam is cut after four pieces."""
     size, text = path.stat().st_size, ""
     with path.open("rb") as file:
-        for _, line, done in decoded_lines(file, f"data: {path}"):
+        for _, line, done in decoded_lines(file, f"data: {path}", PIECE_CHARACTERS):
             text += line
-            if len(text) >= PIECE_CHARACTERS and (cut := last_seam(text)):
+            if len(text) < PIECE_CHARACTERS:
+                continue
+            if cut := last_seam(text) or (len(text) >= 4 * PIECE_CHARACTERS) * len(text):
                 yield Piece(text[:cut], False, done / size)
                 text = text[cut:]
     yield Piece(text, True, 1.0)
@@ -234,7 +239,7 @@ def read_parquet(path: Path, column: str) -> Iterator[Piece]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, **BIT_BY_BIT) as file:
             yield from parquet_rows(file, column, f"data: {path}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(broken_parquet(f"data: {path}", error)) from error
@@ -276,19 +281,26 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 COUNTERS = {".parquet": count_parquet}  # of the kinds that say how many documents they hold
 
 
-def decoded_lines(file: BinaryIO, place: str) -> Iterator[tuple[int, str, int]]:
-    """(line number from 1, text with its line break, bytes read so far)."""
-    read = 0
-    for number, line in enumerate(file, 1):
+def decoded_lines(file: BinaryIO, place: str, longest: int = -1) -> Iterator[tuple[int, str, int]]:
+    """(line number from 1, text with its line break, bytes read so far); lines of more than
+    `longest` bytes come in several."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number, read, more = 1, 0, True
+    while more:
+        line = file.readline(longest)
+        more = bool(line)
+        waiting = len(decoder.getstate()[0])  # bytes of a character that was cut
         try:
-            text = line.decode("utf-8")
+            text = decoder.decode(line, final=not more or line.endswith(b"\n"))
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{place}, line {number} is not UTF-8 (byte {read + error.start});"
+                f"{place}, line {number} is not UTF-8 (byte {read - waiting + error.start});"
                 " convert the file, for example with iconv -t utf-8"
             ) from error
         read += len(line)
-        yield number, text, read
+        if more:
+            yield number, text, read
+        number += line.endswith(b"\n")
 
 
 def last_seam(text: str) -> int:

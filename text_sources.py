@@ -4,6 +4,7 @@ A source yields parts of a table, whose documents readers.read gives as pieces. 
 without reading, all that decides which text comes out: it goes into the name of the prepared data.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,10 @@ import readers
 from hub_tables import Table
 from readers import Part, Piece
 
+log = logging.getLogger("bamdlm")
+
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
+TEXT8_CHARACTERS = 100_000_000
 
 
 class Source(Protocol):
@@ -92,6 +96,9 @@ class Text8:
 
         def read(column: str) -> Iterator[Piece]:
             text = archives.text8(path)
+            if len(text) != TEXT8_CHARACTERS:
+                known = f"{TEXT8_CHARACTERS:,}"
+                log.warning("%s has %s characters, text8 has %s", path, f"{len(text):,}", known)
             first, last = len(text) * 9 // 10, len(text) * 19 // 20
             return readers.cut_long(text[:first] if split == "train" else text[last:])
 

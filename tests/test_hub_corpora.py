@@ -281,7 +281,7 @@ def test_the_next_source_is_asked_when_the_first_has_no_answer(hub, tmp_path, ca
         cache_dir=tmp_path,
         insert_special=False,
     )
-    assert made.about["read_from"].startswith("ccdv/pubmed-summarization, document/validation")
+    assert made.about["read_from"].startswith("ccdv/pubmed-summarization@")
     assert "reading from ccdv/pubmed-summarization" in caplog.text
     assert "cleaned in another way" in caplog.text
 
@@ -313,6 +313,27 @@ def test_a_repository_of_another_form_is_named(revisions, message, hub, tmp_path
         read("ptb", "valid", tmp_path / "cache")
     assert message in str(raised.value)
     assert len(str(raised.value).splitlines()) == 2
+
+
+def test_languages_in_one_folder_are_not_mixed(hub, tmp_path):
+    """EleutherAI's repository, were it without a card; with one the card says which file."""
+    repo = "EleutherAI/lambada_openai"
+    for name in ("lambada_test", "lambada_test_de"):
+        path = put_table(hub.root, repo, "main", f"data/{name}.jsonl", {"text": ["a"]})
+        path.write_text(json.dumps({"text": name}) + "\n")
+    with pytest.raises(ValueError, match=r"the files of test are of several tables \(data/lambada"):
+        read("lambada", "valid", tmp_path)
+    configurations = [("default", {"test": "data/lambada_test.jsonl"})]
+    configurations += [("de", {"test": "data/lambada_test_de.jsonl"})]
+    write_card(hub, repo, "main", card(*configurations))
+    assert read("lambada", "valid", tmp_path) == ["lambada_test"]
+
+
+def test_shards_are_one_table_under_any_of_their_names(hub, tmp_path):
+    for i, digits in enumerate(("0123456789abcdef", "fedcba9876543210")):
+        name = f"data/test-0000{i}-of-00002-{digits}.parquet"
+        put_table(hub.root, "fancyzhx/ag_news", "main", name, {"text": [digits]})
+    assert read("ag_news", "valid", tmp_path) == ["0123456789abcdef", "fedcba9876543210"]
 
 
 def test_a_column_of_another_name_is_told(hub, tmp_path):
