@@ -162,14 +162,14 @@ class NetworkSummary(ModelSummary):
     """Lightning's table of layers, less its FLOPs: without an example to run it counts none."""
 
     @staticmethod
-    def summarize(columns, total_parameters, trainable_parameters, megabytes, *args, **kwargs):
+    def summarize(columns, total_parameters, *args, **kwargs):
         columns = {name: values for name, values in columns if name not in ("Mode", "FLOPs")}
         shown = Table(*columns)
         for row in zip(*columns.values(), strict=True):
             shown.add_row(*row)
         console = get_console()
         console.print(shown)
-        console.print(f"{total_parameters:,} parameters, {megabytes:,.1f} MB in float32")
+        console.print(f"{total_parameters:,} parameters")
 
 
 def _ppl(nll: float) -> str:

@@ -49,12 +49,15 @@ class Signals:
 def end_on_interrupt() -> None:
     """Ctrl-C ends the process with one line. Python's own exception instead may be swallowed by a
     library that is being imported, and the run then goes on."""
-    signal.signal(signal.SIGINT, lambda number, frame: end("stopped"))
+    process = os.getpid()  # those it starts end without a word
+    signal.signal(signal.SIGINT, lambda *_: end("stopped" if os.getpid() == process else ""))
 
 
 def end(line: str) -> None:
-    """The process dies of SIGINT, so that a script that started it stops as well."""
-    tell(line)
+    """The process dies of SIGINT, so that a script that started it stops as well; `line` is said
+    unless it is empty."""
+    if line:
+        tell(line)
     if os.isatty(1):
         os.write(1, SHOW_CURSOR)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
