@@ -3,13 +3,13 @@
 A reader yields documents as pieces, never the whole at once, and keeps nothing of what it has read.
 """
 
-import codecs
 import glob
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -284,23 +284,29 @@ COUNTERS = {".parquet": count_parquet}  # of the kinds that say how many documen
 def decoded_lines(file: BinaryIO, place: str, longest: int = -1) -> Iterator[tuple[int, str, int]]:
     """(line number from 1, text with its line break, bytes read so far); lines of more than
     `longest` bytes come in several."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    number, read, more = 1, 0, True
-    while more:
-        line = file.readline(longest)
-        more = bool(line)
-        waiting = len(decoder.getstate()[0])  # bytes of a character that was cut
+    number, read, rest = 1, 0, b""
+    for part in iter(partial(file.readline, longest), b""):
+        line, rest = rest + part, b""
         try:
-            text = decoder.decode(line, final=not more or line.endswith(b"\n"))
+            text = line.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{place}, line {number} is not UTF-8 (byte {read - waiting + error.start});"
-                " convert the file, for example with iconv -t utf-8"
-            ) from error
-        read += len(line)
-        if more:
-            yield number, text, read
+            if error.reason != "unexpected end of data":
+                raise _not_utf8(
+                    place, number, read - len(line) + len(part) + error.start
+                ) from error
+            text, rest = line[: error.start].decode(), line[error.start :]
+        read += len(part)
+        yield number, text, read
         number += line.endswith(b"\n")
+    if rest:
+        raise _not_utf8(place, number, read - len(rest))
+
+
+def _not_utf8(place: str, number: int, byte: int) -> ValueError:
+    return ValueError(
+        f"{place}, line {number} is not UTF-8 (byte {byte});"
+        " convert the file, for example with iconv -t utf-8"
+    )
 
 
 def last_seam(text: str) -> int:
