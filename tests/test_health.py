@@ -1,7 +1,9 @@
 """Saves that fail, steps that are not finite, data that do not come."""
 
 import errno
+import functools
 import shutil
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from runs import ALGORITHMS, run, tiny
+from test_resume import at_call
 
 import torch_zip
 from benchmarks.chaos import differences, read
@@ -55,6 +58,48 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(policy, code, last, base, t
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
+def read_only(folder):
+    """Patch: from the second save on the folder cannot be written."""
+    real, calls = tempfile.mkstemp, [0]
+
+    def mkstemp(*args, **kwargs):
+        calls[0] += str(kwargs.get("dir")) == str(folder)
+        if calls[0] > 1:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(*args, **kwargs)
+
+    tempfile.mkstemp = mkstemp
+
+
+def vanishing(folder):
+    """Patch: ahead of step 5 the folder is elsewhere, and its name is taken."""
+
+    def act():
+        folder.rename(folder.with_name("elsewhere"))
+        folder.touch()
+
+    at_call(Diffusion, "training_step", 9, act)()
+
+
+@pytest.mark.parametrize(
+    ("patch", "place", "message"),
+    [(read_only, "checkpoints", "Read-only file system"), (vanishing, "elsewhere", "File exists")],
+)
+def test_a_folder_that_cannot_be_written_is_said(patch, place, message, base, tmp_path):
+    run_folder = tmp_path / "run"
+    more = [f"checkpointing.save_dir={run_folder}", "checkpointing.on_save_error=continue"]
+    before = functools.partial(patch, run_folder / "checkpoints")
+    code, text = run(
+        [*base, *more, "callbacks.checkpoint_monitor=null"], tmp_path / "log", before=before
+    )
+    assert code == 0, text
+    assert "step=8.ckpt could not be written" in text
+    assert message in text
+    assert "Traceback" not in text
+    assert read(run_folder / place / "last.ckpt")["global_step"] == 4
+    assert max(read_log(run_folder / "metrics.csv")["trainer/loss"]) == 9
+
+
 class NoRoute(Exception):
     """What the client of a store raises: not an OSError."""
 
@@ -85,11 +130,29 @@ def poisoned(calls):
     Diffusion.training_step = step
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(base, tmp_path):
+def overflow():
+    """Patch: in step 2 a gradient is infinite, its losses are not."""
+    real, calls = Diffusion.configure_gradient_clipping, [0]
+
+    def clip(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 2:
+            next(p.grad for p in self.parameters() if p.grad is not None).fill_(torch.inf)
+        return real(self, *args, **kwargs)
+
+    Diffusion.configure_gradient_clipping = clip
+
+
+@pytest.mark.parametrize(
+    ("what", "patch"),
+    [("loss", lambda: poisoned({4})), ("gradient", overflow)],
+    ids=["loss", "grad"],
+)
+def test_a_step_that_is_not_finite_is_left_out_and_counted(what, patch, base, tmp_path):
     arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}"]
-    code, text = run(arguments, tmp_path / "log", before=lambda: poisoned({4}))
+    code, text = run(arguments, tmp_path / "log", before=patch)
     assert code == 0, text
-    assert "step 2 left out: its loss is not finite" in text
+    assert f"step 2 left out: its {what} is not finite" in text
     kept = torch.load(tmp_path / "run/bad_steps/step=2-rank=0.pt", weights_only=True)
     assert kept["batches"][0]["input_ids"].shape == (4, 16)
     assert kept["parameters"]
