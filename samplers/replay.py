@@ -15,20 +15,15 @@ class Replay:
     """Recordings of functions of tensors on one CUDA device; they share their memory."""
 
     def __init__(self):
-        self.recordings: dict[Hashable, _Recording | None] = {}
-        self.pool = None
+        self.recordings: dict[Hashable, _Recording] = {}
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, name: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(*inputs). Under one name every other tensor it reads must stay where it is."""
         key = (name, *((x.shape, x.dtype) for x in inputs))
         if key not in self.recordings:
-            self.recordings[key] = None
-            return function(*inputs)
-        if self.recordings[key] is None:
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
-            self.recordings[key] = _Recording(function, inputs, self.pool)
-        return self.recordings[key](*inputs)
+            self.recordings[key] = _Recording(inputs)
+        return self.recordings[key](function, inputs, self.pool)
 
     def forget(self) -> None:
         """The tensors beside the inputs have moved."""
@@ -36,14 +31,22 @@ class Replay:
 
 
 class _Recording:
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool):
+    def __init__(self, inputs: tuple[Tensor, ...]):
         self.inputs = [x.clone() for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.output = function(*self.inputs)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.output: Tensor | None = None
+        self.tried = False
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, function, inputs: tuple[Tensor, ...], pool) -> Tensor:
         for ours, given in zip(self.inputs, inputs, strict=True):
             ours.copy_(given)
+        if not self.tried:  # on the very tensors of the recording: nothing is compiled during it
+            self.tried = True
+            return function(*self.inputs)
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self.output = function(*self.inputs)
+            self.graph = graph
         self.graph.replay()
         return self.output.clone()  # the next recording that is replayed writes there too
