@@ -39,7 +39,7 @@ def quiet() -> None:
     """Keep banners and advice of the libraries out of the way of what this project says."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for name in ("httpx", "fsspec", "urllib3", "torch", "aiobotocore", "botocore"):
+    for name in ("httpx", "httpx2", "fsspec", "urllib3", "torch", "aiobotocore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec, LeafSpec.*",

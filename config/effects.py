@@ -108,3 +108,5 @@ def _data(config: Config) -> Iterator[str]:
         name, revision = getattr(data, split), getattr(data, f"{split}_revision")
         if revision is not None and name is not None and (name == "shakespeare" or "." in name):
             yield f"data.{split}_revision has no effect: {name} does not come from the hub"
+        elif revision is not None and data.source is not None:
+            yield f"data.{split}_revision has no effect: data.source={data.source} is read"

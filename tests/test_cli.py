@@ -439,6 +439,11 @@ HARMLESS = [
         ["data.train_revision=main"],
         "data.train_revision has no effect: shakespeare does not",
     ),
+    (
+        ["data=ag_news", "wandb=null"],
+        ["data.source=.", "data.train_revision=main"],
+        "data.train_revision has no effect: data.source=. is read",
+    ),
     (PPL, ["training.eval_nll=False"], "training.eval_nll=False has no effect"),
     (PPL, ["training.sampling_eps_min=.3"], "training.sampling_eps_min has no effect: mode=ppl"),
     (PPL, ["training.from_pretrained=org/x"], "training.from_pretrained=org/x has no effect"),

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 import config
 import corpora
 import hub_tables
+import preparation
 from build import build_data, build_tokenizer
 from dataloader import get_rows
 from hub_tables import CONVERTED, Table
@@ -380,6 +381,23 @@ def test_without_a_network_the_error_comes_at_once_and_names_the_way_out(
     assert time.monotonic() - began < 5
     assert len(str(raised.value).splitlines()) == 3  # one for each source
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_lost_connection_costs_no_finished_part(hub, tmp_path, monkeypatch, caplog):
+    put(hub, "wikitext103")
+    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 10)
+    tokenizer = get_tokenizer(str(GOLDEN / "tokenizer"))
+    prepare = partial(get_rows, "wikitext103", "train", tokenizer=tokenizer, length=8)
+    whole = prepare(cache_dir=tmp_path / "whole")
+    (second,) = hub.root.rglob("train-00001-of-00002.parquet")
+    second.rename(second.with_suffix(".gone"))
+    with pytest.raises(OSError, match=r"train-00001-of-00002.parquet could not .* run it again"):
+        prepare(cache_dir=tmp_path / "cache")
+    second.with_suffix(".gone").rename(second)
+    with caplog.at_level("INFO", "bamdlm"):
+        again = prepare(cache_dir=tmp_path / "cache")
+    assert "going on with 3 finished parts" in caplog.text
+    assert again.ids.tolist() == whole.ids.tolist()
 
 
 def test_a_file_that_is_lost_on_the_way_is_named(hub, tmp_path):
