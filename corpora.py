@@ -201,10 +201,10 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
     if not isinstance(corpus.sources[0], Hub):
         raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
     tables = [hub.table for hub in corpus.sources]
-    inside = [name, *(table.name or table.data_dir for table in tables)]
+    inside = (table.name or table.data_dir for table in tables)
     splits = {corpus.rows(key)[0] for key in ("train", "valid") if corpus.split(key)}
     folders = tuple(folder for folder in inside if folder is not None)
-    return LocalCopy(path, frozenset(splits), folders, corpus.archive)
+    return LocalCopy(name, path, frozenset(splits), folders, corpus.archive)
 
 
 def read(

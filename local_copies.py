@@ -32,8 +32,9 @@ WAY_OUT = "give a folder of .parquet, .jsonl or .txt files, or one such file"
 @dataclass(frozen=True)
 class LocalCopy:
     """splits: of the corpus, as the hub calls them. folders: subfolders that belong to this corpus
-    where source holds several. split is one of splits."""
+    where source holds several, beside one of its name. split is one of splits."""
 
+    corpus: str
     source: Path
     splits: frozenset[str]
     folders: tuple[str, ...] = ()
@@ -42,7 +43,7 @@ class LocalCopy:
     @property
     def path(self) -> Path:
         """source, or the part of it that holds this corpus."""
-        inside = (self.source / name for name in self.folders)
+        inside = (self.source / name for name in (self.corpus, *self.folders))
         return next((folder for folder in inside if folder.is_dir()), self.source)
 
     def identity(self, split: str, revision: str | None) -> dict:
@@ -116,16 +117,18 @@ class LocalCopy:
             some = ", ".join(path.name for path in found[:10]) or "nothing"
             raise ValueError(
                 f"data.source={self.path} holds {some}, but no file of the kinds"
-                f" {', '.join(readers.READERS)}"
+                f" {', '.join(readers.READERS)}; an archive must be named itself"
             )
         wanted = [path for path in tables if self.names(path, split)]
         if not wanted:
             some = ", ".join(path.relative_to(self.path).as_posix() for path in tables[:10])
             raise ValueError(
-                f"data.source={self.path} holds {some}, but no file of the split {split}; name it"
-                " in the file's or its folder's name"
+                f"data.source={self.path} holds {some}, but no file of the split {split} of"
+                f" {self.corpus}; name it in the file's or its folder's name, and keep several"
+                " corpora in folders of their names"
             )
         readers.check_one_kind(wanted, f"data.source={self.path}")
+        self.check_lines(wanted[0])
         for path in wanted:
             if "partial" in words(path.relative_to(self.path).as_posix()):
                 raise ValueError(f"data.source={self.path}: {path} is only a part of {split}")
@@ -141,7 +144,16 @@ class LocalCopy:
                 f"data.source={self.path}: its name does not say that it is the split {split};"
                 f" rename it, or {WAY_OUT}, that does"
             )
+        self.check_lines(self.path)
         return self.path
+
+    def check_lines(self, path: Path) -> None:
+        """A .txt file is one document, but the documents of some corpora are lines."""
+        if self.archive is not None and path.suffix == ".txt":
+            raise ValueError(
+                f"data.source: {path} would be one document, but those of {self.corpus} are lines:"
+                f" give {self.archive.train} and {self.archive.valid}, .jsonl or .parquet"
+            )
 
     def names(self, path: Path, split: str) -> bool:
         """Whether a file is of the split: by its name and those of its folders inside of source,

@@ -149,7 +149,9 @@ def test_names_that_give_no_text(refused, tmp_path):
     (tmp_path / "lost.txt").symlink_to(tmp_path / "nowhere")
     assert "lost.txt is not a file" in refused(str(tmp_path))
     assert "did you mean wikitext103" in refused("wikitext1003")
-    assert "data.valid=openwebtext: this corpus has no valid split" in refused("openwebtext", "valid")
+    assert "data.valid=openwebtext: this corpus has no valid split" in refused(
+        "openwebtext", "valid"
+    )
 
 
 def test_a_folder_of_several_kinds_is_refused(refused, tmp_path):
@@ -283,7 +285,22 @@ COPIES = {
     "no file of the split": (
         "ag_news",
         lambda d: tables(d / "copy", "train.jsonl", "latest.jsonl"),
-        "copy holds latest.jsonl, train.jsonl, but no file of the split test; name it",
+        "copy holds latest.jsonl, train.jsonl, but no file of the split test of ag_news; name it",
+    ),
+    "lines in a text file": (
+        "lm1b",
+        lambda d: tables(d / "copy", "train.txt", "test.txt"),
+        "test.txt would be one document, but those of lm1b are lines: give news.en-*-of-* and",
+    ),
+    "lines in one text file": (
+        "ptb",
+        lambda d: rewritten(d, "valid.txt", ENOUGH) / "valid.txt",
+        "valid.txt would be one document, but those of ptb are lines: give ptb.train.txt and",
+    ),
+    "a folder with an archive": (
+        "wikitext103",
+        lambda d: zipped(d / "x.zip", {RAW: ENOUGH}).parent,
+        "holds x.zip, but no file of the kinds .txt, .jsonl, .parquet; an archive must be named",
     ),
     "a file of the other split": (
         "ag_news",
