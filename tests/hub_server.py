@@ -33,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     root: Path
     asked: list[Asked]
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a header and a body would wait for each other
 
     def do_HEAD(self):
         self.answer()
