@@ -182,17 +182,23 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
         length=length,
         seed=config.seed,
         batch_size=loader.batch_size,
-        eval_batch_size=loader.eval_batch_size,
+        eval_batch_size=validation_rows(config),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory and config.trainer.accelerator == "gpu",
         window_bos=tokenizer.bos_id if config.data.insert_train_special else None,
     )
 
 
+def validation_rows(config: Config) -> int:
+    """Of a device's batch. The noise is that of loader.eval_global_batch_size in any case."""
+    tokens = config.eval.tokens_per_batch
+    return config.loader.eval_batch_size if tokens is None else tokens // config.model.length
+
+
 def check_share(config: Config, rows: int) -> None:
     """trainer.limit_val_batches as a share of the batches of a device: one of them at least."""
     share, devices = config.trainer.limit_val_batches, config.trainer.devices
-    batch_size = config.loader.eval_batch_size
+    batch_size = validation_rows(config)
     batches = -(-rows // (batch_size * devices * config.trainer.num_nodes))
     if isinstance(share, float) and share and not int(share * batches):
         raise ValueError(

@@ -17,6 +17,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
         )
     if config.mode == "sample_eval":
         yield from _sampling(config)
+        if config.eval.tokens_per_batch is not None:
+            yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
     if config.mode in ("train", "plan", "ppl_eval"):
         yield from _exact(config)
     if config.mode == "ppl_eval" and config.algo.name != "ar":

@@ -50,6 +50,7 @@ RANGES = (
             "sampling.k",
             "sampling.context_size",
             "eval.perplexity_batch_size",
+            "eval.tokens_per_batch",
             "trainer.devices",
             "trainer.num_nodes",
             "trainer.max_steps",

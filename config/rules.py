@@ -132,6 +132,9 @@ def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]
 
 def batches(config: Config) -> Iterator[str]:
     loader, trainer = config.loader, config.trainer
+    tokens, length = config.eval.tokens_per_batch, config.model.length
+    if tokens is not None and 0 < tokens < length:
+        yield f"eval.tokens_per_batch={tokens} is less than a row of model.length={length}"
     if config.mode == "ppl_eval" and trainer.limit_val_batches == 0:
         yield f"trainer.limit_val_batches={trainer.limit_val_batches} leaves nothing to evaluate"
     if config.mode not in ("train", "plan"):

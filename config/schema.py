@@ -73,6 +73,10 @@ class Eval:
         ".ckpt, exported folder or hub id; null: the newest of the algorithm under outputs/"
     )
     disable_ema: bool = doc("use the raw weights, not their average")
+    tokens_per_batch: int | None = doc(
+        "of a device's validation batch; the result does not depend on it; null:"
+        " loader.eval_batch_size rows"
+    )
     perplexity_batch_size: int = doc("texts the judge scores together")
     gen_ppl_eval_model_name_or_path: str | None = doc("judge of generative perplexity; null: none")
 

@@ -73,14 +73,17 @@ def draw_examples(
     """The draws of examples known by their place in the stream (int64 [B], on the CPU).
 
     Example e is row e % global_batch of step e // global_batch; settings as for `draw`. A batch
-    across a border between steps (validation on an odd number of devices) is drawn row by row.
+    may reach over several steps (validation, whose batches need not be those of the noise).
     """
-    steps = (examples // global_batch).tolist()
+    steps, counts = torch.unique_consecutive(examples // global_batch, return_counts=True)
     rows = (examples % global_batch).to(device)
     draws = functools.partial(draw, global_batch=global_batch, **settings)
-    if len(set(steps)) == 1:
-        return draws(seed, steps[0], rows)
-    parts = [draws(seed, step, rows[i : i + 1]) for i, step in enumerate(steps)]
+    parts = [
+        draws(seed, step, part)
+        for step, part in zip(steps.tolist(), rows.split(counts.tolist()), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
     return Draws(
         time=torch.cat([part.time for part in parts]),
         token=torch.cat([part.token for part in parts]),

@@ -66,6 +66,7 @@ DEFAULTS = {
     "training.eval_nll": True,
     "eval.checkpoint_path": None,
     "eval.disable_ema": False,
+    "eval.tokens_per_batch": None,
     "eval.perplexity_batch_size": 8,
     "eval.gen_ppl_eval_model_name_or_path": "gpt2-large",
     "optim.lr": 3e-4,

@@ -282,6 +282,23 @@ def test_perplexity_is_that_of_the_checkpoint(trained, base, algo, averaged, cap
     assert f"perplexity {found['ppl']:.3f} ± {found['ppl_error']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("algo", ["bamdlm", "ar"])
+def test_perplexity_does_not_depend_on_the_batch(trained, algo):
+    words, folder = trained(algo)
+    plain = evaluated(words, folder)
+    for rows in (1, 3, 20):  # the noise is that of batches of 8
+        found = evaluated(words, folder, f"eval.tokens_per_batch={rows * LENGTH + 1}")
+        assert found["nll"] == pytest.approx(plain["nll"], rel=1e-6)
+        assert found["rows"] == plain["rows"]
+
+
+def test_a_batch_holds_a_row_at_least(trained, capsys):
+    words, folder = trained("ar")
+    words = [*words, "mode=ppl_eval", f"eval.checkpoint_path={last(folder)}"]
+    message = refused([*words, f"eval.tokens_per_batch={LENGTH - 1}"], capsys)
+    assert f"eval.tokens_per_batch={LENGTH - 1} is less than a row" in message
+
+
 # ---- sampling ---------------------------------------------------------------------------------
 
 CACHED = ("ar", "bamdlm")
