@@ -22,6 +22,10 @@ import packing
 FORMAT = 1  # raise it when the same settings would give other rows
 
 
+def dtype_of(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
 def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
     """The number of rows written."""
     rows, files = 0, {}

@@ -16,6 +16,7 @@ import hub_tables
 import packing
 import preparation
 import readers
+import shards
 from dataloader import get_rows
 from packing import Shape
 from tokenizer import get_tokenizer
@@ -284,7 +285,7 @@ def test_large_vocabularies_keep_their_ids(tmp_path):
 def test_preparation_does_not_depend_on_batches(prepare, monkeypatch, tmp_path):
     path = write_lines(tmp_path, 300)
     whole = np.array(prepare(path, "train").ids)
-    monkeypatch.setattr(preparation, "TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr(shards, "TEXTS_AT_ONCE", 7)
     monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 5)
     monkeypatch.setattr(readers, "ROWS_AT_ONCE", 3)
     again = prepare(path, "train", cache_dir=tmp_path / "second")

@@ -16,8 +16,8 @@ from runs import tiny
 import config
 import main
 import packing
-import preparation
 import rows
+import shards
 from build import alignment
 from dataloader import DataModule, get_rows
 from packing import Shape
@@ -153,7 +153,7 @@ def test_rows_of_one_text_carry_no_segments(prepare):
 
 def test_processes_change_nothing(prepare, monkeypatch, tmp_path):
     alone = prepare()
-    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 20)
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 20)
     several = prepare(cache_dir=tmp_path / "other", processes=2)
     assert several.folder != alone.folder
     for name in ("ids.bin", "marks.bin", "counts.bin"):
@@ -161,7 +161,7 @@ def test_processes_change_nothing(prepare, monkeypatch, tmp_path):
 
 
 def test_a_process_that_meets_an_unknown_character_says_which(prepare, monkeypatch):
-    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 20)
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 20)
     letters = get_tokenizer("characters:abcdefghijklmnopqrst uv")
     with pytest.raises(ValueError, match=r"'w' .* is not among the 23 .*text that begins 'the w"):
         prepare(tokenizer=letters, processes=2)

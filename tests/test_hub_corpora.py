@@ -16,7 +16,7 @@ from huggingface_hub import constants
 import config
 import corpora
 import hub_tables
-import preparation
+import shards
 from build import build_data, build_tokenizer
 from dataloader import get_rows
 from hub_tables import CONVERTED, Table
@@ -385,7 +385,7 @@ def test_without_a_network_the_error_comes_at_once_and_names_the_way_out(
 
 def test_a_lost_connection_costs_no_finished_part(hub, tmp_path, monkeypatch, caplog):
     put(hub, "wikitext103")
-    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 10)
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 10)
     tokenizer = get_tokenizer(str(GOLDEN / "tokenizer"))
     prepare = partial(get_rows, "wikitext103", "train", tokenizer=tokenizer, length=8)
     whole = prepare(cache_dir=tmp_path / "whole")

@@ -19,6 +19,7 @@ from test_checkpoint_places import S3_SERVER, in_fresh_process, process, wait_fo
 import mirror
 import packing
 import preparation
+import shards
 from dataloader import get_rows
 from packing import Shape
 from readers import Piece
@@ -36,7 +37,7 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
     """Parts of a few documents, and no threads: these tests fork."""
-    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 1 << 12)
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 1 << 12)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -162,11 +163,11 @@ def test_few_parts_are_read_ahead(processes, tokenizer, tmp_path):
         for piece in pieces(3000):
             read += len(piece.text)
             parts = sum(1 for _ in tmp_path.glob("rows.tmp/*.npz"))
-            furthest = max(furthest, read // preparation.SHARD_CHARACTERS - parts)
+            furthest = max(furthest, read // shards.SHARD_CHARACTERS - parts)
             yield piece
 
     prepare(tmp_path / "rows", tokenizer, read=counted, processes=processes)
-    assert read // preparation.SHARD_CHARACTERS > 50
+    assert read // shards.SHARD_CHARACTERS > 50
     assert furthest <= 2 * processes + 2
 
 
@@ -201,15 +202,9 @@ def test_what_was_finished_is_not_tokenized_again(tokenizer, tmp_path):
         seen.extend(batch)
         return tokenizer.encode_batch(batch)
 
-    def broken(at):
-        for i, piece in enumerate(pieces(400)):
-            if i == at:
-                raise OSError("connection lost")
-            yield piece
-
     options = {"encode": encode, "processes": 1}
     with pytest.raises(OSError, match="connection lost"):
-        prepare(tmp_path / "rows", tokenizer, read=lambda: broken(300), **options)
+        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300), **options)
     before = len(seen)
     assert before > 100
     assert not (tmp_path / "rows").exists()
@@ -224,21 +219,46 @@ def test_a_torn_part_and_parts_cut_otherwise_are_not_taken(tokenizer, tmp_path, 
     whole = prepare(tmp_path / "whole", tokenizer)
     work = preparation.work_folder(tmp_path / "rows")
 
-    def lost():
-        yield from list(pieces(400))[:300]
-        raise OSError("connection lost")
-
     with pytest.raises(OSError, match="connection lost"):
-        prepare(tmp_path / "rows", tokenizer, read=lost)
+        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300))
     (work / "000001.npz").rename(work / "000001.part")
     made = prepare(tmp_path / "rows", tokenizer)
     assert content(made.folder) == content(whole.folder)
 
     with pytest.raises(OSError, match="connection lost"):
-        prepare(tmp_path / "other", tokenizer, read=lost)
-    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 1 << 11)
+        prepare(tmp_path / "other", tokenizer, read=lambda: lost(300))
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 1 << 11)
     made = prepare(tmp_path / "other", tokenizer)
     assert content(made.folder) == content(whole.folder)
+
+
+def test_a_damaged_part_is_made_again(tokenizer, tmp_path):
+    whole = prepare(tmp_path / "whole", tokenizer)
+    with pytest.raises(OSError, match="connection lost"):
+        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300))
+    files = sorted(preparation.work_folder(tmp_path / "rows").glob("*.npz"))
+    assert len(files) > 3
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].write_bytes(b"")
+    damaged = bytearray(files[2].read_bytes())
+    damaged[200] ^= 1
+    files[2].write_bytes(damaged)
+    assert content(prepare(tmp_path / "rows", tokenizer).folder) == content(whole.folder)
+
+
+def lost(at):
+    yield from list(pieces(400))[:at]
+    raise OSError("connection lost")
+
+
+def test_a_process_that_is_ended_from_outside_is_one_message(tokenizer, tmp_path):
+    def encode(batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(OSError, match="ended from outside, perhaps for want of memory"):
+        prepare(tmp_path / "rows", tokenizer, encode=encode, processes=2)
+    assert not (tmp_path / "rows").exists()
+    prepare(tmp_path / "rows", tokenizer)
 
 
 def test_processes_end_with_the_one_they_work_for(tokenizer, tmp_path):
