@@ -67,4 +67,6 @@ def stand_in(root, monkeypatch, cache):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+        for place in (constants, datasets.config):  # whatever the environment says
+            monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
         yield StandIn(root, address, asked)
