@@ -12,6 +12,7 @@ split.
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -99,7 +100,8 @@ class Examples(Dataset):
 
 
 class StreamedExamples(Dataset):
-    """Whole batches straight from the text, read forwards by the process that asks.
+    """Whole batches straight from the text, read forwards by the process that asks. Asked for what
+    has gone by, as at a new epoch after some were fetched ahead, it reads from a bookmark again.
 
     Some batches have a "bookmark", where to read on (streaming.to_text). Where the text cannot be
     read a batch is {"error": why}: an exception would come out of a worker as a traceback.
@@ -117,10 +119,14 @@ class StreamedExamples(Dataset):
         self.lanes, self.bookmarks = streaming.lanes_of(rank, world_size), bookmarks
         self.fingerprint = text.fingerprint(seed)
         self.stream: streaming.Stream | None = None
+        self.next = 0  # no position before it is asked for without going back
         self.batches = 0
+        self.own: deque[tuple[int, dict]] = deque(maxlen=4)  # (position, bookmarks made there)
 
     def open(self, position: int) -> streaming.Stream:
-        bookmarks = streaming.from_texts(self.bookmarks(), self.fingerprint)
+        bookmarks = next((marks for at, marks in reversed(self.own) if at <= position), None)
+        if bookmarks is None:
+            bookmarks = streaming.from_texts(self.bookmarks(), self.fingerprint)
         if position and not bookmarks:
             log.info("no bookmark: tokenizing the text up to example %s again", f"{position:,}")
         return streaming.Stream(self.text, self.seed, lanes=self.lanes, bookmarks=bookmarks)
@@ -128,9 +134,10 @@ class StreamedExamples(Dataset):
     def __getitems__(self, places: list[Place]) -> dict:
         positions = [place.position for place in places]
         try:
-            if self.stream is None:
+            if self.stream is None or positions[0] < self.next:
                 self.stream = self.open(positions[0])
             rows = self.stream.read(positions)
+            self.next = positions[-1] + 1
         except streaming.TextError as error:
             return {"error": str(error)}
         length = rows.ids.shape[1]
@@ -142,6 +149,7 @@ class StreamedExamples(Dataset):
         batch["input_ids"] = torch.from_numpy(rows.ids)
         batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.batches % BOOKMARK_EVERY == 0:
+            self.own.append((self.next, self.stream.bookmarks()))
             batch["bookmark"] = streaming.to_text(self.stream.bookmarks(), self.fingerprint)
         self.batches += 1
         return batch

@@ -12,6 +12,7 @@ from hub_tools import put_table, stand_in
 from runs import Run, finish, ranks, run, tiny
 from test_hub_corpora import LAYOUTS, card, write_card
 
+import dataloader
 import packing
 import streaming
 from data_order import InOrder, TrainBatches
@@ -186,6 +187,20 @@ def test_a_loader_gives_the_rows_of_the_stream(workers):
     assert rows == read(Stream(text(), SEED), 0, 48)
     assert all(batch["attention_mask"].all() for batch in batches)
     assert all(batch["input_ids"].dtype == torch.int64 for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_new_epoch_shows_what_was_fetched_ahead_and_not_trained_on(workers, monkeypatch):
+    """Far ahead: the rows have gone by, and are read again."""
+    monkeypatch.setattr(dataloader, "BOOKMARK_EVERY", 3)
+    data = module(text(), num_workers=workers)
+    rows = read(Stream(text(), SEED), 0, 1000)
+    loader = data.train_dataloader()
+    for start, batches in ((0, 200), (400, 100), (4, 5), (720, 40)):
+        data.start_at(start)
+        found = list(itertools.islice(loader, batches))
+        seen = [row for batch in found for row in batch["input_ids"].tolist()]
+        assert seen == rows[start : start + 4 * batches]
 
 
 def module(given, **settings):
