@@ -8,11 +8,15 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from config.defaults import user_cache
+from utils import plain_errors
 
 log = logging.getLogger("bamdlm")
 
@@ -32,23 +36,36 @@ def local(cache_dir: str | Path) -> Path:
     return user_cache() / "mirrors" / f"{url.rpartition('/')[2]}-{digest}"
 
 
+@contextmanager
+def reached(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """(file system, path in it). OSError: it cannot be reached, read or written."""
+    try:
+        with plain_errors(url):
+            yield url_to_fs(url)
+    except (ImportError, ValueError, OSError) as error:
+        raise OSError(
+            f"data.cache_dir: {url} cannot be used ({error}); see to it, or give a folder of this"
+            " machine"
+        ) from error
+
+
 def is_complete(url: str) -> bool:
-    fs, path = url_to_fs(url)
-    return fs.exists(f"{path}/{LAST}")
+    with reached(url) as (fs, path):
+        return fs.exists(f"{path}/{LAST}")
 
 
 def fetch(url: str, folder: Path) -> bool:
     """Copy a complete remote folder here, under its name when it is whole; False: there is none."""
     if not is_complete(url):
         return False
-    fs, path = url_to_fs(url)
     new = folder.with_name(f"{folder.name}.fetched")
     shutil.rmtree(new, ignore_errors=True)  # of a killed process; the caller holds the lock
     log.info("copying %s to %s", url, folder)
     try:
         new.mkdir(parents=True)
-        for source in fs.ls(path, detail=False):
-            fs.get_file(source, str(new / source.rpartition("/")[2]))
+        with reached(url) as (fs, path):
+            for source in fs.ls(path, detail=False):
+                fs.get_file(source, str(new / source.rpartition("/")[2]))
         os.rename(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -57,9 +74,9 @@ def fetch(url: str, folder: Path) -> bool:
 
 def publish(folder: Path, url: str) -> None:
     """Copy a prepared folder there. Two machines that do it at once write the same files."""
-    fs, path = url_to_fs(url)
     log.info("copying %s to %s", folder, url)
-    fs.makedirs(path, exist_ok=True)
     files = sorted(folder.iterdir(), key=lambda file: file.name == LAST)
-    for file in files:
-        fs.put_file(str(file), f"{path}/{file.name}")
+    with reached(url) as (fs, path):
+        fs.makedirs(path, exist_ok=True)
+        for file in files:
+            fs.put_file(str(file), f"{path}/{file.name}")

@@ -53,25 +53,23 @@ def prepare(
     it is complete, and is made where it is not. notes: what calling `pieces` puts in there is kept
     with `about`, and parts made under other notes are not used.
     """
-    if not folder.is_dir() or work_folder(folder).exists():
-        with lock(folder):
-            if folder.is_dir():  # killed, or another process's, after the folder was complete
-                shutil.rmtree(work_folder(folder), ignore_errors=True)
-            elif remote is None or not mirror.fetch(remote, folder):
-                write(
-                    folder,
-                    pieces,
-                    encode,
-                    shape,
-                    vocab_size,
-                    about,
-                    processes,
-                    {} if notes is None else notes,
-                )
-    made = Rows(folder)
-    if remote is not None and not mirror.is_complete(remote):
-        mirror.publish(folder, remote)
+    if is_whole(folder) and (remote is None or mirror.is_complete(remote)):
+        return Rows(folder)
+    with lock(folder):
+        if folder.is_dir():  # killed, or another process's, after the folder was complete
+            shutil.rmtree(work_folder(folder), ignore_errors=True)
+        elif remote is None or not mirror.fetch(remote, folder):
+            notes = {} if notes is None else notes
+            write(folder, pieces, encode, shape, vocab_size, about, processes, notes)
+        made = Rows(folder)
+        if remote is not None and not mirror.is_complete(remote):
+            mirror.publish(folder, remote)
     return made
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder is there, and nothing of its making beside it."""
+    return folder.is_dir() and not work_folder(folder).exists()
 
 
 def work_folder(folder: Path) -> Path:

@@ -366,6 +366,25 @@ def test_rows_behind_a_url_are_made_once_and_then_copied(tokenizer, memory, tmp_
         ask(cache_dir="memory://data")
 
 
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [("nosuch://data", "Protocol not known"), ("broken://data", "NoCredentials: log in first")],
+)
+def test_a_url_that_cannot_be_used_is_one_message(url, why, tokenizer, memory, tmp_path):
+    class NoCredentials(Exception):
+        """Of a file system's own."""
+
+    class Broken(fsspec.AbstractFileSystem):
+        def exists(self, path, **_):
+            raise NoCredentials("log in first")
+
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    (tmp_path / "a.txt").write_text("the work")
+    with pytest.raises(OSError, match=rf"data.cache_dir: {url}/rows/.* cannot be used \(.*{why}"):
+        get_rows(str(tmp_path / "a.txt"), "train", tokenizer=tokenizer, length=16, cache_dir=url)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
 S3 = """
     import json, sys
     import fsspec
