@@ -14,16 +14,18 @@ import checkpoints
 from build import build_backbone, build_shape, build_tokenizer
 from config import Config
 from flops import Flops, Shape, flops, matmul_dtype, matmul_peak
+from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from utils import say
 
 MFU = 0.4  # what the hours assume
 GIB = 1 << 30
-LOGITS = 1 << 26  # a chunk on an accelerator (objectives/head.py)
 # FLOP/s of dense matrix products as their makers state them
 KNOWN = {"H100 (bf16, 989 TFLOP/s)": 989e12, "A100 (bf16, 312 TFLOP/s)": 312e12}
-# Bytes kept per row, layer and unit of width: inputs of the two norms, of the modulations, gates
-# and products, q, k, v, the MLP's hidden layer before and after its gelu, two dropout masks.
-KEPT = {2: 50, 4: 82}
+# Bytes kept per row, layer and unit of width (inputs of the norms, modulations, gates and products,
+# q, k, v, the MLP's hidden layer before and after its gelu, dropout masks) and what is made on the
+# way: fitted to peaks of bamdlm and mdlm, model=small in bf16 on an H100, model=tiny in float32.
+KEPT = {2: 62, 4: 120}
+KEPT_COMPILED = 0.7  # of that
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,24 @@ def plan(
     batch: int,
     bytes_per_number: int,
     ema: bool,
+    compiled: bool = False,
+    logits: int = CHUNK_LOGITS_ACCELERATOR,
     sharded_over: int = 1,
 ) -> Plan:
-    """batch: sequences per device and pass. bytes_per_number: of the matrix products, 2 or 4."""
+    """batch: sequences per device and pass. bytes_per_number: of the matrix products, 2 or 4.
+    logits: held at once."""
     per_weight = 4 + 4 + 8 + 4 * ema + (2 if bytes_per_number == 2 else 0)
     rows = batch * shape.length * (2 if shape.clean_half else 1)
     # the last layer keeps little more than its keys and values, and the rows that are read
     layers = shape.n_blocks - 1 + (batch * shape.read) / rows
+    kept = KEPT[bytes_per_number] * (KEPT_COMPILED if compiled else 1)
     cost = flops(shape)
     return Plan(
         parameters=parameters,
         weights=parameters * per_weight / sharded_over,
-        activations=rows * layers * shape.hidden_size * KEPT[bytes_per_number],
-        head=LOGITS * (bytes_per_number + 4) + 4 * shape.vocab_size * shape.hidden_size,
+        activations=rows * layers * shape.hidden_size * kept,
+        head=logits * (6 if bytes_per_number == 2 else 4)  # in half precision a float32 copy
+        + 4 * shape.vocab_size * shape.hidden_size,
         tokens=float(steps) * global_batch * shape.length,
         sequence=cost,
         flops=cost.step * global_batch * steps,
@@ -81,7 +88,7 @@ def report(made: Plan, *, shape: Shape, devices: int, peak: float, device: str) 
         f"memory per device: {made.memory / GIB:.1f} GiB"
         f" (weights, gradients, optimizer, average {made.weights / GIB:.1f};"
         f" activations {made.activations / GIB:.1f}; head {made.head / GIB:.1f})",
-        f"tokens: {made.tokens / 1e9:,.2f} billion",
+        f"tokens: {made.tokens:,.0f}",
         f"FLOPs: {made.flops:.2e}, {part.step / shape.length / 1e9:.2f} G a token"
         f" (layers {part.layers / part.forward:.0%}, attention {part.attention / part.forward:.0%},"
         f" head {part.head / part.forward:.0%})",
@@ -94,6 +101,8 @@ def report(made: Plan, *, shape: Shape, devices: int, peak: float, device: str) 
 
 
 def duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.3g} seconds"
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
     return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours > 48 else "")
@@ -118,6 +127,8 @@ def prepare_plan(config: Config) -> Callable[[], None]:
         batch=loader.batch_size,
         bytes_per_number=min(dtype.itemsize, 4),
         ema=config.training.ema > 0,
+        compiled=config.model.compile,
+        logits=CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR,
         sharded_over=devices if config.strategy.name == "fsdp" else 1,
     )
 
