@@ -22,7 +22,8 @@ from pathlib import Path, PurePath
 
 from filelock import FileLock
 
-from readers import Part, Piece, count_read, decoded_lines, size_of
+from readers import Piece, decoded_lines
+from tables import Part, count_read, size_of
 
 log = logging.getLogger("bamdlm")
 
@@ -76,7 +77,7 @@ class Archive:
         return source.parent, [source.name]
 
     def wanted(self, source: Path, split: str, names: list[str]) -> list[str]:
-        for name in (str(source), *names):
+        for name in (source.name, *names):
             if self.sister and self.sister in name.lower():
                 raise ValueError(
                     f"data.source={source} is of another corpus ({name}); look at data.train and"

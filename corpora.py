@@ -15,10 +15,12 @@ from pathlib import Path
 
 import archives
 import readers
+import tables
 from archives import Archive
 from hub_tables import CONVERTED, Table
 from local_copies import LocalCopy
-from readers import Part, Piece
+from readers import Piece
+from tables import Part
 from text_sources import Files, Hub, Plays, Source, Text8
 
 log = logging.getLogger("bamdlm")
@@ -46,7 +48,7 @@ class Corpus:
         return self.train if split == "train" else self.valid
 
     def rows(self, split: str) -> tuple[str, int, int | None]:
-        """(split of the sources, begin, end), as in readers.read."""
+        """(split of the sources, begin, end), as in tables.read."""
         name, _, begin, end = ROWS.fullmatch(self.split(split)).groups()
         return name, int(begin or 0), None if end is None else int(end)
 
@@ -200,8 +202,7 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
         return Text8(path=str(path))
     if not isinstance(corpus.sources[0], Hub):
         raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
-    tables = [hub.table for hub in corpus.sources]
-    inside = (table.name or table.data_dir for table in tables)
+    inside = (hub.table.name or hub.table.data_dir for hub in corpus.sources)
     splits = {corpus.rows(key)[0] for key in ("train", "valid") if corpus.split(key)}
     folders = tuple(folder for folder in inside if folder is not None)
     return LocalCopy(name, path, frozenset(splits), folders, corpus.archive)
@@ -234,7 +235,7 @@ def opened(
 ) -> tuple[str, Iterator[Piece]]:
     """(the place that the text is read from, its pieces)"""
     parts, begin, end = _found(corpus, split, revision, cache, download)
-    return parts[0].place, readers.read(parts, column, begin, end)
+    return parts[0].place, tables.read(parts, column, begin, end)
 
 
 def passages(
@@ -243,7 +244,7 @@ def passages(
     """The same, one function for each part, which reads it from its beginning; nothing is kept in
     cache that can be read over the network."""
     parts, begin, end = _found(corpus, split, revision, cache, download=False)
-    return readers.passages(parts, column, begin, end)
+    return tables.passages(parts, column, begin, end)
 
 
 def _found(

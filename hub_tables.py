@@ -22,7 +22,9 @@ from functools import partial
 from pathlib import Path
 
 import readers
-from readers import Part, Piece
+import tables
+from readers import Piece
+from tables import Part
 from utils import first_line
 
 log = logging.getLogger("bamdlm")
@@ -158,7 +160,7 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
         return _footer_rows(address, place) if path is None else readers.count_parquet(path)
 
     if not name.endswith(".parquet"):
-        return Part(place, 1, read, readers.count_read(read))
+        return Part(place, 1, read, tables.count_read(read))
     return Part(place, 1, read if download else stream, count)
 
 

@@ -9,14 +9,16 @@ The documents are those that the hub gives.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import readers
+import tables
 from archives import SUFFIXES, Archive
-from readers import Part
+from tables import Part
 from utils import first_line
 
 # What splits are called in the names of files and folders.
@@ -48,7 +50,7 @@ class LocalCopy:
 
     def identity(self, split: str, revision: str | None) -> dict:
         paths = self.saved_files(split) if self.is_saved() else self.files(split)
-        return {"files": [readers.stamp(path) for path in paths], "split": split}
+        return {"files": [tables.stamp(path) for path in paths], "split": split}
 
     def parts(
         self, split: str, revision: str | None, cache: Path, *, download: bool = True
@@ -57,7 +59,7 @@ class LocalCopy:
             return [saved_part(self.saved_folder(split))]
         if self.is_archive():
             return self.archive.parts(self.path, split, cache)
-        return [readers.file_part(path) for path in self.files(split)]
+        return [tables.file_part(path) for path in self.files(split)]
 
     # folders that `datasets` has saved
 
@@ -66,7 +68,7 @@ class LocalCopy:
 
     def saved_folder(self, split: str) -> Path:
         if (self.path / SAVED).is_file():
-            if words(self.path.name) & NAMES[split] or self.is_one_table():
+            if words(_own_name(self.path)) & NAMES[split] or self.is_one_table():
                 return self.path
             raise ValueError(
                 f"data.source={self.path} is one saved table: give the folder of the DatasetDict,"
@@ -112,22 +114,22 @@ class LocalCopy:
         found = sorted(visible(self.path))
         if self.is_archive():
             return [path for path in found if self.archive.fits(path.name)]
-        tables = [path for path in found if path.suffix in readers.READERS]
-        if not tables:
+        known = [path for path in found if path.suffix in readers.READERS]
+        if not known:
             some = ", ".join(path.name for path in found[:10]) or "nothing"
             raise ValueError(
                 f"data.source={self.path} holds {some}, but no file of the kinds"
                 f" {', '.join(readers.READERS)}; an archive must be named itself"
             )
-        wanted = [path for path in tables if self.names(path, split)]
+        wanted = [path for path in known if self.names(path, split)]
         if not wanted:
-            some = ", ".join(path.relative_to(self.path).as_posix() for path in tables[:10])
+            some = ", ".join(path.relative_to(self.path).as_posix() for path in known[:10])
             raise ValueError(
                 f"data.source={self.path} holds {some}, but no file of the split {split} of"
                 f" {self.corpus}; name it in the file's or its folder's name, and keep several"
                 " corpora in folders of their names"
             )
-        readers.check_one_kind(wanted, f"data.source={self.path}")
+        tables.check_one_kind(wanted, f"data.source={self.path}")
         self.check_lines(wanted[0])
         for path in wanted:
             if "partial" in words(path.relative_to(self.path).as_posix()):
@@ -159,7 +161,7 @@ class LocalCopy:
         """Whether a file is of the split: by its name and those of its folders inside of source,
         or else by the name of source."""
         folder = self.path.parent if path == self.path else self.path
-        for name in (path.relative_to(folder).as_posix(), folder.name):
+        for name in (path.relative_to(folder).as_posix(), _own_name(folder)):
             if found := words(name) & set().union(*NAMES.values()):
                 return bool(found & NAMES[split])
         return self.is_one_table()
@@ -167,6 +169,11 @@ class LocalCopy:
     def is_one_table(self) -> bool:
         """Whether there is nothing that the split could be confused with."""
         return len(self.splits) == 1
+
+
+def _own_name(folder: Path) -> str:
+    """Also where the path ends in . or .."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def words(name: str) -> set[str]:

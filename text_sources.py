@@ -1,6 +1,6 @@
 """Where a corpus is read from: the hub, the plays, text8, own files (local_copies.py has one more).
 
-A source yields parts of a table, whose documents readers.read gives as pieces. `identity` says,
+A source yields parts of a table, whose documents tables.read gives as pieces. `identity` says,
 without reading, all that decides which text comes out: it goes into the name of the prepared data.
 """
 
@@ -14,8 +14,10 @@ import archives
 import hub_tables
 import plays
 import readers
+import tables
 from hub_tables import Table
-from readers import Part, Piece
+from readers import Piece
+from tables import Part
 
 log = logging.getLogger("bamdlm")
 
@@ -69,7 +71,7 @@ class Plays:
             for i, scene in enumerate(scenes):
                 yield Piece(scene, True, (i + 1) / len(scenes))
 
-        return [Part("the plays", 1, read, readers.count_read(read))]
+        return [Part("the plays", 1, read, tables.count_read(read))]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Text8:
     path: str | None = None  # a text8.zip or the file inside; None: downloaded once
 
     def identity(self, split, revision):
-        return {"text8": readers.stamp(self.file(Path(self.path))) if self.path else self.url}
+        return {"text8": tables.stamp(self.file(Path(self.path))) if self.path else self.url}
 
     def file(self, path: Path) -> Path:
         """The zip or the file in a folder."""
@@ -112,7 +114,7 @@ class Files:
     pattern: str
 
     def identity(self, split, revision):
-        return {"files": [readers.stamp(path) for path in readers.matching(self.pattern)]}
+        return {"files": [tables.stamp(path) for path in tables.matching(self.pattern)]}
 
     def parts(self, split, revision, cache, *, download=True):
-        return [readers.file_part(path) for path in readers.matching(self.pattern)]
+        return [tables.file_part(path) for path in tables.matching(self.pattern)]

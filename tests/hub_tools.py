@@ -4,7 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hub_server import serving
 
-from readers import Part, Piece
+from readers import Piece
+from tables import Part
 
 
 def put_table(root, repo, revision, name, columns):

@@ -13,6 +13,7 @@ import corpora
 import detokenizers
 import plays
 import readers
+import tables
 from config.overrides import CONFIGS
 from dataloader import get_rows
 from hub_tables import CONVERTED
@@ -57,7 +58,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": d}) for d in documents))
     pq.write_table(pa.table({"body": documents}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
-        assert texts(readers.read([readers.file_part(tmp_path / name)], "body")) == documents
+        assert texts(tables.read([tables.file_part(tmp_path / name)], "body")) == documents
 
 
 def test_a_long_file_is_read_in_pieces_that_tokenize_as_the_whole(tmp_path, monkeypatch, tokenizer):

@@ -285,6 +285,19 @@ def test_a_saved_dict_is_read_by_split(shards, tmp_path):
     assert read("ag_news", "train", tmp_path / "dict", tmp_path) == tables["train"]
 
 
+def test_a_folder_is_the_same_under_any_name_of_it(tmp_path, monkeypatch):
+    write_table(tmp_path / "test" / "0000.jsonl", ["of the split"])
+    monkeypatch.chdir(tmp_path / "test")
+    for source in (".", "../test", tmp_path / "test", "0000.jsonl"):
+        assert read("ag_news", "valid", source, tmp_path) == ["of the split"]
+
+
+def test_the_folder_of_an_archive_may_be_called_as_another_corpus(tmp_path):
+    (tmp_path / "wikitext-103").mkdir()
+    source = zipped(tmp_path / "wikitext-103" / "two.zip", {"wiki.valid.raw": WIKITEXT})
+    assert read("wikitext2", "valid", source, tmp_path) == WIKITEXT_ROWS
+
+
 def test_a_selection_that_was_saved_stays_one(tmp_path):
     table = datasets.Dataset.from_dict({"text": list("abcdef")}).select([4, 1])
     datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "dict")
