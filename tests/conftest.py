@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# tests fork runs; the tokenizer's threads would not be there in them
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 
