@@ -70,7 +70,8 @@ def streamed(wanted: Split, cache_dir: str | Path) -> StreamedText:
     if wanted.entry.windows:
         raise ValueError(f"data.streaming=True: {wanted.corpus} is windows of prepared rows")
     passages = wanted.passages(mirror.local(cache_dir))
-    return StreamedText(passages, wanted.encode, wanted.shape, wanted.about)
+    vocab_size = wanted.tokenizer.vocab_size
+    return StreamedText(passages, wanted.encode, wanted.shape, vocab_size, wanted.about)
 
 
 class Examples(Dataset):

@@ -26,16 +26,20 @@ def dtype_of(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    if ids.size and ids.max() >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gave the id {ids.max()}, but its vocabulary has {vocab_size} ids, the"
+            " mask included; check data.tokenizer_name_or_path"
+        )
+
+
 def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
     """The number of rows written."""
     rows, files = 0, {}
     with ExitStack() as stack:
         for ids, counts, marks in chunks:
-            if ids.max() >= vocab_size:
-                raise ValueError(
-                    f"the tokenizer gave the id {ids.max()}, but its vocabulary has {vocab_size}"
-                    " ids, the mask included; check data.tokenizer_name_or_path"
-                )
+            check_ids(ids, vocab_size)
             arrays = {"ids.bin": ids.astype(dtype), "counts.bin": counts.astype(np.uint32)}
             if marks is not None:
                 arrays["marks.bin"] = marks

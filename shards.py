@@ -131,11 +131,7 @@ def tokenize(path: Path, part: Shard, encode: Encode, vocab_size: int) -> None:
             arrays.append(np.array(ids, np.uint32))
             lengths.append(len(ids))
     flat = np.concatenate(arrays)
-    if len(flat) and flat.max() >= vocab_size:
-        raise ValueError(
-            f"the tokenizer gave the id {flat.max()}, but its vocabulary has {vocab_size} ids,"
-            " the mask included; check data.tokenizer_name_or_path"
-        )
+    rows.check_ids(flat, vocab_size)
     torn = path.with_suffix(".part")
     with torn.open("wb") as file:
         np.savez(

@@ -1,12 +1,13 @@
 """Training rows straight from the text, nothing prepared: for corpora larger than the disk.
 
-    text -> units of UNIT_CHARACTERS -> dealt in turn to LANES lanes -> tokenized and packed in each
+    text -> units of UNIT_CHARACTERS -> dealt out to LANES lanes -> tokenized and packed in each
 
 The training stream takes its rows from the lanes in turn: position p is row p // LANES of lane
-p % LANES. The rows of one unit come in random order, and neighbours in the stream from units far
-apart: the shuffled buffer is one unit a lane, about 12 million characters. The parts of the corpus
-(files) are read in another order in every epoch. So the row at a position depends on the text and
-the seed alone, on however many devices.
+p % LANES. Of every LANES units each lane gets one, in random order: none gets more text than others
+in the long run. The rows of one unit come in random order, and neighbours in the stream from units
+far apart: the shuffled buffer is one unit a lane, about 12 million characters. The parts of the
+corpus (files) are read in another order in every epoch. So the row at a position depends on the
+text and the seed alone, on however many devices.
 
 A device tokenizes the lanes that it is asked for, and only reads the text of the others. A bookmark
 says where to read on: without one, all text up to the position is tokenized again.
@@ -28,12 +29,13 @@ import numpy as np
 import packing
 from packing import Chunk, Shape
 from readers import Piece
+from rows import check_ids
 
 log = logging.getLogger("bamdlm")
 
 LANES = 48  # a multiple of the usual numbers of devices
 UNIT_CHARACTERS = 1 << 18
-SHUFFLE_PARTS, SHUFFLE_ROWS = 1, 2  # what a random order is for
+SHUFFLE_PARTS, SHUFFLE_ROWS, SHUFFLE_LANES = 1, 2, 3  # what a random order is for
 
 Encode = Callable[[list[str]], list[list[int]]]
 Part = Callable[[], Iterable[Piece]]  # reads a part of the corpus from its beginning
@@ -88,6 +90,7 @@ class StreamedText:
     parts: list[Part]
     encode: Encode
     shape: Shape
+    vocab_size: int
     about: dict
 
     def __post_init__(self):
@@ -114,14 +117,14 @@ class Stream:
         lanes: Iterable[int] = range(LANES),
         bookmarks: dict[int, Bookmark] | None = None,
     ):
-        self.encode, self.shape, self.seed = text.encode, text.shape, seed
+        self.text, self.shape, self.seed = text, text.shape, seed
         start, bookmarks = Place(0, 0, 0, 0), bookmarks or {}
         lanes = list(lanes)
         if all(lane in bookmarks for lane in lanes):
             start = min(bookmarks[lane].place for lane in lanes)
         else:
             none = np.empty(0, np.int64)
-            bookmarks = {lane: Bookmark(start, lane, 0, none) for lane in lanes}
+            bookmarks = {lane: Bookmark(start, 0, 0, none) for lane in lanes}
         self.lanes = {lane: Lane(bookmarks[lane], rest=bookmarks[lane].rest) for lane in lanes}
         # Wrapped text may be cut anywhere: the lane goes on with it. Other rows hold documents.
         self.wrapped = self.shape.wrap and self.shape.align is None
@@ -129,7 +132,10 @@ class Stream:
 
     def read(self, positions: Iterable[int]) -> Chunk:
         """The rows at these positions; in each lane they must not go backwards by a unit."""
-        found = [self.row(position) for position in positions]
+        try:
+            found = [self.row(position) for position in positions]
+        except (ValueError, OSError) as error:
+            raise TextError(str(error)) from error
         marks = None if found[0].marks is None else np.stack([row.marks for row in found])
         return Chunk(
             np.stack([row.ids for row in found]), np.array([row.counts for row in found]), marks
@@ -139,37 +145,40 @@ class Stream:
         index, number = divmod(position, LANES)
         lane = self.lanes[number]
         while index >= lane.end:
-            self.advance(lane, number)
+            self.advance(lane)
         at = index - lane.bookmark.begin
         if at < 0:
             raise IndexError(f"row {position} of the stream has gone by")
         ids, counts, marks = lane.rows
         return Chunk(ids[at], counts[at], None if marks is None else marks[at])
 
-    def advance(self, lane: Lane, number: int) -> None:
+    def advance(self, lane: Lane) -> None:
         """To the lane's next unit."""
-        unit = self.next_unit(lane, number)
+        unit = self.next_unit(lane)
         lane.bookmark = Bookmark(unit.place, unit.place.unit, lane.end, lane.rest)
-        ids = self.encode(unit.texts)
+        ids = self.text.encode(unit.texts)
         if self.wrapped:
             rows, lane.rest = self.cut(lane.rest, ids, unit.ends)
         else:
             documents = zip(ids, unit.ends, strict=True)
             rows = joined(list(packing.packed(documents, self.shape)), self.shape)
+        check_ids(rows.ids, self.text.vocab_size)
         order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.place.unit])
         order = order.permutation(len(rows.ids))
         lane.rows = Chunk(*(None if array is None else array[order] for array in rows))
 
-    def next_unit(self, lane: Lane, number: int) -> Unit:
+    def next_unit(self, lane: Lane) -> Unit:
         while not lane.waiting:
-            try:
-                unit = next(self.units)
-            except (ValueError, OSError) as error:
-                raise TextError(str(error)) from error
-            owner = self.lanes.get(unit.place.unit % LANES)
+            unit = next(self.units)
+            owner = self.lanes.get(self.lane_of(unit.place.unit))
             if owner is not None and unit.place.unit >= owner.bookmark.unit:
                 owner.waiting.append(unit)
         return lane.waiting.popleft()
+
+    def lane_of(self, unit: int) -> int:
+        turn, at = divmod(unit, LANES)
+        order = np.random.default_rng([self.seed, SHUFFLE_LANES, turn]).permutation(LANES)
+        return int(order[at])
 
     def cut(
         self, rest: np.ndarray, ids: list[list[int]], ends: list[bool]
@@ -188,11 +197,12 @@ class Stream:
 
 
 def units(parts: list[Part], seed: int, start: Place, *, anywhere: bool) -> Iterator[Unit]:
-    """The text from a place on, epoch after epoch. anywhere: units may end inside a document."""
+    """The text from a place on, epoch after epoch, in units of equal size. anywhere: they may end
+    inside a document."""
     number, epoch, part, skip = start
+    place, texts, ends, characters = start, [], [], 0
     while True:
         order = np.random.default_rng([seed, SHUFFLE_PARTS, epoch]).permutation(len(parts))
-        place, texts, ends, characters = Place(number, epoch, part, skip), [], [], 0
         while part < len(parts):
             for piece in itertools.islice(parts[order[part]](), skip, None):
                 skip += 1
@@ -204,10 +214,7 @@ def units(parts: list[Part], seed: int, start: Place, *, anywhere: bool) -> Iter
                     number += 1
                     place, texts, ends, characters = Place(number, epoch, part, skip), [], [], 0
             part, skip = part + 1, 0
-        if texts:
-            yield Unit(place, texts, ends)
-            number += 1
-        epoch, part, skip = epoch + 1, 0, 0
+        epoch, part = epoch + 1, 0
 
 
 def joined(chunks: list[Chunk], shape: Shape) -> Chunk:

@@ -20,10 +20,10 @@ from dataloader import DataModule, get_rows, streamed
 from packing import Shape
 from readers import Piece
 from splits import Split
-from streaming import LANES, Place, Stream, StreamedText, TextError
+from streaming import Place, Stream, StreamedText, TextError
 from tokenizer import get_tokenizer
 
-SEED = 3
+SEED, VOCABULARY = 3, 0x8000
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def write(part, documents, longest=60):
 
 def text(parts=4, documents=200, **changes):
     readers = [lambda part=part: write(part, documents) for part in range(parts)]
-    return StreamedText(readers, encode, shape(**changes), {"corpus": "letters"})
+    return StreamedText(readers, encode, shape(**changes), VOCABULARY, {"corpus": "letters"})
 
 
 def read(stream, first, last):
@@ -72,38 +72,38 @@ def test_the_wrapped_rows_of_an_epoch_are_its_text(monkeypatch):
     whole = []
     for piece in write(0, 200):
         whole += [ord(character) for character in piece.text] + [2] * piece.ends
-    stream = Stream(given, SEED, lanes=[0])
-    back = []
-    while len(back) * 8 < len(whole):
-        stream.row(stream.lanes[0].end)
-        lane = stream.lanes[0]
-        order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.unit])
-        back += lane.rows.ids[np.argsort(order.permutation(len(lane.rows.ids)))].tolist()
-    flat = [token for row in back for token in row]
-    assert flat[: len(whole)] == whole
-    again = (whole * 2)[len(whole) : len(flat)]
-    assert flat[len(whole) :] == again
+    flat = in_order(Stream(given, SEED, lanes=[0]), epochs=2).ravel().tolist()
+    assert len(flat) > 2 * len(whole)
+    assert flat == (whole * 3)[: len(flat)]
 
 
 @pytest.mark.parametrize("changes", [{"wrap": False}, {"align": 4}], ids=["unwrapped", "apart"])
 def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch):
-    """The same rows as when prepared, in another order; where documents are apart, a unit ends with
-    a padded row, so only the tokens are the same."""
+    """Of one lane, put back in order: the rows that are prepared; where documents are apart, a unit
+    ends with a padded row, so there the tokens are the same."""
     monkeypatch.setattr(streaming, "LANES", 1)
     how = shape(**changes)
-    given = StreamedText([lambda: write(0, 200)], encode, how, {})
+    given = StreamedText([lambda: write(0, 200)], encode, how, VOCABULARY, {})
     documents = [(encode([piece.text])[0], piece.ends) for piece in write(0, 200)]
     prepared = np.concatenate([chunk.ids for chunk in packing.packed(documents, how)])
-    stream, found = Stream(given, SEED, lanes=[0]), []
-    while True:
-        stream.row(stream.lanes[0].end)
-        if stream.lanes[0].bookmark.place.epoch == 1:
-            break
-        found += stream.lanes[0].rows.ids.tolist()
+    found = in_order(Stream(given, SEED, lanes=[0]), epochs=2)
+    assert len(found) > len(prepared)
     if how.align is None:
-        assert sorted(found) == sorted(prepared.tolist())
+        assert found[: len(prepared)].tolist() == prepared.tolist()
     else:
-        assert sorted(np.ravel(found)[np.ravel(found) > 0]) == sorted(prepared[prepared > 0])
+        prepared, found = prepared[prepared > 0], found[found > 0]
+        assert found[: len(prepared)].tolist() == prepared.tolist()
+
+
+def in_order(stream, epochs):
+    """All rows of a stream with one lane, each unit's in the order of the text."""
+    (lane,), found = stream.lanes.values(), []
+    while lane.bookmark.place.epoch < epochs:
+        stream.row(lane.end)
+        order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.unit])
+        order = order.permutation(len(lane.rows.ids))
+        found.append(lane.rows.ids[np.argsort(order)])
+    return np.concatenate(found)
 
 
 def test_rows_come_in_another_order_than_the_text_and_by_seed():
@@ -115,16 +115,28 @@ def test_rows_come_in_another_order_than_the_text_and_by_seed():
 
 
 def test_every_epoch_reads_the_parts_in_another_order():
-    places = {}
-    for unit in streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=True):
-        if unit.place.epoch == 6:
-            break
-        order = places.setdefault(unit.place.epoch, [])
-        part = (ord(unit.texts[0][:1] or "\u1000") - 0x1000) // 500
-        if part not in order:
-            order.append(part)
-    assert all(sorted(order) == [0, 1, 2, 3] for order in places.values())
-    assert len({tuple(order) for order in places.values()}) > 1
+    pieces = sum(1 for _ in write(0, 200))
+    units = streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=True)
+    texts = itertools.chain.from_iterable(unit.texts for unit in units)
+    orders = []
+    for _ in range(6):
+        heads = list(itertools.islice(texts, 4 * pieces))[1::pieces]
+        orders.append(tuple((ord(head[0]) - 0x1000) // 500 for head in heads))
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_no_lane_gets_more_text_than_others_in_the_long_run():
+    """An epoch of as many units as lanes, half of them with three times the tokens: if a lane got
+    the same ones in every epoch, more and more would be read and wait for the other lanes."""
+
+    def dense(texts):
+        return [[ord(text[0])] * (len(text) * (3 if text[0] == "a" else 1)) for text in texts]
+
+    units = [Piece(letter * 300, True, 0.0) for letter in "ab" * (streaming.LANES // 2)]
+    stream = Stream(StreamedText([lambda: units], dense, shape(), VOCABULARY, {}), SEED)
+    stream.read(range(streaming.LANES * 75 * 40))  # 75 rows a unit, the mean: 40 epochs
+    assert max(len(lane.waiting) for lane in stream.lanes.values()) < 30
 
 
 @pytest.mark.parametrize("changes", [{}, {"wrap": False}, {"align": 4}], ids=str)
@@ -168,7 +180,7 @@ def test_a_device_tokenizes_its_lanes_only():
         return encode(texts)
 
     given = text()
-    given = StreamedText(given.parts, counting, given.shape, given.about)
+    given = StreamedText(given.parts, counting, given.shape, VOCABULARY, given.about)
     work = []
     for world_size in (1, 4):
         tokenized.clear()
@@ -274,7 +286,7 @@ def test_going_on_reads_little():
         return encode(texts)
 
     readers = [lambda number=number: part(number) for number in range(30)]
-    given = StreamedText(readers, counting, shape(), {})
+    given = StreamedText(readers, counting, shape(), VOCABULARY, {})
     stream = Stream(given, SEED)
     stream.read(range(10_000))
     marks = stream.bookmarks()
@@ -311,7 +323,7 @@ def test_bookmarks_of_another_text_are_not_used(caplog):
 
 def test_a_text_of_less_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"has 2 tokens: not one row of model.length=8"):
-        StreamedText([lambda: [Piece("ab", True, 1.0)]], encode, shape(), {})
+        StreamedText([lambda: [Piece("ab", True, 1.0)]], encode, shape(), VOCABULARY, {})
 
 
 def test_windows_of_prepared_rows_are_refused(tmp_path):
@@ -333,10 +345,17 @@ def test_a_text_that_breaks_off_is_one_error(workers):
         yield from write(0, 1000)
         raise ValueError("data: a.jsonl, line 1001 is not JSON")
 
-    given = StreamedText([broken], encode, shape(), {})
+    given = StreamedText([broken], encode, shape(), VOCABULARY, {})
     data = module(given, num_workers=workers)
     with pytest.raises(TextError, match="line 1001 is not JSON"):
         [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+
+
+def test_ids_that_do_not_fit_are_one_error():
+    given = text()
+    given = StreamedText(given.parts, encode, given.shape, 0x1100, given.about)
+    with pytest.raises(TextError, match=r"gave the id \d+, but its vocabulary has 4352 ids"):
+        read(Stream(given, SEED), 0, 200)
 
 
 # From files, and whole runs
@@ -359,15 +378,9 @@ def test_files_of_a_corpus_are_its_parts(tmp_path):
     wanted = Split(str(tmp_path / "*.jsonl"), "train", **settings)
     given = streamed(wanted, tmp_path / "cache")
     assert len(given.parts) == 3
-    stream, found = Stream(given, SEED), []
-    for number in itertools.count():
-        lane = stream.lanes[number % LANES]
-        stream.row(lane.end * LANES + number % LANES)
-        if lane.bookmark.place.epoch:
-            break
-        found += lane.rows.ids.tolist()
+    found = read(Stream(given, SEED), 0, 4000)
     rows = get_rows(str(tmp_path / "*.jsonl"), "train", cache_dir=tmp_path / "cache", **settings)
-    assert sorted(found) == sorted(rows.ids.tolist())
+    assert set(map(tuple, found)) == set(map(tuple, rows.ids.tolist()))
 
 
 @pytest.fixture
