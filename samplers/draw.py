@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import nucleus as nucleus_rule
 from .nucleus import nucleus
 
 CACHED = 1 << 17  # numbers that a CPU handles at once
@@ -66,7 +67,6 @@ def gumbel(key: Tensor, count: int) -> Tensor:
     return -(-uniform(fold(key[..., None], lanes)).log()).log()
 
 
-@torch.compiler.disable  # torch.compile would count them, times GAMMA, in int32
 def _numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
 
@@ -90,7 +90,15 @@ def sample(log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str) -> Tens
 
 @functools.cache
 def compiled_sample() -> Callable[..., Tensor]:
-    """`sample` in a tenth of the kernels."""
+    """`sample` in fewer kernels.
+
+    Two things are left out of the compiled part, here and not by decorators, which would import the
+    compiler in every process: torch 2.11 cannot join scans over long rows with other reductions,
+    and it would count _numbers, times GAMMA, in int32.
+    """
+    global _numbers
+    _numbers = torch.compiler.disable(_numbers)
+    nucleus_rule.running_sum = torch.compiler.disable(nucleus_rule.running_sum)
     return torch.compile(sample)
 
 

@@ -58,7 +58,6 @@ def by_digits(log_probs: Tensor, p: float) -> Tensor:
     return kept.scatter(-1, log_probs.argmax(-1, keepdim=True), True)
 
 
-@torch.compiler.disable  # torch.compile cannot join scans over long rows and other reductions
 def running_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.cumsum(-1, dtype=dtype)
 

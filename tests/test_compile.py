@@ -6,6 +6,8 @@ does and leaves out the minutes of the C++ compiler.
 
 import functools
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from models import dit
 from models.attention import LARGE_TILES, SMALL_TILES, _has_little_shared_memory, _kernel_options
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
+from samplers import draw, nucleus
 
 
 @pytest.fixture
@@ -88,6 +91,26 @@ def test_passes_with_a_cache_are_not_compiled(traced):
     with torch.no_grad():
         net.hidden(texts(2, 4, 7), rule=BlockCausal(4, 8), cache=cache)
     assert not traced
+
+
+def test_compiled_draws_are_the_plain_ones(monkeypatch):
+    monkeypatch.setattr(
+        draw.torch, "compile", functools.partial(torch.compile, backend="aot_eager")
+    )
+    for module, name in ((draw, "_numbers"), (nucleus, "running_sum")):  # put back at the end
+        monkeypatch.setattr(module, name, getattr(module, name))
+    compiled = draw.compiled_sample.__wrapped__()
+    for rows in (1, 4, 3):
+        log_p = (torch.randn(rows, 1, 5000) * 3).log_softmax(-1)
+        key = torch.randint(1 << 60, (rows, 1))
+        with torch.inference_mode():
+            token = compiled(log_p, key, 0.9, "float32")
+            assert torch.equal(token, draw.sample(log_p, key, 0.9, "float32"))
+
+
+def test_nothing_imports_the_compiler_before_it_is_asked_for():
+    code = "import sys, main, models.dit, samplers; print('torch._dynamo' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_a_compiled_network_has_the_same_parameter_names():
