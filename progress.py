@@ -51,7 +51,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def print(self, *args, **kwargs) -> None:
-        (self._bar.console.print if self._bar else print)(*args, **kwargs)
+        (self._bar.console.print if self._bar else say)(*args, **kwargs)
 
     # ---- training -----------------------------------------------------------------------------
 

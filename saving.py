@@ -111,7 +111,7 @@ class StepCheckpoints(L.Callback):
             self.stop_if_told(trainer, before=lambda: pl_module.average(False))
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if self.every and not self.save(trainer) and self.stop_on_error:
+        if not self.save(trainer) and self.stop_on_error:
             raise SaveError(self.io.failure or "the last checkpoint could not be written")
 
     # ---- stopping -----------------------------------------------------------------------------
@@ -142,7 +142,8 @@ class StepCheckpoints(L.Callback):
     # ---- files --------------------------------------------------------------------------------
 
     def save(self, trainer) -> bool:
-        """Whether the state of this step is on disk; only the first rank knows of a failure."""
+        """Whether the state of this step is on disk. All ranks get the same answer, though only the
+        first knows of a failure: another attempt needs them all."""
         step = trainer.global_step
         if step == self._saved:
             return True
@@ -151,9 +152,10 @@ class StepCheckpoints(L.Callback):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero and self.io.failure is None:
             self.io.attempt(f"{self.folder}/{LAST}", lambda: self._keep(path))
-        if self.io.failure is None:
+        saved = trainer.strategy.reduce_boolean_decision(self.io.failure is None)
+        if saved:
             self._saved = step
-        return self.io.failure is None
+        return saved
 
     def _keep(self, path: str) -> None:
         """Makes `path` the last checkpoint, then deletes those that are not to be kept."""

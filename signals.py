@@ -9,7 +9,7 @@ import os
 import signal
 import types
 
-from utils import rank
+from utils import rank, unread
 
 GO_ON = 75  # exit code (EX_TEMPFAIL): saved, the same command goes on; scripts/job.sh requeues
 BY_HAND = 130  # exit code after Ctrl-C, as shells have it; not requeued
@@ -67,7 +67,10 @@ def end(line: str) -> None:
 def tell(line: str) -> None:
     """A line from the first process; past Python's buffers, in which a handler may have arrived."""
     if rank() == 0:
-        os.write(2, f"\n{line}\n\n".encode())
+        try:
+            os.write(2, f"\n{line}\n\n".encode())
+        except OSError:
+            unread(2)
 
 
 def ignore() -> None:

@@ -34,7 +34,18 @@ def rank() -> int:
 def say(text: str) -> None:
     """A line for the user, once per job."""
     if rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            unread(1)
+
+
+def unread(descriptor: int) -> None:
+    """What is written there goes nowhere from now on: its reader is gone. A Ctrl-C that tells the
+    run to save also ends the tee behind it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def first_line(error: Exception) -> str:

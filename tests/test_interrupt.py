@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import runs
 from runs import ALGORITHMS, TIMEOUT, Run, run, tiny
+from test_resume import at_call
 
 import signals
 import torch_zip
@@ -119,6 +120,24 @@ def test_ctrl_c_saves_stops_and_goes_on_to_the_same_end(whole):
     code, text = run(overrides, folder / "log")
     assert code == 0, text
     assert differences(read(folder / LAST), expected) == []
+
+
+def test_a_reader_that_ctrl_c_ends_as_well_does_not_keep_the_run_from_saving(whole):
+    """As in `python main.py … 2>&1 | tee log`."""
+    overrides, folder, _ = whole
+    save_dir = f"checkpointing.save_dir={folder / 'piped' / 'run'}"
+
+    def press():
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(reader)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = at_call(Diffusion, "training_step", 4, press)
+    code, text = run([*overrides, save_dir], folder / "log", before=before)
+    assert code == signals.BY_HAND, text
+    assert read(folder / "piped" / LAST)["global_step"] == 2
 
 
 def test_ctrl_c_while_importing_ends_the_process_with_one_line(whole):

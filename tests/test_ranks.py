@@ -1,5 +1,6 @@
 """Several processes (gloo, CPU) against one: the same losses, the same checkpoints."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 from runs import ALGORITHMS, finish, ranks, run, tiny
 
+import torch_zip
 from benchmarks.chaos import differences, read
 from diffusion import Diffusion
 from run_log import read_log
@@ -121,6 +123,30 @@ def test_a_run_moves_between_one_process_and_two(strategy, one, tmp_path):
     assert code == 0, text
     started = of_two(overrides, tmp_path, f"strategy={strategy}")
     assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    equal_states(read(tmp_path / LAST), read(alone / LAST))
+
+
+def test_a_save_that_fails_on_the_first_rank_is_tried_again_by_both(one, tmp_path):
+    """At the last step: the next attempt is that at the end. Nor does a line come twice."""
+    overrides, alone = one
+
+    def full(rank):
+        real, calls = torch_zip.save, [0]
+
+        def save(checkpoint, path):
+            calls[0] += path.endswith("step=10.ckpt")
+            if rank == 0 and calls[0] == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(checkpoint, path)
+
+        torch_zip.save = save
+
+    more = ["callbacks.checkpoint_every_n_steps.every_n_train_steps=10"]
+    more += ["checkpointing.on_save_error=continue", "callbacks.checkpoint_monitor=null"]
+    started = of_two(overrides, tmp_path, *more, before=full)
+    text = "".join(each.text() for each in started if each.wait() == 0)
+    assert text.count("step=10.ckpt could not be written") == 1, text
+    assert text.count("step 8: validation perplexity") == 1
     equal_states(read(tmp_path / LAST), read(alone / LAST))
 
 

@@ -153,3 +153,12 @@ def test_few_checkpoints_are_kept(wholes):
     assert code == 0, text
     kept = sorted(p.name for p in (folder / "run").rglob("*.ckpt"))  # nor any of Lightning's own
     assert kept == ["last.ckpt", "step=10.ckpt", "step=4.ckpt", "step=8.ckpt", "step=9.ckpt"]
+
+
+def test_without_intervals_the_end_is_saved(wholes):
+    overrides, folder, _ = wholes("ar")
+    none = ["callbacks.checkpoint_every_n_steps=null", "callbacks.checkpoint_monitor=null"]
+    code, text = run([*overrides, *none], folder / "log")
+    assert code == 0, text
+    kept = sorted(p.name for p in (folder / "run").rglob("*.ckpt"))
+    assert kept == ["last.ckpt", "step=10.ckpt"]
