@@ -48,6 +48,8 @@ def quiet() -> None:
         ".*exists and is not empty.*",
         ".*`srun` command is available on your system but is not used.*",
         ".*flex_attention called without torch.compile.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # the meter sums over all ranks
+        ".*all_gather is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
 
