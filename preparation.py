@@ -115,7 +115,7 @@ def write(
         with Report(f"preparing {title}") as report:
             found = shards.tokenized(text, encode, vocab_size, work, processes, report)
             count = rows.save(new, packed(found, shape), rows.dtype_of(vocab_size), vocab_size)
-        if count == 0:
+        if count == 0 or report.tokens == 0:  # of empty documents rows would be EOS alone
             raise ValueError(
                 f"{title} has {report.tokens} tokens in {report.documents} documents: not one row"
                 f" of model.length={shape.length}; use a smaller model.length or more text"

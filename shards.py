@@ -110,13 +110,7 @@ def is_finished(path: Path, part: Shard) -> bool:
 
 def taken(part: Shard, path: Path, future: Future | None, report: Callable) -> Tokens:
     if future is not None:
-        try:
-            future.result()
-        except BrokenProcessPool as error:
-            raise OSError(
-                "a process that tokenizes was ended from outside, perhaps for want of memory; the"
-                " same command goes on, with a smaller loader.num_workers if it happens again"
-            ) from error
+        future.result()
     with np.load(path, allow_pickle=False) as file:
         tokens = Tokens(file["ids"], file["lengths"], file["ends"])
     report(len(tokens.ids), sum(part.ends), part.done, fresh=future is not None)
@@ -180,10 +174,15 @@ class Workers:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
         self.stack.close()
+        if isinstance(error, BrokenProcessPool):  # of a part awaited, or of one handed over
+            raise OSError(
+                "a process that tokenizes was ended from outside, perhaps for want of memory; the"
+                " same command goes on, with a smaller loader.num_workers if it happens again"
+            ) from error
 
     def submit(self, path: Path, part: Shard) -> Future:
         if self.count > 1:

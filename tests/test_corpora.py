@@ -76,6 +76,15 @@ def test_a_long_file_is_read_in_pieces_that_tokenize_as_the_whole(tmp_path, monk
     assert [t for piece in pieces for t in gpt2.encode(piece.text)] == gpt2.encode(text)
 
 
+def test_a_character_on_the_border_of_two_reads_stays_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 7)
+    (tmp_path / "a.txt").write_text("漢字 é 🙂" * 20, encoding="utf-8")
+    assert texts(readers.read_txt(tmp_path / "a.txt", "text")) == ["漢字 é 🙂" * 20]
+    (tmp_path / "a.txt").write_bytes(b"whole\nand half \xc3")
+    with pytest.raises(ValueError, match=r"line 2 is not UTF-8 \(byte 15\)"):
+        texts(readers.read_txt(tmp_path / "a.txt", "text"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -244,6 +244,13 @@ def test_a_changed_file_is_prepared_anew(prepare, tmp_path):
     assert len(second) > len(first)
 
 
+def test_a_file_of_the_same_size_changed_later_is_prepared_anew(prepare, tmp_path):
+    path = write_lines(tmp_path, 50)
+    first = prepare(path, "train")
+    os.utime(path, (1, 1))
+    assert prepare(path, "train").folder != first.folder
+
+
 def test_the_folder_says_what_it_was_made_from(prepare, tmp_path):
     made = prepare(write_lines(tmp_path, 50), "train")
     about = json.loads((made.folder / "about.json").read_text())

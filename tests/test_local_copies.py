@@ -175,6 +175,12 @@ def test_of_a_tar_only_the_split_is_unpacked_and_once(tmp_path):
     assert read("lm1b", "valid", source, tmp_path / "cache")[0] == "as it was unpacked"
 
 
+def test_a_tar_that_was_replaced_is_unpacked_anew(tmp_path):
+    read("lm1b", "valid", tarred(tmp_path / "x.tar", LM1B_FILES), tmp_path / "cache")
+    tarred(tmp_path / "x.tar", {"news.en.heldout-00000-of-00050": "another\n"})
+    assert read("lm1b", "valid", tmp_path / "x.tar", tmp_path / "cache") == ["another"]
+
+
 def test_a_tar_cannot_write_outside_its_folder(tmp_path):
     source = tmp_path / "evil.tar"
     with tarfile.open(source, "w") as archive:

@@ -261,6 +261,21 @@ def test_a_process_that_is_ended_from_outside_is_one_message(tokenizer, tmp_path
     prepare(tmp_path / "rows", tokenizer)
 
 
+def test_a_process_that_ended_before_a_part_was_handed_over_is_the_same_message(tmp_path):
+    part = shards.Shard(0, ["a"], [True], 1.0)
+
+    def hand_over():
+        with shards.Workers(2, lambda batch: [[1]] * len(batch), 9) as workers:
+            workers.submit(tmp_path / "0.npz", part).result()
+            os.kill(next(iter(workers.pool._processes)), signal.SIGKILL)
+            for _ in range(1000):
+                workers.submit(tmp_path / "1.npz", part)
+                time.sleep(0.01)
+
+    with pytest.raises(OSError, match="ended from outside"):
+        hand_over()
+
+
 def test_processes_end_with_the_one_they_work_for(tokenizer, tmp_path):
     def encode(batch):
         (tmp_path / f"pid-{os.getpid()}").touch()
@@ -328,6 +343,12 @@ def test_a_text_without_tokens_is_refused(tokenizer, tmp_path):
             read=lambda: [Piece("", True, 1.0)] * 3,
             how=shape(length=9, insert_eos=False),
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_empty_documents_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="has 0 tokens in 300 documents"):
+        prepare(tmp_path / "rows", tokenizer, read=lambda: [Piece("", True, 1.0)] * 300)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -272,6 +272,23 @@ def test_a_run_goes_on_on_other_devices(before, after):
         assert stream.read(positions).ids.tolist() == [rows[p] for p in positions]
 
 
+def test_of_two_bookmarks_of_a_lane_the_earlier_counts():
+    noted = []
+    for last in (48, 1200):
+        stream = Stream(text(), SEED)
+        stream.read(range(last))
+        noted.append(streaming.to_text(stream.bookmarks(), "x"))
+    for texts in (noted, noted[::-1]):
+        assert streaming.to_text(streaming.from_texts(texts, "x"), "x") == noted[0]
+
+
+def test_units_of_whole_documents_end_with_one():
+    for anywhere in (True, False):
+        units = streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=anywhere)
+        ends = {unit.ends[-1] for unit in itertools.islice(units, 300)}
+        assert ends == ({True, False} if anywhere else {True})
+
+
 def test_going_on_reads_little():
     """The parts before the bookmark are not opened, the text of the lanes' units is tokenized
     again, and no more."""
