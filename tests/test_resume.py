@@ -106,6 +106,21 @@ def test_told_to_stop_it_saves_between_steps_and_goes_on(number, wholes):
     goes_on_to_the_same_end(overrides, folder, expected)
 
 
+def test_told_in_a_validation_of_a_step_that_is_not_saved_yet(base, tmp_path):
+    """The averaged weights are in place then; the raw ones belong in the checkpoint."""
+    every = "callbacks.checkpoint_every_n_steps.every_n_train_steps=3"  # validation: after 4 and 8
+    save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
+    overrides = [*base, *ALGORITHMS["bamdlm"], every, save_dir]
+    code, text = run(overrides, tmp_path / "log")
+    assert code == 0, text
+    expected = read(tmp_path / LAST)
+    shutil.rmtree(tmp_path / "run")
+    before = at_call(Diffusion, "validation_step", 1, tell(signal.SIGTERM))
+    code, text = run(overrides, tmp_path / "log", before=before)
+    assert (code, read(tmp_path / LAST)["global_step"]) == (GO_ON, 4), text
+    goes_on_to_the_same_end(overrides, tmp_path, expected)
+
+
 def test_a_signal_before_training_ends_the_process_and_loses_nothing(wholes):
     overrides, folder, expected = wholes("ar")
     process = Run(overrides, folder / "log", before=tell(signal.SIGUSR1))
