@@ -274,7 +274,7 @@ def test_a_run_goes_on_on_other_devices(before, after):
 
 def test_of_two_bookmarks_of_a_lane_the_earlier_counts():
     noted = []
-    for last in (48, 1200):
+    for last in (48, 4800):
         stream = Stream(text(), SEED)
         stream.read(range(last))
         noted.append(streaming.to_text(stream.bookmarks(), "x"))
