@@ -137,6 +137,9 @@ class Diffusion(L.LightningModule):
         x0, mask = batch["input_ids"], batch["attention_mask"]
         # padding forms a segment of its own, so it is neither attended to nor attends
         segments = mask.long() if self.pad_apart else batch.get("segments")
+        # the text itself may hold mask tokens (tokenizers read the letters "[MASK]" as one), whose
+        # probability is 0: they are seen, not predicted
+        mask = mask * (x0 != self.objective.mask_id)
         if isinstance(self.objective, Autoregressive):
             return self.objective.loss(
                 self.backbone, x0, mask, training=training, segments=segments

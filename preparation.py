@@ -128,7 +128,10 @@ def write(
             "seconds": round(time.monotonic() - report.began, 1),
         }
         whole = json.dumps(about | notes | made, indent=1, ensure_ascii=False)
-        (new / "about.json").write_text(whole + "\n", encoding="utf-8")
+        with (new / "about.json").open("w", encoding="utf-8") as file:
+            file.write(whole + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.rename(new, folder)
     except ValueError:  # of the data: mended, they are other data, and these parts of no use
         shutil.rmtree(work)

@@ -21,6 +21,8 @@ def prepare_data(config: Config) -> Callable[[], None]:
     }
 
     def run() -> None:
+        if not made:
+            say("nothing to prepare: data.streaming=true reads the training split as it goes")
         for split, rows in made.items():
             say(f"{split}: {described(rows)}")
 

@@ -86,8 +86,13 @@ class Text8:
 
     def file(self, path: Path) -> Path:
         """The zip or the file in a folder."""
-        inside = (path / name for name in ("text8.zip", "text8"))
-        return next((file for file in inside if file.is_file()), path) if path.is_dir() else path
+        if not path.is_dir():
+            return path
+        inside = [path / name for name in ("text8.zip", "text8")]
+        found = next((file for file in inside if file.is_file()), None)
+        if found is None:
+            raise ValueError(f"data.source={path} holds neither text8.zip nor the file text8")
+        return found
 
     def parts(self, split, revision, cache, *, download=True):
         path = (

@@ -61,7 +61,7 @@ run() {
   fi
   start+=("$python" -u)
   if [[ -z $in_job && $program == main.py && -n ${BAMDLM_TORCHRUN:-} ]]; then
-    start=("$python" -m torch.distributed.run "--nproc-per-node=$BAMDLM_TORCHRUN")
+    start=("$python" -m torch.distributed.run --standalone "--nproc-per-node=$BAMDLM_TORCHRUN")
   fi
   supervise "${start[@]}" "$program" ${arguments[@]+"${arguments[@]}"}
 }

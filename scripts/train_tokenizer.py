@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config as settings
 import corpora
 import detokenizers
+import mirror
 import tokenizer
 import vocabularies
 from utils import say
@@ -37,7 +38,7 @@ LEAST = vocabularies.BYTES + 1  # with <|endoftext|>
 
 def texts(names: list[str], data: settings.Config, done: Callable[[float], None]) -> Iterator[str]:
     """The training text of all corpora, in pieces, detokenized as for training."""
-    cache = Path(data.cache_dir).expanduser()
+    cache = mirror.local(data.cache_dir)
     for number, name in enumerate(names):
         entry = corpora.get_corpus(name, "train", source=data.source)
         column = data.text_column or entry.column

@@ -110,7 +110,8 @@ def test_a_failure_is_passed_on(cluster):
 def test_torchrun_starts_several_processes(cluster):
     process = started(cluster, "train/train_owt_ar.sh", in_job=False, BAMDLM_TORCHRUN=2)
     output = finished(process)[1]
-    assert "-m torch.distributed.run --nproc-per-node=2 main.py experiment=train_owt_ar" in output
+    start = "-m torch.distributed.run --standalone --nproc-per-node=2"
+    assert f"{start} main.py experiment=train_owt_ar" in output
 
 
 def test_a_job_runs_under_srun_in_the_submit_folder(cluster):

@@ -265,3 +265,24 @@ def test_dropout_is_at_work_in_training_only():
     losses = [float(m.eval().token_loss(batch, EXACT, None, True).mean) for _ in range(2)]
     assert losses[0] == losses[1]
     assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_token_in_the_text_is_seen_and_not_predicted(algo, training):
+    """Tokenizers read the letters "[MASK]" as the mask, whose probability is 0."""
+    m = module(algo)
+    ids = torch.randint(0, MASK, (GLOBAL, LENGTH), generator=torch.Generator().manual_seed(3))
+    ids[1, 5] = ids[2, 9] = MASK
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "row": torch.arange(GLOBAL),
+    }
+    draws = m._draws(batch, 1, GLOBAL)
+    loss = m.token_loss(batch, (1e-3, 1.0), draws, training)
+    assert loss.mean.isfinite()
+    first = 0 if algo != "ar" else 1
+    assert (loss.counted == 0)[1, 5 - first]
+    assert (loss.counted == 0)[2, 9 - first]
+    assert (loss.nats[ids[:, first:] == MASK] == 0).all()
