@@ -42,14 +42,12 @@ def main(argv=None) -> int:
         kind, *rest = args.measure.split(",")
         print(json.dumps(MEASURES[kind](*rest)))
         return 0
+    from benchmarks.conclusion import conclude
+
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures = measured(args, Path(folder))
     figures["machine"] = f"{platform.machine()}, {CORES} cores"
-    figures["missed"] = list(misses(figures))
-    for line in figures["missed"]:
-        print("missed:", line)
-    print(json.dumps(figures))
-    return 1 if args.check and figures["missed"] else 0
+    return conclude(figures, misses(figures), check=args.check)
 
 
 def parse(argv):

@@ -10,7 +10,6 @@ median over the batches.
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -32,6 +31,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     import torch
 
+    from benchmarks.conclusion import conclude
+
     torch.set_num_threads(args.threads)
     figures = {"load_before": os.getloadavg()[0], "algorithms": {}}
     with torch.inference_mode():
@@ -45,11 +46,7 @@ def main(argv=None) -> int:
             )
     figures["machine"] = f"{platform.machine()}, {args.threads} threads, {args.device}"
     figures["torch"], figures["load_after"] = torch.__version__, os.getloadavg()[0]
-    figures["missed"] = list(misses(figures["algorithms"]))
-    for text in figures["missed"]:
-        print("missed:", text)
-    print(json.dumps(figures))
-    return 1 if args.check and figures["missed"] else 0
+    return conclude(figures, misses(figures["algorithms"]), check=args.check)
 
 
 def parse(argv):

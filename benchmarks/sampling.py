@@ -15,7 +15,6 @@ is full when time is taken. The sampler draws with --nucleus (0.9); the bare loo
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -37,6 +36,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     import torch
 
+    from benchmarks.conclusion import conclude
+
     torch.manual_seed(0)
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
@@ -52,11 +53,7 @@ def main(argv=None) -> int:
     figures["torch"] = torch.__version__
     figures["peak_memory_mib"] = peak_memory(args)
     show(figures)
-    print(json.dumps(figures))
-    missed = list(misses(figures))
-    for line in missed:
-        print("missed:", line)
-    return 1 if args.check and missed else 0
+    return conclude(figures, misses(figures), check=args.check)
 
 
 def parse(argv):

@@ -55,6 +55,8 @@ def main(argv=None) -> int:
         return 0
     import torch
 
+    from benchmarks.conclusion import conclude
+
     torch.set_num_threads(args.threads)
     cases = [Case(algo, n, b, args.block) for n, b in args.shapes for algo in args.only]
     figures = {"cases": [], "load_before": os.getloadavg()[0]}
@@ -75,11 +77,7 @@ def main(argv=None) -> int:
         print(f"bamdlm : mdlm, time per token: {show(figures['bamdlm_over_mdlm'])}")
     figures["machine"] = f"{platform.machine()}, {args.threads} threads, {args.device}"
     figures["torch"], figures["load_after"] = torch.__version__, os.getloadavg()[0]
-    figures["missed"] = list(misses(figures))
-    for text in figures["missed"]:
-        print("missed:", text)
-    print(json.dumps(figures))
-    return 1 if args.check and figures["missed"] else 0
+    return conclude(figures, misses(figures), check=args.check)
 
 
 def parse(argv):

@@ -2,12 +2,10 @@
 and causal for AR.
 
 It maps tokens to logits in two halves, because most positions never need logits: `hidden` runs the
-blocks, `logits` the head, for the rows asked for. It holds weights and nothing else: no mode, no
-tensor kept between calls, no knowledge of the algorithm. Parameter names are those of the published
+blocks, `logits` the head, for the rows asked for. It holds weights, and what `freeze` makes of them
+for evaluation: no mode, no knowledge of the algorithm. Parameter names are those of the published
 checkpoints.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -15,105 +13,10 @@ from torch import Tensor, nn
 
 from .attention import get_backend
 from .cache import KVCache
+from .layers import Embedding, Norm, Pick, Rotary, TimestepEmbedding, rotate
 from .masks import BlockCausal, BlockDiffusion, Rule
 
-TIMESTEP_FEATURES = 256
-ROTARY_BASE = 10_000
-MAX_PERIOD = 10_000
 TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
-
-
-class Norm(nn.Module):
-    """LayerNorm with a scale and no bias, in float32 whatever comes in (also under autocast)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
-
-
-class Embedding(nn.Module):
-    def __init__(self, vocab_size: int, width: int):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
-        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding)  # table[ids] has an irreproducible backward pass
-
-
-class TimestepEmbedding(nn.Module):
-    """sigma [B] -> features [B, cond_dim]."""
-
-    def __init__(self, cond_dim: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(TIMESTEP_FEATURES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
-        )
-
-    def forward(self, sigma: Tensor) -> Tensor:
-        half = TIMESTEP_FEATURES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=sigma.device)
-        angles = sigma[:, None].float() * torch.exp(-math.log(MAX_PERIOD) / half * steps)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
-
-
-class Rotary(nn.Module):
-    """Rotary position embedding (arXiv:2104.09864), halves rotated as in GPT-NeoX."""
-
-    def __init__(self, head_width: int):
-        super().__init__()
-        steps = torch.arange(0, head_width, 2).float() / head_width
-        self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**steps)
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [..., 1, T, D/2] for positions [..., T].
-
-        Angles are made in float64: in float32 they are off by 0.01 at position 131 000.
-        """
-        angles = positions[..., None].double() * self.inv_freq.double()
-        return angles.cos().float().unsqueeze(-3), angles.sin().float().unsqueeze(-3)
-
-
-class _Rotate(torch.autograd.Function):
-    """Its own derivative with the angle turned round, so nothing is kept but the tables."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, -1)
-        turned = [torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)]
-        return torch.cat(turned, -1).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        a, b = grad.chunk(2, -1)
-        turned = [torch.addcmul(a * cos, b, sin), torch.addcmul(b * cos, a, sin, value=-1)]
-        return torch.cat(turned, -1).to(grad.dtype), None, None
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x [..., T, D] by the angles of its position, in float32."""
-    return _Rotate.apply(x, *tables)
-
-
-class _Pick(torch.autograd.Function):
-    """x[rows] of x [N, E], no row twice: so the derivative needs neither sorting nor a sum."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.count = len(x)
-        return x[rows]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (rows,) = ctx.saved_tensors
-        out = grad.new_zeros(ctx.count, grad.shape[1])
-        return out.index_copy_(0, rows, grad), None
 
 
 class Block(nn.Module):
@@ -132,14 +35,6 @@ class Block(nn.Module):
         self.register_buffer("kept", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
-
-    def modulation(self, c: Tensor | None) -> list[Tensor | None]:
-        """shift, scale, gate of the attention, then of the MLP: six of [B or 1, 1, E]. c None: no
-        modulation, or the one that was kept (`DiT.freeze`)."""
-        if c is None and self.kept is None:
-            return [None] * 6
-        parts = self.kept if c is None else self.adaLN_modulation(c)[:, None]
-        return list(parts.chunk(6, -1))
 
     def queries_keys_values(
         self, x: Tensor, asking: int, tables: tuple[Tensor, Tensor]
@@ -164,7 +59,7 @@ class Block(nn.Module):
     def forward(self, x, c, attend, tables, asking, read):
         """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B *
         asking."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(self, c, 6)
         q, k, v = self.queries_keys_values(_modulate(self.norm1(x), shift, scale), asking, tables)
         a = attend(q, k, v)
         a = a.transpose(1, 2).flatten(2)  # [B, asking, E]
@@ -173,7 +68,7 @@ class Block(nn.Module):
             row = read // asking
             parts = [gate, mlp_shift, mlp_scale, mlp_gate]
             gate, mlp_shift, mlp_scale, mlp_gate = (_of_rows(part, row) for part in parts)
-            x, a = (_Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
+            x, a = (Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
         x = _added(x, gate, self._drop(self.attn_out(a)))
         y = self.mlp(_modulate(self.norm2(x), mlp_shift, mlp_scale))
         return _added(x, mlp_gate, self._drop(y))
@@ -196,13 +91,6 @@ class OutputLayer(nn.Module):
         if self.wide_weight is None:
             return self.linear(features)
         return F.linear(features, self.wide_weight, self.wide_bias)[..., : len(self.linear.weight)]
-
-    def modulation(self, c: Tensor | None) -> list[Tensor | None]:
-        """shift, scale [B or 1, 1, E]; c as for `Block.modulation`."""
-        if c is None and self.kept is None:
-            return [None] * 2
-        parts = self.kept if c is None else self.adaLN_modulation(c)[:, None]
-        return list(parts.chunk(2, -1))
 
 
 class DiT(nn.Module):
@@ -322,7 +210,7 @@ class DiT(nn.Module):
         is given.
         """
         x = self.output_layer.norm_final(hidden)
-        shift, scale = self.output_layer.modulation(self.conditioning(sigma))
+        shift, scale = _modulation(self.output_layer, self.conditioning(sigma), 2)
         if hidden.dim() == 2:
             shift, scale = _of_rows(shift, row), _of_rows(scale, row)
         return _modulate(x, shift, scale)
@@ -391,6 +279,15 @@ def _zero(linear: nn.Linear) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def _modulation(layer: Block | OutputLayer, c: Tensor | None, parts: int) -> list[Tensor | None]:
+    """shift, scale, gate of a block's attention, then of its MLP; shift, scale of the head: each [B
+    or 1, 1, E]. c None: no modulation, or the one that was kept (`DiT.freeze`)."""
+    if c is None and layer.kept is None:
+        return [None] * parts
+    made = layer.kept if c is None else layer.adaLN_modulation(c)[:, None]
+    return list(made.chunk(parts, -1))
 
 
 def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -98,17 +98,13 @@ class Rows:
 
     def ask(self, *question) -> Tensor:
         """The denoiser's answer; counted as one evaluation of the batch."""
-        self.evaluations += 1
-        if self.watch is not None:
-            self.before = self._copy()
+        self._count()
         with torch.inference_mode():
             return self.denoise(*question)
 
     def reveal(self, starts: list[int], width: int, read: Tensor, key: Tensor) -> Tensor:
         """A token for each position read [B, R] of tokens starts[b] .. starts[b] + width - 1."""
-        self.evaluations += 1
-        if self.watch is not None:
-            self.before = self._copy()
+        self._count()
         question = self.window(starts, width), read, key
         with torch.inference_mode():
             if self.replay is None:
@@ -127,6 +123,12 @@ class Rows:
     def _evaluate(self, tokens: Tensor, read: Tensor, key: Tensor, cache) -> Tensor:
         log_probs = self.denoise(tokens, read, cache)
         return self.sample(log_probs, key, self.settings.nucleus_p, self.settings.dtype)
+
+    def _count(self) -> None:
+        """One more evaluation of the batch; who watches will see what it was asked about."""
+        self.evaluations += 1
+        if self.watch is not None:
+            self.before = self._copy()
 
     def _copy(self) -> Tensor:
         return self.x[:, :-1].to("cpu", copy=True)

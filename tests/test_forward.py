@@ -17,7 +17,8 @@ from networks import (
     without_mask,
 )
 
-from models.dit import DiT, Rotary, rotate
+from models.dit import DiT
+from models.layers import Rotary, rotate
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from noise_schedule import LogLinear
 from objectives.autoregressive import Autoregressive
