@@ -25,7 +25,9 @@ from objectives import clipping
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT, Draws, Interval, draw_examples
+from objectives.graphs import GraphedLoss
 from objectives.loss import TokenLoss
+from objectives.question import Question
 from objectives.sedd import ScoreEntropy
 from randomness import hashed
 
@@ -106,6 +108,7 @@ class Diffusion(L.LightningModule):
         self.averaged = False  # whether the EMA weights are in place of the raw ones
         self.meter = LikelihoodMeter()
         self.search: clipping.Search | None = None
+        self.graphed: GraphedLoss | None = None
         self.validated_at = 0  # the step of the last validation
 
     def named_weights(self):
@@ -134,6 +137,13 @@ class Diffusion(L.LightningModule):
         self, batch: dict, interval: Interval, draws: Draws | None, training: bool
     ) -> TokenLoss:
         """The loss of a batch under given draws (None: ar, nothing is drawn)."""
+        question = self.question(batch, interval, draws, training)
+        return self.objective.answer(self.backbone, question.to(self.device))
+
+    def question(
+        self, batch: dict, interval: Interval, draws: Draws | None, training: bool
+    ) -> Question:
+        """What the batch asks the network, made on the host."""
         x0, mask = batch["input_ids"], batch["attention_mask"]
         # padding forms a segment of its own, so it is neither attended to nor attends
         segments = mask.long() if self.pad_apart else batch.get("segments")
@@ -141,29 +151,36 @@ class Diffusion(L.LightningModule):
         # probability is 0: they are seen, not predicted
         mask = mask * (x0 != self.objective.mask_id)
         if isinstance(self.objective, Autoregressive):
-            return self.objective.loss(
-                self.backbone, x0, mask, training=training, segments=segments
-            )
-        return self.objective.loss(
-            self.backbone,
-            x0,
-            mask,
-            draws,
-            interval=interval,
-            training=training,
-            segments=segments,
+            return self.objective.question(x0, mask, training=training, segments=segments)
+        return self.objective.question(
+            x0, mask, draws, interval=interval, training=training, segments=segments
         )
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         # dropout, too, is a function of the place in the stream
         torch.manual_seed(int(hashed(self.noise.seed + DROPOUT_SEED, int(batch["row"][0]))))
         draws = self._draws(batch, self.noise.seed, self.noise.global_batch)
-        loss = self.token_loss(batch, self.interval, draws, training=True)
-        self.health.saw(batch, loss.mean)
-        self.log("trainer/loss", loss.mean.detach(), on_step=True, sync_dist=self._several())
+        loss = self.training_loss(batch, draws)
+        self.health.saw(batch, loss)
+        self.log("trainer/loss", self._mean_of_all(loss.detach()), on_step=True)
         if self.health.bad_steps:
-            self.log("trainer/bad_steps", float(self.health.bad_steps), on_step=True)
-        return loss.mean
+            # a number would be brought to the device, and waited for
+            self.log("trainer/bad_steps", torch.tensor(float(self.health.bad_steps)))
+        return loss
+
+    def training_loss(self, batch: dict, draws: Draws | None) -> Tensor:
+        if self.graphed is None:
+            return self.token_loss(batch, self.interval, draws, training=True).mean
+        question = self.question(batch, self.interval, draws, training=True)
+        return self.graphed(question, self.device)
+
+    def _mean_of_all(self, value: Tensor) -> Tensor:
+        """Over the devices, which do not wait for their hosts (as sync_dist of `log` would)."""
+        if not self._several():
+            return value
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        return value / self.trainer.world_size
 
     def _draws(self, batch: dict, seed: int, global_batch: int) -> Draws | None:
         """The noise of these examples: a function of the seed and their place in the stream."""
@@ -174,16 +191,14 @@ class Diffusion(L.LightningModule):
             seed,
             batch["row"],
             global_batch=global_batch,
-            device=x0.device,
             length=x0.shape[1],
             block_size=self._block_size(x0.shape[1]),
             antithetic=self.noise.antithetic,
         )
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, index: int) -> dict:
-        """All but the row numbers: the host reads those, and must not wait for the device."""
-        moved = {key: value for key, value in batch.items() if key != "row"}
-        return {**super().transfer_batch_to_device(moved, device, index), "row": batch["row"]}
+        """Nothing yet: the host makes a question of it first, and need not wait for the device."""
+        return batch
 
     def _block_size(self, length: int) -> int:
         """Tokens that share a time: a block, or for mdlm and sedd the sequence."""
@@ -193,6 +208,9 @@ class Diffusion(L.LightningModule):
         return self.trainer.world_size > 1
 
     # ---- validation ---------------------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        self.settle()
 
     def on_validation_epoch_start(self) -> None:
         self.average(True)
@@ -217,7 +235,7 @@ class Diffusion(L.LightningModule):
         loss = self.token_loss(batch, reported, draws, training=False)
         self.meter.update(loss.nats, loss.counted)
         if self.search is not None and self.search.wants_more():
-            real = batch["attention_mask"]
+            real = batch["attention_mask"].to(self.device)
             found = {reported: self._variance(loss, real)}
             for interval in self.search.grid:
                 if interval not in found:
@@ -308,20 +326,38 @@ class Diffusion(L.LightningModule):
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None and not self.health.skipped:
-            self.ema.update(self.averaged_weights())
+            self.ema.update(self.averaged_weights(), unless=self.health.found)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Clip, or where loss or gradient are not finite leave the step out."""
         named = [(name, p) for name, p in self.named_weights() if p.grad is not None]
-        self.health.inspect(self.trainer, named)
+        self._uncount(self.health.inspect(self.trainer, named))
+        self.trainer.optimizers[0].found_inf = self.health.found  # AdamW reads it if fused
         if not self.health.skipped:
             self.health.clip(named, gradient_clip_val, gradient_clip_algorithm)
+
+    def settle(self) -> None:
+        """Wait for what the host does not know yet of the steps that were made."""
+        self._uncount(self.health.settle(self.trainer))
+
+    def _uncount(self, steps: int) -> None:
+        """Steps that turn out to have been left out were no updates of the average."""
+        if self.ema is not None:
+            self.ema.num_updates -= steps
 
     def on_fit_start(self) -> None:
         if self.ema is not None:
             self.ema.to(self.device)
+        on_host = self.device.type == "cpu" or sharding.is_sharded(self.backbone)
+        self.health.late = self.fused() and not on_host
+        if self.backbone.compiled and self.device.type == "cuda":
+            self.graphed = GraphedLoss(
+                self.backbone,
+                lambda *asked: self.objective.answer(*asked).mean,
+                shared=self.trainer.accumulate_grad_batches > 1,
+            )
 
     # ---- checkpoints --------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
 """Steps that cannot be right, data that do not come: said, counted, and where asked for the end."""
 
+import math
 import os
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from samplers.countdown import Here, send
 from signals import Stopped
 
 TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended
@@ -33,44 +36,76 @@ class StepHealth:
 
     allowed: int = 10
     folder: str | None = None
+    late: bool = False  # the host learns of a step during the next one, and waits for no device
     bad_steps: int = 0  # since the process began
+    left_out: int = 0  # the same with those that a scaler of float16 asked for
     in_a_row: int = 0
-    skipped: bool = False  # the step at hand
+    found: Tensor | None = None  # late: 1.0 if the step at hand is left out, float32 on the device
+    skipped: bool = False  # not late: whether it is
     norm: Tensor | None = None  # of its gradient
     _batches: list[dict] = field(default_factory=list)
     _losses: list[Tensor] = field(default_factory=list)
+    _coming: deque = field(default_factory=deque)
 
     def saw(self, batch: dict, loss: Tensor) -> None:
         """A micro-batch of the step at hand."""
         self._batches.append(batch)
         self._losses.append(loss.detach())
 
-    def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> None:
-        """Decide, over all devices together, whether the step is left out; drops its gradients."""
-        self.norm = nn.utils.get_total_norm([p.grad for _, p in named])
-        bad_loss = ~torch.isfinite(torch.stack(self._losses or [self.norm.new_zeros(())])).all()
+    def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> int:
+        """Decide, over all devices together, whether the step is left out.
+
+        Its gradients are dropped, or where the decision is `late` the optimizer is told by `found`
+        not to use them. Returns what `settle` does.
+        """
+        each = torch.stack(torch._foreach_norm([p.grad for _, p in named]))
+        self.norm, norms = torch.linalg.vector_norm(each), _whole(each)
+        bad_loss = ~torch.isfinite(torch.stack(self._losses or [norms.new_zeros(())])).all()
         bad = torch.stack([bad_loss, ~torch.isfinite(_whole(self.norm))]).float()
         if trainer.world_size > 1:
-            bad = trainer.strategy.reduce(bad, reduce_op="sum")
-        loss_is_bad, gradient_is_bad = (x > 0 for x in bad.tolist())
-        batches, self._batches = self._batches, []
-        losses, self._losses = self._losses, []
-        self.skipped = loss_is_bad or gradient_is_bad
-        if not self.skipped:
+            torch.distributed.all_reduce(bad)
+        names = [name for name, _ in named]
+        numbers = torch.cat([bad.to(norms), norms])
+        step = _Step(trainer.global_step + 1, self._batches, self._losses, names, *send(numbers))
+        self._batches, self._losses = [], []
+        self._coming.append(step)
+        self.found = bad.amax().clamp(max=1) if self.late else None
+        learned = self.settle(trainer, leave=int(self.late))
+        if self.skipped:
+            for _, p in named:
+                p.grad = None
+        return learned
+
+    def settle(self, trainer: L.Trainer, leave: int = 0) -> int:
+        """Judge the steps of which the host has not been told yet, but the last `leave`; how many
+        earlier ones turn out to have been left out."""
+        self.skipped = False
+        before = self.left_out
+        while len(self._coming) > leave:
+            step = self._coming.popleft()
+            step.arrived.synchronize()
+            self._judge(trainer, step)
+        return self.left_out - before if self.late else 0
+
+    def _judge(self, trainer: L.Trainer, step: "_Step") -> None:
+        loss_is_bad, gradient_is_bad, *norms = step.numbers.tolist()
+        if not loss_is_bad and not gradient_is_bad:
             self.in_a_row = 0
             return
-        odd = [name for name, p in named if not bool(_whole(p.grad).isfinite().all())]
-        for _, p in named:
-            p.grad = None
+        self.skipped = not self.late
+        self.left_out += 1
         if trainer.precision == "16-mixed" and not loss_is_bad:
             return  # the scaler of float16 finds its scale this way
+        odd = [
+            name for name, norm in zip(step.names, norms, strict=True) if not math.isfinite(norm)
+        ]
         self.bad_steps += 1
         self.in_a_row += 1
         what = "loss" if loss_is_bad else "gradient"
-        message = f"step {trainer.global_step + 1:,} left out: its {what} is not finite"
+        message = f"step {step.number:,} left out: its {what} is not finite"
         if self.folder is not None and self.in_a_row <= self.allowed + 1:
-            name = f"step={trainer.global_step + 1}-rank={trainer.global_rank}.pt"
-            message += f" (batch in {self._keep(name, batches, losses, odd)})"
+            name = f"step={step.number}-rank={trainer.global_rank}.pt"
+            message += f" (batch in {self._keep(name, step.batches, step.losses, odd)})"
         if trainer.is_global_zero:
             print(f"{message}; {self.bad_steps} so far", file=sys.stderr, flush=True)
         if self.in_a_row > self.allowed:
@@ -99,6 +134,19 @@ class StepHealth:
             nn.utils.clip_grad_value_(parameters, limit)
         elif limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is known of a step once `numbers` have arrived: whether a loss and whether the gradient
+    is not finite, and each parameter's norm."""
+
+    number: int
+    batches: list[dict]
+    losses: list[Tensor]
+    names: list[str]
+    arrived: "torch.Event | Here"
+    numbers: Tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from utils import say
 def save(module: L.LightningModule, checkpoint: dict) -> None:
     """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask."""
     trainer = module.trainer
+    module.settle()
     checkpoint["hparams_name"] = "kwargs"
     checkpoint["hyper_parameters"] = module.description
     _set_fused(checkpoint, None)  # says how a step is computed here, not what it is

@@ -23,12 +23,12 @@ part() { # name, seconds
   [ "${PIPESTATUS[0]}" = 0 ] || { echo "$1 ended early or found something wrong"; code=1; }
 }
 part check 100 "$@"
-echo "== tests: recordings in float32 and bf16, samplers that never wait, SSD-LM"
-tests="tests/test_forward.py tests/test_sampling.py tests/test_ssd_lm.py"
+echo "== tests: recordings in float32 and bf16, steps and samplers that never wait, SSD-LM"
+tests="tests/test_forward.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
 timeout 90 "$PYTHON" -m pytest -q -m gpu $tests | tail -3
 [ "${PIPESTATUS[0]}" = 0 ] || code=1
-part sample 100 "$@"
-part train 180 "$@"
+part sample 150 "$@"
+part train 190 "$@"
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 [ "$gpus" -gt 1 ] || echo "== several GPUs: skipped, this machine has $gpus"
 exit $code

@@ -149,8 +149,8 @@ def ways(algo: str, args):
         objective, kind = MaskedDiffusion(mask_id, size, schedule), plain_step.masked_loss
         blocks = plain_step.block_diffusion_mask(length, size, device) if algo == "bamdlm" else None
         extra |= {"block_size": size, "mask": blocks}
-    settings = {"length": length, "block_size": size, "antithetic": True, "device": device}
-    rows = torch.arange(args.batch)
+    settings = {"length": length, "block_size": size, "antithetic": True}
+    rows = torch.arange(args.batch, device=device)
 
     def draws(i: int):
         return draw_examples(1, rows + i * args.batch, global_batch=args.batch, **settings)

@@ -60,7 +60,7 @@ def step(options, block_size: int | None):
         adaln=block_size is not None,
     ).to(device)
     x0 = torch.randint(options.vocab - 1, (options.batch, options.length), device=device)
-    mask, rows = torch.ones_like(x0), torch.arange(options.batch)
+    mask, rows = torch.ones_like(x0), torch.arange(options.batch, device=device)
 
     def loss():
         if block_size is None:
@@ -70,7 +70,6 @@ def step(options, block_size: int | None):
             1,
             rows,
             global_batch=options.batch,
-            device=device,
             length=options.length,
             block_size=block_size,
             antithetic=True,

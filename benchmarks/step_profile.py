@@ -74,7 +74,7 @@ class Watch(L.Callback):
 
 def watch(module: Diffusion, clock) -> Watch:
     watched = Watch(clock)
-    module.token_loss = watched.timed("loss", module.token_loss)
+    module.training_loss = watched.timed("loss", module.training_loss)
     module._draws = watched.timed("draws", module._draws)
     module.log = watched.timed("logging", module.log)
     module.health.inspect = watched.timed("checks", module.health.inspect)

@@ -155,7 +155,7 @@ def make(case: Case, args) -> Steps:
     net = net.to(device)
     weights, heads = dict(net.named_parameters()), args.heads
     x0 = torch.randint(mask_id, (case.batch, length), device=device)
-    ones, rows = torch.ones_like(x0), torch.arange(case.batch)
+    ones, rows = torch.ones_like(x0), torch.arange(case.batch, device=device)
     if case.algo == "ar":
         objective = Autoregressive(mask_id)
 
@@ -185,7 +185,6 @@ def make(case: Case, args) -> Steps:
             1,
             rows + step * case.batch,
             global_batch=case.batch,
-            device=device,
             length=length,
             block_size=size,
             antithetic=True,

@@ -23,6 +23,7 @@ from torch import Tensor
 from .masks import BlockCausal
 
 REACH_STEP = 128
+FLEX_ROWS = 64  # a compiled pass of as many rows is faster with FlexAttention
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class KVCache:
         of REACH_STEP, so that few shapes occur."""
         return min(self.slots, -(-(committed + tokens) // REACH_STEP) * REACH_STEP)
 
-    def begin(self, tokens: int) -> "CachedPass":
+    def begin(self, tokens: int, compiled: bool = False) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
         room = self.slots
         if tokens > 2 * self.rule.block_size:  # two blocks fit always
@@ -92,33 +93,46 @@ class KVCache:
                 f"KVCache has room for {room} of its {self.slots} slots, cannot take {tokens}"
                 " tokens in one pass; feed them in pieces (two blocks fit always)"
             )
-        device = self.committed.device
-        steps, rows = torch.arange(tokens, device=device), None
-        if self.uniform is None:
-            positions = self.committed[:, None] + steps  # [B, T]
-            rows = torch.arange(len(positions), device=device)[:, None]
-        else:
-            positions = (self.uniform + steps)[None]  # [1, T]
-        visible = self._visible(positions)
-        return CachedPass(self, positions, positions % self.slots, rows, visible)
+        same = self.uniform is not None
+        places = _compiled_places() if compiled else _places
+        positions, slots, rows, visible = places(
+            self.committed[:1] if same else self.committed,
+            tokens,
+            self.slots,
+            0 if self._sees_all(tokens) else self.reach or self.slots,
+            self.rule,
+            self.keys[0].dtype,
+        )
+        return CachedPass(self, positions, slots, None if same else rows, visible)
 
-    def _visible(self, positions: Tensor) -> Tensor | None:
-        """Which slot each query may read, added to its score: 0 or -inf in the dtype of the keys
-        [B or 1, 1, T, slots]; or None where all that is returned is seen."""
-        tokens = positions.shape[1]
+    def _sees_all(self, tokens: int) -> bool:
+        """Nothing has left the window yet: a pass sees all that is committed and itself."""
         size = self.rule.block_size
         one_block = self.uniform is not None and tokens == size and self.uniform % size == 0
-        if one_block and self.uniform + tokens <= self.rule.window:
-            return None  # nothing has left the window yet: extend() returns exactly what is seen
-        end = positions[:, -1:] + 1
-        slot = torch.arange(self.reach or self.slots, device=positions.device)
-        held = (
-            end - 1 - (end - 1 - slot) % self.slots
-        )  # the position each slot holds, < 0: none yet
-        seen = self.rule.allowed(positions[:, :, None], held[:, None, :], self.slots)
-        seen = (seen & (held >= 0)[:, None, :])[:, None]
-        nothing = torch.zeros((), dtype=self.keys[0].dtype, device=seen.device)
-        return torch.where(seen, nothing, -torch.inf)
+        return one_block and self.uniform + tokens <= self.rule.window
+
+
+def _places(committed, tokens: int, slots: int, reach: int, rule: BlockCausal, dtype) -> tuple:
+    """Positions and slots of `tokens` new tokens [B, T], the numbers of the rows [B, 1], and which
+    of the first `reach` slots each query may read, added to its score: 0 or -inf [B, 1, T, reach];
+    None where reach is 0."""
+    device = committed.device
+    rows = torch.arange(len(committed), device=device)[:, None]
+    positions = committed[:, None] + torch.arange(tokens, device=device)
+    if reach == 0:
+        return positions, positions % slots, rows, None
+    last = positions[:, -1:]
+    slot = torch.arange(reach, device=device)
+    held = last - (last - slot) % slots  # the position each slot holds, < 0: none yet
+    seen = rule.allowed(positions[:, :, None], held[:, None, :], slots)
+    seen = (seen & (held >= 0)[:, None, :])[:, None]
+    nothing = torch.zeros((), dtype=dtype, device=device)
+    return positions, positions % slots, rows, torch.where(seen, nothing, -torch.inf)
+
+
+@functools.cache
+def _compiled_places() -> Callable[..., tuple]:
+    return torch.compile(_places)
 
 
 @dataclass(frozen=True)
@@ -151,5 +165,16 @@ def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor)
         else:
             store.index_put_((rows, slots), new)
     k, v = (store.transpose(1, 2).to(q.dtype) for store in (keys, values))
+    if (
+        torch.compiler.is_compiling()
+        and visible is not None
+        and FLEX_ROWS <= len(q) == len(visible)
+    ):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        def bias(score, b, h, i, j):
+            return score + visible[b, 0, i, j]
+
+        return flex_attention(q, k, v, score_mod=bias)
     visible = None if visible is None else visible.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)

@@ -4,6 +4,7 @@
 samplers/ rely on, which know no network.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -38,12 +39,24 @@ class Denoiser:
         rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
         rule = self.rule if cache is None else cache.rule
         hidden = self.backbone.hidden(tokens, rule=rule, cache=cache, read=(rows + read).flatten())
-        logits = self.backbone.logits(hidden).float()
-        logits[:, self.mask_id] = -torch.inf
-        return logits.log_softmax(-1).view(*read.shape, logits.shape[-1])
+        on_gpu = self.compiled and tokens.device.type == "cuda"
+        finish = _compiled_log_probs() if on_gpu else _log_probs
+        return finish(self.backbone, hidden, self.mask_id).unflatten(0, read.shape)
 
     def new_cache(self, batch: int, window: int) -> KVCache:
         return self.backbone.new_cache(batch, window, self.block_size)
+
+
+def _log_probs(backbone, hidden: Tensor, mask_id: int) -> Tensor:
+    """hidden [M, E] -> normalised log-probabilities float32 [M, V], the mask's -inf."""
+    logits = backbone.logits(hidden).float()
+    logits[:, mask_id] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+@functools.cache
+def _compiled_log_probs():
+    return torch.compile(_log_probs)
 
 
 @dataclass(frozen=True)

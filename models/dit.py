@@ -7,6 +7,9 @@ for evaluation: no mode, no knowledge of the algorithm. Parameter names are thos
 checkpoints.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +35,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
+        self.frozen = False
         self.register_buffer("kept", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
@@ -70,8 +74,16 @@ class Block(nn.Module):
             gate, mlp_shift, mlp_scale, mlp_gate = (_of_rows(part, row) for part in parts)
             x, a = (Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
         x = _added(x, gate, self._drop(self.attn_out(a)))
-        y = self.mlp(_modulate(self.norm2(x), mlp_shift, mlp_scale))
+        y = self._mlp(_modulate(self.norm2(x), mlp_shift, mlp_scale))
         return _added(x, mlp_gate, self._drop(y))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if not self.frozen or x.device.type != "cuda":
+            return self.mlp(x)
+        first, _, second = self.mlp  # the GELU inside the product; it has no derivative
+        rows = x.to(first.weight.dtype).flatten(0, -2)
+        rows = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
+        return second(rows).view_as(x)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -166,11 +178,12 @@ class DiT(nn.Module):
             attends = self._uncached(rule, length, segments, tokens.device)
         else:
             attends, positions = self._cached(rule, cache, length)
-        tables = self.rotary_emb(positions)
-        c = self.conditioning(sigma)
-        x = self.vocab_embed(tokens)
         # sampling on a CPU is not worth the compiler's minutes
-        run = _run_block if cache is not None and x.device.type == "cpu" else self.run_block
+        compiled = self.compiled and (cache is None or tokens.device.type != "cpu")
+        begin = _compiled_begin() if compiled and cache is not None else _begin
+        x, tables = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
+        c = self.conditioning(sigma)
+        run = self.run_block if compiled else _run_block
         for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
             x = run(block, x, c, attend, tables, length, None)
         asking = length // 2 if noised_only else length
@@ -189,7 +202,8 @@ class DiT(nn.Module):
     def _cached(self, rule, cache, length) -> tuple[list, Tensor]:
         if rule != cache.rule:
             raise ValueError(f"this cache was made for {cache.rule}, the pass asks for {rule}")
-        step = cache.begin(length)
+        on_gpu = cache.committed.device.type != "cpu"
+        step = cache.begin(length, compiled=self.compiled and on_gpu)
         return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
@@ -230,6 +244,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
+        for block in self.blocks:
+            block.frozen = True
         head = self.output_layer
         head.wide_weight, head.wide_bias = widened(head.linear.weight, head.linear.bias)
         if not self.adaln:
@@ -273,6 +289,16 @@ def widened(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 def _run_block(block: Block, *arguments) -> Tensor:
     return block(*arguments)
+
+
+def _begin(embed: Embedding, rotary: Rotary, tokens: Tensor, positions: Tensor) -> tuple:
+    """The residual stream before the first block, and the rotary tables."""
+    return embed(tokens), rotary(positions)
+
+
+@functools.cache
+def _compiled_begin() -> Callable[..., tuple]:
+    return torch.compile(_begin)
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

@@ -20,14 +20,20 @@ class EMA:
         self.shadow = {name: p.detach().clone() for name, p in named_parameters}
 
     @torch.no_grad()
-    def update(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Move every average towards its parameter; once per optimizer step."""
+    def update(
+        self, named_parameters: Iterable[tuple[str, Tensor]], unless: Tensor | None = None
+    ) -> None:
+        """Move every average towards its parameter; once per optimizer step. `unless`, on the
+        device: where it is 1 and not 0 no average moves, though an update is counted."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         current = dict(named_parameters)
         _same_names(self.shadow, current)
         values = [current[name].detach() for name in self.shadow]
-        torch._foreach_lerp_(list(self.shadow.values()), values, 1 - decay)
+        weight = 1 - decay
+        if unless is not None:
+            weight = [(1 - decay) * (1 - unless)] * len(values)
+        torch._foreach_lerp_(list(self.shadow.values()), values, weight)
 
     @torch.no_grad()
     def swap(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:

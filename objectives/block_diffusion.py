@@ -24,13 +24,13 @@ from .corruption import (
     per_token,
     times,
 )
-from .head import cross_entropy_kernel, head_loss
-from .loss import TokenLoss, scattered, without_first
+from .loss import without_first
+from .question import Objective, Question
 from .segments import positions
 
 
 @dataclass(frozen=True)
-class MaskedDiffusion:
+class MaskedDiffusion(Objective):
     """bamdlm where block_size < L, mdlm where they are equal. `block_size` tokens share one time.
 
     `full_from`: where the full interval begins (training.sampling_eps). There `resample` has no
@@ -72,9 +72,8 @@ class MaskedDiffusion:
         published), not in evaluation."""
         return without_first(attention_mask, self.ignore_bos and not training, segments)
 
-    def loss(
+    def question(
         self,
-        backbone,
         x0: Tensor,
         attention_mask: Tensor,
         draws: Draws,
@@ -82,15 +81,14 @@ class MaskedDiffusion:
         interval: Interval,
         training: bool,
         segments: Tensor | None = None,
-    ) -> TokenLoss:
+    ) -> Question:
         """x0, attention_mask, segments [B, L]. Only the full interval bounds the likelihood."""
         x_t, t = self.corrupt(x0, draws, interval, segments)
         counted = self.counted(attention_mask, training, segments)
-        return self.loss_at(backbone, x0, x_t, t, counted, interval=interval, segments=segments)
+        return self.question_at(x0, x_t, t, counted, interval=interval, segments=segments)
 
-    def loss_at(
+    def question_at(
         self,
-        backbone,
         x0: Tensor,
         x_t: Tensor,
         t: Tensor,
@@ -98,29 +96,28 @@ class MaskedDiffusion:
         *,
         interval: Interval,
         segments: Tensor | None = None,
-    ) -> TokenLoss:
-        """The loss of a given corruption: nothing random is left (but dropout)."""
+    ) -> Question:
+        """About a given corruption: nothing random is left (but dropout). With one block nobody
+        would read the clean half: it is not built."""
+        places = None if segments is None else positions(segments)
+        tokens, rule = x_t, Full()
+        if self.block_size < x_t.shape[1]:
+            tokens, rule = torch.cat([x_t, x0], 1), BlockDiffusion(self.block_size)
+            if segments is not None:
+                segments, places = torch.cat([segments] * 2, 1), torch.cat([places] * 2, 1)
         weight = per_token(self.noise(t, interval).weight, x0.shape[1])
         # padding may carry the mask's id (GPT-2): what is not counted is not asked about
         read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]  # [M]
-        hidden = self.hidden(backbone, x_t, x0, read, segments)
-        factors = (weight * counted / counted.sum()).flatten()[read]
-        kernel = cross_entropy_kernel(backbone, self.mask_id)
-        head = head_loss(backbone, hidden, x0.flatten()[read], factors, kernel)
-        nats = scattered(head.nats, read, x0) * weight * counted
-        return TokenLoss(nats=nats, counted=counted, mean=head.total)
-
-    def hidden(self, backbone, x_t, x0, read, segments=None) -> Tensor:
-        """Hidden states of the rows `read` of x_t. With one block nobody would read the clean half:
-        it is not built."""
-        places = None if segments is None else positions(segments)
-        if self.block_size == x_t.shape[1]:
-            return backbone.hidden(x_t, rule=Full(), segments=segments, positions=places, read=read)
-        if segments is not None:
-            segments, places = torch.cat([segments] * 2, 1), torch.cat([places] * 2, 1)
-        tokens = torch.cat([x_t, x0], 1)
-        rule = BlockDiffusion(self.block_size)
-        return backbone.hidden(tokens, rule=rule, segments=segments, positions=places, read=read)
+        return Question(
+            tokens=tokens,
+            rule=rule,
+            counted=counted,
+            read=read,
+            targets=x0.flatten()[read],
+            weights=(weight * counted).flatten()[read],
+            segments=segments,
+            positions=places,
+        )
 
     def denoiser(self, backbone, *, whole_window: bool) -> Denoiser:
         """The questions samplers ask. whole_window: mdlm, the visible window is one block."""

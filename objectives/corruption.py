@@ -67,16 +67,14 @@ def _dealt(seed: int, step: int, strata: int) -> Tensor:
     return torch.randperm(strata, generator=generator)
 
 
-def draw_examples(
-    seed: int, examples: Tensor, *, global_batch: int, device: torch.device, **settings
-) -> Draws:
-    """The draws of examples known by their place in the stream (int64 [B], on the CPU).
+def draw_examples(seed: int, examples: Tensor, *, global_batch: int, **settings) -> Draws:
+    """The draws of examples known by their place in the stream (int64 [B]).
 
     Example e is row e % global_batch of step e // global_batch; settings as for `draw`. A batch
     may reach over several steps (validation, whose batches need not be those of the noise).
     """
     steps, counts = torch.unique_consecutive(examples // global_batch, return_counts=True)
-    rows = (examples % global_batch).to(device)
+    rows = examples % global_batch
     draws = functools.partial(draw, global_batch=global_batch, **settings)
     parts = [
         draws(seed, step, part)

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.dit import products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
-CHUNK_LOGITS_ACCELERATOR = 1 << 27  # small matrices leave a GPU idle
+CHUNK_LOGITS_ACCELERATOR = 1 << 28  # small matrices leave a GPU idle
 
 # (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> nats float32 [m];
 # overwrites the logits, with `gradient` by d nats / d logits

@@ -16,8 +16,9 @@ from models.masks import Full
 from noise_schedule import Schedule
 
 from .corruption import Draws, Interval, hidden_independently, hide, times
-from .head import head_loss, wide_dtype
-from .loss import TokenLoss, scattered, without_first
+from .head import LossKernel, wide_dtype
+from .loss import without_first
+from .question import Objective, Question
 from .segments import positions
 
 
@@ -41,7 +42,7 @@ def score_entropy(
 
 
 @dataclass(frozen=True)
-class ScoreEntropy:
+class ScoreEntropy(Objective):
     mask_id: int
     schedule: Schedule
     ignore_bos: bool = True
@@ -60,9 +61,8 @@ class ScoreEntropy:
     ) -> Tensor:
         return without_first(attention_mask, self.ignore_bos and not training, segments)
 
-    def loss(
+    def question(
         self,
-        backbone,
         x0: Tensor,
         attention_mask: Tensor,
         draws: Draws,
@@ -70,44 +70,35 @@ class ScoreEntropy:
         interval: Interval,
         training: bool,
         segments: Tensor | None = None,
-    ) -> TokenLoss:
+    ) -> Question:
         """x0, attention_mask, segments [B, L]; one time per row."""
         x_t, t = self.corrupt(x0, draws, interval, segments)
         counted = self.counted(attention_mask, training, segments)
-        return self.loss_at(backbone, x0, x_t, t, counted, segments=segments)
+        return self.question_at(x0, x_t, t, counted, segments=segments)
 
-    def loss_at(
-        self, backbone, x0: Tensor, x_t: Tensor, t: Tensor, counted: Tensor, *, segments=None
-    ) -> TokenLoss:
-        """The loss of a given corruption, t [B, 1]."""
+    def question_at(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, counted: Tensor, *, segments=None
+    ) -> Question:
+        """About a given corruption, t [B, 1]."""
         noise = self.schedule(t)
-        sigma = noise.sigma  # [B, 1]
-        expm1 = torch.expm1(sigma)
+        expm1 = torch.expm1(noise.sigma)  # [B, 1]
         weight = noise.weight * expm1  # d sigma / d t
         read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]
-        row = read // x0.shape[1]
-        seen = sigma[:, 0] if self.time_conditioning else None
-        hidden = backbone.hidden(
-            x_t,
-            seen,
+        return Question(
+            tokens=x_t,
             rule=Full(),
+            counted=counted,
+            read=read,
+            targets=x0.flatten()[read],
+            weights=(weight * counted).flatten()[read],
+            sigma=noise.sigma[:, 0] if self.time_conditioning else None,
+            expm1=expm1[:, 0],
             segments=segments,
             positions=None if segments is None else positions(segments),
-            read=read,
         )
-        factors = (weight * counted / counted.sum()).flatten()[read]
-        head = head_loss(
-            backbone,
-            hidden,
-            x0.flatten()[read],
-            factors,
-            functools.partial(score_entropy, mask_id=self.mask_id),
-            expm1[row, 0],
-            sigma=seen,
-            row=row,
-        )
-        nats = scattered(head.nats, read, x0) * weight * counted
-        return TokenLoss(nats=nats, counted=counted, mean=head.total)
+
+    def kernel(self, backbone) -> LossKernel:
+        return functools.partial(score_entropy, mask_id=self.mask_id)
 
     def denoiser(self, backbone) -> Score:
         return Score(backbone, self.mask_id, self.time_conditioning)

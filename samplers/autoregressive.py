@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from .draw import fold
 from .rows import Rows
 from .settings import Sample
@@ -44,10 +46,9 @@ def next_token(rows: Rows) -> None:
     else:
         starts = [max(0, target - settings.context_size) for target in targets]
     feed = [target - start for target, start in zip(targets, starts, strict=True)]
-    packed = rows.tensor([[n - 1 for n in feed], targets])
-    key = rows.tensor(fold(rows.keys(list(range(len(rows))), targets), DRAW))
-    token = rows.reveal(starts, max(feed), packed[0][:, None], key[:, None])
-    rows.x.scatter_(1, packed[1][:, None], token)
+    key = fold(rows.keys(list(range(len(rows))), targets), DRAW)
+    step = torch.stack([torch.tensor([n - 1 for n in feed]), torch.tensor(targets), key])
+    rows.reveal(starts, max(feed), rows.tensor(step)[..., None])
     if settings.kv_cache:
         rows.commit(feed)
     for slot in rows.slots:

@@ -71,8 +71,10 @@ def _numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
 
 
-def sample(log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str) -> Tensor:
-    """Nucleus and draw: [..., V] and keys [...] -> tokens [...].
+def sample(
+    log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str, search: bool = False
+) -> Tensor:
+    """Nucleus (`search`: see there) and draw: [..., V] and keys [...] -> tokens [...].
 
     A CPU takes few rows at a time, so that what is made on the way stays in its cache; another
     device takes all but where they would need gigabytes.
@@ -82,7 +84,7 @@ def sample(log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str) -> Tens
         rows = rows.double()
     at_once = max(1, (CACHED if rows.device.type == "cpu" else AT_ONCE) // rows.shape[-1])
     tokens = [
-        draw(nucleus(part, nucleus_p), some, dtype)
+        draw(nucleus(part, nucleus_p, search), some, dtype)
         for part, some in zip(rows.split(at_once), keys.split(at_once), strict=True)
     ]
     return torch.cat(tokens).view(key.shape)
@@ -99,7 +101,7 @@ def compiled_sample() -> Callable[..., Tensor]:
     global _numbers
     _numbers = torch.compiler.disable(_numbers)
     nucleus_rule.running_sum = torch.compiler.disable(nucleus_rule.running_sum)
-    return torch.compile(sample)
+    return functools.partial(torch.compile(sample), search=True)
 
 
 def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32") -> Tensor:

@@ -7,7 +7,9 @@ also keeps the token that crosses p. Published numbers depend on it.
 Sorting 50 000 numbers costs as much as the network's head. In float32 the edge of the nucleus is
 therefore found by two histograms over the halves of the probabilities' bit patterns (which order as
 the numbers do), with masses in fixed point, so that the result depends on no order of summation and
-nothing is asked back from the device. In float64 it is sorted, as the reference does.
+nothing is asked back from the device. Compiled for a GPU many rows are searched for it instead, for
+there a histogram is slower than the two dozen sums of a search. In float64 it is sorted, as the
+reference does.
 """
 
 import torch
@@ -16,18 +18,23 @@ from torch import Tensor
 HALF = 15  # bits: a float32 in [0, 1] has 30 below its sign
 ONE = 1 << 40  # fixed point
 SORTED = 4096  # a vocabulary that is sorted sooner than counted
+SEARCHED_ROWS = 64  # and searched sooner than counted, see by_search
+BITS = 2  # of the key found by each pass of by_search
 
 
-def nucleus(log_probs: Tensor, p: float) -> Tensor:
+def nucleus(log_probs: Tensor, p: float, search: bool = False) -> Tensor:
     """Log-probabilities [..., V] with -inf at the dropped tokens, not renormalised; p = 1 returns
     the argument itself.
 
-    Among equal probabilities the smaller id is kept first.
+    Among equal probabilities the smaller id is kept first. search: what is compiled for a GPU may
+    go a way of its own to the same result.
     """
     if p >= 1:
         return log_probs
     sort = log_probs.dtype == torch.float64 or log_probs.shape[-1] <= SORTED
-    kept = by_sorting(log_probs, p) if sort else by_digits(log_probs, p)
+    rows = log_probs.numel() // log_probs.shape[-1]
+    unsorted = by_search if search and rows >= SEARCHED_ROWS else by_digits
+    kept = by_sorting(log_probs, p) if sort else unsorted(log_probs, p)
     return log_probs.masked_fill(~kept, -torch.inf)
 
 
@@ -58,10 +65,6 @@ def by_digits(log_probs: Tensor, p: float) -> Tensor:
     return kept.scatter(-1, log_probs.argmax(-1, keepdim=True), True)
 
 
-def running_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return x.cumsum(-1, dtype=dtype)
-
-
 def last_that_fits(digit: Tensor, mass: Tensor, above: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The greatest digit whose tokens do not all fit below `limit`, and the mass above it, [...,
     1].
@@ -75,3 +78,30 @@ def last_that_fits(digit: Tensor, mass: Tensor, above: Tensor, limit: int) -> tu
     last = (1 << HALF) - 1
     above = torch.where(least <= last, total.gather(-1, least.clamp(max=last)), above)
     return (least - 1).int(), above
+
+
+def running_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.cumsum(-1, dtype=dtype)
+
+
+def by_search(log_probs: Tensor, p: float) -> Tensor:
+    """The same by nothing but sums over the vocabulary.
+
+    A token's key is its probability's bit pattern, followed by the greater number the smaller its
+    id. `edge` becomes, some bits at a time, the greatest key at and above which lies more than p.
+    """
+    vocabulary = log_probs.shape[-1]
+    below = vocabulary.bit_length()
+    probs = log_probs.exp()
+    ids = torch.arange(vocabulary, device=log_probs.device)
+    key = (probs.view(torch.int32).long() << below) + (vocabulary - ids)
+    mass = (probs * ONE).long()
+    limit = int(p * ONE)
+    edge = torch.zeros_like(key[..., :1])
+    for shift in range((2 * HALF + below - 1) // BITS * BITS, -1, -BITS):
+        too_much = [
+            (mass * (key >= edge + (i << shift))).sum(-1, keepdim=True) > limit
+            for i in range(1, 1 << BITS)
+        ]
+        edge = edge + (torch.stack(too_much).sum(0) << shift)
+    return (key > edge) | (key == key.amax(-1, keepdim=True))

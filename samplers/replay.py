@@ -18,12 +18,13 @@ class Replay:
         self.recordings: dict[Hashable, _Recording] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, name: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """function(*inputs). Under one name every other tensor it reads must stay where it is."""
+    def __call__(self, name: Hashable, function: Callable[..., None], *inputs: Tensor) -> None:
+        """function(*inputs), which writes to tensors of the caller. Under one name all it reads and
+        writes beside the inputs must stay where it is."""
         key = (name, *((x.shape, x.dtype) for x in inputs))
         if key not in self.recordings:
             self.recordings[key] = _Recording(inputs)
-        return self.recordings[key](function, inputs, self.pool)
+        self.recordings[key](function, inputs, self.pool)
 
     def forget(self) -> None:
         """The tensors beside the inputs have moved."""
@@ -34,19 +35,18 @@ class _Recording:
     def __init__(self, inputs: tuple[Tensor, ...]):
         self.inputs = [x.clone() for x in inputs]
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.output: Tensor | None = None
         self.tried = False
 
-    def __call__(self, function, inputs: tuple[Tensor, ...], pool) -> Tensor:
+    def __call__(self, function, inputs: tuple[Tensor, ...], pool) -> None:
         for ours, given in zip(self.inputs, inputs, strict=True):
             ours.copy_(given)
         if not self.tried:  # on the very tensors of the recording: nothing is compiled during it
             self.tried = True
-            return function(*self.inputs)
+            function(*self.inputs)
+            return
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self.output = function(*self.inputs)
+                function(*self.inputs)
             self.graph = graph
         self.graph.replay()
-        return self.output.clone()  # the next recording that is replayed writes there too

@@ -75,11 +75,10 @@ class View:
         self._asked()
         return answer
 
-    def reveal(self, read: Tensor, key: Tensor) -> Tensor:
-        """Tokens drawn there, [B, R]."""
-        tokens = self.rows.reveal(self.starts, self.width, read, key)
+    def reveal(self, step: "Step") -> None:
+        """Draw what is read and write it."""
+        self.rows.reveal(self.starts, self.width, step.numbers)
         self._asked()
-        return tokens
 
     def _asked(self) -> None:
         if any(self.pending):
@@ -90,13 +89,22 @@ class View:
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the batch, all [B, R]: where to read in the view, where to write, with
-    which number."""
+    """One evaluation of the batch."""
 
-    read: Tensor
-    write: Tensor
-    key: Tensor
+    numbers: Tensor  # int64 [3, B, R]: where to read in the view, where to write, with which key
     hide: Tensor | None  # [B, R']: positions masked beforehand
+
+    @property
+    def read(self) -> Tensor:
+        return self.numbers[0]
+
+    @property
+    def write(self) -> Tensor:
+        return self.numbers[1]
+
+    @property
+    def key(self) -> Tensor:
+        return self.numbers[2]
 
 
 def planned(rows: Rows, rule: Planned, spans, fills) -> None:
@@ -112,7 +120,7 @@ def planned(rows: Rows, rule: Planned, spans, fills) -> None:
     for step in make_steps(rows, view, list(evaluations)):
         if step.hide is not None:
             rows.x.scatter_(1, step.hide, rows.mask_id)
-        rows.x.scatter_(1, step.write, view.reveal(step.read, step.key))
+        view.reveal(step)
         rows.show()
 
 
@@ -141,7 +149,7 @@ def make_steps(rows: Rows, view: View, evaluations: list[Sequence[Event]]) -> li
     packed = rows.tensor(torch.stack([torch.tensor(read), torch.tensor(positions), key]))
     parts = [part.unflatten(1, (len(rows), -1)) for part in packed.split(sizes, dim=1)]
     return [
-        Step(part[0], part[1], part[2], hidden_again(rows, events))
+        Step(part, hidden_again(rows, events))
         for part, events in zip(parts, evaluations, strict=True)
     ]
 

@@ -102,27 +102,35 @@ class Rows:
         with torch.inference_mode():
             return self.denoise(*question)
 
-    def reveal(self, starts: list[int], width: int, read: Tensor, key: Tensor) -> Tensor:
-        """A token for each position read [B, R] of tokens starts[b] .. starts[b] + width - 1."""
+    def reveal(self, starts: list[int], width: int, step: Tensor) -> None:
+        """Write tokens: step int64 [3, B, R] says where to read in tokens starts[b] .. starts[b] +
+        width - 1, where in row b to write, and with which key. With a cache the rows start behind
+        what is committed."""
         self._count()
-        question = self.window(starts, width), read, key
+        cache = self.cache
         with torch.inference_mode():
             if self.replay is None:
-                return self._evaluate(*question, self.cache)
-            if self.cache is None:
-                return self.replay(None, lambda *q: self._evaluate(*q, None), *question)
-            reach = self.cache.reach_of(max(slot.committed for slot in self.slots), width)
-            cache = self.cache
-            return self.replay(
-                reach,
-                lambda *q: self._evaluate(*q[:3], cache.at(q[3], reach)),
-                *question,
-                cache.committed,
-            )
+                self._reveal(self.window(starts, width), step, cache)
+            elif cache is None:
+                self.replay(
+                    None, lambda *q: self._reveal(*q, None), self.window(starts, width), step
+                )
+            else:
+                reach = cache.reach_of(max(slot.committed for slot in self.slots), width)
+                self.replay(
+                    (reach, width),
+                    lambda step, committed: self._reveal(
+                        self._behind(committed, width), step, cache.at(committed, reach)
+                    ),
+                    step,
+                    cache.committed,
+                )
 
-    def _evaluate(self, tokens: Tensor, read: Tensor, key: Tensor, cache) -> Tensor:
+    def _reveal(self, tokens: Tensor, step: Tensor, cache) -> None:
+        read, write, key = step
         log_probs = self.denoise(tokens, read, cache)
-        return self.sample(log_probs, key, self.settings.nucleus_p, self.settings.dtype)
+        drawn = self.sample(log_probs, key, self.settings.nucleus_p, self.settings.dtype)
+        self.x.scatter_(1, write, drawn)
 
     def _count(self) -> None:
         """One more evaluation of the batch; who watches will see what it was asked about."""
@@ -180,7 +188,10 @@ class Rows:
         """
         if len(set(starts)) == 1 and starts[0] + width <= self.x.shape[1]:
             return self.x[:, starts[0] : starts[0] + width]
-        places = self.tensor(starts)[:, None] + torch.arange(width, device=self.device)
+        return self._behind(self.tensor(starts), width)
+
+    def _behind(self, starts: Tensor, width: int) -> Tensor:
+        places = starts[:, None] + torch.arange(width, device=self.device)
         return self.x.gather(1, places.clamp(max=self.x.shape[1] - 1))
 
     def tails(self, width: int, ends: list[int]) -> list[Tensor]:
@@ -273,10 +284,11 @@ class Rows:
                 new.append(i)
         before = len(self)
         if len(new) + len(empty) == before:  # nobody stays
-            self.x = self.x[sorted(new)]
-            self.slots = [self.slots[i] for i in sorted(new)]
-            if self.replay is not None and self.cache is not None and len(new) == before:
-                self.cache = self.cache.restarted()  # recordings stay
+            if empty:
+                self.x = self.x[sorted(new)]
+                self.slots = [self.slots[i] for i in sorted(new)]
+            if self.replay is not None and not empty:  # recordings stay, with all they know
+                self.cache = None if self.cache is None else self.cache.restarted()
             elif self.slots:
                 self._fresh_cache()
             return

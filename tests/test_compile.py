@@ -100,7 +100,7 @@ def test_compiled_draws_are_the_plain_ones(monkeypatch):
     for module, name in ((draw, "_numbers"), (nucleus, "running_sum")):  # put back at the end
         monkeypatch.setattr(module, name, getattr(module, name))
     compiled = draw.compiled_sample.__wrapped__()
-    for rows in (1, 4, 3):
+    for rows in (1, 4, 3, nucleus.SEARCHED_ROWS):
         log_p = (torch.randn(rows, 1, 5000) * 3).log_softmax(-1)
         key = torch.randint(1 << 60, (rows, 1))
         with torch.inference_mode():

@@ -235,7 +235,6 @@ def nats_per_token(net, algo, x0) -> float:
         1 + VALIDATION_SEED,
         torch.arange(len(x0)),
         global_batch=8,
-        device=torch.device("cpu"),
         length=LENGTH,
         block_size=size,
         antithetic=True,

@@ -59,7 +59,7 @@ def test_the_flop_model_counts_what_torch_counts(algo):
             return objective.loss(net, x0, ones, training=True)
     else:
         objective = MaskedDiffusion(vocab - 1, size, get_schedule("loglinear"), ignore_bos=False)
-        settings = {"length": length, "block_size": size, "antithetic": True, "device": x0.device}
+        settings = {"length": length, "block_size": size, "antithetic": True}
         draws = draw_examples(1, torch.arange(rows), global_batch=rows, **settings)
         x_t, _ = objective.corrupt(x0, draws, (1e-3, 1.0))
         share = float((x_t == vocab - 1).float().mean())

@@ -12,7 +12,7 @@ from models.masks import BlockCausal
 from samplers import STEPS, Request, Settings, generate
 from samplers.analytic import write as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
-from samplers.nucleus import by_digits, by_sorting, nucleus
+from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
 from samplers.rows import Rows
 from samplers.steps import CONFIDENCES
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
@@ -106,11 +106,13 @@ def test_the_nucleus_keeps_at_most_p_and_always_the_first(p):
 
 @pytest.mark.parametrize("vocabulary", [4, 40, 5000])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
-def test_the_nucleus_without_sorting_is_the_sorted_one(vocabulary, scale):
+def test_the_nuclei_without_sorting_are_the_sorted_one(vocabulary, scale):
     generator = torch.Generator().manual_seed(2)
     log_p = (torch.randn(30, vocabulary, generator=generator) * scale).log_softmax(-1)
     for p in (0.01, 0.3, 0.75, 0.9, 0.99):
-        assert torch.equal(by_digits(log_p, p), by_sorting(log_p.double(), p))
+        kept = by_sorting(log_p.double(), p)
+        assert torch.equal(by_digits(log_p, p), kept)
+        assert torch.equal(by_search(log_p, p), kept)
 
 
 # rows

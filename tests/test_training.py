@@ -103,9 +103,10 @@ def module(
     )
 
 
-def trainer(folder, steps, *, accumulate=2, validate=0, callbacks=()):
+def trainer(folder, steps, *, accumulate=2, validate=0, callbacks=(), accelerator="cpu"):
     return L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
@@ -113,7 +114,7 @@ def trainer(folder, steps, *, accumulate=2, validate=0, callbacks=()):
         check_val_every_n_epoch=None if validate else 1,
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         callbacks=list(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,

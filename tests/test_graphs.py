@@ -1,0 +1,188 @@
+"""Steps that wait for no device: questions with rows to spare, CUDA graphs, late judgements."""
+
+import lightning as L
+import pytest
+import torch
+from networks import GRADIENTS
+from test_training import ALGORITHMS, GLOBAL, LENGTH, MASK, module, trainer
+
+from models.masks import Full
+from objectives.graphs import ROWS, GraphedLoss, rows_for
+from objectives.question import Question
+
+
+def batch(step):
+    ids = torch.randint(0, MASK, (GLOBAL, LENGTH), generator=torch.Generator().manual_seed(step))
+    rows = torch.arange(GLOBAL) + step * GLOBAL
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": rows}
+
+
+def asked(m, step):
+    given = batch(step)
+    return m.question(given, (1e-3, 1.0), m._draws(given, 1, GLOBAL), training=True)
+
+
+def gradients(m, loss):
+    return torch.autograd.grad(loss, list(m.backbone.parameters()), allow_unused=True)
+
+
+def assert_same(ours, plain):
+    for a, b in zip(ours, plain, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= GRADIENTS * b.norm() + 1e-9
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "sedd"])
+@pytest.mark.parametrize("more", [0, 5, 10**6])
+def test_rows_to_spare_change_no_loss_and_no_gradient(algo, more):
+    m = module(algo)
+    question = asked(m, 0)
+    padded = question.padded(len(question.read) + more)
+    assert len(padded.read) == min(len(question.read) + more, GLOBAL * LENGTH)
+    assert len(padded.read.unique()) == len(padded.read)
+    plain, ours = (m.objective.answer(m.backbone, q) for q in (question, padded))
+    torch.testing.assert_close(ours.mean, plain.mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.nats, plain.nats, rtol=1e-5, atol=1e-7)
+    assert_same(gradients(m, ours.mean), gradients(m, plain.mean))
+
+
+def test_all_rows_read_leave_nothing_to_spare():
+    question = asked(module("ar"), 0)
+    assert question.padded(10**6) is question
+
+
+def test_the_rows_of_a_graph():
+    assert rows_for(1, 10**6) == ROWS
+    for n in (500, 16_384, 400_000):
+        assert n + n // 64 <= rows_for(n, 10**6) < n + n // 64 + 2 * ROWS
+        assert rows_for(n, 10**6) % ROWS == 0
+    assert rows_for(100, 120) == 120
+
+
+def test_documents_and_empty_questions_are_answered_as_they_are():
+    """The graph would need a CUDA device, of which there is none here."""
+    ids, none = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    empty = Question(ids, Full(), torch.ones(1, 4), none, none, none.float())
+    documents = Question(
+        ids, Full(), torch.ones(1, 4), none[:0], ids[0], torch.ones(4), segments=ids
+    )
+    graphed = GraphedLoss(torch.nn.Module(), lambda net, q: q.tokens.sum(), shared=False)
+    for _ in range(4):
+        assert graphed(empty, torch.device("cpu")) == 0
+        assert graphed(documents, torch.device("cpu")) == 0
+    assert graphed.shape is None
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, dropout):
+    m = module(algo, dropout=dropout).to(cuda).train()
+
+    def loss(*asked):
+        return m.objective.answer(*asked).mean
+
+    def plain(question):
+        return loss(m.backbone, question.to(cuda))
+
+    graphed = GraphedLoss(m.backbone, loss, shared=False)
+    spare = 0
+    for step in range(7):
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            results = []
+            question = asked(m, step)
+            if len(question.targets) > spare:
+                spare = rows_for(len(question.targets), question.counted.numel())
+            for graphs in (False, True):
+                torch.manual_seed(step)
+                value = graphed(question, cuda) if graphs else plain(question.padded(spare))
+                results.append((value.detach(), gradients(m, value)))
+            (value, wanted), (ours, found) = results
+            torch.testing.assert_close(ours, value, rtol=1e-6, atol=0)
+            assert_same(found, wanted)
+            with torch.no_grad():  # the recording must see the weights change
+                for p in m.backbone.parameters():
+                    p.mul_(1.01)
+    assert graphed.graph is not None
+
+
+class NoWaiting(L.Callback):
+    """From step 5 on asking the device for anything is an error."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step >= 5:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Poison(L.Callback):
+    """In step 4 a weight's gradient is not a number."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 3:
+            next(pl_module.backbone.parameters()).grad[:1] = torch.nan
+
+
+def fitted(algo, device, *, graphs=False, late=True, callbacks=(), steps=9, accumulate=1):
+    m = module(algo, dropout=0.1, eps=1e-4)
+    fit_start = m.on_fit_start
+
+    def on_fit_start():
+        m.backbone.compiled = graphs  # without the compiler: what is tested here is not its work
+        fit_start()
+        m.backbone.compiled = False
+        m.health.late = late
+
+    m.on_fit_start = on_fit_start
+    m.train()
+    t = trainer(None, steps, accumulate=accumulate, callbacks=callbacks, accelerator=device.type)
+    batches = [batch(step) for step in range(steps * accumulate)]
+    try:
+        t.fit(m, torch.utils.data.DataLoader(batches, batch_size=None))
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return m
+
+
+def assert_same_runs(ours, plain, rtol):
+    assert ours.ema.num_updates == plain.ema.num_updates
+    assert ours.health.bad_steps == plain.health.bad_steps
+    for (name, a), (_, b) in zip(ours.named_weights(), plain.named_weights(), strict=True):
+        assert (a.cpu() - b.cpu()).norm() <= rtol * b.norm().cpu() + 1e-7, name
+        average, wanted = ours.ema.shadow[name].cpu(), plain.ema.shadow[name].cpu()
+        assert (average - wanted).norm() <= rtol * wanted.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("callbacks", [(), (Poison(),)], ids=["good", "bad"])
+def test_late_judgement_makes_the_same_run(callbacks):
+    """On a CPU, where both are to be had."""
+    cpu = torch.device("cpu")
+    runs = [fitted("bamdlm", cpu, late=late, callbacks=callbacks) for late in (False, True)]
+    assert_same_runs(*runs, rtol=0)
+    assert runs[1].health.found is not None
+    assert runs[1].ema.num_updates == 9 - len(callbacks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_training_step_waits_for_no_device(cuda, algo, accumulate, graphs):
+    callbacks = [NoWaiting(), Poison()]
+    m = fitted(algo, cuda, graphs=graphs, callbacks=callbacks, accumulate=accumulate)
+    assert (m.graphed is not None) == graphs
+    assert not graphs or m.graphed.graph is not None
+    assert m.health.bad_steps == 1
+    plain = fitted(algo, cuda, late=False, callbacks=[Poison()], accumulate=accumulate)
+    assert_same_runs(m, plain, rtol=1e-4)
