@@ -23,7 +23,6 @@ from torch import Tensor
 from .masks import BlockCausal
 
 REACH_STEP = 128
-FLEX_ROWS = 64  # a compiled pass of as many rows is faster with FlexAttention
 
 
 @dataclass(frozen=True)
@@ -165,16 +164,5 @@ def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor)
         else:
             store.index_put_((rows, slots), new)
     k, v = (store.transpose(1, 2).to(q.dtype) for store in (keys, values))
-    if (
-        torch.compiler.is_compiling()
-        and visible is not None
-        and FLEX_ROWS <= len(q) == len(visible)
-    ):
-        from torch.nn.attention.flex_attention import flex_attention
-
-        def bias(score, b, h, i, j):
-            return score + visible[b, 0, i, j]
-
-        return flex_attention(q, k, v, score_mod=bias)
     visible = None if visible is None else visible.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
