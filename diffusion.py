@@ -352,7 +352,8 @@ class Diffusion(L.LightningModule):
             self.ema.to(self.device)
         on_host = self.device.type == "cpu" or sharding.is_sharded(self.backbone)
         self.health.late = self.fused() and not on_host
-        if self.backbone.compiled and self.device.type == "cuda":
+        # several devices exchange gradients while the backward pass goes on, which a graph does not
+        if self.backbone.compiled and self.device.type == "cuda" and not self._several():
             self.graphed = GraphedLoss(
                 self.backbone,
                 lambda *asked: self.objective.answer(*asked).mean,

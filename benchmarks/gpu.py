@@ -273,7 +273,8 @@ def stepper(algo, size, backend, compiled, dtype, batch, args):
 
     graphed = GraphedLoss(net, loss, shared=False)
 
-    def run(step: int) -> None:
+    def run(step: int) -> torch.Tensor:
+        """Returns the loss."""
         asked = question(step)
         with autocast(args.device, dtype):
             # as in diffusion.py
@@ -283,6 +284,7 @@ def stepper(algo, size, backend, compiled, dtype, batch, args):
         optimizer.step()
         optimizer.zero_grad()
         ema.update(net.named_parameters())
+        return value.detach()
 
     return run
 
@@ -299,15 +301,17 @@ def measure(algo, size, backend, compiled, dtype, peak, args) -> dict:
     run(1), run(2), run(3)  # with compilation the third records
     synchronise(args.device)
     started = time.perf_counter()
-    for step in range(args.steps):
-        run(4 + step)
+    losses = [run(4 + step) for step in range(args.steps)]
     synchronise(args.device)
     seconds = (time.perf_counter() - started) / args.steps
+    if not torch.stack(losses).isfinite().all():  # numbers that are not are quickly made
+        raise ArithmeticError(f"{algo} {size} {backend}: a loss is not finite: {losses}")
     sizes = args.sizes
     shape = Shape(algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size)
     memory = 0 if args.device.type == "cpu" else torch.accelerator.max_memory_allocated()
     return {
         "seconds": seconds,
+        "loss": losses[-1].item(),
         "first_step": first,
         "tokens_per_second": args.batch * args.length / seconds,
         "mfu": flops(shape).step * args.batch / seconds / peak,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything about one GPU in under 8 minutes; prints tables and writes $OUT/gpu.json.
+# Everything about the GPUs here: one in under 8 minutes, several in up to 4 more; prints tables and
+# writes $OUT/gpu_PART.json.
 #
 #   bash benchmarks/gpu.sh            on the GPU machine, in the repository root
 #   bash benchmarks/gpu.sh --tiny     on a CPU, to try the script itself
@@ -30,5 +31,11 @@ timeout 90 "$PYTHON" -m pytest -q -m gpu $tests | tail -3
 part sample 150 "$@"
 part train 190 "$@"
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
-[ "$gpus" -gt 1 ] || echo "== several GPUs: skipped, this machine has $gpus"
+if [ "$gpus" -gt 1 ] || [ "${1:-}" = --tiny ]; then
+  echo "== several GPUs"
+  timeout 240 "$PYTHON" benchmarks/gpu_several.py "$@" | grep -v '^{'
+  [ "${PIPESTATUS[0]}" = 0 ] || { echo "several GPUs: ended early or found something wrong"; code=1; }
+else
+  echo "== several GPUs: skipped, this machine has $gpus"
+fi
 exit $code
