@@ -15,19 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lightning as L
 import torch
 
-import gpu
+from benchmarks import gpu
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from tests.runs import ALGORITHMS, tiny
 
+ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 4  # steps
 EFFICIENCY = 0.9  # aim
 RESUMED = 1e-6  # largest difference of a weight: sums over devices may take another order
