@@ -119,6 +119,7 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
         else None,
         exact_nll=algo.name == "bamdlm" and config.block_size == 1 and training.eval_nll,
         pad_apart=not config.data.wrap,
+        pin_memory=config.loader.pin_memory,
         health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
         description={
             "config": dataclasses.asdict(config),
@@ -184,7 +185,6 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
         batch_size=loader.batch_size,
         eval_batch_size=validation_rows(config),
         num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory and config.trainer.accelerator == "gpu",
         window_bos=tokenizer.bos_id if config.data.insert_train_special else None,
     )
 

@@ -174,7 +174,6 @@ class DataModule(LightningDataModule):
         batch_size: int,
         eval_batch_size: int,
         num_workers: int = 0,
-        pin_memory: bool = False,
         seed: int = 1,
         window_bos: int | None = None,
     ):
@@ -184,7 +183,7 @@ class DataModule(LightningDataModule):
         self.train, self.valid = train, valid
         self.length = length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers = num_workers
         self.seed = seed
         self.window_bos = window_bos
         self.resumed_examples, self.resumed_step = 0, 0
@@ -282,7 +281,6 @@ class DataModule(LightningDataModule):
             worker_init_fn=_deaf,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=self.pin_memory,
         )
 
 

@@ -73,7 +73,7 @@ class Diffusion(L.LightningModule):
 
     `exact_nll`: validate at the interval (1, 1), which for blocks of one token is the exact
     likelihood. `pad_apart`: rows may end in padding, which nobody attends to. `description`: plain
-    containers kept in checkpoints.
+    containers kept in checkpoints. `pin_memory`: what is sent to a device lies in pinned memory.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Diffusion(L.LightningModule):
         clip: ClippingSettings | None = None,
         exact_nll: bool = False,
         pad_apart: bool = False,
+        pin_memory: bool = True,
         health: StepHealth | None = None,
         description: dict | None = None,
     ):
@@ -97,7 +98,7 @@ class Diffusion(L.LightningModule):
         self.optimizer_settings = optimizer
         self.clip = clip
         self.exact_nll = exact_nll
-        self.pad_apart = pad_apart
+        self.pad_apart, self.pin_memory = pad_apart, pin_memory
         self.health = health or StepHealth()
         self.description = description or {}
         self.interval = noise.interval
@@ -138,7 +139,10 @@ class Diffusion(L.LightningModule):
     ) -> TokenLoss:
         """The loss of a batch under given draws (None: ar, nothing is drawn)."""
         question = self.question(batch, interval, draws, training)
-        return self.objective.answer(self.backbone, question.to(self.device))
+        return self.objective.answer(self.backbone, self._sent(question))
+
+    def _sent(self, question: Question) -> Question:
+        return question.to(self.device, self.pin_memory)
 
     def question(
         self, batch: dict, interval: Interval, draws: Draws | None, training: bool
@@ -172,7 +176,7 @@ class Diffusion(L.LightningModule):
         if self.graphed is None:
             return self.token_loss(batch, self.interval, draws, training=True).mean
         question = self.question(batch, self.interval, draws, training=True)
-        return self.graphed(question, self.device)
+        return self.graphed(question)
 
     def _mean_of_all(self, value: Tensor) -> Tensor:
         """Over the devices, which do not wait for their hosts (as sync_dist of `log` would)."""
@@ -211,6 +215,7 @@ class Diffusion(L.LightningModule):
 
     def on_train_end(self) -> None:
         self.settle()
+        self.graphed = None
 
     def on_validation_epoch_start(self) -> None:
         self.average(True)
@@ -357,6 +362,7 @@ class Diffusion(L.LightningModule):
             self.graphed = GraphedLoss(
                 self.backbone,
                 lambda *asked: self.objective.answer(*asked).mean,
+                self._sent,
                 shared=self.trainer.accumulate_grad_batches > 1,
             )
 

@@ -38,7 +38,6 @@ class StepHealth:
     folder: str | None = None
     late: bool = False  # the host learns of a step during the next one, and waits for no device
     bad_steps: int = 0  # since the process began
-    left_out: int = 0  # the same with those that a scaler of float16 asked for
     in_a_row: int = 0
     found: Tensor | None = None  # late: 1.0 if the step at hand is left out, float32 on the device
     skipped: bool = False  # not late: whether it is
@@ -80,12 +79,12 @@ class StepHealth:
         """Judge the steps of which the host has not been told yet, but the last `leave`; how many
         earlier ones turn out to have been left out."""
         self.skipped = False
-        before = self.left_out
+        before = self.bad_steps
         while len(self._coming) > leave:
             step = self._coming.popleft()
             step.arrived.synchronize()
             self._judge(trainer, step)
-        return self.left_out - before if self.late else 0
+        return self.bad_steps - before if self.late else 0
 
     def _judge(self, trainer: L.Trainer, step: "_Step") -> None:
         loss_is_bad, gradient_is_bad, *norms = step.numbers.tolist()
@@ -93,7 +92,6 @@ class StepHealth:
             self.in_a_row = 0
             return
         self.skipped = not self.late
-        self.left_out += 1
         if trainer.precision == "16-mixed" and not loss_is_bad:
             return  # the scaler of float16 finds its scale this way
         odd = [

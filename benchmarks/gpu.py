@@ -271,14 +271,17 @@ def stepper(algo, size, backend, compiled, dtype, batch, args):
     def loss(backbone, asked):
         return objective.answer(backbone, asked).mean
 
-    graphed = GraphedLoss(net, loss, shared=False)
+    def sent(asked):
+        return asked.to(args.device)
+
+    graphed = GraphedLoss(net, loss, sent, shared=False)
 
     def run(step: int) -> torch.Tensor:
         """Returns the loss."""
         asked = question(step)
         with autocast(args.device, dtype):
             # as in diffusion.py
-            value = graphed(asked, args.device) if compiled else loss(net, asked.to(args.device))
+            value = graphed(asked) if compiled else loss(net, sent(asked))
         value.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()

@@ -166,7 +166,7 @@ def _block_mask(rule, queries, keys, segments, device):
     return _make_block_mask(rule, queries, keys, segments, device)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # never dropped: recordings of CUDA graphs read them
 def _shared_block_mask(rule, queries, keys, device):
     """One BlockMask per shape for the life of the process: making one costs more than a layer."""
     return _make_block_mask(rule, queries, keys, None, device)

@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
-        self.frozen = False
+        self.gelu_inside = False  # see freeze
         self.register_buffer("kept", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
@@ -78,9 +78,9 @@ class Block(nn.Module):
         return _added(x, mlp_gate, self._drop(y))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        if not self.frozen or x.device.type != "cuda":
+        if not self.gelu_inside or x.device.type != "cuda":
             return self.mlp(x)
-        first, _, second = self.mlp  # the GELU inside the product; it has no derivative
+        first, _, second = self.mlp
         rows = x.to(first.weight.dtype).flatten(0, -2)
         rows = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
         return second(rows).view_as(x)
@@ -240,12 +240,13 @@ class DiT(nn.Module):
         """For evaluation only: keep what each pass would make anew. That is the modulation at sigma
         0, and the weights of linear layers in `dtype`, what autocast makes of them at every use;
         so results are equal, to be used under the same autocast. And the head's weights as wide as
-        tensor cores like."""
+        tensor cores like. In half precision on CUDA the GELU is made inside the product before it,
+        on sums that are not rounded to half precision first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
         for block in self.blocks:
-            block.frozen = True
+            block.gelu_inside = dtype.itemsize == 2
         head = self.output_layer
         head.wide_weight, head.wide_bias = widened(head.linear.weight, head.linear.bias)
         if not self.adaln:

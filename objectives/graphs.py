@@ -35,23 +35,24 @@ class GraphedLoss:
     """`loss(backbone, question)`, a scalar on a CUDA device, as a graph once its shapes have been
     met; so are its gradients with respect to the weights, which must stay where they are.
 
-    `shared`: gradients of several calls are added up, so each gets memory of its own.
+    `send` brings a question to the device. `shared`: gradients of several calls are added up, so
+    each gets memory of its own.
     """
 
-    def __init__(self, backbone: nn.Module, loss: Callable, shared: bool):
-        self.ask, self.shared = _Asked(backbone, loss), shared
+    def __init__(self, backbone: nn.Module, loss: Callable, send: Callable, shared: bool):
+        self.ask, self.send, self.shared = _Asked(backbone, loss), send, shared
         self.shape: torch.Size | None = None
         self.rows = 0
         self.seen = 0
         self.graph: _Graph | None = None
 
-    def __call__(self, question: Question, device: torch.device) -> Tensor:
+    def __call__(self, question: Question) -> Tensor:
         if question.segments is not None or len(question.targets) == 0:
-            return self.ask(question.to(device))  # the mask of documents is another each time
+            return self.ask(self.send(question))  # the mask of documents is another each time
         if question.tokens.shape != self.shape or len(question.targets) > self.rows:
             self.shape, self.seen, self.graph = question.tokens.shape, 0, None
             self.rows = rows_for(len(question.targets), question.counted.numel())
-        question = question.padded(self.rows).to(device)
+        question = self.send(question.padded(self.rows))
         if self.seen < WARM_UP:
             self.seen += 1
             return self.ask(question)

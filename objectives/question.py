@@ -35,18 +35,17 @@ class Question:
         every = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in every.items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device) -> "Question":
-        """On the device, without waiting for it."""
+    def to(self, device: torch.device, pinned: bool = True) -> "Question":
+        """On the device; by way of pinned memory without waiting for it."""
         if self.tokens.device == device:
             return self
-        pinned = device.type != "cpu" and self.tokens.device.type == "cpu"
-        return replace(
-            self,
-            **{
-                name: (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
-                for name, x in self.tensors().items()
-            },
-        )
+        pinned = pinned and device.type != "cpu" and self.tokens.device.type == "cpu"
+
+        def sent(x: Tensor) -> Tensor:
+            # a part of a tensor would be copied on the way, to memory that is not pinned
+            return (x.contiguous().pin_memory() if pinned else x).to(device, non_blocking=pinned)
+
+        return replace(self, **{name: sent(x) for name, x in self.tensors().items()})
 
     def padded(self, rows: int) -> "Question":
         """With as many rows read (at most all); the answer at those added does not count."""

@@ -287,8 +287,8 @@ class Rows:
             if empty:
                 self.x = self.x[sorted(new)]
                 self.slots = [self.slots[i] for i in sorted(new)]
-            if self.replay is not None and not empty:  # recordings stay, with all they know
-                self.cache = None if self.cache is None else self.cache.restarted()
+            if self.replay is not None and self.cache is not None and not empty:
+                self.cache = self.cache.restarted()  # recordings stay, with all they know
             elif self.slots:
                 self._fresh_cache()
             return

@@ -66,10 +66,10 @@ def test_documents_and_empty_questions_are_answered_as_they_are():
     documents = Question(
         ids, Full(), torch.ones(1, 4), none[:0], ids[0], torch.ones(4), segments=ids
     )
-    graphed = GraphedLoss(torch.nn.Module(), lambda net, q: q.tokens.sum(), shared=False)
+    graphed = GraphedLoss(torch.nn.Module(), lambda net, q: q.tokens.sum(), lambda q: q, False)
     for _ in range(4):
-        assert graphed(empty, torch.device("cpu")) == 0
-        assert graphed(documents, torch.device("cpu")) == 0
+        assert graphed(empty) == 0
+        assert graphed(documents) == 0
     assert graphed.shape is None
 
 
@@ -93,7 +93,7 @@ def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, d
     def plain(question):
         return loss(m.backbone, question.to(cuda))
 
-    graphed = GraphedLoss(m.backbone, loss, shared=False)
+    graphed = GraphedLoss(m.backbone, loss, lambda q: q.to(cuda), shared=False)
     spare = 0
     for step in range(7):
         # without the memory of casts, in which the gradients of two uses are added up in bf16
@@ -104,7 +104,7 @@ def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, d
                 spare = rows_for(len(question.targets), question.counted.numel())
             for graphs in (False, True):
                 torch.manual_seed(step)
-                value = graphed(question, cuda) if graphs else plain(question.padded(spare))
+                value = graphed(question) if graphs else plain(question.padded(spare))
                 results.append((value.detach(), gradients(m, value)))
             (value, wanted), (ours, found) = results
             torch.testing.assert_close(ours, value, rtol=1e-6, atol=0)
@@ -116,7 +116,10 @@ def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, d
 
 
 class NoWaiting(L.Callback):
-    """From step 5 on asking the device for anything is an error."""
+    """From step 5 on asking the device for anything is an error, and a step is judged during the
+    next one."""
+
+    recorded = False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step >= 5:
@@ -124,17 +127,30 @@ class NoWaiting(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         torch.cuda.set_sync_debug_mode("default")
+        if trainer.global_step >= 5:
+            assert len(pl_module.health._coming) == 1
+        graphed = pl_module.graphed
+        self.recorded = graphed is not None and graphed.graph is not None
 
 
 class Poison(L.Callback):
-    """In step 4 a weight's gradient is not a number."""
+    """In one step a weight's gradient is not a number. After it: what a checkpoint counts."""
+
+    def __init__(self, step=4):
+        self.step, self.counted = step, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step and self.counted is None:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+            self.counted = checkpoint["ema"]["num_updates"]
 
     def on_after_backward(self, trainer, pl_module):
-        if trainer.global_step == 3:
+        if trainer.global_step == self.step - 1:
             next(pl_module.backbone.parameters()).grad[:1] = torch.nan
 
 
-def fitted(algo, device, *, graphs=False, late=True, callbacks=(), steps=9, accumulate=1):
+def fitted(algo, device, *, graphs=False, late=None, callbacks=(), steps=9, accumulate=1):
+    """late: None leaves the choice to the module."""
     m = module(algo, dropout=0.1, eps=1e-4)
     fit_start = m.on_fit_start
 
@@ -142,7 +158,7 @@ def fitted(algo, device, *, graphs=False, late=True, callbacks=(), steps=9, accu
         m.backbone.compiled = graphs  # without the compiler: what is tested here is not its work
         fit_start()
         m.backbone.compiled = False
-        m.health.late = late
+        m.health.late = m.health.late if late is None else late
 
     m.on_fit_start = on_fit_start
     m.train()
@@ -165,14 +181,22 @@ def assert_same_runs(ours, plain, rtol):
         assert (average - wanted).norm() <= rtol * wanted.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("callbacks", [(), (Poison(),)], ids=["good", "bad"])
-def test_late_judgement_makes_the_same_run(callbacks):
-    """On a CPU, where both are to be had."""
-    cpu = torch.device("cpu")
-    runs = [fitted("bamdlm", cpu, late=late, callbacks=callbacks) for late in (False, True)]
+@pytest.mark.parametrize("bad", [None, 1, 4, 9])
+def test_late_judgement_makes_the_same_run(bad):
+    """On a CPU, where both are to be had; the last step is judged at the end."""
+    cpu, runs = torch.device("cpu"), []
+    for late in (False, True):
+        callbacks = [] if bad is None else [Poison(bad)]
+        runs.append(fitted("bamdlm", cpu, late=late, callbacks=callbacks))
+        assert all(poison.counted == bad - 1 for poison in callbacks)
+        assert (runs[-1].health.found is not None) == late
+        assert runs[-1].health.bad_steps == len(callbacks)
+        assert runs[-1].ema.num_updates == 9 - len(callbacks)
     assert_same_runs(*runs, rtol=0)
-    assert runs[1].health.found is not None
-    assert runs[1].ema.num_updates == 9 - len(callbacks)
+
+
+def test_what_a_cpu_counts_is_known_at_once():
+    assert not fitted("ar", torch.device("cpu")).health.late
 
 
 @pytest.mark.gpu
@@ -180,10 +204,10 @@ def test_late_judgement_makes_the_same_run(callbacks):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_training_step_waits_for_no_device(cuda, algo, accumulate, graphs):
-    callbacks = [NoWaiting(), Poison()]
-    m = fitted(algo, cuda, graphs=graphs, callbacks=callbacks, accumulate=accumulate)
-    assert (m.graphed is not None) == graphs
-    assert not graphs or m.graphed.graph is not None
+    watch = NoWaiting()
+    m = fitted(algo, cuda, graphs=graphs, callbacks=[watch, Poison()], accumulate=accumulate)
+    assert watch.recorded == graphs
+    assert m.health.late
     assert m.health.bad_steps == 1
     plain = fitted(algo, cuda, late=False, callbacks=[Poison()], accumulate=accumulate)
     assert_same_runs(m, plain, rtol=1e-4)

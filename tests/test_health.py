@@ -163,10 +163,28 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(what, patch, base, tm
     assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
-def test_too_many_of_them_in_a_row_end_the_run(base, tmp_path):
+def judged_late():
+    """Patch: as on a GPU, the host learns of a step during the next one."""
+    real = Diffusion.on_fit_start
+
+    def on_fit_start(self):
+        real(self)
+        self.health.late = True
+
+    Diffusion.on_fit_start = on_fit_start
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at_once", "late"])
+def test_too_many_of_them_in_a_row_end_the_run(late, base, tmp_path):
     arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}", "training.max_bad_steps=2"]
     calls = set(range(11, 100))
-    code, text = run(arguments, tmp_path / "log", before=lambda: poisoned(calls))
+
+    def before():
+        poisoned(calls)
+        if late:
+            judged_late()
+
+    code, text = run(arguments, tmp_path / "log", before=before)
     assert code == 1, text
     assert "3 steps in a row had a loss that is not finite" in text
     assert "training.max_bad_steps=2" in text
