@@ -357,6 +357,7 @@ class Diffusion(L.LightningModule):
             self.ema.to(self.device)
         on_host = self.device.type == "cpu" or sharding.is_sharded(self.backbone)
         self.health.late = self.fused() and not on_host
+        self.graphed = None
         # several devices exchange gradients while the backward pass goes on, which a graph does not
         if self.backbone.compiled and self.device.type == "cuda" and not self._several():
             self.graphed = GraphedLoss(

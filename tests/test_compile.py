@@ -14,7 +14,7 @@ import torch
 from networks import GRADIENTS, assert_within, small, texts
 
 import config
-from models import dit
+from models import cache, denoiser, dit
 from models.attention import LARGE_TILES, SMALL_TILES, _has_little_shared_memory, _kernel_options
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
@@ -106,6 +106,30 @@ def test_compiled_draws_are_the_plain_ones(monkeypatch):
         with torch.inference_mode():
             token = compiled(log_p, key, 0.9, "float32")
             assert torch.equal(token, draw.sample(log_p, key, 0.9, "float32"))
+
+
+def test_what_stands_around_the_blocks_is_the_same_compiled(traced):
+    net, tokens = small(), texts(3, 4, 7)
+    rule = BlockCausal(4, 16)
+    with torch.inference_mode():
+        compiled = cache._compiled_places.__wrapped__()
+        for committed in ([0, 4, 12], [8, 20, 36]):
+            for reach in (12, 20):
+                given = (torch.tensor(committed), 4, 20, reach, rule, torch.float32)
+                for ours, plain in zip(compiled(*given), cache._places(*given), strict=True):
+                    assert torch.equal(ours, plain)
+        begin = (net.vocab_embed, net.rotary_emb, tokens, torch.arange(4)[None] + 8)
+        ours, tables = dit._compiled_begin.__wrapped__()(*begin)
+        plain, wanted = dit._begin(*begin)
+        assert torch.equal(ours, plain)
+        assert_within(torch.stack(tables), torch.stack(wanted), 1e-6)
+        hidden = net.hidden(tokens, rule=Full()).flatten(0, 1)
+        ours = denoiser._compiled_log_probs.__wrapped__()(net, hidden, 3)
+        plain = denoiser._log_probs(net, hidden, 3)
+    assert torch.equal(ours[:, 3], plain[:, 3])
+    assert (plain[:, 3] == -torch.inf).all()
+    assert_within(ours.exp(), plain.exp(), 1e-6)
+    assert len(traced) >= 3
 
 
 def test_nothing_imports_the_compiler_before_it_is_asked_for():
