@@ -26,8 +26,9 @@ class _Asked(nn.Module):
         self.backbone, self.loss = backbone, loss
 
     def forward(self, question: Question) -> Tensor:
-        on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
+        device = question.tokens.device.type
+        on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with torch.autocast(device, dtype, enabled=on, cache_enabled=False):
             return self.loss(self.backbone, question)
 
 
@@ -79,7 +80,7 @@ class _Graph:
             value = torch.func.functional_call(ask, weights, (self.question,))
         self.d_value = torch.ones_like(value)
         with (
-            torch.autocast("cuda", enabled=False),
+            torch.autocast(question.tokens.device.type, enabled=False),
             torch.cuda.graph(self.backward, pool=self.forward.pool()),
         ):
             self.gradients = torch.autograd.grad(
