@@ -28,7 +28,7 @@ echo "== tests: recordings in float32 and bf16, steps and samplers that never wa
 tests="tests/test_forward.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
 timeout 90 "$PYTHON" -m pytest -q -m gpu $tests | tail -3
 [ "${PIPESTATUS[0]}" = 0 ] || code=1
-part sample 150 "$@"
+part sample 175 "$@"
 part train 190 "$@"
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 if [ "$gpus" -gt 1 ] || [ "${1:-}" = --tiny ]; then
