@@ -110,8 +110,8 @@ class StepHealth:
             raise BadSteps(
                 f"{self.in_a_row} steps in a row had a {what} that is not finite, more than"
                 f" training.max_bad_steps={self.allowed}; first: {', '.join(odd[:3]) or what}."
-                " The checkpoints hold finite weights. A lower optim.lr or"
-                " trainer.gradient_clip_val may help"
+                " What was saved before holds finite weights. A lower optim.lr or"
+                " trainer.gradient_clip_val may help, in another checkpointing.save_dir"
             )
 
     def _keep(self, name: str, batches: list[dict], losses: list[Tensor], odd: list[str]) -> str:

@@ -10,7 +10,12 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-/tmp}
-PYTHON=${PYTHON:-python3}
+PYTHON=${BAMDLM_PYTHON:-}
+if [ -z "$PYTHON" ]; then
+  PYTHON=python3
+  if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
+fi
+"$PYTHON" -c 'import torch' || { echo "no torch in $PYTHON: set BAMDLM_PYTHON, or run scripts/setup.sh"; exit 2; }
 export PYTHONUNBUFFERED=1
 if [ "${1:-}" != --tiny ] && compgen -G ".whl/*.whl" > /dev/null; then
   site=$(mktemp -d)

@@ -235,7 +235,7 @@ def write_settings(config: Config) -> Path:
 def newest_checkpoint(config: Config) -> str | None:
     """The checkpoint written last by a run of the same algorithm under outputs/, or None."""
     found = []
-    for path in OUTPUTS.glob(f"*/*/{SETTINGS}"):
+    for path in (*OUTPUTS.glob(f"*/{SETTINGS}"), *OUTPUTS.glob(f"*/*/{SETTINGS}")):
         try:
             algorithm = json.loads(path.read_text())["algo.name"]
         except (ValueError, KeyError):

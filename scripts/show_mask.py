@@ -112,7 +112,11 @@ def main(argv=None) -> int:
     parser.add_argument("--documents", type=int, nargs="+", default=[], metavar="TOKENS")
     parser.add_argument("--out", type=Path, default=Path("mask.png"))
     args = parser.parse_args(argv)
-    if args.block_size < 1 or args.length < 1 or args.length % args.block_size:
+    for name in ("length", "block_size", "tile"):
+        if getattr(args, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} {getattr(args, name)} must be at least 1")
+    if args.length % args.block_size:
         parser.error(f"--block-size {args.block_size} does not divide --length {args.length}")
     if args.length > LONGEST:
         parser.error(f"--length {args.length} is more than a picture holds; at most {LONGEST}")

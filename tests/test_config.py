@@ -549,6 +549,12 @@ def test_newest_checkpoint_of_the_algorithm_is_evaluated_and_named():
     assert notes == [f"eval.checkpoint_path is not set: taking {newest}"]
 
 
+def test_a_run_folder_of_a_name_of_its_own_is_found():
+    own = trained(["algo=bamdlm", "checkpointing.save_dir=outputs/own"], "last.ckpt", 0)
+    made, _, _ = config.examine(["mode=ppl_eval"])
+    assert Path(made.eval.checkpoint_path).resolve() == Path(own).resolve()
+
+
 def test_settings_of_a_run_are_written_whole(tmp_path):
     made = config.load([])
     path = config.write_settings(made)

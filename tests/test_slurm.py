@@ -77,8 +77,18 @@ def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, ov
     wrapper.write_text(text.replace("$SLURM_SUBMIT_DIR", str(SCRIPTS.parent)))
     job = cluster.submit(f"--gres=gpu:1 {wrapper}", BLOCK_SIZE="4")
     until(lambda: f"{job}.0" in cluster.command(f"squeue -h -s -j {job}"), cluster, job)
-    cluster.command(f"scancel --signal=USR1 {job}")
-    until(lambda: "goes back into the queue" in cluster.log(job), cluster, job)
+    told = []
+
+    def goes_back():
+        """Told until it is heard: a signal ahead of the process itself is lost."""
+        if "goes back into the queue" in cluster.log(job):
+            return True
+        if not told or time.monotonic() > told[-1] + 2:
+            told.append(time.monotonic())
+            cluster.command(f"scancel --signal=USR1 {job}")
+        return False
+
+    until(goes_back, cluster, job)
     assert "run folder" not in cluster.log(job)
     until_saved(cluster, job, 50, tmp_path)
     cluster.command(f"scancel --signal=USR1 {job}")
