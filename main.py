@@ -16,6 +16,7 @@ def main(argv: list[str]) -> int:
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
     import modes
+    import sharding
     from health import BadSteps
     from saving import SaveError
     from streaming import TextError
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
     except (SaveError, BadSteps, TextError) as error:
         print(error, file=sys.stderr)
         return 1
+    sharding.leave_group()
     return 0
 
 

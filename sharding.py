@@ -3,6 +3,7 @@
 A checkpoint is the same single file as on one device; either reads the other's.
 """
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -81,3 +82,10 @@ def whole_of(mine: Tensor, like: Tensor) -> Tensor:
         mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
     return joined.full_tensor().cpu()
+
+
+def leave_group() -> None:
+    """End the threads of the process group while the process is whole: left to its end, gloo's may
+    outlive what they use and abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
