@@ -21,7 +21,7 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).parent
 ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
 CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
-NETWORK = ("attention", "cache", "denoiser", "dit", "hf", "layers", "masks")
+NETWORK = ("attention", "cache", "decode", "denoiser", "dit", "hf", "layers", "masks")
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
 
 

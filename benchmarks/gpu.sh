@@ -30,7 +30,7 @@ part() { # name, seconds
 }
 part check 100 "$@"
 echo "== tests: recordings in float32 and bf16, steps and samplers that never wait, SSD-LM"
-tests="tests/test_forward.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
+tests="tests/test_forward.py tests/test_decode.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
 timeout 90 "$PYTHON" -m pytest -q -m gpu $tests | tail -3
 [ "${PIPESTATUS[0]}" = 0 ] || code=1
 part sample 175 "$@"

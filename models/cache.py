@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decode import can_decode, decode
 from .masks import BlockCausal
 
 REACH_STEP = 128
@@ -79,7 +80,14 @@ class KVCache:
     def reach_of(self, committed: int, tokens: int) -> int:
         """For `at`: slots that a pass of `tokens` behind at most `committed` ones needs, in steps
         of REACH_STEP, so that few shapes occur."""
+        if self.in_one_kernel(tokens):  # which sees for itself
+            return self.slots
         return min(self.slots, -(-(committed + tokens) // REACH_STEP) * REACH_STEP)
+
+    def in_one_kernel(self, tokens: int) -> bool:
+        """Whether a pass of `tokens` is one for models/decode.py."""
+        keys = self.keys[0]
+        return can_decode(keys.device, tokens, keys.shape[-1])
 
     def begin(self, tokens: int, compiled: bool = False) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
@@ -92,17 +100,17 @@ class KVCache:
                 f"KVCache has room for {room} of its {self.slots} slots, cannot take {tokens}"
                 " tokens in one pass; feed them in pieces (two blocks fit always)"
             )
-        same = self.uniform is not None
+        same, fused = self.uniform is not None, self.in_one_kernel(tokens)
         places = _compiled_places() if compiled else _places
         positions, slots, rows, visible = places(
             self.committed[:1] if same else self.committed,
             tokens,
             self.slots,
-            0 if self._sees_all(tokens) else self.reach or self.slots,
+            0 if fused or self._sees_all(tokens) else self.reach or self.slots,
             self.rule,
             self.keys[0].dtype,
         )
-        return CachedPass(self, positions, slots, None if same else rows, visible)
+        return CachedPass(self, positions, slots, None if same else rows, visible, fused)
 
     def _sees_all(self, tokens: int) -> bool:
         """Nothing has left the window yet: a pass sees all that is committed and itself."""
@@ -143,17 +151,34 @@ class CachedPass:
     slots: Tensor  # int64 [B or 1, T]
     rows: Tensor | None  # int64 [B, 1]; None where all rows write to the same slots
     visible: Tensor | None
+    fused: bool
 
-    def attention(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attention(self, layer: int) -> "Decode | Callable[[Tensor, Tensor, Tensor], Tensor]":
         """attend(q, k, v), each [B, H, T, D], that writes k, v of this pass to the layer's slots
-        and attends to all that is seen."""
+        and attends to all that is seen; or what takes them before they are rotated."""
         cache = self.cache
+        if self.fused:
+            return Decode(cache.keys[layer], cache.values[layer], cache.committed, cache.rule)
         if self.visible is None:
             reach = cache.uniform + self.positions.shape[1]
         else:
             reach = self.visible.shape[-1]
         keys, values = (store[layer][:, :reach] for store in (cache.keys, cache.values))
         return functools.partial(_attend, keys, values, self.rows, self.slots, self.visible)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """attend(qkv, tables): the same as one kernel, see decode.py."""
+
+    keys: Tensor
+    values: Tensor
+    committed: Tensor
+    rule: BlockCausal
+
+    def __call__(self, qkv: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        ring = self.keys, self.values, self.committed
+        return decode(qkv, tables, *ring, self.rule.block_size, self.rule.window)
 
 
 def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import get_backend
-from .cache import KVCache
+from .cache import Decode, KVCache
 from .layers import Embedding, Norm, Pick, Rotary, TimestepEmbedding, rotate
 from .masks import BlockCausal, BlockDiffusion, Rule
 
@@ -64,9 +64,12 @@ class Block(nn.Module):
         """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B *
         asking."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(self, c, 6)
-        q, k, v = self.queries_keys_values(_modulate(self.norm1(x), shift, scale), asking, tables)
-        a = attend(q, k, v)
-        a = a.transpose(1, 2).flatten(2)  # [B, asking, E]
+        y = _modulate(self.norm1(x), shift, scale)
+        if isinstance(attend, Decode):
+            a = attend(self.attn_qkv(y), tables)
+        else:
+            a = attend(*self.queries_keys_values(y, asking, tables))
+            a = a.transpose(1, 2).flatten(2)  # [B, asking, E]
         x = x[:, :asking]
         if read is not None:
             row = read // asking

@@ -28,3 +28,13 @@ def _single_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def cuda():
+    """The GPU of tests that need one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())

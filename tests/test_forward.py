@@ -65,16 +65,13 @@ def test_logits_are_the_recorded_ones(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @torch.no_grad()
-def test_logits_on_a_gpu_are_the_recorded_ones(name):
+def test_logits_on_a_gpu_are_the_recorded_ones(cuda, name):
     """In float32, and in bfloat16 to a few roundings of its own."""
-    device = torch.accelerator.current_accelerator()
-    if device is None:
-        pytest.skip("needs an accelerator")
-    golden = {key: x.to(device) for key, x in load(f"forward/{name}.safetensors").items()}
-    net, sigma = recorded(name).to(device), sigma_of(name, golden)
+    golden = {key: x.to(cuda) for key, x in load(f"forward/{name}.safetensors").items()}
+    net, sigma = recorded(name).to(cuda), sigma_of(name, golden)
     tokens = golden.get("input_ids", golden["x0"])
     for dtype, limit in ((torch.float32, LOGITS), (torch.bfloat16, 0.03)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(cuda.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = net.logits(net.hidden(tokens, sigma, rule=rule_of(name)), sigma)
         assert_within(logits.float(), golden["backbone_logits"], limit, name)
 

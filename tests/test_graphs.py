@@ -73,13 +73,6 @@ def test_documents_and_empty_questions_are_answered_as_they_are():
     assert graphed.shape is None
 
 
-@pytest.fixture
-def cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return torch.device("cuda")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("half", [False, True])

@@ -1,0 +1,167 @@
+"""One kernel for a pass over a few new tokens: what cache.py does in several steps."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from networks import assert_within, small, texts
+
+from models import cache as cache_module
+from models import decode
+from models.layers import Rotary, rotate
+from models.masks import BlockCausal
+
+# rows' committed tokens, new tokens, block size, window: an empty ring, a full one, one gone round
+PASSES = [
+    ([0, 4, 12], 4, 4, 16),
+    ([0, 4, 40], 8, 4, 16),
+    ([3, 25], 1, 1, 16),
+    ([299, 777], 2, 1, 300),
+    ([2, 6], 4, 4, 12),
+    ([0, 16, 1024], 16, 16, 512),
+    ([0, 496, 512], 32, 16, 512),
+    ([48, 640], 64, 16, 512),
+]
+
+
+def step_by_step(qkv, tables, keys, values, committed, block_size, window):
+    """The same by rotating, writing, masking and torch's attention, in float32."""
+    slots, heads = keys.shape[1:3]
+    rule = BlockCausal(block_size, window)
+    places = cache_module._places(committed, qkv.shape[1], slots, slots, rule, dtype=torch.float32)
+    _, slot, rows, visible = places
+    parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = rotate(parts[:2], tables).unbind()
+    for store, new in ((keys, k), (values, parts[2])):
+        store.index_put_((rows, slot), new.transpose(1, 2).to(store.dtype))
+    q, k, v = q.float(), keys.transpose(1, 2).float(), values.transpose(1, 2).float()
+    answer = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return answer.transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
+def question(committed, tokens, block_size, window, head_width, dtype, device):
+    """qkv, tables, and a ring that is full of numbers nobody may see."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    ring = len(committed), window + block_size, 3, head_width
+    committed = torch.tensor(committed, device=device)
+    positions = committed[:, None] + torch.arange(tokens, device=device)
+    tables = Rotary(head_width).to(device)(positions)
+    qkv = random(len(committed), tokens, 3 * 3 * head_width)
+    return qkv, tables, random(*ring), random(*ring), committed
+
+
+def compare(committed, tokens, block_size, window, head_width, dtype, device, tolerance):
+    with torch.inference_mode():
+        asked = question(committed, tokens, block_size, window, head_width, dtype, device)
+        qkv, tables, keys, values, counts = asked
+        copies = keys.clone(), values.clone()
+        found = decode.decode(qkv, tables, keys, values, counts, block_size, window)
+        wanted = step_by_step(qkv, tables, *copies, counts, block_size, window)
+    assert found.dtype == dtype
+    assert_within(found.float(), wanted.float(), tolerance, "answer")
+    assert_within(keys.float(), copies[0].float(), tolerance, "keys")  # rotated: one rounding
+    assert torch.equal(values, copies[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_width", decode.HEAD_WIDTHS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_the_kernel_is_the_steps(cuda, dtype, tolerance, head_width):
+    for case in PASSES:
+        compare(*case, head_width, dtype, cuda, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 100])
+def test_the_answer_depends_on_no_neighbour(cuda, rows):
+    """Few rows are taken in other tiles than many: the same to a rounding."""
+    compare([24] * rows, 4, 4, 64, 32, torch.float32, cuda, 1e-5)
+
+
+def test_the_kernel_is_the_steps_by_tritons_interpreter():
+    """On a CPU: it makes numpy of the kernel. Half precision is for a GPU."""
+    pytest.importorskip("triton")
+    here = "import test_decode as t\nfor case in t.PASSES: t.compare(*case, 32, *t.ON_CPU)"
+    paths = os.pathsep.join([".", "tests", *sys.path])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", here], env=environment, check=True)
+
+
+ON_CPU = (torch.float32, "cpu", 1e-5)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The steps in the place of the kernel, on any device; yields how often they were asked."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments[0].shape[1])
+        return step_by_step(*arguments)
+
+    monkeypatch.setattr(cache_module, "can_decode", lambda device, tokens, width: tokens <= 8)
+    monkeypatch.setattr(cache_module, "decode", counted)
+    return calls
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["uniform", "ragged"])
+@torch.no_grad()
+def test_a_network_with_the_kernel_is_the_network(stand_in, known):
+    net, tokens = small(), texts(2, 40, 7)
+    cache = net.new_cache(2, 8, 4)
+    wanted, found = net.hidden(tokens, rule=cache.rule), []
+    for start in range(0, 40, 4):
+        given = cache if known else cache.at(cache.committed, cache.reach_of(start, 4))
+        found.append(net.hidden(tokens[:, start : start + 4], rule=cache.rule, cache=given))
+        cache = cache.commit(4)
+    assert_within(torch.cat(found, 1), wanted, 1e-5)
+    assert stand_in == [4] * 10 * len(net.blocks)
+
+
+@torch.no_grad()
+def test_long_passes_go_step_by_step(stand_in):
+    net, tokens = small(), texts(2, 16, 7)
+    cache = net.new_cache(2, 16, 4)
+    net.hidden(tokens[:, :12], rule=cache.rule, cache=cache)
+    assert not stand_in
+    hidden = net.hidden(tokens[:, 12:], rule=cache.rule, cache=cache.commit(12))
+    assert_within(hidden, net.hidden(tokens, rule=cache.rule)[:, 12:], 1e-5)
+    assert stand_in
+
+
+def test_one_recording_serves_all_lengths(stand_in):
+    cache = small().new_cache(1, 1024, 4)
+    assert cache.reach_of(0, 4) == cache.reach_of(900, 4) == cache.slots
+    assert cache.reach_of(0, 12) == cache_module.REACH_STEP
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"device": torch.device("cpu")}, False),
+        ({"tokens": decode.MOST_TOKENS + 1}, False),
+        ({"head_width": 48}, False),
+        ({"head_width": 16}, False),
+    ],
+    ids=repr,
+)
+def test_what_the_kernel_takes(change, expected, monkeypatch):
+    monkeypatch.setattr(decode, "triton", object())
+    case = {"device": torch.device("cuda"), "tokens": 16, "head_width": 64} | change
+    with torch.no_grad():
+        assert decode.can_decode(**case) == expected
+    assert not decode.can_decode(**case)  # it has no gradients
+    monkeypatch.setattr(decode, "triton", None)
+    with torch.no_grad():
+        assert not decode.can_decode(**case)
