@@ -89,9 +89,8 @@ def write(rows: Rows) -> None:
     t = torch.linspace(1, LAST_TIME, settings.num_steps + 1, dtype=torch.float64)
     sigma = total_noise(settings.move_chance(t)).float().tolist()
     steps = [*pairwise(sigma), (sigma[-1], 0.0)]
-    places = range(settings.length)
-    keys = rows.keys([i for i in range(len(rows)) for _ in places], list(places) * len(rows))
-    keys = rows.tensor(keys).view(len(rows), -1)
+    row, position = torch.arange(len(rows)), torch.arange(settings.length)
+    keys = rows.tensor(rows.keys(row[:, None], position))
     for number, (now, then) in enumerate(steps):
         tokens = rows.x[:, :-1]
         level = torch.full((len(rows),), now, device=rows.device)

@@ -40,14 +40,15 @@ def one_round(rows: Rows) -> list[Sample]:
 def next_token(rows: Rows) -> None:
     settings = rows.settings
     targets = [slot.filled for slot in rows.slots]
+    target = torch.tensor(targets)
     if settings.kv_cache:
         rows.catch_up([target - 1 for target in targets], spare=2)
         starts = [slot.committed for slot in rows.slots]
     else:
         starts = [max(0, target - settings.context_size) for target in targets]
     feed = [target - start for target, start in zip(targets, starts, strict=True)]
-    key = fold(rows.keys(list(range(len(rows))), targets), DRAW)
-    step = torch.stack([torch.tensor([n - 1 for n in feed]), torch.tensor(targets), key])
+    key = fold(rows.keys(torch.arange(len(rows)), target), DRAW)
+    step = torch.stack([torch.tensor(feed) - 1, target, key])
     rows.reveal(starts, max(feed), rows.tensor(step)[..., None])
     if settings.kv_cache:
         rows.commit(feed)

@@ -6,9 +6,8 @@ than its neighbours waits for the round to end. With a cache the finished block 
 same pass that asks the first question about the next one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from .countdown import Countdown
 from .draw import fold, sample
 from .rows import Rows
 from .settings import Sample
-from .steps import DRAW, STEPS, Adaptive, Event, Planned
+from .steps import DRAW, STEPS, Adaptive, Plan, Planned, places
 
 # (a hidden position, settings) -> (start, stop): what is visible while it is filled
 Span = Callable[[int, object], tuple[int, int]]
@@ -110,55 +109,58 @@ class Step:
 def planned(rows: Rows, rule: Planned, spans, fills) -> None:
     """Everything about the round but the tokens is known beforehand: the device is never waited
     for."""
-    slots = [i for i, fill in enumerate(fills) for _ in fill]
-    keys = rows.keys(slots, [position for fill in fills for position in fill])
-    plans = rule.plan(keys, fills, rows.settings)
-    for slot, plan in zip(rows.slots, plans, strict=True):
-        slot.nfe += len(plan)
+    row, position = listed(fills)
+    plan = rule.plan(rows.keys(row, position), row, position, rows.settings)
+    for slot, evaluations in zip(rows.slots, plan.evaluations(len(rows)), strict=True):
+        slot.nfe += evaluations
     view = View(rows, spans)
-    evaluations = zip_longest(*plans, fillvalue=Event([]))
-    for step in make_steps(rows, view, list(evaluations)):
+    for step in make_steps(rows, view, plan):
         if step.hide is not None:
             rows.x.scatter_(1, step.hide, rows.mask_id)
         view.reveal(step)
         rows.show()
 
 
-def make_steps(rows: Rows, view: View, evaluations: list[Sequence[Event]]) -> list[Step]:
-    """All evaluations of a round, one event per row each, brought to the device together.
+def listed(fills: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Row and position of every hidden token, int64 [n]."""
+    row = torch.arange(len(fills)).repeat_interleave(torch.tensor([len(fill) for fill in fills]))
+    return row, torch.tensor([position for fill in fills for position in fill])
+
+
+def make_steps(rows: Rows, view: View, plan: Plan) -> list[Step]:
+    """All evaluations of a round, brought to the device together.
 
     Rows with fewer positions than others read something and write it where it concerns nobody.
     """
-    slots, positions, drawn, read, sizes = [], [], [], [], []
-    starts = view.starts
-    for events in evaluations:
-        width = max(len(event.reveal) for event in events)
-        for i, event in enumerate(events):
-            for position, count in event.reveal:
-                positions.append(position)
-                drawn.append(count)
-                read.append(position - starts[i])
-            nobody = width - len(event.reveal)
-            positions += [rows.dump] * nobody
-            drawn += [0] * nobody
-            read += [0] * nobody
-            slots += [i] * width
-        sizes.append(width * len(events))
-        starts = view.later
-    key = fold(rows.keys(slots, positions), torch.tensor(drawn) + DRAW)
-    packed = rows.tensor(torch.stack([torch.tensor(read), torch.tensor(positions), key]))
-    parts = [part.unflatten(1, (len(rows), -1)) for part in packed.split(sizes, dim=1)]
-    return [
-        Step(part, hidden_again(rows, events))
-        for part, events in zip(parts, evaluations, strict=True)
-    ]
+    evaluations = int(plan.evaluation.max()) + 1
+    starts = torch.tensor([view.starts, view.later])[plan.evaluation.clamp(max=1), plan.row]
+    key = fold(rows.keys(plan.row, plan.position), plan.drawn + DRAW)
+    given = torch.stack([plan.position - starts, plan.position, key])
+    nobody = torch.tensor([[0], [rows.dump], [0]])
+    numbers = tables(rows, given, nobody, plan.evaluation, plan.row, evaluations)
+    if plan.hide is None:
+        return [Step(part, None) for part in numbers]
+    row, position, evaluation = plan.hide
+    hidden = tables(rows, position[None], nobody[1:2], evaluation, row, evaluations)
+    pairs = zip(numbers, hidden, strict=True)
+    return [Step(part, hide[0] if hide.numel() else None) for part, hide in pairs]
 
 
-def hidden_again(rows: Rows, events: Sequence[Event]) -> Tensor | None:
-    most = max(len(event.hide) for event in events)
-    if most == 0:
-        return None
-    return rows.tensor([event.hide + [rows.dump] * (most - len(event.hide)) for event in events])
+def tables(rows: Rows, given, nobody, evaluation, row, evaluations: int) -> list[Tensor]:
+    """given [k, n], a column of k numbers for each evaluation [n] and row [n], as one table [k, B,
+    R] per evaluation, on the device. R is what its busiest row has; the others get `nobody` [k, 1]
+    for the rest."""
+    name = evaluation * len(rows) + row
+    widths = name.bincount(minlength=evaluations * len(rows)).view(evaluations, -1).amax(1)
+    sizes = widths * len(rows)
+    name, order = name.sort(stable=True)
+    evaluation, row = evaluation[order], row[order]
+    at = (sizes.cumsum(0) - sizes)[evaluation] + row * widths[evaluation] + places(name)
+    laid = nobody.repeat(1, int(sizes.sum()))
+    laid[:, at] = given[:, order]
+    parts = rows.tensor(laid).split(sizes.tolist(), dim=1)
+    shapes = [(len(rows), width) for width in widths.tolist()]
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
@@ -169,8 +171,14 @@ def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
     """
     settings = rows.settings
     view = View(rows, spans)
-    events = [Event([(p, 0) for p in fill]) for fill in fills]
-    first, later = make_steps(rows, view, [events, events])
+    row, position = listed(fills)
+    twice = Plan(
+        row.repeat(2),
+        position.repeat(2),
+        torch.arange(2).repeat_interleave(len(row)),
+        torch.zeros(2 * len(row), dtype=torch.int64),
+    )
+    first, later = make_steps(rows, view, twice)
     step = first  # of a cached round it starts a block earlier
     left = Countdown([len(fill) for fill in fills])
     while before := left.most():

@@ -91,10 +91,9 @@ class Rows:
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)
 
-    def keys(self, slots: list[int], positions: list[int]) -> Tensor:
-        """Key of each (slot, position), int64 [n] on the CPU."""
-        of_slot = torch.tensor([slot.key for slot in self.slots])
-        return fold(of_slot[slots], torch.tensor(positions, dtype=torch.int64))
+    def keys(self, slot: Tensor, position: Tensor) -> Tensor:
+        """Key of each (slot, position), int64 on the CPU; the two broadcast."""
+        return fold(torch.tensor([slot.key for slot in self.slots])[slot], position)
 
     def ask(self, *question) -> Tensor:
         """The denoiser's answer; counted as one evaluation of the batch."""

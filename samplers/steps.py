@@ -16,7 +16,7 @@ positions it reveals before the head runs, and nothing has to be asked back from
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,22 +29,46 @@ DRAW = 2
 
 
 @dataclass(frozen=True)
-class Event:
-    """One evaluation of one text: positions hidden before it, and (position, how often it was drawn
-    before).
-    """
+class Plan:
+    """Which evaluation of a round reveals which token of which row, int64 [n] each. The evaluations
+    of a row are numbered 0, 1, 2 … without gaps."""
 
-    reveal: list[tuple[int, int]]
-    hide: list[int] = field(default_factory=list)
+    row: Tensor
+    position: Tensor
+    evaluation: Tensor
+    drawn: Tensor  # how often the token was drawn before
+    hide: tuple[Tensor, Tensor, Tensor] | None = None  # row, position, evaluation it is hidden for
+
+    def evaluations(self, rows: int) -> list[int]:
+        """How many each of `rows` rows is asked in."""
+        count = torch.zeros(rows, dtype=torch.int64)
+        return count.scatter_reduce(0, self.row, self.evaluation + 1, "amax").tolist()
 
 
-Plan = list[Event]
+def places(groups: Tensor) -> Tensor:
+    """Of each entry the number of earlier ones in its group; groups ascending [n]."""
+    return torch.arange(len(groups)) - torch.searchsorted(groups, groups)
 
 
-def first_hitting(keys: Tensor, fills: list[list[int]], settings) -> list[Plan]:
-    order = iter(uniform(fold(keys, ORDER)).tolist())
-    ordered = [sorted((next(order), position) for position in fill) for fill in fills]
-    return [[Event([(position, 0)]) for _, position in fill] for fill in ordered]
+def without_gaps(row: Tensor, step: Tensor, steps: int) -> tuple[Tensor, Callable]:
+    """Evaluations instead of steps, some of which reveal nothing in a row. And a function (row,
+    step) -> the first evaluation after that step."""
+    asked, index = (row * steps + step).unique(return_inverse=True)
+
+    def first(row: Tensor) -> Tensor:
+        return torch.searchsorted(asked, row * steps)
+
+    def after(row: Tensor, step: Tensor) -> Tensor:
+        return torch.searchsorted(asked, row * steps + step, right=True) - first(row)
+
+    return index - first(row), after
+
+
+def first_hitting(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
+    order = uniform(fold(keys, ORDER)).argsort(stable=True)
+    order = order[row[order].argsort(stable=True)]
+    row, position = row[order], position[order]
+    return Plan(row, position, places(row), torch.zeros_like(row))
 
 
 def times(settings) -> Tensor:
@@ -53,48 +77,39 @@ def times(settings) -> Tensor:
     return settings.move_chance(t)
 
 
-def ancestral(keys: Tensor, fills: list[list[int]], settings) -> list[Plan]:
+def ancestral(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
     """A token is still hidden after step i with chance p(t_i) / p(t_0): one number decides when it
     is revealed, and the last step reveals the rest."""
     p = times(settings)
     stay = p[1:-1] / p[0]  # [T - 1], decreasing
-    step = iter(torch.searchsorted(-stay, -uniform(fold(keys, ORDER))).tolist())
-    plans = []
-    for fill in fills:
-        found = {}
-        for position in fill:
-            found.setdefault(next(step), []).append((position, 0))
-        plans.append([Event(found[i]) for i in sorted(found)])
-    return plans
+    step = torch.searchsorted(-stay, -uniform(fold(keys, ORDER)))
+    evaluation, _ = without_gaps(row, step, settings.num_steps)
+    return Plan(row, position, evaluation, torch.zeros_like(row))
 
 
-def remask(keys: Tensor, fills: list[list[int]], settings) -> list[Plan]:
+def remask(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
     """The chain of one position (hidden or seen) does not depend on the tokens, so it is run
     ahead."""
-    p = times(settings)
-    place = [(row, position) for row, fill in enumerate(fills) for position in fill]
-    hidden = torch.ones(len(place), dtype=torch.bool)
-    drawn = [0] * len(place)
-    plans, hide = [[] for _ in fills], [[] for _ in fills]
-    for i in range(settings.num_steps):
+    p, steps = times(settings), settings.num_steps
+    hidden = torch.ones(len(keys), dtype=torch.bool)
+    drawn = torch.zeros_like(position)
+    revealed, hidden_again = [], []  # (index, step, drawn before)
+    for i in range(steps):
         chances = remask_chances(p[i], p[i + 1], settings.remask_eta)
-        reveal_chance, hide_chance = (1, 0) if i == settings.num_steps - 1 else chances
+        reveal_chance, hide_chance = (1, 0) if i == steps - 1 else chances
         u = uniform(fold(fold(keys, CHAIN), i))
         shown = hidden & (u < reveal_chance)
         again = ~hidden & (u < hide_chance)
         hidden = (hidden & ~shown) | again
-        events = {}
-        for j in shown.nonzero().flatten().tolist():
-            row, position = place[j]
-            events.setdefault(row, []).append((position, drawn[j]))
-            drawn[j] += 1
-        for row, reveal in events.items():
-            plans[row].append(Event(reveal, hide[row]))
-            hide[row] = []
-        for j in again.nonzero().flatten().tolist():
-            row, position = place[j]
-            hide[row].append(position)
-    return plans
+        for chosen, found in ((shown, revealed), (again, hidden_again)):
+            index = chosen.nonzero()[:, 0]
+            found.append(torch.stack([index, torch.full_like(index, i), drawn[index]]))
+        drawn = drawn + shown
+    index, step, before = torch.cat(revealed, 1)
+    evaluation, after = without_gaps(row[index], step, steps)
+    again, step, _ = torch.cat(hidden_again, 1)
+    hide = row[again], position[again], after(row[again], step)
+    return Plan(row[index], position[index], evaluation, before, hide)
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:
@@ -138,11 +153,10 @@ def above_threshold(log_probs: Tensor, hidden: Tensor, settings) -> Tensor:
 
 @dataclass(frozen=True)
 class Planned:
-    """`plan(keys [n], fills, settings)`: fills[b] are row b's hidden positions, n in all, with a
-    key each.
-    """
+    """`plan(keys, row, position, settings)`: of all hidden tokens of the batch, row after row,
+    int64 [n] each."""
 
-    plan: Callable[[Tensor, list[list[int]], object], list[Plan]]
+    plan: Callable[[Tensor, Tensor, Tensor, object], Plan]
 
 
 @dataclass(frozen=True)
