@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything about the GPUs here: one in under 8 minutes, several in up to 4 more; prints tables and
-# writes $OUT/gpu_PART.json.
+# writes $OUT/gpu_PART.json. Exit code 1 where something is wrong.
 #
 #   bash benchmarks/gpu.sh            on the GPU machine, in the repository root
+#   bash benchmarks/gpu.sh --check    exit code 1 also where a target is missed (an H100's)
 #   bash benchmarks/gpu.sh --tiny     on a CPU, to try the script itself
 #
 # Wheels in .whl/ (hydra-core, omegaconf, antlr4: nothing can be fetched there) are unpacked to a
@@ -17,6 +18,10 @@ if [ -z "$PYTHON" ]; then
 fi
 "$PYTHON" -c 'import torch' || { echo "no torch in $PYTHON: set BAMDLM_PYTHON, or run scripts/setup.sh"; exit 2; }
 export PYTHONUNBUFFERED=1
+case "${1:-}" in
+  '' | --check | --tiny) ;;
+  *) echo "gpu.sh: unknown option $1; there are --check and --tiny"; exit 2 ;;
+esac
 if [ "${1:-}" != --tiny ] && compgen -G ".whl/*.whl" > /dev/null; then
   site=$(mktemp -d)
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
@@ -28,13 +33,13 @@ part() { # name, seconds
   timeout "$2" "$PYTHON" benchmarks/gpu.py "${@:3}" "$1" --out "$OUT/gpu_$1.json" | grep -v '^{'
   [ "${PIPESTATUS[0]}" = 0 ] || { echo "$1 ended early or found something wrong"; code=1; }
 }
-part check 100 "$@"
+part check 90 "$@"
 echo "== tests: recordings in float32 and bf16, steps and samplers that never wait, SSD-LM"
-tests="tests/test_forward.py tests/test_decode.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
-timeout 90 "$PYTHON" -m pytest -q -m gpu $tests | tail -3
+tests="tests/test_forward.py tests/test_decode.py tests/test_freeze.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
+timeout 110 "$PYTHON" -m pytest -q -m gpu $tests | tail -3
 [ "${PIPESTATUS[0]}" = 0 ] || code=1
-part sample 175 "$@"
-part train 190 "$@"
+part sample 150 "$@"
+part train 200 "$@"
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 if [ "$gpus" -gt 1 ] || [ "${1:-}" = --tiny ]; then
   echo "== several GPUs"

@@ -70,14 +70,14 @@ def compare(committed, tokens, block_size, window, head_width, dtype, device, to
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_width", decode.HEAD_WIDTHS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
     ids=["float32", "bfloat16", "float16"],
 )
+@pytest.mark.parametrize("head_width", decode.HEAD_WIDTHS)
 def test_the_kernel_is_the_steps(cuda, dtype, tolerance, head_width):
-    for case in PASSES:
+    for case in PASSES if head_width == 64 else PASSES[-2:]:  # compiling takes a second
         compare(*case, head_width, dtype, cuda, tolerance)
 
 
