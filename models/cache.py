@@ -86,8 +86,7 @@ class KVCache:
 
     def in_one_kernel(self, tokens: int) -> bool:
         """Whether a pass of `tokens` is one for models/decode.py."""
-        keys = self.keys[0]
-        return can_decode(keys.device, tokens, keys.shape[-1])
+        return can_decode(self.keys[0], tokens)
 
     def begin(self, tokens: int, compiled: bool = False) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""

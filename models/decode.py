@@ -22,17 +22,19 @@ except ImportError:
 
 MOST_TOKENS = 64  # of one pass; they stay in registers
 TILE_BYTES = 16 << 10  # of keys, and as many of values, on their way at a time
-HEAD_WIDTHS = (32, 64, 128, 256)  # powers of two; tensor cores take sixteen of half a head
+COUNTS = ["tokens", "slots", "block_size", "window_blocks", "table_rows"]  # one kernel for all
+HEAD_WIDTHS = (32, 64, 128)  # powers of two; tensor cores take sixteen of half a head
 
 
-def can_decode(device: torch.device, tokens: int, head_width: int) -> bool:
-    """Whether `decode` can take this pass: on CUDA, no gradients, a power of two as head width."""
+def can_decode(keys: Tensor, tokens: int) -> bool:
+    """Whether `decode` can take a pass of `tokens`; keys as there."""
     return (
         triton is not None
-        and device.type == "cuda"
+        and keys.device.type == "cuda"
+        and keys.dtype.itemsize <= 4
+        and keys.shape[-1] in HEAD_WIDTHS
         and tokens <= MOST_TOKENS
-        and head_width in HEAD_WIDTHS
-        and not torch.is_grad_enabled()
+        and not torch.is_grad_enabled()  # it has none
     )
 
 
@@ -59,7 +61,7 @@ def _operator(
     _, slots, heads, width = keys.shape
     out = qkv.new_empty(rows, tokens, heads * width)
     few = rows * heads < 2 * _processors(qkv.device)  # each waits for the memory alone: long tiles
-    tile = (TILE_BYTES if few else TILE_BYTES // 2) // (width * keys.element_size())
+    size = TILE_BYTES if few and tokens <= 32 else TILE_BYTES // 2
     _decode[(rows * heads,)](
         qkv,
         cos,
@@ -68,16 +70,16 @@ def _operator(
         values,
         committed,
         out,
+        tokens,
         slots,
+        block_size,
         window // block_size,
         0 if cos.shape[0] == 1 else tokens,
         width**-0.5,
-        TOKENS=tokens,
         PADDED=max(16, triton.next_power_of_2(tokens)),
         HEADS=heads,
         HALF=width // 2,
-        BLOCK_SIZE=block_size,
-        TILE=tile,
+        TILE=size // (width * keys.element_size()),
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=3,
@@ -124,7 +126,7 @@ if triton is not None:
         scores = tl.dot(qa, tl.trans(ka), input_precision=PRECISION)
         return tl.dot(qb, tl.trans(kb), scores, input_precision=PRECISION)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=COUNTS)
     def _decode(
         qkv,
         cos,
@@ -133,15 +135,15 @@ if triton is not None:
         values,
         committed,
         out,
+        tokens,
         slots,
+        block_size,
         window_blocks,
         table_rows,
         scale,
-        TOKENS: tl.constexpr,
         PADDED: tl.constexpr,
         HEADS: tl.constexpr,
         HALF: tl.constexpr,
-        BLOCK_SIZE: tl.constexpr,
         TILE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
@@ -150,7 +152,7 @@ if triton is not None:
         width: tl.constexpr = HEADS * 2 * HALF
         t = tl.arange(0, PADDED)
         half, whole = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
-        new = t < TOKENS
+        new = t < tokens
         written = new[:, None]
         start = tl.load(committed + row).to(tl.int32)
         position = start + t
@@ -159,7 +161,7 @@ if triton is not None:
         angle = (row * table_rows + t)[:, None] * HALF + half[None, :]
         c = tl.load(cos + angle, mask=written, other=0)
         s = tl.load(sin + angle, mask=written, other=0)
-        token = (row * TOKENS + t)[:, None] * (3 * width) + head * 2 * HALF
+        token = (row * tokens + t)[:, None] * (3 * width) + head * 2 * HALF
         qa, qb = _rotated(qkv, token + half[None, :], c, s, HALF, written)
         ka, kb = _rotated(qkv, token + width + half[None, :], c, s, HALF, written)
         v = tl.load(qkv + token + 2 * width + whole[None, :], mask=written, other=0)
@@ -175,7 +177,7 @@ if triton is not None:
         tl.store(values + slot + whole[None, :], v, mask=written)
 
         scale = scale * 1.4426950408889634  # exp2 is the faster one
-        block = position // BLOCK_SIZE
+        block = position // block_size
         behind = block[:, None] - block[None, :]
         seen = new[None, :] & (behind >= 0) & (behind < window_blocks)
         scores = _scores(qa, qb, ka.to(qa.dtype), kb.to(qb.dtype), PRECISION) * scale
@@ -186,8 +188,8 @@ if triton is not None:
         mean = tl.dot(chances.to(qa.dtype), v.to(qa.dtype), input_precision=PRECISION)
 
         # the committed ones that the first new token sees, and that are not written over
-        first = tl.maximum((start // BLOCK_SIZE - window_blocks + 1) * BLOCK_SIZE, 0)
-        first = tl.maximum(first, start + TOKENS - slots)
+        first = tl.maximum((start // block_size - window_blocks + 1) * block_size, 0)
+        first = tl.maximum(first, start + tokens - slots)
         for at in range(first, start, TILE):
             p = at + tl.arange(0, TILE)
             old = p < start
@@ -195,7 +197,7 @@ if triton is not None:
             oa = tl.load(keys + held + half[None, :], mask=old[:, None], other=0)
             ob = tl.load(keys + held + HALF + half[None, :], mask=old[:, None], other=0)
             ov = tl.load(values + held + whole[None, :], mask=old[:, None], other=0)
-            near = block[:, None] - (p // BLOCK_SIZE)[None, :] < window_blocks
+            near = block[:, None] - (p // block_size)[None, :] < window_blocks
             more = _scores(qa, qb, oa.to(qa.dtype), ob.to(qa.dtype), PRECISION) * scale
             more = tl.where(old[None, :] & near, more, -float("inf"))
             better = tl.maximum(best, tl.max(more, 1))
@@ -206,5 +208,5 @@ if triton is not None:
             mean = tl.dot(more.to(qa.dtype), ov.to(qa.dtype), mean, input_precision=PRECISION)
             best = better
 
-        answer = (row * TOKENS + t)[:, None] * width + head * 2 * HALF + whole[None, :]
+        answer = (row * tokens + t)[:, None] * width + head * 2 * HALF + whole[None, :]
         tl.store(out + answer, (mean / total[:, None]).to(out.dtype.element_ty), mask=written)

@@ -69,15 +69,16 @@ def compare(committed, tokens, block_size, window, head_width, dtype, device, to
     assert torch.equal(values, copies[1])
 
 
+KINDS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
-    ids=["float32", "bfloat16", "float16"],
+    ("head_width", "dtype", "tolerance"),
+    [(64, torch.float16, 2e-3), *((w, *kind) for w in decode.HEAD_WIDTHS for kind in KINDS)],
 )
-@pytest.mark.parametrize("head_width", decode.HEAD_WIDTHS)
-def test_the_kernel_is_the_steps(cuda, dtype, tolerance, head_width):
-    for case in PASSES if head_width == 64 else PASSES[-2:]:  # compiling takes a second
+def test_the_kernel_is_the_steps(cuda, head_width, dtype, tolerance):
+    for case in PASSES:
         compare(*case, head_width, dtype, cuda, tolerance)
 
 
@@ -109,7 +110,7 @@ def stand_in(monkeypatch):
         calls.append(arguments[0].shape[1])
         return step_by_step(*arguments)
 
-    monkeypatch.setattr(cache_module, "can_decode", lambda device, tokens, width: tokens <= 8)
+    monkeypatch.setattr(cache_module, "can_decode", lambda keys, tokens: tokens <= 8)
     monkeypatch.setattr(cache_module, "decode", counted)
     return calls
 
@@ -145,23 +146,31 @@ def test_one_recording_serves_all_lengths(stand_in):
     assert cache.reach_of(0, 12) == cache_module.REACH_STEP
 
 
+class OnGpu:
+    """What is asked of a ring; no GPU is needed for that."""
+
+    device, shape, dtype = torch.device("cuda"), (2, 8, 3, 64), torch.float32
+
+    def __init__(self, **change):
+        vars(self).update(change)
+
+
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("keys", "tokens", "expected"),
     [
-        ({}, True),
-        ({"device": torch.device("cpu")}, False),
-        ({"tokens": decode.MOST_TOKENS + 1}, False),
-        ({"head_width": 48}, False),
-        ({"head_width": 16}, False),
+        (OnGpu(), 16, True),
+        (OnGpu(), decode.MOST_TOKENS + 1, False),
+        (OnGpu(shape=(2, 8, 3, 48)), 16, False),
+        (OnGpu(shape=(2, 8, 3, 16)), 16, False),
+        (OnGpu(dtype=torch.float64), 16, False),
+        (torch.zeros(2, 8, 3, 64), 16, False),
     ],
-    ids=repr,
+    ids=["taken", "tokens", "width 48", "width 16", "float64", "cpu"],
 )
-def test_what_the_kernel_takes(change, expected, monkeypatch):
+def test_what_the_kernel_takes(keys, tokens, expected, monkeypatch):
     monkeypatch.setattr(decode, "triton", object())
-    case = {"device": torch.device("cuda"), "tokens": 16, "head_width": 64} | change
+    assert not decode.can_decode(keys, tokens)  # it has no gradients
     with torch.no_grad():
-        assert decode.can_decode(**case) == expected
-    assert not decode.can_decode(**case)  # it has no gradients
-    monkeypatch.setattr(decode, "triton", None)
-    with torch.no_grad():
-        assert not decode.can_decode(**case)
+        assert decode.can_decode(keys, tokens) == expected
+        monkeypatch.setattr(decode, "triton", None)
+        assert not decode.can_decode(keys, tokens)
