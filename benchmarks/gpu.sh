@@ -30,7 +30,7 @@ fi
 code=0
 part() { # name, seconds
   echo "== $1"
-  timeout "$2" "$PYTHON" benchmarks/gpu.py "${@:3}" "$1" --out "$OUT/gpu_$1.json" | grep -v '^{'
+  timeout "$2" "$PYTHON" benchmarks/gpu.py "${@:3}" "$1" --out "$OUT/gpu_$1.json" | grep --line-buffered -v '^{'
   [ "${PIPESTATUS[0]}" = 0 ] || { echo "$1 ended early or found something wrong"; code=1; }
 }
 part check 90 "$@"
@@ -43,7 +43,7 @@ part train 200 "$@"
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 if [ "$gpus" -gt 1 ] || [ "${1:-}" = --tiny ]; then
   echo "== several GPUs"
-  timeout 240 "$PYTHON" benchmarks/gpu_several.py "$@" | grep -v '^{'
+  timeout 240 "$PYTHON" benchmarks/gpu_several.py "$@" | grep --line-buffered -v '^{'
   [ "${PIPESTATUS[0]}" = 0 ] || { echo "several GPUs: ended early or found something wrong"; code=1; }
 else
   echo "== several GPUs: skipped, this machine has $gpus"
