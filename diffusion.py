@@ -213,10 +213,6 @@ class Diffusion(L.LightningModule):
 
     # ---- validation ---------------------------------------------------------------------------
 
-    def on_train_end(self) -> None:
-        self.settle()
-        self.graphed = None
-
     def on_validation_epoch_start(self) -> None:
         self.average(True)
         self.meter = LikelihoodMeter()
@@ -366,6 +362,10 @@ class Diffusion(L.LightningModule):
                 self._sent,
                 shared=self.trainer.accumulate_grad_batches > 1,
             )
+
+    def on_train_end(self) -> None:
+        self.settle()
+        self.graphed = None
 
     # ---- checkpoints --------------------------------------------------------------------------
 

@@ -99,17 +99,20 @@ class KVCache:
                 f"KVCache has room for {room} of its {self.slots} slots, cannot take {tokens}"
                 " tokens in one pass; feed them in pieces (two blocks fit always)"
             )
-        same, fused = self.uniform is not None, self.in_one_kernel(tokens)
+        same = self.uniform is not None
+        committed = self.committed[:1] if same else self.committed
+        if self.in_one_kernel(tokens):
+            return CachedPass(self, _positions(committed, tokens))
         places = _compiled_places() if compiled else _places
         positions, slots, rows, visible = places(
-            self.committed[:1] if same else self.committed,
+            committed,
             tokens,
             self.slots,
-            0 if fused or self._sees_all(tokens) else self.reach or self.slots,
+            0 if self._sees_all(tokens) else self.reach or self.slots,
             self.rule,
             self.keys[0].dtype,
         )
-        return CachedPass(self, positions, slots, None if same else rows, visible, fused)
+        return CachedPass(self, positions, slots, None if same else rows, visible)
 
     def _sees_all(self, tokens: int) -> bool:
         """Nothing has left the window yet: a pass sees all that is committed and itself."""
@@ -118,13 +121,17 @@ class KVCache:
         return one_block and self.uniform + tokens <= self.rule.window
 
 
+def _positions(committed: Tensor, tokens: int) -> Tensor:
+    return committed[:, None] + torch.arange(tokens, device=committed.device)
+
+
 def _places(committed, tokens: int, slots: int, reach: int, rule: BlockCausal, dtype) -> tuple:
     """Positions and slots of `tokens` new tokens [B, T], the numbers of the rows [B, 1], and which
     of the first `reach` slots each query may read, added to its score: 0 or -inf [B, 1, T, reach];
     None where reach is 0."""
     device = committed.device
     rows = torch.arange(len(committed), device=device)[:, None]
-    positions = committed[:, None] + torch.arange(tokens, device=device)
+    positions = _positions(committed, tokens)
     if reach == 0:
         return positions, positions % slots, rows, None
     last = positions[:, -1:]
@@ -143,20 +150,20 @@ def _compiled_places() -> Callable[..., tuple]:
 
 @dataclass(frozen=True)
 class CachedPass:
-    """One pass over new tokens: where they stand, where they are written, what they may see."""
+    """One pass over new tokens: where they stand, where they are written, what they may see. Of the
+    last two decode.py needs to be told nothing."""
 
     cache: KVCache
     positions: Tensor  # int64 [B or 1, T]
-    slots: Tensor  # int64 [B or 1, T]
-    rows: Tensor | None  # int64 [B, 1]; None where all rows write to the same slots
-    visible: Tensor | None
-    fused: bool
+    slots: Tensor | None = None  # int64 [B or 1, T]; None for decode.py
+    rows: Tensor | None = None  # int64 [B, 1]; None where all rows write to the same slots
+    visible: Tensor | None = None
 
     def attention(self, layer: int) -> "Decode | Callable[[Tensor, Tensor, Tensor], Tensor]":
         """attend(q, k, v), each [B, H, T, D], that writes k, v of this pass to the layer's slots
         and attends to all that is seen; or what takes them before they are rotated."""
         cache = self.cache
-        if self.fused:
+        if self.slots is None:
             return Decode(cache.keys[layer], cache.values[layer], cache.committed, cache.rule)
         if self.visible is None:
             reach = cache.uniform + self.positions.shape[1]

@@ -10,6 +10,8 @@ The softmax is summed up while the keys come in, as in FlashAttention (arXiv:220
 """
 
 import functools
+import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ except ImportError:
     triton = None
 
 MOST_TOKENS = 64  # of one pass; they stay in registers
+SHARED_MEMORY = 99 << 10  # bytes per block; the largest variant takes 96 K
 TILE_BYTES = 16 << 10  # of keys, and as many of values, on their way at a time
 COUNTS = ["tokens", "slots", "block_size", "window_blocks", "table_rows"]  # one kernel for all
 HEAD_WIDTHS = (32, 64, 128)  # powers of two; tensor cores take sixteen of half a head
@@ -35,7 +38,17 @@ def can_decode(keys: Tensor, tokens: int) -> bool:
         and keys.shape[-1] in HEAD_WIDTHS
         and tokens <= MOST_TOKENS
         and not torch.is_grad_enabled()  # it has none
+        and _can_run(keys.device)
     )
+
+
+@functools.cache
+def _can_run(device: torch.device) -> bool:
+    """Whether Triton finds the C compiler that it starts kernels with, and the GPU has room for the
+    largest tiles: NVIDIA's from Ampere on."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return compiler is not None and room >= SHARED_MEMORY
 
 
 @functools.cache
@@ -62,28 +75,29 @@ def _operator(
     out = qkv.new_empty(rows, tokens, heads * width)
     few = rows * heads < 2 * _processors(qkv.device)  # each waits for the memory alone: long tiles
     size = TILE_BYTES if few and tokens <= 32 else TILE_BYTES // 2
-    _decode[(rows * heads,)](
-        qkv,
-        cos,
-        sin,
-        keys,
-        values,
-        committed,
-        out,
-        tokens,
-        slots,
-        block_size,
-        window // block_size,
-        0 if cos.shape[0] == 1 else tokens,
-        width**-0.5,
-        PADDED=max(16, triton.next_power_of_2(tokens)),
-        HEADS=heads,
-        HALF=width // 2,
-        TILE=size // (width * keys.element_size()),
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=3,
-    )
+    with torch.cuda.device_of(qkv):  # Triton starts on the current device
+        _decode[(rows * heads,)](
+            qkv,
+            cos,
+            sin,
+            keys,
+            values,
+            committed,
+            out,
+            tokens,
+            slots,
+            block_size,
+            window // block_size,
+            0 if cos.shape[0] == 1 else tokens,
+            width**-0.5,
+            PADDED=max(16, triton.next_power_of_2(tokens)),
+            HEADS=heads,
+            HALF=width // 2,
+            TILE=size // (width * keys.element_size()),
+            PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+            num_warps=4,
+            num_stages=3,
+        )
     return out
 
 

@@ -16,7 +16,7 @@ from .countdown import Countdown
 from .draw import fold, sample
 from .rows import Rows
 from .settings import Sample
-from .steps import DRAW, STEPS, Adaptive, Plan, Planned, places
+from .steps import DRAW, STEPS, Adaptive, Plan, Planned, rank_in_group
 
 # (a hidden position, settings) -> (start, stop): what is visible while it is filled
 Span = Callable[[int, object], tuple[int, int]]
@@ -155,7 +155,7 @@ def tables(rows: Rows, given, nobody, evaluation, row, evaluations: int) -> list
     sizes = widths * len(rows)
     name, order = name.sort(stable=True)
     evaluation, row = evaluation[order], row[order]
-    at = (sizes.cumsum(0) - sizes)[evaluation] + row * widths[evaluation] + places(name)
+    at = (sizes.cumsum(0) - sizes)[evaluation] + row * widths[evaluation] + rank_in_group(name)
     laid = nobody.repeat(1, int(sizes.sum()))
     laid[:, at] = given[:, order]
     parts = rows.tensor(laid).split(sizes.tolist(), dim=1)

@@ -45,30 +45,23 @@ class Plan:
         return count.scatter_reduce(0, self.row, self.evaluation + 1, "amax").tolist()
 
 
-def places(groups: Tensor) -> Tensor:
-    """Of each entry the number of earlier ones in its group; groups ascending [n]."""
-    return torch.arange(len(groups)) - torch.searchsorted(groups, groups)
+def rank_in_group(group: Tensor) -> Tensor:
+    """Of each entry the number of earlier ones in its group; group ascending [n]."""
+    return torch.arange(len(group)) - torch.searchsorted(group, group)
 
 
-def without_gaps(row: Tensor, step: Tensor, steps: int) -> tuple[Tensor, Callable]:
-    """Evaluations instead of steps, some of which reveal nothing in a row. And a function (row,
-    step) -> the first evaluation after that step."""
-    asked, index = (row * steps + step).unique(return_inverse=True)
-
-    def first(row: Tensor) -> Tensor:
-        return torch.searchsorted(asked, row * steps)
-
-    def after(row: Tensor, step: Tensor) -> Tensor:
-        return torch.searchsorted(asked, row * steps + step, right=True) - first(row)
-
-    return index - first(row), after
+def asked_until(row: Tensor, step: Tensor, asked: Tensor, steps: int) -> Tensor:
+    """How many evaluations a row has had when `step` is over: a step that reveals nothing asks
+    nothing. asked: row * steps + step of every evaluation, ascending."""
+    first = torch.searchsorted(asked, row * steps)
+    return torch.searchsorted(asked, row * steps + step, right=True) - first
 
 
 def first_hitting(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
     order = uniform(fold(keys, ORDER)).argsort(stable=True)
     order = order[row[order].argsort(stable=True)]
     row, position = row[order], position[order]
-    return Plan(row, position, places(row), torch.zeros_like(row))
+    return Plan(row, position, rank_in_group(row), torch.zeros_like(row))
 
 
 def times(settings) -> Tensor:
@@ -83,7 +76,8 @@ def ancestral(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
     p = times(settings)
     stay = p[1:-1] / p[0]  # [T - 1], decreasing
     step = torch.searchsorted(-stay, -uniform(fold(keys, ORDER)))
-    evaluation, _ = without_gaps(row, step, settings.num_steps)
+    asked = (row * settings.num_steps + step).unique()
+    evaluation = asked_until(row, step, asked, settings.num_steps) - 1
     return Plan(row, position, evaluation, torch.zeros_like(row))
 
 
@@ -93,7 +87,7 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
     p, steps = times(settings), settings.num_steps
     hidden = torch.ones(len(keys), dtype=torch.bool)
     drawn = torch.zeros_like(position)
-    revealed, hidden_again = [], []  # (index, step, drawn before)
+    revealed, hidden_again = [], []  # (index, step, drawn before), (index, step)
     for i in range(steps):
         chances = remask_chances(p[i], p[i + 1], settings.remask_eta)
         reveal_chance, hide_chance = (1, 0) if i == steps - 1 else chances
@@ -101,15 +95,17 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
         shown = hidden & (u < reveal_chance)
         again = ~hidden & (u < hide_chance)
         hidden = (hidden & ~shown) | again
-        for chosen, found in ((shown, revealed), (again, hidden_again)):
-            index = chosen.nonzero()[:, 0]
-            found.append(torch.stack([index, torch.full_like(index, i), drawn[index]]))
+        index, back = shown.nonzero()[:, 0], again.nonzero()[:, 0]
+        revealed.append(torch.stack([index, torch.full_like(index, i), drawn[index]]))
+        hidden_again.append(torch.stack([back, torch.full_like(back, i)]))
         drawn = drawn + shown
     index, step, before = torch.cat(revealed, 1)
-    evaluation, after = without_gaps(row[index], step, steps)
-    again, step, _ = torch.cat(hidden_again, 1)
-    hide = row[again], position[again], after(row[again], step)
-    return Plan(row[index], position[index], evaluation, before, hide)
+    back, back_step = torch.cat(hidden_again, 1)
+    shown_row, back_row = row[index], row[back]
+    asked = (shown_row * steps + step).unique()
+    evaluation = asked_until(shown_row, step, asked, steps) - 1
+    hide = back_row, position[back], asked_until(back_row, back_step, asked, steps)
+    return Plan(shown_row, position[index], evaluation, before, hide)
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ PASSES = [
     ([3, 25], 1, 1, 16),
     ([299, 777], 2, 1, 300),
     ([2, 6], 4, 4, 12),
+    ([0, 4, 9], 8, 4, 4),  # a window of one block, two blocks at once
     ([0, 16, 1024], 16, 16, 512),
     ([0, 496, 512], 32, 16, 512),
     ([48, 640], 64, 16, 512),
+    ([20, 20, 20], 4, 4, 16),  # all at one place
 ]
 
 
@@ -41,24 +44,27 @@ def step_by_step(qkv, tables, keys, values, committed, block_size, window):
     return answer.transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
-def question(committed, tokens, block_size, window, head_width, dtype, device):
-    """qkv, tables, and a ring that is full of numbers nobody may see."""
+def question(committed, tokens, block_size, window, head_width, dtype, device, kept):
+    """qkv, tables, and a ring (of dtype `kept`) that is full of numbers nobody may see. Rows that
+    stand at the same place share their tables."""
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape):
+    def random(*shape, dtype=kept):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     ring = len(committed), window + block_size, 3, head_width
     committed = torch.tensor(committed, device=device)
-    positions = committed[:, None] + torch.arange(tokens, device=device)
+    places = committed[:1] if len(committed.unique()) == 1 else committed
+    positions = places[:, None] + torch.arange(tokens, device=device)
     tables = Rotary(head_width).to(device)(positions)
-    qkv = random(len(committed), tokens, 3 * 3 * head_width)
+    qkv = random(len(committed), tokens, 3 * 3 * head_width, dtype=dtype)
     return qkv, tables, random(*ring), random(*ring), committed
 
 
-def compare(committed, tokens, block_size, window, head_width, dtype, device, tolerance):
+def compare(committed, tokens, block_size, window, head_width, dtype, device, tolerance, kept=None):
     with torch.inference_mode():
-        asked = question(committed, tokens, block_size, window, head_width, dtype, device)
+        case = committed, tokens, block_size, window, head_width, dtype, device
+        asked = question(*case, kept or dtype)
         qkv, tables, keys, values, counts = asked
         copies = keys.clone(), values.clone()
         found = decode.decode(qkv, tables, keys, values, counts, block_size, window)
@@ -83,22 +89,35 @@ def test_the_kernel_is_the_steps(cuda, head_width, dtype, tolerance):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 100])
-def test_the_answer_depends_on_no_neighbour(cuda, rows):
-    """Few rows are taken in other tiles than many: the same to a rounding."""
-    compare([24] * rows, 4, 4, 64, 32, torch.float32, cuda, 1e-5)
+def test_few_rows_and_many_are_taken_in_other_tiles(cuda):
+    many = decode._processors(cuda)  # of three heads each: more than two programs a processor
+    for rows in (1, many):
+        compare([24] * rows, 4, 4, 64, 32, torch.float32, cuda, 1e-5)
+
+
+@pytest.mark.gpu
+def test_the_kernel_runs_where_its_tensors_are():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    compare(*PASSES[0], 32, torch.float32, torch.device("cuda", 1), 1e-5)
+
+
+BY_THE_INTERPRETER = """
+import torch, test_decode as t
+for few in (False, True):
+    t.decode._processors = lambda device: 1000 * few
+    for case in t.PASSES:
+        t.compare(*case, 32, torch.float32, "cpu", 1e-5)
+t.compare(*t.PASSES[0], 32, torch.float32, "cpu", 1e-5, kept=torch.float16)
+"""
 
 
 def test_the_kernel_is_the_steps_by_tritons_interpreter():
-    """On a CPU: it makes numpy of the kernel. Half precision is for a GPU."""
-    pytest.importorskip("triton")
-    here = "import test_decode as t\nfor case in t.PASSES: t.compare(*case, 32, *t.ON_CPU)"
+    """On a CPU: it makes numpy of the kernel. bfloat16 is for a GPU."""
+    pytest.importorskip("triton", reason="pip install triton, to run the kernel on a CPU")
     paths = os.pathsep.join([".", "tests", *sys.path])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", here], env=environment, check=True)
-
-
-ON_CPU = (torch.float32, "cpu", 1e-5)
+    subprocess.run([sys.executable, "-c", BY_THE_INTERPRETER], env=environment, check=True)
 
 
 @pytest.fixture
@@ -120,6 +139,7 @@ def stand_in(monkeypatch):
 def test_a_network_with_the_kernel_is_the_network(stand_in, known):
     net, tokens = small(), texts(2, 40, 7)
     cache = net.new_cache(2, 8, 4)
+    assert cache.begin(4).visible is None  # no mask is made
     wanted, found = net.hidden(tokens, rule=cache.rule), []
     for start in range(0, 40, 4):
         given = cache if known else cache.at(cache.committed, cache.reach_of(start, 4))
@@ -169,8 +189,24 @@ class OnGpu:
 )
 def test_what_the_kernel_takes(keys, tokens, expected, monkeypatch):
     monkeypatch.setattr(decode, "triton", object())
+    monkeypatch.setattr(decode, "_can_run", lambda device: True)
     assert not decode.can_decode(keys, tokens)  # it has no gradients
     with torch.no_grad():
         assert decode.can_decode(keys, tokens) == expected
         monkeypatch.setattr(decode, "triton", None)
         assert not decode.can_decode(keys, tokens)
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "compiler", "expected"),
+    [(227, "gcc", True), (99, "clang", True), (64, "gcc", False), (227, None, False)],
+    ids=["H100", "small", "Turing", "no compiler"],
+)
+def test_where_the_kernel_runs(kilobytes, compiler, expected, monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(decode.shutil, "which", {compiler: "/usr/bin/it"}.get)
+    assert decode._can_run.__wrapped__(torch.device("cuda")) == expected
+    monkeypatch.setenv("CC", "cc")
+    assert decode._can_run.__wrapped__(torch.device("cuda")) == (kilobytes >= 99)

@@ -14,7 +14,7 @@ from samplers.analytic import write as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
 from samplers.rows import Rows
-from samplers.steps import CONFIDENCES
+from samplers.steps import CHAIN, CONFIDENCES, remask_chances, times
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 
 V, MASK = 30, 29
@@ -380,6 +380,82 @@ def test_windows_write_lengths_that_no_stride_divides(length):
     (sample,) = write("mdlm", network("mdlm"), 1, **SMALL | {"length": length})
     assert len(sample.tokens) == length
     assert (sample.tokens != MASK).all()
+
+
+# remasking
+
+
+REMASK = {"steps": "remask", "num_steps": 30, "remask_eta": 1.0, "bos_id": 0, "eos_id": 0}
+
+
+def remasked_step_by_step(keys, row, position, settings):
+    """The chain as it is told: a question in each step that reveals something of a row, about what
+    was hidden before it. {row: [(revealed with counts, hidden again since the last one)]}."""
+    p, waiting = times(settings), {}
+    found = {r: [] for r in row.tolist()}
+    hidden, drawn = [True] * len(keys), [0] * len(keys)
+    for i in range(settings.num_steps):
+        last = i == settings.num_steps - 1
+        reveal, again = (1, 0) if last else remask_chances(p[i], p[i + 1], settings.remask_eta)
+        u = uniform(fold(fold(keys, CHAIN), i)).tolist()
+        shown = [j for j in range(len(keys)) if hidden[j] and u[j] < reveal]
+        back = [j for j in range(len(keys)) if not hidden[j] and u[j] < again]
+        for r in found:
+            new = {(int(position[j]), drawn[j]) for j in shown if row[j] == r}
+            if new:
+                found[r].append((new, waiting.pop(r, set())))
+        for j in shown:
+            hidden[j], drawn[j] = False, drawn[j] + 1
+        for j in back:
+            hidden[j] = True
+            waiting.setdefault(int(row[j]), set()).add(int(position[j]))
+    assert not any(hidden)
+    return found
+
+
+def test_the_plan_of_remasking_is_its_chain():
+    settings = Settings(**SMALL | REMASK)
+    row = torch.tensor([0] * 4 + [2] * 7)
+    position = torch.cat([torch.arange(8, 12), torch.arange(20, 27)])
+    most = 0
+    for seed in range(20):
+        keys = fold(row_keys(seed, [0, 1, 2], [1] * 3)[row], position)
+        plan = STEPS["remask"].plan(keys, row, position, settings)
+        wanted = remasked_step_by_step(keys, row, position, settings)
+        found = {r: [(set(), set()) for _ in events] for r, events in wanted.items()}
+        for r, place, evaluation, drawn in zip(
+            *(x.tolist() for x in (plan.row, plan.position, plan.evaluation, plan.drawn)),
+            strict=True,
+        ):
+            found[r][evaluation][0].add((place, drawn))
+            most = max(most, drawn)
+        for r, place, evaluation in zip(*(x.tolist() for x in plan.hide), strict=True):
+            found[r][evaluation][1].add(place)
+        assert found == wanted
+        assert plan.evaluations(3) == [len(found[0]), 0, len(found[2])]
+    assert most > 1
+
+
+def test_what_is_hidden_again_is_asked_again_and_drawn_anew():
+    """Under a uniform law: a second draw with the numbers of the first would give its token."""
+    uniform_law = Table(lambda tokens, position: [1] * MASK + [0], V, MASK, block_size=4)
+    frames, settings = [], Settings(**SMALL | REMASK)
+    (sample,) = (
+        s
+        for group in generate(
+            "bamdlm", uniform_law, [Request(0, (0,))], settings, watch=frames.append
+        )
+        for s in group
+    )
+    assert (sample.tokens != MASK).all()
+    written, redrawn = {}, []
+    for frame in frames:
+        for place in ((frame.before[0] == MASK) & (frame.tokens[0] != MASK)).nonzero()[:, 0]:
+            token = int(frame.tokens[0, place])
+            redrawn += [written[int(place)] == token] if int(place) in written else []
+            written[int(place)] = token
+    assert len(redrawn) > 10
+    assert sum(redrawn) < len(redrawn) / 3
 
 
 # infilling
