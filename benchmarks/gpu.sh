@@ -36,7 +36,7 @@ part() { # name, seconds
 part check 90 "$@"
 echo "== tests: recordings in float32 and bf16, steps and samplers that never wait, SSD-LM"
 tests="tests/test_forward.py tests/test_decode.py tests/test_freeze.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
-timeout 110 "$PYTHON" -m pytest -q -p no:warnings -m gpu $tests | grep -v SKIPPED | tail -12
+timeout 110 "$PYTHON" -m pytest -q -W ignore -m gpu $tests | grep -v SKIPPED | tail -12
 [ "${PIPESTATUS[0]}" = 0 ] || code=1
 part sample 150 "$@"
 part train 200 "$@"
