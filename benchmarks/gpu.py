@@ -264,7 +264,8 @@ def train(args) -> dict:
             f"  first step {entry['first_step']:.0f} s",
             flush=True,
         )
-    print(f"bamdlm 16: {best_of_16(found):,.0f} tokens/s, aim {TOKENS_PER_SECOND:,}")
+    if not args.tiny:
+        print(f"bamdlm 16: {best_of_16(found):,.0f} tokens/s, aim {TOKENS_PER_SECOND:,}")
     if not args.tiny and time.monotonic() < deadline:
         found["largest_batch"] = largest_batch(args)
         print(f"largest batch of bamdlm 16 flex (powers of two): {found['largest_batch']}")

@@ -302,7 +302,10 @@ def _steps(config: Config) -> Iterator[str]:
         yield f"sampling.k={sampling.k} is more than the block_size={config.block_size} of a block"
     if config.algo.T == 0 and (name == "sedd" or sampling.steps in ("ancestral", "remask")):
         what = "algo=sedd" if name == "sedd" else f"sampling.steps={sampling.steps}"
-        yield (f"algo.T=0: {what} takes algo.T steps; the paper has 1000 for sedd and 5000 else")
+        yield (
+            f"algo.T=0: {what} takes algo.T steps: set algo.T=64, or more for finer ones (the paper"
+            " has 1000 for sedd and 5000 else)"
+        )
 
 
 def _prompts(config: Config) -> Iterator[str]:
