@@ -35,6 +35,8 @@ class Sharded(ModelParallelStrategy):
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
         states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
+            for read, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                read["fused"] = ours["fused"]  # how a step is computed here
             named = FullyShardedDataParallel.rekey_optim_state_dict(
                 state, OptimStateKeyType.PARAM_NAME, self.model
             )

@@ -6,19 +6,22 @@
 
 What is wrong in `check` gives exit code 1 in any case.
 
-check   flex (compiled), sdpa and, where installed, flash_attn, forward and backward, against dense
-        float32; the network in float32 and bf16 against the CPU; cached against uncached
-train   model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU, memory
-sample  bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
+check    flex (compiled), sdpa and, where installed, flash_attn, forward and backward, against
+         dense float32; the network in float32 and bf16 against the CPU; cached against uncached
+compile  what `train` compiles, which it then finds in the compiler's cache; nothing is timed
+train    model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU, memory,
+         and of steps that are not compiled the largest batch
+sample   bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
 """
 
 import argparse
+import gc
 import importlib.util
-import json
-import os
+import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,18 +42,32 @@ from objectives.graphs import GraphedLoss
 
 SMALL = {"hidden_size": 768, "cond_dim": 128, "n_blocks": 12, "n_heads": 12}
 TINY = {"hidden_size": 32, "cond_dim": 8, "n_blocks": 2, "n_heads": 2}
-# name, algorithm, S, backend, compiled
-RUNS = (
-    ("ar sdpa", "ar", 1, "sdpa", False),
-    ("ar sdpa compiled", "ar", 1, "sdpa", True),
-    ("mdlm sdpa", "mdlm", None, "sdpa", False),
-    ("mdlm sdpa compiled", "mdlm", None, "sdpa", True),
-    ("bamdlm 16 flex", "bamdlm", 16, "flex", False),
-    ("bamdlm 16 flex compiled", "bamdlm", 16, "flex", True),
-    ("bamdlm 16 sdpa", "bamdlm", 16, "sdpa", False),
-    ("bamdlm 4 flex", "bamdlm", 4, "flex", False),
-    ("bamdlm 4 flex compiled", "bamdlm", 4, "flex", True),
-)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of a training step. `size`: S; None is L."""
+
+    algo: str
+    size: int | None
+    backend: str
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        size = f" {self.size}" if self.algo == "bamdlm" else ""
+        return f"{self.algo}{size} {self.backend}{' compiled' if self.compiled else ''}"
+
+
+ALGORITHMS = (("bamdlm", 16), ("bamdlm", 4), ("mdlm", None), ("ar", 1))
+KINDS = [
+    Kind(*algo, backend, compiled)
+    for backend in ("flex", "sdpa")
+    for algo in ALGORITHMS
+    for compiled in (True, False)
+]
+BATCHES = 8  # the largest batch is looked for among multiples of
+TRIES = 6  # of a largest batch
 # targets, on an H100
 TOKENS_PER_SECOND = 250_000  # training bamdlm 16
 SAMPLED_PER_SECOND = 1_500  # one text at a time
@@ -61,7 +78,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.monotonic()
-    found = {"device": args.device.type, "torch": torch.__version__}
+    found = {"device": device_name(args.device), "torch": torch.__version__}
     for part in args.parts:
         found[part] = PARTS[part](args)
         print(f"-- {part} done after {time.monotonic() - started:.0f} s", flush=True)
@@ -69,12 +86,12 @@ def main(argv=None) -> int:
     for name in wrong:
         print(f"WRONG: {name}")
     found["wrong"] = wrong
-    code = conclude(found, [] if args.tiny else missed(found), check=args.check)
-    if args.out:
-        unfinished = args.out.with_name(f"{args.out.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(found, indent=2) + "\n")
-        os.replace(unfinished, args.out)
-    return 1 if wrong else code
+    targets = [] if args.tiny else missed(found)
+    return 1 if conclude(found, targets, check=args.check, out=args.out) or wrong else 0
+
+
+def device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
 
 
 def missed(found: dict) -> list[str]:
@@ -99,14 +116,18 @@ def parse(argv):
     parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
     parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
     parser.add_argument("--batch", type=int, default=32, help="sequences per training step")
-    parser.add_argument("--seconds", type=float, default=165, help="for `train`; then it stops")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=300, help="for `train`; then it stops")
+    parser.add_argument("--index", type=int, help="which device, where there are several")
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args(argv)
     accelerator = None if args.tiny else torch.accelerator.current_accelerator()
     if accelerator is None and not args.tiny:
         parser.error("no accelerator here; --tiny tries the script on the CPU")
     if args.tiny and args.check:
         parser.error("--tiny is too small for the targets: leave out one of the two")
+    if accelerator is not None and args.index is not None:
+        torch.accelerator.set_device_index(args.index)
+        accelerator = torch.device(accelerator.type, args.index)
     args.device = accelerator or torch.device("cpu")
     args.length = 64 if args.tiny else 1024
     args.vocab = 101 if args.tiny else 50_258
@@ -167,7 +188,7 @@ def check(args) -> dict:
 
 
 def verdict(gap: float, limit: float) -> dict:
-    return {"gap": gap, "right": gap <= limit}
+    return {"gap": gap, "limit": limit, "right": gap <= limit}
 
 
 def attention_gap(
@@ -244,32 +265,53 @@ def short_batch(args) -> dict:
 # ---- train --------------------------------------------------------------------------------------
 
 
+def compile_steps(args) -> dict:
+    """Of each compiled kind one step."""
+    seconds = {}
+    for kind in kinds(args):
+        if kind.compiled:
+            started = time.perf_counter()
+            with suppress(torch.OutOfMemoryError):  # `train` says so
+                stepper(kind, args)(0)
+                synchronise(args.device)
+            seconds[kind.name] = time.perf_counter() - started
+            print(f"{kind.name}: {seconds[kind.name]:.0f} s", flush=True)
+    return seconds
+
+
+def kinds(args) -> list[Kind]:
+    """On a CPU FlexAttention has no backward pass, and compiling takes minutes."""
+    return [k for k in KINDS if not args.tiny or not (k.compiled or k.backend == "flex")]
+
+
 def train(args) -> dict:
-    dtype = None if args.tiny else torch.bfloat16
-    peak = matmul_peak(args.device, dtype or torch.float32)
-    print(f"matrix product: {peak / 1e12:.1f} TFLOP/s")
+    peak = matmul_peak(args.device, torch.float32 if args.tiny else torch.bfloat16)
+    print(f"matrix product: {peak / 1e12:.1f} TFLOP/s", flush=True)
     found, deadline = {"peak": peak}, time.monotonic() + args.seconds
-    for name, algo, size, backend, compiled in RUNS:
-        if args.tiny and (backend == "flex" or compiled):
-            continue
+    for kind in kinds(args):
         if time.monotonic() > deadline:
-            print(f"{name}: left out, no time")
+            print(f"{kind.name}: left out, no time")
             continue
-        size = size or args.length
-        entry = measure(algo, size, backend, compiled, dtype, peak, args)
-        found[name] = entry
-        print(
-            f"{name:<26}{entry['tokens_per_second']:11,.0f} tokens/s  {entry['mfu']:6.1%} MFU"
-            f"  {1000 * entry['seconds']:7.1f} ms  {entry['memory_gib']:5.1f} GiB"
-            f"  first step {entry['first_step']:.0f} s",
-            flush=True,
-        )
-    if not args.tiny:
-        print(f"bamdlm 16: {best_of_16(found):,.0f} tokens/s, aim {TOKENS_PER_SECOND:,}")
-    if not args.tiny and time.monotonic() < deadline:
-        found["largest_batch"] = largest_batch(args)
-        print(f"largest batch of bamdlm 16 flex (powers of two): {found['largest_batch']}")
+        release(args.device)
+        try:
+            entry = measure(kind, peak, args)
+        except torch.OutOfMemoryError:
+            print(f"{kind.name}: {args.batch} sequences do not fit into this device's memory")
+            continue
+        found[kind.name] = entry
+        print(f"{kind.name:<24}{speed(entry)}", flush=True)
     return found
+
+
+def speed(entry: dict) -> str:
+    """A line of `train`."""
+    batch = entry.get("largest_batch")
+    return (
+        f"{entry['tokens_per_second']:9,.0f} tokens/s {entry['mfu']:6.1%} MFU"
+        f" {1000 * entry['seconds']:6.1f} ms {entry['memory_gib']:5.1f} GiB"
+        f"{'' if batch is None else f'  largest batch {batch}'}"
+        f"  first step {entry['first_step']:.0f} s"
+    )
 
 
 def best_of_16(found: dict) -> float:
@@ -278,26 +320,29 @@ def best_of_16(found: dict) -> float:
     return max(speeds, default=0)
 
 
-def stepper(algo, size, backend, compiled, dtype, batch, args):
-    """A function that makes one whole step: draws, loss, gradients, clipping, AdamW, EMA."""
-    net = network(args, algo=algo, backend=backend, compiled=compiled, dropout=0.1)
-    net.train()
+def stepper(kind: Kind, args):
+    """A function of a step's number and batch that makes one whole step: draws, loss, gradients,
+    clipping, AdamW, EMA."""
+    torch._dynamo.reset()  # its limit of graphs per function is for one network
+    net = network(
+        args, algo=kind.algo, backend=kind.backend, compiled=kind.compiled, dropout=0.1
+    ).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     ema = EMA(net.named_parameters(), 0.9999)
-    mask_id, rows = args.vocab - 1, torch.arange(batch)
-    x0 = torch.randint(mask_id, (batch, args.length))
-    ones = torch.ones_like(x0)
-    if algo == "ar":
+    mask_id, size = args.vocab - 1, kind.size or args.length
+    if kind.algo == "ar":
         objective = Autoregressive(mask_id)
     else:
         objective = MaskedDiffusion(mask_id, size, get_schedule("loglinear"))
 
-    def question(step: int):
-        if algo == "ar":
+    def question(step: int, batch: int):
+        x0 = torch.randint(mask_id, (batch, args.length))
+        ones = torch.ones_like(x0)
+        if kind.algo == "ar":
             return objective.question(x0, ones, training=True)
         draws = draw_examples(
             1,
-            rows + step * batch,
+            torch.arange(batch) + step * batch,
             global_batch=batch,
             length=args.length,
             block_size=size,
@@ -313,27 +358,24 @@ def stepper(algo, size, backend, compiled, dtype, batch, args):
 
     graphed = GraphedLoss(net, loss, sent, shared=False)
 
-    def run(step: int) -> torch.Tensor:
+    def run(step: int, batch: int = args.batch) -> torch.Tensor:
         """Returns the loss."""
-        asked = question(step)
-        with autocast(args.device, dtype):
+        optimizer.zero_grad()
+        asked = question(step, batch)
+        with autocast(args.device, None if args.tiny else torch.bfloat16):
             # as in diffusion.py
-            value = graphed(asked) if compiled else loss(net, sent(asked))
+            value = graphed(asked) if kind.compiled else loss(net, sent(asked))
         value.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         ema.update(net.named_parameters())
         return value.detach()
 
     return run
 
 
-def measure(algo, size, backend, compiled, dtype, peak, args) -> dict:
-    torch._dynamo.reset()  # its limit of graphs per function is for one network
-    run = stepper(algo, size, backend, compiled, dtype, args.batch, args)
-    if args.device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
+def measure(kind: Kind, peak: float, args) -> dict:
+    run = stepper(kind, args)
     started = time.perf_counter()
     run(0)
     synchronise(args.device)
@@ -345,11 +387,11 @@ def measure(algo, size, backend, compiled, dtype, peak, args) -> dict:
     synchronise(args.device)
     seconds = (time.perf_counter() - started) / args.steps
     if not torch.stack(losses).isfinite().all():  # numbers that are not are quickly made
-        raise ArithmeticError(f"{algo} {size} {backend}: a loss is not finite: {losses}")
-    sizes = args.sizes
-    shape = Shape(algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size)
+        raise ArithmeticError(f"{kind.name}: a loss is not finite: {losses}")
+    sizes, size = args.sizes, kind.size or args.length
+    shape = Shape(kind.algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size)
     memory = 0 if args.device.type == "cpu" else torch.accelerator.max_memory_allocated()
-    return {
+    entry = {
         "seconds": seconds,
         "loss": losses[-1].item(),
         "first_step": first,
@@ -357,21 +399,53 @@ def measure(algo, size, backend, compiled, dtype, peak, args) -> dict:
         "mfu": flops(shape).step * args.batch / seconds / peak,
         "memory_gib": memory / 2**30,
     }
+    if memory and not kind.compiled:  # another batch would be compiled anew
+        entry["largest_batch"] = largest_batch(run, memory, args)
+    return entry
 
 
-def largest_batch(args) -> int:
-    fits, batch = 0, args.batch
-    while batch <= 512:
-        try:
-            run = stepper("bamdlm", 16, "flex", False, torch.bfloat16, batch, args)
-            run(0)
-            synchronise(args.device)
-        except torch.OutOfMemoryError:
+def largest_batch(run, memory: int, args) -> int:
+    """A multiple of BATCHES that fits while the next does not (or as far as TRIES go); `memory`:
+    bytes that args.batch needs."""
+    low, high, guess = args.batch, math.inf, 2 * args.batch
+    last = None  # as far as memory goes if it grows evenly
+    for _ in range(TRIES):
+        if fits(run, guess, args):
+            low = guess
+        else:
+            high = guess
+        if last is None and low > args.batch:
+            each = (torch.accelerator.max_memory_allocated() - memory) / (low - args.batch)
+            last = args.batch + int((capacity(args.device) - memory) / each)
+        if high - low <= BATCHES:
             break
-        fits, batch = batch, 2 * batch
-        del run
+        middle = (low + high) // 2 if last is None else last
+        guess = max(low + BATCHES, min(middle // BATCHES * BATCHES, high - BATCHES))
+    return low
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes that tensors of this process can take."""
+    free = torch.get_device_module(device).mem_get_info()[0]
+    return free + torch.accelerator.memory_reserved()
+
+
+def fits(run, batch: int, args) -> bool:
+    release(args.device)
+    try:
+        run(0, batch)
+        synchronise(args.device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def release(device: torch.device) -> None:
+    """Memory that nothing holds any more goes back to the device."""
+    gc.collect()
+    if device.type != "cpu":
         torch.accelerator.empty_cache()
-    return fits
+        torch.accelerator.reset_peak_memory_stats()
 
 
 # ---- sample -------------------------------------------------------------------------------------
@@ -448,7 +522,7 @@ def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
         yield from generate("bamdlm", denoise, requests, settings, device=args.device)
 
 
-PARTS = {"check": check, "train": train, "sample": sample}
+PARTS = {"check": check, "compile": compile_steps, "train": train, "sample": sample}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Everything about the GPUs here: one in under 8 minutes, several in up to 4 more; prints tables and
-# writes $OUT/gpu_PART.json. Exit code 1 where something is wrong.
+# Everything about the GPUs here in under 8 minutes: are the numbers right, how fast are training and sampling, how
+# do several scale. What each part finds is shown as it comes; one table and a line of JSON are the end. Exit code 1
+# where something is wrong.
 #
 #   bash benchmarks/gpu.sh            on the GPU machine, in the repository root
 #   bash benchmarks/gpu.sh --check    exit code 1 also where a target is missed (an H100's)
 #   bash benchmarks/gpu.sh --tiny     on a CPU, to try the script itself
 #
-# BAMDLM_PYTHON names another Python than that of .venv. Wheels in .whl/ (hydra-core, omegaconf,
-# antlr4: nothing can be fetched there) are unpacked to a folder of their own and put on PYTHONPATH.
+# OUT names a folder for what the parts leave (gpu_PART.json, gpu_tests.xml), BAMDLM_PYTHON another Python than that of
+# .venv. Wheels in .whl/ (hydra-core, omegaconf, antlr4, datasets …, for a machine without a network) are unpacked to a
+# folder of their own and put on PYTHONPATH.
 set -u
 usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"; }
 case "$#:${1:-}" in
@@ -15,8 +17,11 @@ case "$#:${1:-}" in
   1:-h | 1:--help) usage; exit 0 ;;
   *) echo "gpu.sh: it takes --check or --tiny or nothing, not: $*"; echo; usage; exit 2 ;;
 esac
+check=() tiny=()
+[ "${1:-}" = --check ] && check=(--check)
+[ "${1:-}" = --tiny ] && tiny=(--tiny)
 cd "$(dirname "$0")/.." || exit 1
-OUT=${OUT:-/tmp}
+OUT=${OUT:-$(mktemp -d)}
 PYTHON=${BAMDLM_PYTHON:-}
 if [ -z "$PYTHON" ]; then
   PYTHON=python3
@@ -24,31 +29,50 @@ if [ -z "$PYTHON" ]; then
 fi
 "$PYTHON" -c 'import torch' || { echo "no torch in $PYTHON: set BAMDLM_PYTHON, or run scripts/setup.sh"; exit 2; }
 export PYTHONUNBUFFERED=1
-if [ "${1:-}" != --tiny ] && compgen -G ".whl/*.whl" > /dev/null; then
+if [ ${#tiny[@]} = 0 ] && compgen -G ".whl/*.whl" > /dev/null; then
   site=$(mktemp -d)
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
-code=0
-part() { # name, seconds
-  echo "== $1"
-  timeout "$2" "$PYTHON" benchmarks/gpu.py "${@:3}" "$1" --out "$OUT/gpu_$1.json" | grep --line-buffered -v '^{'
-  [ "${PIPESTATUS[0]}" = 0 ] || { echo "$1 ended early or found something wrong"; code=1; }
-}
-part check 90 "$@"
-echo "== tests: recordings in float32 and bf16, steps and samplers that never wait, SSD-LM"
-tests="tests/test_forward.py tests/test_decode.py tests/test_freeze.py tests/test_graphs.py tests/test_sampling.py tests/test_ssd_lm.py"
-if [ "${1:-}" = --tiny ]; then echo "(all but a few are skipped without a GPU)"; fi
-timeout 110 "$PYTHON" -m pytest -q -W ignore -m gpu $tests | grep -v SKIPPED | tail -12
-[ "${PIPESTATUS[0]}" = 0 ] || code=1
-part sample 150 "$@"
-part train 200 "$@"
+rm -f "$OUT"/gpu_*.json "$OUT"/gpu_tests.xml
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
-if [ "$gpus" -gt 1 ] || [ "${1:-}" = --tiny ]; then
-  echo "== several GPUs"
-  timeout 240 "$PYTHON" benchmarks/gpu_several.py "$@" | grep --line-buffered -v '^{'
-  [ "${PIPESTATUS[0]}" = 0 ] || { echo "several GPUs: ended early or found something wrong"; code=1; }
+
+END=470 # seconds
+left() { echo $((END - SECONDS - ${1:-0})); }
+part() { # name, script, its words
+  local begun=$SECONDS
+  timeout "$(left)" "$PYTHON" "benchmarks/$2" "${@:3}" "${tiny[@]}" --out "$OUT/gpu_$1.json" 2>&1 |
+    grep --line-buffered -v '^{' | sed -u "s/^/$1: /"
+  echo "$1: $((SECONDS - begun)) s"
+}
+tests() {
+  local files="forward decode freeze graphs sampling ssd_lm" begun=$SECONDS
+  [ "$gpus" -gt 1 ] && files="gpus $files" # the longest first
+  timeout "$(left)" "$PYTHON" -m pytest -q -W ignore -m gpu -n 6 --dist worksteal --junitxml="$OUT/gpu_tests.xml" \
+    $(printf 'tests/test_%s.py ' $files) 2>&1 | grep -v SKIPPED | tail -20 | sed "s/^/tests: /"
+  echo "tests: $((SECONDS - begun)) s"
+}
+
+# what is right, and what the compiler makes of the training steps: nothing is timed
+part check gpu.py check &
+if [ ${#tiny[@]} = 0 ]; then part compile gpu.py compile & fi
+tests
+wait
+# what is fast
+parts="check tests sample train"
+if [ "$gpus" -gt 1 ]; then
+  part sample gpu.py sample --index 1 &
+  part train gpu.py train --index 0 --seconds "$(left 180)"
+  wait
 else
-  echo "== several GPUs: skipped, this machine has $gpus"
+  part sample gpu.py sample
+  part train gpu.py train --seconds "$(left 20)"
 fi
-exit $code
+if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
+  part several gpu_several.py
+  parts="$parts several"
+else
+  echo "several: skipped, this machine has $gpus GPU"
+fi
+echo "== $SECONDS s, files in $OUT"
+exec "$PYTHON" benchmarks/gpu_table.py "$OUT" --parts $parts "${check[@]}"

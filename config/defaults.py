@@ -35,6 +35,7 @@ SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
     ("trainer.precision", name): full for name, full in PRECISIONS.items()
 }
 ABSENT = object()
+FLEX_HEAD_WIDTH = 16  # the narrowest heads that FlexAttention's kernel takes on a GPU
 # Settings of the sections below that leave the trained weights as they are, rounding apart.
 NOT_SHAPING = {
     "algo.T",
@@ -96,7 +97,8 @@ def _attn_backend(values: dict, gpu: bool) -> str:
     masked = needs_block_mask(values["algo.name"], values["block_size"], values["model.length"])
     half = values["trainer.precision"].startswith(("bf16", "16"))
     if masked:
-        return "flex"
+        wide = values["model.hidden_size"] >= FLEX_HEAD_WIDTH * values["model.n_heads"]
+        return "flex" if wide else "sdpa"
     one_text = values["data.wrap"] and values["data.pack"] == "wrap"
     plain = half and one_text and values["mode"] != "sample_eval"
     return "flash_attn" if plain and has_flash_attn() else "sdpa"

@@ -10,7 +10,13 @@ from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 
 from config.compose import build, flatten
-from config.defaults import has_flash_attn, needs_block_mask, started_by_torchrun, visible_gpus
+from config.defaults import (
+    FLEX_HEAD_WIDTH,
+    has_flash_attn,
+    needs_block_mask,
+    started_by_torchrun,
+    visible_gpus,
+)
 from config.effects import without_effect
 from config.limits import limits
 from config.paths import checkpoints, corpora, sampling_files
@@ -189,6 +195,12 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
     backend, way_out = config.model.attn_backend, "use model.attn_backend=sdpa or auto"
     if backend == "flex" and not gpu and config.mode == "train":
         yield f"model.attn_backend=flex cannot train on a CPU (no backward pass); {way_out}"
+    width = config.model.hidden_size // max(config.model.n_heads, 1)
+    if backend == "flex" and gpu and width < FLEX_HEAD_WIDTH:
+        yield (
+            f"model.attn_backend=flex needs heads of at least {FLEX_HEAD_WIDTH} on a GPU, but"
+            f" model.hidden_size / model.n_heads is {width}; {way_out}"
+        )
     if backend != "flash_attn":
         return
     if needs_block_mask(config.algo.name, config.block_size, config.model.length):

@@ -393,6 +393,7 @@ def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
         (["trainer.devices=4"], "trainer.devices=4: this machine has 2"),
         (["strategy=fsdp", "trainer.devices=1"], "strategy=fsdp has nothing to share out"),
         (["model.attn_backend=flash_attn", "algo=ar"], "the package flash_attn is not installed"),
+        (["model.attn_backend=flex", "model.n_heads=64"], "flex needs heads of at least 16"),
     ):
         assert message in " ".join(refused([*TRAIN, *wrong], capsys))
 

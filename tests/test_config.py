@@ -391,6 +391,8 @@ def test_cpu_is_taken_when_asked_for(monkeypatch):
     [
         ((0, True), ["block_size=4"], "sdpa"),
         ((1, True), ["block_size=4"], "flex"),
+        ((1, True), ["block_size=4", "model.hidden_size=192"], "flex"),  # heads of 16
+        ((1, True), ["block_size=4", "model.hidden_size=168"], "sdpa"),  # and of 14
         ((1, True), ["algo=mdlm"], "flash_attn"),
         ((1, True), ["algo=mdlm", "trainer.precision=32"], "sdpa"),
         ((1, True), ["algo=mdlm", "data.wrap=False"], "sdpa"),

@@ -126,6 +126,26 @@ def test_a_run_moves_between_one_process_and_two(strategy, one, tmp_path):
     equal_states(read(tmp_path / LAST), read(alone / LAST))
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_stopped_run_goes_on_to_the_same_bits(strategy, one, tmp_path):
+    overrides = [*one[0], f"strategy={strategy}", "model.dropout=0.2"]
+
+    def of_two_ends(code, **before):
+        started = of_two(overrides, tmp_path, **before)
+        assert finish(started) == [code, code], started[0].text() + started[1].text()
+        return read(tmp_path / LAST)
+
+    whole = of_two_ends(0)
+    (tmp_path / "run").rename(tmp_path / "whole")
+
+    def told(rank):
+        if rank == 1:
+            patched(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    assert of_two_ends(GO_ON, before=told)["global_step"] == 3
+    assert differences(of_two_ends(0), whole) == []
+
+
 def test_a_save_that_fails_on_the_first_rank_is_tried_again_by_both(one, tmp_path):
     """At the last step: the next attempt is that at the end. Nor does a line come twice."""
     overrides, alone = one

@@ -1,0 +1,130 @@
+"""One table of what the parts of gpu.sh found, and what of it is wrong or missed.
+
+    python benchmarks/gpu_table.py FOLDER            reads gpu_PART.json and gpu_tests.xml there
+    python benchmarks/gpu_table.py FOLDER --check    exit code 1 also where a target is missed
+
+A part of `--parts` whose file is not there ended early, which is wrong like a failed test. The last
+line is the JSON of all.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.conclusion import conclude
+
+PARTS = ("check", "tests", "train", "sample", "several")
+WIDTH = 46  # of the first column
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
+    args = parser.parse_args(argv)
+    found, wrong, missed = {}, [], []
+    for part in args.parts:
+        entry = read(args.folder, part)
+        if entry is None:
+            wrong.append(f"{part} ended early")
+            continue
+        found[part] = entry.get(part, entry)
+        found.setdefault("device", entry.get("device"))
+        wrong += entry.get("wrong", [])
+        missed += entry.get("missed", [])
+    for part, entry in found.items():
+        if part in LINES:
+            print(f"-- {part}")
+            for what, figure in LINES[part](entry):
+                print(f"{what:<{WIDTH}} {figure}")
+    for text in wrong:
+        print("WRONG:", text)
+    found["wrong"] = wrong
+    return 1 if conclude(found, missed, check=args.check) or wrong else 0
+
+
+def read(folder: Path, part: str) -> dict | None:
+    """What a part left; None where it left nothing."""
+    if part == "tests":
+        path = folder / "gpu_tests.xml"
+        return tests(ElementTree.parse(path)) if path.exists() else None
+    path = folder / f"gpu_{part}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def tests(tree) -> dict:
+    """Of pytest's report: how many passed, which did not, and the largest of each figure noted."""
+    figures, failed, passed, skipped = {}, [], 0, 0
+    for case in tree.iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+        for noted in case.iter("property"):
+            name, value = noted.get("name"), float(noted.get("value"))
+            figures[name] = max(value, figures.get(name, value))
+    entry = {"passed": passed, "failed": len(failed), "skipped": skipped, "figures": figures}
+    return entry | {"wrong": [f"test {name}" for name in failed]}
+
+
+def lines_of_check(entry: dict):
+    for name, found in entry.items():
+        verdict = "ok" if found["right"] else "WRONG"
+        yield name, f"{found['gap']:.1e} of at most {found['limit']:.0e}  {verdict}"
+
+
+def lines_of_tests(entry: dict):
+    for name, value in entry["figures"].items():
+        yield f"{name}, at most", f"{value:.1e}"
+    counts = (f"{entry[key]} {key}" for key in ("passed", "failed", "skipped"))
+    yield "pytest", ", ".join(counts)
+
+
+def lines_of_train(entry: dict):
+    yield "matrix product", f"{entry['peak'] / 1e12:.0f} TFLOP/s"
+    for name, found in entry.items():
+        if name == "peak":
+            continue
+        batch = found.get("largest_batch")
+        yield (
+            name,
+            f"{found['tokens_per_second']:9,.0f} tokens/s {found['mfu']:6.1%} MFU"
+            f" {1000 * found['seconds']:6.1f} ms {found['memory_gib']:5.1f} GiB"
+            + (f"  largest batch {batch}" if batch else ""),
+        )
+
+
+def lines_of_sample(entry: dict):
+    one, many = entry["one"], entry["many"]
+    yield "one text after the other", f"{one['tokens_per_second']:9,.0f} tokens/s"
+    speed = f"{many['tokens_per_second']:9,.0f} tokens/s {many['seconds'][-1]:6.2f} s"
+    yield "a batch of texts", speed
+    yield "a block behind 8 L tokens, of one behind 2 L", f"{entry['cost_ratio']:.3f} x"
+
+
+def lines_of_several(entry: dict):
+    for count, found in entry["ddp"].items():
+        speed = f"{found['tokens_per_second']:9,.0f} tokens/s  efficiency"
+        yield f"ddp on {count}", f"{speed} {found['efficiency']:.3f}"
+
+
+LINES = {
+    "check": lines_of_check,
+    "tests": lines_of_tests,
+    "train": lines_of_train,
+    "sample": lines_of_sample,
+    "several": lines_of_several,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
