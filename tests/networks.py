@@ -65,11 +65,13 @@ def texts(rows: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tenso
     return torch.randint(vocab_size, (rows, length), generator=generator)
 
 
-def assert_within(ours, recorded, tolerance: float, what: str = "") -> None:
-    """The largest difference is at most `tolerance` of the largest recorded value."""
+def assert_within(ours, recorded, tolerance: float, what: str = "") -> float:
+    """The largest difference is at most `tolerance` of the largest recorded value; which share it
+    is."""
     assert ours.shape == recorded.shape, f"{what}: {ours.shape} is not {recorded.shape}"
     gap, scale = (ours - recorded).abs().max(), recorded.abs().max()
     assert gap <= tolerance * scale, f"{what}: off by {gap:.2e} at a scale of {scale:.2e}"
+    return float(gap / scale) if gap else 0.0
 
 
 def without_mask(logits):

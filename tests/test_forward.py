@@ -65,7 +65,7 @@ def test_logits_are_the_recorded_ones(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @torch.no_grad()
-def test_logits_on_a_gpu_are_the_recorded_ones(cuda, name):
+def test_logits_on_a_gpu_are_the_recorded_ones(cuda, name, record_property):
     """In float32, and in bfloat16 to a few roundings of its own."""
     golden = {key: x.to(cuda) for key, x in load(f"forward/{name}.safetensors").items()}
     net, sigma = recorded(name).to(cuda), sigma_of(name, golden)
@@ -73,7 +73,8 @@ def test_logits_on_a_gpu_are_the_recorded_ones(cuda, name):
     for dtype, limit in ((torch.float32, LOGITS), (torch.bfloat16, 0.03)):
         with torch.autocast(cuda.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = net.logits(net.hidden(tokens, sigma, rule=rule_of(name)), sigma)
-        assert_within(logits.float(), golden["backbone_logits"], limit, name)
+        gap = assert_within(logits.float(), golden["backbone_logits"], limit, name)
+        record_property(f"recorded logits in {str(dtype).removeprefix('torch.')}", gap)
 
 
 @pytest.mark.parametrize("name", [n for n, e in CHECKPOINTS.items() if e["algo"] != "sedd"])
