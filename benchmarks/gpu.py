@@ -8,7 +8,7 @@ What is wrong in `check` gives exit code 1 in any case.
 
 check    flex (compiled), sdpa and, where installed, flash_attn, forward and backward, against
          dense float32; the network in float32 and bf16 against the CPU; cached against uncached
-compile  what `train` compiles, which it then finds in the compiler's cache; nothing is timed
+compile  what `train` or `sample` compiles (--of), found by them in the compiler's cache
 train    model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU, memory,
          and of steps that are not compiled the largest batch
 sample   bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
@@ -61,9 +61,10 @@ class Kind:
 
 
 ALGORITHMS = (("bamdlm", 16), ("bamdlm", 4), ("mdlm", None), ("ar", 1))
+BACKENDS = ["flex", "sdpa"]
 KINDS = [
     Kind(*algo, backend, compiled)
-    for backend in ("flex", "sdpa")
+    for backend in BACKENDS
     for algo in ALGORITHMS
     for compiled in (True, False)
 ]
@@ -101,6 +102,14 @@ def parse(argv):
     parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
     parser.add_argument("--batch", type=int, default=32, help="sequences per training step")
     parser.add_argument("--seconds", type=float, default=300, help="for `train`; then it stops")
+    parser.add_argument(
+        "--of",
+        nargs="+",
+        default=BACKENDS,
+        choices=[*BACKENDS, "sampling"],
+        metavar="NAME",
+        help="flex, sdpa: steps of these backends; `compile` takes sampling too",
+    )
     parser.add_argument("--index", type=int, help="which device, where there are several")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args(argv)
@@ -250,22 +259,31 @@ def short_batch(args) -> dict:
 
 
 def compile_steps(args) -> dict:
-    """Of each compiled kind one step."""
+    """Of each compiled kind one step; of sampling the first blocks. Nothing is timed."""
+    work = {"sampling": lambda: compile_sampling(args)} if "sampling" in args.of else {}
+    for kind in (kind for kind in kinds(args) if kind.compiled):
+        work[kind.name] = lambda kind=kind: stepper(kind, args)(0)
     seconds = {}
-    for kind in kinds(args):
-        if kind.compiled:
-            started = time.perf_counter()
-            with suppress(torch.OutOfMemoryError):  # `train` says so
-                stepper(kind, args)(0)
-                synchronise(args.device)
-            seconds[kind.name] = time.perf_counter() - started
-            print(f"{kind.name}: {seconds[kind.name]:.0f} s", flush=True)
+    for name, make in work.items():
+        started = time.perf_counter()
+        with suppress(torch.OutOfMemoryError):  # `train` says so
+            make()
+        release(args.device)
+        seconds[name] = time.perf_counter() - started
+        print(f"{name}: {seconds[name]:.0f} s", flush=True)
     return seconds
+
+
+def compile_sampling(args) -> None:
+    denoise = sampler(args)
+    for rows in (1, many(args), 8):
+        sampled(denoise, rows, args.length // 4, 1, args)
 
 
 def kinds(args) -> list[Kind]:
     """On a CPU FlexAttention has no backward pass, and compiling takes minutes."""
-    return [k for k in KINDS if not args.tiny or not (k.compiled or k.backend == "flex")]
+    able = [k for k in KINDS if not args.tiny or not (k.compiled or k.backend == "flex")]
+    return [kind for kind in able if kind.backend in args.of]
 
 
 def train(args) -> dict:
@@ -419,13 +437,8 @@ def release(device: torch.device) -> None:
 
 
 def sample(args) -> dict:
-    found = {}
-    net = network(args, compiled=not args.tiny).eval()
-    if not args.tiny:
-        net.freeze(torch.bfloat16)
-    objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
-    denoise = objective.denoiser(net, whole_window=False)
-    for name, rows, texts in (("one", 1, 3), ("many", 4 if args.tiny else 512, 1)):
+    found, denoise = {}, sampler(args)
+    for name, rows, texts in (("one", 1, 3), ("many", many(args), 1)):
         sampled(denoise, rows, args.length // 4, 1, args)  # compiles
         found[name] = entry = sampled(denoise, rows, args.length, texts, args)
         print(
@@ -442,6 +455,19 @@ def sample(args) -> dict:
         flush=True,
     )
     return found
+
+
+def many(args) -> int:
+    """Texts of a large batch."""
+    return 4 if args.tiny else 512
+
+
+def sampler(args):
+    net = network(args, compiled=not args.tiny).eval()
+    if not args.tiny:
+        net.freeze(torch.bfloat16)
+    objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
+    return objective.denoiser(net, whole_window=False)
 
 
 def sampled(denoise, rows: int, length: int, texts: int, args) -> dict:

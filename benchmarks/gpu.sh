@@ -39,40 +39,45 @@ gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 
 END=470 # seconds
 left() { echo $((END - SECONDS - ${1:-0})); }
-part() { # name, script, its words
+part() { # name, script, its words; leaves gpu_NAME.json
   local begun=$SECONDS
-  timeout "$(left)" "$PYTHON" "benchmarks/$2" "${@:3}" "${tiny[@]}" --out "$OUT/gpu_$1.json" 2>&1 |
+  timeout "$(left)" "$PYTHON" -W ignore "benchmarks/$2" "${@:3}" "${tiny[@]}" --out "$OUT/gpu_$1.json" 2>&1 |
     grep --line-buffered -v '^{' | sed -u "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"
 }
 tests() {
-  local files="forward decode freeze graphs sampling ssd_lm" begun=$SECONDS
+  local files="decode forward freeze graphs sampling ssd_lm" begun=$SECONDS
   [ "$gpus" -gt 1 ] && files="gpus $files" # the longest first
   timeout "$(left)" "$PYTHON" -m pytest -q -W ignore -m gpu -n 6 --dist worksteal --junitxml="$OUT/gpu_tests.xml" \
     $(printf 'tests/test_%s.py ' $files) 2>&1 | grep -v SKIPPED | tail -20 | sed "s/^/tests: /"
   echo "tests: $((SECONDS - begun)) s"
 }
 
-# what is right, and what the compiler makes of the training steps: nothing is timed
+# what is right, and what the compiler makes of all that is timed below
 part check gpu.py check &
-if [ ${#tiny[@]} = 0 ]; then part compile gpu.py compile & fi
+if [ ${#tiny[@]} = 0 ]; then
+  part compile_flex gpu.py compile --of flex & # at most two networks of a training at a time: 57 GiB
+  part compile_sdpa gpu.py compile --of sampling sdpa &
+fi
 tests
 wait
-# what is fast
-parts="check tests sample train"
+# what is fast: with several devices two of them are measured on, each for itself
 if [ "$gpus" -gt 1 ]; then
-  part sample gpu.py sample --index 1 &
-  part train gpu.py train --index 0 --seconds "$(left 180)"
+  part train_flex gpu.py train --of flex --index 0 --seconds "$(left 150)" &
+  part sample gpu.py sample --index 1
+  part train_sdpa gpu.py train --of sdpa --index 1 --seconds "$(left 130)"
   wait
 else
   part sample gpu.py sample
-  part train gpu.py train --seconds "$(left 20)"
+  part train_flex gpu.py train --of flex --seconds "$(left 130)"
+  part train_sdpa gpu.py train --of sdpa --seconds "$(left 20)"
 fi
+names="check tests train_flex train_sdpa sample"
 if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
   part several gpu_several.py
-  parts="$parts several"
+  names="$names several"
 else
   echo "several: skipped, this machine has $gpus GPU"
 fi
 echo "== $SECONDS s, files in $OUT"
-exec "$PYTHON" benchmarks/gpu_table.py "$OUT" --parts $parts "${check[@]}"
+exec "$PYTHON" benchmarks/gpu_table.py "$OUT" $names "${check[@]}"

@@ -1,10 +1,10 @@
 """One table of what the parts of gpu.sh found, and what of it is wrong or missed.
 
-    python benchmarks/gpu_table.py FOLDER            reads gpu_PART.json and gpu_tests.xml there
-    python benchmarks/gpu_table.py FOLDER --check    exit code 1 also where a target is missed
+    python benchmarks/gpu_table.py FOLDER NAME ...            reads gpu_NAME.json, gpu_tests.xml
+    python benchmarks/gpu_table.py FOLDER NAME ... --check    exit code 1 also for a missed target
 
-A part of `--parts` whose file is not there ended early, which is wrong like a failed test. The last
-line is the JSON of all.
+A part whose file is not there ended early, which is wrong like a failed test. The last line is the
+JSON of all.
 """
 
 import argparse
@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.conclusion import conclude
 
-PARTS = ("check", "tests", "train", "sample", "several")
 WIDTH = 56  # of the first column
 # aims, on an H100
 TRAINED = 250_000  # tokens/s, bamdlm S = 16
@@ -31,27 +30,29 @@ def main(argv=None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("names", nargs="+")
     parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
     args = parser.parse_args(argv)
-    found, wrong, misses = {}, [], []
-    for part in args.parts:
-        entry = read(args.folder, part)
+    found, wrong = {}, []
+    for name in args.names:
+        entry = read(args.folder, name)
         if entry is None:
-            wrong.append(f"{part} ended early")
+            wrong.append(f"{name} ended early")
             continue
-        found[part] = entry.get(part, entry)
-        found.setdefault("device", entry.get("device"))
-        wrong += entry.get("wrong", [])
-        misses += entry.get("missed", [])
-    for part, entry in found.items():
-        if part in LINES:
+        wrong += entry.pop("wrong", [])
+        for part in LINES.keys() & entry.keys():
+            found.setdefault(part, {}).update(entry[part])
+        if "device" in entry:
+            found["device"] = entry["device"]
+    for part, lines in LINES.items():
+        if part in found:
             print(f"-- {part}")
-            for what, figure in LINES[part](entry):
+            for what, figure in lines(found[part]):
                 print(f"{what:<{WIDTH}} {figure}")
     for text in wrong:
         print("WRONG:", text)
     found["wrong"] = wrong
+    misses = missed(found) if found.get("device") != "cpu" else []
     return max(conclude(found, misses, check=args.check), int(bool(wrong)))
 
 
@@ -83,13 +84,12 @@ def step_speed(entry: dict) -> str:
     )
 
 
-def read(folder: Path, part: str) -> dict | None:
-    """What a part left; None where it left nothing."""
-    if part == "tests":
-        path = folder / "gpu_tests.xml"
-        return tests(ElementTree.parse(path)) if path.exists() else None
-    path = folder / f"gpu_{part}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def read(folder: Path, name: str) -> dict | None:
+    """{part: what was found}; None where nothing was left."""
+    path = folder / ("gpu_tests.xml" if name == "tests" else f"gpu_{name}.json")
+    if not path.exists():
+        return None
+    return tests(ElementTree.parse(path)) if name == "tests" else json.loads(path.read_text())
 
 
 def tests(tree) -> dict:
@@ -106,7 +106,7 @@ def tests(tree) -> dict:
             name, value = noted.get("name"), float(noted.get("value"))
             figures[name] = max(value, figures.get(name, value))
     entry = {"passed": passed, "failed": len(failed), "skipped": skipped, "figures": figures}
-    return entry | {"wrong": [f"test {name}" for name in failed]}
+    return {"tests": entry, "wrong": [f"test {name}" for name in failed]}
 
 
 def lines_of_check(entry: dict):
