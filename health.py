@@ -20,6 +20,7 @@ from signals import Stopped
 
 TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended
 STALL_SECONDS = 60.0  # without a batch, until a line says so
+LAUNCHER = "BAMDLM_LAUNCHER"  # the variable that names the process which starts the others
 
 
 class BadSteps(RuntimeError):
@@ -167,6 +168,33 @@ class RankFailure(L.Callback):
         ending = threading.Timer(TIDY_SECONDS, os._exit, [1])
         ending.daemon = True
         ending.start()
+
+
+def follow_launcher(seconds: float = 1.0) -> None:
+    """In a process that Lightning's launcher started: end when the one that started it is gone. It
+    watches the others, and nothing watches it; with NCCL they would wait for it in a kernel."""
+    if "LOCAL_RANK" not in os.environ:  # nobody's child: ours will find us here
+        os.environ[LAUNCHER] = str(os.getpid())
+        return
+    launcher = int(os.environ.get(LAUNCHER, 0))
+    if launcher and (launcher == os.getppid() or not _runs(launcher)):
+        threading.Thread(target=_follow, args=(launcher, seconds), daemon=True).start()
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended and waits for its parent to notice."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def _follow(launcher: int, seconds: float) -> None:
+    while os.getppid() == launcher:
+        time.sleep(seconds)
+    print(f"the first process ({launcher}) is gone: ending", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class StallWatch(L.Callback):

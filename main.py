@@ -17,11 +17,12 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
     import modes
     import sharding
-    from health import BadSteps
+    from health import BadSteps, follow_launcher
     from saving import SaveError
     from streaming import TextError
 
     quiet()
+    follow_launcher()
     try:
         run = modes.prepare(config)
     except (ValueError, OSError) as error:

@@ -2,9 +2,14 @@
 
 import errno
 import functools
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from runs import ALGORITHMS, run, tiny
 from test_resume import at_call
 
+import health
 import torch_zip
 from benchmarks.chaos import differences, read
 from diffusion import Diffusion
@@ -204,3 +210,48 @@ def test_waiting_for_data_is_said(capsys):
     time.sleep(0.3)
     watch.on_train_end(trainer, None)
     assert "step 7: no batch from the 2 data workers" in capsys.readouterr().err
+
+
+FOLLOWERS = """
+import os, subprocess, sys, time
+import health
+health.follow_launcher(0.05)
+if "LOCAL_RANK" not in os.environ:
+    for rank in "12":
+        subprocess.Popen([sys.executable, __file__], env=os.environ | {"LOCAL_RANK": rank})
+    if sys.argv[1:]:
+        os.kill(os.getpid(), 9)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_processes_end_with_the_one_that_started_them(when, tmp_path):
+    """Killed, it cannot tell them."""
+    program = tmp_path / "program.py"
+    program.write_text(FOLLOWERS)
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", health.LAUNCHER)}
+    environment["PYTHONPATH"] = str(Path(health.__file__).parent)
+    first = subprocess.Popen(
+        [sys.executable, program, *(["now"] if when == "at once" else [])],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    if when == "later":
+        assert [first.stdout.readline() for _ in range(3)] == ["ready\n"] * 3
+        first.kill()
+    _, text = first.communicate(timeout=30)  # until the children have closed it
+    assert text.count(f"the first process ({first.pid}) is gone: ending") == 2
+
+
+def test_a_process_that_another_launcher_started_follows_nobody(monkeypatch):
+    threads = threading.active_count()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for launcher in (None, "1"):  # no child of process 1
+        if launcher is not None:
+            monkeypatch.setenv(health.LAUNCHER, launcher)
+        health.follow_launcher(60)
+        assert threading.active_count() == threads

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeou
     try:
         text, _ = process.communicate(timeout=timeout)  # until all that have its output are gone
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # of the group, whose first process may be gone
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, text
 
