@@ -110,7 +110,8 @@ class Diffusion(L.LightningModule):
         self.meter = LikelihoodMeter()
         self.search: clipping.Search | None = None
         self.graphed: GraphedLoss | None = None
-        self.validated_at = 0  # the step of the last validation
+        self.validated: Likelihood | None = None  # the result of the last validation
+        self.validated_at = 0  # and its step
 
     def named_weights(self):
         return self.backbone.named_parameters()
@@ -260,7 +261,8 @@ class Diffusion(L.LightningModule):
         self.average(False)
         if not self.trainer.sanity_checking:
             self.validated_at = self.trainer.global_step
-        result = self.likelihood()
+        # now: when validation has ended, the module may be on another device than the group's
+        self.validated = result = self.likelihood()
         self.log_dict(
             {
                 "val/nll": result.nll,

@@ -96,7 +96,7 @@ def prepare_ppl_eval(config: Config) -> Callable[[], None]:
     def run() -> None:
         started = time.monotonic()
         trainer.validate(module, datamodule=data, verbose=False)
-        report_likelihood(config, checkpoint, module.likelihood(), time.monotonic() - started)
+        report_likelihood(config, checkpoint, module.validated, time.monotonic() - started)
 
     return run
 

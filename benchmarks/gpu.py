@@ -292,15 +292,14 @@ def train(args) -> dict:
     found, deadline = {"peak": peak}, time.monotonic() + args.seconds
     for kind in kinds(args):
         if time.monotonic() > deadline:
-            print(f"{kind.name}: left out, --seconds={args.seconds:.0f} are over")
+            found[kind.name] = {"left_out": f"--seconds={args.seconds:.0f} are over"}
             continue
         release(args.device)
         try:
-            entry = measure(kind, peak, args)
+            found[kind.name] = entry = measure(kind, peak, args)
         except torch.OutOfMemoryError:
-            print(f"{kind.name}: {args.batch} sequences do not fit into this device's memory")
+            found[kind.name] = {"left_out": f"{args.batch} sequences need more memory"}
             continue
-        found[kind.name] = entry
         print(f"{kind.name:<24} {step_speed(entry)}  first step {entry['first_step']:.0f} s")
     return found
 

@@ -7,9 +7,9 @@
 #   bash benchmarks/gpu.sh --check    exit code 1 also where a target is missed (an H100's)
 #   bash benchmarks/gpu.sh --tiny     on a CPU, to try the script itself
 #
-# OUT names a folder for what the parts leave (gpu_PART.json, gpu_tests.xml), BAMDLM_PYTHON another Python than that of
-# .venv. Wheels in .whl/ (hydra-core, omegaconf, antlr4, datasets …, for a machine without a network) are unpacked to a
-# folder of their own and put on PYTHONPATH.
+# END says after how many seconds what still runs is ended (470), OUT names a folder for what the parts leave
+# (gpu_NAME.json, gpu_NAME.xml), BAMDLM_PYTHON another Python than that of .venv. Wheels in .whl/ (hydra-core, omegaconf,
+# antlr4, datasets …, for a machine without a network) are unpacked to a folder of their own and put on PYTHONPATH.
 set -u
 usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"; }
 case "$#:${1:-}" in
@@ -34,32 +34,41 @@ if [ ${#tiny[@]} = 0 ] && compgen -G ".whl/*.whl" > /dev/null; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
-rm -f "$OUT"/gpu_*.json "$OUT"/gpu_tests.xml
+rm -f "$OUT"/gpu_*.json "$OUT"/gpu_*.xml
 gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 
-END=470 # seconds
-left() { echo $((END - SECONDS - ${1:-0})); }
+END=${END:-470} # seconds
+left() { # but so many; never 0, which is no limit to `timeout`
+  local seconds=$((END - SECONDS - ${1:-0}))
+  echo $((seconds > 1 ? seconds : 1))
+}
 part() { # name, script, its words; leaves gpu_NAME.json
   local begun=$SECONDS
   timeout "$(left)" "$PYTHON" -W ignore "benchmarks/$2" "${@:3}" "${tiny[@]}" --out "$OUT/gpu_$1.json" 2>&1 |
     grep --line-buffered -v '^{' | sed -u "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"
 }
-tests() {
-  local files="decode forward freeze graphs sampling ssd_lm" begun=$SECONDS
-  [ "$gpus" -gt 1 ] && files="gpus $files" # the longest first
-  timeout "$(left)" "$PYTHON" -m pytest -q -W ignore -m gpu -n 6 --dist worksteal --junitxml="$OUT/gpu_tests.xml" \
-    $(printf 'tests/test_%s.py ' $files) 2>&1 | grep -v SKIPPED | tail -20 | sed "s/^/tests: /"
-  echo "tests: $((SECONDS - begun)) s"
+tests() { # name, files; leaves gpu_NAME.xml. Not here: the minutes of `scripts/test.sh --gpu` in which processes die
+  local begun=$SECONDS
+  timeout -s INT -k 20 "$(left)" "$PYTHON" -m pytest -q -W ignore -m gpu -k "not dies" -n 8 --tb=short \
+    --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/test_%s.py ' "${@:2}") 2>&1 | grep -v SKIPPED | tail -30 | sed "s/^/$1: /"
+  echo "$1: $((SECONDS - begun)) s"
 }
 
 # what is right, and what the compiler makes of all that is timed below
 part check gpu.py check &
 if [ ${#tiny[@]} = 0 ]; then
-  part compile_flex gpu.py compile --of flex & # at most two networks of a training at a time: 57 GiB
-  part compile_sdpa gpu.py compile --of sampling sdpa &
+  if [ "$gpus" -gt 1 ]; then # each where it will be timed: what is compiled belongs to a device
+    part compile_flex gpu.py compile --of flex --index 0 &
+    part compile_sdpa gpu.py compile --of sdpa --index 1 &
+    part compile_sampling gpu.py compile --of sampling --index 1 &
+  else # at most two networks of a training at a time: 57 GiB
+    part compile_flex gpu.py compile --of flex &
+    part compile_sdpa gpu.py compile --of sampling sdpa &
+  fi
 fi
-tests
+if [ "$gpus" -gt 1 ]; then tests tests_several gpus & fi
+tests tests decode forward freeze graphs sampling ssd_lm
 wait
 # what is fast: with several devices two of them are measured on, each for itself
 if [ "$gpus" -gt 1 ]; then
@@ -73,6 +82,7 @@ else
   part train_sdpa gpu.py train --of sdpa --seconds "$(left 20)"
 fi
 names="check tests train_flex train_sdpa sample"
+if [ "$gpus" -gt 1 ]; then names="$names tests_several"; fi
 if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
   part several gpu_several.py
   names="$names several"

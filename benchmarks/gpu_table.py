@@ -1,6 +1,6 @@
 """One table of what the parts of gpu.sh found, and what of it is wrong or missed.
 
-    python benchmarks/gpu_table.py FOLDER NAME ...            reads gpu_NAME.json, gpu_tests.xml
+    python benchmarks/gpu_table.py FOLDER NAME ...            reads gpu_NAME.json or gpu_NAME.xml
     python benchmarks/gpu_table.py FOLDER NAME ... --check    exit code 1 also for a missed target
 
 A part whose file is not there ended early, which is wrong like a failed test. The last line is the
@@ -60,7 +60,8 @@ def missed(found: dict) -> list[str]:
     """Of the aims, in the parts there are."""
     out, train, sample = [], found.get("train"), found.get("sample")
     if train is not None:
-        speeds = (e["tokens_per_second"] for name, e in train.items() if "bamdlm 16" in name)
+        ours = (entry for name, entry in train.items() if "bamdlm 16" in name)
+        speeds = (entry.get("tokens_per_second", 0) for entry in ours)
         if (speed := max(speeds, default=0)) < TRAINED:
             out.append(f"training bamdlm 16: {speed:,.0f} tokens/s, wanted {TRAINED:,}")
     if sample is not None:
@@ -76,6 +77,8 @@ def missed(found: dict) -> list[str]:
 
 def step_speed(entry: dict) -> str:
     """Of a training step."""
+    if "left_out" in entry:
+        return f"left out: {entry['left_out']}"
     batch = entry.get("largest_batch")
     return (
         f"{entry['tokens_per_second']:9,.0f} tokens/s {entry['mfu']:6.1%} MFU"
@@ -86,13 +89,14 @@ def step_speed(entry: dict) -> str:
 
 def read(folder: Path, name: str) -> dict | None:
     """{part: what was found}; None where nothing was left."""
-    path = folder / ("gpu_tests.xml" if name == "tests" else f"gpu_{name}.json")
+    of_pytest = name.startswith("tests")
+    path = folder / f"gpu_{name}.{'xml' if of_pytest else 'json'}"
     if not path.exists():
         return None
-    return tests(ElementTree.parse(path)) if name == "tests" else json.loads(path.read_text())
+    return tests(ElementTree.parse(path), name) if of_pytest else json.loads(path.read_text())
 
 
-def tests(tree) -> dict:
+def tests(tree, name: str) -> dict:
     """Of pytest's report: how many passed, which did not, and the largest of each figure noted."""
     figures, failed, passed, skipped = {}, [], 0, 0
     for case in tree.iter("testcase"):
@@ -103,10 +107,10 @@ def tests(tree) -> dict:
         else:
             passed += 1
         for noted in case.iter("property"):
-            name, value = noted.get("name"), float(noted.get("value"))
-            figures[name] = max(value, figures.get(name, value))
+            figure, value = noted.get("name"), float(noted.get("value"))
+            figures[figure] = max(value, figures.get(figure, value))
     entry = {"passed": passed, "failed": len(failed), "skipped": skipped, "figures": figures}
-    return {"tests": entry, "wrong": [f"test {name}" for name in failed]}
+    return {name: entry, "wrong": [f"test {each}" for each in failed]}
 
 
 def lines_of_check(entry: dict):
@@ -126,7 +130,7 @@ def lines_of_train(entry: dict):
     yield "matrix product", f"{entry['peak'] / 1e12:9.0f} TFLOP/s"
     for name, found in entry.items():
         if name != "peak":
-            aim = f"  (aim {TRAINED:,})" if "bamdlm 16" in name else ""
+            aim = f"  (aim {TRAINED:,})" if name == "bamdlm 16 flex compiled" else ""
             yield name, step_speed(found) + aim
 
 
@@ -149,6 +153,7 @@ def lines_of_several(entry: dict):
 LINES = {
     "check": lines_of_check,
     "tests": lines_of_tests,
+    "tests_several": lines_of_tests,
     "train": lines_of_train,
     "sample": lines_of_sample,
     "several": lines_of_several,

@@ -27,8 +27,9 @@ class Replay:
         self.recordings[key](function, inputs, self.pool)
 
     def forget(self) -> None:
-        """The tensors beside the inputs have moved."""
+        """The tensors beside the inputs have moved. A pool ends with the last recording in it."""
         self.recordings.clear()
+        self.pool = torch.cuda.graph_pool_handle()
 
 
 class _Recording:

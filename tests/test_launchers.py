@@ -17,6 +17,7 @@ LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     "lightning": [],
 }
+FEW = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 PROGRAM = f"""\
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
@@ -58,7 +59,7 @@ def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeou
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**kept, "OMP_NUM_THREADS": "1", "FAULT_RANK": rank, "FAULT": fault},
+        env={**kept, **FEW, "FAULT_RANK": rank, "FAULT": fault},
         start_new_session=True,
     )
     try:
