@@ -170,15 +170,18 @@ class RankFailure(L.Callback):
         ending.start()
 
 
-def follow_launcher(seconds: float = 1.0) -> None:
-    """In a process that Lightning's launcher started: end when the one that started it is gone. It
-    watches the others, and nothing watches it; with NCCL they would wait for it in a kernel."""
+def follow_launcher() -> None:
+    """In a process that Lightning's launcher started: be gone TIDY_SECONDS after the one that
+    started it. That one watches the others, and nothing watches it; with NCCL they would wait for
+    it in a kernel. Only for work in which all processes wait for each other."""
     if "LOCAL_RANK" not in os.environ:  # nobody's child: ours will find us here
         os.environ[LAUNCHER] = str(os.getpid())
         return
     launcher = int(os.environ.get(LAUNCHER, 0))
-    if launcher and (launcher == os.getppid() or not _runs(launcher)):
-        threading.Thread(target=_follow, args=(launcher, seconds), daemon=True).start()
+    if not launcher or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    if launcher == os.getppid() or not _runs(launcher):
+        threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
 
 
 def _runs(pid: int) -> bool:
@@ -190,9 +193,10 @@ def _runs(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def _follow(launcher: int, seconds: float) -> None:
+def _follow(launcher: int) -> None:
     while os.getppid() == launcher:
-        time.sleep(seconds)
+        time.sleep(0.5)
+    time.sleep(TIDY_SECONDS)  # it may have come to its end, as this process will
     print(f"the first process ({launcher}) is gone: ending", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -22,7 +22,8 @@ def main(argv: list[str]) -> int:
     from streaming import TextError
 
     quiet()
-    follow_launcher()
+    if config.mode in ("train", "ppl_eval"):
+        follow_launcher()
     try:
         run = modes.prepare(config)
     except (ValueError, OSError) as error:

@@ -31,12 +31,11 @@ class Sharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
+        set_fused(checkpoint, self.lightning_module.fused())  # training_state.load comes later
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
         states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
-            for read, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
-                read["fused"] = ours["fused"]  # how a step is computed here
             named = FullyShardedDataParallel.rekey_optim_state_dict(
                 state, OptimStateKeyType.PARAM_NAME, self.model
             )
@@ -84,6 +83,14 @@ def whole_of(mine: Tensor, like: Tensor) -> Tensor:
         mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
     return joined.full_tensor().cpu()
+
+
+def set_fused(checkpoint: dict, fused: bool | None) -> None:
+    """How the steps of AdamW are computed here, in the optimizer states of a checkpoint; a file of
+    weights alone has none."""
+    for state in checkpoint.get("optimizer_states", []):
+        for group in state.get("param_groups", []):  # with fsdp rank 0 alone has it
+            group["fused"] = fused
 
 
 def leave_group() -> None:

@@ -16,7 +16,7 @@ def save(module: L.LightningModule, checkpoint: dict) -> None:
     module.settle()
     checkpoint["hparams_name"] = "kwargs"
     checkpoint["hyper_parameters"] = module.description
-    _set_fused(checkpoint, None)  # says how a step is computed here, not what it is
+    sharding.set_fused(checkpoint, None)  # says how a step is computed here, not what it is
     if module.ema is not None:
         checkpoint["ema"] = {
             "decay": module.ema.decay,
@@ -46,7 +46,7 @@ def save(module: L.LightningModule, checkpoint: dict) -> None:
 def load(module: L.LightningModule, checkpoint: dict) -> None:
     """Takes over from a checkpoint what `save` has put there; changes its counters in place."""
     trainer = module.trainer
-    _set_fused(checkpoint, module.fused())
+    sharding.set_fused(checkpoint, module.fused())
     if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):
         step = checkpoint["global_step"]
         pending = loop_state.validation_due(checkpoint["loops"])
@@ -94,10 +94,3 @@ def _validation(trainer: L.Trainer, step: int, *, pending: bool) -> str:
     if not follows or step * trainer.accumulate_grad_batches % every:
         return loop_state.NOTHING
     return loop_state.DUE if pending else loop_state.DONE
-
-
-def _set_fused(checkpoint: dict, fused: bool | None) -> None:
-    """In the optimizer states of a checkpoint; a file of weights alone has none."""
-    for state in checkpoint.get("optimizer_states", []):
-        for group in state.get("param_groups", []):  # with fsdp rank 0 alone has it
-            group["fused"] = fused

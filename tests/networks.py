@@ -66,8 +66,8 @@ def texts(rows: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tenso
 
 
 def assert_within(ours, recorded, tolerance: float, what: str = "") -> float:
-    """The largest difference is at most `tolerance` of the largest recorded value; which share it
-    is."""
+    """The largest difference is at most `tolerance` of the largest recorded value. Returns that
+    share."""
     assert ours.shape == recorded.shape, f"{what}: {ours.shape} is not {recorded.shape}"
     gap, scale = (ours - recorded).abs().max(), recorded.abs().max()
     assert gap <= tolerance * scale, f"{what}: off by {gap:.2e} at a scale of {scale:.2e}"

@@ -215,7 +215,8 @@ def test_waiting_for_data_is_said(capsys):
 FOLLOWERS = """
 import os, subprocess, sys, time
 import health
-health.follow_launcher(0.05)
+health.TIDY_SECONDS = 0.2
+health.follow_launcher()
 if "LOCAL_RANK" not in os.environ:
     for rank in "12":
         subprocess.Popen([sys.executable, __file__], env=os.environ | {"LOCAL_RANK": rank})
@@ -247,11 +248,15 @@ def test_processes_end_with_the_one_that_started_them(when, tmp_path):
     assert text.count(f"the first process ({first.pid}) is gone: ending") == 2
 
 
-def test_a_process_that_another_launcher_started_follows_nobody(monkeypatch):
+@pytest.mark.parametrize("launcher", ["nobody", "another", "torchrun"])
+def test_a_process_that_another_launcher_started_follows_nobody(launcher, monkeypatch):
     threads = threading.active_count()
     monkeypatch.setenv("LOCAL_RANK", "1")
-    for launcher in (None, "1"):  # no child of process 1
-        if launcher is not None:
-            monkeypatch.setenv(health.LAUNCHER, launcher)
-        health.follow_launcher(60)
-        assert threading.active_count() == threads
+    monkeypatch.delenv(health.LAUNCHER, raising=False)
+    if launcher == "another":  # which runs, but is not the parent
+        monkeypatch.setenv(health.LAUNCHER, str(os.getpid()))
+    if launcher == "torchrun":
+        monkeypatch.setenv(health.LAUNCHER, str(os.getppid()))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    health.follow_launcher()
+    assert threading.active_count() == threads

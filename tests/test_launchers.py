@@ -1,5 +1,6 @@
 """Two processes, started by torchrun or by Lightning: equal, and none waits for a dead one."""
 
+import json
 import os
 import signal
 import subprocess
@@ -35,6 +36,11 @@ def step(self, batch, index):
     return real(self, batch, index)
 
 Diffusion.training_step = step
+if os.environ["FAULT"] == "late" and os.environ.get("LOCAL_RANK", "0") == os.environ["FAULT_RANK"]:
+    import generation, health, time
+    health.TIDY_SECONDS = 1
+    real_write = generation.Job._write
+    generation.Job._write = lambda self, rows: (time.sleep(5), real_write(self, rows))
 sys.exit(main.main(sys.argv[1:]))
 """
 
@@ -48,11 +54,21 @@ def overrides(tmp_path_factory):
 def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeout=60):
     """(exit code, output) of two processes started by the launcher.
 
-    In its third step `rank` raises an error or sends itself the signal that `fault` names.
+    In its third step `rank` raises an error or sends itself the signal that `fault` names; or it is
+    late with its texts.
     """
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "NODE_RANK", "PL_")
+    dropped = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_",
+        "SLURM_",
+        "NODE_RANK",
+        "PL_",
+        "BAMDLM_",
+    )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     process = subprocess.Popen(
         [sys.executable, *LAUNCHERS[launcher], program, *arguments],
@@ -64,6 +80,11 @@ def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeou
     )
     try:
         text, _ = process.communicate(timeout=timeout)  # until all that have its output are gone
+    except subprocess.TimeoutExpired as error:
+        process.terminate()  # torchrun ends its processes, which are no group of ours
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=20)
+        raise AssertionError(f"no end after {timeout} s:\n{error.output}") from None
     finally:
         with suppress(ProcessLookupError):  # of the group, whose first process may be gone
             os.killpg(process.pid, signal.SIGKILL)
@@ -79,6 +100,19 @@ def test_both_launchers_train_the_same(overrides, tmp_path):
     started = ranks(2, arguments, tmp_path / "log.txt")
     assert finish(started) == [0, 0], started[0].text() + started[1].text()
     assert differences(ours, read(tmp_path / LAST)) == []
+
+
+def test_who_is_done_with_its_texts_ends_nobody(overrides, tmp_path):
+    """The first process may be the first one to be done."""
+    run = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
+    code, text = launched("lightning", run, tmp_path)
+    assert code == 0, text
+    words = [*overrides, "mode=sample_eval", f"eval.checkpoint_path={tmp_path / LAST}"]
+    words += ["eval.gen_ppl_eval_model_name_or_path=null", "sampling.batch_size=4"]
+    words += [f"sampling.logdir={tmp_path / 'texts.csv'}"]
+    code, text = launched("lightning", words, tmp_path, rank="1", fault="late")
+    assert code == 0, text
+    assert json.loads((tmp_path / "texts.json").read_text())["rows"] == 4
 
 
 DEATHS = [

@@ -1,0 +1,105 @@
+"""Part of gpu.py: are the numbers right?"""
+
+import importlib.util
+
+import torch
+
+from benchmarks.gpu_network import autocast, network
+from models.attention import dense, get_backend
+from models.masks import BlockCausal, BlockDiffusion, Causal
+
+
+def check(args):
+    found = {}
+    for backend in ("sdpa", "flex"):
+        if backend == "flex" and args.device.type == "cpu":
+            continue  # no backward pass there
+        for rule, both in ((BlockDiffusion(4), True), (BlockDiffusion(16), False)):
+            found[f"{backend} {rule}"] = attention_gap(backend, rule, both, args)
+        name = f"{backend} {BlockDiffusion(4)}, packed documents"
+        found[name] = attention_gap(backend, BlockDiffusion(4), True, args, documents=5)
+    half = torch.bfloat16
+    if args.device.type != "cpu":
+        found["flex bf16"] = attention_gap("flex", BlockDiffusion(16), True, args, half)
+    if importlib.util.find_spec("flash_attn"):
+        found["flash_attn bf16"] = attention_gap("flash_attn", Causal(), True, args, half)
+    else:
+        print("     flash_attn is not installed here")
+    found["network float32 against CPU"] = network_gap(args, None, 1e-4)
+    found["network bf16 against CPU float32"] = network_gap(args, torch.bfloat16, 0.1)
+    found["cached against uncached"] = cache_gap(args)
+    found["a short last batch compiles nothing"] = short_batch(args)
+    for name, entry in found.items():
+        print(f"{'ok   ' if entry['right'] else 'WRONG'} {name}: {entry['gap']:.1e}", flush=True)
+    yield found
+
+
+def verdict(gap: float, limit: float) -> dict:
+    return {"gap": gap, "limit": limit, "right": gap <= limit}
+
+
+def attention_gap(
+    backend: str, rule, both: bool, args, dtype=torch.float32, documents: int = 1
+) -> dict:
+    """Largest difference of output and gradients in `dtype` to dense float32, of the scale."""
+    keys = 2 * args.length
+    queries = keys if both else args.length
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, n, 64) for n in (queries, keys, keys, queries)]
+    made = [torch.randn(s, generator=generator).to(args.device) for s in shapes]
+    results, segments = [], None
+    if documents > 1:  # borders at another place in each row
+        starts = torch.rand(2, args.length, generator=generator).argsort(-1) < documents - 1
+        segments = starts.cumsum(-1).repeat(1, 2).to(args.device)
+    made = [x.to(dtype).float() for x in made]
+    for prepare, made_in in ((dense, torch.float32), (get_backend(backend), dtype)):
+        qkv = [x.to(made_in, copy=True).requires_grad_() for x in made[:3]]
+        out = prepare(rule, queries, keys, segments, args.device)(*qkv)
+        out.backward(made[3].to(made_in))
+        results.append([out.detach(), *(x.grad for x in qkv)])
+    pairs = zip(*results, strict=True)
+    gap = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    limits = {torch.bfloat16: 2e-2, torch.float32: 1e-3 if backend == "flex" else 1e-4}
+    return verdict(gap, limits[dtype])
+
+
+@torch.no_grad()
+def network_gap(args, dtype, limit: float) -> dict:
+    net = network(args).eval()
+    tokens = torch.randint(args.vocab - 1, (2, 2 * args.length), device=args.device)
+    rule = BlockDiffusion(16)
+    with autocast(args.device, dtype):
+        ours = net.logits(net.hidden(tokens, rule=rule)).float().cpu()
+    net, tokens = net.to("cpu"), tokens.cpu()
+    reference = net.logits(net.hidden(tokens, rule=rule))
+    return verdict(float((ours - reference).abs().max() / reference.abs().max()), limit)
+
+
+@torch.no_grad()
+def cache_gap(args) -> dict:
+    net = network(args).eval()
+    tokens = torch.randint(args.vocab - 1, (3, 64), device=args.device)
+    whole = net.hidden(tokens, rule=BlockCausal(16))
+    cache, parts = net.new_cache(3, 64, 16), []
+    for start in range(0, 64, 16):
+        block = tokens[:, start : start + 16]
+        parts.append(net.hidden(block, rule=cache.rule, cache=cache))
+        cache = cache.commit(16)
+    gap = float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
+    return verdict(gap, 1e-4)
+
+
+def short_batch(args) -> dict:
+    """Graphs made by a smaller batch after a larger one."""
+    if args.device.type == "cpu":
+        return verdict(0, 0)
+    from torch._dynamo.utils import counters
+
+    net = network(args, backend="flex")
+    graphs = []
+    for rows in (4, 3):
+        tokens = torch.randint(args.vocab - 1, (rows, 2 * args.length), device=args.device)
+        with autocast(args.device, torch.bfloat16):
+            net.hidden(tokens, rule=BlockDiffusion(16)).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return verdict(graphs[1] - graphs[0], 0)

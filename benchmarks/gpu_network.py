@@ -1,0 +1,49 @@
+"""What the parts of gpu.py share: the network that is measured, and the device."""
+
+import gc
+from contextlib import nullcontext
+
+import torch
+
+from models.dit import DiT
+
+SMALL = {"hidden_size": 768, "cond_dim": 128, "n_blocks": 12, "n_heads": 12}
+TINY = {"hidden_size": 32, "cond_dim": 8, "n_blocks": 2, "n_heads": 2}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def network(args, *, algo="bamdlm", backend="sdpa", compiled=False, dropout=0.0) -> DiT:
+    torch.manual_seed(0)
+    net = DiT(
+        vocab_size=args.vocab,
+        dropout=dropout,
+        adaln=algo != "ar",
+        attn_backend=backend,
+        compile=compiled,
+        **args.sizes,
+    )
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.startswith("output_layer") or "adaLN" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+    return net.to(args.device)
+
+
+def autocast(device: torch.device, dtype):
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def release(device: torch.device) -> None:
+    """Memory that nothing holds any more goes back to the device."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name()

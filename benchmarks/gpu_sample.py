@@ -1,0 +1,96 @@
+"""Part of gpu.py: how fast is sampling?"""
+
+import time
+
+import torch
+
+from benchmarks.gpu_network import autocast, network, synchronise
+from noise_schedule import get_schedule
+from objectives.block_diffusion import MaskedDiffusion
+
+
+def sample(args):
+    found, denoise = {}, sampler(args)
+    for name, rows, texts in (("one", 1, 3), ("many", many(args), 1)):
+        sampled(denoise, rows, args.length // 4, 1, args)  # compiles
+        found[name] = entry = sampled(denoise, rows, args.length, texts, args)
+        print(
+            f"{rows} x {args.length} tokens: {entry['seconds'][-1]:.2f} s,"
+            f" {entry['tokens_per_second']:,.0f} tokens/s",
+            flush=True,
+        )
+    # 2 048 tokens and 8 192: what a block costs once the window is full
+    cost = [block_seconds(denoise, 8, start, args) for start in (2 * args.length, 8 * args.length)]
+    found["block_seconds"], found["cost_ratio"] = cost, cost[1] / cost[0]
+    print(
+        f"a block of 8 texts behind {2 * args.length} and {8 * args.length} tokens:"
+        f" {1000 * cost[0]:.2f} and {1000 * cost[1]:.2f} ms, {found['cost_ratio']:.3f} x",
+        flush=True,
+    )
+    yield found
+
+
+def compile_sample(args):
+    started, denoise = time.perf_counter(), sampler(args)
+    for rows in (1, many(args), 8):
+        sampled(denoise, rows, args.length // 4, 1, args)
+    synchronise(args.device)
+    yield {"seconds": time.perf_counter() - started}
+
+
+def many(args) -> int:
+    """Texts of a large batch."""
+    return 4 if args.tiny else 512
+
+
+def sampler(args):
+    net = network(args, compiled=not args.tiny).eval()
+    if not args.tiny:
+        net.freeze(torch.bfloat16)
+    objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
+    return objective.denoiser(net, whole_window=False)
+
+
+def sampled(denoise, rows: int, length: int, texts: int, args) -> dict:
+    """`texts` batches of texts one after the other; tokens/s of the last one."""
+    seconds = []
+    synchronise(args.device)
+    started = time.perf_counter()
+    for group in groups(denoise, rows, length, rows * texts, args):
+        if group:
+            synchronise(args.device)
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+    return {"seconds": seconds, "tokens_per_second": rows * length / seconds[-1]}
+
+
+def block_seconds(denoise, rows: int, start: int, args, warm_up: int = 4, blocks: int = 8) -> float:
+    """Of one more block behind `start` tokens."""
+    made = groups(denoise, rows, start + 16 * (warm_up + blocks + 1), rows, args, given=start)
+    for _ in range(warm_up):
+        next(made)
+    synchronise(args.device)
+    started = time.perf_counter()
+    for _ in range(blocks):
+        next(made)
+    synchronise(args.device)
+    return (time.perf_counter() - started) / blocks
+
+
+def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
+    """Rounds of one block; `given`: tokens that are there already."""
+    from samplers import Request, Settings, generate
+
+    settings = Settings(
+        length=length,
+        bos_id=0,
+        eos_id=0,
+        batch_size=rows,
+        block_size=16,
+        context_size=args.length,
+        kv_cache=True,
+        nucleus_p=0.9,
+    )
+    requests = [Request(row, (0,) * given) for row in range(texts)]
+    with autocast(args.device, None if args.tiny else torch.bfloat16):
+        yield from generate("bamdlm", denoise, requests, settings, device=args.device)

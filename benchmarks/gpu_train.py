@@ -1,0 +1,212 @@
+"""Part of gpu.py: how fast is a training step, in which memory, and how large may its batch be?"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.gpu_network import autocast, network, release, synchronise
+from benchmarks.gpu_table import step_speed
+from flops import Shape, flops, matmul_peak
+from models.ema import EMA
+from noise_schedule import get_schedule
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.corruption import draw_examples
+from objectives.graphs import GraphedLoss
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of a training step. `size`: S; None is L."""
+
+    algo: str
+    size: int | None
+    backend: str
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        size = f" {self.size}" if self.algo == "bamdlm" else ""
+        return f"{self.algo}{size} {self.backend}{' compiled' if self.compiled else ''}"
+
+
+ALGORITHMS = (("bamdlm", 16), ("bamdlm", 4), ("mdlm", None), ("ar", 1))
+BACKENDS = ["flex", "sdpa"]
+KINDS = [
+    Kind(*algo, backend, compiled)
+    for backend in BACKENDS
+    for algo in ALGORITHMS
+    for compiled in (True, False)
+]
+BATCHES = 8  # the largest batch is looked for among multiples of
+TRIES = 6  # of a largest batch
+
+
+def train(args):
+    dtype = torch.float32 if args.tiny else torch.bfloat16
+    peak, deadline = matmul_peak(args.device, dtype), time.monotonic() + args.seconds
+    found = {f"matrix product, beside {' and '.join(args.of)}": {"peak": peak}}
+    for kind in kinds(args):
+        release(args.device)
+        if time.monotonic() > deadline:
+            found[kind.name] = {"left_out": f"{args.seconds:.0f} seconds are over"}
+        else:
+            found[kind.name] = attempt(lambda kind=kind: measure(kind, peak, args))
+        print(f"{kind.name:<24} {step_speed(found[kind.name])}", flush=True)
+        yield found
+
+
+def compile_train(args):
+    """Of each compiled kind one step."""
+    found = {}
+    for kind in (kind for kind in kinds(args) if kind.compiled):
+        started = time.perf_counter()
+        found[kind.name] = attempt(lambda kind=kind: {"loss": stepper(kind, args)(0).item()})
+        release(args.device)
+        print(f"{kind.name}: {time.perf_counter() - started:.0f} s", flush=True)
+        yield found
+
+
+def attempt(measured: Callable[[], dict]) -> dict:
+    """What was measured, or why not: the other kinds shall have their turn."""
+    try:
+        return measured()
+    except (RuntimeError, ArithmeticError) as error:
+        reason = "left_out" if is_full(error) else "failed"
+        return {reason: str(error).strip().split("\n")[0]}
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the device's memory was too small; libraries on top of torch have their own words."""
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+
+
+def kinds(args) -> list[Kind]:
+    """On a CPU FlexAttention has no backward pass, and compiling takes minutes."""
+    able = [k for k in KINDS if not args.tiny or not (k.compiled or k.backend == "flex")]
+    return [kind for kind in able if kind.backend in args.of]
+
+
+def stepper(kind: Kind, args):
+    """A function of a step's number and batch that makes one whole step: draws, loss, gradients,
+    clipping, AdamW, EMA."""
+    torch._dynamo.reset()  # its limit of graphs per function is for one network
+    net = network(
+        args, algo=kind.algo, backend=kind.backend, compiled=kind.compiled, dropout=0.1
+    ).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
+    ema = EMA(net.named_parameters(), 0.9999)
+    mask_id, size = args.vocab - 1, kind.size or args.length
+    if kind.algo == "ar":
+        objective = Autoregressive(mask_id)
+    else:
+        objective = MaskedDiffusion(mask_id, size, get_schedule("loglinear"))
+
+    def question(step: int, batch: int):
+        x0 = torch.randint(mask_id, (batch, args.length))
+        ones = torch.ones_like(x0)
+        if kind.algo == "ar":
+            return objective.question(x0, ones, training=True)
+        draws = draw_examples(
+            1,
+            torch.arange(batch) + step * batch,
+            global_batch=batch,
+            length=args.length,
+            block_size=size,
+            antithetic=True,
+        )
+        return objective.question(x0, ones, draws, interval=(1e-3, 1.0), training=True)
+
+    def loss(backbone, asked):
+        return objective.answer(backbone, asked).mean
+
+    def sent(asked):
+        return asked.to(args.device)
+
+    graphed = GraphedLoss(net, loss, sent, shared=False)
+
+    def run(step: int, batch: int = args.batch) -> torch.Tensor:
+        """Returns the loss."""
+        optimizer.zero_grad()
+        asked = question(step, batch)
+        with autocast(args.device, None if args.tiny else torch.bfloat16):
+            # as in diffusion.py
+            value = graphed(asked) if kind.compiled else loss(net, sent(asked))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        ema.update(net.named_parameters())
+        return value.detach()
+
+    return run
+
+
+def measure(kind: Kind, peak: float, args) -> dict:
+    run = stepper(kind, args)
+    started = time.perf_counter()
+    run(0)
+    synchronise(args.device)
+    first = time.perf_counter() - started
+    run(1), run(2), run(3)  # with compilation the third records
+    synchronise(args.device)
+    started = time.perf_counter()
+    losses = [run(4 + step) for step in range(args.steps)]
+    synchronise(args.device)
+    seconds = (time.perf_counter() - started) / args.steps
+    if not torch.stack(losses).isfinite().all():  # numbers that are not are quickly made
+        raise ArithmeticError(f"{kind.name}: a loss is not finite: {losses}")
+    sizes, size = args.sizes, kind.size or args.length
+    shape = Shape(kind.algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size)
+    memory = 0 if args.device.type == "cpu" else torch.accelerator.max_memory_allocated()
+    entry = {
+        "seconds": seconds,
+        "loss": losses[-1].item(),
+        "first_step": first,
+        "tokens_per_second": args.batch * args.length / seconds,
+        "mfu": flops(shape).step * args.batch / seconds / peak,
+        "memory_gib": memory / 2**30,
+    }
+    if memory and not kind.compiled:  # another batch would be compiled anew
+        entry["largest_batch"] = largest_batch(run, memory, args)
+    return entry
+
+
+def largest_batch(run, memory: int, args) -> int:
+    """A multiple of BATCHES that fits while the next does not (or as far as TRIES go); `memory`:
+    bytes that args.batch needs."""
+    low, high, guess = args.batch, math.inf, 2 * args.batch
+    last = None  # as far as memory goes if it grows evenly
+    for _ in range(TRIES):
+        if fits(run, guess, args):
+            low = guess
+        else:
+            high = guess
+        if last is None and low > args.batch:
+            each = (torch.accelerator.max_memory_allocated() - memory) / (low - args.batch)
+            last = args.batch + int((capacity(args.device) - memory) / each)
+        if high - low <= BATCHES:
+            break
+        middle = (low + high) // 2 if last is None else last
+        guess = max(low + BATCHES, min(middle // BATCHES * BATCHES, high - BATCHES))
+    return low
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes that tensors of this process can take."""
+    free = torch.get_device_module(device).mem_get_info()[0]
+    return free + torch.accelerator.memory_reserved()
+
+
+def fits(run, batch: int, args) -> bool:
+    release(args.device)
+    try:
+        run(0, batch)
+        synchronise(args.device)
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        return False
+    return True
