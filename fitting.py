@@ -7,6 +7,7 @@ import lightning as L
 from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import Strategy
 
 import checkpoints
 import config as settings
@@ -15,7 +16,7 @@ from health import RankFailure, StallWatch
 from progress import NetworkSummary, RunProgress
 from run_log import CSVLog
 from saving import LAST, BestCheckpoint, CarefulIO, StepCheckpoints, steps_in
-from sharding import Sharded
+from sharding import Sharded, replicated
 from signals import Signals
 from utils import plain_errors, say
 
@@ -76,11 +77,11 @@ def _no_handlers() -> None:
     """In place of Lightning's: signals are read between steps (saving.py)."""
 
 
-def training_strategy(config: Config) -> str | Sharded:
+def training_strategy(config: Config) -> Strategy:
     """fsdp is for training; an evaluation holds the network once per device."""
     if config.strategy.name == "fsdp" and config.mode == "train":
         return Sharded(config.trainer.devices * config.trainer.num_nodes)
-    return "ddp"
+    return replicated()
 
 
 def training_callbacks(

@@ -1,10 +1,11 @@
-"""strategy=fsdp: weights, gradients, averages, optimizer state shared out over devices (FSDP2).
+"""strategy=fsdp: weights, gradients, averages, optimizer state shared out over devices (FSDP2); and
+strategy=ddp: all of it on each device.
 
 A checkpoint is the same single file as on one device; either reads the other's.
 """
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +20,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def replicated() -> DDPStrategy:
+    """Gradients lie where they are exchanged. Buffers are not sent around ahead of every pass: they
+    are constants, or follow from what all devices know."""
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class Sharded(ModelParallelStrategy):

@@ -68,9 +68,12 @@ tests() { # name, files; leaves gpu_NAME.xml unless they were interrupted
 part check gpu.py check &
 if [ "$gpus" -gt 1 ]; then
   tests tests_several gpus &
-  part compile_flex gpu.py compile_train --of flex --index 0 &
   part compile_sdpa gpu.py compile_train --of sdpa --index 1 &
   part compile_sample gpu.py compile_sample --index 1 &
+  {
+    part compile_flex gpu.py compile_train --of flex --index 0
+    part compile_several gpu_several.py --steps 1
+  } &
 elif [ ${#tiny[@]} = 0 ]; then # at most two networks that are trained at a time: 57 GiB
   part compile_flex gpu.py compile_train --of flex &
   part compile_rest gpu.py compile_sample compile_train --of sdpa &

@@ -27,6 +27,7 @@ from benchmarks.gpu_table import missed
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
+from sharding import replicated
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 4  # steps
@@ -120,7 +121,7 @@ def worker(args) -> int:
     trainer = L.Trainer(
         accelerator="cpu" if args.tiny else "gpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=replicated() if devices > 1 else "auto",
         precision="32-true" if args.tiny else "bf16-mixed",
         max_steps=WARM_UP + args.steps,
         gradient_clip_val=1.0,

@@ -138,6 +138,8 @@ class DiT(nn.Module):
         self.run_block = torch.compile(_run_block) if compile else _run_block
         if compile:  # training, validation, sampling; with and without read, cache, full windows
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+            # a block ends where gradients are exchanged; ddp would have it in pieces of a bucket
+            torch._dynamo.config.optimize_ddp = False
         self.adaln, self.head_width = adaln, hidden_size // n_heads
         self.vocab_embed = Embedding(vocab_size, hidden_size)
         if adaln:

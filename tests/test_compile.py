@@ -61,6 +61,22 @@ def test_one_graph_serves_all_blocks(traced):
     assert len(traced) == 1
 
 
+def test_ddp_leaves_blocks_whole(traced, tmp_path):
+    """Its buckets are smaller than a block here."""
+    group = torch.distributed.FileStore(str(tmp_path / "group"), 1)
+    torch.distributed.init_process_group("gloo", store=group, rank=0, world_size=1)
+    try:
+        net = small(compile=True, n_blocks=3, hidden_size=512).train()
+        net.forward = functools.partial(net.hidden, rule=Full())
+        shared = torch.nn.parallel.DistributedDataParallel(
+            net, bucket_cap_mb=1, find_unused_parameters=True
+        )
+        shared(texts(2, 8, 7)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(traced) == 1
+
+
 def test_another_number_of_rows_read_compiles_nothing(traced):
     net, tokens = small(compile=True, n_blocks=3), texts(2, 24, 7)
     for rows in (5, 6, 9):
