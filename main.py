@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     from streaming import TextError
 
     quiet()
-    if config.mode in ("train", "ppl_eval"):
+    if config.mode != "sample_eval":  # whose processes do not wait for each other
         follow_launcher()
     try:
         run = modes.prepare(config)

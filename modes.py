@@ -217,6 +217,9 @@ def prepare_sample_eval(config: Config) -> Callable[[], None]:
             judge.model.to(fabric.device)
         with fabric.autocast():
             job.run()
+        # the last one to be done reports; the command ends when all that it started have ended
+        for process in getattr(fabric.strategy.launcher, "procs", ()):
+            process.wait()
 
     return run
 

@@ -4,6 +4,8 @@ strategy=ddp: all of it on each device.
 A checkpoint is the same single file as on one device; either reads the other's.
 """
 
+import inspect
+
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -20,12 +22,15 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def replicated() -> DDPStrategy:
-    """Gradients lie where they are exchanged. Buffers are not sent around ahead of every pass: they
-    are constants, or follow from what all devices know."""
-    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    """What was exchanged is not copied back to the gradients. Buffers are not sent around ahead of
+    every pass: they are constants, or follow from what all devices know."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DDPStrategy(gradient_as_bucket_view=True, **{name: False})
 
 
 class Sharded(ModelParallelStrategy):

@@ -18,6 +18,7 @@ def conclude(figures: dict, missed, *, check: bool, out: Path | None = None) -> 
 
 
 def write(figures: dict, out: Path | None) -> None:
+    """All or nothing; nowhere if `out` is None."""
     if out is not None:
         unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
         unfinished.write_text(json.dumps(figures, indent=2) + "\n")

@@ -21,15 +21,21 @@ esac
 check=() tiny=()
 [ "${1:-}" = --check ] && check=(--check)
 [ "${1:-}" = --tiny ] && tiny=(--tiny)
+OUT=${OUT:-$(mktemp -d)} END=${END:-465} PYTHON=${BAMDLM_PYTHON:-}
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+case "$PYTHON" in */*) PYTHON=$(realpath -s "$PYTHON") ;; esac
 cd "$(dirname "$0")/.." || exit 1
-OUT=${OUT:-$(mktemp -d)} END=${END:-465}
-PYTHON=${BAMDLM_PYTHON:-}
 if [ -z "$PYTHON" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
 "$PYTHON" -c 'import torch' ||
   { echo "no torch in $PYTHON: set BAMDLM_PYTHON, or run scripts/setup.sh"; exit 2; }
+gpus=1
+if [ ${#tiny[@]} = 0 ]; then
+  gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
+  [ "$gpus" -gt 0 ] || { echo "gpu.sh: no accelerator here; --tiny tries it on a CPU"; exit 2; }
+fi
 # processes that compile, each with so many of its own, run beside each other
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=8
 if [ ${#tiny[@]} = 0 ] && compgen -G ".whl/*.whl" > /dev/null; then
@@ -39,10 +45,15 @@ if [ ${#tiny[@]} = 0 ] && compgen -G ".whl/*.whl" > /dev/null; then
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 rm -f "$OUT"/gpu_*.json "$OUT"/gpu_*.xml
-gpus=1
-if [ ${#tiny[@]} = 0 ]; then
-  gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
-fi
+workers=$(nproc)
+
+stop() { # a process, before it starts another one, and those below it; not this one
+  local child children
+  children=$(pgrep -P "$1")
+  [ "$1" = $$ ] || kill "$1" 2> /dev/null
+  for child in $children; do stop "$child"; done
+}
+trap 'trap - INT TERM; echo "gpu.sh: stopped"; stop $$; exit 130' INT TERM
 
 left() { # seconds but so many; never 0, which is no limit to `timeout`
   local seconds=$((END - SECONDS - ${1:-0}))
@@ -54,10 +65,10 @@ part() { # name, script, its words; leaves gpu_NAME.json
     --out "$OUT/gpu_$1.json" 2>&1 | grep --line-buffered -v '^{' | sed -u "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"
 }
-tests() { # name, files; leaves gpu_NAME.xml unless they were interrupted
+suite() { # name, files; leaves gpu_NAME.xml unless they were interrupted
   local begun=$SECONDS # the tests in which processes die take minutes: scripts/test.sh --gpu
   timeout -s INT -k 20 "$(left $((END / 2)))" "$PYTHON" -m pytest -q -W ignore -m gpu \
-    -k "not dies" -n 8 --tb=short --junitxml="$OUT/gpu_$1.xml" \
+    -k "not dies" -n $((workers < 8 ? workers : 8)) --tb=short --junitxml="$OUT/gpu_$1.xml" \
     $(printf 'tests/test_%s.py ' "${@:2}") &> "$OUT/gpu_$1.log"
   [ $? -le 1 ] || rm -f "$OUT/gpu_$1.xml"
   grep -v SKIPPED "$OUT/gpu_$1.log" | tail -25 | sed "s/^/$1: /"
@@ -67,38 +78,42 @@ tests() { # name, files; leaves gpu_NAME.xml unless they were interrupted
 # what is right; beside it, what will be timed is compiled, each on its own device if there are two
 part check gpu.py check &
 if [ "$gpus" -gt 1 ]; then
-  tests tests_several gpus &
+  suite tests_several gpus &
   part compile_sdpa gpu.py compile_train --of sdpa --index 1 &
   part compile_sample gpu.py compile_sample --index 1 &
-  {
-    part compile_flex gpu.py compile_train --of flex --index 0
-    part compile_several gpu_several.py --steps 1
-  } &
+  part compile_flex gpu.py compile_train --of flex --index 0 &
 elif [ ${#tiny[@]} = 0 ]; then # at most two networks that are trained at a time: 57 GiB
   part compile_flex gpu.py compile_train --of flex &
   part compile_rest gpu.py compile_sample compile_train --of sdpa &
 fi
-tests tests decode forward freeze graphs sampling ssd_lm
-wait
+suite tests decode forward freeze graphs sampling ssd_lm &
+wait # never for a process in the foreground: a signal would wait as well
 
 # what is fast
-names="check tests train_flex train_sdpa sample"
-if [ "$gpus" -gt 1 ]; then
-  names="$names tests_several several"
-  part several gpu_several.py
-  part train_flex gpu.py train --of flex --index 0 --seconds "$(left 35)" &
-  part sample gpu.py sample --index 1
-  part train_sdpa gpu.py train --of sdpa --index 1 --seconds "$(left 35)"
-  wait
-else
-  part sample gpu.py sample
-  part train_flex gpu.py train --of flex --seconds "$(left 140)"
-  part train_sdpa gpu.py train --of sdpa --seconds "$(left 35)"
-  echo "several: not measured, this machine has $gpus GPU"
-fi
+names="check tests sample train_sdpa"
 if [ ${#tiny[@]} != 0 ]; then
   names="$names several"
-  part several gpu_several.py
+  { part sample gpu.py sample; part train_sdpa gpu.py train --of sdpa; } &
+  wait
+  part several gpu_several.py &
+elif [ "$gpus" -gt 1 ]; then
+  names="$names train_flex tests_several several"
+  part several gpu_several.py &
+  wait
+  part train_flex gpu.py train --of flex --index 0 --seconds "$(left 35)" &
+  {
+    part sample gpu.py sample --index 1
+    part train_sdpa gpu.py train --of sdpa --index 1 --seconds "$(left 35)"
+  } &
+else
+  names="$names train_flex"
+  {
+    part sample gpu.py sample
+    part train_flex gpu.py train --of flex --seconds "$(left 140)"
+    part train_sdpa gpu.py train --of sdpa --seconds "$(left 35)"
+    echo "several: not measured, this machine has one GPU"
+  } &
 fi
+wait
 echo "== $SECONDS s, files in $OUT"
 exec "$PYTHON" benchmarks/gpu_table.py "$OUT" $names "${check[@]}"

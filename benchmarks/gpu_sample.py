@@ -19,6 +19,7 @@ def sample(args):
             f" {entry['tokens_per_second']:,.0f} tokens/s",
             flush=True,
         )
+        yield found
     # 2 048 tokens and 8 192: what a block costs once the window is full
     cost = [block_seconds(denoise, 8, start, args) for start in (2 * args.length, 8 * args.length)]
     found["block_seconds"], found["cost_ratio"] = cost, cost[1] / cost[0]

@@ -4,7 +4,7 @@
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
 
-One device records its steps as CUDA graphs, which several cannot: each is measured at its best.
+One device records its steps as CUDA graphs, which several do not: each is measured at its best.
 That they train what one would, and that a run resumes, is tested by tests/test_gpus.py.
 """
 

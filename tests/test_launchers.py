@@ -41,7 +41,10 @@ if os.environ["FAULT"] == "late" and os.environ.get("LOCAL_RANK", "0") == os.env
     health.TIDY_SECONDS = 1
     real_write = generation.Job._write
     generation.Job._write = lambda self, rows: (time.sleep(5), real_write(self, rows))
-sys.exit(main.main(sys.argv[1:]))
+code = main.main(sys.argv[1:])
+if os.environ["FAULT"] == "late" and "LOCAL_RANK" not in os.environ:
+    print("at the end the report is", "there" if os.path.exists("texts.json") else "missing")
+sys.exit(code)
 """
 
 
@@ -75,6 +78,7 @@ def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeou
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        cwd=folder if fault == "late" else None,
         env={**kept, **FEW, "FAULT_RANK": rank, "FAULT": fault},
         start_new_session=True,
     )
@@ -95,6 +99,7 @@ def test_both_launchers_train_the_same(overrides, tmp_path):
     arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
     code, text = launched("lightning", arguments, tmp_path)
     assert code == 0, text
+    assert "Warning" not in text
     ours = read(tmp_path / LAST)
     (tmp_path / "run").rename(tmp_path / "first")
     started = ranks(2, arguments, tmp_path / "log.txt")
@@ -103,15 +108,16 @@ def test_both_launchers_train_the_same(overrides, tmp_path):
 
 
 def test_who_is_done_with_its_texts_ends_nobody(overrides, tmp_path):
-    """The first process may be the first one to be done."""
+    """The first process may be the first one to be done; it waits for the others."""
     run = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
     code, text = launched("lightning", run, tmp_path)
     assert code == 0, text
     words = [*overrides, "mode=sample_eval", f"eval.checkpoint_path={tmp_path / LAST}"]
     words += ["eval.gen_ppl_eval_model_name_or_path=null", "sampling.batch_size=4"]
-    words += [f"sampling.logdir={tmp_path / 'texts.csv'}"]
+    words += ["sampling.logdir=texts.csv"]
     code, text = launched("lightning", words, tmp_path, rank="1", fault="late")
     assert code == 0, text
+    assert "at the end the report is there" in text
     assert json.loads((tmp_path / "texts.json").read_text())["rows"] == 4
 
 
