@@ -6,8 +6,6 @@ while running would be ours.
 """
 
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +38,7 @@ from samplers import Settings
 from signals import Signals
 from throughput import Throughput
 from tokenizer import Tokenizer
-from utils import rank, say
+from utils import rank, say, write_json
 
 
 def prepare(config: Config) -> Callable[[], None]:
@@ -150,13 +148,6 @@ def report_likelihood(
     write_json(path, summary)
     say(f"{config.algo.name} on {config.data.valid} ({summary['bound']}): {found}")
     say(f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
 
 
 def prepare_sample_eval(config: Config) -> Callable[[], None]:

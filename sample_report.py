@@ -1,13 +1,12 @@
 """What a sampling run reports: its figures over all rows, and how they were come by."""
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from generative import TextScore, corpus_perplexity
 from sample_file import SampleFile, SampleRow
+from utils import write_json
 
 RULES = {
     "nucleus": "tokens whose cumulative probability including their own is <= p, always the first",
@@ -79,9 +78,7 @@ def _figure(value: float) -> float | None:
 
 
 def write_summary(file: SampleFile, summary: dict) -> Path:
-    unfinished = file.summary.with_name(f"{file.summary.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(unfinished, file.summary)
+    write_json(file.summary, summary)
     return file.summary
 
 

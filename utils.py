@@ -1,11 +1,13 @@
-"""Small things with several callers: learning-rate schedules and messages from one process."""
+"""Small things with several callers: learning-rate schedules, messages from one process, JSON."""
 
 import functools
+import json
 import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 log = logging.getLogger("bamdlm")
 
@@ -50,6 +52,14 @@ def unread(descriptor: int) -> None:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """All or nothing, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
 
 
 def constant_warmup(step: int, *, warmup_steps: int) -> float:

@@ -1,8 +1,9 @@
 """How a benchmark with targets ends."""
 
 import json
-import os
 from pathlib import Path
+
+from utils import write_json
 
 
 def conclude(figures: dict, missed, *, check: bool, out: Path | None = None) -> int:
@@ -13,13 +14,6 @@ def conclude(figures: dict, missed, *, check: bool, out: Path | None = None) -> 
     for text in figures["missed"]:
         print("missed:", text)
     print(json.dumps(figures))
-    write(figures, out)
-    return 1 if check and figures["missed"] else 0
-
-
-def write(figures: dict, out: Path | None) -> None:
-    """All or nothing; nowhere if `out` is None."""
     if out is not None:
-        unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(figures, indent=2) + "\n")
-        os.replace(unfinished, out)
+        write_json(out, figures)
+    return 1 if check and figures["missed"] else 0

@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.conclusion import conclude, write
+from benchmarks.conclusion import conclude
 from benchmarks.gpu_check import check
 from benchmarks.gpu_network import SMALL, TINY, device_name
 from benchmarks.gpu_sample import compile_sample, sample
 from benchmarks.gpu_table import missed
 from benchmarks.gpu_train import BACKENDS, compile_train, train
+from utils import write_json
 
 # each yields {name: what was found} as far as it has come
 PARTS = {
@@ -50,7 +51,8 @@ def main(argv=None) -> int:
     for part in args.parts:
         for so_far in PARTS[part](args):
             found[part] = so_far
-            write(found, args.out)  # whatever comes, this was measured
+            if args.out is not None:  # whatever comes, this was measured
+                write_json(args.out, found)
         print(f"-- {part} done after {time.monotonic() - started:.0f} s", flush=True)
     wrong = [name for name, entry in found.get("check", {}).items() if not entry["right"]]
     for name in wrong:

@@ -7,6 +7,7 @@ import torch
 from benchmarks.gpu_network import autocast, network, synchronise
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
+from samplers import Request, Settings, generate
 
 
 def sample(args):
@@ -80,8 +81,6 @@ def block_seconds(denoise, rows: int, start: int, args, warm_up: int = 4, blocks
 
 def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
     """Rounds of one block; `given`: tokens that are there already."""
-    from samplers import Request, Settings, generate
-
     settings = Settings(
         length=length,
         bos_id=0,

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,13 +22,14 @@ import lightning as L
 import torch
 
 from benchmarks import gpu
-from benchmarks.conclusion import conclude, write
+from benchmarks.conclusion import conclude
 from benchmarks.gpu_network import network, synchronise
 from benchmarks.gpu_table import missed
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from sharding import replicated
+from utils import constant_warmup, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 4  # steps
@@ -39,6 +41,7 @@ def main(argv=None) -> int:
         return worker(args)
     most = 2 if args.tiny else torch.accelerator.device_count()
     alone, found = 0.0, {}
+    figures = {"several": found}
     for n in (n for n in (1, 2, 4, 8) if n <= most):
         speed = scaled(n, args)
         alone = alone or speed
@@ -46,8 +49,8 @@ def main(argv=None) -> int:
         print(
             f"ddp on {n}: {speed:11,.0f} tokens/s  efficiency {speed / (n * alone):.3f}", flush=True
         )
-        write({"several": found}, args.out)
-    figures = {"several": found}
+        if args.out is not None:
+            write_json(args.out, figures)
     return conclude(figures, [] if args.tiny else missed(figures), check=args.check, out=args.out)
 
 
@@ -114,7 +117,9 @@ def worker(args) -> int:
         backbone=net,
         objective=MaskedDiffusion(here.vocab - 1, 16, get_schedule("loglinear")),
         noise=NoiseSettings(1, (1e-3, 1.0), 1e-3, True, args.batch * devices, args.batch),
-        optimizer=OptimizerSettings(3e-4, (0.9, 0.999), 1e-8, 0.0, _constant),
+        optimizer=OptimizerSettings(
+            3e-4, (0.9, 0.999), 1e-8, 0.0, partial(constant_warmup, warmup_steps=0)
+        ),
         ema_decay=0.9999,
     )
     clock = Clock(device)
@@ -149,10 +154,6 @@ def batches(here, args, devices: int, rank: int) -> list[dict]:
         row = torch.arange(args.batch) + (step * devices + rank) * args.batch
         made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": row})
     return made
-
-
-def _constant(step: int) -> float:
-    return 1.0
 
 
 if __name__ == "__main__":

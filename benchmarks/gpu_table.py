@@ -36,17 +36,13 @@ def main(argv=None) -> int:
     parser.add_argument("names", nargs="+")
     parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
     args = parser.parse_args(argv)
-    found, wrong = {}, []
-    for name in args.names:
-        entry = read(args.folder, name)
-        if "missed" not in entry:
-            wrong.append(f"{name} ended early")
-        wrong += entry.pop("wrong", [])
-        for part in LINES.keys() & entry.keys():
-            found.setdefault(part, {}).update(entry[part])
-        found |= {key: entry[key] for key in ("device", "torch") if key in entry}
+    found, wrong = gathered(args.folder, args.names)
+    on_cpu = found.get("device") == "cpu"
+    for name, entry in found.items():
+        if not on_cpu and "cases" in entry and "passed" not in entry["cases"].values():
+            wrong.append(f"{name}: not one passed")
     print(f"== {found.get('device')}, torch {found.get('torch')}")
-    if found.get("device") != "cpu":
+    if not on_cpu:
         print(f"aims, of an H100: {AIMED} {TRAINED:,} tokens/s; one text {SAMPLED:,} tokens/s;")
         print(f"512 texts {SECONDS_FOR_512} s; ddp efficiency {EFFICIENCY}")
     for part, lines in LINES.items():
@@ -54,13 +50,6 @@ def main(argv=None) -> int:
             print(f"-- {part}")
             for what, figure in lines(found[part]):
                 print(f"{what:<{WIDTH}} {figure}")
-    steps = found.get("train", {}).items()
-    wrong += [f"{name}: {entry['failed']}" for name, entry in steps if "failed" in entry]
-    on_cpu = found.get("device") == "cpu"
-    for name in args.names:
-        ends = found.get(name, {}).get("cases", {"": "passed"}).values()
-        if not on_cpu and "passed" not in ends:
-            wrong.append(f"{name}: not one passed")
     for text in wrong:
         print("WRONG:", text)
     found["wrong"] = wrong
@@ -68,6 +57,22 @@ def main(argv=None) -> int:
     if not wrong and not misses:
         print("nothing wrong, nothing missed")
     return max(conclude(found, misses, check=args.check), int(bool(wrong)))
+
+
+def gathered(folder: Path, names: list[str]) -> tuple[dict, list[str]]:
+    """{part: what was found} of all files, and what is wrong in it."""
+    found, wrong = {}, []
+    for name in names:
+        entry = read(folder, name)
+        if "missed" not in entry:
+            wrong.append(f"{name} ended early")
+        wrong += entry.pop("wrong", [])
+        for part in LINES.keys() & entry.keys():
+            found.setdefault(part, {}).update(entry[part])
+        found |= {key: entry[key] for key in ("device", "torch") if key in entry}
+    steps = found.get("train", {}).items()
+    wrong += [f"{name}: {entry['failed']}" for name, entry in steps if "failed" in entry]
+    return found, wrong
 
 
 def missed(found: dict) -> list[str]:

@@ -16,6 +16,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import draw_examples
 from objectives.graphs import GraphedLoss
+from utils import first_line
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def attempt(measured: Callable[[], dict]) -> dict:
         return measured()
     except (RuntimeError, ArithmeticError) as error:
         reason = "left_out" if is_full(error) else "failed"
-        return {reason: str(error).strip().split("\n")[0]}
+        return {reason: first_line(error)}
 
 
 def is_full(error: Exception) -> bool:

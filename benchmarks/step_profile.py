@@ -7,6 +7,7 @@ of noise, logging, checks, EMA, Lightning itself) is overhead.
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -19,6 +20,7 @@ from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from run_log import CSVLog
 from throughput import Throughput
+from utils import constant_warmup
 
 WARM_UP = 3  # steps that are not counted: optimizer states are made, pages touched
 WORK = ("loss", "backward", "clip", "optimizer")
@@ -113,7 +115,9 @@ def profile(
         backbone=net,
         objective=MaskedDiffusion(vocab - 1, block_size, get_schedule("loglinear")),
         noise=noise,
-        optimizer=OptimizerSettings(3e-4, (0.9, 0.999), 1e-8, 0.0, _constant),
+        optimizer=OptimizerSettings(
+            3e-4, (0.9, 0.999), 1e-8, 0.0, partial(constant_warmup, warmup_steps=0)
+        ),
         ema_decay=0.9999,
     )
     watched = watch(module, clock or time.perf_counter)
@@ -151,7 +155,3 @@ def profile(
         "data_and_lightning": (whole - named) / whole,
         "overhead": (whole - work) / whole,
     }
-
-
-def _constant(step: int) -> float:
-    return 1.0

@@ -91,14 +91,19 @@ def needs_block_mask(algo: str, block_size: int, length: int) -> bool:
     return algo == "bamdlm" and block_size < length
 
 
+def flex_takes(hidden_size: int, n_heads: int) -> bool:
+    """Whether heads are wide enough for FlexAttention's kernel on a GPU."""
+    return hidden_size >= FLEX_HEAD_WIDTH * n_heads
+
+
 def _attn_backend(values: dict, gpu: bool) -> str:
     if not gpu:
         return "sdpa"
     masked = needs_block_mask(values["algo.name"], values["block_size"], values["model.length"])
     half = values["trainer.precision"].startswith(("bf16", "16"))
     if masked:
-        wide = values["model.hidden_size"] >= FLEX_HEAD_WIDTH * values["model.n_heads"]
-        return "flex" if wide else "sdpa"
+        taken = flex_takes(values["model.hidden_size"], values["model.n_heads"])
+        return "flex" if taken else "sdpa"
     one_text = values["data.wrap"] and values["data.pack"] == "wrap"
     plain = half and one_text and values["mode"] != "sample_eval"
     return "flash_attn" if plain and has_flash_attn() else "sdpa"

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from config.compose import build, flatten
 from config.defaults import (
     FLEX_HEAD_WIDTH,
+    flex_takes,
     has_flash_attn,
     needs_block_mask,
     started_by_torchrun,
@@ -195,11 +196,11 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
     backend, way_out = config.model.attn_backend, "use model.attn_backend=sdpa or auto"
     if backend == "flex" and not gpu and config.mode == "train":
         yield f"model.attn_backend=flex cannot train on a CPU (no backward pass); {way_out}"
-    width = config.model.hidden_size // max(config.model.n_heads, 1)
-    if backend == "flex" and gpu and width < FLEX_HEAD_WIDTH:
+    sizes = config.model.hidden_size, config.model.n_heads
+    if backend == "flex" and gpu and not flex_takes(*sizes):
         yield (
             f"model.attn_backend=flex needs heads of at least {FLEX_HEAD_WIDTH} on a GPU, but"
-            f" model.hidden_size / model.n_heads is {width}; {way_out}"
+            f" model.hidden_size / model.n_heads is {sizes[0] // sizes[1]}; {way_out}"
         )
     if backend != "flash_attn":
         return
