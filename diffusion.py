@@ -356,8 +356,10 @@ class Diffusion(L.LightningModule):
         on_host = self.device.type == "cpu" or sharding.is_sharded(self.backbone)
         self.health.late = self.fused() and not on_host
         self.graphed = None
-        # several devices exchange gradients while the backward pass goes on, which a graph does not
-        if self.backbone.compiled and self.device.type == "cuda" and not self._several():
+        # the gradients of a graph come all at once at its end. Between hosts their exchange takes
+        # long, and goes on during a backward pass that is not a graph
+        one_host = self.trainer.num_nodes == 1
+        if self.backbone.compiled and self.device.type == "cuda" and one_host:
             self.graphed = GraphedLoss(
                 self.backbone,
                 lambda *asked: self.objective.answer(*asked).mean,

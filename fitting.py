@@ -68,13 +68,19 @@ def build_trainer(
         use_distributed_sampler=False,  # the data module shares out rows itself
         default_root_dir=settings.local_folder(config.checkpointing.save_dir),
     )
-    # Lightning's handlers save, requeue and talk to other devices from inside the handler
-    trainer._signal_connector.register_signal_handlers = _no_handlers
+    leave_signals(trainer)
     return trainer
 
 
-def _no_handlers() -> None:
-    """In place of Lightning's: signals are read between steps (saving.py)."""
+def leave_signals(trainer: L.Trainer) -> None:
+    """Signals are read between steps (saving.py). Lightning's own handlers save, requeue and talk
+    to other devices while a signal is handled; and several devices ask the first one ahead of every
+    batch whether it was told to end, and wait until it has done all that it has to do."""
+    trainer._signal_connector.register_signal_handlers = _nothing
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+
+
+def _nothing() -> None: ...
 
 
 def training_strategy(config: Config) -> Strategy:

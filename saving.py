@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from checkpoint_io import SafeCheckpointIO
+from sharding import Poll
 from signals import BY_HAND, GO_ON, Signals, Stopped
 from utils import plain_errors, say
 
@@ -82,6 +83,7 @@ class StepCheckpoints(L.Callback):
         self.keep_last, self.keep_every = keep_last, keep_every
         self.io, self.signals, self.stop_on_error = io, signals, stop_on_error
         self._step = self._saved = 0
+        self._poll = Poll()
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._step = self._saved = trainer.global_step
@@ -120,11 +122,11 @@ class StepCheckpoints(L.Callback):
         """Every rank must come by here equally often; they stop together."""
         told = self.signals.received is not None
         failed = self.io.failure is not None and self.stop_on_error
-        if not trainer.strategy.reduce_boolean_decision(told or failed, all=False):
-            return
-        failed = trainer.strategy.reduce_boolean_decision(failed, all=False)
-        if failed:
+        any_told, any_failed = self._poll(trainer.strategy.root_device, told, failed)
+        if any_failed:
             raise SaveError(self.io.failure or "a checkpoint could not be written by rank 0")
+        if not any_told:
+            return
         before()
         saved = self.save(trainer)
         name = self.signals.received.name if told else "a signal"

@@ -5,6 +5,7 @@ A checkpoint is the same single file as on one device; either reads the other's.
 """
 
 import inspect
+from collections import deque
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -23,6 +24,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from samplers.countdown import send
 
 
 def replicated() -> DDPStrategy:
@@ -105,8 +108,35 @@ def set_fused(checkpoint: dict, fused: bool | None) -> None:
             group["fused"] = fused
 
 
+class Poll:
+    """Asks all ranks over and over whether something is so for any of them. On an accelerator the
+    answer is that to the question before this one (at first: no): to wait for this one would be to
+    wait for all that the device has still to do."""
+
+    def __init__(self):
+        self._coming = deque()
+
+    def __call__(self, device: torch.device, *mine: bool) -> list[bool]:
+        if not _in_group():
+            return list(mine)
+        counts = torch.zeros(len(mine), device=device)
+        for place, yes in zip(counts, mine, strict=True):
+            place.fill_(yes)  # numbers sent from here would be waited for
+        torch.distributed.all_reduce(counts)
+        self._coming.append(send(counts))
+        if device.type != "cpu" and len(self._coming) == 1:
+            return [False] * len(mine)
+        arrived, numbers = self._coming.popleft()
+        arrived.synchronize()
+        return [number > 0 for number in numbers.tolist()]
+
+
 def leave_group() -> None:
     """End the threads of the process group while the process is whole: left to its end, gloo's may
     outlive what they use and abort it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _in_group():
         torch.distributed.destroy_process_group()
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

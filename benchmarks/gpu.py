@@ -75,7 +75,9 @@ def parse(argv):
     parser.add_argument(
         "--of", nargs="+", default=BACKENDS, choices=BACKENDS, help="training: backends"
     )
-    parser.add_argument("--index", type=int, help="which device, where there are several")
+    parser.add_argument(
+        "--share", type=Path, help="training: a folder in which processes divide the kinds up"
+    )
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args(argv)
     accelerator = None if args.tiny else torch.accelerator.current_accelerator()
@@ -83,14 +85,6 @@ def parse(argv):
         parser.error("no accelerator here; --tiny tries the script on the CPU")
     if args.tiny and args.check:
         parser.error("--tiny is too small for the targets: leave out one of the two")
-    if args.tiny and args.index is not None:
-        parser.error("--index chooses among accelerators: leave it out with --tiny")
-    if args.index is not None:
-        count = torch.accelerator.device_count()
-        if not 0 <= args.index < count:
-            parser.error(f"--index={args.index}: there are 0 to {count - 1} here")
-        torch.accelerator.set_device_index(args.index)
-        accelerator = torch.device(accelerator.type, args.index)
     args.device = accelerator or torch.device("cpu")
     args.length = 64 if args.tiny else 1024
     args.vocab = 101 if args.tiny else 50_258

@@ -36,8 +36,9 @@ if [ ${#tiny[@]} = 0 ]; then
   gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
   [ "$gpus" -gt 0 ] || { echo "gpu.sh: no accelerator here; --tiny tries it on a CPU"; exit 2; }
 fi
-# processes that compile, each with so many of its own, run beside each other
-export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=8
+IFS=, read -ra gpu_ids <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+# processes run beside each other: none takes all cores, neither to compute nor to compile
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8
 if [ ${#tiny[@]} = 0 ] && compgen -G ".whl/*.whl" > /dev/null; then
   site=$(mktemp -d)
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
@@ -65,54 +66,55 @@ part() { # name, script, its words; leaves gpu_NAME.json
     --out "$OUT/gpu_$1.json" 2>&1 | grep --line-buffered -v '^{' | sed -u "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"
 }
-suite() { # name, files; leaves gpu_NAME.xml unless they were interrupted
-  local begun=$SECONDS # the tests in which processes die take minutes: scripts/test.sh --gpu
-  timeout -s INT -k 20 "$(left $((END / 2)))" "$PYTHON" -m pytest -q -W ignore -m gpu \
-    -k "not dies" -n $((workers < 8 ? workers : 8)) --tb=short --junitxml="$OUT/gpu_$1.xml" \
-    $(printf 'tests/test_%s.py ' "${@:2}") &> "$OUT/gpu_$1.log"
+on() { # one of the GPUs, a command that sees no other
+  CUDA_VISIBLE_DEVICES=${gpu_ids[$1]} "${@:2}"
+}
+suite() { # name, tests to leave out, files; leaves gpu_NAME.xml unless they were interrupted
+  local begun=$SECONDS
+  OMP_NUM_THREADS=1 timeout -s INT -k 20 "$(left $((END / 2)))" "$PYTHON" -m pytest -q -W ignore \
+    -m gpu -k "not ($2)" -n $((workers < 8 ? workers : 8)) --tb=short \
+    --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/test_%s.py ' "${@:3}") &> "$OUT/gpu_$1.log"
   [ $? -le 1 ] || rm -f "$OUT/gpu_$1.xml"
   grep -v SKIPPED "$OUT/gpu_$1.log" | tail -25 | sed "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"
 }
 
-# what is right; beside it, what will be timed is compiled, each on its own device if there are two
-part check gpu.py check &
+# what is right; beside it, what will be timed is compiled: at most two networks that are trained at
+# a time on a GPU, which take 57 GiB. tests_several leaves out what takes minutes: test.sh --gpu
+share=$(mktemp -d)
+on 0 part check gpu.py check &
+on 0 suite tests dies decode forward freeze graphs sampling ssd_lm &
 if [ "$gpus" -gt 1 ]; then
-  suite tests_several gpus &
-  part compile_sdpa gpu.py compile_train --of sdpa --index 1 &
-  part compile_sample gpu.py compile_sample --index 1 &
-  part compile_flex gpu.py compile_train --of flex --index 0 &
-elif [ ${#tiny[@]} = 0 ]; then # at most two networks that are trained at a time: 57 GiB
-  part compile_flex gpu.py compile_train --of flex &
-  part compile_rest gpu.py compile_sample compile_train --of sdpa &
+  suite tests_several "dies or moves or evaluate or texts" gpus &
+  on 1 part compile_sdpa gpu.py compile_train --of sdpa --share "$share/compiled" &
 fi
-suite tests decode forward freeze graphs sampling ssd_lm &
+if [ ${#tiny[@]} = 0 ]; then
+  on 0 part compile_flex gpu.py compile_train --of flex --share "$share/compiled" &
+  on $((gpus - 1 < 1 ? gpus - 1 : 1)) \
+    part compile_rest gpu.py compile_sample compile_train --share "$share/compiled" &
+fi
 wait # never for a process in the foreground: a signal would wait as well
 
 # what is fast
-names="check tests sample train_sdpa"
-if [ ${#tiny[@]} != 0 ]; then
+names="check tests"
+if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
   names="$names several"
-  { part sample gpu.py sample; part train_sdpa gpu.py train --of sdpa; } &
-  wait
-  part several gpu_several.py &
-elif [ "$gpus" -gt 1 ]; then
-  names="$names train_flex tests_several several"
   part several gpu_several.py &
   wait
-  part train_flex gpu.py train --of flex --index 0 --seconds "$(left 35)" &
-  {
-    part sample gpu.py sample --index 1
-    part train_sdpa gpu.py train --of sdpa --index 1 --seconds "$(left 35)"
-  } &
 else
-  names="$names train_flex"
-  {
-    part sample gpu.py sample
-    part train_flex gpu.py train --of flex --seconds "$(left 140)"
-    part train_sdpa gpu.py train --of sdpa --seconds "$(left 35)"
-    echo "several: not measured, this machine has one GPU"
-  } &
+  echo "several: not measured, this machine has one GPU"
+fi
+[ "$gpus" = 1 ] || names="$names tests_several"
+train() { # a GPU
+  on "$1" part "train_$1" gpu.py train --share "$share/timed" --seconds "$(left 35)"
+}
+names="$names sample train_0"
+if [ "$gpus" = 1 ]; then
+  { on 0 part sample gpu.py sample; train 0; } &
+else
+  names="$names train_1"
+  train 0 &
+  { on 1 part sample gpu.py sample; train 1; } &
 fi
 wait
 echo "== $SECONDS s, files in $OUT"

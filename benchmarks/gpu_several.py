@@ -26,13 +26,14 @@ from benchmarks.conclusion import conclude
 from benchmarks.gpu_network import network, synchronise
 from benchmarks.gpu_table import missed
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
+from fitting import leave_signals
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from sharding import replicated
+from sharding import Poll, replicated
 from utils import constant_warmup, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 4  # steps
+WARM_UP = 12  # steps; in the first ten torch's ddp measures itself, and waits for the device
 
 
 def main(argv=None) -> int:
@@ -93,12 +94,15 @@ def scaled(devices: int, args) -> float:
 
 class Clock(L.Callback):
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, 0.0
+        self.device, self.seconds, self.stopping = device, 0.0, Poll()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == WARM_UP:
             synchronise(self.device)
             self.seconds = -time.perf_counter()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.stopping(self.device, False, False)  # as every run asks (saving.py)
 
     def on_train_end(self, trainer, pl_module) -> None:
         synchronise(self.device)
@@ -138,6 +142,7 @@ def worker(args) -> int:
         callbacks=[clock],
         use_distributed_sampler=False,
     )
+    leave_signals(trainer)
     made = batches(here, args, devices, rank)
     trainer.fit(module, torch.utils.data.DataLoader(made, batch_size=None))
     if rank == 0:

@@ -1,9 +1,11 @@
 """Part of gpu.py: how fast is a training step, in which memory, and how large may its batch be?"""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -49,8 +51,9 @@ TRIES = 6  # of a largest batch
 def train(args):
     dtype = torch.float32 if args.tiny else torch.bfloat16
     peak, deadline = matmul_peak(args.device, dtype), time.monotonic() + args.seconds
-    found = {f"matrix product, beside {' and '.join(args.of)}": {"peak": peak}}
-    for kind in kinds(args):
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    found = {f"matrix product {gpu and f'on GPU {gpu}'}".rstrip(): {"peak": peak}}
+    for kind in filter(partial(is_ours, args=args), kinds(args)):
         release(args.device)
         if time.monotonic() > deadline:
             found[kind.name] = {"left_out": "no time left"}
@@ -60,10 +63,23 @@ def train(args):
         yield found
 
 
+def is_ours(kind: Kind, args) -> bool:
+    """Whether no other process that looks into the folder `args.share` has taken it."""
+    if args.share is None:
+        return True
+    args.share.mkdir(exist_ok=True)
+    try:
+        (args.share / kind.name.replace(" ", "_")).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def compile_train(args):
     """One step of each kind that compiles anything: FlexAttention always does."""
     found = {}
-    for kind in (kind for kind in kinds(args) if kind.compiled or kind.backend == "flex"):
+    able = [kind for kind in kinds(args) if kind.compiled or kind.backend == "flex"]
+    for kind in filter(partial(is_ours, args=args), able):
         found[kind.name] = entry = attempt(lambda kind=kind: first_step(kind, args))
         release(args.device)
         print(f"{kind.name}: " + " ".join(f"{key} {value}" for key, value in entry.items()))

@@ -15,6 +15,7 @@ from .question import Question
 
 WARM_UP = 2  # steps of a shape that run as they are: what is compiled or chosen on first use is
 ROWS = 128  # the number of rows read is a multiple of
+BESIDE_NCCL = "thread_local"  # a recording: NCCL's own thread asks the device for events meanwhile
 
 
 class _Asked(nn.Module):
@@ -76,12 +77,14 @@ class _Graph:
         # the same memory, but nothing in autograd's books that belongs to another stream
         weights = {n: nn.Parameter(p.detach()) for n, p in ask.named_parameters()}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward):
+        with torch.cuda.graph(self.forward, capture_error_mode=BESIDE_NCCL):
             value = torch.func.functional_call(ask, weights, (self.question,))
         self.d_value = torch.ones_like(value)
         with (
             torch.autocast(question.tokens.device.type, enabled=False),
-            torch.cuda.graph(self.backward, pool=self.forward.pool()),
+            torch.cuda.graph(
+                self.backward, pool=self.forward.pool(), capture_error_mode=BESIDE_NCCL
+            ),
         ):
             self.gradients = torch.autograd.grad(
                 value, list(weights.values()), self.d_value, allow_unused=True

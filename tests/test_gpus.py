@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from filelock import FileLock
 from runs import ALGORITHMS, tiny
 from test_launchers import DEATHS, dies, launched
 from test_ranks import LAST, TOLERANCE, equal_runs, equal_states
@@ -25,7 +26,7 @@ BITS = ["trainer.precision=bf16", "trainer.deterministic=true", "model.hidden_si
 BITS += ["trainer.val_check_interval=100"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """Overrides of a run on two GPUs."""
     if torch.cuda.device_count() < 2:
@@ -34,23 +35,41 @@ def base(tmp_path_factory):
     return [*tiny(tmp_path_factory.mktemp("data")), *ALGORITHMS["bamdlm"], *gpus]
 
 
-def finished(words, folder, *, launcher="lightning", code=0, **fault):
+def finished(words, folder, *, launcher="torchrun", code=0, told="", **fault):
+    """The folder of the run, which ended with `code` and whose processes each said `told`."""
     words = [*words, f"checkpointing.save_dir={folder / 'run'}"]
     ended, text = launched(launcher, words, folder, timeout=SECONDS, **fault)
     assert ended == code, text
+    assert not told or text.count(told) == 2, text
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(base, tmp_path_factory):
-    """The folder of a run on one GPU."""
-    return finished([*base, *EQUAL, *ONE], tmp_path_factory.mktemp("one"))
+@pytest.fixture(scope="session")
+def alone(base, tmp_path_factory, worker_id):
+    """The folder of a run on one GPU, made by one of pytest's workers for all."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    made, unfinished = folder / "alone", folder / "unfinished"
+    with FileLock(folder / "alone.lock"):
+        if not made.exists():
+            unfinished.mkdir(exist_ok=True)
+            finished([*base, *EQUAL, *ONE], unfinished).rename(made)
+    return made
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_gpus_train_as_one(strategy, base, alone, tmp_path):
     words = [*base, *EQUAL, f"strategy={strategy}"]
-    equal_runs(finished(words, tmp_path, launcher="torchrun"), alone)
+    equal_runs(finished(words, tmp_path, launcher="lightning"), alone)
+
+
+def test_steps_that_two_gpus_record_wait_for_no_device_and_train_as_one(base, alone, tmp_path):
+    """Only what reads the loss to show it, and a checkpoint, may wait."""
+    quiet = ["trainer.log_every_n_steps=100", "trainer.enable_progress_bar=false"]
+    quiet += ["callbacks.checkpoint_every_n_steps.every_n_train_steps=100"]
+    told = "its steps were recorded: True"
+    finished([*base, *EQUAL, *quiet], tmp_path, told=told, fault="waits")
+    equal_states(read(tmp_path / LAST), read(alone / LAST))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

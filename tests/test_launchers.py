@@ -41,6 +41,31 @@ if os.environ["FAULT"] == "late" and os.environ.get("LOCAL_RANK", "0") == os.env
     health.TIDY_SECONDS = 1
     real_write = generation.Job._write
     generation.Job._write = lambda self, rows: (time.sleep(5), real_write(self, rows))
+if os.environ["FAULT"] == "waits":
+    import torch
+    real_start, real_validation, real_end = (
+        Diffusion.on_fit_start, Diffusion.on_validation_start, Diffusion.on_train_end
+    )
+
+    def start(self): # recorded without the compiler, which takes long
+        self.backbone.compiled = True
+        real_start(self)
+        self.backbone.compiled = False
+
+    def step(self, batch, index): # the last one ends with a checkpoint
+        torch.cuda.set_sync_debug_mode("error" if 4 < index < 9 else "default")
+        return real(self, batch, index)
+
+    def validation(self):
+        torch.cuda.set_sync_debug_mode("default")
+        real_validation(self)
+
+    def end(self):
+        print("its steps were recorded:", self.graphed.graph is not None, flush=True)
+        real_end(self)
+
+    Diffusion.on_fit_start, Diffusion.training_step = start, step
+    Diffusion.on_validation_start, Diffusion.on_train_end = validation, end
 code = main.main(sys.argv[1:])
 if os.environ["FAULT"] == "late" and os.environ.get("LOCAL_RANK", "0") == "0":
     print("at the end the report is", "there" if os.path.exists("texts.json") else "missing")
@@ -58,7 +83,8 @@ def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeou
     """(exit code, output) of two processes started by the launcher.
 
     In its third step `rank` raises an error or sends itself the signal that `fault` names; or it is
-    late with its texts.
+    late with its texts. With the fault "waits" all record their steps as CUDA graphs, and asking
+    the device for anything is an error from the sixth to the last but one.
     """
     program = folder / "program.py"
     program.write_text(PROGRAM)
