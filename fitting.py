@@ -16,7 +16,7 @@ from health import RankFailure, StallWatch
 from progress import NetworkSummary, RunProgress
 from run_log import CSVLog
 from saving import LAST, BestCheckpoint, CarefulIO, StepCheckpoints, steps_in
-from sharding import Sharded, replicated
+from sharding import Replicated, Sharded
 from signals import Signals
 from utils import plain_errors, say
 
@@ -87,7 +87,7 @@ def training_strategy(config: Config) -> Strategy:
     """fsdp is for training; an evaluation holds the network once per device."""
     if config.strategy.name == "fsdp" and config.mode == "train":
         return Sharded(config.trainer.devices * config.trainer.num_nodes)
-    return replicated()
+    return Replicated()
 
 
 def training_callbacks(

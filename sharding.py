@@ -28,12 +28,19 @@ from torch.nn.parallel import DistributedDataParallel
 from samplers.countdown import send
 
 
-def replicated() -> DDPStrategy:
-    """What was exchanged is not copied back to the gradients. Buffers are not sent around ahead of
-    every pass: they are constants, or follow from what all devices know."""
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DDPStrategy(gradient_as_bucket_view=True, **{name: False})
+class Replicated(DDPStrategy):
+    """Lightning's strategy for ddp. What was exchanged is not copied back to the gradients. Buffers
+    are not sent around ahead of every pass: they are constants, or follow from what all devices
+    know."""
+
+    def __init__(self):
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        super().__init__(gradient_as_bucket_view=True, **{name: False})
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        # told its device, it would send batches there, of which the host first makes questions
+        return DistributedDataParallel(model, **self._ddp_kwargs)
 
 
 class Sharded(ModelParallelStrategy):

@@ -83,7 +83,7 @@ suite() { # name, tests to leave out, files; leaves gpu_NAME.xml unless they wer
 # a time on a GPU, which take 57 GiB. tests_several leaves out what takes minutes: test.sh --gpu
 share=$(mktemp -d)
 on 0 part check gpu.py check &
-on 0 suite tests dies decode forward freeze graphs sampling ssd_lm &
+suite tests dies decode forward freeze graphs sampling ssd_lm &
 if [ "$gpus" -gt 1 ]; then
   suite tests_several "dies or moves or evaluate or texts" gpus &
   on 1 part compile_sdpa gpu.py compile_train --of sdpa --share "$share/compiled" &

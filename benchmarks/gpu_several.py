@@ -4,7 +4,6 @@
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
 
-One device records its steps as CUDA graphs, which several do not: each is measured at its best.
 That they train what one would, and that a run resumes, is tested by tests/test_gpus.py.
 """
 
@@ -29,7 +28,7 @@ from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from fitting import leave_signals
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from sharding import Poll, replicated
+from sharding import Poll, Replicated
 from utils import constant_warmup, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,11 +43,14 @@ def main(argv=None) -> int:
     alone, found = 0.0, {}
     figures = {"several": found}
     for n in (n for n in (1, 2, 4, 8) if n <= most):
+        begun = time.monotonic()
         speed = scaled(n, args)
         alone = alone or speed
         found[f"ddp on {n}"] = {"tokens_per_second": speed, "efficiency": speed / (n * alone)}
         print(
-            f"ddp on {n}: {speed:11,.0f} tokens/s  efficiency {speed / (n * alone):.3f}", flush=True
+            f"ddp on {n}: {speed:11,.0f} tokens/s  efficiency {speed / (n * alone):.3f}"
+            f"  after {time.monotonic() - begun:.0f} s",
+            flush=True,
         )
         if args.out is not None:
             write_json(args.out, figures)
@@ -130,7 +132,7 @@ def worker(args) -> int:
     trainer = L.Trainer(
         accelerator="cpu" if args.tiny else "gpu",
         devices=devices,
-        strategy=replicated() if devices > 1 else "auto",
+        strategy=Replicated() if devices > 1 else "auto",
         precision="32-true" if args.tiny else "bf16-mixed",
         max_steps=WARM_UP + args.steps,
         gradient_clip_val=1.0,
