@@ -218,8 +218,11 @@ class Diffusion(L.LightningModule):
         self.average(True)
         self.meter = LikelihoodMeter()
         self.search = None
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if self.clip is not None and fitting:
+        t = self.trainer
+        fitting = t.state.fn == TrainerFn.FITTING and not t.sanity_checking
+        # Lightning validates where a run is stopped as well; one that goes on knows nothing of it
+        extra = t.should_stop and not training_state.validates_after(t, t.global_step)
+        if self.clip is not None and fitting and not extra:
             grid = clipping.candidates(
                 self.objective.block_size,
                 list(self.clip.widths),

@@ -15,7 +15,7 @@ from config import Config
 from health import RankFailure, StallWatch
 from progress import NetworkSummary, RunProgress
 from run_log import CSVLog
-from saving import LAST, BestCheckpoint, CarefulIO, StepCheckpoints, steps_in
+from saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheckpoints, steps_in
 from sharding import Replicated, Sharded
 from signals import Signals
 from utils import plain_errors, say
@@ -45,7 +45,6 @@ def build_trainer(
         strategy=training_strategy(config) if several else "auto",
         precision=t.precision,
         max_steps=t.max_steps,
-        max_time=t.max_time,
         accumulate_grad_batches=t.accumulate_grad_batches,
         gradient_clip_val=t.gradient_clip_val or None,
         gradient_clip_algorithm=t.gradient_clip_algorithm,
@@ -96,6 +95,8 @@ def training_callbacks(
     wanted, c = config.callbacks, config.checkpointing
     folder = f"{c.save_dir.rstrip('/')}/checkpoints"
     made = [RankFailure(), StallWatch()]
+    if config.trainer.max_time is not None:
+        made.append(Deadline(config.trainer.max_time))
     if config.trainer.enable_checkpointing:
         every = wanted.checkpoint_every_n_steps
         made.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from checkpoint_io import SafeCheckpointIO
@@ -172,6 +172,23 @@ class StepCheckpoints(L.Callback):
         for step in old:
             if not (self.keep_every and step % self.keep_every == 0):
                 fs.rm_file(f"{folder}/step={step}.ckpt")
+
+
+class Deadline(Timer):
+    """trainer.max_time: Lightning's, but no rank waits for its device to learn what the first one's
+    clock says."""
+
+    state_key = Timer.__qualname__  # in checkpoints
+
+    def __init__(self, duration: str):
+        super().__init__(duration, interval="step")
+        self._poll = Poll()
+
+    def _check_time_remaining(self, trainer) -> None:
+        over = self.time_elapsed() >= self._duration
+        if any(self._poll(trainer.strategy.root_device, over)) and not trainer.should_stop:
+            trainer.should_stop = True
+            say(f"stopping at step {trainer.global_step:,}: trainer.max_time has passed")
 
 
 class BestCheckpoint(ModelCheckpoint):

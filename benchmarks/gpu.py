@@ -10,7 +10,7 @@ check             flex (compiled), sdpa and, where installed, flash_attn, forwar
                   against dense float32; the network in float32 and bf16 against the CPU; cached
                   against uncached
 train             model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU,
-                  memory, and of steps that are not compiled the largest batch
+                  memory, largest batch
 sample            bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
 compile_train     nothing but what `train` compiles, which it then finds in the compiler's cache
 compile_sample    the same for `sample`
@@ -77,6 +77,9 @@ def parse(argv):
     )
     parser.add_argument(
         "--share", type=Path, help="training: a folder in which processes divide the kinds up"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="training: no largest batch of compiled steps"
     )
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args(argv)

@@ -72,7 +72,7 @@ on() { # one of the GPUs, a command that sees no other
 suite() { # name, tests to leave out, files; leaves gpu_NAME.xml unless they were interrupted
   local begun=$SECONDS
   OMP_NUM_THREADS=1 timeout -s INT -k 20 "$(left $((END / 2)))" "$PYTHON" -m pytest -q -W ignore \
-    -m gpu -k "not ($2)" -n $((workers < 8 ? workers : 8)) --tb=short \
+    -m gpu -k "not ($2)" -n $((workers < 8 ? workers : 8)) --dist worksteal --tb=short \
     --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/test_%s.py ' "${@:3}") &> "$OUT/gpu_$1.log"
   [ $? -le 1 ] || rm -f "$OUT/gpu_$1.xml"
   grep -v SKIPPED "$OUT/gpu_$1.log" | tail -25 | sed "s/^/$1: /"
@@ -81,22 +81,26 @@ suite() { # name, tests to leave out, files; leaves gpu_NAME.xml unless they wer
 
 # what is right; beside it, what will be timed is compiled: at most two networks that are trained at
 # a time on a GPU, which take 57 GiB. tests_several leaves out what takes minutes: test.sh --gpu
-share=$(mktemp -d)
+share=$(mktemp -d) second=$((gpus > 1)) quick=()
+[ "$gpus" -gt 1 ] || quick=(--quick) # or it would not be done in time
+compile() { # a GPU, a name, words
+  on "$1" part "compile_$2" gpu.py "${@:3}" --share "$share/compiled" "${quick[@]}"
+}
 on 0 part check gpu.py check &
 suite tests dies decode forward freeze graphs sampling ssd_lm &
 if [ "$gpus" -gt 1 ]; then
   suite tests_several "dies or moves or evaluate or texts" gpus &
-  on 1 part compile_sdpa gpu.py compile_train --of sdpa --share "$share/compiled" &
+  compile 1 sdpa compile_train --of sdpa &
 fi
 if [ ${#tiny[@]} = 0 ]; then
-  on 0 part compile_flex gpu.py compile_train --of flex --share "$share/compiled" &
-  on $((gpus - 1 < 1 ? gpus - 1 : 1)) \
-    part compile_rest gpu.py compile_sample compile_train --share "$share/compiled" &
+  compile 0 flex compile_train --of flex &
+  compile "$second" rest compile_sample compile_train &
 fi
 wait # never for a process in the foreground: a signal would wait as well
 
 # what is fast
-names="check tests"
+names="check tests sample"
+[ "$gpus" = 1 ] || names="$names tests_several"
 if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
   names="$names several"
   part several gpu_several.py &
@@ -104,18 +108,17 @@ if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
 else
   echo "several: not measured, this machine has one GPU"
 fi
-[ "$gpus" = 1 ] || names="$names tests_several"
 train() { # a GPU
-  on "$1" part "train_$1" gpu.py train --share "$share/timed" --seconds "$(left 35)"
+  on "$1" part "train_$1" gpu.py train --share "$share/timed" "${quick[@]}" --seconds "$(left 35)"
 }
-names="$names sample train_0"
-if [ "$gpus" = 1 ]; then
-  { on 0 part sample gpu.py sample; train 0; } &
-else
-  names="$names train_1"
-  train 0 &
-  { on 1 part sample gpu.py sample; train 1; } &
-fi
+for gpu in $(seq 0 $((gpus < 4 ? gpus - 1 : 3))); do
+  names="$names train_$gpu"
+  if [ "$gpu" = "$second" ]; then
+    { on "$gpu" part sample gpu.py sample; train "$gpu"; } &
+  else
+    train "$gpu" &
+  fi
+done
 wait
 echo "== $SECONDS s, files in $OUT"
 exec "$PYTHON" benchmarks/gpu_table.py "$OUT" $names "${check[@]}"

@@ -51,8 +51,8 @@ TRIES = 6  # of a largest batch
 def train(args):
     dtype = torch.float32 if args.tiny else torch.bfloat16
     peak, deadline = matmul_peak(args.device, dtype), time.monotonic() + args.seconds
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    found = {f"matrix product {gpu and f'on GPU {gpu}'}".rstrip(): {"peak": peak}}
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = {f"matrix product on GPU {gpu}" if gpu else "matrix product": {"peak": peak}}
     for kind in filter(partial(is_ours, args=args), kinds(args)):
         release(args.device)
         if time.monotonic() > deadline:
@@ -89,7 +89,10 @@ def compile_train(args):
 def first_step(kind: Kind, args) -> dict:
     started = time.perf_counter()
     # blocks are compiled for a batch; FlexAttention alone for any, and less memory will do
-    loss = stepper(kind, args)(0, args.batch if kind.compiled else max(args.batch // 8, 2))
+    run = stepper(kind, args)
+    loss = run(0, args.batch if kind.compiled else few(args))
+    if kind.compiled and not args.quick:
+        run(1, few(args))  # from the second batch on for any
     return {"loss": loss.item(), "seconds": round(time.perf_counter() - started)}
 
 
@@ -192,28 +195,32 @@ def measure(kind: Kind, peak: float, args) -> dict:
         "mfu": flops(shape).step * args.batch / seconds / peak,
         "memory_gib": memory / 2**30,
     }
-    if memory and not kind.compiled:  # another batch would be compiled anew
-        entry["largest_batch"] = largest_batch(run, memory, args)
+    if memory and not (kind.compiled and args.quick):
+        entry |= attempt(lambda: {"largest_batch": largest_batch(run, memory, args)})
     return entry
+
+
+def few(args) -> int:
+    """Sequences of a small batch."""
+    return max(args.batch // 4, 2)
 
 
 def largest_batch(run, memory: int, args) -> int:
     """A multiple of BATCHES that fits while the next does not (or as far as TRIES go); `memory`:
-    bytes that args.batch needs."""
-    low, high, guess = args.batch, math.inf, 2 * args.batch
-    last = None  # as far as memory goes if it grows evenly
+    bytes that args.batch needs. Compiled steps are compiled once more, for any batch, and are not
+    recorded."""
+    fits(run, few(args), args)
+    each = (memory - torch.accelerator.max_memory_allocated()) / (args.batch - few(args))
+    more = (capacity(args.device) - memory) / each  # if memory grows evenly
+    low, high, guess = args.batch, math.inf, args.batch + int(more) // BATCHES * BATCHES
     for _ in range(TRIES):
         if fits(run, guess, args):
             low = guess
         else:
             high = guess
-        if last is None and low > args.batch:
-            each = (torch.accelerator.max_memory_allocated() - memory) / (low - args.batch)
-            last = args.batch + int((capacity(args.device) - memory) / each)
         if high - low <= BATCHES:
             break
-        middle = (low + high) // 2 if last is None else last
-        guess = max(low + BATCHES, min(middle // BATCHES * BATCHES, high - BATCHES))
+        guess = low + BATCHES if high == math.inf else high - BATCHES
     return low
 
 

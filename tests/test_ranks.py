@@ -146,6 +146,34 @@ def test_a_stopped_run_goes_on_to_the_same_bits(strategy, one, tmp_path):
     assert differences(of_two_ends(0), whole) == []
 
 
+def test_two_processes_stop_after_max_time_and_go_on_to_the_same_bits(one, tmp_path):
+    """The clock of one is enough. The validation at the stop does not change the noise."""
+    overrides = [*one[0], "loader.batch_size=2", "model.dropout=0.2"]  # a step: two micro-batches
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert finish(of_two(overrides, whole)) == [0, 0]
+
+    def slow(rank):
+        real = Diffusion.training_step
+
+        def step(self, batch, index):
+            time.sleep(0.15 if rank else 0.1)
+            return real(self, batch, index)
+
+        Diffusion.training_step = step
+
+    stopped = of_two(overrides, tmp_path, "trainer.max_time=00:00:00:01", before=slow)
+    assert finish(stopped) == [0, 0], stopped[0].text()
+    assert "trainer.max_time has passed" in stopped[0].text()
+    assert 1 <= read(tmp_path / LAST)["global_step"] < 10
+    resumed = of_two(overrides, tmp_path)
+    assert finish(resumed) == [0, 0], resumed[0].text()
+    ours, theirs = read(tmp_path / LAST), read(whole / LAST)
+    for other in ("callbacks", "epoch", "loops", "hyper_parameters"):  # which tell of the stop
+        del ours[other], theirs[other]
+    assert differences(ours, theirs) == []
+
+
 def test_a_save_that_fails_on_the_first_rank_is_tried_again_by_both(one, tmp_path):
     """At the last step: the next attempt is that at the end. Nor does a line come twice."""
     overrides, alone = one
