@@ -1,14 +1,16 @@
-"""Several GPUs of one host: how training scales with ddp, from 1 to 2, 4, 8 as far as there are.
+"""Several GPUs of one host: how training scales with ddp, to 2, 4, 8 as far as there are.
 
     python benchmarks/gpu_several.py            a table, a line of JSON; run by gpu.sh
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
 
-That they train what one would, and that a run resumes, is tested by tests/test_gpus.py.
+Ahead of each training its processes train alone, all at the same time; that is what it is compared
+with. That devices train what one would, and that a run resumes, is tested by tests/test_gpus.py.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.conclusion import conclude
 from benchmarks.gpu_network import network, synchronise
-from benchmarks.gpu_table import missed
+from benchmarks.gpu_table import missed, speeds
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from fitting import leave_signals
 from noise_schedule import get_schedule
@@ -40,18 +42,13 @@ def main(argv=None) -> int:
     if args.worker:
         return worker(args)
     most = 2 if args.tiny else torch.accelerator.device_count()
-    alone, found = 0.0, {}
+    found = {}
     figures = {"several": found}
-    for n in (n for n in (1, 2, 4, 8) if n <= most):
+    for n in (n for n in (2, 4, 8) if n <= most):
         begun = time.monotonic()
-        speed = scaled(n, args)
-        alone = alone or speed
-        found[f"ddp on {n}"] = {"tokens_per_second": speed, "efficiency": speed / (n * alone)}
-        print(
-            f"ddp on {n}: {speed:11,.0f} tokens/s  efficiency {speed / (n * alone):.3f}"
-            f"  after {time.monotonic() - begun:.0f} s",
-            flush=True,
-        )
+        found[f"ddp on {n}"] = entry = scaled(n, args)
+        seconds = time.monotonic() - begun
+        print(f"ddp on {n}: {speeds(entry)}  after {seconds:.0f} s", flush=True)
         if args.out is not None:
             write_json(args.out, figures)
     return conclude(figures, [] if args.tiny else missed(figures), check=args.check, out=args.out)
@@ -72,8 +69,8 @@ def parse(argv):
         parser.error("--tiny is too small for the target: leave out one of the two")
     if args.tiny:
         args.steps, args.batch = 3, 2
-    elif not torch.accelerator.is_available():
-        parser.error("no accelerator here; --tiny tries the script on the CPU")
+    elif (count := torch.accelerator.device_count()) < 2:
+        parser.error(f"it takes two accelerators, here are {count}; --tiny tries it on the CPU")
     return args
 
 
@@ -87,11 +84,17 @@ def torchrun(devices: int, words: list[str]) -> str:
     return ended.stdout
 
 
-def scaled(devices: int, args) -> float:
-    """tokens/s of all devices together, the batch of each kept."""
+def scaled(devices: int, args) -> dict:
+    """Speeds in tokens/s, the batch of each device kept: of each alone, of all together, and what
+    share that is of the sum."""
     words = ["benchmarks/gpu_several.py", "--worker", f"--steps={args.steps}"]
     words += [f"--batch={args.batch}", *(["--tiny"] if args.tiny else [])]
-    return float(torchrun(devices, words).rsplit("tokens/s:", 1)[1])
+    said = torchrun(devices, words)
+    alone, (together,) = (
+        [float(speed) for speed in re.findall(rf"{name} tokens/s: (\S+)\n", said)]
+        for name in ("alone", "together")
+    )
+    return {"alone": alone, "tokens_per_second": together, "efficiency": together / sum(alone)}
 
 
 class Clock(L.Callback):
@@ -112,13 +115,27 @@ class Clock(L.Callback):
 
 
 def worker(args) -> int:
-    """One process of a training; the first prints the speed of all."""
+    """One process: trains alone, then with the others."""
     devices, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     here = gpu.parse(["train", *(["--tiny"] if args.tiny else [])])
     here.device, device = torch.device("cpu"), here.device  # Lightning moves the network
     net = network(
         here, backend="sdpa" if args.tiny else "flex", compiled=not args.tiny, dropout=0.1
     )
+    say("alone", fitted(net, here, args, device))
+    together = fitted(net, here, args, device, devices)
+    if rank == 0:
+        say("together", together)
+    return 0
+
+
+def say(name: str, speed: float) -> None:
+    """In one piece: all processes write to the same place."""
+    print(f"{name} tokens/s: {speed}\n", end="", flush=True)
+
+
+def fitted(net, here, args, device: torch.device, devices: int = 1) -> float:
+    """tokens/s of a training on so many devices."""
     module = Diffusion(
         backbone=net,
         objective=MaskedDiffusion(here.vocab - 1, 16, get_schedule("loglinear")),
@@ -129,9 +146,10 @@ def worker(args) -> int:
         ema_decay=0.9999,
     )
     clock = Clock(device)
+    mine = devices if args.tiny or devices > 1 else [int(os.environ["LOCAL_RANK"])]
     trainer = L.Trainer(
         accelerator="cpu" if args.tiny else "gpu",
-        devices=devices,
+        devices=mine,
         strategy=Replicated() if devices > 1 else "auto",
         precision="32-true" if args.tiny else "bf16-mixed",
         max_steps=WARM_UP + args.steps,
@@ -145,11 +163,9 @@ def worker(args) -> int:
         use_distributed_sampler=False,
     )
     leave_signals(trainer)
-    made = batches(here, args, devices, rank)
+    made = batches(here, args, devices, int(os.environ["RANK"]) % devices)
     trainer.fit(module, torch.utils.data.DataLoader(made, batch_size=None))
-    if rank == 0:
-        print(f"tokens/s: {devices * args.batch * here.length * args.steps / clock.seconds}")
-    return 0
+    return devices * args.batch * here.length * args.steps / clock.seconds
 
 
 def batches(here, args, devices: int, rank: int) -> list[dict]:

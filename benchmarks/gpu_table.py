@@ -165,8 +165,15 @@ def lines_of_sample(entry: dict):
 
 def lines_of_several(entry: dict):
     for name, found in entry.items():
-        speed = f"{found['tokens_per_second']:9,.0f} tokens/s"
-        yield name, f"{speed}  efficiency {found['efficiency']:.3f}"
+        yield name, speeds(found)
+
+
+def speeds(found: dict) -> str:
+    """Of several devices, together and each alone."""
+    return (
+        f"{found['tokens_per_second']:9,.0f} tokens/s  efficiency {found['efficiency']:.3f}"
+        f"  alone {' '.join(f'{speed:,.0f}' for speed in found['alone'])}"
+    )
 
 
 LINES = {
