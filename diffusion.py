@@ -218,11 +218,8 @@ class Diffusion(L.LightningModule):
         self.average(True)
         self.meter = LikelihoodMeter()
         self.search = None
-        t = self.trainer
-        fitting = t.state.fn == TrainerFn.FITTING and not t.sanity_checking
-        # Lightning validates where a run is stopped as well; one that goes on knows nothing of it
-        extra = t.should_stop and not training_state.validates_after(t, t.global_step)
-        if self.clip is not None and fitting and not extra:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if self.clip is not None and fitting:
             grid = clipping.candidates(
                 self.objective.block_size,
                 list(self.clip.widths),

@@ -95,21 +95,21 @@ def training_callbacks(
     wanted, c = config.callbacks, config.checkpointing
     folder = f"{c.save_dir.rstrip('/')}/checkpoints"
     made = [RankFailure(), StallWatch()]
-    if config.trainer.max_time is not None:
-        made.append(Deadline(config.trainer.max_time))
+    saver = None
     if config.trainer.enable_checkpointing:
         every = wanted.checkpoint_every_n_steps
-        made.append(
-            StepCheckpoints(
-                folder,
-                every.every_n_train_steps if every else 0,
-                keep_last=c.keep_last,
-                keep_every=c.keep_every,
-                io=io,
-                signals=signals,
-                stop_on_error=c.on_save_error == "stop",
-            )
+        saver = StepCheckpoints(
+            folder,
+            every.every_n_train_steps if every else 0,
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
+            io=io,
+            signals=signals,
+            stop_on_error=c.on_save_error == "stop",
         )
+        made.append(saver)
+    if config.trainer.max_time is not None:
+        made.append(Deadline(config.trainer.max_time, saver and saver.save))
     if config.trainer.enable_checkpointing and (best := wanted.checkpoint_monitor):
         made.append(
             BestCheckpoint(

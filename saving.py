@@ -83,10 +83,11 @@ class StepCheckpoints(L.Callback):
         self.keep_last, self.keep_every = keep_last, keep_every
         self.io, self.signals, self.stop_on_error = io, signals, stop_on_error
         self._step = self._saved = 0
-        self._poll = Poll()
+        self._poll, self._failure = Poll(), ""
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._step = self._saved = trainer.global_step
+        self._poll = Poll()
         if trainer.is_global_zero:
             self.io.attempt(self.folder, self._tidy, "tidied up")
 
@@ -122,9 +123,11 @@ class StepCheckpoints(L.Callback):
         """Every rank must come by here equally often; they stop together."""
         told = self.signals.received is not None
         failed = self.io.failure is not None and self.stop_on_error
+        if failed:
+            self._failure = self.io.failure  # the answer may come when a later save has succeeded
         any_told, any_failed = self._poll(trainer.strategy.root_device, told, failed)
         if any_failed:
-            raise SaveError(self.io.failure or "a checkpoint could not be written by rank 0")
+            raise SaveError(self._failure or "a checkpoint could not be written by rank 0")
         if not any_told:
             return
         before()
@@ -175,20 +178,44 @@ class StepCheckpoints(L.Callback):
 
 
 class Deadline(Timer):
-    """trainer.max_time: Lightning's, but no rank waits for its device to learn what the first one's
-    clock says."""
+    """trainer.max_time: Lightning's clock, which a checkpoint keeps; a run whose time has passed is
+    saved and ends as one that was told to, but with exit code 0.
+
+    Lightning would validate once more than the run that goes on, and ask the first rank after every
+    batch, which waits for its device.
+    """
 
     state_key = Timer.__qualname__  # in checkpoints
 
-    def __init__(self, duration: str):
+    def __init__(self, duration: str, save: Callable[[L.Trainer], bool] | None):
         super().__init__(duration, interval="step")
-        self._poll = Poll()
+        self.save = save
+        self._step, self._poll = 0, Poll()
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step, self._poll = trainer.global_step, Poll()
+        if trainer.strategy.reduce_boolean_decision(self._over(), all=False):
+            self._stop(trainer)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self._step:
+            return  # between two micro-batches
+        self._step = trainer.global_step
+        if any(self._poll(trainer.strategy.root_device, self._over())):
+            self._stop(trainer)
 
     def _check_time_remaining(self, trainer) -> None:
-        over = self.time_elapsed() >= self._duration
-        if any(self._poll(trainer.strategy.root_device, over)) and not trainer.should_stop:
-            trainer.should_stop = True
-            say(f"stopping at step {trainer.global_step:,}: trainer.max_time has passed")
+        """Lightning's own answer: none."""
+
+    def _over(self) -> bool:
+        return self.time_remaining() <= 0
+
+    def _stop(self, trainer) -> None:
+        saved = self.save is not None and self.save(trainer)
+        what = "saved; a longer one goes on from here" if saved else "nothing was saved"
+        say(f"stopping at step {trainer.global_step:,}: trainer.max_time has passed; {what}")
+        raise Stopped(0)
 
 
 class BestCheckpoint(ModelCheckpoint):

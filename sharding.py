@@ -5,7 +5,6 @@ A checkpoint is the same single file as on one device; either reads the other's.
 """
 
 import inspect
-from collections import deque
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -25,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from samplers.countdown import send
+from sending import send
 
 
 class Replicated(DDPStrategy):
@@ -116,24 +115,29 @@ def set_fused(checkpoint: dict, fused: bool | None) -> None:
 
 
 class Poll:
-    """Asks all ranks over and over whether something is so for any of them. On an accelerator the
-    answer is that to the question before this one (at first: no): to wait for this one would be to
-    wait for all that the device has still to do."""
+    """Questions that all ranks ask each other over and over, equally often: is it so for any?
 
-    def __init__(self):
-        self._coming = deque()
+    `late`: the answers are those to the questions before these (at first: no); to wait for these
+    would be to wait for all that the device has still to do. None: where there is an accelerator.
+    """
+
+    def __init__(self, late: bool | None = None):
+        self.late = late
+        self.coming = None  # what `send` gave for the last questions
 
     def __call__(self, device: torch.device, *mine: bool) -> list[bool]:
+        """One answer for each."""
         if not _in_group():
             return list(mine)
         counts = torch.zeros(len(mine), device=device)
         for place, yes in zip(counts, mine, strict=True):
             place.fill_(yes)  # numbers sent from here would be waited for
         torch.distributed.all_reduce(counts)
-        self._coming.append(send(counts))
-        if device.type != "cpu" and len(self._coming) == 1:
+        before, self.coming = self.coming, send(counts)
+        late = device.type != "cpu" if self.late is None else self.late
+        if late and before is None:
             return [False] * len(mine)
-        arrived, numbers = self._coming.popleft()
+        arrived, numbers = before if late else self.coming
         arrived.synchronize()
         return [number > 0 for number in numbers.tolist()]
 

@@ -42,7 +42,7 @@ class Signals:
         if self._pressed:
             end("stopped at once; the same command goes on from the last checkpoint")
         self._pressed = True
-        tell("Ctrl-C: saving after this step, then stopping; press again to stop at once")
+        tell("Ctrl-C: saving between two steps, then stopping; press again to stop at once")
         self._note(number, frame)
 
 

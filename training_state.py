@@ -87,15 +87,10 @@ def _endless(trainer: L.Trainer) -> bool:
     return not isinstance(trainer.limit_train_batches, int)
 
 
-def validates_after(trainer: L.Trainer, step: int) -> bool:
-    """Whether validation follows this step, wherever the run ends."""
-    every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
-    follows = isinstance(every, int) and trainer.limit_val_batches and step
-    return bool(follows) and step * trainer.accumulate_grad_batches % every == 0
-
-
 def _validation(trainer: L.Trainer, step: int, *, pending: bool) -> str:
     """What loop_state is to note of the validation after `step`."""
-    if not validates_after(trainer, step):
+    every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
+    follows = isinstance(every, int) and trainer.limit_val_batches and step
+    if not follows or step * trainer.accumulate_grad_batches % every:
         return loop_state.NOTHING
     return loop_state.DUE if pending else loop_state.DONE

@@ -76,7 +76,7 @@ def parse(argv):
         "--of", nargs="+", default=BACKENDS, choices=BACKENDS, help="training: backends"
     )
     parser.add_argument(
-        "--share", type=Path, help="training: a folder in which processes divide the kinds up"
+        "--share", type=Path, help="training: an empty folder, by which processes share the kinds"
     )
     parser.add_argument(
         "--quick", action="store_true", help="training: no largest batch of compiled steps"
@@ -92,6 +92,8 @@ def parse(argv):
     args.length = 64 if args.tiny else 1024
     args.vocab = 101 if args.tiny else 50_258
     args.sizes = TINY if args.tiny else SMALL
+    if args.batch < 8:
+        parser.error(f"--batch={args.batch}: at least 8, or a largest batch cannot be looked for")
     if args.tiny:
         args.steps, args.batch = 2, 2
     return args

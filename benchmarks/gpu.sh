@@ -33,7 +33,10 @@ fi
   { echo "no torch in $PYTHON: set BAMDLM_PYTHON, or run scripts/setup.sh"; exit 2; }
 gpus=1
 if [ ${#tiny[@]} = 0 ]; then
-  gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
+  # one of a kind that CUDA_VISIBLE_DEVICES does not choose from
+  gpus=$("$PYTHON" -c 'import torch
+count = torch.accelerator.device_count()
+print(count if torch.cuda.is_available() else min(count, 1))')
   [ "$gpus" -gt 0 ] || { echo "gpu.sh: no accelerator here; --tiny tries it on a CPU"; exit 2; }
 fi
 IFS=, read -ra gpu_ids <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
@@ -111,7 +114,7 @@ fi
 train() { # a GPU
   on "$1" part "train_$1" gpu.py train --share "$share/timed" "${quick[@]}" --seconds "$(left 35)"
 }
-for gpu in $(seq 0 $((gpus < 4 ? gpus - 1 : 3))); do
+for gpu in $(seq 0 $((gpus < 4 ? gpus - 1 : 3))); do # more would find little left to share
   names="$names train_$gpu"
   if [ "$gpu" = "$second" ]; then
     { on "$gpu" part sample gpu.py sample; train "$gpu"; } &
@@ -120,5 +123,6 @@ for gpu in $(seq 0 $((gpus < 4 ? gpus - 1 : 3))); do
   fi
 done
 wait
+rm -rf "$share"
 echo "== $SECONDS s, files in $OUT"
 exec "$PYTHON" benchmarks/gpu_table.py "$OUT" $names "${check[@]}"

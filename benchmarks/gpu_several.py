@@ -4,7 +4,7 @@
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
 
-Ahead of each training its processes train alone, all at the same time; that is what it is compared
+Ahead of each training its processes train alone, beside each other; that is what it is compared
 with. That devices train what one would, and that a run resumes, is tested by tests/test_gpus.py.
 """
 

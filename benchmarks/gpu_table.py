@@ -79,6 +79,9 @@ def missed(found: dict) -> list[str]:
     """Of the aims, in the parts there are."""
     train, sample = found.get("train", {}), found.get("sample", {})
     out = [f"{name}: {entry['left_out']}" for name, entry in train.items() if "left_out" in entry]
+    for name, entry in train.items():
+        if isinstance(why := entry.get("largest_batch"), str):
+            out.append(f"{name}, largest batch: {why}")
     speed = train.get(AIMED, {}).get("tokens_per_second", math.inf)
     if speed < TRAINED:
         out.append(f"{AIMED}: {speed:,.0f} tokens/s, wanted {TRAINED:,}")

@@ -45,26 +45,25 @@ KINDS = [
     for compiled in (True, False)
 ]
 BATCHES = 8  # the largest batch is looked for among multiples of
-TRIES = 6  # of a largest batch
+TRIES = 10  # of a largest batch
 
 
 def train(args):
     dtype = torch.float32 if args.tiny else torch.bfloat16
     peak, deadline = matmul_peak(args.device, dtype), time.monotonic() + args.seconds
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpu = "" if args.tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "")
     found = {f"matrix product on GPU {gpu}" if gpu else "matrix product": {"peak": peak}}
-    for kind in filter(partial(is_ours, args=args), kinds(args)):
+    for kind in kinds(args):
         release(args.device)
-        if time.monotonic() > deadline:
-            found[kind.name] = {"left_out": "no time left"}
-        else:
-            found[kind.name] = attempt(lambda kind=kind: measure(kind, peak, args))
-        print(f"{kind.name:<24} {step_speed(found[kind.name])}", flush=True)
-        yield found
+        if take(kind, args):
+            for entry in measured(kind, peak, deadline, args):
+                found[kind.name] = entry
+                yield found
+            print(f"{kind.name:<24} {step_speed(entry)}", flush=True)
 
 
-def is_ours(kind: Kind, args) -> bool:
-    """Whether no other process that looks into the folder `args.share` has taken it."""
+def take(kind: Kind, args) -> bool:
+    """Takes it, unless another process with the same `args.share` has."""
     if args.share is None:
         return True
     args.share.mkdir(exist_ok=True)
@@ -75,12 +74,40 @@ def is_ours(kind: Kind, args) -> bool:
     return True
 
 
+def measured(kind: Kind, peak: float, deadline: float, args):
+    """What is known of a kind so far, or why nothing is."""
+    if time.monotonic() > deadline:
+        yield {"left_out": "no time left"}
+        return
+    try:
+        run = stepper(kind, args)
+        entry = speed(kind, run, peak, args)
+    except (RuntimeError, ArithmeticError) as error:
+        yield why(error)
+        return
+    yield entry
+    if args.device.type == "cpu" or (kind.compiled and args.quick):
+        return
+    if time.monotonic() > deadline:
+        entry["largest_batch"] = "no time left"
+    else:
+        try:
+            entry["largest_batch"] = largest_batch(run, args)
+        except RuntimeError as error:
+            entry["largest_batch"] = first_line(error)
+    yield entry
+
+
 def compile_train(args):
     """One step of each kind that compiles anything: FlexAttention always does."""
     found = {}
     able = [kind for kind in kinds(args) if kind.compiled or kind.backend == "flex"]
-    for kind in filter(partial(is_ours, args=args), able):
-        found[kind.name] = entry = attempt(lambda kind=kind: first_step(kind, args))
+    for kind in filter(partial(take, args=args), able):
+        try:
+            entry = first_step(kind, args)
+        except RuntimeError as error:
+            entry = why(error)
+        found[kind.name] = entry
         release(args.device)
         print(f"{kind.name}: " + " ".join(f"{key} {value}" for key, value in entry.items()))
         yield found
@@ -96,13 +123,9 @@ def first_step(kind: Kind, args) -> dict:
     return {"loss": loss.item(), "seconds": round(time.perf_counter() - started)}
 
 
-def attempt(measured: Callable[[], dict]) -> dict:
-    """What was measured, or why not: the other kinds shall have their turn."""
-    try:
-        return measured()
-    except (RuntimeError, ArithmeticError) as error:
-        reason = "left_out" if is_full(error) else "failed"
-        return {reason: first_line(error)}
+def why(error: Exception) -> dict:
+    """Why a kind was not measured: the others shall have their turn."""
+    return {"left_out" if is_full(error) else "failed": first_line(error)}
 
 
 def is_full(error: Exception) -> bool:
@@ -170,8 +193,7 @@ def stepper(kind: Kind, args):
     return run
 
 
-def measure(kind: Kind, peak: float, args) -> dict:
-    run = stepper(kind, args)
+def speed(kind: Kind, run, peak: float, args) -> dict:
     started = time.perf_counter()
     run(0)
     synchronise(args.device)
@@ -186,18 +208,19 @@ def measure(kind: Kind, peak: float, args) -> dict:
         raise ArithmeticError(f"{kind.name}: a loss is not finite: {losses}")
     sizes, size = args.sizes, kind.size or args.length
     shape = Shape(kind.algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size)
-    memory = 0 if args.device.type == "cpu" else torch.accelerator.max_memory_allocated()
-    entry = {
+    return {
         "seconds": seconds,
         "loss": losses[-1].item(),
         "first_step": first,
         "tokens_per_second": args.batch * args.length / seconds,
         "mfu": flops(shape).step * args.batch / seconds / peak,
-        "memory_gib": memory / 2**30,
+        "memory_gib": most_memory(args.device) / 2**30,
     }
-    if memory and not (kind.compiled and args.quick):
-        entry |= attempt(lambda: {"largest_batch": largest_batch(run, memory, args)})
-    return entry
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes since the last release."""
+    return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated()
 
 
 def few(args) -> int:
@@ -205,23 +228,34 @@ def few(args) -> int:
     return max(args.batch // 4, 2)
 
 
-def largest_batch(run, memory: int, args) -> int:
-    """A multiple of BATCHES that fits while the next does not (or as far as TRIES go); `memory`:
-    bytes that args.batch needs. Compiled steps are compiled once more, for any batch, and are not
-    recorded."""
+def largest_batch(run, args) -> int:
+    """The multiple of BATCHES that fits while the next does not. Compiled steps are compiled once
+    more, for any batch, and are not recorded. RuntimeError if it is not found in TRIES."""
+    memory = most_memory(args.device)  # of args.batch
     fits(run, few(args), args)
-    each = (memory - torch.accelerator.max_memory_allocated()) / (args.batch - few(args))
+    each = (memory - most_memory(args.device)) / (args.batch - few(args))
     more = (capacity(args.device) - memory) / each  # if memory grows evenly
-    low, high, guess = args.batch, math.inf, args.batch + int(more) // BATCHES * BATCHES
+    return bracketed(lambda batch: fits(run, batch, args), args.batch, args.batch + int(more))
+
+
+def bracketed(fitting: Callable[[int], bool], low: int, guess: int) -> int:
+    """The same of any `fitting`; `low` fits."""
+    high, step = math.inf, BATCHES
+    guess = max(guess // BATCHES * BATCHES, low + BATCHES)
     for _ in range(TRIES):
-        if fits(run, guess, args):
+        if fitting(guess):
             low = guess
         else:
             high = guess
         if high - low <= BATCHES:
-            break
-        guess = low + BATCHES if high == math.inf else high - BATCHES
-    return low
+            return low
+        if high < math.inf:
+            middle = (low + high) // 2 // BATCHES * BATCHES
+            guess = max(middle, high - step)
+        else:
+            guess = low + step
+        step *= 2
+    raise RuntimeError(f"the largest batch is at least {low}, more was not found in {TRIES} tries")
 
 
 def capacity(device: torch.device) -> int:

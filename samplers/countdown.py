@@ -8,30 +8,11 @@ an evaluation reveals at least one position of every row that has any.
 
 from collections import deque
 
-import torch
 from torch import Tensor
 
+from sending import send
+
 AHEAD = 1  # evaluations that may be queued behind the last one whose numbers have arrived
-
-
-class Here:
-    """What a CPU counts is there at once."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None: ...
-
-
-def send(numbers: Tensor):
-    """(event, the numbers on the host once the event is reached); waits for nothing."""
-    if numbers.device.type == "cpu":
-        return Here(), numbers
-    arriving = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    arriving.copy_(numbers, non_blocking=True)
-    event = torch.Event(numbers.device)
-    event.record(torch.accelerator.current_stream(numbers.device))
-    return event, arriving
 
 
 class Countdown:

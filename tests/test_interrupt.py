@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LAST = "run/checkpoints/last.ckpt"
 CTRL_C = b"\x03"
 HERE = "the moment has come"
-FIRST = "Ctrl-C: saving after this step, then stopping; press again to stop at once"
+FIRST = "Ctrl-C: saving between two steps, then stopping; press again to stop at once"
 AGAIN = "stopped at once; the same command goes on from the last checkpoint"
 
 

@@ -53,6 +53,8 @@ if os.environ["FAULT"] == "waits":
         self.backbone.compiled = False
 
     def step(self, batch, index): # the last one ends with a checkpoint
+        polls = [each._poll for each in self.trainer.callbacks if hasattr(each, "_poll")]
+        assert polls and all((each.coming is None) == (index == 0) for each in polls)
         torch.cuda.set_sync_debug_mode("error" if 4 < index < 9 else "default")
         return real(self, batch, index)
 
@@ -61,7 +63,8 @@ if os.environ["FAULT"] == "waits":
         real_validation(self)
 
     def end(self):
-        print("its steps were recorded:", self.graphed.graph is not None, flush=True)
+        recorded = str(self.graphed.graph is not None)
+        print("its steps were recorded: " + recorded + "\\n", end="", flush=True) # in one piece
         real_end(self)
 
     Diffusion.on_fit_start, Diffusion.training_step = start, step

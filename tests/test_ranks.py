@@ -1,6 +1,7 @@
 """Several processes (gloo, CPU) against one: the same losses, the same checkpoints."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -9,12 +10,16 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from runs import ALGORITHMS, finish, ranks, run, tiny
 
+import saving
 import torch_zip
 from benchmarks.chaos import differences, read
 from diffusion import Diffusion
 from run_log import read_log
+from saving import Deadline
+from sharding import Poll
 from signals import GO_ON
 
 LAST = "run/checkpoints/last.ckpt"
@@ -126,12 +131,13 @@ def test_a_run_moves_between_one_process_and_two(strategy, one, tmp_path):
     equal_states(read(tmp_path / LAST), read(alone / LAST))
 
 
+@pytest.mark.parametrize("late", [False, True])  # as on a CPU, as on GPUs
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_stopped_run_goes_on_to_the_same_bits(strategy, one, tmp_path):
+def test_a_stopped_run_goes_on_to_the_same_bits(strategy, late, one, tmp_path):
     overrides = [*one[0], f"strategy={strategy}", "model.dropout=0.2"]
 
-    def of_two_ends(code, **before):
-        started = of_two(overrides, tmp_path, **before)
+    def of_two_ends(code, *more, **before):
+        started = of_two(overrides, tmp_path, *more, **before)
         assert finish(started) == [code, code], started[0].text() + started[1].text()
         return read(tmp_path / LAST)
 
@@ -139,39 +145,48 @@ def test_a_stopped_run_goes_on_to_the_same_bits(strategy, one, tmp_path):
     (tmp_path / "run").rename(tmp_path / "whole")
 
     def told(rank):
+        answers(late)
         if rank == 1:
             patched(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
-    assert of_two_ends(GO_ON, before=told)["global_step"] == 3
+    def over(rank):
+        answers(late)
+        if rank == 1:
+            patched(3, lambda: setattr(Deadline, "_over", lambda self: True))
+
+    assert of_two_ends(GO_ON, before=told)["global_step"] == 3 + late
+    max_time = "trainer.max_time=00:01:00:00"
+    assert of_two_ends(0, max_time, before=over)["global_step"] == 6 + 2 * late
+    used_up = of_two_ends(0, "trainer.max_time=00:00:00:00")
+    assert used_up["global_step"] == 6 + 2 * late
     assert differences(of_two_ends(0), whole) == []
 
 
-def test_two_processes_stop_after_max_time_and_go_on_to_the_same_bits(one, tmp_path):
-    """The clock of one is enough. The validation at the stop does not change the noise."""
-    overrides = [*one[0], "loader.batch_size=2", "model.dropout=0.2"]  # a step: two micro-batches
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert finish(of_two(overrides, whole)) == [0, 0]
+def answers(late):
+    """How ranks answer each other; and that none asks the first one ahead of every batch."""
 
-    def slow(rank):
-        real = Diffusion.training_step
+    def asked(self):
+        raise AssertionError("Lightning would have waited for the device")
 
-        def step(self, batch, index):
-            time.sleep(0.15 if rank else 0.1)
-            return real(self, batch, index)
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    _TrainingEpochLoop._broadcast_sigterm_tensor = asked
+    saving.Poll = functools.partial(Poll, late=late)
 
-        Diffusion.training_step = step
 
-    stopped = of_two(overrides, tmp_path, "trainer.max_time=00:00:00:01", before=slow)
-    assert finish(stopped) == [0, 0], stopped[0].text()
-    assert "trainer.max_time has passed" in stopped[0].text()
-    assert 1 <= read(tmp_path / LAST)["global_step"] < 10
-    resumed = of_two(overrides, tmp_path)
-    assert finish(resumed) == [0, 0], resumed[0].text()
-    ours, theirs = read(tmp_path / LAST), read(whole / LAST)
-    for other in ("callbacks", "epoch", "loops", "hyper_parameters"):  # which tell of the stop
-        del ours[other], theirs[other]
-    assert differences(ours, theirs) == []
+@pytest.mark.parametrize("late", [False, True])
+def test_an_answer_is_that_to_the_question_before(late, tmp_path):
+    """Two questions; of two processes the second says yes to one at a time."""
+
+    def asks(rank):
+        torch.distributed.init_process_group("gloo")
+        poll, cpu = Poll(late=late), torch.device("cpu")
+        given = [poll(cpu, rank == 1 and i == 1, rank == 1 and i == 2) for i in range(4)]
+        expected = [[False, False], [True, False], [False, True], [False, False]]
+        assert given == (expected[:1] * late + expected)[:4], given
+        torch.distributed.destroy_process_group()
+        os._exit(7)
+
+    assert finish(ranks(2, [], tmp_path / "log", before=asks)) == [7, 7]
 
 
 def test_a_save_that_fails_on_the_first_rank_is_tried_again_by_both(one, tmp_path):
@@ -196,6 +211,30 @@ def test_a_save_that_fails_on_the_first_rank_is_tried_again_by_both(one, tmp_pat
     assert text.count("step=10.ckpt could not be written") == 1, text
     assert text.count("step 8: validation perplexity") == 1
     equal_states(read(tmp_path / LAST), read(alone / LAST))
+
+
+def test_a_save_that_failed_ends_the_run_with_its_reason_though_the_next_one_succeeds(
+    one, tmp_path
+):
+    """The answers come late, as on GPUs."""
+
+    def full(rank):
+        answers(late=True)
+        real = torch_zip.save
+
+        def save(checkpoint, path):
+            if path.endswith("step=2.ckpt"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(checkpoint, path)
+
+        torch_zip.save = save
+
+    more = ["callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]
+    started = of_two(one[0], tmp_path, *more, "checkpointing.on_save_error=stop", before=full)
+    assert finish(started) == [1, 1], started[0].text() + started[1].text()
+    reason = started[0].text().rindex("SaveError")
+    assert "step=2.ckpt could not be written" in started[0].text()[reason:]
+    assert read(tmp_path / LAST)["global_step"] == 3
 
 
 def patched(call, act):
