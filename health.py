@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sending import Here, send
+from samplers.sending import Here, send
 from signals import Stopped
 
 TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended

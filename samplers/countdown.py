@@ -10,7 +10,7 @@ from collections import deque
 
 from torch import Tensor
 
-from sending import send
+from .sending import send
 
 AHEAD = 1  # evaluations that may be queued behind the last one whose numbers have arrived
 

@@ -131,9 +131,9 @@ def test_a_run_moves_between_one_process_and_two(strategy, one, tmp_path):
     equal_states(read(tmp_path / LAST), read(alone / LAST))
 
 
-@pytest.mark.parametrize("late", [False, True])  # as on a CPU, as on GPUs
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "late"), [("ddp", True), ("fsdp", False)])
 def test_a_stopped_run_goes_on_to_the_same_bits(strategy, late, one, tmp_path):
+    """late: ranks answer each other as on GPUs, else as on a CPU."""
     overrides = [*one[0], f"strategy={strategy}", "model.dropout=0.2"]
 
     def of_two_ends(code, *more, **before):
