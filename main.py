@@ -54,6 +54,7 @@ def quiet() -> None:
         ".*flex_attention called without torch.compile.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # the meter sums over all ranks
         ".*all_gather is deprecated.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # of trainer.max_time
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -196,14 +196,22 @@ class Deadline(Timer):
         super().on_train_start(trainer, pl_module)
         self._step, self._poll = trainer.global_step, Poll()
         if trainer.strategy.reduce_boolean_decision(self._over(), all=False):
-            self._stop(trainer)
+            say(
+                f"at step {self._step:,}: earlier runs have used up trainer.max_time, no step is made"
+            )
+            raise Stopped(0)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self._step:
             return  # between two micro-batches
         self._step = trainer.global_step
-        if any(self._poll(trainer.strategy.root_device, self._over())):
-            self._stop(trainer)
+        self._stop_if_over(trainer)
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._stop_if_over(trainer, before=lambda: pl_module.average(False))
 
     def _check_time_remaining(self, trainer) -> None:
         """Lightning's own answer: none."""
@@ -211,7 +219,10 @@ class Deadline(Timer):
     def _over(self) -> bool:
         return self.time_remaining() <= 0
 
-    def _stop(self, trainer) -> None:
+    def _stop_if_over(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+        if not any(self._poll(trainer.strategy.root_device, self._over())):
+            return
+        before()
         saved = self.save is not None and self.save(trainer)
         what = "saved; a longer one goes on from here" if saved else "nothing was saved"
         say(f"stopping at step {trainer.global_step:,}: trainer.max_time has passed; {what}")

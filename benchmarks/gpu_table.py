@@ -54,7 +54,9 @@ def main(argv=None) -> int:
         print("WRONG:", text)
     found["wrong"] = wrong
     misses = [] if on_cpu else missed(found)
-    if not wrong and not misses:
+    if on_cpu:
+        print("tried on a CPU: nothing here is about a GPU")
+    elif not wrong and not misses:
         print("nothing wrong, nothing missed")
     return max(conclude(found, misses, check=args.check), int(bool(wrong)))
 
@@ -175,7 +177,7 @@ def speeds(found: dict) -> str:
     """Of several devices, together and each alone."""
     return (
         f"{found['tokens_per_second']:9,.0f} tokens/s  efficiency {found['efficiency']:.3f}"
-        f"  alone {' '.join(f'{speed:,.0f}' for speed in found['alone'])}"
+        f"  each alone {' '.join(f'{speed:,.0f}' for speed in found['alone'])}"
     )
 
 

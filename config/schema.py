@@ -99,7 +99,7 @@ class Trainer:
     num_nodes: int = doc("machines")
     precision: str = doc("32, bf16, 16, 64 and Lightning's other names; null: bf16 on GPU, else 32")
     max_steps: int = doc("optimizer steps")
-    max_time: str | None = doc("stop after DD:HH:MM:SS")
+    max_time: str | None = doc("stop after so much training, days:hours:minutes:seconds")
     accumulate_grad_batches: int = doc("passes per optimizer step; null: what the batch sizes need")
     gradient_clip_val: float | None = doc("largest gradient; 0 or null: not clipped")
     gradient_clip_algorithm: str = doc("norm or value")

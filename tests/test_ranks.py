@@ -154,11 +154,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits(strategy, late, one, tmp_path):
         if rank == 1:
             patched(3, lambda: setattr(Deadline, "_over", lambda self: True))
 
+    def over_in_validation(rank):
+        answers(late)
+        real = Diffusion.validation_step
+
+        def step(self, batch, batch_idx):
+            if rank == 1:
+                Deadline._over = lambda self: True
+            return real(self, batch, batch_idx)
+
+        Diffusion.validation_step = step
+
     assert of_two_ends(GO_ON, before=told)["global_step"] == 3 + late
     max_time = "trainer.max_time=00:01:00:00"
     assert of_two_ends(0, max_time, before=over)["global_step"] == 6 + 2 * late
     used_up = of_two_ends(0, "trainer.max_time=00:00:00:00")
     assert used_up["global_step"] == 6 + 2 * late
+    assert of_two_ends(0, max_time, before=over_in_validation)["global_step"] == 8
     assert differences(of_two_ends(0), whole) == []
 
 
