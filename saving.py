@@ -196,9 +196,7 @@ class Deadline(Timer):
         super().on_train_start(trainer, pl_module)
         self._step, self._poll = trainer.global_step, Poll()
         if trainer.strategy.reduce_boolean_decision(self._over(), all=False):
-            say(
-                f"at step {self._step:,}: earlier runs have used up trainer.max_time, no step is made"
-            )
+            say(f"at step {self._step:,}: trainer.max_time is used up, no step is made")
             raise Stopped(0)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
