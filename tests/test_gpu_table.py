@@ -63,6 +63,14 @@ def test_all_right(tmp_path, capsys):
             f"missed: {gpu_table.AIMED}: 9 tokens/s, wanted 250,000",
         ),
         (
+            {
+                "train": {
+                    "train": {"ar": STEP | {"tokens_per_second": 9.0, "largest_batch": "no time"}}
+                }
+            },
+            "missed: ar, largest batch: no time",
+        ),
+        (
             {"sample": {"sample": {"one": {"tokens_per_second": 9.0}}}},
             "missed: one text: 9 tokens/s, wanted 1,500",
         ),
