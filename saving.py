@@ -60,7 +60,40 @@ class CarefulIO(SafeCheckpointIO):
         return True
 
 
-class StepCheckpoints(L.Callback):
+class Stopping(L.Callback):
+    """When ranks ask each other whether to stop: after a step, or a batch of a validation."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self._step, self._poll = 0, Poll()
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step, self._poll = trainer.global_step, Poll()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self._step:
+            return  # between two micro-batches
+        self._step = trainer.global_step
+        self.after_step(trainer)
+        self.stop_if_told(trainer)
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        """A validation that is broken off begins anew when the run goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.stop_if_told(trainer, before=lambda: pl_module.average(False))
+
+    def after_step(self, trainer) -> None:
+        """What comes ahead of the question."""
+
+    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+        """Every rank must come by here equally often; they stop together, after `before`."""
+        raise NotImplementedError
+
+
+class StepCheckpoints(Stopping):
     """step=N.ckpt at every `every` steps (0: only at the end and when told to stop); last.ckpt is
     the newest of them.
 
@@ -79,15 +112,15 @@ class StepCheckpoints(L.Callback):
         signals: Signals,
         stop_on_error: bool,
     ):
+        super().__init__()
         self.folder, self.every = folder, every
         self.keep_last, self.keep_every = keep_last, keep_every
         self.io, self.signals, self.stop_on_error = io, signals, stop_on_error
-        self._step = self._saved = 0
-        self._poll, self._failure = Poll(), ""
+        self._saved, self._failure = 0, ""
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self._step = self._saved = trainer.global_step
-        self._poll = Poll()
+        super().on_train_start(trainer, pl_module)
+        self._saved = trainer.global_step
         if trainer.is_global_zero:
             self.io.attempt(self.folder, self._tidy, "tidied up")
 
@@ -98,20 +131,9 @@ class StepCheckpoints(L.Callback):
             if path.endswith(".partial"):
                 fs.rm_file(path)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self._step:
-            return  # between two micro-batches
-        self._step = trainer.global_step
+    def after_step(self, trainer) -> None:
         if self.every and self._step % self.every == 0:
             self.save(trainer)
-        self.stop_if_told(trainer)
-
-    def on_validation_batch_end(
-        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
-    ) -> None:
-        """A validation that is broken off begins anew when the run goes on."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.stop_if_told(trainer, before=lambda: pl_module.average(False))
 
     def on_train_end(self, trainer, pl_module) -> None:
         if not self.save(trainer) and self.stop_on_error:
@@ -120,7 +142,6 @@ class StepCheckpoints(L.Callback):
     # ---- stopping -----------------------------------------------------------------------------
 
     def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
-        """Every rank must come by here equally often; they stop together."""
         told = self.signals.received is not None
         failed = self.io.failure is not None and self.stop_on_error
         if failed:
@@ -177,7 +198,7 @@ class StepCheckpoints(L.Callback):
                 fs.rm_file(f"{folder}/step={step}.ckpt")
 
 
-class Deadline(Timer):
+class Deadline(Stopping, Timer):
     """trainer.max_time: Lightning's clock, which a checkpoint keeps; a run whose time has passed is
     saved and ends as one that was told to, but with exit code 0.
 
@@ -190,34 +211,21 @@ class Deadline(Timer):
     def __init__(self, duration: str, save: Callable[[L.Trainer], bool] | None):
         super().__init__(duration, interval="step")
         self.save = save
-        self._step, self._poll = 0, Poll()
 
     def on_train_start(self, trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)
-        self._step, self._poll = trainer.global_step, Poll()
         if trainer.strategy.reduce_boolean_decision(self._over(), all=False):
             say(f"at step {self._step:,}: trainer.max_time is used up, no step is made")
             raise Stopped(0)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self._step:
-            return  # between two micro-batches
-        self._step = trainer.global_step
-        self._stop_if_over(trainer)
-
-    def on_validation_batch_end(
-        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
-    ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._stop_if_over(trainer, before=lambda: pl_module.average(False))
 
     def _check_time_remaining(self, trainer) -> None:
         """Lightning's own answer: none."""
 
     def _over(self) -> bool:
-        return self.time_remaining() <= 0
+        begun = self.start_time() is not None  # not so in the validation ahead of training
+        return begun and self.time_remaining() <= 0
 
-    def _stop_if_over(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
         if not any(self._poll(trainer.strategy.root_device, self._over())):
             return
         before()

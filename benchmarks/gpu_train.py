@@ -53,13 +53,12 @@ def train(args):
     peak, deadline = matmul_peak(args.device, dtype), time.monotonic() + args.seconds
     gpu = "" if args.tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "")
     found = {f"matrix product on GPU {gpu}" if gpu else "matrix product": {"peak": peak}}
-    for kind in kinds(args):
+    for kind in filter(partial(take, args=args), kinds(args)):
         release(args.device)
-        if take(kind, args):
-            for entry in measured(kind, peak, deadline, args):
-                found[kind.name] = entry
-                yield found
-            print(f"{kind.name:<24} {step_speed(entry)}", flush=True)
+        for entry in measured(kind, peak, deadline, args):
+            found[kind.name] = entry
+            yield found
+        print(f"{kind.name:<24} {step_speed(entry)}", flush=True)
 
 
 def take(kind: Kind, args) -> bool:
@@ -225,7 +224,7 @@ def most_memory(device: torch.device) -> int:
 
 def few(args) -> int:
     """Sequences of a small batch."""
-    return max(args.batch // 4, 2)
+    return args.batch // 4
 
 
 def largest_batch(run, args) -> int:
