@@ -12,8 +12,6 @@ check             flex (compiled), sdpa and, where installed, flash_attn, forwar
 train             model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU,
                   memory, largest batch
 sample            bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
-compile_train     nothing but what `train` compiles, which it then finds in the compiler's cache
-compile_sample    the same for `sample`
 """
 
 import argparse
@@ -28,19 +26,13 @@ import torch
 from benchmarks.conclusion import conclude
 from benchmarks.gpu_check import check
 from benchmarks.gpu_network import SMALL, TINY, device_name
-from benchmarks.gpu_sample import compile_sample, sample
+from benchmarks.gpu_sample import sample
 from benchmarks.gpu_table import missed
-from benchmarks.gpu_train import BACKENDS, compile_train, train
+from benchmarks.gpu_train import ALGORITHMS, BACKENDS, train
 from utils import write_json
 
 # each yields {name: what was found} as far as it has come
-PARTS = {
-    "check": check,
-    "train": train,
-    "sample": sample,
-    "compile_train": compile_train,
-    "compile_sample": compile_sample,
-}
+PARTS = {"check": check, "train": train, "sample": sample}
 
 
 def main(argv=None) -> int:
@@ -72,14 +64,14 @@ def parse(argv):
     parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
     parser.add_argument("--batch", type=int, default=32, help="sequences per training step")
     parser.add_argument("--seconds", type=float, default=300, help="for `train`; then it stops")
+    parser.add_argument("--backend", nargs="+", default=BACKENDS, choices=BACKENDS)
+    algos = sorted({algo for algo, _ in ALGORITHMS})
+    parser.add_argument("--algo", nargs="+", default=algos, choices=algos)
     parser.add_argument(
-        "--of", nargs="+", default=BACKENDS, choices=BACKENDS, help="training: backends"
-    )
-    parser.add_argument(
-        "--share", type=Path, help="training: an empty folder, by which processes share the kinds"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="training: no largest batch of compiled steps"
+        "--turn",
+        type=Path,
+        metavar="FOLDER",
+        help="`train`, `sample`: compile, make FOLDER/ready, measure when there is FOLDER/go",
     )
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args(argv)

@@ -42,6 +42,7 @@ fi
 IFS=, read -ra gpu_ids <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 # processes run beside each other: none takes all cores, neither to compute nor to compile
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8
+[ ${#tiny[@]} = 0 ] || OMP_NUM_THREADS=1
 if [ ${#tiny[@]} = 0 ] && compgen -G ".whl/*.whl" > /dev/null; then
   site=$(mktemp -d)
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
@@ -72,56 +73,74 @@ part() { # name, script, its words; leaves gpu_NAME.json
 on() { # one of the GPUs, a command that sees no other
   CUDA_VISIBLE_DEVICES=${gpu_ids[$1]} "${@:2}"
 }
-suite() { # name, tests to leave out, files; leaves gpu_NAME.xml unless they were interrupted
+suite() { # name, workers, tests to leave out, files; leaves gpu_NAME.xml unless interrupted
   local begun=$SECONDS
   OMP_NUM_THREADS=1 timeout -s INT -k 20 "$(left $((END / 2)))" "$PYTHON" -m pytest -q -W ignore \
-    -m gpu -k "not ($2)" -n $((workers < 8 ? workers : 8)) --dist worksteal --tb=short \
-    --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/test_%s.py ' "${@:3}") &> "$OUT/gpu_$1.log"
+    -m gpu -k "not ($3)" -n "$2" --dist worksteal --tb=short --durations=5 \
+    --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/test_%s.py ' "${@:4}") &> "$OUT/gpu_$1.log"
   [ $? -le 1 ] || rm -f "$OUT/gpu_$1.xml"
   grep -v SKIPPED "$OUT/gpu_$1.log" | tail -25 | sed "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"
 }
-
-# what is right; beside it, what will be timed is compiled: at most two networks that are trained at
-# a time on a GPU, which take 57 GiB. tests_several leaves out what takes minutes: test.sh --gpu
-share=$(mktemp -d) second=$((gpus > 1)) quick=()
-[ "$gpus" -gt 1 ] || quick=(--quick) # or it would not be done in time
-compile() { # a GPU, a name, words
-  on "$1" part "compile_$2" gpu.py "${@:3}" --share "$share/compiled" "${quick[@]}"
+share=$(mktemp -d) second=$((gpus > 1)) timed=
+start() { # a GPU or none, a name, words: compiles, and measures when its turn has come
+  local on=()
+  mkdir "$share/$2"
+  timed="$timed $2"
+  [ -z "$1" ] || on=(on "$1")
+  { "${on[@]}" part "${@:2}" --turn "$share/$2"; touch "$share/$2"/{ready,done}; } &
 }
-on 0 part check gpu.py check &
-suite tests dies decode forward freeze graphs sampling ssd_lm &
-if [ "$gpus" -gt 1 ]; then
-  suite tests_several "dies or moves or evaluate or texts" gpus &
-  compile 1 sdpa compile_train --of sdpa &
-fi
-if [ ${#tiny[@]} = 0 ]; then
-  compile 0 flex compile_train --of flex &
-  compile "$second" rest compile_sample compile_train &
-fi
-wait # never for a process in the foreground: a signal would wait as well
+until_all() { # a word, names: until all have come so far
+  local name
+  for name in "${@:2}"; do
+    until [ -e "$share/$name/$1" ]; do sleep 0.1; done
+  done
+}
+turns() { # names, one after the other
+  local name
+  for name in "$@"; do
+    touch "$share/$name/go"
+    until_all done "$name"
+  done
+}
+train() { # a GPU, a backend
+  start "$1" "$2_bamdlm" gpu.py train --backend "$2" --algo bamdlm --seconds "$(left 45)"
+  start "$1" "$2_rest" gpu.py train --backend "$2" --algo mdlm ar --seconds "$(left 45)"
+}
 
-# what is fast
-names="check tests sample"
-[ "$gpus" = 1 ] || names="$names tests_several"
+# what is right; beside it, what will be timed is compiled. tests_several leaves out what takes
+# minutes: scripts/test.sh --gpu
+start "$second" sample gpu.py sample
+if [ ${#tiny[@]} = 0 ]; then train 0 flex; fi
+train "$second" sdpa
 if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
-  names="$names several"
-  part several gpu_several.py &
-  wait
+  start "" several gpu_several.py
 else
   echo "several: not measured, this machine has one GPU"
 fi
-train() { # a GPU
-  on "$1" part "train_$1" gpu.py train --share "$share/timed" "${quick[@]}" --seconds "$(left 35)"
-}
-for gpu in $(seq 0 $((gpus < 4 ? gpus - 1 : 3))); do # more would find little left to share
-  names="$names train_$gpu"
-  if [ "$gpu" = "$second" ]; then
-    { on "$gpu" part sample gpu.py sample; train "$gpu"; } &
-  else
-    train "$gpu" &
-  fi
-done
+names="check tests$timed"
+on 0 part check gpu.py check &
+right=$!
+suite tests $((workers < 8 ? workers : 8)) dies decode forward freeze graphs sampling ssd_lm &
+right="$right $!"
+if [ "$gpus" -gt 1 ]; then
+  names="$names tests_several"
+  long="dies or moves or evaluate or texts or (bits and ddp) or (as_one and fsdp)"
+  suite tests_several 3 "$long" gpus &
+  right="$right $!"
+fi
+wait $right
+until_all ready $timed
+echo "== compiled and right or not after $SECONDS s; now it is timed"
+
+# what is fast: all GPUs together, then each beside the others, with one process at a time on it
+case "$timed" in *several*) turns several ;; esac
+if [ "$gpus" -gt 1 ]; then
+  turns flex_bamdlm flex_rest &
+  turns sample sdpa_bamdlm sdpa_rest &
+else
+  turns ${timed% several} &
+fi
 wait
 rm -rf "$share"
 echo "== $SECONDS s, files in $OUT"

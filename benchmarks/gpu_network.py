@@ -1,6 +1,7 @@
 """What the parts of gpu.py share: the network that is measured, and the device."""
 
 import gc
+import time
 from contextlib import nullcontext
 
 import torch
@@ -16,8 +17,11 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def network(args, *, algo="bamdlm", backend="sdpa", compiled=False, dropout=0.0) -> DiT:
+def network(
+    args, *, algo="bamdlm", backend="sdpa", compiled=False, dropout=0.0, n_blocks=None
+) -> DiT:
     """Made where it will be: numbers for 170 million weights take a CPU seconds."""
+    sizes = args.sizes if n_blocks is None else args.sizes | {"n_blocks": n_blocks}
     torch.manual_seed(0)
     with args.device, torch.no_grad():
         net = DiT(
@@ -26,7 +30,7 @@ def network(args, *, algo="bamdlm", backend="sdpa", compiled=False, dropout=0.0)
             adaln=algo != "ar",
             attn_backend=backend,
             compile=compiled,
-            **args.sizes,
+            **sizes,
         )
         for name, parameter in net.named_parameters():
             if name.startswith("output_layer") or "adaLN" in name:
@@ -44,6 +48,16 @@ def release(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats()
+
+
+def await_turn(args) -> None:
+    """Where several processes compile beside each other: waits until this one may be timed."""
+    if args.turn is None:
+        return
+    release(args.device)
+    (args.turn / "ready").touch()
+    while not (args.turn / "go").exists():
+        time.sleep(0.1)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,19 +1,24 @@
 """Part of gpu.py: how fast is sampling?"""
 
 import time
+from functools import partial
 
 import torch
 
-from benchmarks.gpu_network import autocast, network, synchronise
+from benchmarks.gpu_network import autocast, await_turn, network, synchronise
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from samplers import Request, Settings, generate
 
 
 def sample(args):
-    found, denoise = {}, sampler(args)
-    for name, rows, texts in (("one", 1, 3), ("many", many(args), 1)):
-        sampled(denoise, rows, args.length // 4, 1, args)  # compiles
+    found, denoise, many = {}, sampler(args), 4 if args.tiny else 512
+    warm_up = partial(sampled, denoise, length=args.length // 4, texts=1, args=args)
+    for rows in (1, many, 8):
+        warm_up(rows=rows)  # compiles
+    await_turn(args)
+    for name, rows, texts in (("one", 1, 3), ("many", many, 1)):
+        warm_up(rows=rows)
         found[name] = entry = sampled(denoise, rows, args.length, texts, args)
         print(
             f"{rows} x {args.length} tokens: {entry['seconds'][-1]:.2f} s,"
@@ -30,19 +35,6 @@ def sample(args):
         flush=True,
     )
     yield found
-
-
-def compile_sample(args):
-    started, denoise = time.perf_counter(), sampler(args)
-    for rows in (1, many(args), 8):
-        sampled(denoise, rows, args.length // 4, 1, args)
-    synchronise(args.device)
-    yield {"seconds": time.perf_counter() - started}
-
-
-def many(args) -> int:
-    """Texts of a large batch."""
-    return 4 if args.tiny else 512
 
 
 def sampler(args):

@@ -3,6 +3,7 @@
     python benchmarks/gpu_several.py            a table, a line of JSON; run by gpu.sh
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
+    python benchmarks/gpu_several.py --turn F   compile, make F/ready, measure once there is F/go
 
 Ahead of each training its processes train alone, beside each other; that is what it is compared
 with. That devices train what one would, and that a run resumes, is tested by tests/test_gpus.py.
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.conclusion import conclude
-from benchmarks.gpu_network import network, synchronise
+from benchmarks.gpu_network import await_turn, network, release, synchronise
 from benchmarks.gpu_table import missed, speeds
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from fitting import leave_signals
@@ -63,6 +64,7 @@ def parse(argv):
     parser.add_argument("--steps", type=int, default=20, help="timed, after the warm-up")
     parser.add_argument("--batch", type=int, default=32, help="sequences per device and step")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
+    parser.add_argument("--turn", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.tiny and args.check:
@@ -89,6 +91,7 @@ def scaled(devices: int, args) -> dict:
     share that is of the sum."""
     words = ["benchmarks/gpu_several.py", "--worker", f"--steps={args.steps}"]
     words += [f"--batch={args.batch}", *(["--tiny"] if args.tiny else [])]
+    words += [] if args.turn is None else [f"--turn={args.turn}"]
     said = torchrun(devices, words)
     alone, (together,) = (
         [float(speed) for speed in re.findall(rf"{name} tokens/s: (\S+)\n", said)]
@@ -119,11 +122,19 @@ def worker(args) -> int:
     devices, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     here = gpu.parse(["train", *(["--tiny"] if args.tiny else [])])
     here.device, device = torch.device("cpu"), here.device  # Lightning moves the network
-    net = network(
-        here, backend="sdpa" if args.tiny else "flex", compiled=not args.tiny, dropout=0.1
-    )
-    say("alone", fitted(net, here, args, device))
-    together = fitted(net, here, args, device, devices)
+    backend = "sdpa" if args.tiny else "flex"
+    made = partial(network, here, backend=backend, compiled=not args.tiny, dropout=0.1)
+    fitted(made(n_blocks=2), here, args, device, steps=2)  # compiles
+    release(device)
+    if args.turn is not None:
+        (args.turn / f"rank_{rank}").touch()
+        while len([*args.turn.glob("rank_*")]) < devices:
+            time.sleep(0.1)
+        here.turn = args.turn
+        await_turn(here)
+    net, steps = made(), WARM_UP + args.steps
+    say("alone", fitted(net, here, args, device, steps=steps))
+    together = fitted(net, here, args, device, devices, steps=steps)
     if rank == 0:
         say("together", together)
     return 0
@@ -134,8 +145,8 @@ def say(name: str, speed: float) -> None:
     print(f"{name} tokens/s: {speed}\n", end="", flush=True)
 
 
-def fitted(net, here, args, device: torch.device, devices: int = 1) -> float:
-    """tokens/s of a training on so many devices."""
+def fitted(net, here, args, device: torch.device, devices: int = 1, *, steps: int) -> float:
+    """tokens/s of a training on so many devices, after the warm-up."""
     module = Diffusion(
         backbone=net,
         objective=MaskedDiffusion(here.vocab - 1, 16, get_schedule("loglinear")),
@@ -152,7 +163,7 @@ def fitted(net, here, args, device: torch.device, devices: int = 1) -> float:
         devices=mine,
         strategy=Replicated() if devices > 1 else "auto",
         precision="32-true" if args.tiny else "bf16-mixed",
-        max_steps=WARM_UP + args.steps,
+        max_steps=steps,
         gradient_clip_val=1.0,
         limit_val_batches=0,
         enable_checkpointing=False,
@@ -163,16 +174,16 @@ def fitted(net, here, args, device: torch.device, devices: int = 1) -> float:
         use_distributed_sampler=False,
     )
     leave_signals(trainer)
-    made = batches(here, args, devices, int(os.environ["RANK"]) % devices)
+    made = batches(here, args, devices, int(os.environ["RANK"]) % devices, steps)
     trainer.fit(module, torch.utils.data.DataLoader(made, batch_size=None))
     return devices * args.batch * here.length * args.steps / clock.seconds
 
 
-def batches(here, args, devices: int, rank: int) -> list[dict]:
+def batches(here, args, devices: int, rank: int, steps: int) -> list[dict]:
     """Those of one process: its share of each global batch."""
     generator = torch.Generator().manual_seed(rank)
     made = []
-    for step in range(WARM_UP + args.steps):
+    for step in range(steps):
         ids = torch.randint(here.vocab - 1, (args.batch, here.length), generator=generator)
         row = torch.arange(args.batch) + (step * devices + rank) * args.batch
         made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": row})

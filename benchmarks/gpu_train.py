@@ -5,13 +5,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
+from types import FunctionType
 
 import torch
+from torch._dynamo.utils import counters
 
-from benchmarks.gpu_network import autocast, network, release, synchronise
+from benchmarks.gpu_network import autocast, await_turn, network, release, synchronise
 from benchmarks.gpu_table import step_speed
 from flops import Shape, flops, matmul_peak
+from models.dit import _run_block
 from models.ema import EMA
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
@@ -49,28 +52,59 @@ TRIES = 10  # of a largest batch
 
 
 def train(args):
-    dtype = torch.float32 if args.tiny else torch.bfloat16
-    peak, deadline = matmul_peak(args.device, dtype), time.monotonic() + args.seconds
+    deadline = time.monotonic() + args.seconds
+    compiling = {kind: compiled(kind, args) for kind in kinds(args)}
+    await_turn(args)
+    peak = matmul_peak(args.device, torch.float32 if args.tiny else torch.bfloat16)
     gpu = "" if args.tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "")
     found = {f"matrix product on GPU {gpu}" if gpu else "matrix product": {"peak": peak}}
-    for kind in filter(partial(take, args=args), kinds(args)):
+    for kind, seconds in compiling.items():
         release(args.device)
+        graphs = counters["stats"]["unique_graphs"]
         for entry in measured(kind, peak, deadline, args):
-            found[kind.name] = entry
+            found[kind.name] = seconds | entry
             yield found
-        print(f"{kind.name:<24} {step_speed(entry)}", flush=True)
+        print(f"{kind.name:<24} {step_speed(found[kind.name])}", flush=True)
+        if anew := counters["stats"]["unique_graphs"] - graphs:
+            print(f"{kind.name}: {anew} graphs compiled while it was measured", flush=True)
 
 
-def take(kind: Kind, args) -> bool:
-    """Takes it, unless another process with the same `args.share` has."""
-    if args.share is None:
-        return True
-    args.share.mkdir(exist_ok=True)
+def compiled(kind: Kind, args) -> dict:
+    """What a kind compiles is compiled, and how long that took. Two blocks have all the code of
+    twelve."""
+    if not kind.compiled and kind.backend != "flex":
+        return {}
+    torch._dynamo.pgo.reset_code_state()  # the sizes that other kinds had are no sign of change
+    started = time.perf_counter()
     try:
-        (args.share / kind.name.replace(" ", "_")).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+        first_steps(kind, args)
+    except RuntimeError as error:  # `measured` will meet it again, or have more memory
+        print(f"{kind.name}: {first_line(error)}", flush=True)
+        return {}
+    finally:
+        release(args.device)
+    seconds = time.perf_counter() - started
+    print(f"{kind.name}: compiled in {seconds:.0f} s", flush=True)
+    return {"compiled_in": seconds}
+
+
+def first_steps(kind: Kind, args) -> None:
+    run = stepper(kind, args, n_blocks=2)
+    # FlexAttention alone is compiled for any batch, and less memory will do
+    run(0, args.batch if kind.compiled else few(args))
+    if kind.compiled:
+        run(1, few(args), any_batch=True)
+    synchronise(args.device)
+
+
+@cache
+def run_block(kind: Kind, any_batch: bool) -> Callable:
+    """The compiled blocks of a kind: for one batch, or for any once a smaller one was met.
+
+    Each is a copy of the function, as the compiler keeps what it made with the function: what is
+    timed must not run code for any batch.
+    """
+    return torch.compile(FunctionType(_run_block.__code__.replace(), _run_block.__globals__))
 
 
 def measured(kind: Kind, peak: float, deadline: float, args):
@@ -85,7 +119,7 @@ def measured(kind: Kind, peak: float, deadline: float, args):
         yield why(error)
         return
     yield entry
-    if args.device.type == "cpu" or (kind.compiled and args.quick):
+    if args.device.type == "cpu":
         return
     if time.monotonic() > deadline:
         entry["largest_batch"] = "no time left"
@@ -95,31 +129,6 @@ def measured(kind: Kind, peak: float, deadline: float, args):
         except RuntimeError as error:
             entry["largest_batch"] = first_line(error)
     yield entry
-
-
-def compile_train(args):
-    """One step of each kind that compiles anything: FlexAttention always does."""
-    found = {}
-    able = [kind for kind in kinds(args) if kind.compiled or kind.backend == "flex"]
-    for kind in filter(partial(take, args=args), able):
-        try:
-            entry = first_step(kind, args)
-        except RuntimeError as error:
-            entry = why(error)
-        found[kind.name] = entry
-        release(args.device)
-        print(f"{kind.name}: " + " ".join(f"{key} {value}" for key, value in entry.items()))
-        yield found
-
-
-def first_step(kind: Kind, args) -> dict:
-    started = time.perf_counter()
-    # blocks are compiled for a batch; FlexAttention alone for any, and less memory will do
-    run = stepper(kind, args)
-    loss = run(0, args.batch if kind.compiled else few(args))
-    if kind.compiled and not args.quick:
-        run(1, few(args))  # from the second batch on for any
-    return {"loss": loss.item(), "seconds": round(time.perf_counter() - started)}
 
 
 def why(error: Exception) -> dict:
@@ -135,15 +144,19 @@ def is_full(error: Exception) -> bool:
 def kinds(args) -> list[Kind]:
     """On a CPU FlexAttention has no backward pass, and compiling takes minutes."""
     able = [k for k in KINDS if not args.tiny or not (k.compiled or k.backend == "flex")]
-    return [kind for kind in able if kind.backend in args.of]
+    return [kind for kind in able if kind.backend in args.backend and kind.algo in args.algo]
 
 
-def stepper(kind: Kind, args):
+def stepper(kind: Kind, args, n_blocks: int | None = None):
     """A function of a step's number and batch that makes one whole step: draws, loss, gradients,
     clipping, AdamW, EMA."""
-    torch._dynamo.reset()  # its limit of graphs per function is for one network
     net = network(
-        args, algo=kind.algo, backend=kind.backend, compiled=kind.compiled, dropout=0.1
+        args,
+        algo=kind.algo,
+        backend=kind.backend,
+        compiled=kind.compiled,
+        dropout=0.1,
+        n_blocks=n_blocks,
     ).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     ema = EMA(net.named_parameters(), 0.9999)
@@ -176,8 +189,10 @@ def stepper(kind: Kind, args):
 
     graphed = GraphedLoss(net, loss, sent, shared=False)
 
-    def run(step: int, batch: int = args.batch) -> torch.Tensor:
-        """Returns the loss."""
+    def run(step: int, batch: int = args.batch, any_batch: bool = False) -> torch.Tensor:
+        """Returns the loss. `any_batch`: by blocks compiled for any."""
+        if kind.compiled:
+            net.run_block = run_block(kind, any_batch)
         optimizer.zero_grad()
         asked = question(step, batch)
         with autocast(args.device, None if args.tiny else torch.bfloat16):
@@ -193,11 +208,8 @@ def stepper(kind: Kind, args):
 
 
 def speed(kind: Kind, run, peak: float, args) -> dict:
-    started = time.perf_counter()
-    run(0)
-    synchronise(args.device)
-    first = time.perf_counter() - started
-    run(1), run(2), run(3)  # with compilation the third records
+    for step in range(4):
+        run(step)  # with compilation the third records
     synchronise(args.device)
     started = time.perf_counter()
     losses = [run(4 + step) for step in range(args.steps)]
@@ -210,7 +222,6 @@ def speed(kind: Kind, run, peak: float, args) -> dict:
     return {
         "seconds": seconds,
         "loss": losses[-1].item(),
-        "first_step": first,
         "tokens_per_second": args.batch * args.length / seconds,
         "mfu": flops(shape).step * args.batch / seconds / peak,
         "memory_gib": most_memory(args.device) / 2**30,
@@ -228,8 +239,8 @@ def few(args) -> int:
 
 
 def largest_batch(run, args) -> int:
-    """The multiple of BATCHES that fits while the next does not. Compiled steps are compiled once
-    more, for any batch, and are not recorded. RuntimeError if it is not found in TRIES."""
+    """The multiple of BATCHES that fits while the next does not, with blocks compiled for any
+    batch, which are not recorded. RuntimeError if it is not found in TRIES."""
     memory = most_memory(args.device)  # of args.batch
     fits(run, few(args), args)
     each = (memory - most_memory(args.device)) / (args.batch - few(args))
@@ -266,7 +277,7 @@ def capacity(device: torch.device) -> int:
 def fits(run, batch: int, args) -> bool:
     release(args.device)
     try:
-        run(0, batch)
+        run(0, batch, any_batch=True)
         synchronise(args.device)
     except RuntimeError as error:
         if not is_full(error):
