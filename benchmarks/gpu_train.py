@@ -126,6 +126,7 @@ def measured(kind: Kind, peak: float, deadline: float, args):
     else:
         try:
             entry["largest_batch"] = largest_batch(run, args)
+            entry["capacity_gib"] = capacity(args.device) / 2**30
         except RuntimeError as error:
             entry["largest_batch"] = first_line(error)
     yield entry
