@@ -46,10 +46,8 @@ def main(argv=None) -> int:
     found = {}
     figures = {"several": found}
     for n in (n for n in (2, 4, 8) if n <= most):
-        begun = time.monotonic()
         found[f"ddp on {n}"] = entry = scaled(n, args)
-        seconds = time.monotonic() - begun
-        print(f"ddp on {n}: {speeds(entry)}  after {seconds:.0f} s", flush=True)
+        print(f"ddp on {n}: {speeds(entry)}", flush=True)
         if args.out is not None:
             write_json(args.out, figures)
     return conclude(figures, [] if args.tiny else missed(figures), check=args.check, out=args.out)

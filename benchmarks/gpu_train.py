@@ -91,9 +91,9 @@ def compiled(kind: Kind, args) -> dict:
 def first_steps(kind: Kind, args) -> None:
     run = stepper(kind, args, n_blocks=2)
     # FlexAttention alone is compiled for any batch, and less memory will do
-    run(0, args.batch if kind.compiled else few(args))
+    run(0, args.batch if kind.compiled else half(args))
     if kind.compiled:
-        run(1, few(args), any_batch=True)
+        run(1, half(args), any_batch=True)
     synchronise(args.device)
 
 
@@ -234,17 +234,17 @@ def most_memory(device: torch.device) -> int:
     return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated()
 
 
-def few(args) -> int:
-    """Sequences of a small batch."""
-    return args.batch // 4
+def half(args) -> int:
+    """Sequences of a smaller batch; of much smaller ones the compiler makes other code."""
+    return args.batch // 2
 
 
 def largest_batch(run, args) -> int:
     """The multiple of BATCHES that fits while the next does not, with blocks compiled for any
     batch, which are not recorded. RuntimeError if it is not found in TRIES."""
     memory = most_memory(args.device)  # of args.batch
-    fits(run, few(args), args)
-    each = (memory - most_memory(args.device)) / (args.batch - few(args))
+    fits(run, half(args), args)
+    each = (memory - most_memory(args.device)) / (args.batch - half(args))
     more = (capacity(args.device) - memory) / each  # if memory grows evenly
     return bracketed(lambda batch: fits(run, batch, args), args.batch, args.batch + int(more))
 

@@ -1,8 +1,61 @@
-"""The largest batch, as benchmarks/gpu_train.py looks for it."""
+"""benchmarks/gpu_train.py: the largest batch as it looks for it, and what it times."""
+
+import functools
 
 import pytest
+import torch
 
-from benchmarks.gpu_train import BATCHES, bracketed
+from benchmarks import gpu, gpu_train
+from benchmarks.gpu_train import BATCHES, Kind, bracketed
+from objectives import graphs, head
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Numbers of the graphs that torch.compile made, without a code generator, and that ran."""
+    caches = head._compiled_cross_entropy, gpu_train.run_block
+    made, ran = [], []
+
+    def backend(graph, inputs):
+        number = len(made)
+        made.append(number)
+
+        def run(*given):
+            ran.append(number)
+            return graph.forward(*given)
+
+        return run
+
+    def clear():
+        torch._dynamo.reset()
+        for each in caches:
+            each.cache_clear()
+
+    clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield made, ran
+    clear()
+
+
+@pytest.mark.parametrize(("algo", "size"), [("bamdlm", 16), ("mdlm", None), ("ar", 1)])
+def test_what_is_timed_was_compiled_before_and_for_one_batch(algo, size, traced, monkeypatch):
+    monkeypatch.setattr(graphs, "WARM_UP", 9)  # what a CPU cannot do is to record
+    args = gpu.parse(["train", "--tiny"])
+    args.batch = 8
+    kind, (made, ran) = Kind(algo, size, "sdpa", True), traced
+    assert list(gpu_train.compiled(kind, args)) == ["compiled_in"]
+    compiled = set(made)
+    run = gpu_train.stepper(kind, args, n_blocks=3)
+
+    def steps(*batches, **how):
+        ran.clear()
+        for batch in batches:
+            run(0, batch, **how)
+        return set(ran)
+
+    timed, searched = steps(8, 8), steps(4, 16, 8, any_batch=True)
+    assert set(made) == compiled == timed | searched
+    assert len(timed & searched) == 1  # the head, which is compiled for any number of rows
 
 
 @pytest.mark.parametrize("most", [32, 33, 64, 95, 96, 100, 136, 200])
