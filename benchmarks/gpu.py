@@ -63,15 +63,16 @@ def parse(argv):
     parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
     parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
     parser.add_argument("--batch", type=int, default=32, help="sequences per training step")
-    parser.add_argument("--seconds", type=float, default=300, help="for `train`; then it stops")
-    parser.add_argument("--backend", nargs="+", default=BACKENDS, choices=BACKENDS)
-    algos = sorted({algo for algo, _ in ALGORITHMS})
-    parser.add_argument("--algo", nargs="+", default=algos, choices=algos)
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="for `train`; then it begins with no other step"
+    )
+    add_choices(parser, "--backend", BACKENDS)
+    add_choices(parser, "--algo", sorted({algo for algo, _ in ALGORITHMS}))
     parser.add_argument(
         "--turn",
         type=Path,
         metavar="FOLDER",
-        help="`train`, `sample`: compile, make FOLDER/ready, measure when there is FOLDER/go",
+        help="compile for `train`, `sample`; make FOLDER/ready; measure once FOLDER/go is there",
     )
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args(argv)
@@ -89,6 +90,12 @@ def parse(argv):
     if args.tiny:
         args.steps, args.batch = 2, 2
     return args
+
+
+def add_choices(parser, name: str, choices: list[str]) -> None:
+    parser.add_argument(
+        name, nargs="+", default=choices, choices=choices, help="those that `train` measures"
+    )
 
 
 if __name__ == "__main__":

@@ -52,23 +52,26 @@ fi
 rm -f "$OUT"/gpu_*.json "$OUT"/gpu_*.xml
 workers=$(nproc)
 
+share=$(mktemp -d)
+clear() { rm -rf "$share" ${site:+"$site"}; } # who waits for a turn ends as well
 stop() { # a process, before it starts another one, and those below it; not this one
   local child children
   children=$(pgrep -P "$1")
   [ "$1" = $$ ] || kill "$1" 2> /dev/null
   for child in $children; do stop "$child"; done
 }
-trap 'trap - INT TERM; echo "gpu.sh: stopped"; stop $$; exit 130' INT TERM
+trap 'trap - INT TERM; echo "gpu.sh: stopped"; stop $$; clear; exit 130' INT TERM
 
 left() { # seconds but so many; never 0, which is no limit to `timeout`
   local seconds=$((END - SECONDS - ${1:-0}))
   echo $((seconds > 1 ? seconds : 1))
 }
 part() { # name, script, its words; leaves gpu_NAME.json
-  local begun=$SECONDS
-  timeout "$(left)" "$PYTHON" -W ignore "benchmarks/$2" "${@:3}" "${tiny[@]}" \
+  local begun=$SECONDS code
+  timeout -k 10 "$(left)" "$PYTHON" -W ignore "benchmarks/$2" "${@:3}" "${tiny[@]}" \
     --out "$OUT/gpu_$1.json" 2>&1 | grep --line-buffered -v '^{' | sed -u "s/^/$1: /"
-  echo "$1: $((SECONDS - begun)) s"
+  code=${PIPESTATUS[0]}
+  echo "$1: $((SECONDS - begun)) s$([ "$code" = 0 ] || echo ", exit code $code")"
 }
 on() { # one of the GPUs, a command that sees no other
   CUDA_VISIBLE_DEVICES=${gpu_ids[$1]} "${@:2}"
@@ -76,52 +79,56 @@ on() { # one of the GPUs, a command that sees no other
 suite() { # name, workers, tests to leave out, files; leaves gpu_NAME.xml unless interrupted
   local begun=$SECONDS
   OMP_NUM_THREADS=1 timeout -s INT -k 20 "$(left $((END / 2)))" "$PYTHON" -m pytest -q -W ignore \
-    -m gpu -k "not ($3)" -n "$2" --dist worksteal --tb=short --durations=5 \
+    -m gpu -k "${3:+not ($3)}" -n "$2" --dist worksteal --tb=short --durations=5 \
     --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/test_%s.py ' "${@:4}") &> "$OUT/gpu_$1.log"
   [ $? -le 1 ] || rm -f "$OUT/gpu_$1.xml"
   grep -v SKIPPED "$OUT/gpu_$1.log" | tail -25 | sed "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"
 }
-share=$(mktemp -d) second=$((gpus > 1)) timed=
-start() { # a GPU or none, a name, words: compiles, and measures when its turn has come
-  local on=()
-  mkdir "$share/$2"
-  timed="$timed $2"
-  [ -z "$1" ] || on=(on "$1")
-  { "${on[@]}" part "${@:2}" --turn "$share/$2"; touch "$share/$2"/{ready,done}; } &
+start() { # a name, a command: compiles, and measures when its turn has come
+  mkdir "$share/$1"
+  timed="$timed $1"
+  { "${@:2}" --turn "$share/$1"; touch "$share/$1"/{ready,done}; } &
 }
-until_all() { # a word, names: until all have come so far
+start_one() { # a name, words: on the next of the GPUs
+  queue[next]="${queue[next]-} $1"
+  start "$1" on "$next" part "$@"
+  next=$(((next + 1) % gpus))
+}
+train() { # a backend, a name, algorithms
+  start_one "$1_$2" gpu.py train --backend "$1" --algo "${@:3}" --seconds "$(left 45)"
+}
+until_all() { # a word, names: until all have come so far, or there is no time left
   local name
   for name in "${@:2}"; do
-    until [ -e "$share/$name/$1" ]; do sleep 0.1; done
+    until [ -e "$share/$name/$1" ] || [ "$SECONDS" -gt $((END + 12)) ]; do sleep 0.1; done
   done
 }
 turns() { # names, one after the other
   local name
   for name in "$@"; do
-    touch "$share/$name/go"
+    [ -e "$share/$name/done" ] || touch "$share/$name/go"
     until_all done "$name"
   done
-}
-train() { # a GPU, a backend
-  start "$1" "$2_bamdlm" gpu.py train --backend "$2" --algo bamdlm --seconds "$(left 45)"
-  start "$1" "$2_rest" gpu.py train --backend "$2" --algo mdlm ar --seconds "$(left 45)"
 }
 
 # what is right; beside it, what will be timed is compiled. tests_several leaves out what takes
 # minutes: scripts/test.sh --gpu
-start "$second" sample gpu.py sample
-if [ ${#tiny[@]} = 0 ]; then train 0 flex; fi
-train "$second" sdpa
+timed='' queue=() next=0
+start_one sample gpu.py sample
+for rest in bamdlm 'mdlm ar'; do
+  [ ${#tiny[@]} != 0 ] || train flex "${rest%% *}" $rest
+  train sdpa "${rest%% *}" $rest
+done
 if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
-  start "" several gpu_several.py
+  start several part several gpu_several.py
 else
   echo "several: not measured, this machine has one GPU"
 fi
 names="check tests$timed"
 on 0 part check gpu.py check &
 right=$!
-suite tests $((workers < 8 ? workers : 8)) dies decode forward freeze graphs sampling ssd_lm &
+suite tests $((workers < 8 ? workers : 8)) '' decode forward freeze graphs sampling ssd_lm &
 right="$right $!"
 if [ "$gpus" -gt 1 ]; then
   names="$names tests_several"
@@ -131,17 +138,14 @@ if [ "$gpus" -gt 1 ]; then
 fi
 wait $right
 until_all ready $timed
-echo "== compiled and right or not after $SECONDS s; now it is timed"
+echo "== $SECONDS s: all is compiled; now it is measured"
 
-# what is fast: all GPUs together, then each beside the others, with one process at a time on it
-case "$timed" in *several*) turns several ;; esac
-if [ "$gpus" -gt 1 ]; then
-  turns flex_bamdlm flex_rest &
-  turns sample sdpa_bamdlm sdpa_rest &
-else
-  turns ${timed% several} &
-fi
+# what is fast: all GPUs together, then each beside the others
+[[ $timed != *several ]] || turns several
+for each in "${queue[@]}"; do turns $each & done
 wait
-rm -rf "$share"
 echo "== $SECONDS s, files in $OUT"
-exec "$PYTHON" benchmarks/gpu_table.py "$OUT" $names "${check[@]}"
+"$PYTHON" benchmarks/gpu_table.py "$OUT" $names "${check[@]}"
+code=$?
+clear
+exit $code

@@ -3,6 +3,7 @@
 import gc
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -50,13 +51,20 @@ def release(device: torch.device) -> None:
         torch.accelerator.reset_peak_memory_stats()
 
 
-def await_turn(args) -> None:
+def await_turn(turn: Path | None, device: torch.device) -> None:
     """Where several processes compile beside each other: waits until this one may be timed."""
-    if args.turn is None:
+    if turn is None:
         return
-    release(args.device)
-    (args.turn / "ready").touch()
-    while not (args.turn / "go").exists():
+    release(device)
+    (turn / "ready").touch()
+    await_file(turn / "go")
+
+
+def await_file(path: Path) -> None:
+    """Ends the process where the folder is gone, and with it who would make the file."""
+    while not path.exists():
+        if not path.parent.exists():
+            raise SystemExit(f"{path.parent} is gone: nothing is measured")
         time.sleep(0.1)
 
 

@@ -16,7 +16,7 @@ def sample(args):
     warm_up = partial(sampled, denoise, length=args.length // 4, texts=1, args=args)
     for rows in (1, many, 8):
         warm_up(rows=rows)  # compiles
-    await_turn(args)
+    await_turn(args.turn, args.device)
     for name, rows, texts in (("one", 1, 3), ("many", many, 1)):
         warm_up(rows=rows)
         found[name] = entry = sampled(denoise, rows, args.length, texts, args)

@@ -3,7 +3,6 @@
     python benchmarks/gpu_several.py            a table, a line of JSON; run by gpu.sh
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
-    python benchmarks/gpu_several.py --turn F   compile, make F/ready, measure once there is F/go
 
 Ahead of each training its processes train alone, beside each other; that is what it is compared
 with. That devices train what one would, and that a run resumes, is tested by tests/test_gpus.py.
@@ -25,7 +24,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.conclusion import conclude
-from benchmarks.gpu_network import await_turn, network, release, synchronise
+from benchmarks.gpu_network import await_file, await_turn, network, release, synchronise
 from benchmarks.gpu_table import missed, speeds
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from fitting import leave_signals
@@ -62,7 +61,13 @@ def parse(argv):
     parser.add_argument("--steps", type=int, default=20, help="timed, after the warm-up")
     parser.add_argument("--batch", type=int, default=32, help="sequences per device and step")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
-    parser.add_argument("--turn", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--turn",
+        type=Path,
+        metavar="FOLDER",
+        help="compile, make FOLDER/ready, measure once FOLDER/go is there; of more than two\n"
+        "devices each compiles when it comes to them",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.tiny and args.check:
@@ -99,20 +104,23 @@ def scaled(devices: int, args) -> dict:
 
 
 class Clock(L.Callback):
+    """`seconds` of the steps after the warm-up."""
+
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.stopping = device, 0.0, Poll()
+        self.device, self.begun, self.seconds, self.stopping = device, None, None, Poll()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == WARM_UP:
             synchronise(self.device)
-            self.seconds = -time.perf_counter()
+            self.begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.stopping(self.device, False, False)  # as every run asks (saving.py)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        synchronise(self.device)
-        self.seconds += time.perf_counter()
+        if self.begun is not None:
+            synchronise(self.device)
+            self.seconds = time.perf_counter() - self.begun
 
 
 def worker(args) -> int:
@@ -122,19 +130,21 @@ def worker(args) -> int:
     here.device, device = torch.device("cpu"), here.device  # Lightning moves the network
     backend = "sdpa" if args.tiny else "flex"
     made = partial(network, here, backend=backend, compiled=not args.tiny, dropout=0.1)
-    fitted(made(n_blocks=2), here, args, device, steps=2)  # compiles
+    fit(made(n_blocks=2), here, args, device, steps=2)  # compiles
     release(device)
     if args.turn is not None:
-        (args.turn / f"rank_{rank}").touch()
-        while len([*args.turn.glob("rank_*")]) < devices:
-            time.sleep(0.1)
-        here.turn = args.turn
-        await_turn(here)
+        mine, *others = [args.turn / f"{(rank + i) % devices}_of_{devices}" for i in range(devices)]
+        mine.touch()
+        for other in others:
+            await_file(other)
+    await_turn(args.turn, device)
     net, steps = made(), WARM_UP + args.steps
-    say("alone", fitted(net, here, args, device, steps=steps))
-    together = fitted(net, here, args, device, devices, steps=steps)
+    alone = fit(net, here, args, device, steps=steps)
+    tokens = args.batch * here.length * args.steps  # of a device, timed
+    say("alone", tokens / alone.seconds)
+    together = fit(net, here, args, device, devices, steps=steps)
     if rank == 0:
-        say("together", together)
+        say("together", devices * tokens / together.seconds)
     return 0
 
 
@@ -143,8 +153,8 @@ def say(name: str, speed: float) -> None:
     print(f"{name} tokens/s: {speed}\n", end="", flush=True)
 
 
-def fitted(net, here, args, device: torch.device, devices: int = 1, *, steps: int) -> float:
-    """tokens/s of a training on so many devices, after the warm-up."""
+def fit(net, here, args, device: torch.device, devices: int = 1, *, steps: int) -> Clock:
+    """Trains so many steps on so many devices."""
     module = Diffusion(
         backbone=net,
         objective=MaskedDiffusion(here.vocab - 1, 16, get_schedule("loglinear")),
@@ -174,7 +184,7 @@ def fitted(net, here, args, device: torch.device, devices: int = 1, *, steps: in
     leave_signals(trainer)
     made = batches(here, args, devices, int(os.environ["RANK"]) % devices, steps)
     trainer.fit(module, torch.utils.data.DataLoader(made, batch_size=None))
-    return devices * args.batch * here.length * args.steps / clock.seconds
+    return clock
 
 
 def batches(here, args, devices: int, rank: int, steps: int) -> list[dict]:

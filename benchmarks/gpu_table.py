@@ -102,16 +102,16 @@ def step_speed(entry: dict) -> str:
     for reason in ("left_out", "failed"):
         if reason in entry:
             return f"{reason.replace('_', ' ')}: {entry[reason]}"
-    if "peak" in entry:
-        return f"{entry['peak'] / 1e12:9.0f} TFLOP/s"
-    batch = entry.get("largest_batch")
-    within = f" in {entry['capacity_gib']:.1f}" if "capacity_gib" in entry else ""
-    compiled = f"  compiled in {entry['compiled_in']:.0f} s" if "compiled_in" in entry else ""
-    return (
-        f"{entry['tokens_per_second']:9,.0f} tokens/s {entry['mfu']:6.1%} MFU"
-        f" {1000 * entry['seconds']:6.1f} ms {entry['memory_gib']:5.1f} GiB"
-        f"{f'  largest batch {batch}{within}' if batch else ''}{compiled}"
+    line = (
+        f"{entry['tokens_per_second']:9,.0f} tokens/s {entry['mfu']:6.1%} of"
+        f" {entry['peak'] / 1e12:.3g} TFLOP/s {1000 * entry['seconds']:6.1f} ms"
+        f" {entry['memory_gib']:5.1f} GiB"
     )
+    if "largest_batch" in entry:
+        line += f"  largest batch {entry['largest_batch']}"
+    if "capacity_gib" in entry:
+        line += f" in {entry['capacity_gib']:.1f} GiB"
+    return line
 
 
 def read(folder: Path, name: str) -> dict:

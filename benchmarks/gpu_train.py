@@ -1,7 +1,6 @@
 """Part of gpu.py: how fast is a training step, in which memory, and how large may its batch be?"""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,40 +51,37 @@ TRIES = 10  # of a largest batch
 
 
 def train(args):
-    deadline = time.monotonic() + args.seconds
-    compiling = {kind: compiled(kind, args) for kind in kinds(args)}
-    await_turn(args)
+    found, deadline = {}, time.monotonic() + args.seconds
+    if args.turn is not None:
+        for kind in kinds(args):
+            compile_kind(kind, args)
+        await_turn(args.turn, args.device)
     peak = matmul_peak(args.device, torch.float32 if args.tiny else torch.bfloat16)
-    gpu = "" if args.tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    found = {f"matrix product on GPU {gpu}" if gpu else "matrix product": {"peak": peak}}
-    for kind, seconds in compiling.items():
+    for kind in kinds(args):
+        if args.turn is None:
+            compile_kind(kind, args)
         release(args.device)
         graphs = counters["stats"]["unique_graphs"]
         for entry in measured(kind, peak, deadline, args):
-            found[kind.name] = seconds | entry
+            entry["compiled_anew"] = counters["stats"]["unique_graphs"] - graphs
+            found[kind.name] = entry
             yield found
         print(f"{kind.name:<24} {step_speed(found[kind.name])}", flush=True)
-        if anew := counters["stats"]["unique_graphs"] - graphs:
-            print(f"{kind.name}: {anew} graphs compiled while it was measured", flush=True)
 
 
-def compiled(kind: Kind, args) -> dict:
-    """What a kind compiles is compiled, and how long that took. Two blocks have all the code of
-    twelve."""
+def compile_kind(kind: Kind, args) -> None:
+    """All that it compiles: two blocks have the code of twelve."""
     if not kind.compiled and kind.backend != "flex":
-        return {}
+        return
     torch._dynamo.pgo.reset_code_state()  # the sizes that other kinds had are no sign of change
     started = time.perf_counter()
     try:
         first_steps(kind, args)
     except RuntimeError as error:  # `measured` will meet it again, or have more memory
         print(f"{kind.name}: {first_line(error)}", flush=True)
-        return {}
-    finally:
-        release(args.device)
-    seconds = time.perf_counter() - started
-    print(f"{kind.name}: compiled in {seconds:.0f} s", flush=True)
-    return {"compiled_in": seconds}
+    else:
+        print(f"{kind.name}: compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    release(args.device)
 
 
 def first_steps(kind: Kind, args) -> None:
@@ -225,6 +221,7 @@ def speed(kind: Kind, run, peak: float, args) -> dict:
         "loss": losses[-1].item(),
         "tokens_per_second": args.batch * args.length / seconds,
         "mfu": flops(shape).step * args.batch / seconds / peak,
+        "peak": peak,
         "memory_gib": most_memory(args.device) / 2**30,
     }
 
@@ -241,7 +238,8 @@ def half(args) -> int:
 
 def largest_batch(run, args) -> int:
     """The multiple of BATCHES that fits while the next does not, with blocks compiled for any
-    batch, which are not recorded. RuntimeError if it is not found in TRIES."""
+    batch, which are not recorded. Processes that wait beside this one hold half a GiB and more
+    each. RuntimeError if it is not found in TRIES."""
     memory = most_memory(args.device)  # of args.batch
     fits(run, half(args), args)
     each = (memory - most_memory(args.device)) / (args.batch - half(args))

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import gpu_table
 
-STEP = {"mfu": 0.4, "seconds": 0.1, "memory_gib": 20.0}
+STEP = {"mfu": 0.4, "peak": 7.5e14, "seconds": 0.1, "memory_gib": 20.0}
 SEVERAL = {"tokens_per_second": 1.0, "alone": [0.5, 0.6]}
 RIGHT = {
     "check": {"check": {"flex": {"gap": 1e-6, "limit": 1e-3, "right": True}}, "wrong": []},
