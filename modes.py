@@ -75,6 +75,8 @@ def prepare_train(config: Config) -> Callable[[], None]:
         if resume is not None:
             data.start_at(examples_seen(resume, config), resume.step)
             say(f"going on from step {resume.step:,} of {resume.source}")
+            if resume.step >= config.trainer.max_steps:
+                say(f"nothing is left to train: trainer.max_steps={config.trainer.max_steps}")
         say(f"run folder: {run_folder}" + f" (its log: {own})" * ("://" in run_folder))
         if config.trainer.enable_checkpointing:  # else nobody would read what they note
             signals.listen()

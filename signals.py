@@ -40,7 +40,7 @@ class Signals:
         if os.getpid() != self._process:
             return  # a data worker that is just starting
         if self._pressed:
-            end("stopped at once; the same command goes on from the last checkpoint")
+            end("stopped at once; the same command goes on from the last checkpoint, if any")
         self._pressed = True
         tell("Ctrl-C: saving between two steps, then stopping; press again to stop at once")
         self._note(number, frame)

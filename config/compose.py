@@ -63,8 +63,9 @@ def _convert(leaf: Leaf, value):
     return OmegaConf.to_object(converted) if OmegaConf.is_config(converted) else converted
 
 
-def _type_problem(key: str, leaf: Leaf, value) -> str:
+def _type_problem(key: str, leaf: Leaf, value, chosen_later) -> str:
     bare, optional = unwrap(leaf.hint)
+    optional = optional or key in chosen_later
     if typing.get_origin(bare) is list:
         wanted = "a list like [0.5,0.6]" if float in typing.get_args(bare) else "a list like [a,b]"
     else:
@@ -113,7 +114,7 @@ def _read(cfg: DictConfig, chosen_later) -> tuple[dict, dict[str, str]]:
             try:
                 values[key] = _convert(entry, value)
             except (ValidationError, ValueError):
-                problems[key] = _type_problem(key, entry, value)
+                problems[key] = _type_problem(key, entry, value, chosen_later)
     return values, problems
 
 

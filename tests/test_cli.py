@@ -70,7 +70,7 @@ WRONG = [
     (TRAIN, [f"{CLIP}=[a]"], f"{CLIP}=['a'] must be a list like [0.5,0.6]"),
     (TRAIN, ["loader=5"], "loader=5 must be a section; its settings are global_batch_size, "),
     (TRAIN, ["data.train=[a,b]"], "data.train=['a', 'b'] must be text or null"),
-    (TRAIN, ["trainer.devices=[0,1]"], "trainer.devices=[0, 1] must be a whole number"),
+    (TRAIN, ["trainer.devices=[0,1]"], "trainer.devices=[0, 1] must be a whole number or null"),
     # choices and ranges
     (TRAIN, ["mode=eval"], "mode=eval must be one of train, ppl_eval, sample_eval"),
     (TRAIN, ["trainer.precision=fp8"], "trainer.precision=fp8 must be one of 32-true"),

@@ -25,7 +25,7 @@ LAST = "run/checkpoints/last.ckpt"
 CTRL_C = b"\x03"
 HERE = "the moment has come"
 FIRST = "Ctrl-C: saving between two steps, then stopping; press again to stop at once"
-AGAIN = "stopped at once; the same command goes on from the last checkpoint"
+AGAIN = "stopped at once; the same command goes on from the last checkpoint, if any"
 
 
 @pytest.fixture(scope="module")

@@ -127,12 +127,15 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(trained, tmp_path, mo
     assert len(calls) == 6 * 2  # two micro-batches
     assert main.main(words) == 0
     assert len(calls) == STEPS * 2
-    assert "going on from step 6 of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "going on from step 6 of" in out
+    assert "nothing is left to train" not in out
     ours, theirs = read(last(tmp_path / "run")), read(last(folder))
     assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
     before = files(tmp_path / "run/checkpoints")
     assert main.main(words) == 0
     assert len(calls) == STEPS * 2
+    assert f"nothing is left to train: trainer.max_steps={STEPS}" in capsys.readouterr().out
     assert files(tmp_path / "run/checkpoints") == before
     log = (tmp_path / "run/metrics.csv").read_text().splitlines()
     assert sum("trainer/loss" in line for line in log) == STEPS
