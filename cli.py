@@ -5,7 +5,7 @@ import sys
 
 import config as settings
 from config.help import full_help
-from utils import rank
+from utils import rank, say
 
 TROUBLE = 2  # exit code of a command line that cannot be run
 
@@ -17,7 +17,7 @@ def configure(argv: list[str]) -> settings.Config:
     Warnings are one line each; both go to stderr.
     """
     if any(word in ("-h", "--help") for word in argv):
-        print(full_help())
+        say(full_help())
         sys.exit(0)
     overrides, show = split_cfg(argv)
     config, problems, warnings = settings.examine(overrides)
@@ -29,7 +29,7 @@ def configure(argv: list[str]) -> settings.Config:
     if problems:
         sys.exit(TROUBLE)
     if show:
-        print(settings.composed_yaml(overrides), end="")
+        say(settings.composed_yaml(overrides).rstrip())
         sys.exit(0)
     return config
 

@@ -565,3 +565,13 @@ def test_help_is_a_command():
     done = command("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "mode=sample_eval" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]])
+def test_a_reader_that_goes_away_is_no_error(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, MAIN, *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
