@@ -35,6 +35,7 @@ from prepare import prepare_data
 from prompts import encode_prompts, read_prompts
 from sample_file import SampleFile
 from samplers import Settings
+from saving import LAST
 from signals import Signals
 from throughput import Throughput
 from tokenizer import Tokenizer
@@ -82,6 +83,8 @@ def prepare_train(config: Config) -> Callable[[], None]:
             signals.listen()
         path = None if resume is None else resume.source
         trainer.fit(module, datamodule=data, ckpt_path=path)
+        if trainer.global_step >= config.trainer.max_steps and config.trainer.enable_checkpointing:
+            say(f"trained to step {trainer.global_step:,}: {run_folder}/checkpoints/{LAST}")
 
     return run
 
@@ -147,8 +150,8 @@ def report_likelihood(
     weights = checkpoint.fingerprint[:8] + ("-raw" if config.eval.disable_ema else "")
     name = f"ppl_{Path(str(config.data.valid)).stem}-{weights}.json"
     path = settings.local_folder(config.checkpointing.save_dir) / name
-    write_json(path, summary)
     say(f"{config.algo.name} on {config.data.valid} ({summary['bound']}): {found}")
+    write_json(path, summary)
     say(f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
 
 

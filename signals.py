@@ -1,8 +1,8 @@
-"""Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C (SIGINT).
+"""Being told to stop: SIGTERM, SIGUSR1, Ctrl-C (SIGINT), and a terminal that is closed (SIGHUP).
 
 Training notes them and reads the note between steps. Nothing else is done inside a handler, so a
-further SIGTERM or SIGUSR1 changes nothing; a second Ctrl-C ends the process there and then. Until
-`listen`, as in the other modes, all three end the process: what is on disk is complete.
+further signal changes nothing; but a second Ctrl-C ends the process there and then. Until `listen`,
+as in the other modes, all of them end the process: what is on disk is complete.
 """
 
 import os
@@ -26,15 +26,24 @@ class Signals:
         self.received: signal.Signals | None = None  # the first one
         self._process = os.getpid()
         self._pressed = False
+        self._screens: list[int] = []
 
     def listen(self) -> None:
         for number in TOLD_BY:
             signal.signal(number, self._note)
         signal.signal(signal.SIGINT, self._interrupt)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            self._screens = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+            signal.signal(signal.SIGHUP, self._hang_up)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
+
+    def _hang_up(self, number: int, frame: types.FrameType | None) -> None:
+        for descriptor in self._screens:
+            unread(descriptor)
+        self._note(number, frame)
 
     def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -75,5 +84,5 @@ def tell(line: str) -> None:
 
 def ignore() -> None:
     """For data workers: they end with the process they work for, which still needs them."""
-    for number in (*TOLD_BY, signal.SIGINT):
+    for number in (*TOLD_BY, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -59,10 +59,10 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a small network, on the CPU")
     parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
-    parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
-    parser.add_argument("--batch", type=int, default=32, help="sequences per training step")
+    parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up (8)")
+    parser.add_argument("--batch", type=int, default=32, help="sequences per step (32)")
     parser.add_argument(
         "--seconds", type=float, default=600, help="for `train`; then it begins with no other step"
     )
@@ -85,6 +85,8 @@ def parse(argv):
     args.length = 64 if args.tiny else 1024
     args.vocab = 101 if args.tiny else 50_258
     args.sizes = TINY if args.tiny else SMALL
+    if args.steps < 1:
+        parser.error(f"--steps={args.steps}: at least 1")
     if args.batch < 8:
         parser.error(f"--batch={args.batch}: at least 8, or a largest batch cannot be looked for")
     if args.tiny:

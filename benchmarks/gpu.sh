@@ -7,10 +7,10 @@
 #   bash benchmarks/gpu.sh --check    exit code 1 also where a target is missed (an H100's)
 #   bash benchmarks/gpu.sh --tiny     on a CPU, to try the script itself
 #
-# END says after how many seconds what still runs is ended (465). OUT names a folder for what the
-# parts leave (gpu_NAME.json, .xml, .log). BAMDLM_PYTHON names another Python than that of .venv.
-# Wheels in .whl/ (hydra-core, omegaconf, antlr4, datasets ..., for a machine without a network) are
-# unpacked to a folder of their own and put on PYTHONPATH.
+# END says after how many seconds what still runs is ended (465; tests at half of it). OUT names a
+# folder for what the parts leave (gpu_NAME.json, .xml, .log). BAMDLM_PYTHON names another Python
+# than that of .venv. Wheels in .whl/ (hydra-core, omegaconf, antlr4, datasets ..., for a machine
+# without a network) are unpacked to a folder of their own and put on PYTHONPATH.
 set -u
 usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"; }
 case "$#:${1:-}" in
@@ -21,9 +21,10 @@ esac
 check=() tiny=()
 [ "${1:-}" = --check ] && check=(--check)
 [ "${1:-}" = --tiny ] && tiny=(--tiny)
-OUT=${OUT:-$(mktemp -d)} END=${END:-465} PYTHON=${BAMDLM_PYTHON:-}
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+END=${END:-465} PYTHON=${BAMDLM_PYTHON:-}
+[[ $END =~ ^[1-9][0-9]*$ ]] || { echo "gpu.sh: END=$END must be a number of seconds"; exit 2; }
 case "$PYTHON" in */*) PYTHON=$(realpath -s "$PYTHON") ;; esac
+[ -z "${OUT:-}" ] || OUT=$(realpath -sm "$OUT")
 cd "$(dirname "$0")/.." || exit 1
 if [ -z "$PYTHON" ]; then
   PYTHON=python3
@@ -39,6 +40,8 @@ count = torch.accelerator.device_count()
 print(count if torch.cuda.is_available() else min(count, 1))')
   [ "$gpus" -gt 0 ] || { echo "gpu.sh: no accelerator here; --tiny tries it on a CPU"; exit 2; }
 fi
+OUT=${OUT:-$(mktemp -d)}
+mkdir -p "$OUT" || exit 2
 IFS=, read -ra gpu_ids <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 # processes run beside each other: none takes all cores, neither to compute nor to compile
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8
@@ -60,7 +63,14 @@ stop() { # a process, before it starts another one, and those below it; not this
   [ "$1" = $$ ] || kill "$1" 2> /dev/null
   for child in $children; do stop "$child"; done
 }
-trap 'trap - INT TERM; echo "gpu.sh: stopped"; stop $$; clear; exit 130' INT TERM
+end() {
+  trap - INT TERM
+  echo "gpu.sh: stopped; what was done is in $OUT"
+  stop $$
+  clear
+  exit 130
+}
+trap end INT TERM
 
 left() { # seconds but so many; never 0, which is no limit to `timeout`
   local seconds=$((END - SECONDS - ${1:-0}))
@@ -71,7 +81,12 @@ part() { # name, script, its words; leaves gpu_NAME.json
   timeout -k 10 "$(left)" "$PYTHON" -W ignore "benchmarks/$2" "${@:3}" "${tiny[@]}" \
     --out "$OUT/gpu_$1.json" 2>&1 | grep --line-buffered -v '^{' | sed -u "s/^/$1: /"
   code=${PIPESTATUS[0]}
-  echo "$1: $((SECONDS - begun)) s$([ "$code" = 0 ] || echo ", exit code $code")"
+  case "$code" in
+    0) code= ;;
+    124 | 137) code=", ended by END=$END" ;;
+    *) code=", exit code $code" ;;
+  esac
+  echo "$1: $((SECONDS - begun)) s$code"
 }
 on() { # one of the GPUs, a command that sees no other
   CUDA_VISIBLE_DEVICES=${gpu_ids[$1]} "${@:2}"
@@ -114,6 +129,7 @@ turns() { # names, one after the other
 
 # what is right; beside it, what will be timed is compiled. tests_several leaves out what takes
 # minutes: scripts/test.sh --gpu
+echo "== at first all is compiled and checked, three minutes on an H100; files in $OUT"
 timed='' queue=() next=0
 start_one sample gpu.py sample
 for rest in bamdlm 'mdlm ar'; do
@@ -138,7 +154,7 @@ if [ "$gpus" -gt 1 ]; then
 fi
 wait $right
 until_all ready $timed
-echo "== $SECONDS s: all is compiled; now it is measured"
+echo "== $SECONDS s: what is compiled is measured now"
 
 # what is fast: all GPUs together, then each beside the others
 [[ $timed != *several ]] || turns several

@@ -56,10 +56,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a small network, on the CPU")
     parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
-    parser.add_argument("--steps", type=int, default=20, help="timed, after the warm-up")
-    parser.add_argument("--batch", type=int, default=32, help="sequences per device and step")
+    parser.add_argument("--steps", type=int, default=20, help="timed, after the warm-up (20)")
+    parser.add_argument("--batch", type=int, default=32, help="sequences per device and step (32)")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     parser.add_argument(
         "--turn",
@@ -70,6 +70,8 @@ def parse(argv):
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if min(args.steps, args.batch) < 1:
+        parser.error(f"--steps={args.steps} --batch={args.batch}: at least 1 each")
     if args.tiny and args.check:
         parser.error("--tiny is too small for the target: leave out one of the two")
     if args.tiny:

@@ -36,12 +36,15 @@ def main(argv=None) -> int:
     parser.add_argument("names", nargs="+")
     parser.add_argument("--check", action="store_true", help="exit code 1 for a missed target")
     args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        parser.error(f"{args.folder} is no folder")
     found, wrong = gathered(args.folder, args.names)
     on_cpu = found.get("device") == "cpu"
     for name, entry in found.items():
         if not on_cpu and "cases" in entry and "passed" not in entry["cases"].values():
             wrong.append(f"{name}: not one passed")
-    print(f"== {found.get('device')}, torch {found.get('torch')}")
+    if "device" in found:
+        print(f"== {found['device']}, torch {found['torch']}")
     if not on_cpu:
         print(f"aims, of an H100: {AIMED} {TRAINED:,} tokens/s; one text {SAMPLED:,} tokens/s;")
         print(f"512 texts {SECONDS_FOR_512} s; ddp efficiency {EFFICIENCY}")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from config.compose import RUN_FOLDER, flatten
@@ -240,13 +241,22 @@ def write_settings(config: Config) -> Path:
 
 
 def newest_checkpoint(config: Config) -> str | None:
-    """The checkpoint written last by a run of the same algorithm under outputs/, or None."""
+    """The checkpoint written last by a run of the same algorithm in checkpointing.save_dir, or else
+    under outputs/, or None."""
+    own = local_folder(config.checkpointing.save_dir) / SETTINGS
+    outputs = (*OUTPUTS.glob(f"*/{SETTINGS}"), *OUTPUTS.glob(f"*/*/{SETTINGS}"))
+    given = own not in outputs and own.exists()
+    return _newest(config.algo.name, [own] if given else []) or _newest(config.algo.name, outputs)
+
+
+def _newest(algorithm: str, runs: Iterable[Path]) -> str | None:
+    """Of runs, by their settings.json."""
     found = []
-    for path in (*OUTPUTS.glob(f"*/{SETTINGS}"), *OUTPUTS.glob(f"*/*/{SETTINGS}")):
+    for path in runs:
         try:
-            algorithm = json.loads(path.read_text())["algo.name"]
+            theirs = json.loads(path.read_text())["algo.name"]
         except (ValueError, KeyError):
             continue  # not written by write_settings
-        if algorithm == config.algo.name:
+        if theirs == algorithm:
             found += path.parent.glob("checkpoints/*.ckpt")
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None

@@ -2,12 +2,14 @@
 
 import glob
 import re
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from config.defaults import local_folder
 from config.overrides import CONFIGS, nearest
 from config.schema import Config
 
@@ -60,7 +62,7 @@ def checkpoints(config: Config) -> Iterator[str]:
     elif path is None:
         yield (
             f"eval.checkpoint_path is not set: mode={config.mode} needs a checkpoint, and no run of"
-            f" algo={config.algo.name} under outputs/ has written one"
+            f" algo={config.algo.name} in checkpointing.save_dir or under outputs/ has written one"
         )
     elif is_missing(path):
         yield f"eval.checkpoint_path={path} does not exist"
@@ -84,8 +86,26 @@ def _training_start(config: Config) -> Iterator[str]:
             f"checkpointing.resume_ckpt_path={resume} does not exist;"
             " checkpointing.resume_from_ckpt=False starts anew"
         )
-    if Path(save_dir).is_file():
+
+
+def results(config: Config) -> Iterator[str]:
+    """Can what the mode makes be written? Nothing is made yet."""
+    save_dir, logdir = config.checkpointing.save_dir, config.sampling.logdir
+    if config.mode in ("train", "ppl_eval") and Path(save_dir).is_file():
         yield f"checkpointing.save_dir={save_dir} is a file: name a folder"
+    elif config.mode in ("train", "ppl_eval"):
+        yield from _unwritable("checkpointing.save_dir", save_dir, local_folder(save_dir))
+    elif config.mode == "sample_eval":
+        yield from _unwritable("sampling.logdir", logdir, Path(logdir).parent)
+
+
+def _unwritable(key: str, value: str, folder: Path) -> Iterator[str]:
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        yield f"{key}={value}: nothing can be written in {there} ({error.strerror})"
 
 
 def corpora(config: Config) -> Iterator[str]:

@@ -20,7 +20,7 @@ from config.defaults import (
 )
 from config.effects import without_effect
 from config.limits import limits
-from config.paths import checkpoints, corpora, sampling_files
+from config.paths import checkpoints, corpora, results, sampling_files
 from config.schema import Config
 
 # algorithm: (parameterization, sampler) that belong to it
@@ -349,4 +349,5 @@ RULES = (
     sampling,
     checkpoints,
     corpora,
+    results,
 )

@@ -70,7 +70,7 @@ class Training:
 @dataclass
 class Eval:
     checkpoint_path: str | None = doc(
-        ".ckpt, exported folder or hub id; null: the newest of the algorithm under outputs/"
+        ".ckpt, exported folder or hub id; null: the algorithm's newest in save_dir or outputs/"
     )
     disable_ema: bool = doc("use the raw weights, not their average")
     tokens_per_batch: int | None = doc(

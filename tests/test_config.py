@@ -551,6 +551,16 @@ def test_newest_checkpoint_of_the_algorithm_is_evaluated_and_named():
     assert notes == [f"eval.checkpoint_path is not set: taking {newest}"]
 
 
+def test_the_run_that_the_command_names_comes_before_a_newer_one(tmp_path):
+    other = trained(["algo=bamdlm"], "last.ckpt", 0)
+    named = f"checkpointing.save_dir={tmp_path / 'mine'}"
+    own = trained(["algo=bamdlm", named], "last.ckpt", 9)
+    for words, taken in (([named], own), ([], other)):
+        made, _, notes = config.examine(["mode=ppl_eval", *words])
+        assert made.eval.checkpoint_path == taken
+        assert notes == [f"eval.checkpoint_path is not set: taking {taken}"]
+
+
 def test_a_run_folder_of_a_name_of_its_own_is_found():
     own = trained(["algo=bamdlm", "checkpointing.save_dir=outputs/own"], "last.ckpt", 0)
     made, _, _ = config.examine(["mode=ppl_eval"])

@@ -55,9 +55,9 @@ def until(screen: int, ready) -> str:
     return text.decode(errors="replace")
 
 
-def pressed(arguments, folder, owner, name, call, times=1):
-    """A run with Ctrl-C pressed, `times` times, as call `call` of owner.name begins: (exit code,
-    the text from then on)."""
+def at_moment(arguments, folder, owner, name, call):
+    """A run in a terminal that waits as call `call` of owner.name begins, and the file that lets it
+    go on."""
     known = folder / "pressed"
     known.unlink(missing_ok=True)
     real, calls = getattr(owner, name), [0]
@@ -76,6 +76,13 @@ def pressed(arguments, folder, owner, name, call, times=1):
 
     process = Run(arguments, None, before=before)
     until(process.screen, lambda text: HERE in text)
+    return process, known
+
+
+def pressed(arguments, folder, owner, name, call, times=1):
+    """A run with Ctrl-C pressed, `times` times, as call `call` of owner.name begins: (exit code,
+    the text from then on)."""
+    process, known = at_moment(arguments, folder, owner, name, call)
     text = ""
     for _ in range(times - 1):
         os.write(process.screen, CTRL_C)
@@ -85,6 +92,20 @@ def pressed(arguments, folder, owner, name, call, times=1):
     text += until(process.screen, lambda text: False)
     os.close(process.screen)
     return process.wait(), text
+
+
+def test_a_terminal_that_is_closed_stops_the_run_as_sigterm_does(whole):
+    """Its data workers get the signal as well."""
+    overrides, folder, expected = whole
+    process, known = at_moment(overrides, folder, Diffusion, "training_step", 5)
+    os.close(process.screen)
+    known.touch()
+    assert process.wait() == signals.GO_ON
+    assert read(folder / LAST)["global_step"] == 3
+    code, text = run(overrides, folder / "log")
+    assert code == 0, text
+    assert differences(read(folder / LAST), expected) == []
+    shutil.rmtree(folder / "run")
 
 
 def test_ctrl_c_saves_stops_and_goes_on_to_the_same_end(whole):

@@ -38,7 +38,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def _launch_folder(tmp_path, monkeypatch):
     """An empty one; and main listens to signals, pytest has its own."""
     monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {
+        n: signal.getsignal(n)
+        for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    }
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -135,7 +138,9 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(trained, tmp_path, mo
     before = files(tmp_path / "run/checkpoints")
     assert main.main(words) == 0
     assert len(calls) == STEPS * 2
-    assert f"nothing is left to train: trainer.max_steps={STEPS}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"nothing is left to train: trainer.max_steps={STEPS}" in out
+    assert f"trained to step {STEPS}: {tmp_path / 'run'}/checkpoints/last.ckpt" in out
     assert files(tmp_path / "run/checkpoints") == before
     log = (tmp_path / "run/metrics.csv").read_text().splitlines()
     assert sum("trainer/loss" in line for line in log) == STEPS
