@@ -31,6 +31,7 @@ from fitting import leave_signals
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from sharding import Poll, Replicated
+from signals import end_on_interrupt
 from utils import constant_warmup, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,4 +202,5 @@ def batches(here, args, devices: int, rank: int, steps: int) -> list[dict]:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     sys.exit(main())

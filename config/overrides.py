@@ -163,6 +163,8 @@ def _read(argument: str, parser: OverridesParser) -> Word | str:
     """The word, or the sentence about what is wrong with its form."""
     if argument.startswith("-"):
         return f"{argument} is not an option: settings are key=value, see python main.py --help"
+    if argument.startswith("="):
+        return f"{argument!r} names no setting: write key=value, without spaces"
     if "=" not in argument and not argument.startswith("~"):
         return f"{argument!r} is not key=value"
     if prose := _prose(argument):

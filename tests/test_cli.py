@@ -32,6 +32,7 @@ WRONG = [
     (TRAIN, ["hydra.verbose=1"], "hydra.verbose does not exist: the run folder is"),
     (TRAIN, ["--multirun"], "--multirun is not an option: settings are key=value"),
     (TRAIN, ["quickstart"], "'quickstart' is not key=value"),
+    (TRAIN, ["=40"], "'=40' names no setting: write key=value, without spaces"),
     (TRAIN, ["wandb.name=a]b"], "'wandb.name=a]b' cannot be read"),
     (TRAIN, ["seed=1,2"], "'seed=1,2' names several values: give one, or put quotes"),
     (TRAIN, ["model@net=tiny"], "'model@net=tiny': packages (@) are not offered"),
