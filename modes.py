@@ -35,7 +35,6 @@ from prepare import prepare_data
 from prompts import encode_prompts, read_prompts
 from sample_file import SampleFile
 from samplers import Settings
-from saving import LAST
 from signals import Signals
 from throughput import Throughput
 from tokenizer import Tokenizer
@@ -76,15 +75,17 @@ def prepare_train(config: Config) -> Callable[[], None]:
         if resume is not None:
             data.start_at(examples_seen(resume, config), resume.step)
             say(f"going on from step {resume.step:,} of {resume.source}")
-            if resume.step >= config.trainer.max_steps:
-                say(f"nothing is left to train: trainer.max_steps={config.trainer.max_steps}")
+        steps = config.trainer.max_steps
+        finished = resume is not None and resume.step >= steps
+        if finished:
+            say(f"nothing is left to train: trainer.max_steps={steps}")
         say(f"run folder: {run_folder}" + f" (its log: {own})" * ("://" in run_folder))
         if config.trainer.enable_checkpointing:  # else nobody would read what they note
             signals.listen()
         path = None if resume is None else resume.source
         trainer.fit(module, datamodule=data, ckpt_path=path)
-        if trainer.global_step >= config.trainer.max_steps and config.trainer.enable_checkpointing:
-            say(f"trained to step {trainer.global_step:,}: {run_folder}/checkpoints/{LAST}")
+        if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:
+            say(f"trained to step {steps:,}; checkpoints: {run_folder}/checkpoints")
 
     return run
 

@@ -91,21 +91,20 @@ def _training_start(config: Config) -> Iterator[str]:
 def results(config: Config) -> Iterator[str]:
     """Can what the mode makes be written? Nothing is made yet."""
     save_dir, logdir = config.checkpointing.save_dir, config.sampling.logdir
-    if config.mode in ("train", "ppl_eval") and Path(save_dir).is_file():
-        yield f"checkpointing.save_dir={save_dir} is a file: name a folder"
-    elif config.mode in ("train", "ppl_eval"):
-        yield from _unwritable("checkpointing.save_dir", save_dir, local_folder(save_dir))
+    if config.mode in ("train", "ppl_eval"):
+        setting, folder = f"checkpointing.save_dir={save_dir}", local_folder(save_dir)
     elif config.mode == "sample_eval":
-        yield from _unwritable("sampling.logdir", logdir, Path(logdir).parent)
-
-
-def _unwritable(key: str, value: str, folder: Path) -> Iterator[str]:
-    there = next(each for each in (folder, *folder.parents) if each.exists())
+        setting, folder = f"sampling.logdir={logdir}", Path(logdir).parent
+    else:
+        return
     try:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
+    except NotADirectoryError:
+        yield f"{setting}: {there} is a file, not a folder"
     except OSError as error:
-        yield f"{key}={value}: nothing can be written in {there} ({error.strerror})"
+        yield f"{setting}: nothing can be written there ({error.strerror})"
 
 
 def corpora(config: Config) -> Iterator[str]:
