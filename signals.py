@@ -14,6 +14,7 @@ from utils import rank, unread
 GO_ON = 75  # exit code (EX_TEMPFAIL): saved, the same command goes on; scripts/job.sh requeues
 BY_HAND = 130  # exit code after Ctrl-C, as shells have it; not requeued
 TOLD_BY = (signal.SIGTERM, signal.SIGUSR1)
+HEARD = (*TOLD_BY, signal.SIGHUP, signal.SIGINT)  # all that `listen` takes
 SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 
@@ -84,5 +85,5 @@ def tell(line: str) -> None:
 
 def ignore() -> None:
     """For data workers: they end with the process they work for, which still needs them."""
-    for number in (*TOLD_BY, signal.SIGHUP, signal.SIGINT):
+    for number in HEARD:
         signal.signal(number, signal.SIG_IGN)

@@ -110,8 +110,8 @@ start_one() { # a name, words: on the next of the GPUs
   start "$1" on "$next" part "$@"
   next=$(((next + 1) % gpus))
 }
-train() { # a backend, a name, algorithms
-  start_one "$1_$2" gpu.py train --backend "$1" --algo "${@:3}" --seconds "$(left 45)"
+train() { # a backend, algorithms
+  start_one "$1_$2" gpu.py train --backend "$1" --algo "${@:2}" --seconds "$(left 45)"
 }
 until_all() { # a word, names: until all have come so far, or there is no time left
   local name
@@ -132,9 +132,9 @@ turns() { # names, one after the other
 echo "== at first all is compiled and checked, three minutes on an H100; files in $OUT"
 timed='' queue=() next=0
 start_one sample gpu.py sample
-for rest in bamdlm 'mdlm ar'; do
-  [ ${#tiny[@]} != 0 ] || train flex "${rest%% *}" $rest
-  train sdpa "${rest%% *}" $rest
+for algorithms in bamdlm 'mdlm ar'; do
+  [ ${#tiny[@]} != 0 ] || train flex $algorithms
+  train sdpa $algorithms
 done
 if [ "$gpus" -gt 1 ] || [ ${#tiny[@]} != 0 ]; then
   start several part several gpu_several.py
@@ -157,7 +157,7 @@ until_all ready $timed
 echo "== $SECONDS s: what is compiled is measured now"
 
 # what is fast: all GPUs together, then each beside the others
-[[ $timed != *several ]] || turns several
+[ ! -e "$share/several" ] || turns several
 for each in "${queue[@]}"; do turns $each & done
 wait
 echo "== $SECONDS s, files in $OUT"

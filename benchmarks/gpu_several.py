@@ -136,10 +136,10 @@ def worker(args) -> int:
     fit(made(n_blocks=2), here, args, device, steps=2)  # compiles
     release(device)
     if args.turn is not None:
-        mine, *others = [args.turn / f"{(rank + i) % devices}_of_{devices}" for i in range(devices)]
-        mine.touch()
-        for other in others:
-            await_file(other)
+        compiled = [args.turn / f"{each}_of_{devices}" for each in range(devices)]
+        compiled[rank].touch()
+        for each in compiled:
+            await_file(each)
     await_turn(args.turn, device)
     net, steps = made(), WARM_UP + args.steps
     alone = fit(net, here, args, device, steps=steps)

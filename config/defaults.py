@@ -241,12 +241,13 @@ def write_settings(config: Config) -> Path:
 
 
 def newest_checkpoint(config: Config) -> str | None:
-    """The checkpoint written last by a run of the same algorithm in checkpointing.save_dir, or else
-    under outputs/, or None."""
-    own = local_folder(config.checkpointing.save_dir) / SETTINGS
+    """The checkpoint written last by a run of the same algorithm: in the run folder, where it is
+    another than run_dir's, or else under outputs/. None where there is none."""
+    own = local_folder(config.checkpointing.save_dir)
+    if own != run_dir(config) and (found := _newest(config.algo.name, own.glob(SETTINGS))):
+        return found
     outputs = (*OUTPUTS.glob(f"*/{SETTINGS}"), *OUTPUTS.glob(f"*/*/{SETTINGS}"))
-    given = own not in outputs and own.exists()
-    return _newest(config.algo.name, [own] if given else []) or _newest(config.algo.name, outputs)
+    return _newest(config.algo.name, outputs)
 
 
 def _newest(algorithm: str, runs: Iterable[Path]) -> str | None:

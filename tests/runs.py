@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import main
+from signals import HEARD
 
 WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love", "war", "time")
 TIMEOUT = 120.0
@@ -95,7 +96,7 @@ class Run:
                 os.dup2(output, 2)
             sys.stdout = os.fdopen(1, "w", buffering=1)
             sys.stderr = os.fdopen(2, "w", buffering=1)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+            for number in HEARD:
                 signal.signal(number, signal.SIG_DFL)
             os.environ.update(environment)
             torch.set_num_threads(1)

@@ -555,7 +555,9 @@ def test_the_run_that_the_command_names_comes_before_a_newer_one(tmp_path):
     other = trained(["algo=bamdlm"], "last.ckpt", 0)
     named = f"checkpointing.save_dir={tmp_path / 'mine'}"
     own = trained(["algo=bamdlm", named], "last.ckpt", 9)
-    for words, taken in (([named], own), ([], other)):
+    beside = "checkpointing.save_dir=outputs/mine"
+    older = trained(["algo=bamdlm", beside], "last.ckpt", 9)
+    for words, taken in (([named], own), ([beside], older), ([], other)):
         made, _, notes = config.examine(["mode=ppl_eval", *words])
         assert made.eval.checkpoint_path == taken
         assert notes == [f"eval.checkpoint_path is not set: taking {taken}"]

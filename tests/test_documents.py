@@ -6,7 +6,6 @@ What the losses make of it: test_document_losses.py.
 import json
 import pickle
 import random
-import signal
 
 import numpy as np
 import pytest
@@ -252,15 +251,6 @@ def test_an_unknown_way_of_packing_is_refused():
 
 
 # ---- a run ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _launch_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("_launch_folder")

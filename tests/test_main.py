@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import zipfile
@@ -31,20 +30,7 @@ SAMPLE = ["mode=sample_eval", "eval.gen_ppl_eval_model_name_or_path=null"]
 BLOCK, LENGTH, STEPS = 4, 16, 10
 TOKENIZER = get_tokenizer("text8")
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _launch_folder(tmp_path, monkeypatch):
-    """An empty one; and main listens to signals, pytest has its own."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {
-        n: signal.getsignal(n)
-        for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-    }
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_launch_folder")]
 
 
 @pytest.fixture(scope="module")
