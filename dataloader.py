@@ -5,7 +5,7 @@ named by a hash of every setting that shapes it. DataModule serves prepared rows
 
 A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}, with
 data.pack=documents also "segments" int64 [B, L] (packing.segments). In training "row" is the
-example's position in the endless stream of the run (data_order.py): position // global batch size
+example's position in the endless stream of the run (data/order.py): position // global batch size
 is the optimizer step, the remainder the row of the global batch. In validation it is the row of the
 split.
 """
@@ -21,16 +21,13 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-import mirror
-import packing
-import preparation
-import signals
-import streaming
-from data_order import InOrder, Place, ShuffledStream, TrainBatches, ValidBatches
-from randomness import uniform
-from rows import Rows
-from splits import Split
-from streaming import StreamedText
+from data import packing, preparation, remote_cache, streaming
+from data.order import InOrder, Place, ShuffledStream, TrainBatches, ValidBatches
+from data.split import Split
+from data.streaming import StreamedText
+from data.token_rows import Rows
+from models.randomness import uniform
+from training import signals
 
 log = logging.getLogger("bamdlm")
 
@@ -45,11 +42,10 @@ def get_rows(
 
 
 def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
-    """cache_dir: a folder, or a URL, of which a copy is kept here (mirror.py). processes: that
-    tokenize; they do not change the rows. Safe when several processes ask at once: one prepares,
+    """cache_dir: a folder, or a URL, of which a copy is kept here. processes: that tokenize; they do not change the rows. Safe when several processes ask at once: one prepares,
     the others wait.
     """
-    cache, notes = mirror.local(cache_dir), {}
+    cache, notes = remote_cache.local(cache_dir), {}
     return preparation.prepare(
         cache / "rows" / wanted.folder_name,
         lambda: wanted.pieces(cache, notes),
@@ -59,7 +55,7 @@ def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
         wanted.about,
         processes=processes,
         remote=f"{str(cache_dir).rstrip('/')}/rows/{wanted.folder_name}"
-        if mirror.is_url(cache_dir)
+        if remote_cache.is_url(cache_dir)
         else None,
         notes=notes,
     )
@@ -69,7 +65,7 @@ def streamed(wanted: Split, cache_dir: str | Path) -> StreamedText:
     """The split without preparing it; its beginning is read, to find what is wrong before work."""
     if wanted.entry.windows:
         raise ValueError(f"data.streaming=True: {wanted.corpus} is windows of prepared rows")
-    passages = wanted.passages(mirror.local(cache_dir))
+    passages = wanted.passages(remote_cache.local(cache_dir))
     vocab_size = wanted.tokenizer.vocab_size
     return StreamedText(passages, wanted.encode, wanted.shape, vocab_size, wanted.about)
 

@@ -16,11 +16,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-import sharding
-import training_state
-from health import StepHealth
-from metrics import Likelihood, LikelihoodMeter
+from evaluation.likelihood import Likelihood, LikelihoodMeter
 from models.ema import EMA
+from models.randomness import hashed
 from objectives import clipping
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
@@ -29,7 +27,9 @@ from objectives.graphs import GraphedLoss
 from objectives.loss import TokenLoss
 from objectives.question import Question
 from objectives.sedd import ScoreEntropy
-from randomness import hashed
+from training import distributed
+from training import state as training_state
+from training.health import StepHealth
 
 VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
 DROPOUT_SEED = 0xD20  # the same for what torch's generator gives
@@ -118,18 +118,18 @@ class Diffusion(L.LightningModule):
 
     def averaged_weights(self):
         """What the EMA follows: with fsdp this rank's part of every weight."""
-        return [(name, sharding.part(p)) for name, p in self.named_weights()]
+        return [(name, distributed.part(p)) for name, p in self.named_weights()]
 
     def configure_model(self) -> None:
         """With strategy=fsdp: share the network out, and its average in the same way."""
         strategy = self.trainer.strategy
-        if not isinstance(strategy, sharding.Sharded) or sharding.is_sharded(self.backbone):
+        if not isinstance(strategy, distributed.Sharded) or distributed.is_sharded(self.backbone):
             return
-        sharding.shard(self.backbone, strategy.device_mesh["data_parallel"])
+        distributed.shard(self.backbone, strategy.device_mesh["data_parallel"])
         if self.ema is not None:
             like = dict(self.named_weights())
             self.ema.shadow = {
-                name: sharding.part_of(average, like[name]).clone()
+                name: distributed.part_of(average, like[name]).clone()
                 for name, average in self.ema.shadow.items()
             }
 
@@ -299,7 +299,7 @@ class Diffusion(L.LightningModule):
     def average(self, on: bool) -> None:
         """Put the EMA weights in place, or the raw ones back."""
         if self.ema is not None and on != self.averaged:
-            if sharding.is_sharded(self.backbone):
+            if distributed.is_sharded(self.backbone):
                 self.backbone.reshard()  # what is put together would not see the exchange
             self.ema.swap(self.averaged_weights())
             self.averaged = on
@@ -353,7 +353,7 @@ class Diffusion(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.ema is not None:
             self.ema.to(self.device)
-        on_host = self.device.type == "cpu" or sharding.is_sharded(self.backbone)
+        on_host = self.device.type == "cpu" or distributed.is_sharded(self.backbone)
         self.health.late = self.fused() and not on_host
         self.graphed = None
         # the gradients of a graph come all at once at its end. Between hosts their exchange takes

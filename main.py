@@ -3,6 +3,7 @@
 Imports that take time come after the check, so a wrong command line is answered at once.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -10,22 +11,21 @@ import warnings
 
 
 def main(argv: list[str]) -> int:
-    import cli
-    from config import ConfigError
+    from modes import cli
+    from settings import ConfigError
 
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
-    import modes
-    import sharding
-    from health import BadSteps, follow_launcher
-    from saving import SaveError
-    from streaming import TextError
+    from data.streaming import TextError
+    from training import distributed
+    from training.health import BadSteps, follow_launcher
+    from training.saving import SaveError
 
     quiet()
     if config.mode != "sample_eval":  # whose processes do not wait for each other
         follow_launcher()
     try:
-        run = modes.prepare(config)
+        run = importlib.import_module(f"modes.{config.mode}").prepare(config)
     except (ValueError, OSError) as error:
         problem = error if isinstance(error, ConfigError) else ConfigError([str(error)])
         print(problem, file=sys.stderr)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     except (SaveError, BadSteps, TextError) as error:
         print(error, file=sys.stderr)
         return 1
-    sharding.leave_group()
+    distributed.leave_group()
     return 0
 
 
@@ -60,7 +60,7 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    import signals
+    from training import signals
 
     signals.end_on_interrupt()
     sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,18 @@
-"""Small things with several callers: learning-rate schedules, messages from one process, JSON."""
+"""Small things with several callers: files written whole, locks, messages from one process,
+learning-rate schedules."""
 
 import functools
 import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from filelock import FileLock
 
 log = logging.getLogger("bamdlm")
 
@@ -54,12 +59,71 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """A file that appears under its name complete or not at all, whenever the process dies.
+
+    It is written beside `path`, brought to the disk and renamed; the folder is made if need be.
+    mode: "w" (text, UTF-8) or "wb".
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        os.fchmod(handle, 0o666 & ~_umask())
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name complete or not at all. OSError: there is one already,
+    and it is not to be overwritten."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
+        new = Path(parent) / "new"
+        new.mkdir()
+        yield new
+        if overwrite and path.exists():
+            os.rename(path, Path(parent) / "old")
+        os.rename(new, path)
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock(path: str | Path, timeout: float = -1) -> FileLock:
+    """The lock of a file or folder, in PATH.lock: `with lock(path):`. It ends with its process.
+    timeout: seconds to wait; -1 for ever. filelock.Timeout where it passes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f"{path.name}.lock"), timeout)
+
+
 def write_json(path: Path, content: dict) -> None:
     """All or nothing, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def constant_warmup(step: int, *, warmup_steps: int) -> float:

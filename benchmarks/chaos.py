@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import torch_zip  # noqa: E402  needs the path
+from checkpointing import torch_file  # noqa: E402  needs the path
 from tests.runs import ALGORITHMS, Run, run, tiny  # noqa: E402  needs the path
 
 EVERY = 2  # steps from one checkpoint to the next
@@ -54,7 +54,7 @@ def differences(ours, theirs, path: str = "") -> list[str]:
 
 def read(path: Path) -> dict:
     with open(path, "rb") as file:
-        return torch_zip.load(file, str(path))
+        return torch_file.load(file, str(path))
 
 
 def overrides(folder: Path, steps: int) -> list[str]:

@@ -105,10 +105,10 @@ def measured(args, folder: Path) -> dict:
 
 
 def write_text(folder: Path, megabytes: int) -> Path:
-    import plays
+    from data import shakespeare
 
     path = folder / f"{megabytes}.jsonl"
-    scenes = [json.dumps({"text": scene}) + "\n" for scene in plays.documents("train")]
+    scenes = [json.dumps({"text": scene}) + "\n" for scene in shakespeare.documents("train")]
     size = 0
     with path.open("w", encoding="ascii") as file:
         for line in itertools.cycle(scenes):
@@ -138,7 +138,7 @@ def per_core(clock: str, cores: int, tokens: int, began: float) -> float:
 
 
 def gpt2():
-    from tokenizer import get_tokenizer
+    from data.tokenizer import get_tokenizer
 
     return get_tokenizer("gpt2")
 
@@ -159,7 +159,7 @@ def alone(path: str, cores: str, clock: str) -> float:
 
 
 def split_of(path: str):
-    from splits import Split
+    from data.split import Split
 
     made = Split(path, "train", tokenizer=gpt2(), length=LENGTH)
     _ = made.about  # the fingerprint of the tokenizer takes a third of a second, once
@@ -227,10 +227,10 @@ def step(length: int = 256, batch: int = 4) -> float:
     """tokens/s of forward and backward passes alone: a whole step needs fewer."""
     import torch
 
-    import config
-    from build import build_backbone, build_module
+    import settings
+    from modes.build import build_backbone, build_module
 
-    wanted = config.load(
+    wanted = settings.load(
         [
             *("model=tiny", f"model.length={length}", "algo=bamdlm", "block_size=16"),
             *("data=shakespeare", f"loader.global_batch_size={batch}", "wandb=null"),

@@ -29,7 +29,7 @@ from benchmarks.gpu_network import SMALL, TINY, device_name
 from benchmarks.gpu_sample import sample
 from benchmarks.gpu_table import missed
 from benchmarks.gpu_train import ALGORITHMS, BACKENDS, train
-from signals import end_on_interrupt
+from training.signals import end_on_interrupt
 from utils import write_json
 
 # each yields {name: what was found} as far as it has come

@@ -95,7 +95,7 @@ suite() { # name, workers, tests to leave out, files; leaves gpu_NAME.xml unless
   local begun=$SECONDS
   OMP_NUM_THREADS=1 timeout -s INT -k 20 "$(left $((END / 2)))" "$PYTHON" -m pytest -q -W ignore \
     -m gpu -k "${3:+not ($3)}" -n "$2" --dist worksteal --tb=short --durations=5 \
-    --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/test_%s.py ' "${@:4}") &> "$OUT/gpu_$1.log"
+    --junitxml="$OUT/gpu_$1.xml" $(printf 'tests/*/test_%s.py ' "${@:4}") &> "$OUT/gpu_$1.log"
   [ $? -le 1 ] || rm -f "$OUT/gpu_$1.xml"
   grep -v SKIPPED "$OUT/gpu_$1.log" | tail -25 | sed "s/^/$1: /"
   echo "$1: $((SECONDS - begun)) s"

@@ -27,11 +27,11 @@ from benchmarks.conclusion import conclude
 from benchmarks.gpu_network import await_file, await_turn, network, release, synchronise
 from benchmarks.gpu_table import missed, speeds
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
-from fitting import leave_signals
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from sharding import Poll, Replicated
-from signals import end_on_interrupt
+from training.distributed import Poll, Replicated
+from training.signals import end_on_interrupt
+from training.trainer import leave_signals
 from utils import constant_warmup, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu_network import autocast, await_turn, network, release, synchronise
 from benchmarks.gpu_table import step_speed
-from flops import Shape, flops, matmul_peak
 from models.dit import _run_block
 from models.ema import EMA
 from noise_schedule import get_schedule
@@ -20,6 +19,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import draw_examples
 from objectives.graphs import GraphedLoss
+from training.flops import Shape, flops, matmul_peak
 from utils import first_line
 
 

@@ -18,8 +18,8 @@ from dataloader import DataModule
 from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from run_log import CSVLog
-from throughput import Throughput
+from training.csv_log import CSVLog
+from training.throughput import Throughput
 from utils import constant_warmup
 
 WARM_UP = 3  # steps that are not counted: optimizer states are made, pages touched

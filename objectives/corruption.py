@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from randomness import uniform
+from models.randomness import uniform
 
 from .segments import begins
 

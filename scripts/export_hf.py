@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoints
-import hub_export
-from tokenizer import Tokenizer, get_tokenizer, wrap
+from checkpointing import export
+from checkpointing import load as checkpoints
+from data.tokenizer import Tokenizer, get_tokenizer, wrap
 
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options) -> None:
     checkpoint = checkpoints.read(options.checkpoint)
-    folder = hub_export.export(
+    folder = export.export(
         checkpoint,
         options.folder,
         find_tokenizer(checkpoint, options.tokenizer),

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import checkpoints
-from checkpoints import BUFFERS, Checkpoint, CheckpointError, build_backbone_args
+from checkpointing import load as checkpoints
+from checkpointing.load import BUFFERS, Checkpoint, CheckpointError, build_backbone_args
 
 
 def main(arguments: list[str] | None = None) -> int:

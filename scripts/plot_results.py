@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_log import read_log
+from training.csv_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = {

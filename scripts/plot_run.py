@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_log import read_log
+from training.csv_log import read_log
 
 SMOOTHING = (
     0.95  # of the training loss, which is noisy: its noise level is drawn anew for every block

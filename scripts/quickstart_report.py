@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plot_run import plot
 
-import config as settings
-from build import build_rows, build_tokenizer
-from run_log import read_log
+import settings
+from modes.build import build_rows, build_tokenizer
+from training.csv_log import read_log
 
 SAMPLE_LINES = 16
 

@@ -25,14 +25,14 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-import cli
-import mirror
-from build import build_data, build_tokenizer
-from config import Config
+from data import remote_cache
+from data.split import Split
+from data.token_rows import Rows
+from data.tokenizer import Tokenizer
 from main import quiet
-from rows import Rows
-from splits import Split
-from tokenizer import Tokenizer
+from modes import cli
+from modes.build import build_data, build_tokenizer
+from settings import Config
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
 BLOCKS = ("", "cyan")  # in turn
@@ -189,7 +189,7 @@ def whole_documents(config: Config, tokenizer: Tokenizer, options) -> Documents:
         source=data.source,
     )
     documents = Documents()
-    documents.read(split, mirror.local(data.cache_dir), options.tokens)
+    documents.read(split, remote_cache.local(data.cache_dir), options.tokens)
     return documents
 
 

@@ -21,12 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config as settings
-import corpora
-import detokenizers
-import mirror
-import tokenizer
-import vocabularies
+import settings
+from data import corpora, detokenizers, remote_cache, tokenizer, vocabularies
 from utils import say
 
 SAMPLE_CHARACTERS = 1 << 20  # of the beginning of the text; compression is measured on them
@@ -38,7 +34,7 @@ LEAST = vocabularies.BYTES + 1  # with <|endoftext|>
 
 def texts(names: list[str], data: settings.Config, done: Callable[[float], None]) -> Iterator[str]:
     """The training text of all corpora, in pieces, detokenized as for training."""
-    cache = mirror.local(data.cache_dir)
+    cache = remote_cache.local(data.cache_dir)
     for number, name in enumerate(names):
         entry = corpora.get_corpus(name, "train", source=data.source)
         column = data.text_column or entry.column

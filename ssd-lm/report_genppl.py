@@ -1,4 +1,4 @@
-"""Generative perplexity, entropy, length and count of SSD-LM samples (by generative.py).
+"""Generative perplexity, entropy, length and count of SSD-LM samples (by evaluation/judge.py).
 
     python ssd-lm/report_genppl.py sample_logs/ssd-lm                     every .jsonl of a folder
     python ssd-lm/report_genppl.py a.jsonl b.jsonl --judge gpt2-large --out report.json
@@ -92,7 +92,7 @@ def check(args, samples: dict[Path, list[dict]]) -> None:
 
 def report(args, samples: dict[Path, list[dict]]) -> list[dict]:
     """One row a file."""
-    from generative import corpus_perplexity
+    from evaluation.judge import corpus_perplexity
 
     rows = []
     for file, scores in zip(samples, score(args, list(samples.values())), strict=True):
@@ -125,7 +125,7 @@ def report(args, samples: dict[Path, list[dict]]) -> list[dict]:
 def score(args, files: list[list[dict]]):
     """The scores of each file's samples; the judge is loaded once."""
     if args.judge == "none":
-        from generative import describe
+        from evaluation.judge import describe
 
         for records in files:
             eos = [r.get("settings", {}).get("eos_token_id", -1) for r in records]
@@ -134,7 +134,7 @@ def score(args, files: list[list[dict]]):
     from ssd_model import pick_device
     from transformers.utils import logging
 
-    from generative import load_judge
+    from evaluation.judge import load_judge
 
     logging.disable_progress_bar()
     # The writer's special tokens are the judge's EOS, as for every other model here.

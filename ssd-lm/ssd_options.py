@@ -152,8 +152,8 @@ def read_prompts(file: str) -> list[str]:
 
 def validation_corpus(name: str):
     """Corpus, revision and cache folder behind data=NAME; NAME may also be a file of text."""
-    import corpora
-    from config import load
+    from data import corpora
+    from settings import load
 
     known = ROOT / "configs" / "data" / f"{name}.yaml"
     data = load([f"data={name}"] if known.is_file() else []).data

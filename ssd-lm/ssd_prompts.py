@@ -43,8 +43,7 @@ def document_starts(args, tokenizer) -> list[list[int]]:
 
 def documents(name: str, characters: int) -> Iterator[str]:
     """The beginnings of a data set's validation texts, detokenized as for the other models."""
-    import corpora
-    import detokenizers
+    from data import corpora, detokenizers
 
     corpus, revision, cache = validation_corpus(name)
     text = ""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import GOLDEN, load_json
 
-import checkpoints
-from checkpoints import CheckpointError, load_into, read
+from checkpointing import load as checkpoints
+from checkpointing.load import CheckpointError, load_into, read
 from models.dit import DiT
 from models.masks import BlockDiffusion, Causal, Full
 

@@ -34,7 +34,7 @@ def _single_thread():
 @pytest.fixture
 def _launch_folder(tmp_path, monkeypatch):
     """An empty one to run main in; which listens to signals, and pytest has its own."""
-    from signals import HEARD
+    from training.signals import HEARD
 
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in HEARD}

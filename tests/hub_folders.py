@@ -7,7 +7,7 @@ from checkpoint_helpers import BY_ALGO, network, path
 from conftest import GOLDEN, load_json
 from safetensors.torch import load_file, save_file
 
-from checkpoints import load_into, read
+from checkpointing.load import load_into, read
 
 HUB_FOLDER = GOLDEN / "hf_export"
 TENSORS = load_file(HUB_FOLDER / "model.safetensors")

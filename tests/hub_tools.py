@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hub_server import serving
 
-from readers import Piece
-from tables import Part
+from data.readers import Piece
+from data.tables import Part
 
 
 def put_table(root, repo, revision, name, columns):

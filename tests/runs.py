@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import main
-from signals import HEARD
+from training.signals import HEARD
 
 WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love", "war", "time")
 TIMEOUT = 120.0

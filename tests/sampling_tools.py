@@ -11,7 +11,7 @@ from samplers import Request, Sample, Settings, generate
 
 
 def denoiser(backbone, algo: str, mask_id: int, block_size: int = 1):
-    """What build.py makes of a network."""
+    """What modes/build.py makes of a network."""
     if algo == "ar":
         return Autoregressive(mask_id=mask_id).denoiser(backbone)
     schedule = get_schedule("loglinear")

@@ -1,13 +1,19 @@
-"""Who may import whom, read from the import statements; and what importing must not do.
+"""Who may import whom, read from the import statements; what importing must not do; where files
+lie.
 
     main
-    build
-    diffusion   dataloader   generation   checkpoint_io
-    objectives  samplers  metrics  generative  checkpoints  corpora  tokenizer
-    models      noise_schedule  config  utils
+    modes
+    diffusion    dataloader
+    training     sampling
+    evaluation
+    checkpointing
+    objectives
+    data
+    samplers
+    models       noise_schedule       settings       utils
 
-A module imports only from the layers below its own. Modules that stand in no layer (parts that were
-split off) are looked through: what they import counts as imported by whoever imports them.
+A folder or a module of the root imports only from the lines below its own. Two of one line know
+nothing of each other.
 """
 
 import ast
@@ -20,56 +26,54 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"main"},
-    {"build"},
-    {"diffusion", "dataloader", "generation", "checkpoint_io"},
-    {
-        "objectives",
-        "samplers",
-        "metrics",
-        "generative",
-        "checkpoints",
-        "corpora",
-        "tokenizer",
-    },
-    {"models", "noise_schedule", "config", "utils"},
+    {"modes"},
+    {"diffusion", "dataloader"},
+    {"training", "sampling"},
+    {"evaluation"},
+    {"checkpointing"},
+    {"objectives"},
+    {"data"},
+    {"samplers"},
+    {"models", "noise_schedule", "settings", "utils"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-PACKAGES = ("models", "objectives", "samplers", "config")
-# the module, the data module, what resumes them, and build with the parts split off from it
-WITH_LIGHTNING = {
-    "diffusion",
-    "dataloader",
-    "checkpoint_io",
-    "build",
-    "fitting",
-    "modes",
-    "progress",
-    "run_log",
-    "health",
-    "saving",
-    "sharding",
-    "throughput",
-    "training_state",
-}
+# programs and tests beside the framework; they may import all of it
+BESIDE = {"benchmarks", "docs", "scripts", "ssd-lm", "tests"}
+MOST_FILES = {"python at the root": 8, "at the root": 24, "in a folder": 20}
+WITH_LIGHTNING = {"main", "modes", "diffusion", "dataloader", "training", "checkpointing"}
 OPTIONAL_IN_MODELS = {
     "hf.py": {"transformers"},
     "attention.py": {"flash_attn"},
     "decode.py": {"triton"},
 }
-MAY_MEET_PICKLES = {"unpickling", "torch_zip", "ssd_model"}  # the last names their error only
+MAY_MEET_PICKLES = {"restricted_pickle", "torch_file", "ssd_model"}  # the last: their error only
 
 
-def sources():
-    """{module: its files}: the top-level modules and the packages of the framework."""
-    found = {path.stem: [path] for path in sorted(ROOT.glob("*.py"))}
-    found |= {name: sorted((ROOT / name).rglob("*.py")) for name in PACKAGES}
-    return found
+def tracked():
+    """The files of the repository that exist, as paths from its root."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-SOURCES = sources()
+TRACKED = tracked()
+SOURCES = {  # {a folder or a module of the root: its files}
+    name: [
+        ROOT / p
+        for p in TRACKED
+        if p.suffix == ".py" and (p.parts[0], p.stem)[len(p.parts) == 1] == name
+    ]
+    for name in sorted(
+        {(p.parts[0], p.stem)[len(p.parts) == 1] for p in TRACKED if p.suffix == ".py"} - BESIDE
+    )
+}
 FILES = [path for paths in SOURCES.values() for path in paths]
-# Programs beside the framework; scripts/hub_files/ lies in exports.
-BESIDE = [path for name in ("ssd-lm", "scripts") for path in sorted((ROOT / name).rglob("*.py"))]
+PROGRAMS = [ROOT / p for p in TRACKED if p.suffix == ".py" and p.parts[0] in ("ssd-lm", "scripts")]
 
 
 def parse(path):
@@ -94,38 +98,62 @@ IMPORTS = {
 }
 
 
-def of_the_project(name):
-    return IMPORTS[name] & SOURCES.keys()
-
-
-def reached(name):
-    """The modules of the table that `name` imports, directly or through modules in no layer."""
-    found, open_ends, seen = set(), [name], set()
-    while open_ends:
-        for other in of_the_project(open_ends.pop()) - seen:
-            seen.add(other)
-            (found.add if other in DEPTH else open_ends.append)(other)
-    return found
-
-
 def relative(path):
     return str(path.relative_to(ROOT))
 
 
+def test_the_root_is_small():
+    files = [path for path in TRACKED if len(path.parts) == 1]
+    assert len(files) <= MOST_FILES["at the root"], sorted(map(str, files))
+    python = [path for path in files if path.suffix == ".py"]
+    assert len(python) <= MOST_FILES["python at the root"], sorted(map(str, python))
+
+
+def test_no_folder_is_crowded():
+    count = {}
+    for path in TRACKED:
+        if len(path.parts) > 1 and path.suffix == ".py":
+            count[path.parent] = count.get(path.parent, 0) + 1
+    crowded = {str(k): n for k, n in count.items() if n > MOST_FILES["in a folder"]}
+    assert not crowded
+
+
+def test_every_source_is_in_a_layer():
+    assert SOURCES.keys() == DEPTH.keys()
+
+
 @pytest.mark.parametrize("name", sorted(DEPTH))
 def test_a_layer_imports_only_from_the_layers_below(name):
-    assert name in SOURCES, f"{name} is in the table of layers and not in the project"
-    wrong = {other for other in reached(name) if DEPTH[other] <= DEPTH[name]}
-    assert not wrong, f"{name} must not reach {sorted(wrong)}"
+    wrong = {other for other in IMPORTS[name] & DEPTH.keys() if DEPTH[other] <= DEPTH[name]}
+    assert not wrong, f"{name} must not import {sorted(wrong)}"
 
 
-def test_no_module_imports_itself_through_others():
+def test_no_file_imports_itself_through_others():
+    """Files of one folder; between folders the layers see to it."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+
+    def asked(name):
+        package = name if modules[name].stem == "__init__" else name.rpartition(".")[0]
+        for node in parse(modules[name]).body:
+            if isinstance(node, ast.ImportFrom):
+                base = f"{package}.{node.module or ''}".strip(".") if node.level else node.module
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+                yield base
+            elif isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+
+    graph = {name: {other for other in asked(name) if other in modules} for name in modules}
+    done = set()
+
     def visit(name, path):
         assert name not in path, " -> ".join([*path, name])
-        for other in of_the_project(name):
-            visit(other, [*path, name])
+        if name not in done:
+            for other in graph[name] - {name}:
+                visit(other, [*path, name])
+            done.add(name)
 
-    for name in SOURCES:
+    for name in graph:
         visit(name, [])
 
 
@@ -137,7 +165,14 @@ def test_models_import_nothing_outside_themselves(path):
     assert imported(path) <= allowed
 
 
-def test_lightning_is_imported_only_where_the_crank_is_turned():
+def test_a_package_only_hands_on_names():
+    for path in FILES:
+        if path.name == "__init__.py":
+            kinds = {type(node) for node in parse(path).body}
+            assert kinds <= {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign}, relative(path)
+
+
+def test_lightning_is_imported_only_where_training_is_driven():
     users = {
         name for name, imports in IMPORTS.items() if imports & {"lightning", "pytorch_lightning"}
     }
@@ -145,10 +180,10 @@ def test_lightning_is_imported_only_where_the_crank_is_turned():
 
 
 def test_samplers_and_objectives_know_no_configuration():
-    for name in ("objectives", "samplers", "models", "noise_schedule", "metrics"):
-        assert not IMPORTS[name] & {"config", "hydra", "omegaconf", "tokenizer", "transformers"} - (
-            {"transformers"} if name == "models" else set()
-        )
+    for name in ("objectives", "samplers", "models", "noise_schedule", "evaluation"):
+        assert not IMPORTS[name] & {"settings", "hydra", "omegaconf"}
+    for name in ("objectives", "samplers", "noise_schedule"):
+        assert not IMPORTS[name] & {"data", "transformers"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -186,7 +221,7 @@ def test_importing_a_module_only_defines_names(path):
             assert isinstance(node, definitions), where
 
 
-@pytest.mark.parametrize("path", [*FILES, *BESIDE], ids=relative)
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=relative)
 def test_house_rules_of_a_file(path):
     """No bare except, no device by name, no evaluated text, no remote code, no sniffing of
     settings, no pickle but the restricted one."""
@@ -216,7 +251,10 @@ def test_house_rules_of_a_file(path):
 
 def test_the_command_line_is_checked_before_anything_heavy_is_imported():
     heavy = ["torch", "lightning", "transformers", "datasets"]
-    code = f"import sys, main, cli, config; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys, main, settings; from modes import cli;"
+        f" print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

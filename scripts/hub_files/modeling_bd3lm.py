@@ -1,6 +1,6 @@
 """The model that transformers loads from an exported folder: BD3LM, and the samplers as `generate`.
 
-Lives in exports only, where the files of models/ and samplers/ lie beside it: hub_export.py.
+checkpointing/export.py puts it into exports, beside the files of models/ and samplers/.
 """
 
 import torch

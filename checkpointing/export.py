@@ -1,0 +1,179 @@
+"""A checkpoint as a folder that transformers loads, with the project's own files of the network.
+
+The folder holds averaged weights under the published names, config.json, the tokenizer, a model
+card, and the sources: those of models/ and samplers/ as they are (samplers/__init__.py under the
+name samplers.py), flat, because transformers copies no packages.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from string import Template
+
+import torch
+
+from checkpointing.load import Checkpoint, CheckpointError, build_backbone_args, load_into, section
+from data.tokenizer import Tokenizer
+from models.dit import DiT
+
+ROOT = Path(__file__).parents[1]
+ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
+CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
+NETWORK = ("attention", "cache", "decode", "denoiser", "dit", "hf", "layers", "masks")
+CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
+
+
+def sources() -> dict[str, Path]:
+    """{file name in the export: the file it is}."""
+    files = {f"{name}.py": ROOT / "models" / f"{name}.py" for name in NETWORK}
+    samplers = sorted((ROOT / "samplers").glob("[!_]*.py"))
+    others = {path.name: path for path in (*samplers, ROOT / "noise_schedule.py", ENTRY)}
+    others["samplers.py"] = ROOT / "samplers" / "__init__.py"
+    clash = files.keys() & others.keys()
+    assert not clash, f"two files of an export would have the name {clash}"
+    return files | others
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    use_ema: bool = True,
+    algo: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the folder: complete, or not at all. `algo` where the checkpoint does not say."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} is not empty: name another folder, or give --overwrite")
+    config = hub_config(checkpoint, tokenizer, algo)
+    tensors = named_tensors(checkpoint, config, use_ema)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+        made = Path(made) / "export"
+        made.mkdir()
+        write(made, config, tensors, tokenizer, card(checkpoint, config, use_ema))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(made, folder)
+    return folder
+
+
+def write(folder: Path, config: dict, tensors: dict, tokenizer: Tokenizer, text: str) -> None:
+    from safetensors.torch import save_file
+
+    tokenizer.save(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "README.md").write_text(text)
+    for name, path in sources().items():
+        shutil.copyfile(path, folder / name)
+
+
+def named_tensors(checkpoint: Checkpoint, config: dict, use_ema: bool) -> dict[str, torch.Tensor]:
+    """Contents of model.safetensors, after a network has taken them."""
+    network = DiT(**build_backbone_args(checkpoint))
+    load_into(network, checkpoint, use_ema=use_ema, algo=config["algo"])
+    tensors = {f"backbone.{k}": v.detach().contiguous() for k, v in network.state_dict().items()}
+    if config["var_min"]:
+        for name in ("sampling_eps_min", "sampling_eps_max"):
+            tensors[name] = torch.tensor(config[name])
+    return tensors
+
+
+def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = None) -> dict:
+    """config.json: the published keys, and those that `generate` needs."""
+    algo = algo or checkpoint.algo
+    if algo not in checkpoint.algorithms:
+        choice = ", ".join(checkpoint.algorithms)
+        raise CheckpointError(f"{checkpoint.source} may be {choice}: give --algo, got {algo}")
+    sizes = build_backbone_args(checkpoint)
+    if sizes["vocab_size"] != tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.source} has {sizes['vocab_size']} ids, the tokenizer"
+            f" {tokenizer.vocab_size} (mask included): give the right one with --tokenizer"
+        )
+    length = checkpoint.length
+    if length is None:
+        raise CheckpointError(f"{checkpoint.source} does not tell the length it was trained at")
+    settings, noise = checkpoint.config, checkpoint.config.get("noise", "loglinear")
+    if checkpoint.layout == "lightning":
+        settings = section(checkpoint.config, "algo")
+        noise = section(checkpoint.config, "noise").get("type", "loglinear")
+    low, high = checkpoint.interval or (1e-3, 1.0)
+    return {
+        "algo": algo,
+        "adaln": sizes["adaln"],
+        "architectures": ["BD3LM"],
+        "attn_backend": "sdpa",
+        "auto_map": {auto: f"{ENTRY.stem}.{name}" for auto, name in CLASSES.items()},
+        "block_size": checkpoint.block_size if algo == "bamdlm" else 1 if algo == "ar" else length,
+        "bos_token_id": tokenizer.bos_id,
+        "causal": algo == "ar",
+        "cond_dim": sizes["cond_dim"],
+        "cross_attn": algo == "bamdlm",
+        "dropout": sizes["dropout"],
+        "dtype": "float32",
+        "eos_token_id": tokenizer.eos_id,
+        "hidden_dim": sizes["hidden_size"],
+        "mask_token_id": tokenizer.mask_id,
+        "mdlm_loss_scale": settings.get("mdlm_loss_scale", False),
+        "model_length": length,
+        "model_type": "bd3lm",
+        "n_blocks": sizes["n_blocks"],
+        "n_heads": sizes["n_heads"],
+        "noise": noise,
+        "pad_token_id": tokenizer.pad_id,
+        "return_dict": True,
+        "sampling_eps_max": high,
+        "sampling_eps_min": low,
+        "time_conditioning": settings.get("time_conditioning", algo == "sedd"),
+        "var_min": algo == "bamdlm",
+        "vocab_size": sizes["vocab_size"],
+    }
+
+
+def card(checkpoint: Checkpoint, config: dict, use_ema: bool) -> str:
+    """The model card: what was trained, on what, with what result."""
+    run = checkpoint.config if checkpoint.layout == "lightning" else {}
+    figures = {"optimizer steps": checkpoint.step, **best_validation(checkpoint.raw)}
+    if checkpoint.interval is not None:
+        figures["clipped noise interval"] = "{:.4g} to {:.4g}".format(*checkpoint.interval)
+    figures["weights"] = (
+        f"averaged (EMA, decay {checkpoint.ema_decay}, {checkpoint.ema_updates} updates)"
+        if use_ema and checkpoint.ema is not None
+        else "as in the source"
+    )
+    rows = [f"| {name} | {value} |" for name, value in figures.items() if value is not None]
+    trained = {key: run[key] for key in CARD_SECTIONS if key in run}
+    return Template(CARD.read_text()).substitute(
+        name=f"{config['algo']}, block size {config['block_size']}",
+        source=Path(checkpoint.source).name,
+        figures="\n".join(rows),
+        algo=config["algo"],
+        length=config["model_length"],
+        block_size=config["block_size"],
+        training=json.dumps(trained, indent=2, sort_keys=True, default=str),
+    )
+
+
+CARD_SECTIONS = (
+    *("algo", "block_size", "data", "loader", "lr_scheduler", "model", "noise", "optim"),
+    *("seed", "training"),
+)
+
+
+def best_validation(raw: dict) -> dict[str, str]:
+    """Best validation likelihood, from the states of Lightning's checkpoint callbacks."""
+    for state in section(raw, "callbacks").values():
+        score = state.get("best_model_score") if isinstance(state, dict) else None
+        if score is not None and state.get("monitor") == "val/nll":
+            nll = torch.as_tensor(score, dtype=torch.float64)
+            return {
+                "best validation NLL (nats per token)": f"{nll:.4f}",
+                "best validation perplexity": f"{nll.exp():.2f}",
+            }
+    return {}

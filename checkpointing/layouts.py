@@ -1,0 +1,299 @@
+"""Weights in every published layout: Lightning checkpoints and hub folders.
+
+Names are those of the network (`blocks.0.norm1.weight`): the `backbone.` of the files and the
+`_orig_mod.` of compiled models are taken off. The EMA list of a Lightning checkpoint is put under
+the names of its parameters. `checkpoints` is the door to this file, and loads what is read here.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from checkpointing import hub, hub_folder, torch_file
+from checkpointing.restricted_pickle import CheckpointError
+from utils import plain_errors
+
+ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
+ALIASES = {"bd3lm": "bamdlm"}
+MODEL_TYPES = ("bd3lm", "bamdlm", "mdlm")
+INTERVAL = ("sampling_eps_min", "sampling_eps_max")
+BUFFERS = ("rotary_emb.inv_freq",)  # in state_dict, but not averaged
+PUBLISHED_EPS = (0.001, 0.999)  # written by BD3LMConfig whatever the weights were trained with
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file or folder holds. The `weights` of a hub folder are averages; it has no `ema`."""
+
+    source: str
+    layout: str  # "lightning" or "hub"
+    algorithms: tuple[str, ...]  # which runs it fits: several where it does not say, or N = 1
+    config: dict  # the run's configuration (lightning) or config.json (hub); {} if there is none
+    weights: dict[str, Tensor]
+    foreign: dict[str, Tensor] = field(default_factory=dict)  # keys no network of ours has
+    ema: dict[str, Tensor] | None = None
+    ema_problem: str | None = None  # why `ema` is empty
+    ema_decay: float | None = None
+    ema_updates: int = 0
+    interval: tuple[float, float] | None = None  # the clipped schedule, if it was saved
+    step: int | None = None
+    raw: dict = field(default_factory=dict, repr=False)  # the whole file without optimizer states
+
+    @property
+    def algo(self) -> str | None:
+        """None where the file leaves it open."""
+        known = len(self.algorithms) == 1 or self.algorithms[0] == "bamdlm"
+        return self.algorithms[0] if known else None
+
+    @property
+    def block_size(self) -> int | None:
+        return self.config.get("block_size")
+
+    @property
+    def fingerprint(self) -> str:
+        """Other weights, other name: a hash of the first numbers of every tensor, 16 hex digits."""
+        digest = hashlib.sha256()
+        for group in (self.weights, self.ema or {}):
+            for name, value in group.items():
+                digest.update(f"{name} {tuple(value.shape)} ".encode())
+                digest.update(str(value.flatten()[:16].tolist()).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of a training sequence."""
+        if self.layout == "hub":
+            return self.config.get("model_length")
+        return section(self.config, "model").get("length")
+
+
+def read(path_or_id: str | Path, *, revision: str | None = None, launch_dir=None) -> Checkpoint:
+    """The checkpoint at a local path, an fsspec URL or a hub id, or a CheckpointError."""
+    source = str(path_or_id) + (f" (revision {revision})" if revision else "")
+    try:
+        with plain_errors(source):
+            fs, path = hub.locate(path_or_id, revision=revision, launch_dir=launch_dir)
+            if fs.isdir(path):
+                return _from_hub(source, *hub_folder.read_folder(fs, path))
+            if path.endswith(".safetensors"):
+                return _from_hub(source, *_beside_config(fs, path))
+            with fs.open(path, "rb") as file:
+                raw = torch_file.load(file, source, without=("optimizer_states",))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    return _from_lightning(source, raw)
+
+
+def _beside_config(fs, path):
+    config = f"{path.rpartition('/')[0]}/config.json"
+    if not fs.exists(config):
+        raise CheckpointError(f"{path} needs the config.json that belongs to it in the same folder")
+    return hub_folder.read_json(fs, config), hub_folder.read_tensors(fs, path)
+
+
+def _from_lightning(source: str, raw: Any) -> Checkpoint:
+    if not isinstance(raw, dict) or not isinstance(raw.get("state_dict"), dict):
+        holds = ", ".join(map(str, list(raw)[:10])) if isinstance(raw, dict) else type(raw).__name__
+        raise CheckpointError(
+            f"{source} is a torch file without a state_dict (it holds {holds}): not a checkpoint of"
+            " this project. Weights alone belong in a folder with a config.json"
+        )
+    raw = canonical(raw, source)
+    weights, foreign, interval = _sort(source, raw["state_dict"])
+    config = section(raw["hyper_parameters"], "config")
+    return Checkpoint(
+        source=source,
+        layout="lightning",
+        algorithms=_lightning_algorithms(source, config, weights, interval),
+        config=config,
+        weights=weights,
+        foreign=foreign,
+        interval=interval,
+        step=raw.get("global_step"),
+        raw=raw,
+        **_average(raw.get("ema"), weights),
+    )
+
+
+def canonical(raw: dict, source: str) -> dict:
+    """A Lightning checkpoint without `_orig_mod.` in its names, configuration resolved."""
+    names = [_strip(name) for name in raw["state_dict"]]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise CheckpointError(f"{source} holds compiled and plain weights at once: {twice[:10]}")
+    values = raw["state_dict"].values()
+    state = type(raw["state_dict"])(zip(names, values, strict=True))
+    hyper = dict(section(raw, "hyper_parameters"))
+    if isinstance(hyper.get("config"), dict):
+        hyper["config"] = resolve(hyper["config"])
+    return {**raw, "state_dict": state, "hyper_parameters": hyper}
+
+
+def _strip(name: str) -> str:
+    return ".".join(part for part in str(name).split(".") if part != "_orig_mod")
+
+
+def _sort(source, state) -> tuple[dict, dict, tuple[float, float] | None]:
+    """state_dict -> (weights by the network's names, keys of nobody, clipped interval)."""
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(f"{source}: not tensors in its state_dict: {', '.join(odd[:10])}")
+    weights, foreign = {}, {}
+    for name, value in state.items():
+        name = _strip(name)
+        if name.startswith("backbone."):
+            weights[name.removeprefix("backbone.")] = value
+        elif name not in INTERVAL:
+            foreign[name] = value
+    bounds = [state[name] for name in INTERVAL if name in state]
+    if len(bounds) == 1 or any(bound.numel() != 1 for bound in bounds):
+        raise CheckpointError(f"{source}: {' and '.join(INTERVAL)} must be two numbers")
+    return weights, foreign, tuple(float(bound) for bound in bounds) or None
+
+
+def section(config: dict, name: str) -> dict:
+    """A part of a configuration that may lack it: foreign files hold anything."""
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _lightning_algorithms(source, config, weights, interval) -> tuple[str, ...]:
+    name = section(config, "algo").get("name")
+    if name is None:
+        return _from_keys(weights, interval)
+    if ALIASES.get(name, name) not in ALGORITHMS:
+        raise CheckpointError(f"{source} was trained with algo={name}; known: {ALGORITHMS}")
+    return _one_block_is_mdlm(
+        ALIASES.get(name, name), config.get("block_size"), section(config, "model").get("length")
+    )
+
+
+def _from_keys(weights, interval) -> tuple[str, ...]:
+    if interval is not None:
+        return ("bamdlm",)
+    if not any(name.startswith("sigma_map.") for name in weights):
+        return ("ar",)
+    return ("mdlm", "sedd", "ar")  # ar: model.adaln=True
+
+
+def _one_block_is_mdlm(algo, block_size, length) -> tuple[str, ...]:
+    """With one block to a sequence the two algorithms are the same."""
+    one_block = algo == "bamdlm" and block_size is not None and block_size == length
+    return ("bamdlm", "mdlm") if one_block else (algo,)
+
+
+def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{source}: config.json has model_type={kind!r}; this project reads {MODEL_TYPES}"
+        )
+    weights, foreign, interval = _sort(source, tensors)
+    listed = tuple(config[name] for name in INTERVAL if name in config)
+    if interval is None and config.get("var_min") and listed not in ((), PUBLISHED_EPS):
+        interval = listed
+    return Checkpoint(
+        source=source,
+        layout="hub",
+        algorithms=_hub_algorithms(source, config),
+        config=config,
+        weights=weights,
+        foreign=foreign,
+        interval=interval,
+    )
+
+
+def _hub_algorithms(source, config) -> tuple[str, ...]:
+    """`algo` of config.json where this project wrote it, else what its switches imply."""
+    if "algo" in config:
+        if config["algo"] not in ALGORITHMS:
+            raise CheckpointError(f"{source}: algo={config['algo']!r}; known: {ALGORITHMS}")
+        return _one_block_is_mdlm(
+            config["algo"], config.get("block_size"), config.get("model_length")
+        )
+    if config["model_type"] == "mdlm":
+        return ("mdlm",)
+    if config.get("causal"):
+        return ("ar",)
+    if config.get("cross_attn"):
+        return _one_block_is_mdlm("bamdlm", config.get("block_size"), config.get("model_length"))
+    return ("sedd",) if config.get("time_conditioning") else ("mdlm", "sedd")
+
+
+def _average(ema: Any, weights: dict[str, Tensor]) -> dict:
+    """Fields of Checkpoint about the EMA. One that does not fit is reported when it is asked for,
+    because missing weights, which come first, explain it better."""
+    if ema is None:
+        return {}
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, list) or not {"decay", "num_updates"} <= ema.keys():
+        return {"ema": {}, "ema_problem": "ema must hold decay, num_updates and shadow_params"}
+    about = {"ema_decay": ema["decay"], "ema_updates": ema["num_updates"] or 0}
+    try:
+        named = ema_from_list(shadow, {n: w for n, w in weights.items() if n not in BUFFERS})
+    except ValueError as error:
+        return {"ema": {}, "ema_problem": str(error), **about}
+    return {"ema": named, **about}
+
+
+def ema_from_list(shadow: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The list of a Lightning checkpoint, under the names of the parameters (in their order)."""
+    if len(shadow) != len(parameters):
+        raise ValueError(
+            f"the EMA has {len(shadow)} tensors, the network {len(parameters)} parameters"
+        )
+    by_name = dict(zip(parameters, shadow, strict=True))
+    odd = [name for name, value in by_name.items() if value.shape != parameters[name].shape]
+    if odd:
+        raise ValueError(f"the EMA does not fit the parameters, first at {odd[0]}")
+    return by_name
+
+
+def ema_to_list(ema: Mapping[str, Tensor], parameter_names: Iterable[str]) -> list[Tensor]:
+    """`shadow_params` of a Lightning checkpoint."""
+    return [ema[name] for name in parameter_names]
+
+
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def resolve(config: dict) -> dict:
+    """Interpolations `${a.b}` and `${.b}` filled in; resolvers (`${cwd:}`) stay as written."""
+
+    def value_at(path, chain):
+        node = config
+        for part in path:
+            if not isinstance(node, dict) or part not in node:
+                raise KeyError
+            node = node[part]
+        return filled(node, path, chain)
+
+    def filled(node, path, chain=()):
+        if isinstance(node, dict):
+            return {key: filled(item, (*path, key), chain) for key, item in node.items()}
+        if isinstance(node, list):
+            return [filled(item, (*path, str(i)), chain) for i, item in enumerate(node)]
+        if not isinstance(node, str) or path in chain:
+            return node
+        chain = (*chain, path)
+
+        def target(match):
+            name = match[1]
+            up = len(name) - len(name.lstrip("."))
+            start = path[: len(path) - up] if up else ()
+            return value_at((*start, *name.lstrip(".").split(".")), chain)
+
+        try:
+            whole = _REFERENCE.fullmatch(node)
+            return target(whole) if whole else _REFERENCE.sub(lambda m: str(target(m)), node)
+        except KeyError:
+            return node
+
+    return filled(config, ())

@@ -1,0 +1,289 @@
+"""Weights into networks: all of them, or an error that says which keys do not fit and why.
+
+`read` (checkpoint_layouts) opens every published layout. `load_into` is for evaluation and
+sampling: the algorithm must be the file's own. `load_pretrained` starts a new run from the weights
+of another; exactly the tensors that its algorithm adds may be new, and they are named.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from checkpointing.layouts import (
+    ALGORITHMS,
+    BUFFERS,
+    INTERVAL,
+    Checkpoint,
+    canonical,
+    ema_from_list,
+    ema_to_list,
+    read,
+    resolve,
+    section,
+)
+from checkpointing.restricted_pickle import CheckpointError
+
+__all__ = [
+    "ALGORITHMS",
+    "BUFFERS",
+    "Checkpoint",
+    "CheckpointError",
+    "Pretrained",
+    "build_backbone_args",
+    "canonical",
+    "ema_from_list",
+    "ema_to_list",
+    "load_into",
+    "load_pretrained",
+    "read",
+    "resolve",
+    "section",
+]
+
+SHOWN = 10  # keys of each kind in an error
+DEFAULT_COND_DIM = 129  # of the published config class, whatever the weights have
+INV_FREQ_TOLERANCE = 0.01  # bfloat16 rounds by 0.004
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a finetuning run takes over beside the weights."""
+
+    new_keys: tuple[str, ...]  # of the run's state_dict, absent from the file
+    ema: dict[str, Tensor] | None  # by parameter name, new parameters included; None: start anew
+    ema_updates: int
+
+
+def build_backbone_args(checkpoint: Checkpoint) -> dict:
+    """Arguments of DiT for these weights (all but attn_backend), checked against the config."""
+    weights, config = checkpoint.weights, checkpoint.config
+    model = config if checkpoint.layout == "hub" else section(config, "model")
+    width_key = "hidden_dim" if checkpoint.layout == "hub" else "hidden_size"
+    needed = {"vocab_embed.embedding": 2, "blocks.0.attn_qkv.weight": 2, "rotary_emb.inv_freq": 1}
+    missing = [n for n, dim in needed.items() if n not in weights or weights[n].dim() != dim]
+    missing = missing or [name for name in needed if not weights[name].numel()]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.source} is not a network of this family: it has no"
+            f" {', '.join('backbone.' + name for name in missing)}. {_few(checkpoint.foreign)}"
+        )
+    vocab_size, width = weights["vocab_embed.embedding"].shape
+    adaln = "sigma_map.mlp.2.bias" in weights
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "cond_dim": len(weights["sigma_map.mlp.2.bias"]) if adaln else model.get("cond_dim", 128),
+        "n_blocks": len(blocks),
+        "n_heads": width // (2 * len(weights["rotary_emb.inv_freq"])),
+    }
+    stated = {name: model.get(width_key if name == "hidden_size" else name) for name in sizes}
+    odd = [
+        f"{name} {stated[name]} but weights of {sizes[name]}"
+        for name in sizes
+        if stated[name] not in (None, sizes[name])
+        and not (name == "cond_dim" and stated[name] == DEFAULT_COND_DIM)
+    ]
+    if odd:
+        raise CheckpointError(f"{checkpoint.source} contradicts itself: it states {'; '.join(odd)}")
+    dropout = model.get("dropout")
+    dropout = float(dropout) if isinstance(dropout, int | float) else 0.1
+    return {**sizes, "dropout": dropout, "adaln": adaln}
+
+
+def load_into(
+    backbone: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    use_ema: bool,
+    algo: str,
+    block_size: int | None = None,
+) -> None:
+    """Copy all weights, or the averaged ones, into `backbone`; on any doubt copy nothing and raise.
+
+    With a `block_size`, bamdlm weights must have been trained at it.
+    """
+    _check_fit(backbone, checkpoint, algo, may_be_new=())
+    if algo not in checkpoint.algorithms:
+        raise CheckpointError(
+            f"{checkpoint.source} cannot be used here: {_other(checkpoint, algo)}"
+        )
+    trained_at = checkpoint.block_size
+    if algo == "bamdlm" and None not in (block_size, trained_at) and block_size != trained_at:
+        raise CheckpointError(
+            f"{checkpoint.source} was trained with block_size={trained_at}, the run asks for"
+            f" block_size={block_size}; training.from_pretrained can adapt it"
+        )
+    values = {**checkpoint.weights, **(_averages(checkpoint) if use_ema else {})}
+    _check_finite(checkpoint.source, values)
+    _copy(backbone, values)
+
+
+def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -> Pretrained:
+    """Weights for a new run of `algo`, trained perhaps as another algorithm or block size.
+
+    New may be: the buffers sampling_eps_min/max (to bamdlm), and coming from ar, sigma_map.* and
+    all adaLN_modulation.* (these are set to zero). The file's clipped interval is not taken over.
+    """
+    may_be_new = ()
+    if checkpoint.algorithms == ("ar",) and algo != "ar":
+        may_be_new = tuple(name for name in _expected(backbone) if _is_conditioning(name))
+        if any(_is_conditioning(name) for name in checkpoint.weights):
+            may_be_new = ()  # trained with model.adaln=True
+    _check_interval(checkpoint, algo)
+    _check_fit(backbone, checkpoint, algo, may_be_new=may_be_new)
+    _check_average(checkpoint)
+    _check_finite(checkpoint.source, checkpoint.weights)
+    ema = checkpoint.ema
+    if ema is not None:
+        _check_finite(f"the EMA of {checkpoint.source}", ema)
+    _copy(backbone, checkpoint.weights)
+    state = _expected(backbone)
+    with torch.no_grad():
+        for name in may_be_new:
+            if "adaLN_modulation" in name:
+                state[name].zero_()
+    new = tuple(f"backbone.{name}" for name in may_be_new)
+    if algo == "bamdlm" and checkpoint.interval is None:
+        new = (*INTERVAL, *new)
+    if ema is not None:
+        parameters = {n: p.detach() for n, p in state.items() if n not in BUFFERS}
+        ema = {n: ema[n].float() if n in ema else p.clone() for n, p in parameters.items()}
+    return Pretrained(new_keys=new, ema=ema, ema_updates=checkpoint.ema_updates)
+
+
+def _other(checkpoint: Checkpoint, algo: str) -> str:
+    theirs = " or ".join(checkpoint.algorithms)
+    return (
+        f"another algorithm: the file holds {theirs} weights, the run asks for algo={algo} (set"
+        f" algo={checkpoint.algorithms[0]}, or start a new run with training.from_pretrained)"
+    )
+
+
+def _averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    _check_average(checkpoint)
+    if checkpoint.layout == "hub":
+        return {}
+    if checkpoint.ema is not None:
+        return checkpoint.ema
+    if section(checkpoint.config, "training").get("ema") == 0:
+        return {}  # trained without EMA: the weights are all there is
+    raise CheckpointError(
+        f"{checkpoint.source} has no averaged weights (ema); eval.disable_ema=true takes the others"
+    )
+
+
+def _check_interval(checkpoint: Checkpoint, algo: str) -> None:
+    if checkpoint.interval is None or algo == "bamdlm" or algo in checkpoint.algorithms:
+        return
+    raise CheckpointError(
+        f"{checkpoint.source} holds bamdlm weights and a clipped schedule; algo={algo} has no"
+        f" use for {' and '.join(INTERVAL)}. Only algo=bamdlm can start from it, at any block size"
+    )
+
+
+def _expected(backbone: nn.Module) -> dict[str, Tensor]:
+    return {
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): value
+        for name, value in backbone.state_dict(keep_vars=True).items()
+    }
+
+
+def _is_conditioning(name: str) -> bool:
+    return name.startswith("sigma_map.") or "adaLN_modulation" in name.split(".")
+
+
+def _copy(backbone: nn.Module, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, target in _expected(backbone).items():
+            if name in values and name not in BUFFERS:
+                target.copy_(values[name])
+
+
+def _check_average(checkpoint: Checkpoint) -> None:
+    if checkpoint.ema_problem is not None:
+        raise CheckpointError(
+            f"{checkpoint.source}: {checkpoint.ema_problem}; eval.disable_ema=true does without it"
+        )
+
+
+def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
+    expected, values = _expected(backbone), checkpoint.weights
+    missing = [name for name in expected if name not in values and name not in may_be_new]
+    unexpected = [name for name in values if name not in expected]
+    unexpected += [f"{name} (outside the backbone)" for name in checkpoint.foreign]
+    other = {
+        name: (list(values[name].shape), list(expected[name].shape))
+        for name in expected
+        if name in values and values[name].shape != expected[name].shape
+    }
+    whole = [name for name in values if not values[name].is_floating_point()]
+    if not (missing or unexpected or other or whole):
+        return _check_rotation(checkpoint, values, expected)
+    shapes = [f"{name} {mine} in the file, {ours} here" for name, (mine, ours) in other.items()]
+    causes = _causes(checkpoint, algo, missing, unexpected, other)
+    raise CheckpointError(
+        f"{checkpoint.source} does not fit this network (algo={algo}); nothing was loaded."
+        + _listed("missing from the file", missing)
+        + _listed("not in the network", unexpected)
+        + _listed("of another shape", shapes)
+        + _listed("not floating point", whole)
+        + "".join(f"\n  probably: {cause}" for cause in causes)
+    )
+
+
+def _listed(title: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"\n  {title} ({len(names)}): {', '.join(names[:SHOWN])}{more}"
+
+
+def _few(foreign) -> str:
+    return f"It has instead: {', '.join(list(foreign)[:SHOWN])}" if foreign else ""
+
+
+def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[str]:
+    causes = []
+    if algo not in checkpoint.algorithms:
+        causes.append(_other(checkpoint, algo))
+    elif any(map(_is_conditioning, (*missing, *unexpected))):
+        causes.append("model.adaln differs")
+    depth = [name for name in (*missing, *unexpected) if name.startswith("blocks.")]
+    if depth and not all(map(_is_conditioning, depth)):
+        causes.append("another model size: model.n_blocks differs")
+    if "vocab_embed.embedding" in other:
+        (rows, width), (our_rows, our_width) = other["vocab_embed.embedding"]
+        if width != our_width:
+            causes.append(f"another model size: model.hidden_size={width} in the file")
+        if rows != our_rows:
+            causes.append(
+                f"another vocabulary: {rows} tokens in the file, {our_rows} here, the mask included"
+                " (data.tokenizer_name_or_path)"
+            )
+    elif any(map(_is_conditioning, other)):
+        causes.append("another model size: model.cond_dim differs")
+    if "rotary_emb.inv_freq" in other and "vocab_embed.embedding" not in other:
+        causes.append("another model size: model.n_heads differs")
+    if checkpoint.foreign and not checkpoint.weights:
+        causes.append("the weights lack the prefix backbone.: saved from the bare network?")
+    return causes
+
+
+def _check_rotation(checkpoint, values, expected) -> None:
+    """inv_freq is computed, not trained: the file must have been made with the same base."""
+    for name in BUFFERS:
+        theirs, ours = values[name].float(), expected[name].float()
+        if not torch.allclose(theirs, ours, rtol=INV_FREQ_TOLERANCE, atol=0):
+            raise CheckpointError(f"{checkpoint.source}: {name} is not that of rotary base 10 000")
+
+
+def _check_finite(source: str, values: dict[str, Tensor]) -> None:
+    odd = [name for name, value in values.items() if not torch.isfinite(value).all()]
+    if odd:
+        raise CheckpointError(
+            f"{source} has NaN or infinite weights: {', '.join(odd[:SHOWN])}"
+            + (f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else "")
+            + "; training had diverged, take an earlier checkpoint"
+        )

@@ -1,0 +1,138 @@
+"""Files of torch.save: a zip archive of one pickle, and one uncompressed record for each storage.
+
+Read through `zipfile`, which checks every record's checksum, and `unpickling`, which runs nothing.
+Tensors land on the CPU.
+"""
+
+import glob
+import os
+import tempfile
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from checkpointing.restricted_pickle import FAILURES, CheckpointError, unpickle
+
+DTYPES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+
+
+class _Archive:
+    def __init__(self, file: BinaryIO):
+        self.zip = zipfile.ZipFile(file)
+        names = self.zip.namelist()
+        pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise CheckpointError("it is a TorchScript program; save a state_dict instead")
+        if len(pickles) != 1:
+            raise CheckpointError("it is a zip file that torch.save did not write (no data.pkl)")
+        self.prefix = pickles[0].removesuffix("data.pkl")
+        if f"{self.prefix}byteorder" in names and self.record("byteorder") != b"little":
+            raise CheckpointError("a big-endian machine wrote it; save it again on another")
+        self.storages: dict[tuple, torch.Tensor] = {}
+
+    def record(self, name: str) -> bytes:
+        info = self.zip.getinfo(self.prefix + name)
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise CheckpointError(f"its record {name} is compressed, as torch.save's never are")
+        return self.zip.read(info)
+
+    def storage(self, kind: str, key: str, numel: int) -> torch.Tensor:
+        """One-dimensional, over the whole storage; the same object whenever it is asked for."""
+        dtype = DTYPES[kind]
+        if (key, dtype) not in self.storages:
+            data = bytearray(self.record(f"data/{key}"))
+            if len(data) != numel * dtype.itemsize:
+                raise ValueError(f"storage {key} has {len(data)} bytes, not {numel} of {dtype}")
+            empty = torch.empty(0, dtype=dtype)
+            self.storages[key, dtype] = torch.frombuffer(data, dtype=dtype) if data else empty
+        return self.storages[key, dtype]
+
+
+def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
+    """What torch.save wrote to `file`, in plain containers; `name` is for the messages.
+
+    The top-level keys `without` are left out, and their tensors not read.
+    """
+    start = file.read(4)
+    file.seek(0)
+    if not start:
+        raise CheckpointError(f"{name} is empty (0 bytes); copy or download it again")
+    if not start.startswith(b"PK"):
+        raise CheckpointError(
+            f"{name} is no checkpoint: it does not start like a torch zip file. If a torch before"
+            " 1.6 wrote it, torch.load it where you trust it and torch.save it again"
+        )
+    try:
+        archive = _Archive(file)
+        return unpickle(archive.record("data.pkl"), archive.storage, without=without)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} cannot be read: {error}") from None
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{name} is damaged or was cut short ({error}); copy or download it again"
+        ) from error
+    except FAILURES as error:
+        raise CheckpointError(
+            f"{name} is damaged ({type(error).__name__}: {error}); copy or download it again"
+        ) from error
+
+
+def save(checkpoint: dict, path: str) -> None:
+    """torch.save under a temporary name, then a rename: `path` is never half a file."""
+    fs, target = url_to_fs(path)
+    if isinstance(fs, LocalFileSystem):
+        _save_local(checkpoint, Path(target))
+    else:
+        _save_remote(checkpoint, fs, target)
+
+
+def _save_local(checkpoint, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        unfinished.unlink(missing_ok=True)  # its writer was killed
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    try:
+        os.fchmod(handle, 0o666 & ~_umask())
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _save_remote(checkpoint, fs, target: str) -> None:
+    fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+    partial = f"{target}.partial"
+    with fs.open(partial, "wb") as file:
+        torch.save(checkpoint, file)
+    fs.mv(partial, target)

@@ -1,0 +1,221 @@
+"""Data sets on the Hugging Face hub: which files hold a split, and reading those alone.
+
+`datasets` says which files of a revision belong to which split (its rules, and the repository's
+card). Of these only what is read is downloaded, one file after the other, into the cache: another
+split never, and where only the end of a split is wanted, the footers of the parquet files tell
+which files hold it. Footers are read by range requests.
+
+Only huggingface_hub talks to the hub, so its own settings hold (HF_ENDPOINT, HF_TOKEN, and
+HF_HUB_OFFLINE). What was found is noted beside the downloads: without a network the files that are
+there can still be read.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from data import readers, tables
+from data.readers import Piece
+from data.tables import Part
+from utils import first_line
+
+log = logging.getLogger("bamdlm")
+
+CONNECT_SECONDS = 10
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of repositories that held a script
+KINDS = (".parquet", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A configuration of a repository at a revision: by its name, or by the folder it lies in."""
+
+    repo: str
+    name: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        where = self.name or self.data_dir
+        return self.repo + (f" ({where})" if where else "") + f" at {self.revision or 'main'}"
+
+
+def parts(table: Table, split: str, cache: Path, *, download: bool = True) -> list[Part]:
+    """The files of a split, in order. OSError: it cannot be had from the hub now.
+
+    cache: where downloads are kept. With download=False files are read over the network and not
+    kept (parquet only).
+    """
+    from huggingface_hub import constants
+
+    note = _note(table, split, cache)
+    if constants.is_offline_mode():
+        if not note.is_file():
+            raise OSError(f"{table}, {split}: HF_HUB_OFFLINE is set, and it was not read before")
+        found = json.loads(note.read_text())
+    else:
+        try:
+            found = _ask(table, split, cache)
+        except Unreachable as error:
+            if not note.is_file():
+                raise
+            log.warning("%s; using what was downloaded before", error)
+            found = json.loads(note.read_text())
+        else:
+            _keep(note, found)
+    commit, names = found["commit"], found["files"]
+    return [_part(table.repo, commit, name, cache, download) for name in names]
+
+
+class Unreachable(OSError):
+    """The hub does not answer; nothing is said about the data set."""
+
+
+def _ask(table: Table, split: str, cache: Path) -> dict:
+    """{"commit", "files": names in the repository}. One question first: the clients would try for
+    half a minute before they report a missing network."""
+    import datasets
+    from huggingface_hub import HfApi, errors
+
+    asked = partial(HfApi().dataset_info, table.repo, revision=table.revision)
+    try:
+        commit = asked(timeout=CONNECT_SECONDS).sha
+    except errors.GatedRepoError as error:
+        raise OSError(
+            f"{table} asks for an agreement: accept it on its page, then log in"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise OSError(f"{table}: no such data set on the hub, or a private one") from error
+    except errors.RevisionNotFoundError as error:
+        raise OSError(f"{table}: no such branch, tag or commit") from error
+    except (errors.HTTPError, OSError) as error:
+        raise Unreachable(f"{table}: the hub cannot be reached ({first_line(error)})") from error
+    where = {"name": table.name, "data_dir": table.data_dir}
+    try:
+        builder = datasets.load_dataset_builder(
+            table.repo,
+            revision=commit,
+            cache_dir=str(cache / "downloads"),
+            **{key: value for key, value in where.items() if value is not None},
+        )
+    except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise OSError(f"{table}: {first_line(error)}") from error
+    splits = {str(key): list(files) for key, files in builder.config.data_files.items()}
+    if split not in splits:
+        raise OSError(f"{table} has no split {split}, only {', '.join(splits)}")
+    prefix = f"hf://datasets/{table.repo}@{commit}/"
+    names = [address.removeprefix(prefix) for address in splits[split]]
+    if len({_shardless(name) for name in names}) > 1:
+        some = ", ".join(names[:4])
+        raise OSError(f"{table}: the files of {split} are of several tables ({some})")
+    for name in names:
+        if f"partial-{split}" in name:
+            raise OSError(f"{table}: the hub has converted only the first part of {split} ({name})")
+        if not name.endswith(KINDS):
+            raise OSError(f"{table}: {name} is none of {', '.join(KINDS)}")
+    return {"table": asdict(table), "split": split, "commit": commit, "files": names}
+
+
+def _shardless(name: str) -> str:
+    """A file's name without what tells the files of one table apart."""
+    return re.sub(r"(-\d{5}-of-\d{5}(-[0-9a-f]{16})?|\d+)(?=\.\w+$)", "", name)
+
+
+def _note(table: Table, split: str, cache: Path) -> Path:
+    key = json.dumps([asdict(table), split], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    return cache / "downloads" / "listings" / f"{table.repo.replace('/', '--')}-{digest}.json"
+
+
+def _keep(note: Path, found: dict) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=note.parent, suffix=".tmp", delete=False) as file:
+        json.dump(found, file, indent=1)
+    os.replace(file.name, note)
+
+
+def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Part:
+    place = f"{repo}@{commit[:8]}, {name}"
+    address = f"hf://datasets/{repo}@{commit}/{name}"
+    have = partial(_downloaded, repo, commit, name, cache, place)
+    reader = readers.READERS[Path(name).suffix]
+
+    def read(column: str) -> Iterator[Piece]:
+        return reader(have(), column)
+
+    def stream(column: str) -> Iterator[Piece]:
+        return _streamed(address, place, column)
+
+    def count(column: str) -> int:
+        """From the footer: of the file if it is there, else over the network."""
+        path = have(ask=False)
+        return _footer_rows(address, place) if path is None else readers.count_parquet(path)
+
+    if not name.endswith(".parquet"):
+        return Part(place, 1, read, tables.count_read(read))
+    return Part(place, 1, read if download else stream, count)
+
+
+def _downloaded(
+    repo: str, commit: str, name: str, cache: Path, place: str, *, ask: bool = True
+) -> Path | None:
+    """The file in the cache, downloaded if need be; None where it is missing and ask is False."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    folder = str(cache / "downloads")
+    where = {"repo_id": repo, "filename": name, "repo_type": "dataset", "revision": commit}
+    found = try_to_load_from_cache(cache_dir=folder, **where)
+    if isinstance(found, str):
+        return Path(found)
+    if not ask:
+        return None
+    try:
+        return Path(hf_hub_download(cache_dir=folder, **where))
+    except (errors.HTTPError, OSError) as error:
+        raise OSError(_lost(place, error)) from error
+
+
+def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:
+    import pyarrow
+    import pyarrow.parquet
+    from huggingface_hub import HfFileSystem, errors
+
+    try:
+        with (
+            HfFileSystem().open(address, "rb") as file,
+            pyarrow.parquet.ParquetFile(file, **readers.BIT_BY_BIT) as table,
+        ):
+            yield from readers.parquet_rows(table, column, place)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(readers.broken_parquet(place, error)) from error
+    except (errors.HTTPError, OSError) as error:
+        raise OSError(_lost(place, error)) from error
+
+
+def _footer_rows(address: str, place: str) -> int:
+    """Rows of a parquet file on the hub: its last kilobytes are asked for."""
+    import pyarrow
+    import pyarrow.parquet
+    from huggingface_hub import HfFileSystem, errors
+
+    try:
+        with HfFileSystem().open(address, "rb", cache_type="none") as file:
+            return pyarrow.parquet.read_metadata(file).num_rows
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(readers.broken_parquet(place, error)) from error
+    except (errors.HTTPError, OSError) as error:
+        raise OSError(_lost(place, error)) from error
+
+
+def _lost(place: str, error: Exception) -> str:
+    return (
+        f"{place} could not be read from the hub ({first_line(error)}); run it again (whole files"
+        " are kept), or give a local copy with data.source=PATH"
+    )

@@ -1,0 +1,205 @@
+"""data.source=PATH: a local copy of a corpus in place of the hub, in whichever form it is kept.
+
+    folder of .parquet, .jsonl or .txt files   those whose names, or folders' names, name the split
+    folder that `datasets` has saved           Dataset or DatasetDict
+    the published archive                      or the folder that it was unpacked to (archives.py)
+    one file
+
+The documents are those that the hub gives.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from data import readers, tables
+from data.archives import SUFFIXES, Archive
+from data.tables import Part
+from utils import first_line
+
+# What splits are called in the names of files and folders.
+NAMES = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test"},
+}
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `datasets` writes
+WAY_OUT = "give a folder of .parquet, .jsonl or .txt files, or one such file"
+
+
+@dataclass(frozen=True)
+class LocalCopy:
+    """splits: of the corpus, as the hub calls them. folders: subfolders that belong to this corpus
+    where source holds several, beside one of its name. split is one of splits."""
+
+    corpus: str
+    source: Path
+    splits: frozenset[str]
+    folders: tuple[str, ...] = ()
+    archive: Archive | None = None
+
+    @property
+    def path(self) -> Path:
+        """source, or the part of it that holds this corpus."""
+        inside = (self.source / name for name in (self.corpus, *self.folders))
+        return next((folder for folder in inside if folder.is_dir()), self.source)
+
+    def identity(self, split: str, revision: str | None) -> dict:
+        paths = self.saved_files(split) if self.is_saved() else self.files(split)
+        return {"files": [tables.stamp(path) for path in paths], "split": split}
+
+    def parts(
+        self, split: str, revision: str | None, cache: Path, *, download: bool = True
+    ) -> list[Part]:
+        if self.is_saved():
+            return [saved_part(self.saved_folder(split))]
+        if self.is_archive():
+            return self.archive.parts(self.path, split, cache)
+        return [tables.file_part(path) for path in self.files(split)]
+
+    # folders that `datasets` has saved
+
+    def is_saved(self) -> bool:
+        return any((self.path / mark).is_file() for mark in (SAVED, SAVED_SPLITS))
+
+    def saved_folder(self, split: str) -> Path:
+        if (self.path / SAVED).is_file():
+            if words(_own_name(self.path)) & NAMES[split] or self.is_one_table():
+                return self.path
+            raise ValueError(
+                f"data.source={self.path} is one saved table: give the folder of the DatasetDict,"
+                f" with the split {split} inside, or name this folder {split}"
+            )
+        try:
+            known = json.loads((self.path / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"data.source={self.path}: {SAVED_SPLITS} is damaged ({error}); save it again"
+            ) from error
+        if split not in known:
+            raise ValueError(
+                f"data.source={self.path} has no split {split}, only {', '.join(known)}"
+            )
+        return self.path / split
+
+    def saved_files(self, split: str) -> list[Path]:
+        return sorted(path for path in self.saved_folder(split).rglob("*") if path.is_file())
+
+    # the published archive
+
+    def is_archive(self) -> bool:
+        if self.path.is_dir():
+            return self.archive is not None and any(
+                self.archive.fits(path.name) for path in visible(self.path)
+            )
+        if self.path.suffix in SUFFIXES and self.archive is None:
+            raise ValueError(
+                f"data.source={self.path}: no archive of this corpus is known; unpack it, then"
+                f" {WAY_OUT}"
+            )
+        return self.path.suffix in SUFFIXES or (
+            self.archive is not None and self.archive.fits(self.path.name)
+        )
+
+    # files
+
+    def files(self, split: str) -> list[Path]:
+        """What holds the split: the archive, or tables of one kind."""
+        if not self.path.is_dir():
+            return [self.file(split)]
+        found = sorted(visible(self.path))
+        if self.is_archive():
+            return [path for path in found if self.archive.fits(path.name)]
+        known = [path for path in found if path.suffix in readers.READERS]
+        if not known:
+            some = ", ".join(path.name for path in found[:10]) or "nothing"
+            raise ValueError(
+                f"data.source={self.path} holds {some}, but no file of the kinds"
+                f" {', '.join(readers.READERS)}; an archive must be named itself"
+            )
+        wanted = [path for path in known if self.names(path, split)]
+        if not wanted:
+            some = ", ".join(path.relative_to(self.path).as_posix() for path in known[:10])
+            raise ValueError(
+                f"data.source={self.path} holds {some}, but no file of the split {split} of"
+                f" {self.corpus}; name it in the file's or its folder's name, and keep several"
+                " corpora in folders of their names"
+            )
+        tables.check_one_kind(wanted, f"data.source={self.path}")
+        self.check_lines(wanted[0])
+        for path in wanted:
+            if "partial" in words(path.relative_to(self.path).as_posix()):
+                raise ValueError(f"data.source={self.path}: {path} is only a part of {split}")
+        return wanted
+
+    def file(self, split: str) -> Path:
+        if self.is_archive():
+            return self.path
+        if self.path.suffix not in readers.READERS:
+            raise ValueError(f"data.source={self.path} is of no kind that is known; {WAY_OUT}")
+        if not self.names(self.path, split):
+            raise ValueError(
+                f"data.source={self.path}: its name does not say that it is the split {split};"
+                f" rename it, or {WAY_OUT}, that does"
+            )
+        self.check_lines(self.path)
+        return self.path
+
+    def check_lines(self, path: Path) -> None:
+        """A .txt file is one document, but the documents of some corpora are lines."""
+        if self.archive is not None and path.suffix == ".txt":
+            raise ValueError(
+                f"data.source: {path} would be one document, but those of {self.corpus} are lines:"
+                f" give {self.archive.train} and {self.archive.valid}, .jsonl or .parquet"
+            )
+
+    def names(self, path: Path, split: str) -> bool:
+        """Whether a file is of the split: by its name and those of its folders inside of source,
+        or else by the name of source."""
+        folder = self.path.parent if path == self.path else self.path
+        for name in (path.relative_to(folder).as_posix(), _own_name(folder)):
+            if found := words(name) & set().union(*NAMES.values()):
+                return bool(found & NAMES[split])
+        return self.is_one_table()
+
+    def is_one_table(self) -> bool:
+        """Whether there is nothing that the split could be confused with."""
+        return len(self.splits) == 1
+
+
+def _own_name(folder: Path) -> str:
+    """Also where the path ends in . or .."""
+    return os.path.basename(os.path.abspath(folder))
+
+
+def words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
+
+
+def visible(folder: Path) -> list[Path]:
+    """Its files, without those of tools (.cache, __MACOSX)."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return [p for p in found if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
+
+
+def saved_part(folder: Path) -> Part:
+    """A table that `datasets` has saved."""
+    import datasets
+    import pyarrow
+
+    try:
+        table = datasets.Dataset.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"data.source={folder} is not a whole saved table ({first_line(error)}); save it again"
+            " with datasets' save_to_disk"
+        ) from error
+    read = partial(_saved_rows, table, f"data: {folder}")
+    return Part(str(folder), 1, read, lambda _: len(table))
+
+
+def _saved_rows(table, place: str, column: str):
+    return readers.table(table, column, place)

@@ -1,0 +1,101 @@
+"""One split of a corpus as a run wants it: which text, tokenized how, in rows of what shape."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from data import corpora, detokenizers, token_rows
+from data.packing import Shape
+from data.readers import Piece
+from data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Split:
+    """split is "train" or "valid"; corpus a name of corpora.table() or a path or pattern of files.
+
+    length: L. Training rows of text8-crop are 2 L long; DataModule cuts the windows. align: as in
+    packing.Shape. The others are the settings data.* of the same name; None: the corpus's own.
+    """
+
+    corpus: str
+    split: str
+    tokenizer: Tokenizer
+    length: int
+    wrap: bool = True
+    align: int | None = None
+    insert_eos: bool = True
+    insert_special: bool = True
+    revision: str | None = None
+    text_column: str | None = None
+    source: str | None = None
+
+    @cached_property
+    def entry(self) -> corpora.Corpus:
+        return corpora.get_corpus(self.corpus, self.split, source=self.source)
+
+    @property
+    def column(self) -> str:
+        return self.text_column or self.entry.column
+
+    @cached_property
+    def shape(self) -> Shape:
+        windows = self.entry.windows and self.split == "train"
+        if windows and self.align is not None:
+            raise ValueError(
+                f"data.pack=documents has no meaning for {self.corpus}, windows of one document;"
+                " use data.pack=wrap"
+            )
+        return Shape(
+            length=2 * self.length if windows else self.length,
+            wrap=self.wrap,
+            insert_eos=self.insert_eos,
+            insert_special=self.insert_special,
+            bos=self.tokenizer.bos_id,
+            eos=self.tokenizer.eos_id,
+            pad=self.tokenizer.pad_id,
+            align=self.align,
+        )
+
+    @cached_property
+    def about(self) -> dict:
+        """Everything that decides what the rows are."""
+        rules = self.entry.detokenizer
+        return {
+            "corpus": self.corpus,
+            "split": self.split,
+            "sources": self.entry.identities(self.split, self.revision),
+            "column": self.column,
+            "detokenizer": rules,
+            "detokenizer_rules": rules and detokenizers.fingerprint(rules),
+            "tokenizer": self.tokenizer.fingerprint,
+            "shape": self.shape.settings(),
+            "format": token_rows.FORMAT,
+        }
+
+    @property
+    def folder_name(self) -> str:
+        """Of the prepared rows."""
+        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:12]
+        name = Path(self.corpus).stem
+        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+        return f"{name[:40]}-{self.split}-{self.shape.length}-{digest}"
+
+    def pieces(self, cache: Path, notes: dict | None = None) -> Iterator[Piece]:
+        """The text; cache: where downloads lie. notes["read_from"] is set to its place."""
+        place, pieces = corpora.opened(self.entry, self.split, self.revision, self.column, cache)
+        if notes is not None:
+            notes["read_from"] = place
+        return pieces
+
+    def passages(self, cache: Path) -> list[Callable[[], Iterator[Piece]]]:
+        """The parts of the text, each a function that reads it from its beginning."""
+        return corpora.passages(self.entry, self.split, self.revision, self.column, cache)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        if rules := self.entry.detokenizer:
+            texts = [detokenizers.detokenize(rules, text) for text in texts]
+        return self.tokenizer.encode_batch(texts)

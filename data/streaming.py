@@ -1,0 +1,276 @@
+"""Training rows straight from the text, nothing prepared: for corpora larger than the disk.
+
+    text -> units of UNIT_CHARACTERS -> dealt out to LANES lanes -> tokenized and packed in each
+
+The training stream takes its rows from the lanes in turn: position p is row p // LANES of lane
+p % LANES. Of every LANES units each lane gets one, in random order: none gets more text than others
+in the long run. The rows of one unit come in random order, and neighbours in the stream from units
+far apart: the shuffled buffer is one unit a lane, about 12 million characters. The parts of the
+corpus (files) are read in another order in every epoch. So the row at a position depends on the
+text and the seed alone, on however many devices.
+
+A device tokenizes the lanes that it is asked for, and only reads the text of the others. A bookmark
+says where to read on: without one, all text up to the position is tokenized again.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from data import packing
+from data.packing import Chunk, Shape
+from data.readers import Piece
+from data.token_rows import check_ids
+
+log = logging.getLogger("bamdlm")
+
+LANES = 48  # a multiple of the usual numbers of devices
+UNIT_CHARACTERS = 1 << 18
+SHUFFLE_PARTS, SHUFFLE_ROWS, SHUFFLE_LANES = 1, 2, 3  # what a random order is for
+
+Encode = Callable[[list[str]], list[list[int]]]
+Part = Callable[[], Iterable[Piece]]  # reads a part of the corpus from its beginning
+
+
+class TextError(RuntimeError):
+    """The text cannot be read on."""
+
+
+class Place(NamedTuple):
+    """Where a unit begins."""
+
+    unit: int  # counted over all epochs
+    epoch: int
+    part: int  # in the order of the epoch
+    pieces: int  # of that part, which come before
+
+
+class Unit(NamedTuple):
+    place: Place
+    texts: list[str]
+    ends: list[bool]
+
+
+class Bookmark(NamedTuple):
+    """What a lane needs to go on: read from `place`, drop its units before `unit`, and number the
+    rows of that one from `begin`; `rest`: ids that are left over from the units before."""
+
+    place: Place
+    unit: int
+    begin: int
+    rest: np.ndarray
+
+
+@dataclass
+class Lane:
+    bookmark: Bookmark  # of the unit that gave `rows`; of the next one where there are no rows
+    rows: Chunk | None = None
+    rest: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    waiting: deque[Unit] = field(default_factory=deque)  # read, not tokenized
+
+    @property
+    def end(self) -> int:
+        """One past the number of the last row that is there."""
+        return self.bookmark.begin + (0 if self.rows is None else len(self.rows.ids))
+
+
+@dataclass(frozen=True)
+class StreamedText:
+    """A training split to be streamed. `about`: everything that decides what its rows are."""
+
+    parts: list[Part]
+    encode: Encode
+    shape: Shape
+    vocab_size: int
+    about: dict
+
+    def __post_init__(self):
+        check_text(self.parts, self.encode, self.shape)
+
+    def fingerprint(self, seed: int) -> str:
+        """Of all that decides which row stands where; bookmarks of another are of no use."""
+        text = json.dumps([self.about, seed, LANES, UNIT_CHARACTERS], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Stream:
+    """The rows of a corpus without end, read forwards.
+
+    lanes: those that may be asked for. bookmarks: by lane, of the same text and seed; reading
+    begins anew where one is missing.
+    """
+
+    def __init__(
+        self,
+        text: StreamedText,
+        seed: int,
+        *,
+        lanes: Iterable[int] = range(LANES),
+        bookmarks: dict[int, Bookmark] | None = None,
+    ):
+        self.text, self.shape, self.seed = text, text.shape, seed
+        start, bookmarks = Place(0, 0, 0, 0), bookmarks or {}
+        lanes = list(lanes)
+        if all(lane in bookmarks for lane in lanes):
+            start = min(bookmarks[lane].place for lane in lanes)
+        else:
+            none = np.empty(0, np.int64)
+            bookmarks = {lane: Bookmark(start, 0, 0, none) for lane in lanes}
+        self.lanes = {lane: Lane(bookmarks[lane], rest=bookmarks[lane].rest) for lane in lanes}
+        # Wrapped text may be cut anywhere: the lane goes on with it. Other rows hold documents.
+        self.wrapped = self.shape.wrap and self.shape.align is None
+        self.units = units(text.parts, seed, start, anywhere=self.wrapped)
+
+    def read(self, positions: Iterable[int]) -> Chunk:
+        """The rows at these positions; in each lane they must not go backwards by a unit."""
+        try:
+            found = [self.row(position) for position in positions]
+        except (ValueError, OSError) as error:
+            raise TextError(str(error)) from error
+        marks = None if found[0].marks is None else np.stack([row.marks for row in found])
+        return Chunk(
+            np.stack([row.ids for row in found]), np.array([row.counts for row in found]), marks
+        )
+
+    def row(self, position: int) -> Chunk:
+        index, number = divmod(position, LANES)
+        lane = self.lanes[number]
+        while index >= lane.end:
+            self.advance(lane)
+        at = index - lane.bookmark.begin
+        if at < 0:
+            raise IndexError(f"row {position} of the stream has gone by")
+        ids, counts, marks = lane.rows
+        return Chunk(ids[at], counts[at], None if marks is None else marks[at])
+
+    def advance(self, lane: Lane) -> None:
+        """To the lane's next unit."""
+        unit = self.next_unit(lane)
+        lane.bookmark = Bookmark(unit.place, unit.place.unit, lane.end, lane.rest)
+        ids = self.text.encode(unit.texts)
+        if self.wrapped:
+            rows, lane.rest = self.cut(lane.rest, ids, unit.ends)
+        else:
+            documents = zip(ids, unit.ends, strict=True)
+            rows = joined(list(packing.packed(documents, self.shape)), self.shape)
+        check_ids(rows.ids, self.text.vocab_size)
+        order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.place.unit])
+        order = order.permutation(len(rows.ids))
+        lane.rows = Chunk(*(None if array is None else array[order] for array in rows))
+
+    def next_unit(self, lane: Lane) -> Unit:
+        while not lane.waiting:
+            unit = next(self.units)
+            owner = self.lanes.get(self.lane_of(unit.place.unit))
+            if owner is not None and unit.place.unit >= owner.bookmark.unit:
+                owner.waiting.append(unit)
+        return lane.waiting.popleft()
+
+    def lane_of(self, unit: int) -> int:
+        turn, at = divmod(unit, LANES)
+        order = np.random.default_rng([self.seed, SHUFFLE_LANES, turn]).permutation(LANES)
+        return int(order[at])
+
+    def cut(
+        self, rest: np.ndarray, ids: list[list[int]], ends: list[bool]
+    ) -> tuple[Chunk, np.ndarray]:
+        """(rows of the wrapped stream, what is left over)."""
+        documents = zip(ids, ends, strict=True)
+        eos = [self.shape.eos] if self.shape.insert_eos else []
+        flat = itertools.chain.from_iterable((*one, *eos) if end else one for one, end in documents)
+        stream = np.concatenate([rest, np.fromiter(flat, np.int64)])
+        whole = len(stream) // self.shape.room * self.shape.room
+        rows = packing.framed(stream[:whole].reshape(-1, self.shape.room), self.shape)
+        return Chunk(rows, np.full(len(rows), self.shape.length)), stream[whole:]
+
+    def bookmarks(self) -> dict[int, Bookmark]:
+        return {number: lane.bookmark for number, lane in self.lanes.items()}
+
+
+def units(parts: list[Part], seed: int, start: Place, *, anywhere: bool) -> Iterator[Unit]:
+    """The text from a place on, epoch after epoch, in units of equal size. anywhere: they may end
+    inside a document."""
+    number, epoch, part, skip = start
+    place, texts, ends, characters = start, [], [], 0
+    while True:
+        order = np.random.default_rng([seed, SHUFFLE_PARTS, epoch]).permutation(len(parts))
+        while part < len(parts):
+            for piece in itertools.islice(parts[order[part]](), skip, None):
+                skip += 1
+                texts.append(piece.text)
+                ends.append(piece.ends)
+                characters += len(piece.text)
+                if characters >= UNIT_CHARACTERS and (anywhere or piece.ends):
+                    yield Unit(place, texts, ends)
+                    number += 1
+                    place, texts, ends, characters = Place(number, epoch, part, skip), [], [], 0
+            part, skip = part + 1, 0
+        epoch, part = epoch + 1, 0
+
+
+def joined(chunks: list[Chunk], shape: Shape) -> Chunk:
+    if not chunks:
+        return Chunk(np.empty((0, shape.length), np.int64), np.empty(0, np.int64))
+    marks = None if chunks[0].marks is None else np.concatenate([chunk.marks for chunk in chunks])
+    return Chunk(
+        np.concatenate([chunk.ids for chunk in chunks]),
+        np.concatenate([chunk.counts for chunk in chunks]),
+        marks,
+    )
+
+
+def check_text(parts: list[Part], encode: Encode, shape: Shape) -> None:
+    """Refuse a text of less than a row, whose rows would never come; reads the beginning."""
+    tokens = 0
+    for piece in itertools.chain.from_iterable(part() for part in parts):
+        tokens += sum(map(len, encode([piece.text])))
+        if tokens >= shape.room or (tokens and not (shape.wrap and shape.align is None)):
+            return
+    raise ValueError(
+        f"the training text has {tokens} tokens: not one row of model.length={shape.length}; use a"
+        " smaller model.length or more text"
+    )
+
+
+def lanes_of(rank: int, world_size: int) -> range:
+    """The lanes of the positions rank, rank + world_size, rank + 2 world_size ..."""
+    step = math.gcd(LANES, world_size)
+    return range(rank % step, LANES, step)
+
+
+def to_text(bookmarks: dict[int, Bookmark], of: str) -> str:
+    """Bookmarks of a stream with the fingerprint `of`, for a checkpoint."""
+    lanes = {
+        number: [mark.place, mark.unit, mark.begin, packed_ids(mark.rest)]
+        for number, mark in bookmarks.items()
+    }
+    return json.dumps({"of": of, "lanes": lanes})
+
+
+def packed_ids(ids: np.ndarray) -> str:
+    return base64.b64encode(ids.astype("<u4").tobytes()).decode()
+
+
+def from_texts(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
+    """The bookmarks of all devices, by lane; none where they are of another stream."""
+    found = {}
+    for text in texts:
+        noted = json.loads(text)
+        if noted["of"] != of:
+            log.warning("the text or its settings have changed since the checkpoint: reading anew")
+            return {}
+        for number, (place, unit, begin, rest) in noted["lanes"].items():
+            ids = np.frombuffer(base64.b64decode(rest), "<u4").astype(np.int64)
+            mark = Bookmark(Place(*place), unit, begin, ids)
+            if int(number) not in found or mark.unit < found[int(number)].unit:
+                found[int(number)] = mark
+    return found

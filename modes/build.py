@@ -1,0 +1,254 @@
+"""From settings to objects: the network, its objective, the data. training/trainer.py and the modes read
+the configuration of a run too, and no other file does."""
+
+import dataclasses
+
+import torch
+
+from checkpointing import load as checkpoints
+from data import remote_cache
+from data.split import Split
+from data.token_rows import Rows
+from data.tokenizer import Tokenizer, get_tokenizer
+from dataloader import DataModule, prepared, streamed
+from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
+from models.dit import DiT
+from noise_schedule import get_schedule
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.sedd import ScoreEntropy
+from settings import Config, local_folder
+from settings.defaults import needs_block_mask
+from training.flops import Shape
+from training.health import StepHealth
+from utils import lr_factor, say
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    return get_tokenizer(
+        config.data.tokenizer_name_or_path,
+        eos_token=config.data.eos_token,
+        cache_dir=remote_cache.local(config.data.cache_dir),
+    )
+
+
+def build_backbone(
+    config: Config, tokenizer: Tokenizer, checkpoint: checkpoints.Checkpoint | None
+) -> DiT:
+    """The network of model.*, or with algo.backbone=hf_dit that of the checkpoint."""
+    model = config.model
+    if config.algo.backbone == "hf_dit":
+        sizes = checkpoints.build_backbone_args(checkpoint)
+        if sizes["vocab_size"] != tokenizer.vocab_size:
+            raise ValueError(
+                f"{checkpoint.source} has a vocabulary of {sizes['vocab_size']} ids, the tokenizer"
+                f" {config.data.tokenizer_name_or_path} of {tokenizer.vocab_size} (mask included);"
+                " set data.tokenizer_name_or_path to the one it was trained with"
+            )
+    else:
+        sizes = {
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": model.hidden_size,
+            "cond_dim": model.cond_dim,
+            "n_blocks": model.n_blocks,
+            "n_heads": model.n_heads,
+            "adaln": config.algo.name != "ar" or model.adaln,
+        }
+    sizes["dropout"] = model.dropout
+    return DiT(**sizes, attn_backend=model.attn_backend, compile=model.compile)
+
+
+def build_objective(
+    config: Config, mask_id: int
+) -> MaskedDiffusion | ScoreEntropy | Autoregressive:
+    algo = config.algo
+    if algo.name == "ar":
+        return Autoregressive(mask_id, ignore_bos=algo.ignore_bos)
+    schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
+    if algo.name == "sedd":
+        return ScoreEntropy(
+            mask_id,
+            schedule,
+            ignore_bos=algo.ignore_bos,
+            time_conditioning=algo.time_conditioning,
+        )
+    return MaskedDiffusion(
+        mask_id,
+        # mdlm's block_size is the window of its sampler; it is trained on whole sequences
+        config.model.length if algo.name == "mdlm" else config.block_size,
+        schedule,
+        ignore_bos=algo.ignore_bos,
+        resample=config.training.resample,
+        full_from=config.training.sampling_eps,
+    )
+
+
+def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusion:
+    algo, training, optim = config.algo, config.training, config.optim
+    schedule = config.lr_scheduler
+    return Diffusion(
+        backbone=backbone,
+        objective=build_objective(config, tokenizer.mask_id),
+        noise=NoiseSettings(
+            seed=config.seed,
+            interval=(training.sampling_eps_min, training.sampling_eps_max),
+            sampling_eps=training.sampling_eps,
+            antithetic=training.antithetic_sampling,
+            global_batch=config.loader.global_batch_size,
+            eval_global_batch=config.loader.eval_global_batch_size,
+        ),
+        optimizer=OptimizerSettings(
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            lr_factor=lr_factor(
+                schedule.name,
+                lr=optim.lr,
+                max_steps=config.trainer.max_steps,
+                warmup_steps=schedule.num_warmup_steps,
+                lr_init=schedule.warmup_lr_init,
+                lr_min=schedule.lr_min,
+            ),
+        ),
+        ema_decay=training.ema,
+        clip=ClippingSettings(
+            tuple(algo.clip_search_widths), algo.clip_search_delta, algo.fix_clipping
+        )
+        if algo.var_min
+        else None,
+        exact_nll=algo.name == "bamdlm" and config.block_size == 1 and training.eval_nll,
+        pad_apart=not config.data.wrap,
+        pin_memory=config.loader.pin_memory,
+        health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
+        description={
+            "config": dataclasses.asdict(config),
+            "tokenizer": {
+                "name_or_path": config.data.tokenizer_name_or_path,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "mask_id": tokenizer.mask_id,
+            },
+        },
+    )
+
+
+def start_from(module: Diffusion, checkpoint: checkpoints.Checkpoint, config: Config) -> None:
+    """training.from_pretrained: weights and, where the file has one, the EMA; nothing else."""
+    taken = checkpoints.load_pretrained(module.backbone, checkpoint, algo=config.algo.name)
+    say(f"starting from the weights of {checkpoint.source}")
+    if taken.new_keys:
+        say(f"new in this run: {', '.join(taken.new_keys)}")
+    if module.ema is not None:
+        weights = {name: p.detach() for name, p in module.named_weights()}
+        module.ema.load(taken.ema or weights, taken.ema_updates)
+
+
+def trained_module(
+    config: Config, tokenizer: Tokenizer
+) -> tuple[Diffusion, checkpoints.Checkpoint]:
+    """The module with the weights of eval.checkpoint_path, averaged unless eval.disable_ema."""
+    checkpoint = checkpoints.read(config.eval.checkpoint_path)
+    backbone = build_backbone(config, tokenizer, checkpoint)
+    checkpoints.load_into(
+        backbone,
+        checkpoint,
+        use_ema=not config.eval.disable_ema,
+        algo=config.algo.name,
+        block_size=config.block_size if config.algo.name == "bamdlm" else None,
+    )
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
+    return build_module(config, backbone, tokenizer), checkpoint
+
+
+def build_shape(config: Config, backbone: DiT) -> Shape:
+    """What the cost of training depends on."""
+    algo, training = config.algo, config.training
+    lo, hi = training.sampling_eps_min, training.sampling_eps_max
+    share = 1.0
+    if algo.name != "ar":
+        times = torch.linspace(lo, hi, 1001, dtype=torch.float64)
+        schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
+        share = float(schedule(times).p.mean())
+    return Shape(
+        algo=algo.name,
+        hidden_size=backbone.vocab_embed.embedding.shape[1],
+        n_blocks=len(backbone.blocks),
+        vocab_size=backbone.vocab_size,
+        length=config.model.length,
+        block_size=config.block_size,
+        hidden_share=share,
+    )
+
+
+def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModule:
+    """The splits that the mode reads, prepared at the first use; evaluation reads only its own."""
+    loader, length = config.loader, config.model.length
+    training = None
+    if train and config.data.streaming:
+        training = streamed(wanted_split(config, tokenizer, "train"), config.data.cache_dir)
+    elif train:
+        training = build_rows(config, tokenizer, "train")
+    windows = isinstance(training, Rows) and training.length != length
+    if windows and config.algo.name == "ar":
+        length += 1  # windows of a longer row: one more token, so that ar predicts L as well
+    valid = build_rows(config, tokenizer, "valid")
+    check_share(config, len(valid))
+    return DataModule(
+        train=training,
+        valid=valid,
+        length=length,
+        seed=config.seed,
+        batch_size=loader.batch_size,
+        eval_batch_size=validation_rows(config),
+        num_workers=loader.num_workers,
+        window_bos=tokenizer.bos_id if config.data.insert_train_special else None,
+    )
+
+
+def validation_rows(config: Config) -> int:
+    """Of a device's batch. The noise is that of loader.eval_global_batch_size in any case."""
+    tokens = config.eval.tokens_per_batch
+    return config.loader.eval_batch_size if tokens is None else tokens // config.model.length
+
+
+def check_share(config: Config, rows: int) -> None:
+    """trainer.limit_val_batches as a share of the batches of a device: one of them at least."""
+    share, devices = config.trainer.limit_val_batches, config.trainer.devices
+    batch_size = validation_rows(config)
+    batches = -(-rows // (batch_size * devices * config.trainer.num_nodes))
+    if isinstance(share, float) and share and not int(share * batches):
+        raise ValueError(
+            f"trainer.limit_val_batches={share:g} of {batches:,} validation batches of {batch_size}"
+            " rows is less than one; give a number of batches, such as 1, or a larger share"
+        )
+
+
+def alignment(config: Config) -> int | None:
+    """data.pack=documents: documents begin at blocks, where the algorithm has them."""
+    if config.data.pack == "wrap":
+        return None
+    blocks = needs_block_mask(config.algo.name, config.block_size, config.model.length)
+    return config.block_size if blocks else 1
+
+
+def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
+    wanted = wanted_split(config, tokenizer, split)
+    return prepared(wanted, config.data.cache_dir, config.loader.num_workers)
+
+
+def wanted_split(config: Config, tokenizer: Tokenizer, split: str) -> Split:
+    data, train = config.data, split == "train"
+    return Split(
+        data.train if train else data.valid,
+        split,
+        tokenizer=tokenizer,
+        length=config.model.length,
+        wrap=data.wrap,
+        align=alignment(config),
+        insert_eos=data.insert_train_eos if train else data.insert_valid_eos,
+        insert_special=data.insert_train_special if train else data.insert_valid_special,
+        revision=data.train_revision if train else data.valid_revision,
+        text_column=data.text_column,
+        source=data.source,
+    )

@@ -1,0 +1,42 @@
+"""The front of main.py: reads the command line, answers --help, starts nothing that cannot work."""
+
+import itertools
+import sys
+
+import settings
+from settings.help import full_help
+from utils import rank, say
+
+TROUBLE = 2  # exit code of a command line that cannot be run
+
+
+def configure(argv: list[str]) -> settings.Config:
+    """The checked settings of a command line.
+
+    Exits with 0 after --help and `--cfg job`, and with 2 after listing everything that is wrong.
+    Warnings are one line each; both go to stderr.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        say(full_help())
+        sys.exit(0)
+    overrides, show = split_cfg(argv)
+    config, problems, warnings = settings.examine(overrides)
+    messages = [f"note: {warning}" for warning in warnings]
+    if problems:
+        messages.append(str(settings.ConfigError(problems)))
+    if messages and rank() == 0:
+        print(*messages, sep="\n", file=sys.stderr)
+    if problems:
+        sys.exit(TROUBLE)
+    if show:
+        say(settings.composed_yaml(overrides).rstrip())
+        sys.exit(0)
+    return config
+
+
+def split_cfg(argv: list[str]) -> tuple[list[str], bool]:
+    """The overrides, and whether `--cfg job` (-c job) stood among them."""
+    for i, pair in enumerate(itertools.pairwise(argv)):
+        if pair in (("--cfg", "job"), ("-c", "job")):
+            return argv[:i] + argv[i + 2 :], True
+    return argv, False

@@ -1,0 +1,141 @@
+"""What a run will need before it starts: memory per device, tokens, FLOPs, hours.
+
+Memory: weights, gradients, two moments and the average in float32 (16-mixed and bf16-mixed add a
+copy of the weights in two bytes), the activations that the backward pass keeps, and the head's
+chunk of logits with the gradient of its weight. fsdp shares out all but the last two.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from checkpointing import load as checkpoints
+from modes.build import build_backbone, build_shape, build_tokenizer
+from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
+from settings import Config
+from training.flops import Flops, Shape, flops, matmul_dtype, matmul_peak
+from utils import say
+
+MFU = 0.4  # what the hours assume
+GIB = 1 << 30
+# FLOP/s of dense matrix products as their makers state them
+KNOWN = {"H100 (bf16, 989 TFLOP/s)": 989e12, "A100 (bf16, 312 TFLOP/s)": 312e12}
+# Bytes kept per row, layer and unit of width (inputs of the norms, modulations, gates and products,
+# q, k, v, the MLP's hidden layer before and after its gelu, dropout masks) and what is made on the
+# way: fitted to peaks of bamdlm and mdlm, model=small in bf16 on an H100, model=tiny in float32.
+KEPT = {2: 62, 4: 120}
+KEPT_COMPILED = 0.7  # of that
+
+
+@dataclass(frozen=True)
+class Plan:
+    parameters: int
+    weights: float  # bytes per device: with gradients, moments, average
+    activations: float
+    head: float
+    tokens: float
+    sequence: Flops
+    flops: float  # of the run
+
+    @property
+    def memory(self) -> float:
+        return self.weights + self.activations + self.head
+
+    def hours(self, peak: float, devices: int) -> float:
+        return self.flops / (peak * MFU * devices) / 3600
+
+
+def plan(
+    shape: Shape,
+    parameters: int,
+    *,
+    steps: int,
+    global_batch: int,
+    batch: int,
+    bytes_per_number: int,
+    ema: bool,
+    compiled: bool = False,
+    logits: int = CHUNK_LOGITS_ACCELERATOR,
+    sharded_over: int = 1,
+) -> Plan:
+    """batch: sequences per device and pass. bytes_per_number: of the matrix products, 2 or 4.
+    logits: held at once."""
+    per_weight = 4 + 4 + 8 + 4 * ema + (2 if bytes_per_number == 2 else 0)
+    rows = batch * shape.length * (2 if shape.clean_half else 1)
+    # the last layer keeps little more than its keys and values, and the rows that are read
+    layers = shape.n_blocks - 1 + (batch * shape.read) / rows
+    kept = KEPT[bytes_per_number] * (KEPT_COMPILED if compiled else 1)
+    cost = flops(shape)
+    return Plan(
+        parameters=parameters,
+        weights=parameters * per_weight / sharded_over,
+        activations=rows * layers * shape.hidden_size * kept,
+        head=logits * (6 if bytes_per_number == 2 else 4)  # in half precision a float32 copy
+        + 4 * shape.vocab_size * shape.hidden_size,
+        tokens=float(steps) * global_batch * shape.length,
+        sequence=cost,
+        flops=cost.step * global_batch * steps,
+    )
+
+
+def report(made: Plan, *, shape: Shape, devices: int, peak: float, device: str) -> str:
+    """The plan as lines of text. peak: FLOP/s measured on `device`."""
+    part = made.sequence
+    lines = [
+        f"{shape.algo}: {made.parameters / 1e6:,.1f}M parameters, sequences of {shape.length}"
+        + (f" in blocks of {shape.block_size}" if shape.clean_half else ""),
+        f"memory per device: {made.memory / GIB:.1f} GiB"
+        f" (weights, gradients, optimizer, average {made.weights / GIB:.1f};"
+        f" activations {made.activations / GIB:.1f}; head {made.head / GIB:.1f})",
+        f"tokens: {made.tokens:,.0f}",
+        f"FLOPs: {made.flops:.2e}, {part.step / shape.length / 1e9:.2f} G a token"
+        f" (layers {part.layers / part.forward:.0%}, attention {part.attention / part.forward:.0%},"
+        f" head {part.head / part.forward:.0%})",
+    ]
+    rates = {f"this {device} (measured {peak / 1e12:.2f} TFLOP/s)": peak} | KNOWN
+    for name, rate in rates.items():
+        hours = made.hours(rate, devices)
+        lines.append(f"time at {MFU:.0%} MFU on {devices} × {name}: {duration(hours)}")
+    return "\n".join(lines)
+
+
+def duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.3g} seconds"
+    if hours < 1:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours > 48 else "")
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """mode=plan: nothing is read but the tokenizer, and nothing is trained."""
+    trainer, loader = config.trainer, config.loader
+    devices = trainer.devices * trainer.num_nodes
+    start = config.training.from_pretrained
+    checkpoint = checkpoints.read(start) if config.algo.backbone == "hf_dit" else None
+    tokenizer = build_tokenizer(config)
+    with torch.device("meta"):
+        backbone = build_backbone(config, tokenizer, checkpoint)
+    shape = build_shape(config, backbone)
+    dtype = matmul_dtype(trainer.precision)
+    made = plan(
+        shape,
+        sum(p.numel() for p in backbone.parameters()),
+        steps=trainer.max_steps,
+        global_batch=loader.global_batch_size,
+        batch=loader.batch_size,
+        bytes_per_number=min(dtype.itemsize, 4),
+        ema=config.training.ema > 0,
+        compiled=config.model.compile,
+        logits=CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR,
+        sharded_over=devices if config.strategy.name == "fsdp" else 1,
+    )
+
+    def run() -> None:
+        accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = accelerator if trainer.accelerator == "gpu" else torch.device("cpu")
+        peak = matmul_peak(device, dtype)
+        say(report(made, shape=shape, devices=devices, peak=peak, device=device.type))
+
+    return run

@@ -1,0 +1,37 @@
+"""mode=prepare: make the rows that a run with these settings would make first, and nothing else."""
+
+from collections.abc import Callable
+
+from data.token_rows import Rows
+from modes.build import build_rows, build_tokenizer
+from settings import Config
+from utils import say
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Prepares the splits that are set; what is returned says where they lie. The training split of
+    a streaming run is not prepared."""
+    data = config.data
+    wanted = {"train": None if data.streaming else data.train, "valid": data.valid}
+    tokenizer = build_tokenizer(config)
+    made = {
+        split: build_rows(config, tokenizer, split)
+        for split, corpus in wanted.items()
+        if corpus is not None
+    }
+
+    def run() -> None:
+        if not made:
+            say("nothing to prepare: data.streaming=true reads the training split as it goes")
+        for split, rows in made.items():
+            say(f"{split}: {described(rows)}")
+
+    return run
+
+
+def described(rows: Rows) -> str:
+    about = rows.about
+    return (
+        f"{about['corpus']}, {about['documents']:,} documents, {about['tokens']:,} tokens,"
+        f" {len(rows):,} rows of {rows.length} ({about['seconds']:,.1f} s) in {rows.folder}"
+    )

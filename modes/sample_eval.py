@@ -1,0 +1,155 @@
+"""mode=sample_eval: texts of a checkpoint, one CSV row each, and what they are worth."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+
+from checkpointing import load as checkpoints
+from data.tokenizer import Tokenizer
+from evaluation.judge import load_judge
+from modes.build import build_tokenizer, trained_module
+from noise_schedule import get_schedule
+from samplers import Settings
+from sampling.prompts import encode_prompts, read_prompts
+from sampling.run import Job, questions, run_id, visible_tokens
+from sampling.sample_file import SampleFile
+from settings import Config
+from training.flops import matmul_dtype
+from utils import say
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Rows are shared out over the processes of srun, torchrun, or trainer.devices of this one."""
+    t = config.trainer
+    fabric = L.Fabric(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy="ddp" if t.devices * t.num_nodes > 1 else "auto",
+        precision=t.precision,
+    )
+    tokenizer = build_tokenizer(config)
+    module, checkpoint = trained_module(config, tokenizer)
+    wanted = sampling_settings(config, tokenizer, checkpoint)
+    if t.precision.endswith("-mixed"):
+        module.backbone.freeze(matmul_dtype(t.precision))
+    prompts = sampling_prompts(config, tokenizer, wanted)
+    file = SampleFile(config.sampling.logdir)
+    file.check()
+    path_or_id = config.eval.gen_ppl_eval_model_name_or_path
+    judge = None
+    if path_or_id is not None:
+        judge = load_judge(
+            path_or_id,
+            batch_size=config.eval.perplexity_batch_size,
+            foreign=tokenizer.hf.all_special_tokens,
+        )
+    fabric.launch()
+    job = Job(
+        algo=config.algo.name,
+        denoise=questions(
+            module.objective, module.to(fabric.device).eval().backbone, config.algo.name
+        ),
+        tokenizer=tokenizer,
+        settings=wanted,
+        num_samples=config.sampling.num_sample_batches * config.sampling.batch_size,
+        file=file,
+        run_name=sampling_run_id(config, checkpoint, wanted),
+        prompts=prompts,
+        infill=config.sampling.infill,
+        judge=judge,
+        device=fabric.device,
+        rank=fabric.global_rank,
+        ranks=fabric.world_size,
+        about={
+            "checkpoint": config.eval.checkpoint_path,
+            "ema": not config.eval.disable_ema,
+            "precision": t.precision,
+            "judge": path_or_id,
+        },
+        show=config.sampling.show,
+        trajectory=config.sampling.trajectory,
+    )
+
+    def run() -> None:
+        if judge is not None:
+            judge.model.to(fabric.device)
+        with fabric.autocast():
+            job.run()
+        # the last one to be done reports; the command ends when all that it started have ended
+        for process in getattr(fabric.strategy.launcher, "procs", ()):
+            process.wait()
+
+    return run
+
+
+def sampling_settings(
+    config: Config, tokenizer: Tokenizer, checkpoint: checkpoints.Checkpoint
+) -> Settings:
+    """What the sampler is asked for; what it sees at once is what the network was trained on."""
+    s, length = config.sampling, config.model.length
+    window = config.block_size
+    if config.algo.name == "mdlm" and window == length and (checkpoint.length or window) < window:
+        window = checkpoint.length
+        say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")
+    noise = get_schedule(config.noise.type, config.algo.mdlm_loss_scale)
+    return Settings(
+        length=length,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        seed=config.seed,
+        batch_size=s.batch_size,
+        block_size=config.block_size,
+        context_size=s.context_size or checkpoint.length or 1024,
+        window=window,
+        steps=s.steps or "first_hitting",
+        num_steps=config.algo.T,
+        k=s.k,
+        confidence=s.confidence,
+        threshold=s.threshold,
+        remask_eta=s.remask_eta,
+        nucleus_p=s.nucleus_p,
+        dtype=s.dtype,
+        kv_cache=s.kv_cache,
+        var_length=s.var_length,
+        reject_low_entropy=s.reject_low_entropy,
+        move_chance=lambda t: noise(t).p,
+    )
+
+
+def sampling_prompts(
+    config: Config, tokenizer: Tokenizer, wanted: Settings
+) -> list[tuple[int, ...]]:
+    s = config.sampling
+    texts = [] if s.prompt is None else [s.prompt]
+    if s.prompts is not None:
+        texts = read_prompts(s.prompts)
+    return encode_prompts(
+        texts,
+        tokenizer,
+        infill=s.infill,
+        length=wanted.length,
+        context_size=visible_tokens(config.algo.name, wanted),
+    )
+
+
+def sampling_run_id(config: Config, checkpoint: checkpoints.Checkpoint, wanted: Settings) -> str:
+    """Changes with whatever changes a row; the size of the batch and of the job do not."""
+    numbers = dataclasses.asdict(wanted)
+    for name in ("batch_size", "move_chance"):
+        del numbers[name]
+    prompts = config.sampling.prompts and Path(config.sampling.prompts).read_text()
+    return run_id(
+        checkpoint.fingerprint,
+        config.eval.disable_ema,
+        config.algo.name,
+        config.noise.type,
+        config.algo.mdlm_loss_scale,
+        numbers,
+        prompts or config.sampling.prompt,
+        config.sampling.infill,
+        config.trainer.precision,
+        config.eval.gen_ppl_eval_model_name_or_path,
+    )

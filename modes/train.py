@@ -1,0 +1,66 @@
+"""mode=train: train, or go on with the run that the same command began."""
+
+from collections.abc import Callable
+
+import lightning as L
+
+import settings
+from checkpointing import load as checkpoints
+from modes.build import (
+    build_backbone,
+    build_data,
+    build_module,
+    build_shape,
+    build_tokenizer,
+    start_from,
+)
+from settings import Config
+from training.flops import flops, matmul_dtype
+from training.signals import Signals
+from training.throughput import Throughput
+from training.trainer import build_trainer, examples_seen, resume_point, training_logs
+from utils import rank, say
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    resume = resume_point(config)
+    pretrained = None
+    if config.training.from_pretrained and resume is None:
+        pretrained = checkpoints.read(config.training.from_pretrained)
+    tokenizer = build_tokenizer(config)
+    backbone = build_backbone(config, tokenizer, pretrained)
+    module = build_module(config, backbone, tokenizer)
+    if pretrained is not None:
+        start_from(module, pretrained, config)
+    data = build_data(config, tokenizer, train=True)
+    run_folder = config.checkpointing.save_dir
+    own = settings.local_folder(run_folder)
+    signals = Signals()
+    step_flops = flops(build_shape(config, backbone)).step
+    trainer = build_trainer(
+        config,
+        loggers=training_logs(config),
+        signals=signals,
+        callbacks=(Throughput(step_flops, matmul_dtype(config.trainer.precision)),),
+    )
+
+    def run() -> None:
+        if rank() == 0:
+            settings.write_settings(config)
+        if resume is not None:
+            data.start_at(examples_seen(resume, config), resume.step)
+            say(f"going on from step {resume.step:,} of {resume.source}")
+        steps = config.trainer.max_steps
+        finished = resume is not None and resume.step >= steps
+        if finished:
+            say(f"nothing is left to train: trainer.max_steps={steps}")
+        say(f"run folder: {run_folder}" + f" (its log: {own})" * ("://" in run_folder))
+        if config.trainer.enable_checkpointing:  # else nobody would read what they note
+            signals.listen()
+        path = None if resume is None else resume.source
+        trainer.fit(module, datamodule=data, ckpt_path=path)
+        if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:
+            say(f"trained to step {steps:,}; checkpoints: {run_folder}/checkpoints")
+
+    return run

@@ -1,0 +1,164 @@
+"""For notebooks: a checkpoint that writes, in three lines.
+
+    from sampling.notebook import load
+    writer = load("outputs/…/checkpoints/last.ckpt")
+    out = writer.generate(["To be, or", "My lord,"], length=256, nucleus_p=0.9)
+
+`out.texts`, `out.samples` and `out.scores` are in the order of the prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpointing import load as checkpoints
+from data.tokenizer import Tokenizer, get_tokenizer
+from evaluation.judge import Judge, TextScore, describe
+from models.dit import DiT
+from noise_schedule import get_schedule
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.sedd import ScoreEntropy
+from samplers import Request, Sample, Settings, generate
+from sampling.prompts import encode_prompts
+from sampling.run import questions, visible_tokens
+
+CONTEXT_TOKENS = 1024  # of a checkpoint that does not say
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts, what the sampler says of each, and its figures, in the order of the prompts."""
+
+    texts: list[str]
+    samples: list[Sample]
+    scores: list[TextScore]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A loaded model. `settings` are what `generate` starts from."""
+
+    algo: str
+    denoise: object
+    tokenizer: Tokenizer
+    settings: Settings
+    device: object = "cpu"
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] = "",
+        *,
+        infill: bool = False,
+        judge: Judge | None = None,
+        watch=None,
+        **changes,
+    ) -> Written:
+        """One text per prompt. `changes`: fields of Settings (length, nucleus_p, seed, steps …).
+        ValueError where one is unknown or cannot be."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        settings = self.settings.changed(**({"batch_size": max(1, len(prompts))} | changes))
+        settings.check(self.algo, infill)
+        found = encode_prompts(
+            prompts,
+            self.tokenizer,
+            infill=infill,
+            length=settings.length,
+            context_size=visible_tokens(self.algo, settings),
+        )
+        requests = [Request(i, ids, len(ids) if infill else None) for i, ids in enumerate(found)]
+        groups = generate(
+            self.algo, self.denoise, requests, settings, device=self.device, watch=watch
+        )
+        samples = sorted((s for group in groups for s in group), key=lambda s: s.row)
+        texts = [self.tokenizer.decode(s.tokens.tolist()) for s in samples]
+        scores = [describe(s.tokens, settings.eos_id) for s in samples]
+        return Written(texts, samples, scores if judge is None else judge.score(texts))
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    tokenizer: str | None = None,
+    algo: str | None = None,
+    block_size: int | None = None,
+    use_ema: bool = True,
+    device="cpu",
+    cache_dir: str | None = None,
+    **settings,
+) -> Writer:
+    """A .ckpt, an exported folder or a hub id. What the file says of itself need not be said again.
+
+    `settings`: fields of Settings, as the defaults of `generate`. The cache is on where it is
+    exact.
+    """
+    found = checkpoints.read(checkpoint)
+    algo = {"bd3lm": "bamdlm"}.get(algo, algo) or found.algo
+    if algo is None:
+        raise ValueError(
+            f"{found.source} fits {' and '.join(found.algorithms)}: say which as algo="
+        )
+    block_size = block_size or (found.block_size if algo == "bamdlm" else 1)
+    if block_size is None:
+        raise ValueError(f"{found.source} does not say its block size: give block_size=")
+    words = word_list(found, tokenizer, cache_dir)
+    network = DiT(**checkpoints.build_backbone_args(found), attn_backend="sdpa")
+    if network.vocab_size != words.vocab_size:
+        raise ValueError(
+            f"{found.source} has {network.vocab_size} ids, the tokenizer {words.vocab_size}:"
+            " give the one it was trained with as tokenizer="
+        )
+    averaged = use_ema and found.ema is not None
+    checkpoints.load_into(network, found, use_ema=averaged, algo=algo)
+    schedule = get_schedule(*trained_noise(found))
+    objective = objective_of(algo, words.mask_id, block_size, schedule, found)
+    length = found.length or CONTEXT_TOKENS
+    base = {
+        "length": length,
+        "bos_id": words.bos_id,
+        "eos_id": words.eos_id,
+        "block_size": block_size,
+        "context_size": length,
+        "window": length,
+        "kv_cache": algo in ("bamdlm", "ar"),
+        "move_chance": lambda t: schedule(t).p,
+    }
+    return Writer(
+        algo,
+        questions(objective, network.to(device).eval(), algo),
+        words,
+        Settings(**base).changed(**settings),
+        device,
+    )
+
+
+def trained_noise(found: checkpoints.Checkpoint) -> tuple[str, bool]:
+    """Name of the schedule and algo.mdlm_loss_scale of a run; an export has them in config.json."""
+    noise = found.config.get("noise")
+    if found.layout == "lightning":
+        noise = checkpoints.section(found.config, "noise").get("type")
+    return noise or "loglinear", bool(trained_algo(found).get("mdlm_loss_scale"))
+
+
+def trained_algo(found: checkpoints.Checkpoint) -> dict:
+    """The settings algo.* of a run; an export has those it needs in config.json."""
+    if found.layout == "lightning":
+        return checkpoints.section(found.config, "algo")
+    return found.config
+
+
+def word_list(found: checkpoints.Checkpoint, name: str | None, cache_dir) -> Tokenizer:
+    """The tokenizer named, or the one the checkpoint names, or GPT-2's."""
+    data = checkpoints.section(found.config, "data")
+    name = name or data.get("tokenizer_name_or_path") or "gpt2"
+    return get_tokenizer(name, eos_token=data.get("eos_token"), cache_dir=cache_dir)
+
+
+def objective_of(algo: str, mask_id: int, block_size: int, schedule, found: checkpoints.Checkpoint):
+    """What the network's logits mean."""
+    if algo == "ar":
+        return Autoregressive(mask_id)
+    if algo == "sedd":
+        timed = trained_algo(found).get("time_conditioning", True)
+        return ScoreEntropy(mask_id, schedule, time_conditioning=timed)
+    return MaskedDiffusion(mask_id, block_size, schedule)

@@ -1,0 +1,117 @@
+"""What a sampling run reports: its figures over all rows, and how they were come by."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.judge import TextScore, corpus_perplexity
+from sampling.sample_file import SampleFile, SampleRow
+from utils import write_json
+
+RULES = {
+    "nucleus": "tokens whose cumulative probability including their own is <= p, always the first",
+    "low_entropy": "redrawn where 256 tokens have an entropy below 4 nats, at most 10 tries",
+}
+
+
+def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> dict:
+    """rows: all of the run. notes: what was logged when they were added (may be incomplete)."""
+    scores = [
+        TextScore(
+            None
+            if r.gen_ppl is None
+            else math.log(r.gen_ppl) * r.gen_lengths
+            if r.gen_lengths
+            else 0.0,
+            r.gen_lengths,
+            r.gen_entropy,
+        )
+        for r in rows
+    ]
+    tries = sum(note["tries"] for note in notes)
+    logged = sum(note["rows"] for note in notes)
+    tokens = sum(note["tokens"] for note in notes)
+    nfes = sum(note["nfes"] for note in notes)
+    spent = {}
+    for note in notes:
+        name = (note["process"], note["rank"])
+        spent[name] = max(spent.get(name, 0.0), note["seconds"])
+    seconds = sum_by_rank(spent)
+    stopped = {}
+    for note in notes:
+        for reason, count in note["stopped"].items():
+            stopped[reason] = stopped.get(reason, 0) + count
+    return {
+        "rows": len(rows),
+        "gen_ppl": _figure(corpus_perplexity(scores)),
+        "gen_ppl_mean": _figure(_mean([r.gen_ppl for r in rows if r.gen_ppl is not None])),
+        "gen_entropy": _figure(_mean([r.gen_entropy for r in rows])),
+        "gen_lengths": _figure(_mean([r.gen_lengths for r in rows])),
+        "gen_nfes": _figure(_mean([r.gen_nfes for r in rows])),
+        "tokens_per_evaluation": _figure(tokens / nfes if nfes else math.nan),
+        "acceptance": _figure(
+            (logged - sum(n["rejected"] for n in notes)) / tries if tries else math.nan
+        ),
+        "stopped": stopped,
+        "seconds": _figure(round(seconds, 2)),
+        "tokens_per_second": _figure(tokens / seconds if seconds else math.nan),
+        **about,
+    }
+
+
+def sum_by_rank(spent: dict[tuple[str, int], float]) -> float:
+    """Processes of one rank came one after the other, ranks worked side by side."""
+    totals = {}
+    for (_, rank), seconds in spent.items():
+        totals[rank] = totals.get(rank, 0.0) + seconds
+    return max(totals.values(), default=0.0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    values = [v for v in values if not math.isnan(v)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _figure(value: float) -> float | None:
+    """JSON has no nan."""
+    return None if math.isnan(value) else value
+
+
+def write_summary(file: SampleFile, summary: dict) -> Path:
+    write_json(file.summary, summary)
+    return file.summary
+
+
+def lines(summary: dict) -> list[str]:
+    """The report as text."""
+
+    def show(name, form="{:,.2f}"):
+        value = summary[name]
+        return "–" if value is None else form.format(value)
+
+    judge = summary.get("judge")
+    over = f"tokens of {judge}" if judge else "the model's own tokens"
+    found = [
+        f"{summary['rows']} texts of {summary['algo']}, {show('gen_nfes', '{:,.1f}')} evaluations"
+        f" each, {show('tokens_per_evaluation')} tokens per evaluation",
+        f"generative perplexity {show('gen_ppl')} (judge: {judge or 'none'})",
+        f"entropy {show('gen_entropy', '{:.3f}')} nats, length {show('gen_lengths', '{:,.1f}')}"
+        f" ({over})",
+    ]
+    if summary["seconds"]:
+        found.append(
+            f"{show('tokens_per_second', '{:,.0f}')} tokens/s, {show('seconds', '{:,.1f}')} s"
+        )
+    facts = {
+        "steps": summary["steps"],
+        **{name: summary.get(name) for name in ("k", "confidence", "threshold", "remask_eta")},
+        "nucleus": summary["nucleus_p"],
+        "precision": summary.get("precision"),
+        "draws": summary["dtype"],
+        "seed": summary["seed"],
+        "checkpoint": summary.get("checkpoint"),
+    }
+    found.append(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    if summary.get("reject_low_entropy"):
+        found.append(f"acceptance {show('acceptance', '{:.3f}')} ({RULES['low_entropy']})")
+    return found

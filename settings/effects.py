@@ -1,0 +1,114 @@
+"""Settings that were changed although nothing in this run reads them: a one-line warning each."""
+
+from collections.abc import Collection, Iterator
+
+from settings.schema import Config
+
+
+def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
+    """Sentences; settings left at their defaults are never mentioned, and what an experiment sets
+    for all modes only if it is typed."""
+    if config.mode in ("train", "plan"):
+        yield from _training(config)
+    elif config.mode != "prepare" and config.training.from_pretrained is not None:
+        yield (
+            f"training.from_pretrained={config.training.from_pretrained} has no effect:"
+            f" mode={config.mode} reads eval.checkpoint_path"
+        )
+    if config.mode == "sample_eval":
+        yield from _sampling(config)
+        if config.eval.tokens_per_batch is not None:
+            yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
+    if config.mode in ("train", "plan", "ppl_eval"):
+        yield from _exact(config)
+    if config.mode == "ppl_eval" and config.algo.name != "ar":
+        for key in ("sampling_eps_min", "sampling_eps_max", "resample"):
+            if f"training.{key}" in typed:
+                yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
+    yield from _algorithm(config)
+    yield from _data(config)
+
+
+def _training(config: Config) -> Iterator[str]:
+    schedule, trainer = config.lr_scheduler, config.trainer
+    if schedule.name != "cosine_decay_warmup":
+        for key in ("warmup_lr_init", "lr_min"):
+            if getattr(schedule, key) is not None:
+                yield f"lr_scheduler.{key} has no effect: lr_scheduler={schedule.name}"
+    if schedule.name == "constant" and schedule.num_warmup_steps:
+        yield "lr_scheduler.num_warmup_steps has no effect: lr_scheduler=constant"
+    if schedule.name == "constant_warmup" and schedule.num_warmup_steps >= trainer.max_steps:
+        yield (
+            f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"
+            f" trainer.max_steps={trainer.max_steps}: optim.lr is never reached"
+        )
+
+
+def _exact(config: Config) -> Iterator[str]:
+    has_choice = config.algo.name == "bamdlm" and config.block_size == 1
+    if not config.training.eval_nll and not has_choice:
+        yield (
+            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
+            " choice"
+        )
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    algo, training = config.algo, config.training
+    if config.model.adaln and algo.name != "ar":
+        yield f"model.adaln=True has no effect: algo={algo.name} always modulates"
+    if algo.fix_clipping and not algo.clip_search_widths:
+        yield "algo.fix_clipping=True has no effect: algo.clip_search_widths is empty"
+    if algo.name != "ar":
+        return
+    changed = {
+        "noise": config.noise.type != "loglinear",
+        "algo.ignore_bos": algo.ignore_bos,
+        "algo.mdlm_loss_scale": algo.mdlm_loss_scale,
+        "training.resample": training.resample,
+        "training.antithetic_sampling": not training.antithetic_sampling,
+        "training.sampling_eps": training.sampling_eps != 1e-3,
+        "training.sampling_eps_min": training.sampling_eps_min != 1e-3,
+        "training.sampling_eps_max": training.sampling_eps_max != 1,
+    }
+    for key, differs in changed.items():
+        if differs:
+            yield f"{key} has no effect: algo=ar has no noise"
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    sampling, algo = config.sampling, config.algo
+    if algo.T and algo.name == "ar":
+        yield f"algo.T={algo.T} has no effect: ar takes one step per token"
+    elif algo.T and sampling.steps in ("first_hitting", "confidence", "threshold"):
+        yield f"algo.T={algo.T} has no effect: steps={sampling.steps} ends when nothing is masked"
+    if algo.name in ("ar", "sedd") and not sampling.first_hitting:
+        yield f"sampling.first_hitting=False has no effect: algo={algo.name} has its own steps"
+    if algo.name in ("mdlm", "sedd") and sampling.context_size is not None:
+        yield f"sampling.context_size has no effect: algo={algo.name} has no blocks to look back on"
+    for key, changed, steps in (
+        ("k", sampling.k != 1, ("confidence",)),
+        ("confidence", sampling.confidence != "probability", ("confidence",)),
+        ("threshold", sampling.threshold != 0.9, ("threshold",)),
+        ("remask_eta", sampling.remask_eta != 0.02, ("remask",)),
+    ):
+        if changed and sampling.steps not in steps:
+            yield f"sampling.{key} has no effect without sampling.steps={steps[0]}"
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.wrap:
+        for key in ("train_special", "valid_special", "train_eos", "valid_eos"):
+            if not getattr(data, f"insert_{key}"):
+                yield f"data.insert_{key}=False has no effect: data.wrap=False joins nothing"
+    for split in ("train", "valid") if data.pack == "documents" else ():
+        special, eos = f"insert_{split}_special", f"insert_{split}_eos"
+        if getattr(data, special) and not getattr(data, eos):
+            yield f"data.{eos}=False has no effect: data.{special} puts EOS after each document"
+    for split in ("train", "valid"):
+        name, revision = getattr(data, split), getattr(data, f"{split}_revision")
+        if revision is not None and name is not None and (name == "shakespeare" or "." in name):
+            yield f"data.{split}_revision has no effect: {name} does not come from the hub"
+        elif revision is not None and data.source is not None:
+            yield f"data.{split}_revision has no effect: data.source={data.source} is read"

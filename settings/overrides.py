@@ -1,0 +1,217 @@
+"""The words of a command line: which settings and groups exist, and what is wrong with an override.
+
+Every problem becomes one sentence; nothing here raises for what a user got wrong.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from settings.schema import Config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# Keys of the authors' configs that nothing in their code read.
+DEAD = {
+    "model.tie_word_embeddings",
+    "model.scale_by_sigma",
+    "model.type",
+    "algo.dropout",
+    "algo.causal_attention",
+    "training.coeff_clip",
+    "sampling.noise_removal",
+    "noise.sigma_min",
+    "noise.sigma_max",
+    "diffusion",
+    "eval.compute_perplexity_on_sanity",
+    "eval.generate_samples",
+}
+# Keys that people try, and what does the same here.
+INSTEAD = {
+    "algo.block_size": "block_size",
+    "model.name": "the group, model=small",
+    "trainer.max_epochs": "trainer.max_steps: the training data are one endless stream",
+    "hydra.run.dir": "checkpointing.save_dir",
+    "sampling.top_p": "sampling.nucleus_p",
+    "tokenizer": "data.tokenizer_name_or_path",
+}
+PROSE = {"sampling.prompt", "wandb.notes", "data.tokenizer_name_or_path"}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting of the schema."""
+
+    section: type
+    name: str
+    hint: object
+    doc: str
+
+
+def unwrap(hint) -> tuple[object, bool]:
+    """X | None -> (X, True); X -> (X, False); int | float | None -> (int | float, True)."""
+    if not isinstance(hint, types.UnionType):
+        return hint, False
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    bare = members[0] if len(members) == 1 else typing.Union[tuple(members)]  # noqa: UP007
+    return bare, len(members) < len(typing.get_args(hint))
+
+
+def walk(section: type = Config, prefix: str = "") -> Iterator[tuple[str, type | Leaf]]:
+    """Every key of the schema in order: ("loader", Loader), ("loader.batch_size", Leaf(...)) ..."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        key, (bare, _) = prefix + field.name, unwrap(hints[field.name])
+        if dataclasses.is_dataclass(bare):
+            yield key, bare
+            yield from walk(bare, key + ".")
+        else:
+            doc = field.metadata["doc"]
+            yield key, Leaf(section, field.name, hints[field.name], doc)
+
+
+SCHEMA = dict(walk())
+LEAVES = {key: entry for key, entry in SCHEMA.items() if isinstance(entry, Leaf)}
+
+
+def choices(group: str) -> list[str]:
+    """What may stand behind `group=`, in alphabetical order."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if path.stem[0] != "_")
+
+
+def groups() -> list[str]:
+    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+
+
+def nearest(word: str, candidates, before: str = " Did you mean ", after: str = "?") -> str:
+    """' Did you mean X?', or '' when nothing is near."""
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return f"{before}{found[0]}{after}" if found else ""
+
+
+def unknown_key(key: str) -> str:
+    """The sentence about a key that is not in the schema."""
+    if key in DEAD:
+        return f"{key} had no effect in the original code and does not exist here: leave it out"
+    if key in INSTEAD:
+        return f"{key} does not exist: use {INSTEAD[key]}"
+    if key.startswith("hydra."):
+        return f"{key} does not exist: the run folder is checkpointing.save_dir"
+    same_name = [known for known in LEAVES if known.split(".")[-1] == key.split(".")[-1]]
+    if same_name and difflib.SequenceMatcher(None, key, same_name[0]).ratio() < 0.95:
+        return f"{key} is not a setting. Did you mean {' or '.join(same_name)}?"
+    hint = nearest(key, [*SCHEMA, *groups()])
+    return f"{key} is not a setting.{hint or ' python main.py --help lists them all'}"
+
+
+def _group_problem(group: str, value) -> str | None:
+    chosen = value if isinstance(value, list) else [value]
+    if group == "experiment" and value is None:
+        return None
+    if isinstance(value, list) and group != "callbacks":
+        return f"{group}={value} must be one of: {', '.join(choices(group))}"
+    for choice in chosen:
+        if str(choice) not in choices(group):
+            hint = nearest(str(choice), choices(group))
+            listed = ", ".join(choices(group))
+            return f"{group}={choice} does not exist.{hint} Choices: {listed}"
+    return None
+
+
+@dataclass
+class Request:
+    """A command line in parts: what Hydra gets, by the key that each part concerns."""
+
+    groups: dict[str, str]
+    values: list[tuple[str, object]]  # (key, value), in the order given
+
+    def without(self, keys) -> "Request":
+        def concerned(key):
+            return any(f"{bad}.".startswith(f"{key}.") for bad in keys)
+
+        return Request(self.groups, [entry for entry in self.values if not concerned(entry[0])])
+
+
+@dataclass
+class Word:
+    """One argument that has the form of an override."""
+
+    argument: str
+    key: str
+    value: object
+    text: str  # the value as typed
+
+
+def _prose(argument: str) -> Word | None:
+    """Settings that hold prose or an alphabet are taken as they stand, commas and brackets too."""
+    key, _, text = argument.lstrip("+").partition("=")
+    if key not in PROSE or text == "null":
+        return None
+    quoted = re.fullmatch(r"'.*'|\".*\"", text, re.S)
+    return Word(argument, key, text[1:-1] if quoted else text, text)
+
+
+def _read(argument: str, parser: OverridesParser) -> Word | str:
+    """The word, or the sentence about what is wrong with its form."""
+    if argument.startswith("-"):
+        return f"{argument} is not an option: settings are key=value, see python main.py --help"
+    if argument.startswith("="):
+        return f"{argument!r} names no setting: write key=value, without spaces"
+    if "=" not in argument and not argument.startswith("~"):
+        return f"{argument!r} is not key=value"
+    if prose := _prose(argument):
+        return prose
+    try:
+        override = parser.parse_override(argument)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        return f"{argument!r} cannot be read ({reason}): put quotes round special characters"
+    if override.is_sweep_override():
+        return f"{argument!r} names several values: give one, or put quotes round a comma"
+    if override.package is not None:
+        return f"{argument!r}: packages (@) are not offered"
+    if override.is_delete():
+        return Word(argument, override.key_or_group, None, "null")
+    text = override.input_line.partition("=")[2]
+    return Word(argument, override.key_or_group, override.value(), text)
+
+
+def _value_problem(word: Word, nulled: set[str]) -> str | None:
+    section = word.key.partition(".")[0]
+    if word.key not in SCHEMA:
+        return unknown_key(word.key)
+    if section in nulled and word.key != section:
+        return f"{word.argument} comes after {section}=null: leave one of them out"
+    return None
+
+
+def parse(overrides: list[str]) -> tuple[Request, list[str]]:
+    """Sorts a command line into groups and values; a leading + or ++ makes no difference."""
+    parser, known_groups = OverridesParser.create(), groups()
+    request, problems, nulled = Request({}, []), [], set()
+    for argument in overrides:
+        word = _read(argument, parser)
+        if isinstance(word, str):
+            problems.append(word)
+            continue
+        group = word.key in known_groups and not isinstance(word.value, dict)
+        problem = _group_problem(word.key, word.value) if group else _value_problem(word, nulled)
+        if problem is not None:
+            problems.append(problem)
+        elif group and word.value is None:
+            request.groups.pop(word.key, None)  # experiment=null takes an earlier choice back
+        elif group:
+            request.groups[word.key] = f"{word.key}={word.text}"
+        else:
+            request.values.append((word.key, word.value))
+            if word.key not in LEAVES:
+                (nulled.add if word.value is None else nulled.discard)(word.key)
+    return request, problems

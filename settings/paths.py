@@ -1,0 +1,184 @@
+"""Files and folders that settings name: do they exist, and are they of a kind that can be read?"""
+
+import glob
+import re
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from settings.defaults import local_folder
+from settings.overrides import CONFIGS, nearest
+from settings.schema import Config
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+HF_DIT = "algo.backbone=hf_dit needs an exported folder or a hub id"
+ALPHABET = "characters:"  # a tokenizer given by its characters
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*(@[\w./-]+)?)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `org/name` is a model of the hub rather than a path: nothing local looks like it."""
+    organisation, _, _ = name.partition("/")
+    return (
+        HUB_ID.fullmatch(name) is not None
+        and "/" in name
+        and not name.endswith(WEIGHT_SUFFIXES)
+        and not Path(organisation).exists()
+    )
+
+
+def is_missing(path: str) -> bool:
+    """Whether a local path does not exist. URLs and hub ids are not looked up here."""
+    return not path or ("://" not in path and not Path(path).exists() and not is_hub_id(path))
+
+
+def _is_lost(name: str) -> bool:
+    """Whether a tokenizer or a judge can only be a path, and does not exist."""
+    return not HUB_ID.fullmatch(name) and is_missing(str(Path(name).expanduser()))
+
+
+@cache
+def known_corpora() -> frozenset[str]:
+    """The corpus names that configs/data/ use."""
+    names = set()
+    for path in (CONFIGS / "data").glob("[!_]*.yaml"):
+        corpus = OmegaConf.load(path)
+        names |= {corpus.get("train"), corpus.get("valid")} - {None}
+    return frozenset(names)
+
+
+def checkpoints(config: Config) -> Iterator[str]:
+    path = config.eval.checkpoint_path
+    if config.mode == "prepare":
+        return
+    if config.mode in ("train", "plan"):
+        yield from _training_start(config)
+    elif path is None and config.algo.backbone == "hf_dit":
+        yield f"eval.checkpoint_path is not set: {HF_DIT}"
+    elif path is None:
+        yield (
+            f"eval.checkpoint_path is not set: mode={config.mode} needs a checkpoint, and no run of"
+            f" algo={config.algo.name} in checkpointing.save_dir or under outputs/ has written one"
+        )
+    elif is_missing(path):
+        yield f"eval.checkpoint_path={path} does not exist"
+    elif config.algo.backbone == "hf_dit" and path.endswith(WEIGHT_SUFFIXES):
+        yield f"eval.checkpoint_path={path}: {HF_DIT}; use algo.backbone=dit"
+
+
+def _training_start(config: Config) -> Iterator[str]:
+    start, save_dir = config.training.from_pretrained, config.checkpointing.save_dir
+    if start is not None and is_missing(start):
+        yield f"training.from_pretrained={start} does not exist (null trains from scratch)"
+    if config.algo.backbone == "hf_dit" and (start is None or start.endswith(WEIGHT_SUFFIXES)):
+        yield f"training.from_pretrained={start}: {HF_DIT}"
+    resume = config.checkpointing.resume_ckpt_path
+    if (
+        config.checkpointing.resume_from_ckpt
+        and resume != f"{save_dir}/checkpoints/last.ckpt"
+        and is_missing(resume)
+    ):
+        yield (
+            f"checkpointing.resume_ckpt_path={resume} does not exist;"
+            " checkpointing.resume_from_ckpt=False starts anew"
+        )
+
+
+def results(config: Config) -> Iterator[str]:
+    """Can what the mode makes be written? Nothing is made yet."""
+    save_dir, logdir = config.checkpointing.save_dir, config.sampling.logdir
+    if config.mode in ("train", "ppl_eval"):
+        setting, folder = f"checkpointing.save_dir={save_dir}", local_folder(save_dir)
+    elif config.mode == "sample_eval":
+        setting, folder = f"sampling.logdir={logdir}", Path(logdir).parent
+    else:
+        return
+    try:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except NotADirectoryError:
+        yield f"{setting}: {there} is a file, not a folder"
+    except OSError as error:
+        yield f"{setting}: nothing can be written there ({error.strerror})"
+
+
+def corpora(config: Config) -> Iterator[str]:
+    both = [key for key in ("train", "valid") if getattr(config.data, key) is not None]
+    wanted = {
+        "train": ("train", "valid"),
+        "ppl_eval": ("valid",),
+        "prepare": both or ("train",),
+    }
+    names = {f"data.{key}": getattr(config.data, key) for key in wanted.get(config.mode, ())}
+    for key, name in names.items():
+        yield from _corpus(key, name)
+    if config.data.source is not None and names:
+        yield from _source(config.data.source, names)
+    tokenizer = config.data.tokenizer_name_or_path
+    if not tokenizer.startswith(ALPHABET) and _is_lost(tokenizer):
+        yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
+    if Path(config.data.cache_dir).is_file():
+        yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
+
+
+def _corpus(key: str, value: str | None) -> Iterator[str]:
+    suffixes = ", ".join(TEXT_SUFFIXES)
+    if value is None:
+        yield f"{key} is not set: data=files needs a file ({suffixes})"
+    elif value not in known_corpora():
+        yield from _files(key, value)
+
+
+def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
+    """Problems of a local copy of the corpora {setting: name}."""
+    if all(name not in known_corpora() for name in names.values()):
+        own = ", ".join(f"{key}={name}" for key, name in names.items())
+        yield f"data.source={source} stands for a named corpus, but {own} is text of your own"
+    elif not Path(source).expanduser().exists():
+        yield (
+            f"data.source={source} does not exist: name a folder, an archive or a file with"
+            f" {', '.join(dict.fromkeys(map(str, names.values())))}"
+        )
+
+
+def _files(key: str, pattern: str) -> Iterator[str]:
+    """Problems of a file, a folder or a glob pattern with own text."""
+    path, suffixes = Path(pattern).expanduser(), ", ".join(TEXT_SUFFIXES)
+    if path.is_dir():
+        if not any(file.suffix in TEXT_SUFFIXES for file in path.rglob("*")):
+            yield f"{key}={pattern} holds no file of kind {suffixes}"
+        return
+    found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    found = [file for file in found if file.is_file()]
+    if not found and (path.suffix or "/" in pattern):
+        yield f"{key}={pattern} does not exist"
+    elif not found:
+        hint = nearest(pattern, known_corpora())
+        yield f"{key}={pattern} is neither a known corpus nor a file.{hint}".removesuffix(".")
+    for file in found:
+        if file.suffix not in TEXT_SUFFIXES:
+            yield f"{key}: {file} must be a file of kind {suffixes}"
+        elif file.stat().st_size == 0:
+            yield f"{key}: {file} is empty"
+
+
+def sampling_files(config: Config) -> Iterator[str]:
+    sampling = config.sampling
+    if sampling.prompts is not None:
+        path = Path(sampling.prompts)
+        if not path.is_file():
+            yield f"sampling.prompts={path} does not exist"
+        elif path.suffix not in (".txt", ".jsonl"):
+            yield f"sampling.prompts={path} must be a .txt or .jsonl file"
+        elif path.stat().st_size == 0:
+            yield f"sampling.prompts={path} is empty"
+    if sampling.trajectory is not None and not sampling.trajectory.endswith(".html"):
+        yield f"sampling.trajectory={sampling.trajectory} must be the name of an .html file"
+    judge = config.eval.gen_ppl_eval_model_name_or_path
+    if judge is not None and _is_lost(judge):
+        yield f"eval.gen_ppl_eval_model_name_or_path={judge} does not exist (null: no judge)"

@@ -1,0 +1,353 @@
+"""What must hold between settings: check() says in one sentence each what stops a run.
+
+Each rule is a generator of sentences that name the setting as typed, its value and the way out.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from importlib.util import find_spec
+
+from settings.compose import build, flatten
+from settings.defaults import (
+    FLEX_HEAD_WIDTH,
+    flex_takes,
+    has_flash_attn,
+    needs_block_mask,
+    started_by_torchrun,
+    visible_gpus,
+)
+from settings.effects import without_effect
+from settings.limits import limits
+from settings.paths import checkpoints, corpora, results, sampling_files
+from settings.schema import Config
+
+# algorithm: (parameterization, sampler) that belong to it
+BELONGS = {
+    "bamdlm": ("subs", "semi_ar"),
+    "mdlm": ("subs", "semi_ar"),
+    "sedd": ("sedd", "analytic"),
+    "ar": ("ar", "ar"),
+}
+DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
+SPECIAL_TOKENS = 2  # BOS and EOS of a chunk
+
+
+def check(config: Config, typed: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """(problems, warnings): why the run cannot start, and what is set without effect. typed: the
+    settings that stand on the command line."""
+    outside = list(limits(flatten(config)))
+    problems = [entry.problem for entry in outside]
+    # The rules between settings go on with stand-ins; what they say about those is not repeated.
+    possible = build(flatten(config) | {entry.key: entry.stand_in for entry in outside})
+    for rule in RULES:
+        problems += [
+            problem
+            for problem in rule(possible)
+            if not any(re.search(rf"\b{entry.key}\b", problem) for entry in outside)
+        ]
+    return problems, list(without_effect(config, typed))
+
+
+def network(config: Config) -> Iterator[str]:
+    model, algo = config.model, config.algo
+    if model.length % config.block_size:
+        yield f"block_size={config.block_size} does not divide model.length={model.length}"
+    if algo.backbone == "dit" and model.hidden_size % model.n_heads:
+        yield (
+            f"model.hidden_size={model.hidden_size} is not a multiple of"
+            f" model.n_heads={model.n_heads}"
+        )
+    elif algo.backbone == "dit" and model.hidden_size // model.n_heads % 2:
+        yield (
+            f"model.hidden_size={model.hidden_size} / model.n_heads={model.n_heads} is odd:"
+            " rotary positions need an even width per head"
+        )
+
+
+def algorithm(config: Config) -> Iterator[str]:
+    algo, blocks = config.algo, config.block_size < config.model.length
+    for key, value, wanted in zip(
+        ("parameterization", "sampler"),
+        (algo.parameterization, algo.sampler),
+        BELONGS[algo.name],
+        strict=True,
+    ):
+        if value != wanted:
+            yield f"algo.{key}={value} does not fit algo={algo.name}, which needs {wanted}"
+    windows = algo.name == "mdlm" and config.mode == "sample_eval"
+    if algo.name in ("mdlm", "sedd") and blocks and not windows:
+        yield (
+            f"block_size={config.block_size}: algo={algo.name} is one block of"
+            f" model.length={config.model.length}; blocks are algo=bamdlm"
+        )
+    if windows and config.block_size < 2:
+        yield "block_size=1: the windows of algo=mdlm need at least 2 tokens"
+    if algo.time_conditioning and algo.name != "sedd":
+        yield (
+            f"algo.time_conditioning=True: algo={algo.name} does not tell its network the noise"
+            " level, only sedd does; set it to False"
+        )
+    if algo.name == "bamdlm" and blocks and not algo.cross_attn:
+        yield "algo.cross_attn=False: algo=bamdlm with block_size < model.length needs it"
+    if algo.name != "bamdlm" and algo.cross_attn:
+        yield f"algo.cross_attn=True does not fit algo={algo.name}: only bamdlm has blocks to cross"
+    if algo.mdlm_loss_scale and config.noise.type != "loglinear":
+        yield f"algo.mdlm_loss_scale=True is defined for noise=loglinear, not {config.noise.type}"
+
+
+def clipping(config: Config) -> Iterator[str]:
+    algo, training = config.algo, config.training
+    if algo.var_min and algo.name != "bamdlm":
+        yield f"algo.var_min=True does not fit algo={algo.name}: only bamdlm clips its schedule"
+    if algo.clip_search_widths and not algo.var_min:
+        yield (
+            f"algo.clip_search_widths={algo.clip_search_widths} needs algo.var_min=True;"
+            " [] turns the search off"
+        )
+    low, high = training.sampling_eps_min, training.sampling_eps_max
+    if low > high:
+        yield f"training.sampling_eps_min={low} is above training.sampling_eps_max={high}"
+    elif training.resample and algo.name != "ar":
+        yield from _impossible_shares(config, low, high)
+
+
+def _has_share(low: float, high: float, block_size: int) -> bool:
+    """Whether a multiple of 1/S lies in [low, high]."""
+    nearest_below = int(high * block_size + 1e-6)
+    return nearest_below >= low * block_size - 1e-6
+
+
+def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]:
+    size, delta = config.block_size, config.algo.clip_search_delta
+    if not _has_share(low, high, size):
+        yield (
+            f"training.resample=True: no multiple of 1/{size} lies in [{low:g}, {high:g}]; widen"
+            " training.sampling_eps_min and sampling_eps_max"
+        )
+    if config.algo.fix_clipping or size == 1:
+        return
+    for width in config.algo.clip_search_widths:
+        starts = range(int((1 - width) / delta + 1e-6) + 1)
+        if not all(_has_share(i * delta, i * delta + width, size) for i in starts):
+            yield (
+                f"algo.clip_search_widths: {width:g} is narrower than 1/{size}, the share of one"
+                " token, so training.resample=True may find no mask; leave it out"
+            )
+
+
+def batches(config: Config) -> Iterator[str]:
+    loader, trainer = config.loader, config.trainer
+    tokens, length = config.eval.tokens_per_batch, config.model.length
+    if tokens is not None and 0 < tokens < length:
+        yield f"eval.tokens_per_batch={tokens} is less than a row of model.length={length}"
+    if config.mode == "ppl_eval" and trainer.limit_val_batches == 0:
+        yield f"trainer.limit_val_batches={trainer.limit_val_batches} leaves nothing to evaluate"
+    if config.mode not in ("train", "plan"):
+        return
+    devices = trainer.devices * trainer.num_nodes
+    at_once = loader.batch_size * devices
+    total = at_once * trainer.accumulate_grad_batches
+    if total == loader.global_batch_size:
+        return
+    each = f"loader.batch_size={loader.batch_size} on {devices} device{'s' * (devices > 1)}"
+    if loader.global_batch_size % at_once:
+        yield (
+            f"loader.global_batch_size={loader.global_batch_size} is not a multiple of {at_once}:"
+            f" {each}"
+        )
+    else:
+        yield (
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} with {each} makes"
+            f" {total}, not loader.global_batch_size={loader.global_batch_size}; leave it out"
+        )
+
+
+def machine(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    gpu = trainer.accelerator == "gpu"
+    if gpu:
+        gpus = visible_gpus()
+        if gpus == 0:
+            yield "trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=auto"
+        elif trainer.devices > gpus:
+            yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
+    started = started_by_torchrun()
+    if started not in (None, trainer.devices) and config.mode in DISTRIBUTED:
+        yield (
+            f"trainer.devices={trainer.devices}: torchrun started {started} processes here;"
+            " leave trainer.devices out"
+        )
+    if trainer.precision.startswith("16") and not gpu:
+        yield f"trainer.precision={trainer.precision} needs a GPU; a CPU can do bf16 and 32"
+    if config.strategy.name == "fsdp" and trainer.precision in ("16-mixed", "64-true"):
+        yield (
+            f"trainer.precision={trainer.precision} does not go with strategy=fsdp;"
+            " use bf16, 32, or strategy=ddp"
+        )
+    if config.strategy.name == "fsdp" and trainer.devices * trainer.num_nodes == 1:
+        yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"
+    yield from _attention(config, gpu)
+    yield from _compiled(config, gpu)
+
+
+def _attention(config: Config, gpu: bool) -> Iterator[str]:
+    backend, way_out = config.model.attn_backend, "use model.attn_backend=sdpa or auto"
+    if backend == "flex" and not gpu and config.mode == "train":
+        yield f"model.attn_backend=flex cannot train on a CPU (no backward pass); {way_out}"
+    sizes = config.model.hidden_size, config.model.n_heads
+    if backend == "flex" and gpu and not flex_takes(*sizes):
+        yield (
+            f"model.attn_backend=flex needs heads of at least {FLEX_HEAD_WIDTH} on a GPU, but"
+            f" model.hidden_size / model.n_heads is {sizes[0] // sizes[1]}; {way_out}"
+        )
+    if backend != "flash_attn":
+        return
+    if needs_block_mask(config.algo.name, config.block_size, config.model.length):
+        yield (
+            "model.attn_backend=flash_attn cannot apply the block mask of algo=bamdlm;"
+            " use model.attn_backend=flex, sdpa or auto"
+        )
+    if not gpu:
+        yield f"model.attn_backend=flash_attn needs a GPU; {way_out}"
+    elif not has_flash_attn():
+        yield f"model.attn_backend=flash_attn: the package flash_attn is not installed; {way_out}"
+    elif not config.trainer.precision.startswith(("bf16", "16")):
+        yield f"model.attn_backend=flash_attn needs trainer.precision=bf16; or {way_out}"
+    if not config.data.wrap:
+        yield f"model.attn_backend=flash_attn cannot hide padding (data.wrap=False); {way_out}"
+    if config.data.pack == "documents":
+        yield (
+            "model.attn_backend=flash_attn cannot keep documents apart (data.pack=documents);"
+            f" {way_out}"
+        )
+    if config.mode == "sample_eval" and config.sampling.kv_cache:
+        yield f"model.attn_backend=flash_attn does not serve sampling.kv_cache=True; {way_out}"
+
+
+def _compiled(config: Config, gpu: bool) -> Iterator[str]:
+    if not config.model.compile:
+        return
+    if config.strategy.name == "fsdp":
+        yield "model.compile=True does not go with strategy=fsdp, which hooks into every block"
+    if gpu and find_spec("triton") is None:
+        yield "model.compile=True: the package triton is not installed; use model.compile=False"
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        yield "model.compile=True needs a C++ compiler (g++, or $CXX); use model.compile=False"
+
+
+def optimization(config: Config) -> Iterator[str]:
+    schedule, trainer = config.lr_scheduler, config.trainer
+    if schedule.name == "cosine_decay_warmup":
+        if schedule.num_warmup_steps >= trainer.max_steps:
+            yield (
+                f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} must be below"
+                f" trainer.max_steps={trainer.max_steps}"
+            )
+        for key in ("warmup_lr_init", "lr_min"):
+            value = getattr(schedule, key)
+            if value is None or value > config.optim.lr:
+                yield f"lr_scheduler.{key}={value} must be at most optim.lr={config.optim.lr}"
+
+
+def best(config: Config) -> Iterator[str]:
+    monitor = config.callbacks.checkpoint_monitor
+    if monitor is not None and monitor.mode == "max":
+        yield (
+            f"callbacks.checkpoint_monitor.mode=max would keep the worst checkpoint: less"
+            f" {monitor.monitor} is better; use min"
+        )
+
+
+def data(config: Config) -> Iterator[str]:
+    if config.data.streaming and config.data.train == "text8-crop" and config.mode == "train":
+        yield (
+            "data.streaming=True does not go with data.train=text8-crop, random windows of prepared"
+            " rows; use data=text8 or data.streaming=False"
+        )
+    if config.data.pack == "documents" and not config.data.wrap:
+        yield (
+            "data.pack=documents does not go with data.wrap=False, which gives each document a row"
+            " of its own: choose one"
+        )
+    windows = config.data.train == "text8-crop" and config.mode in ("train", "plan")
+    if config.data.pack == "documents" and windows:
+        yield (
+            "data.pack=documents has no meaning for data.train=text8-crop, windows of one document;"
+            " use data=text8 or data.pack=wrap"
+        )
+    special = config.data.insert_train_special or config.data.insert_valid_special
+    framed = config.data.wrap and config.data.pack == "wrap" and special
+    if framed and config.model.length <= SPECIAL_TOKENS:
+        yield (
+            f"model.length={config.model.length} leaves no room between BOS and EOS;"
+            " set data.insert_train_special=False and data.insert_valid_special=False"
+        )
+
+
+def sampling(config: Config) -> Iterator[str]:
+    if config.mode != "sample_eval":
+        return
+    sampling, algo, size = config.sampling, config.algo, config.block_size
+    if sampling.kv_cache and algo.name in ("mdlm", "sedd"):
+        yield f"sampling.kv_cache=True is exact for bamdlm and ar only, not for algo={algo.name}"
+    context = sampling.context_size
+    if context is not None and algo.name == "bamdlm" and context % size:
+        yield f"sampling.context_size={context} is not a multiple of block_size={size}"
+    if sampling.var_length and sampling.reject_low_entropy:
+        yield (
+            "sampling.reject_low_entropy=True draws again what sampling.var_length=True cuts:"
+            " choose one"
+        )
+    yield from _steps(config)
+    yield from _prompts(config)
+    yield from sampling_files(config)
+
+
+def _steps(config: Config) -> Iterator[str]:
+    sampling, name = config.sampling, config.algo.name
+    if name in ("ar", "sedd") and sampling.steps is not None:
+        yield f"sampling.steps={sampling.steps} does not fit algo={name}, which has its own"
+    if not sampling.first_hitting and sampling.steps == "first_hitting":
+        yield "sampling.first_hitting=False contradicts sampling.steps=first_hitting"
+    if sampling.steps == "confidence" and sampling.k > config.block_size:
+        yield f"sampling.k={sampling.k} is more than the block_size={config.block_size} of a block"
+    if config.algo.T == 0 and (name == "sedd" or sampling.steps in ("ancestral", "remask")):
+        what = "algo=sedd" if name == "sedd" else f"sampling.steps={sampling.steps}"
+        yield (
+            f"algo.T=0: {what} takes algo.T steps: set algo.T=64, or more for finer ones (the paper"
+            " has 1000 for sedd and 5000 else)"
+        )
+
+
+def _prompts(config: Config) -> Iterator[str]:
+    sampling = config.sampling
+    if sampling.prompt is not None and sampling.prompts is not None:
+        yield "sampling.prompt and sampling.prompts are both set: choose one"
+    if sampling.infill and sampling.prompt is None and sampling.prompts is None:
+        yield "sampling.infill=True needs sampling.prompt or sampling.prompts with [MASK] in it"
+    for key in ("var_length", "reject_low_entropy"):
+        if sampling.infill and getattr(sampling, key):
+            yield (
+                f"sampling.{key}=True has no place beside sampling.infill=True, where the length is"
+                " given: leave one of them out"
+            )
+    if sampling.infill and config.algo.name in ("ar", "sedd"):
+        yield f"sampling.infill=True is offered by bamdlm and mdlm, not by algo={config.algo.name}"
+
+
+RULES = (
+    network,
+    algorithm,
+    clipping,
+    batches,
+    machine,
+    optimization,
+    best,
+    data,
+    sampling,
+    checkpoints,
+    corpora,
+    results,
+)

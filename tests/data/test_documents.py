@@ -1,0 +1,278 @@
+"""data.pack=documents from text to batch: where documents lie in rows, and what is refused.
+
+What the losses make of it: test_document_losses.py.
+"""
+
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from runs import tiny
+
+import main
+import settings
+from data import packing, shards, token_rows
+from data.packing import Shape
+from data.tokenizer import get_tokenizer
+from dataloader import DataModule, get_rows
+from modes.build import alignment
+
+BOS, EOS, PAD = 1, 2, 0
+
+
+def shape(length=8, align=4, *, eos=True, special=False):
+    return Shape(length, True, eos, special, bos=BOS, eos=EOS, pad=PAD, align=align)
+
+
+def rows_of(pieces, how):
+    """(ids, segments) of all rows, as arrays."""
+    chunks = list(packing.packed(pieces, how))
+    for chunk in chunks:
+        found = packing.segments(chunk.marks, how.length)
+        assert (chunk.counts == (found > 0).sum(1)).all()
+    ids = np.concatenate([chunk.ids for chunk in chunks])
+    return ids, np.concatenate([packing.segments(chunk.marks, how.length) for chunk in chunks])
+
+
+def whole(documents):
+    return [(ids, True) for ids in documents]
+
+
+def test_documents_begin_at_blocks_and_go_on_in_the_next_row():
+    ids, segments = rows_of(whole([[5, 6, 7, 8], [9], [3] * 6, []]), shape())
+    assert ids.tolist() == [[5, 6, 7, 8, 2, 0, 0, 0], [9, 2, 0, 0, 3, 3, 3, 3], [3, 3, 2] + [0] * 5]
+    assert segments.tolist() == [
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 2, 2, 2, 2],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("eos", "special", "wanted"),
+    [
+        (True, True, [1, 5, 2, 1, 6, 7, 2, 0]),
+        (False, True, [1, 5, 2, 1, 6, 7, 2, 0]),
+        (True, False, [5, 2, 6, 7, 2, 0, 0, 0]),
+        (False, False, [5, 6, 7, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_the_ends_of_documents(eos, special, wanted):
+    """With insert_special a document has BOS and EOS round it; EOS never comes twice."""
+    ids, _ = rows_of(whole([[5], [6, 7]]), shape(align=1, eos=eos, special=special))
+    assert ids.tolist() == [wanted]
+
+
+@pytest.mark.parametrize("align", [1, 2, 3, 12])
+@pytest.mark.parametrize("at_once", [1, 1 << 18])
+def test_every_document_can_be_read_back(align, at_once, monkeypatch):
+    """Random documents in random pieces; nothing is dropped, nothing depends on the batches."""
+    monkeypatch.setattr(packing, "IDS_AT_ONCE", at_once)
+    chance = random.Random(align)
+    documents = [
+        [chance.randrange(3, 90) for _ in range(chance.choice([0, 1, 5, 12, 40]))]
+        for _ in range(60)
+    ]
+    pieces = []
+    for document in documents:
+        cut = chance.randrange(len(document) + 1)
+        pieces += [(document[:cut], False), (document[cut:], True)]
+    how = shape(12, align)
+    ids, segments = rows_of(pieces, how)
+    found, open_end = [], []
+    for row, numbers in zip(ids, segments, strict=True):
+        for number in range(1, numbers.max() + 1):
+            places = np.flatnonzero(numbers == number)
+            assert (np.diff(places) == 1).all()
+            assert places[0] % align == 0
+            open_end += row[places].tolist()
+            if open_end[-1] == EOS:
+                found.append(open_end[:-1])
+                open_end = []
+    assert not open_end
+    assert found == [document for document in documents if document]
+    gaps = (segments == 0)[:-1].sum() + (segments[-1] == 0).sum()
+    assert (ids[segments == 0] == PAD).all()
+    if align == 1:
+        assert gaps == (segments[-1] == 0).sum()
+
+
+@pytest.mark.parametrize(("length", "wrap", "align"), [(8, True, 3), (8, False, 4)])
+def test_shapes_that_contradict_themselves_are_refused(length, wrap, align):
+    with pytest.raises(ValueError, match="documents cannot be kept apart"):
+        Shape(length, wrap, True, True, bos=BOS, eos=EOS, pad=PAD, align=align)
+
+
+# ---- the prepared folder ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    path = tmp_path / "some.jsonl"
+    texts = ["the license", "the work shall be provided " * 9, "be", ""]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokenizer = get_tokenizer(str(GOLDEN / "tokenizer"))
+
+    def make(align=4, **more):
+        return get_rows(
+            *(str(path), "train"),
+            **{"tokenizer": tokenizer, "cache_dir": tmp_path / "cache"} | more,
+            length=16,
+            align=align,
+        )
+
+    return make
+
+
+def test_batches_tell_documents_apart(prepare):
+    made = pickle.loads(pickle.dumps(prepare()))
+    data = DataModule(train=made, valid=made, length=16, batch_size=2, eval_batch_size=len(made))
+    for batch in (next(iter(data.val_dataloader())), next(iter(data.train_dataloader()))):
+        assert set(batch) == {"input_ids", "attention_mask", "row", "segments"}
+        assert (batch["attention_mask"] == (batch["segments"] > 0)).all()
+        assert batch["segments"].dtype == batch["input_ids"].dtype
+    whole = next(iter(data.val_dataloader()))
+    real = whole["input_ids"][whole["attention_mask"] > 0]
+    assert made.about["documents"] == 4
+    assert len(real) == made.about["tokens"] + 2 * 3  # BOS and EOS of all but the empty one
+    assert made.counts.sum() == len(real)
+
+
+def test_rows_of_one_text_carry_no_segments(prepare):
+    made = prepare(align=None)
+    data = DataModule(train=None, valid=made, length=16, batch_size=1, eval_batch_size=1)
+    assert "segments" not in next(iter(data.val_dataloader()))
+    assert sorted(path.name for path in made.folder.glob("*.bin")) == ["counts.bin", "ids.bin"]
+
+
+def test_processes_change_nothing(prepare, monkeypatch, tmp_path):
+    alone = prepare()
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 20)
+    several = prepare(cache_dir=tmp_path / "other", processes=2)
+    assert several.folder != alone.folder
+    for name in ("ids.bin", "marks.bin", "counts.bin"):
+        assert (several.folder / name).read_bytes() == (alone.folder / name).read_bytes()
+
+
+def test_a_process_that_meets_an_unknown_character_says_which(prepare, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 20)
+    letters = get_tokenizer("characters:abcdefghijklmnopqrst uv")
+    with pytest.raises(ValueError, match=r"'w' .* is not among the 23 .*text that begins 'the w"):
+        prepare(tokenizer=letters, processes=2)
+
+
+def test_each_alignment_has_its_folder_and_wrapped_rows_keep_theirs(prepare):
+    folders = {prepare(align=align).folder for align in (None, 1, 4, 8)}
+    assert len(folders) == 4
+    assert set(prepare(align=None).about["shape"]) == {
+        *("length", "wrap", "insert_eos", "insert_special", "bos", "eos", "pad")
+    }
+
+
+def test_a_damaged_array_of_marks_is_refused(prepare):
+    made = prepare()
+    with (made.folder / "marks.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"marks.bin has .* bytes, .* delete the folder"):
+        token_rows.Rows(made.folder)
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
+def composed(*overrides):
+    return settings.load(["data=files", "data.pack=documents", *overrides])
+
+
+def problems(*overrides):
+    return [p for p in settings.check(composed(*overrides))[0] if "documents" in p]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["algo=bamdlm", "block_size=16"], 16),
+        (["algo=bamdlm"], 1),  # one block as long as the row
+        (["algo=mdlm"], 1),
+        (["algo=sedd"], 1),
+        (["algo=ar"], 1),
+        (["data.pack=wrap", "block_size=16"], None),
+    ],
+)
+def test_documents_begin_at_blocks_where_there_are_any(overrides, wanted):
+    assert alignment(composed(*overrides)) == wanted
+
+
+def test_documents_in_rows_of_their_own_cannot_be_packed():
+    (problem,) = problems("data.wrap=false")
+    assert "data.wrap=False" in problem
+    assert "choose one" in problem
+
+
+def test_windows_of_one_document_cannot_be_packed(tmp_path):
+    (problem,) = problems("data=text8-crop")
+    assert "text8-crop" in problem
+    assert problems("data=text8-crop", "mode=ppl_eval") == []
+    with pytest.raises(ValueError, match=r"data.pack=documents has no meaning for text8-crop"):
+        get_rows(
+            *("text8-crop", "train"),
+            tokenizer=get_tokenizer("text8"),
+            length=16,
+            cache_dir=tmp_path,
+            align=1,
+        )
+
+
+def test_flash_attention_has_no_segments(monkeypatch):
+    assert any("flash_attn cannot keep" in p for p in problems("model.attn_backend=flash_attn"))
+    for name in ("config.defaults", "config.rules"):
+        monkeypatch.setattr(f"{name}.visible_gpus", lambda: 1)
+        monkeypatch.setattr(f"{name}.has_flash_attn", lambda: True)
+    assert composed("algo=mdlm").model.attn_backend == "sdpa"
+    assert composed("algo=mdlm", "data.pack=wrap").model.attn_backend == "flash_attn"
+
+
+def test_an_end_that_is_there_anyway_is_told():
+    _, warnings = settings.check(composed("data.insert_valid_eos=false"))
+    wanted = "data.insert_valid_eos=False has no effect: data.insert_valid_special puts EOS"
+    assert any(wanted in warning for warning in warnings)
+    _, warnings = settings.check(composed("data.insert_valid_eos=false", "data.pack=wrap"))
+    assert not any("insert_valid_eos" in warning for warning in warnings)
+
+
+def test_an_unknown_way_of_packing_is_refused():
+    found, _ = settings.check(settings.load(["data.pack=document"]))
+    assert any("data.pack=document must be one of wrap, documents" in problem for problem in found)
+
+
+# ---- a run ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_launch_folder")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "algo", [["algo=bamdlm", "block_size=4"], ["algo=ar"]], ids=["bamdlm", "ar"]
+)
+def test_training_and_perplexity_count_real_tokens_alone(algo, tmp_path):
+    """Both predict all but the first token of every segment."""
+    texts = ["abc", "a longer text of several rows", "x", "", "to be"]
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    words = [
+        *(*tiny(tmp_path), *algo, "data.pack=documents", "trainer.max_steps=2"),
+        *(f"data.train={path}", f"data.valid={path}", f"checkpointing.save_dir={tmp_path}/run"),
+    ]
+    assert main.main(words) == 0
+    assert (
+        main.main([*words, "mode=ppl_eval", "eval.checkpoint_path=run/checkpoints/last.ckpt"]) == 0
+    )
+    (summary,) = (tmp_path / "run").glob("ppl_*.json")
+    found = json.loads(summary.read_text())
+    real = sum(len(text) + 2 for text in texts if text)
+    prepared = {p.parent.name: token_rows.Rows(p.parent) for p in tmp_path.rglob("marks.bin")}
+    (valid,) = [made for name, made in prepared.items() if "-valid-" in name]
+    firsts = valid.segments(range(len(valid))).max(1).sum()
+    assert found["tokens"] == real - firsts

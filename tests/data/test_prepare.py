@@ -1,0 +1,464 @@
+"""Preparation as a step of its own: parts, processes, kills, two at once, copies behind a URL."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from runs import run, tiny
+from test_checkpoint_places import S3_SERVER, in_fresh_process, process, wait_for
+
+from data import packing, preparation, remote_cache, shards
+from data.packing import Shape
+from data.readers import Piece
+from data.tokenizer import get_tokenizer
+from dataloader import get_rows
+
+FILES = ("ids.bin", "counts.bin", "marks.bin")
+WORDS = ("the", "license", "shall", "be", "provided", "under", "terms", "of", "this", "notice")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return get_tokenizer(str(GOLDEN / "tokenizer"))
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch):
+    """Parts of a few documents, and no threads: these tests fork."""
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 1 << 12)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+def texts(count, seed=0):
+    pick = random.Random(seed)
+    return [" ".join(pick.choices(WORDS, k=pick.randrange(40))) for _ in range(count)]
+
+
+def pieces(count):
+    """Documents, every seventh of them in two pieces."""
+    for i, text in enumerate(texts(count)):
+        if i % 7 == 0:
+            cut = text.find(" ", len(text) // 2)
+            yield Piece(text[: max(cut, 0)], False, i / count)
+            text = text[max(cut, 0) :]
+        yield Piece(text, True, (i + 1) / count)
+
+
+def shape(**changes):
+    settings = {"length": 16, "wrap": True, "insert_eos": True, "insert_special": True}
+    return Shape(**(settings | changes), bos=1, eos=2, pad=0)
+
+
+def prepare(folder, tokenizer, *, count=400, how=None, encode=None, read=None, **options):
+    how = how or shape()
+    return preparation.prepare(
+        folder,
+        read or (lambda: pieces(count)),
+        encode or tokenizer.encode_batch,
+        how,
+        tokenizer.vocab_size,
+        {"corpus": "x", "split": "train", "shape": vars(how)},
+        **options,
+    )
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+
+
+def forked(work) -> int:
+    """The id of a process that does the work and ends with 0, or 1 where it raised."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def ended(child) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# Parts and processes
+
+SHAPES = {
+    "wrapped": {},
+    "no_eos": {"insert_eos": False},
+    "bare": {"insert_special": False},
+    "unwrapped": {"wrap": False},
+    "apart": {"align": 4},
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_rows_are_those_of_one_pass_for_any_number_of_processes(changes, tokenizer, tmp_path):
+    """Against the whole text tokenized and packed at once."""
+    how = shape(**changes)
+    given = list(pieces(400))
+    documents = zip(
+        tokenizer.encode_batch([piece.text for piece in given]),
+        [piece.ends for piece in given],
+        strict=True,
+    )
+    chunks = list(packing.packed(documents, how))
+    made = {n: prepare(tmp_path / str(n), tokenizer, how=how, processes=n) for n in (0, 1, 2, 5)}
+    np.testing.assert_array_equal(made[1].ids, np.concatenate([chunk.ids for chunk in chunks]))
+    np.testing.assert_array_equal(
+        made[1].counts, np.concatenate([chunk.counts for chunk in chunks])
+    )
+    for n in (0, 2, 5):
+        assert content(made[n].folder) == content(made[1].folder)
+    assert made[5].about["tokens"] == sum(len(ids) for ids in tokenizer.encode_batch(texts_of()))
+
+
+def texts_of():
+    return [piece.text for piece in pieces(400)]
+
+
+def test_several_processes_tokenize(tokenizer, tmp_path):
+    def encode(batch):
+        (tmp_path / str(os.getpid())).touch()
+        return tokenizer.encode_batch(batch)
+
+    prepare(tmp_path / "rows", tokenizer, encode=encode, processes=3)
+    seen = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
+    assert len(seen) > 1
+    assert str(os.getpid()) not in seen
+
+
+def test_a_text_of_one_part_needs_no_process(tokenizer, tmp_path):
+    seen = []
+
+    def encode(batch):
+        seen.append(os.getpid())
+        return tokenizer.encode_batch(batch)
+
+    prepare(tmp_path / "rows", tokenizer, count=20, encode=encode, processes=4)
+    assert seen == [os.getpid()]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_few_parts_are_read_ahead(processes, tokenizer, tmp_path):
+    """Memory does not grow with the corpus: reading waits for what is under way."""
+    read = furthest = 0
+
+    def counted():
+        nonlocal read, furthest
+        for piece in pieces(3000):
+            read += len(piece.text)
+            parts = sum(1 for _ in tmp_path.glob("rows.tmp/*.npz"))
+            furthest = max(furthest, read // shards.SHARD_CHARACTERS - parts)
+            yield piece
+
+    prepare(tmp_path / "rows", tokenizer, read=counted, processes=processes)
+    assert read // shards.SHARD_CHARACTERS > 50
+    assert furthest <= 2 * processes + 2
+
+
+# Interruptions
+
+
+def test_killed_ten_times_at_random_moments_the_result_is_the_same(tokenizer, tmp_path):
+    began = time.monotonic()
+    whole = content(prepare(tmp_path / "whole", tokenizer, count=2500, processes=2).folder)
+    seconds = time.monotonic() - began
+    folder, pick, unfinished = tmp_path / "killed", random.Random(5), 0
+    for _ in range(10):
+        child = forked(lambda: prepare(folder, tokenizer, count=2500, processes=2))
+        time.sleep(pick.uniform(0, 0.6 * seconds))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if folder.exists():
+            assert content(folder) == whole
+            subprocess.run(["rm", "-r", folder], check=True)
+        else:
+            unfinished += 1
+    assert unfinished >= 3
+    assert content(prepare(folder, tokenizer, count=2500, processes=2).folder) == whole
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"whole", "whole.lock", "killed", "killed.lock"}
+
+
+def test_what_was_finished_is_not_tokenized_again(tokenizer, tmp_path):
+    seen = []
+
+    def encode(batch):
+        seen.extend(batch)
+        return tokenizer.encode_batch(batch)
+
+    options = {"encode": encode, "processes": 1}
+    with pytest.raises(OSError, match="connection lost"):
+        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300), **options)
+    before = len(seen)
+    assert before > 100
+    assert not (tmp_path / "rows").exists()
+    made = prepare(tmp_path / "rows", tokenizer, **options)
+    assert sorted(seen) == sorted(texts_of())
+    whole = prepare(tmp_path / "whole", tokenizer)
+    assert content(made.folder) == content(whole.folder)
+    assert made.about["tokens"] == whole.about["tokens"]
+
+
+def test_a_torn_part_and_parts_cut_otherwise_are_not_taken(tokenizer, tmp_path, monkeypatch):
+    whole = prepare(tmp_path / "whole", tokenizer)
+    work = preparation.work_folder(tmp_path / "rows")
+
+    with pytest.raises(OSError, match="connection lost"):
+        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300))
+    (work / "000001.npz").rename(work / "000001.part")
+    made = prepare(tmp_path / "rows", tokenizer)
+    assert content(made.folder) == content(whole.folder)
+
+    with pytest.raises(OSError, match="connection lost"):
+        prepare(tmp_path / "other", tokenizer, read=lambda: lost(300))
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 1 << 11)
+    made = prepare(tmp_path / "other", tokenizer)
+    assert content(made.folder) == content(whole.folder)
+
+
+def test_a_damaged_part_is_made_again(tokenizer, tmp_path):
+    whole = prepare(tmp_path / "whole", tokenizer)
+    with pytest.raises(OSError, match="connection lost"):
+        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300))
+    files = sorted(preparation.work_folder(tmp_path / "rows").glob("*.npz"))
+    assert len(files) > 3
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].write_bytes(b"")
+    damaged = bytearray(files[2].read_bytes())
+    damaged[200] ^= 1
+    files[2].write_bytes(damaged)
+    assert content(prepare(tmp_path / "rows", tokenizer).folder) == content(whole.folder)
+
+
+def lost(at):
+    yield from list(pieces(400))[:at]
+    raise OSError("connection lost")
+
+
+def test_a_process_that_is_ended_from_outside_is_one_message(tokenizer, tmp_path):
+    def encode(batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(OSError, match="ended from outside, perhaps for want of memory"):
+        prepare(tmp_path / "rows", tokenizer, encode=encode, processes=2)
+    assert not (tmp_path / "rows").exists()
+    prepare(tmp_path / "rows", tokenizer)
+
+
+def test_a_process_that_ended_before_a_part_was_handed_over_is_the_same_message(tmp_path):
+    part = shards.Shard(0, ["a"], [True], 1.0)
+
+    def hand_over():
+        with shards.Workers(2, lambda batch: [[1]] * len(batch), 9) as workers:
+            workers.submit(tmp_path / "0.npz", part).result()
+            os.kill(next(iter(workers.pool._processes)), signal.SIGKILL)
+            for _ in range(1000):
+                workers.submit(tmp_path / "1.npz", part)
+                time.sleep(0.01)
+
+    with pytest.raises(OSError, match="ended from outside"):
+        hand_over()
+
+
+def test_processes_end_with_the_one_they_work_for(tokenizer, tmp_path):
+    def encode(batch):
+        (tmp_path / f"pid-{os.getpid()}").touch()
+        return tokenizer.encode_batch(batch)
+
+    work = partial(prepare, tmp_path / "rows", tokenizer, encode=encode, count=20_000, processes=2)
+    child = forked(work)
+    while len(pids := list(tmp_path.glob("pid-*"))) < 2:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{path.name[4:]}").exists() for path in pids):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_of_three_processes_one_prepares_and_the_others_wait(tokenizer, tmp_path):
+    def encode(batch):
+        (tmp_path / f"tokenized-{os.getpid()}").touch()
+        return tokenizer.encode_batch(batch)
+
+    work = partial(prepare, tmp_path / "rows", tokenizer, encode=encode, count=3000)
+    assert [ended(child) for child in [forked(work) for _ in range(3)]] == [0, 0, 0]
+    assert len(list(tmp_path.glob("tokenized-*"))) == 1
+
+
+# Errors
+
+
+def test_a_bad_line_in_the_middle_leaves_nothing(tokenizer, tmp_path):
+    lines = [json.dumps({"text": text}) for text in texts(1000)]
+    lines[600] = '{"text": "cut off'
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(lines))
+    cache = tmp_path / "cache"
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match=r"lines.jsonl, line 601 is not JSON"):
+            get_rows(
+                str(path),
+                "train",
+                tokenizer=tokenizer,
+                length=16,
+                cache_dir=cache,
+                processes=processes,
+            )
+        assert list((cache / "rows").iterdir()) == []
+
+
+def test_an_error_in_a_process_is_the_callers(tokenizer, tmp_path):
+    def encode(batch):
+        return [[tokenizer.vocab_size] for _ in batch]
+
+    with pytest.raises(ValueError, match=rf"gave the id {tokenizer.vocab_size}, but"):
+        prepare(tmp_path / "rows", tokenizer, encode=encode, processes=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_without_tokens_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"0 tokens in 3 documents: not one row of model.length=9"):
+        prepare(
+            tmp_path / "rows",
+            tokenizer,
+            read=lambda: [Piece("", True, 1.0)] * 3,
+            how=shape(length=9, insert_eos=False),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_empty_documents_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="has 0 tokens in 300 documents"):
+        prepare(tmp_path / "rows", tokenizer, read=lambda: [Piece("", True, 1.0)] * 300)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Behind a URL
+
+
+@pytest.fixture
+def memory(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine-1"))
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/", recursive=True)
+
+
+def test_rows_behind_a_url_are_made_once_and_then_copied(tokenizer, memory, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts(100)))
+    ask = partial(get_rows, str(path), "train", tokenizer=tokenizer, length=16)
+    first = ask(cache_dir="memory://data/")
+    assert first.folder.is_relative_to(tmp_path / "machine-1" / "bamdlm" / "mirrors")
+    monkeypatch.setattr(preparation, "write", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine-2"))
+    second = ask(cache_dir="memory://data")
+    assert second.folder.is_relative_to(tmp_path / "machine-2")
+    assert content(second.folder) == content(first.folder)
+    assert not list(tmp_path.glob("memory*"))
+
+    memory.rm(f"/data/rows/{first.folder.name}/about.json")  # as if copying had been cut off
+    assert not remote_cache.is_complete(f"memory://data/rows/{first.folder.name}")
+    ask(cache_dir="memory://data")  # a machine that has it completes the copy
+    assert remote_cache.is_complete(f"memory://data/rows/{first.folder.name}")
+
+    memory.rm(f"/data/rows/{first.folder.name}/about.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine-3"))
+    with pytest.raises(TypeError):  # `write` is called: half a copy is not taken
+        ask(cache_dir="memory://data")
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [("nosuch://data", "Protocol not known"), ("broken://data", "NoCredentials: log in first")],
+)
+def test_a_url_that_cannot_be_used_is_one_message(url, why, tokenizer, memory, tmp_path):
+    class NoCredentials(Exception):
+        """Of a file system's own."""
+
+    class Broken(fsspec.AbstractFileSystem):
+        def exists(self, path, **_):
+            raise NoCredentials("log in first")
+
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    (tmp_path / "a.txt").write_text("the work")
+    with pytest.raises(OSError, match=rf"data.cache_dir: {url}/rows/.* cannot be used \(.*{why}"):
+        get_rows(str(tmp_path / "a.txt"), "train", tokenizer=tokenizer, length=16, cache_dir=url)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+S3 = """
+    import json, sys
+    import fsspec
+    from dataloader import get_rows
+    from data.tokenizer import get_tokenizer
+    fsspec.filesystem("s3").mkdir("bucket")
+    made = get_rows(%r, "train", tokenizer=get_tokenizer(%r), length=16, cache_dir="s3://bucket/x")
+    found = fsspec.filesystem("s3").ls(f"bucket/x/rows/{made.folder.name}", detail=False)
+    print(json.dumps([len(made), sorted(name.rpartition("/")[2] for name in found)]))
+"""
+
+
+def test_prepared_rows_live_in_s3_as_well(tmp_path):
+    pytest.importorskip("moto")
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(texts(100)))
+    with process("-c", S3_SERVER, stderr=subprocess.DEVNULL) as port:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(url)
+        rows, files = in_fresh_process(
+            S3 % (str(path), str(GOLDEN / "tokenizer")),
+            AWS_ENDPOINT_URL=url,
+            AWS_ACCESS_KEY_ID="test",
+            AWS_SECRET_ACCESS_KEY="test",
+            AWS_DEFAULT_REGION="us-east-1",
+            XDG_CACHE_HOME=str(tmp_path),
+        )
+    assert rows > 10
+    assert files == ["about.json", "counts.bin", "ids.bin"]
+
+
+# The command
+
+
+def test_the_mode_prepares_what_training_then_finds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, log = tiny(tmp_path), tmp_path / "log"
+    code, said = run([*arguments, "mode=prepare"], log)
+    assert code == 0, said
+    assert "train: train.txt, 1 documents" in said.replace(str(tmp_path) + "/", "")
+    assert not (tmp_path / "outputs").exists()
+    code, said = run([*arguments, "trainer.max_steps=2", "trainer.val_check_interval=2"], log)
+    assert code == 0, said
+    assert "prepared" not in said
+    code, said = run([*arguments, "mode=prepare", "data.train=null"], log)
+    assert code == 0, said
+    assert "train:" not in said
+
+
+def test_a_data_error_of_the_mode_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": }\n')
+    arguments = [*tiny(tmp_path), "mode=prepare", f"data.train={tmp_path / 'bad.jsonl'}"]
+    code, said = run(arguments, tmp_path / "log")
+    assert code == 2
+    assert "this run cannot start:" in said
+    assert "bad.jsonl, line 2 is not JSON" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "cache" / "rows").iterdir()) == []

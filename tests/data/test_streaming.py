@@ -1,0 +1,503 @@
+"""Training rows straight from the text: their order, bookmarks, devices, runs that are killed."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from hub_tools import put_table, stand_in
+from runs import Run, finish, ranks, run, tiny
+from test_hub_corpora import LAYOUTS, card, write_card
+
+import dataloader
+from data import packing, streaming
+from data.order import InOrder, TrainBatches
+from data.packing import Shape
+from data.readers import Piece
+from data.split import Split
+from data.streaming import Place, Stream, StreamedText, TextError
+from data.tokenizer import get_tokenizer
+from dataloader import DataModule, get_rows, streamed
+
+SEED, VOCABULARY = 3, 0x8000
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 300)
+
+
+def shape(**changes):
+    settings = {"length": 8, "wrap": True, "insert_eos": True, "insert_special": False}
+    return Shape(**(settings | changes), bos=1, eos=2, pad=0)
+
+
+def encode(texts):
+    """A token for a character."""
+    return [[ord(character) for character in text] for text in texts]
+
+
+def write(part, documents, longest=60):
+    """Pieces of a part: letters that tell documents apart; every fifth document is in two."""
+    pick = random.Random(part)
+    for number in range(documents):
+        text = chr(0x1000 + 500 * part + number) * pick.randrange(1, longest)
+        if number % 5 == 0:
+            yield Piece(text[:3], False, 0.0)
+            text = text[3:]
+        yield Piece(text, True, (number + 1) / documents)
+
+
+def text(parts=4, documents=200, **changes):
+    readers = [lambda part=part: write(part, documents) for part in range(parts)]
+    return StreamedText(readers, encode, shape(**changes), VOCABULARY, {"corpus": "letters"})
+
+
+def read(stream, first, last):
+    return stream.read(range(first, last)).ids.tolist()
+
+
+# The order
+
+
+def test_the_wrapped_rows_of_an_epoch_are_its_text(monkeypatch):
+    """Of one lane: the rows of all units, put back in order, are the text with EOS after each
+    document; what is left over goes on in the next epoch."""
+    monkeypatch.setattr(streaming, "LANES", 1)
+    given = text(parts=1)
+    whole = []
+    for piece in write(0, 200):
+        whole += [ord(character) for character in piece.text] + [2] * piece.ends
+    flat = in_order(Stream(given, SEED, lanes=[0]), epochs=2).ravel().tolist()
+    assert len(flat) > 2 * len(whole)
+    assert flat == (whole * 3)[: len(flat)]
+
+
+@pytest.mark.parametrize("changes", [{"wrap": False}, {"align": 4}], ids=["unwrapped", "apart"])
+def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch):
+    """Of one lane, put back in order: the rows that are prepared; where documents are apart, a unit
+    ends with a padded row, so there the tokens are the same."""
+    monkeypatch.setattr(streaming, "LANES", 1)
+    how = shape(**changes)
+    given = StreamedText([lambda: write(0, 200)], encode, how, VOCABULARY, {})
+    documents = [(encode([piece.text])[0], piece.ends) for piece in write(0, 200)]
+    prepared = np.concatenate([chunk.ids for chunk in packing.packed(documents, how)])
+    found = in_order(Stream(given, SEED, lanes=[0]), epochs=2)
+    assert len(found) > len(prepared)
+    if how.align is None:
+        assert found[: len(prepared)].tolist() == prepared.tolist()
+    else:
+        prepared, found = prepared[prepared > 0], found[found > 0]
+        assert found[: len(prepared)].tolist() == prepared.tolist()
+
+
+def in_order(stream, epochs):
+    """All rows of a stream with one lane, each unit's in the order of the text."""
+    (lane,), found = stream.lanes.values(), []
+    while lane.bookmark.place.epoch < epochs:
+        stream.row(lane.end)
+        order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.unit])
+        order = order.permutation(len(lane.rows.ids))
+        found.append(lane.rows.ids[np.argsort(order)])
+    return np.concatenate(found)
+
+
+def test_rows_come_in_another_order_than_the_text_and_by_seed():
+    rows = read(Stream(text(), SEED), 0, 480)
+    assert read(Stream(text(), SEED), 0, 480) == rows
+    assert read(Stream(text(), SEED + 1), 0, 480) != rows
+    sources = [(max(row) - 0x1000) // 500 for row in rows]
+    assert all(len(set(sources[i : i + 48])) > 1 for i in range(0, 480, 48))
+
+
+def test_every_epoch_reads_the_parts_in_another_order():
+    pieces = sum(1 for _ in write(0, 200))
+    units = streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=True)
+    texts = itertools.chain.from_iterable(unit.texts for unit in units)
+    orders = []
+    for _ in range(6):
+        heads = list(itertools.islice(texts, 4 * pieces))[1::pieces]
+        orders.append(tuple((ord(head[0]) - 0x1000) // 500 for head in heads))
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_no_lane_gets_more_text_than_others_in_the_long_run():
+    """An epoch of as many units as lanes, half of them with three times the tokens: if a lane got
+    the same ones in every epoch, more and more would be read and wait for the other lanes."""
+
+    def dense(texts):
+        return [[ord(text[0])] * (len(text) * (3 if text[0] == "a" else 1)) for text in texts]
+
+    units = [Piece(letter * 300, True, 0.0) for letter in "ab" * (streaming.LANES // 2)]
+    stream = Stream(StreamedText([lambda: units], dense, shape(), VOCABULARY, {}), SEED)
+    stream.read(range(streaming.LANES * 75 * 40))  # 75 rows a unit, the mean: 40 epochs
+    assert max(len(lane.waiting) for lane in stream.lanes.values()) < 30
+
+
+@pytest.mark.parametrize("changes", [{}, {"wrap": False}, {"align": 4}], ids=str)
+def test_units_can_be_read_from_any_place(changes):
+    anywhere = not changes
+    given = text(parts=3, documents=30)
+    units = streaming.units(given.parts, SEED, Place(0, 0, 0, 0), anywhere=anywhere)
+    first = list(itertools.islice(units, 40))
+    assert first[-1].place.epoch > 1
+    for at in range(0, 40, 3):
+        again = streaming.units(given.parts, SEED, first[at].place, anywhere=anywhere)
+        assert next(again) == first[at]
+        assert at == 39 or next(again) == first[at + 1]
+    if not anywhere:
+        assert all(unit.ends[-1] for unit in first)
+
+
+# Devices and workers
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+def test_devices_together_see_the_rows_that_one_sees(world_size):
+    alone = read(Stream(text(), SEED), 0, 120 * world_size)
+    seen = {}
+    for rank in range(world_size):
+        lanes = streaming.lanes_of(rank, world_size)
+        stream = Stream(text(), SEED, lanes=lanes)
+        batches = TrainBatches(InOrder(), 4, rank, world_size, lambda: 0, in_turn=True)
+        for batch in itertools.islice(batches, 30):
+            positions = [place.position for place in batch]
+            assert not seen.keys() & set(positions)
+            seen |= dict(zip(positions, stream.read(positions).ids.tolist(), strict=True))
+    assert [seen[position] for position in range(120 * world_size)] == alone
+
+
+def test_a_device_tokenizes_its_lanes_only():
+    tokenized = []
+
+    def counting(texts):
+        tokenized.append(sum(map(len, texts)))
+        return encode(texts)
+
+    given = text()
+    given = StreamedText(given.parts, counting, given.shape, VOCABULARY, given.about)
+    work = []
+    for world_size in (1, 4):
+        tokenized.clear()
+        stream = Stream(given, SEED, lanes=streaming.lanes_of(0, world_size))
+        stream.read(range(0, 960, world_size))
+        work.append(sum(tokenized))
+    assert work[1] < 0.35 * work[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_loader_gives_the_rows_of_the_stream(workers):
+    data = module(text(), num_workers=workers)
+    batches = list(itertools.islice(data.train_dataloader(), 12))
+    assert [batch["row"].tolist() for batch in batches[:2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    rows = [row for batch in batches for row in batch["input_ids"].tolist()]
+    assert rows == read(Stream(text(), SEED), 0, 48)
+    assert all(batch["attention_mask"].all() for batch in batches)
+    assert all(batch["input_ids"].dtype == torch.int64 for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_new_epoch_shows_what_was_fetched_ahead_and_not_trained_on(workers, monkeypatch):
+    """Far ahead: the rows have gone by, and are read again."""
+    monkeypatch.setattr(dataloader, "BOOKMARK_EVERY", 3)
+    data = module(text(), num_workers=workers)
+    rows = read(Stream(text(), SEED), 0, 1000)
+    loader = data.train_dataloader()
+    for start, batches in ((0, 200), (400, 100), (4, 5), (720, 40)):
+        data.start_at(start)
+        found = list(itertools.islice(loader, batches))
+        seen = [row for batch in found for row in batch["input_ids"].tolist()]
+        assert seen == rows[start : start + 4 * batches]
+
+
+def module(given, **settings):
+    defaults = {"length": 8, "batch_size": 4, "eval_batch_size": 4, "seed": SEED}
+    return DataModule(train=given, valid=None, **(defaults | settings))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_padding_and_segments_reach_the_batch(workers):
+    data = module(text(wrap=False), num_workers=workers)
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch["attention_mask"], (batch["input_ids"] != 0).long())
+    assert "segments" not in batch
+    data = module(text(align=4), num_workers=workers)
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch["attention_mask"], (batch["segments"] > 0).long())
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == 0)
+
+
+# Bookmarks
+
+
+@pytest.mark.parametrize("changes", [{}, {"wrap": False}, {"align": 4}], ids=str)
+def test_a_stream_goes_on_from_its_bookmarks_at_any_row(changes):
+    given = text(**changes)
+    rows = read(Stream(given, SEED), 0, 2000)
+    stream, before = Stream(given, SEED), 0
+    for at in (1, 47, 300, 301, 960, 1500):
+        stream.read(range(before, at))
+        before = at
+        noted = streaming.to_text(stream.bookmarks(), "x")
+        again = Stream(given, SEED, bookmarks=streaming.from_texts([noted], "x"))
+        assert read(again, at, at + 200) == rows[at : at + 200]
+
+
+def test_bookmarks_are_those_of_a_stream_that_went_on():
+    """Saved right after going on: the same again, without a unit read."""
+    stream = Stream(text(), SEED)
+    stream.read(range(700))
+    noted = streaming.to_text(stream.bookmarks(), "x")
+    again = Stream(text(), SEED, bookmarks=streaming.from_texts([noted], "x"))
+    assert streaming.to_text(again.bookmarks(), "x") == noted
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 4), (5, 2)])
+def test_a_run_goes_on_on_other_devices(before, after):
+    rows = read(Stream(text(), SEED), 0, 1600)
+    noted = []
+    for rank in range(before):
+        stream = Stream(text(), SEED, lanes=streaming.lanes_of(rank, before))
+        stream.read(range(rank, 960, before))
+        noted.append(streaming.to_text(stream.bookmarks(), "x"))
+    marks = streaming.from_texts(noted, "x")
+    for rank in range(after):
+        stream = Stream(text(), SEED, lanes=streaming.lanes_of(rank, after), bookmarks=marks)
+        positions = range(960 + rank, 1600, after)
+        assert stream.read(positions).ids.tolist() == [rows[p] for p in positions]
+
+
+def test_of_two_bookmarks_of_a_lane_the_earlier_counts():
+    noted = []
+    for last in (48, 4800):
+        stream = Stream(text(), SEED)
+        stream.read(range(last))
+        noted.append(streaming.to_text(stream.bookmarks(), "x"))
+    for texts in (noted, noted[::-1]):
+        assert streaming.to_text(streaming.from_texts(texts, "x"), "x") == noted[0]
+
+
+def test_units_of_whole_documents_end_with_one():
+    for anywhere in (True, False):
+        units = streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=anywhere)
+        ends = {unit.ends[-1] for unit in itertools.islice(units, 300)}
+        assert ends == ({True, False} if anywhere else {True})
+
+
+def test_going_on_reads_little():
+    """The parts before the bookmark are not opened, the text of the lanes' units is tokenized
+    again, and no more."""
+    opened, tokenized = [], []
+
+    def part(number):
+        opened.append(number)
+        return write(number, 200)
+
+    def counting(texts):
+        tokenized.append(sum(map(len, texts)))
+        return encode(texts)
+
+    readers = [lambda number=number: part(number) for number in range(30)]
+    given = StreamedText(readers, counting, shape(), VOCABULARY, {})
+    stream = Stream(given, SEED)
+    stream.read(range(10_000))
+    marks = stream.bookmarks()
+    before = len(opened), sum(tokenized)
+    opened.clear()
+    tokenized.clear()
+    Stream(given, SEED, bookmarks=marks).row(10_000)
+    assert len(opened) < 0.4 * before[0]
+    assert sum(tokenized) <= 2 * streaming.UNIT_CHARACTERS
+
+
+def test_without_a_bookmark_the_text_is_read_again(caplog):
+    rows = read(Stream(text(), SEED), 0, 500)
+    assert read(Stream(text(), SEED), 400, 500) == rows[400:]
+    data = module(text())
+    data.start_at(400)
+    with caplog.at_level("INFO", "bamdlm"):
+        batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].tolist() == rows[400:404]
+    assert "no bookmark: tokenizing the text up to example 400 again" in caplog.text
+
+
+def test_bookmarks_of_another_text_are_not_used(caplog):
+    stream = Stream(text(), SEED)
+    stream.read(range(300))
+    noted = streaming.to_text(stream.bookmarks(), text().fingerprint(SEED))
+    assert streaming.from_texts([noted], text().fingerprint(SEED))
+    assert not streaming.from_texts([noted], text().fingerprint(SEED + 1))
+    assert "have changed since the checkpoint" in caplog.text
+
+
+# What cannot be streamed
+
+
+def test_a_text_of_less_than_a_row_is_refused():
+    with pytest.raises(ValueError, match=r"has 2 tokens: not one row of model.length=8"):
+        StreamedText([lambda: [Piece("ab", True, 1.0)]], encode, shape(), VOCABULARY, {})
+
+
+def test_windows_of_prepared_rows_are_refused(tmp_path):
+    (tmp_path / "text8").write_text("a b c " * 100)
+    wanted = Split(
+        "text8-crop",
+        "train",
+        tokenizer=get_tokenizer("text8"),
+        length=8,
+        source=str(tmp_path / "text8"),
+    )
+    with pytest.raises(ValueError, match=r"streaming=True: text8-crop is windows of prepared"):
+        streamed(wanted, tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_text_that_breaks_off_is_one_error(workers):
+    def broken():
+        yield from write(0, 1000)
+        raise ValueError("data: a.jsonl, line 1001 is not JSON")
+
+    given = StreamedText([broken], encode, shape(), VOCABULARY, {})
+    data = module(given, num_workers=workers)
+    with pytest.raises(TextError, match="line 1001 is not JSON"):
+        [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+
+
+def test_ids_that_do_not_fit_are_one_error():
+    given = text()
+    given = StreamedText(given.parts, encode, given.shape, 0x1100, given.about)
+    with pytest.raises(TextError, match=r"gave the id \d+, but its vocabulary has 4352 ids"):
+        read(Stream(given, SEED), 0, 200)
+
+
+# From files, and whole runs
+
+
+def lines(path, count, seed):
+    pick = random.Random(seed)
+    words = ["the", "license", "shall", "be", "provided", "under", "terms", "of", "this", "notice"]
+    with path.open("w") as file:
+        for _ in range(count):
+            text = " ".join(pick.choices(words, k=pick.randrange(1, 30)))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def test_files_of_a_corpus_are_its_parts(tmp_path):
+    """The tokens of an epoch are those that are prepared."""
+    for number in range(3):
+        lines(tmp_path / f"{number}.jsonl", 60, number)
+    settings = {"tokenizer": get_tokenizer(str(GOLDEN / "tokenizer")), "length": 16, "wrap": False}
+    wanted = Split(str(tmp_path / "*.jsonl"), "train", **settings)
+    given = streamed(wanted, tmp_path / "cache")
+    assert len(given.parts) == 3
+    found = read(Stream(given, SEED), 0, 4000)
+    rows = get_rows(str(tmp_path / "*.jsonl"), "train", cache_dir=tmp_path / "cache", **settings)
+    assert set(map(tuple, found)) == set(map(tuple, rows.ids.tolist()))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    yield from stand_in(tmp_path / "hub", monkeypatch, tmp_path / "home")
+
+
+def test_openwebtext_is_streamed_from_the_hub_and_not_kept(hub, tmp_path):
+    """Through the real clients; going on opens the files from the bookmark on."""
+    repo, revision, files, _ = LAYOUTS["openwebtext"]
+    for number, path in enumerate(files["train"]):
+        content = [f"{number} {i} work of the license" for i in range(230)]
+        put_table(hub.root, repo, revision, path, {"text": content})
+    write_card(hub, repo, revision, card(("plain_text", {"train": "plain_text/train-*"})))
+    settings = {"tokenizer": get_tokenizer(str(GOLDEN / "tokenizer")), "length": 16}
+    given = streamed(Split("openwebtext", "train", **settings), tmp_path / "cache")
+    assert len(given.parts) == 3
+    rows = read(Stream(given, SEED), 0, 300)
+    loaded = itertools.islice(module(given, length=16, num_workers=1).train_dataloader(), 75)
+    assert [row for batch in loaded for row in batch["input_ids"].tolist()] == rows
+    assert not list(tmp_path.glob("*/**/*.parquet.incomplete"))
+    assert not [path for path in tmp_path.rglob("*.parquet") if hub.root not in path.parents]
+
+    stream = Stream(given, SEED)
+    stream.read(range(1200))
+    marks = stream.bookmarks()
+    place = min(mark.place for mark in marks.values())
+    hub.asked.clear()
+    assert read(Stream(given, SEED, bookmarks=marks), 1200, 1201) == read(stream, 1200, 1201)
+    order = np.random.default_rng([SEED, streaming.SHUFFLE_PARTS, place.epoch]).permutation(3)
+    assert place.part > 0
+    assert f"train-{order[0]:05}-of-00003.parquet" not in hub.files()
+
+
+def arguments(folder):
+    lines(folder / "train-1.jsonl", 300, 1)
+    lines(folder / "train-2.jsonl", 300, 2)
+    return [
+        *tiny(folder),
+        f"data.train={folder}/train-*.jsonl",
+        "data.streaming=True",
+        "algo=bamdlm",
+        "block_size=4",
+    ]
+
+
+def weights(folder):
+    (path,) = folder.glob("outputs/*/*/checkpoints/last.ckpt")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name: tensor for name, tensor in state.items() if name.startswith("backbone")}
+
+
+def test_a_killed_run_goes_on_with_the_rows_of_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 2000)
+    results = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        given = [*arguments(tmp_path), "loader.num_workers=1"]
+        if name == "killed":
+            process = Run(given, folder / "log")
+            while not list(folder.glob("outputs/*/*/checkpoints/step=4.ckpt")):
+                assert process.poll() is None, process.text()
+            process.send(9)
+            assert process.wait() == -9
+        code, said = run(given, folder / "log")
+        assert code == 0, said
+        if name == "killed":
+            assert "going on from step" in said
+            assert "no bookmark" not in said
+        results.append(weights(folder))
+    assert results[0].keys() == results[1].keys()
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+    assert not list(tmp_path.glob("cache/rows/train*"))
+
+
+def test_two_devices_train_on_the_rows_of_one(tmp_path, monkeypatch):
+    given = arguments(tmp_path)
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    code, said = run([*given, "model.dropout=0"], folders[0] / "log")
+    assert code == 0, said
+    monkeypatch.chdir(folders[1])
+    both = ranks(2, [*given, "model.dropout=0", "trainer.devices=2"], folders[1] / "log")
+    assert finish(both) == [0, 0], both[0].text() + both[1].text()
+    one, two = weights(folders[0]), weights(folders[1])
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_bad_line_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 2000)
+    monkeypatch.chdir(tmp_path)
+    given = arguments(tmp_path)
+    with (tmp_path / "train-2.jsonl").open("a") as file:
+        file.write("{\n")
+    code, said = run([*given, "loader.num_workers=1"], tmp_path / "log")
+    assert code == 1
+    assert "train-2.jsonl, line 301 is not JSON" in said
+    assert "Traceback" not in said

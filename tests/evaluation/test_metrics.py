@@ -1,0 +1,50 @@
+"""Likelihood metrics: the published figures, and the error of the estimate."""
+
+import math
+
+import pytest
+import torch
+from conftest import load_json
+
+from evaluation.likelihood import LikelihoodMeter
+
+
+def test_nll_bpd_and_ppl_are_the_recorded_ones():
+    recorded = load_json("metrics/nll.json")
+    meter = LikelihoodMeter()
+    for update in recorded["updates"]:
+        meter.update(torch.tensor(update["values"]), torch.tensor(update["weights"]))
+        found = meter.compute()
+        assert found.nll == pytest.approx(update["after"]["nll"], rel=1e-5)
+        assert found.bpd == pytest.approx(update["after"]["bpd"], rel=1e-5)
+        assert found.ppl == pytest.approx(update["after"]["ppl"], rel=1e-5)
+
+
+def test_a_nan_is_reported_and_not_dropped():
+    """The authors' metric (torchmetrics) drops NaN and reports a perplexity of the rest."""
+    meter = LikelihoodMeter()
+    meter.update(torch.tensor([[1.0, math.nan]]), torch.ones(1, 2))
+    assert math.isnan(meter.compute().nll)
+
+
+def test_the_standard_error_is_the_spread_of_repeated_estimates():
+    generator = torch.Generator().manual_seed(0)
+    estimates, errors = [], []
+    for _ in range(400):
+        meter = LikelihoodMeter()
+        rows = torch.rand(50, 1, generator=generator) * 2  # what the tokens of a row share
+        nats = rows + torch.rand(50, 8, generator=generator)
+        counted = (torch.rand(50, 8, generator=generator) < 0.7).float()
+        meter.update(nats * counted, counted)
+        estimates.append(meter.compute().nll)
+        errors.append(meter.compute().nll_error)
+    spread = torch.tensor(estimates).std().item()
+    # the relative error of a standard deviation over 400 draws is 3.5 %; 4 of those
+    assert torch.tensor(errors).mean().item() == pytest.approx(spread, rel=0.14)
+
+
+def test_nothing_to_evaluate_is_an_error():
+    meter = LikelihoodMeter()
+    meter.update(torch.zeros(1, 4), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="no token to evaluate"):
+        meter.compute()

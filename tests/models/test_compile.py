@@ -1,0 +1,195 @@
+"""model.compile: the blocks as one graph, the same numbers, and a clear word where it cannot work.
+
+The graphs are made with the backend aot_eager, which traces forward and backward pass as inductor
+does and leaves out the minutes of the C++ compiler.
+"""
+
+import functools
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from networks import GRADIENTS, assert_within, small, texts
+
+import settings
+from models import cache, denoiser, dit
+from models.attention import LARGE_TILES, SMALL_TILES, _has_little_shared_memory, _kernel_options
+from models.masks import BlockCausal, BlockDiffusion, Causal, Full
+from objectives import head
+from samplers import draw, nucleus
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a code generator, and how many graphs it made."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.compile
+    monkeypatch.setattr(dit.torch, "compile", functools.partial(plain, backend=backend))
+    yield graphs
+    torch._dynamo.reset()
+
+
+def both(rule, traced, **kwargs):
+    """Hidden states and a gradient, plain and compiled."""
+    results = []
+    for compiled in (False, True):
+        net = small(compile=compiled, n_blocks=3)
+        hidden = net.hidden(texts(2, 24, 7), rule=rule, **kwargs)
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), net.blocks[0].attn_qkv.weight.grad))
+    return results
+
+
+@pytest.mark.parametrize("rule", [Full(), Causal(), BlockDiffusion(4)], ids=repr)
+def test_compiled_blocks_give_equal_results(rule, traced):
+    (plain, plain_gradient), (ours, gradient) = both(rule, traced, read=torch.arange(5))
+    assert traced
+    assert_within(ours, plain, 1e-5)
+    assert (gradient - plain_gradient).norm() <= GRADIENTS * plain_gradient.norm()
+
+
+def test_one_graph_serves_all_blocks(traced):
+    both(Full(), traced)
+    assert len(traced) == 1
+
+
+def test_ddp_leaves_blocks_whole(traced, tmp_path):
+    """Its buckets are smaller than a block here."""
+    group = torch.distributed.FileStore(str(tmp_path / "group"), 1)
+    torch.distributed.init_process_group("gloo", store=group, rank=0, world_size=1)
+    try:
+        net = small(compile=True, n_blocks=3, hidden_size=512).train()
+        net.forward = functools.partial(net.hidden, rule=Full())
+        shared = torch.nn.parallel.DistributedDataParallel(
+            net, bucket_cap_mb=1, find_unused_parameters=True
+        )
+        shared(texts(2, 8, 7)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(traced) == 1
+
+
+def test_another_number_of_rows_read_compiles_nothing(traced):
+    net, tokens = small(compile=True, n_blocks=3), texts(2, 24, 7)
+    for rows in (5, 6, 9):
+        net.hidden(tokens, rule=BlockDiffusion(4), read=torch.arange(rows))
+    assert len(traced) == 2  # the last block has its own
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_compiled_loss_kernel_is_the_plain_one(gradient, monkeypatch):
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(head.torch, "compile", compiled)
+    head._compiled_cross_entropy.cache_clear()
+    for rows in (6, 5):
+        logits = torch.randn(rows, 40)[:, :37] * 5  # a part of padded rows
+        target = torch.randint(36, (rows,))
+        ours = logits.clone()
+        expected = head.cross_entropy(logits, target, gradient, mask_id=36)
+        found = head.fused_cross_entropy(ours, target, gradient, mask_id=36)
+        assert_within(found, expected, 1e-6)
+        if gradient:
+            assert_within(ours, logits, 1e-6)
+    head._compiled_cross_entropy.cache_clear()
+
+
+def test_passes_with_a_cache_are_not_compiled(traced):
+    net = small(compile=True)
+    cache = net.new_cache(2, 8, 4)
+    with torch.no_grad():
+        net.hidden(texts(2, 4, 7), rule=BlockCausal(4, 8), cache=cache)
+    assert not traced
+
+
+def test_compiled_draws_are_the_plain_ones(monkeypatch):
+    monkeypatch.setattr(
+        draw.torch, "compile", functools.partial(torch.compile, backend="aot_eager")
+    )
+    for module, name in ((draw, "_numbers"), (nucleus, "running_sum")):  # put back at the end
+        monkeypatch.setattr(module, name, getattr(module, name))
+    compiled = draw.compiled_sample.__wrapped__()
+    for rows in (1, 4, 3, nucleus.SEARCHED_ROWS):
+        log_p = (torch.randn(rows, 1, 5000) * 3).log_softmax(-1)
+        key = torch.randint(1 << 60, (rows, 1))
+        with torch.inference_mode():
+            token = compiled(log_p, key, 0.9, "float32")
+            assert torch.equal(token, draw.sample(log_p, key, 0.9, "float32"))
+
+
+def test_what_stands_around_the_blocks_is_the_same_compiled(traced):
+    net, tokens = small(), texts(3, 4, 7)
+    rule = BlockCausal(4, 16)
+    with torch.inference_mode():
+        compiled = cache._compiled_places.__wrapped__()
+        for committed in ([0, 4, 12], [8, 20, 36]):
+            for reach in (12, 20):
+                given = (torch.tensor(committed), 4, 20, reach, rule, torch.float32)
+                for ours, plain in zip(compiled(*given), cache._places(*given), strict=True):
+                    assert torch.equal(ours, plain)
+        begin = (net.vocab_embed, net.rotary_emb, tokens, torch.arange(4)[None] + 8)
+        ours, tables = dit._compiled_begin.__wrapped__()(*begin)
+        plain, wanted = dit._begin(*begin)
+        assert torch.equal(ours, plain)
+        assert_within(torch.stack(tables), torch.stack(wanted), 1e-6)
+        hidden = net.hidden(tokens, rule=Full()).flatten(0, 1)
+        ours = denoiser._compiled_log_probs.__wrapped__()(net, hidden, 3)
+        plain = denoiser._log_probs(net, hidden, 3)
+    assert torch.equal(ours[:, 3], plain[:, 3])
+    assert (plain[:, 3] == -torch.inf).all()
+    assert_within(ours.exp(), plain.exp(), 1e-6)
+    assert len(traced) >= 3
+
+
+def test_nothing_imports_the_compiler_before_it_is_asked_for():
+    code = "import sys, main, models.dit, samplers; print('torch._dynamo' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_a_compiled_network_has_the_same_parameter_names():
+    assert list(small(compile=True).state_dict()) == list(small().state_dict())
+
+
+def test_compile_is_off_by_default():
+    assert not settings.load(["data=shakespeare"]).model.compile
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy=fsdp"], "model.compile=True does not go with strategy=fsdp"),
+        ([], "model.compile=True needs a C.. compiler"),
+    ],
+)
+def test_compile_is_refused_where_it_cannot_work(overrides, message, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    made = settings.load(["data=shakespeare", "model.compile=true", *overrides])
+    problems, _ = settings.check(made)
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "width", "dtype", "tiles"),
+    [
+        (99, 64, torch.bfloat16, SMALL_TILES),
+        (227, 64, torch.bfloat16, LARGE_TILES),
+        (227, 64, torch.float32, None),
+        (163, 128, torch.bfloat16, None),
+    ],
+)
+def test_tiles_fit_the_gpu(kilobytes, width, dtype, tiles, monkeypatch):
+    class Properties:
+        shared_memory_per_block_optin = kilobytes << 10
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    _has_little_shared_memory.cache_clear()
+    small = _has_little_shared_memory(torch.device("meta"))
+    _has_little_shared_memory.cache_clear()
+    assert _kernel_options(small, width, dtype) == tiles

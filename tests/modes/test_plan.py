@@ -1,0 +1,235 @@
+"""What a run costs: FLOPs as they are computed, the plan, the log, the picture of the mask."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from networks import small, texts
+from torch.utils.flop_counter import FlopCounterMode
+
+import settings
+from models.masks import BlockDiffusion, Causal, Full
+from modes import plan as plan_mode
+from modes.plan import plan, report
+from noise_schedule import get_schedule
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.corruption import draw_examples
+from scripts.show_mask import main as show_mask
+from scripts.show_mask import seen_pairs as drawn_pairs
+from scripts.show_mask import segments_of
+from training.csv_log import CSVLog, read_log
+from training.flops import Shape, flops, matmul_dtype, matmul_peak, seen_pairs
+from training.throughput import Throughput
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("size", [1, 4, 12, 24])
+def test_pairs_are_those_of_the_rule(size):
+    length, index = 24, torch.arange(48)
+    inner, last = seen_pairs(Shape("bamdlm", 16, 2, 7, length, size))
+    if size == length:
+        assert (inner, last) == (length**2, length**2)
+        return
+    allowed = BlockDiffusion(size).allowed(index[:, None], index[None], 2 * length)
+    assert (inner, last) == (int(allowed.sum()), int(allowed[:length].sum()))
+
+
+def test_pairs_of_ar_are_causal():
+    index = torch.arange(24)
+    seen = int(Causal().allowed(index[:, None], index[None], 24).sum())
+    assert seen_pairs(Shape("ar", 16, 2, 7, 24, 1)) == (seen, seen)
+    assert int(Full().allowed(index[:, None], index[None], 24).sum()) == 24**2
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
+def test_the_flop_model_counts_what_torch_counts(algo):
+    """Forward pass without attention, where the counter does not know what the mask leaves out."""
+    rows, length, vocab, width = 2, 32, 101, 16
+    net = small(vocab, n_blocks=3, hidden_size=width, adaln=algo != "ar")
+    x0, ones = texts(rows, length, vocab - 1), torch.ones(rows, length)
+    size = 4 if algo == "bamdlm" else length
+    if algo == "ar":
+        objective, share = Autoregressive(vocab - 1), 1.0
+
+        def run():
+            return objective.loss(net, x0, ones, training=True)
+    else:
+        objective = MaskedDiffusion(vocab - 1, size, get_schedule("loglinear"), ignore_bos=False)
+        settings = {"length": length, "block_size": size, "antithetic": True}
+        draws = draw_examples(1, torch.arange(rows), global_batch=rows, **settings)
+        x_t, _ = objective.corrupt(x0, draws, (1e-3, 1.0))
+        share = float((x_t == vocab - 1).float().mean())
+
+        def run():
+            return objective.loss(net, x0, ones, draws, interval=(1e-3, 1.0), training=True)
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    products = ("aten.mm", "aten.addmm")
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in products)
+    made = flops(Shape(algo, width, 3, vocab, length, size, share))
+    assert rows * (made.layers + made.head) == pytest.approx(counted, rel=0.04)
+
+
+def test_the_peak_of_a_matrix_product_is_measured():
+    assert matmul_peak(torch.device("cpu"), torch.float32) > 1e8
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("bf16-mixed", torch.bfloat16),
+        ("16-mixed", torch.float16),
+        ("32-true", torch.float32),
+        ("64-true", torch.float64),
+    ],
+)
+def test_matrix_products_are_made_in(precision, dtype):
+    assert matmul_dtype(precision) == dtype
+
+
+SMALL = Shape("bamdlm", 768, 12, 50_258, 1024, 16)
+
+
+def planned(**changes):
+    settings = {"steps": 10, "global_batch": 512, "batch": 16, "bytes_per_number": 2, "ema": True}
+    return plan(SMALL, 170_000_000, **settings | changes)
+
+
+def test_a_plan_adds_up():
+    made = planned()
+    assert made.tokens == 10 * 512 * 1024
+    assert made.flops == pytest.approx(10 * 512 * flops(SMALL).step)
+    assert made.weights == 170e6 * 22  # weights, gradients, moments, average, copy in two bytes
+    assert made.hours(1e15, 8) == pytest.approx(made.flops / 1e15 / 0.4 / 8 / 3600)
+    assert planned(batch=32).activations == 2 * made.activations
+    assert planned(sharded_over=8).weights == made.weights / 8
+    assert planned(ema=False).weights == 170e6 * 18
+
+
+def test_a_plan_reads_well():
+    text = report(planned(), shape=SMALL, devices=8, peak=4e12, device="cpu")
+    assert "170.0M parameters, sequences of 1024 in blocks of 16" in text
+    assert "memory per device" in text
+    assert "8 × H100" in text
+
+
+def test_mode_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["mode=plan", "data=text8", "model=tiny", "model.length=64", "block_size=4"]
+    made = settings.load([*overrides, "wandb=null", "trainer.max_steps=5000"])
+    assert settings.check(made) == ([], [])
+    plan_mode.prepare(made)()
+    printed = capsys.readouterr().out
+    assert "in blocks of 4" in printed
+    assert "time at 40% MFU" in printed
+    assert not list(tmp_path.iterdir())
+
+
+class StandIn:
+    """As much of a trainer as the callback reads."""
+
+    is_global_zero, log_every_n_steps, global_step = True, 2, 0
+
+    def __init__(self, path):
+        self.loggers = [CSVLog(path)]
+
+
+class Module:
+    device = torch.device("cpu")
+
+
+def test_throughput_goes_to_the_log_at_its_steps(tmp_path):
+    trainer, callback = StandIn(tmp_path / "metrics.csv"), Throughput(1e9, torch.float32)
+    callback.on_train_start(trainer, Module)
+    for step in range(1, 6):
+        trainer.global_step = step
+        callback.on_validation_start(trainer, Module)
+        callback.on_validation_end(trainer, Module)
+        callback.on_train_batch_end(trainer, Module, None, {"input_ids": texts(3, 8, 5)}, step - 1)
+    log = read_log(tmp_path / "metrics.csv")
+    names = {f"throughput/{x}" for x in ("tokens_per_second", "tflops", "mfu", "memory_gib")}
+    assert log.keys() == names
+    for name in names:
+        assert list(log[name]) == [2, 4]
+        assert all(value > 0 for value in log[name].values())
+    with (tmp_path / "metrics.csv").open() as file:
+        assert len(list(csv.reader(file))) == 1 + 2 * 4
+
+
+def test_the_mask_is_drawn(tmp_path, capsys):
+    path = tmp_path / "mask.png"
+    assert (
+        show_mask(["--length", "16", "--block-size", "4", "--tile", "4", "--out", str(path)]) == 0
+    )
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    shares = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:4])
+    # 4 own + (0 + 1 + 2 + 3) earlier + (1 + 2 + 3 + 4) clean blocks of 64 in all
+    assert shares == {"seen": "31.25%", "dense": "100.00%", "sdpa": "100.00%", "flex": "31.25%"}
+
+
+def test_the_picture_of_the_mask_shows_documents(tmp_path, capsys):
+    """Pairs of one document alone; padding is a text of its own."""
+    row = segments_of([3, 4], 8, 4)
+    assert row.tolist() == [[1, 1, 1, 0, 2, 2, 2, 2] * 2]
+    seen = drawn_pairs(8, 4, row)
+    assert (seen == (row[0][:, None] == row[0]) & drawn_pairs(8, 4)).all()
+    path = tmp_path / "mask.png"
+    words = ["--length", "8", "--block-size", "4", "--out", str(path)]
+    assert show_mask([*words, "--documents", "3", "4"]) == 0
+    assert f"{2 * (9 + 1 + 16) / 256:.2%}" in capsys.readouterr().out
+    assert path.is_file()
+    with pytest.raises(SystemExit):
+        show_mask([*words, "--documents", "5", "4"])
+    assert "--documents: 4 tokens do not fit from place 8 of a row of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "10", "--block-size", "4"], "--block-size 4 does not divide --length 10"),
+        (["--length", "8192"], "at most 4096"),
+        (["--out", "mask.jpg"], "must end in .png"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        show_mask(arguments)
+    assert message in capsys.readouterr().err
+
+
+TINY = ["--hidden", "16", "--blocks", "2", "--heads", "2", "--vocab", "61", "--threads", "1"]
+
+
+def result(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_benchmark_of_the_step_compares_equal_numbers(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import train_step
+
+    arguments = [*TINY, "--block", "4", "--rounds", "1", "--shapes", "32x2", "--lengths", "16,32"]
+    threads = torch.get_num_threads()
+    assert train_step.main([*arguments, "--skip", "memory,overhead"]) == 0
+    torch.set_num_threads(threads)
+    cases = result(capsys)["cases"]
+    assert [case["algo"] for case in cases] == ["bamdlm", "mdlm", "sedd", "ar"]
+    for case in cases:
+        assert case["loss_gap"] <= 1e-5
+        assert case["gradient_gap"] <= 1e-5
+
+
+def test_the_benchmark_of_the_likelihood_finds_the_same_perplexity(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import likelihood
+
+    threads = torch.get_num_threads()
+    assert likelihood.main([*TINY, "--length", "32", "--block", "4", "--batches", "2"]) == 0
+    torch.set_num_threads(threads)
+    for found in result(capsys)["algorithms"].values():
+        assert found["gap"] <= 1e-4

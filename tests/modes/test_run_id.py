@@ -1,0 +1,49 @@
+"""A row of the CSV belongs to the weights, settings and judge it was made with."""
+
+import pytest
+import torch
+
+import settings
+from checkpointing.layouts import Checkpoint
+from modes.sample_eval import sampling_run_id
+from samplers import Settings
+
+WANTED = Settings(length=8, bos_id=0, eos_id=0)
+
+
+def weights(**changes):
+    return {"a": torch.arange(40.0), "b": torch.ones(2, 3)} | changes
+
+
+def name(words=(), made=None, ema=None, wanted=WANTED, source="run/last.ckpt"):
+    checkpoint = Checkpoint(source, "lightning", ("bamdlm",), {}, made or weights(), ema=ema)
+    return sampling_run_id(settings.load(["mode=sample_eval", *words]), checkpoint, wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"made": weights(b=torch.zeros(2, 3))},
+        {"ema": weights()},
+        {"wanted": Settings(length=8, bos_id=0, eos_id=0, seed=2)},
+        {"words": ["eval.disable_ema=true"]},
+        {"words": ["eval.gen_ppl_eval_model_name_or_path=null"]},
+        {"words": ["sampling.prompt=Once"]},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_another_row_has_another_run(change):
+    assert name(**change) != name()
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"source": "elsewhere/last.ckpt"},
+        {"words": ["sampling.num_sample_batches=3"]},
+        {"wanted": Settings(length=8, bos_id=0, eos_id=0, batch_size=4)},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_the_same_rows_belong_to_one_run(same):
+    assert name(**same) == name()

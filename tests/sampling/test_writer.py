@@ -1,0 +1,95 @@
+"""A checkpoint writes in three lines."""
+
+import pytest
+import torch
+from conftest import GOLDEN
+from networks import CHECKPOINTS, MANIFEST
+
+from checkpointing.layouts import Checkpoint
+from evaluation.judge import load_judge
+from noise_schedule import get_schedule
+from sampling.notebook import load, objective_of, trained_noise
+
+TOKENIZER = str(GOLDEN / "tokenizer")
+
+
+@pytest.mark.parametrize("name", list(CHECKPOINTS))
+def test_every_recorded_checkpoint_writes(name):
+    writer = load(GOLDEN / CHECKPOINTS[name]["file"], tokenizer=TOKENIZER, num_steps=4)
+    out = writer.generate(["the work", "any"], nucleus_p=0.9)
+    assert out.texts[0].startswith("<|endoftext|>the work")
+    assert out.texts[1].startswith("<|endoftext|>any")
+    assert {len(s.tokens) for s in out.samples} == {MANIFEST["length"]}
+    assert all(0 < score.entropy < 4 for score in out.scores)
+    assert writer.generate("any", seed=2).texts != writer.generate("any", seed=3).texts
+
+
+def test_an_exported_folder_writes_longer_than_it_was_trained():
+    writer = load(GOLDEN / "hf_export", tokenizer=TOKENIZER)
+    (sample,) = writer.generate(length=2 * MANIFEST["length"]).samples
+    assert sample.nfe == 2 * MANIFEST["length"] - 1
+    assert writer.settings.kv_cache
+
+
+def test_gaps_are_filled_and_a_judge_may_be_asked():
+    writer = load(GOLDEN / CHECKPOINTS["mdlm"]["file"], tokenizer=TOKENIZER)
+    judge = load_judge(str(GOLDEN / "judge"))
+    out = writer.generate("the [MASK] work", infill=True, judge=judge)
+    assert out.texts[0].startswith("<|endoftext|>the")
+    assert out.texts[0].endswith(" work")
+    assert out.scores[0].perplexity > 1
+
+
+def test_the_schedule_is_the_one_of_the_training():
+    run = {"noise": {"type": "cosine"}, "algo": {"mdlm_loss_scale": False}}
+    export = {"noise": "loglinear", "mdlm_loss_scale": True}
+    for layout, config, expected in (
+        ("lightning", run, ("cosine", False)),
+        ("hub", export, ("loglinear", True)),
+        ("hub", {"noise": "square"}, ("square", False)),
+        ("lightning", {}, ("loglinear", False)),
+    ):
+        found = Checkpoint("here", layout, ("sedd",), config, weights={})
+        assert trained_noise(found) == expected
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_sedd_is_told_the_noise_level_as_in_its_training(timed):
+    run = {"algo": {"time_conditioning": timed}}
+    for layout, config in (("lightning", run), ("hub", run["algo"])):
+        found = Checkpoint("here", layout, ("sedd",), config, weights={})
+        objective = objective_of("sedd", 3, 1, get_schedule("loglinear"), found)
+        assert objective.time_conditioning == timed
+
+
+def test_averages_are_used_unless_told_otherwise():
+    path = GOLDEN / CHECKPOINTS["ar"]["file"]
+    averaged = load(path, tokenizer=TOKENIZER).denoise.backbone.output_layer.linear.weight
+    raw = load(path, tokenizer=TOKENIZER, use_ema=False).denoise.backbone.output_layer.linear.weight
+    assert not torch.equal(averaged, raw)
+
+
+def test_what_the_file_does_not_fit_is_said(tmp_path):
+    with pytest.raises(ValueError, match="give the one it was trained with as tokenizer="):
+        load(GOLDEN / CHECKPOINTS["ar"]["file"], tokenizer="text8")
+    with pytest.raises(ValueError, match="cannot be used here"):
+        load(GOLDEN / CHECKPOINTS["ar"]["file"], tokenizer=TOKENIZER, algo="mdlm", block_size=4)
+    with pytest.raises(ValueError):
+        load(tmp_path / "none.ckpt", tokenizer=TOKENIZER)
+
+
+def test_options_that_there_are_not_or_that_cannot_be_are_named():
+    path = GOLDEN / CHECKPOINTS["mdlm"]["file"]
+    with pytest.raises(ValueError, match="no option temperature; the options are length, "):
+        load(path, tokenizer=TOKENIZER, temperature=0.7)
+    writer = load(path, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="no option max_length, top_p; the options are length, "):
+        writer.generate("any", top_p=0.9, max_length=9)
+    with pytest.raises(ValueError, match="nucleus_p=0 must be in"):
+        writer.generate("any", nucleus_p=0)
+    for rule in ("var_length", "reject_low_entropy"):
+        with pytest.raises(ValueError, match=f"{rule}=true has no place in infilling"):
+            writer.generate("the [MASK] work", infill=True, **{rule: True})
+    ar = load(GOLDEN / CHECKPOINTS["ar"]["file"], tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="algo=ar cannot fill gaps"):
+        ar.generate("the [MASK] work", infill=True)

@@ -1,0 +1,170 @@
+"""Jobs in a real Slurm of two nodes (tests/slurm_cluster.py): preempted, requeued, finished."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from runs import ALGORITHMS, run, tiny
+from test_ranks import BY_ONE, equal_states
+
+from benchmarks.chaos import differences, read
+
+pytestmark = pytest.mark.slurm
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+LAST = "run/checkpoints/last.ckpt"
+SCRIPT = ["experiment=train_owt_bamdlm", "block_size=4"]  # what train_owt_bamdlm.sh says
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    missing = slurm_cluster.install()
+    if missing:
+        pytest.skip(f"no Slurm: {missing}")
+    folder = tmp_path_factory.mktemp("slurm")
+    for parent in folder.parents:  # munged runs as a user of its own
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    made = slurm_cluster.Cluster(folder)
+    made.environment |= {
+        "BAMDLM_PYTHON": sys.executable,
+        "MASTER_ADDR": "127.0.0.1",  # of both nodes
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return [*tiny(folder), *ALGORITHMS["bamdlm"], "model.dropout=0"]
+
+
+def until(ready, cluster, job):
+    end = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < end, cluster.log(job)
+        time.sleep(0.1)
+
+
+def until_saved(cluster, job, step, folder):
+    until((folder / f"run/checkpoints/step={step}.ckpt").exists, cluster, job)
+
+
+def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, overrides, tmp_path):
+    """Once by USR1 (as ahead of the time limit), once by Slurm's own requeue (as in preemption);
+    and before that by USR1 while it is importing, when nobody handles it yet."""
+    save = f"checkpointing.save_dir={tmp_path / 'run'}"
+    long = ["trainer.max_steps=100000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=50"]
+    script = SCRIPTS / "train/train_owt_bamdlm.sh"
+    arguments = [*overrides, "trainer.val_check_interval=100000", save, *long[1:]]
+    stop = tmp_path / "steps"  # the last start is told where the end is
+    stop.write_text("100000")
+    wrapper = cluster.folder / "train.sh"
+    words = " ".join(f"'{word}'" for word in arguments)
+    text = script.read_text().replace('"$@"', f"{words} trainer.max_steps=$(cat {stop})")
+    wrapper.write_text(text.replace("$SLURM_SUBMIT_DIR", str(SCRIPTS.parent)))
+    job = cluster.submit(f"--gres=gpu:1 {wrapper}", BLOCK_SIZE="4")
+    until(lambda: f"{job}.0" in cluster.command(f"squeue -h -s -j {job}"), cluster, job)
+    told = []
+
+    def goes_back():
+        """Told until it is heard: a signal ahead of the process itself is lost."""
+        if "goes back into the queue" in cluster.log(job):
+            return True
+        if not told or time.monotonic() > told[-1] + 2:
+            told.append(time.monotonic())
+            cluster.command(f"scancel --signal=USR1 {job}")
+        return False
+
+    until(goes_back, cluster, job)
+    assert "run folder" not in cluster.log(job)
+    until_saved(cluster, job, 50, tmp_path)
+    cluster.command(f"scancel --signal=USR1 {job}")
+    until(lambda: "going on from step" in cluster.log(job), cluster, job)
+    reached = read(tmp_path / LAST)["global_step"]
+    until_saved(cluster, job, reached - reached % 50 + 50, tmp_path)
+    steps = read(tmp_path / LAST)["global_step"] + 100
+    stop.write_text(str(steps))
+    cluster.command(f"scontrol requeue {job}")
+    assert "COMPLETED" in cluster.wait(job), cluster.log(job)
+    log = cluster.log(job)
+    assert log.count("going on from step") == 2, log
+    assert "stopping at step" in log
+    assert log.count(f"job {job} goes back into the queue") >= 2
+    last = read(tmp_path / LAST)
+    assert last["global_step"] == steps
+    shutil.rmtree(tmp_path / "run")
+    code, text = run([*SCRIPT, *arguments, f"trainer.max_steps={steps}"], tmp_path / "log")
+    assert code == 0, text
+    whole = read(tmp_path / LAST)
+    for part in ("hyper_parameters", "callbacks"):  # the job has other words for the same
+        last.pop(part)
+        whole.pop(part)
+    assert differences(last, whole) == []
+
+
+def test_two_tasks_on_one_node_or_two_train_as_one_process(cluster, overrides, tmp_path):
+    script = SCRIPTS / "train/train_owt_bamdlm.sh"
+    jobs = {}
+    for name, asked in (
+        ("node", "-N1 --ntasks-per-node=2 --gres=gpu:2 -x n2"),
+        ("nodes", "-N2 --ntasks-per-node=1 --gres=gpu:1"),
+    ):
+        devices = 2 if name == "node" else 1
+        save = f"trainer.devices={devices} checkpointing.save_dir={tmp_path / name / 'run'}"
+        words = " ".join([*overrides, "trainer.val_check_interval=4"])
+        line = f"{asked} -o '{cluster.folder}/%x_%j.log' {script} {words} {save}"
+        jobs[name] = cluster.submit(line, SCRIPTS.parent, BLOCK_SIZE="4")
+        if name == "node":  # the nodes are free again, and so is the port
+            assert "COMPLETED" in cluster.wait(jobs[name]), cluster.log(jobs[name])
+    code, text = run(
+        [*SCRIPT, *overrides, *BY_ONE, f"checkpointing.save_dir={tmp_path / 'one/run'}"],
+        tmp_path / "log",
+    )
+    assert code == 0, text
+    assert "COMPLETED" in cluster.wait(jobs["nodes"]), cluster.log(jobs["nodes"])
+    for name in jobs:
+        equal_states(read(tmp_path / name / LAST), read(tmp_path / "one" / LAST))
+
+
+def test_an_array_of_evaluations_ends_in_one_table(cluster, overrides, tmp_path):
+    """Submitted from a folder of its own, so that outputs/ is its own as well."""
+    run_folder = tmp_path / "run"
+    code, text = run([*overrides, f"checkpointing.save_dir={run_folder}"], tmp_path / "log")
+    assert code == 0, text
+    for name in ("scripts", "main.py"):
+        (tmp_path / name).symlink_to(SCRIPTS.parent / name)
+    words = " ".join(overrides)
+    line = f"--array=1-2 -o '{cluster.folder}/%x_%A_%a.log' scripts/ppl/eval_owt_bamdlm.sh {words}"
+    job = cluster.submit(line, tmp_path, BLOCK_SIZE="4", CHECKPOINT=str(tmp_path / LAST))
+    assert set(cluster.wait(job).split()) == {"COMPLETED"}, cluster.log(job)
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/ppl_*.json")]
+    found = {each["seed"]: each for each in summaries}
+    assert sorted(found) == [1, 2], cluster.log(job)
+    assert found[1]["ppl"] != found[2]["ppl"]  # the noise of another seed
+    done = subprocess.run(
+        [sys.executable, "scripts/summarize.py", "--csv", "table.csv"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with (tmp_path / "table.csv").open(newline="") as file:
+        table = {int(row["seed"]): row for row in csv.DictReader(file)}
+    for seed, summary in found.items():
+        assert table[seed]["PPL"] == f"{summary['ppl']:.2f}"
+        assert table[seed]["block size"] == "4"
+        assert f"| {summary['ppl']:.2f}" in done.stdout
+    assert len(done.stdout.splitlines()) == 2 + 2

@@ -1,0 +1,262 @@
+"""Saves that fail, steps that are not finite, data that do not come."""
+
+import errno
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from runs import ALGORITHMS, run, tiny
+from test_resume import at_call
+
+from benchmarks.chaos import differences, read
+from checkpointing import torch_file
+from diffusion import Diffusion
+from training import health
+from training.csv_log import read_log
+from training.health import StallWatch
+from training.saving import CarefulIO
+
+LAST = "run/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return [*tiny(tmp_path_factory.mktemp("data")), *ALGORITHMS["ar"]]
+
+
+def disk_full_after(saves):
+    """Patch: writing fails from the given save on, after some bytes."""
+    real, calls = torch_file.torch.save, [0]
+
+    def save(content, file, **kwargs):
+        calls[0] += 1
+        if calls[0] > saves:
+            file.write(b"PK half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(content, file, **kwargs)
+
+    torch_file.torch.save = save
+
+
+@pytest.mark.parametrize(("policy", "code", "last"), [("continue", 0, 9), ("stop", 1, 6)])
+def test_a_full_disk_leaves_the_checkpoint_before_it(policy, code, last, base, tmp_path):
+    save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
+    more = [save_dir, f"checkpointing.on_save_error={policy}", "trainer.limit_val_batches=0"]
+    ended, text = run(
+        [*base, *more], tmp_path / "log", before=lambda: disk_full_after(1)
+    )  # the save of step 4 succeeds
+    assert ended == code, text
+    assert "No space left on device" in text
+    assert "the checkpoint before it is as it was" in text
+    assert "Traceback" not in text
+    assert read(tmp_path / LAST)["global_step"] == 4
+    assert max(read_log(tmp_path / "run/metrics.csv")["trainer/loss"]) == last
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def read_only(folder):
+    """Patch: from the second save on the folder cannot be written."""
+    real, calls = tempfile.mkstemp, [0]
+
+    def mkstemp(*args, **kwargs):
+        calls[0] += str(kwargs.get("dir")) == str(folder)
+        if calls[0] > 1:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(*args, **kwargs)
+
+    tempfile.mkstemp = mkstemp
+
+
+def vanishing(folder):
+    """Patch: ahead of step 5 the folder is elsewhere, and its name is taken."""
+
+    def act():
+        folder.rename(folder.with_name("elsewhere"))
+        folder.touch()
+
+    at_call(Diffusion, "training_step", 9, act)()
+
+
+@pytest.mark.parametrize(
+    ("patch", "place", "message"),
+    [(read_only, "checkpoints", "Read-only file system"), (vanishing, "elsewhere", "File exists")],
+)
+def test_a_folder_that_cannot_be_written_is_said(patch, place, message, base, tmp_path):
+    run_folder = tmp_path / "run"
+    more = [f"checkpointing.save_dir={run_folder}", "checkpointing.on_save_error=continue"]
+    before = functools.partial(patch, run_folder / "checkpoints")
+    code, text = run(
+        [*base, *more, "callbacks.checkpoint_monitor=null"], tmp_path / "log", before=before
+    )
+    assert code == 0, text
+    assert "step=8.ckpt could not be written" in text
+    assert message in text
+    assert "Traceback" not in text
+    assert read(run_folder / place / "last.ckpt")["global_step"] == 4
+    assert max(read_log(run_folder / "metrics.csv")["trainer/loss"]) == 9
+
+
+class NoRoute(Exception):
+    """What the client of a store raises: not an OSError."""
+
+
+def test_a_store_that_is_gone_is_reported_like_a_full_disk(monkeypatch, capsys):
+    def gone(*args, **kwargs):
+        raise NoRoute("to host")
+
+    monkeypatch.setattr(MemoryFileSystem, "open", gone)
+    io = CarefulIO()
+    io.save_checkpoint({}, "memory://runs/step=1.ckpt")
+    assert "memory://runs/step=1.ckpt could not be written (NoRoute: to host)" in io.failure
+    assert io.failure in capsys.readouterr().err
+
+
+def poisoned(calls):
+    """Patch: these calls of training_step give a loss that is not a number."""
+    real, seen = Diffusion.training_step, [0]
+
+    def step(self, batch, batch_idx):
+        seen[0] += 1
+        loss = real(self, batch, batch_idx)
+        if seen[0] not in calls:
+            return loss
+        self.health.saw(batch, loss * torch.nan)
+        return loss * torch.nan
+
+    Diffusion.training_step = step
+
+
+def overflow():
+    """Patch: in step 2 a gradient is infinite, its losses are not."""
+    real, calls = Diffusion.configure_gradient_clipping, [0]
+
+    def clip(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 2:
+            next(p.grad for p in self.parameters() if p.grad is not None).fill_(torch.inf)
+        return real(self, *args, **kwargs)
+
+    Diffusion.configure_gradient_clipping = clip
+
+
+@pytest.mark.parametrize(
+    ("what", "patch"),
+    [("loss", lambda: poisoned({4})), ("gradient", overflow)],
+    ids=["loss", "grad"],
+)
+def test_a_step_that_is_not_finite_is_left_out_and_counted(what, patch, base, tmp_path):
+    arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}"]
+    code, text = run(arguments, tmp_path / "log", before=patch)
+    assert code == 0, text
+    assert f"step 2 left out: its {what} is not finite" in text
+    kept = torch.load(tmp_path / "run/bad_steps/step=2-rank=0.pt", weights_only=True)
+    assert kept["batches"][0]["input_ids"].shape == (4, 16)
+    assert kept["parameters"]
+    last = read(tmp_path / LAST)
+    assert last["global_step"] == 10
+    assert last["ema"]["num_updates"] == 9
+    assert float(last["optimizer_states"][0]["state"][0]["step"]) == 9
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+def judged_late():
+    """Patch: as on a GPU, the host learns of a step during the next one."""
+    real = Diffusion.on_fit_start
+
+    def on_fit_start(self):
+        real(self)
+        self.health.late = True
+
+    Diffusion.on_fit_start = on_fit_start
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at_once", "late"])
+def test_too_many_of_them_in_a_row_end_the_run(late, base, tmp_path):
+    arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}", "training.max_bad_steps=2"]
+    calls = set(range(11, 100))
+
+    def before():
+        poisoned(calls)
+        if late:
+            judged_late()
+
+    code, text = run(arguments, tmp_path / "log", before=before)
+    assert code == 1, text
+    assert "3 steps in a row had a loss that is not finite" in text
+    assert "training.max_bad_steps=2" in text
+    last = read(tmp_path / LAST)
+    assert last["global_step"] == 4
+    shutil.rmtree(tmp_path / "run")
+    code, text = run([*arguments, "trainer.max_steps=4"], tmp_path / "log2")
+    assert differences(last["state_dict"], read(tmp_path / LAST)["state_dict"]) == []
+
+
+def test_waiting_for_data_is_said(capsys):
+    trainer = SimpleNamespace(
+        global_rank=0, global_step=6, datamodule=SimpleNamespace(num_workers=2)
+    )
+    watch = StallWatch(seconds=0.05)
+    watch.on_train_start(trainer, None)
+    time.sleep(0.3)
+    watch.on_train_end(trainer, None)
+    assert "step 7: no batch from the 2 data workers" in capsys.readouterr().err
+
+
+FOLLOWERS = """
+import os, subprocess, sys, time
+from training import health
+health.TIDY_SECONDS = 0.2
+health.follow_launcher()
+if "LOCAL_RANK" not in os.environ:
+    for rank in "12":
+        subprocess.Popen([sys.executable, __file__], env=os.environ | {"LOCAL_RANK": rank})
+    if sys.argv[1:]:
+        os.kill(os.getpid(), 9)
+print("ready", flush=True)
+time.sleep(150)
+"""
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_processes_end_with_the_one_that_started_them(when, tmp_path):
+    """Killed, it cannot tell them."""
+    program = tmp_path / "program.py"
+    program.write_text(FOLLOWERS)
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", health.LAUNCHER)}
+    environment["PYTHONPATH"] = str(Path(health.__file__).parents[1])
+    first = subprocess.Popen(
+        [sys.executable, program, *(["now"] if when == "at once" else [])],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    if when == "later":
+        assert [first.stdout.readline() for _ in range(3)] == ["ready\n"] * 3
+        first.kill()
+    _, text = first.communicate(timeout=100)  # until the children have closed it
+    assert text.count(f"the first process ({first.pid}) is gone: ending") == 2
+
+
+@pytest.mark.parametrize("launcher", ["nobody", "another", "torchrun"])
+def test_a_process_that_another_launcher_started_follows_nobody(launcher, monkeypatch):
+    started = []
+    monkeypatch.setattr(health.threading, "Thread", lambda **how: started.append(how))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv(health.LAUNCHER, raising=False)
+    if launcher == "another":  # which runs, but is not the parent
+        monkeypatch.setenv(health.LAUNCHER, str(os.getpid()))
+    if launcher == "torchrun":
+        monkeypatch.setenv(health.LAUNCHER, str(os.getppid()))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    health.follow_launcher()
+    assert not started

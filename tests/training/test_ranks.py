@@ -1,0 +1,282 @@
+"""Several processes (gloo, CPU) against one: the same losses, the same checkpoints."""
+
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from runs import ALGORITHMS, finish, ranks, run, tiny
+
+from benchmarks.chaos import differences, read
+from checkpointing import torch_file
+from diffusion import Diffusion
+from training import saving
+from training.csv_log import read_log
+from training.distributed import Poll
+from training.saving import Deadline
+from training.signals import GO_ON
+
+LAST = "run/checkpoints/last.ckpt"
+BY_ONE = ["loader.batch_size=8", "loader.eval_batch_size=8", "trainer.val_check_interval=4"]
+TWO = ["trainer.devices=2", "trainer.val_check_interval=4"]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(overrides, folder of a run of one process): dropout 0, since its masks are per process."""
+    folder = tmp_path_factory.mktemp("one")
+    overrides = [
+        *tiny(folder),
+        *ALGORITHMS["bamdlm"],
+        "model.dropout=0",
+        "loader.eval_global_batch_size=8",
+    ]
+    save_dir = f"checkpointing.save_dir={folder / 'run'}"
+    code, text = run([*overrides, *BY_ONE, save_dir], folder / "log")
+    assert code == 0, text
+    return overrides, folder
+
+
+def of_two(overrides, folder, *more, before=None):
+    arguments = [*overrides, *TWO, *more, f"checkpointing.save_dir={folder / 'run'}"]
+    return ranks(2, arguments, folder / "log.txt", before=before)
+
+
+def equal_runs(ours, theirs, names=("trainer/loss", "val/nll", "valid_var_0.0 - 0.5")):
+    ours_log, theirs_log = (read_log(f / "run/metrics.csv") for f in (ours, theirs))
+    assert set(ours_log) == set(theirs_log)
+    for name in names:
+        assert ours_log[name].keys() == theirs_log[name].keys()
+        for step, value in theirs_log[name].items():
+            assert ours_log[name][step] == pytest.approx(value, rel=TOLERANCE), (name, step)
+    a, b = read(ours / LAST), read(theirs / LAST)
+    equal_states(a, b)
+
+
+def equal_states(a, b):
+    """Weights, averages, moments: equal but for the order of sums."""
+    assert a.keys() == b.keys()
+    assert a["loops"]["fit_loop"].keys() == b["loops"]["fit_loop"].keys()
+    assert list(a["state_dict"]) == list(b["state_dict"])
+    for name, value in b["state_dict"].items():
+        close(a["state_dict"][name], value, name)
+    for x, y in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True):
+        close(x, y, "ema")
+    assert a["ema"]["num_updates"] == b["ema"]["num_updates"]
+    mine, other = (state["optimizer_states"][0] for state in (a, b))
+    assert mine["param_groups"] == other["param_groups"]
+    assert mine["state"].keys() == other["state"].keys()
+    for key, moments in other["state"].items():
+        for name, value in moments.items():
+            close(mine["state"][key][name], value, name)
+    assert differences(a["sampler"], b["sampler"]) == []
+    assert differences(a["lr_schedulers"], b["lr_schedulers"]) == []
+
+
+def close(x, y, name):
+    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(strategy, one, tmp_path):
+    overrides, alone = one
+    started = of_two(overrides, tmp_path, f"strategy={strategy}")
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    equal_runs(tmp_path, alone)
+
+
+def test_two_processes_evaluate_every_row_once(one, tmp_path):
+    """21 rows in batches of 8: the last batch of the two processes has 3 rows and 2."""
+    overrides, alone = one
+    words = [*overrides, "mode=ppl_eval", f"eval.checkpoint_path={alone / LAST}"]
+    found = []
+    for name, more in (("one", BY_ONE), ("two", TWO)):
+        arguments = [*words, *more, f"checkpointing.save_dir={tmp_path / name}"]
+        started = ranks(len(found) + 1, arguments, tmp_path / f"{name}.txt")
+        assert finish(started) == [0] * len(started), started[0].text()
+        (path,) = (tmp_path / name).glob("ppl_*.json")
+        found.append(json.loads(path.read_text()))
+    ours, theirs = found
+    assert ours["rows"] == theirs["rows"] == 21
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=TOLERANCE)
+    assert ours["ppl_error"] == pytest.approx(theirs["ppl_error"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_moves_between_one_process_and_two(strategy, one, tmp_path):
+    """One step on two, stopped by a signal to one of them; one process goes on; then two again."""
+    overrides, alone = one
+
+    def told(rank):
+        if rank == 1:
+            patched(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    started = of_two(overrides, tmp_path, f"strategy={strategy}", before=told)
+    assert finish(started) == [GO_ON, GO_ON], started[0].text() + started[1].text()
+    assert read(tmp_path / LAST)["global_step"] == 2
+    more = [f"checkpointing.save_dir={tmp_path / 'run'}"]
+    more += [*BY_ONE, "trainer.max_steps=6"]
+    code, text = run([*overrides, *more], tmp_path / "log1")
+    assert code == 0, text
+    started = of_two(overrides, tmp_path, f"strategy={strategy}")
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    equal_states(read(tmp_path / LAST), read(alone / LAST))
+
+
+@pytest.mark.parametrize(("strategy", "late"), [("ddp", True), ("fsdp", False)])
+def test_a_stopped_run_goes_on_to_the_same_bits(strategy, late, one, tmp_path):
+    """late: ranks answer each other as on GPUs, else as on a CPU."""
+    overrides = [*one[0], f"strategy={strategy}", "model.dropout=0.2"]
+
+    def of_two_ends(code, *more, **before):
+        started = of_two(overrides, tmp_path, *more, **before)
+        assert finish(started) == [code, code], started[0].text() + started[1].text()
+        return read(tmp_path / LAST)
+
+    whole = of_two_ends(0)
+    (tmp_path / "run").rename(tmp_path / "whole")
+
+    def told(rank):
+        answers(late)
+        if rank == 1:
+            patched(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    def over(rank):
+        answers(late)
+        if rank == 1:
+            patched(3, lambda: setattr(Deadline, "_over", lambda self: True))
+
+    def over_in_validation(rank):
+        answers(late)
+        real = Diffusion.validation_step
+
+        def step(self, batch, batch_idx):
+            if rank == 1:
+                Deadline._over = lambda self: True
+            return real(self, batch, batch_idx)
+
+        Diffusion.validation_step = step
+
+    assert of_two_ends(GO_ON, before=told)["global_step"] == 3 + late
+    max_time = "trainer.max_time=00:01:00:00"
+    assert of_two_ends(0, max_time, before=over)["global_step"] == 6 + 2 * late
+    used_up = of_two_ends(0, "trainer.max_time=00:00:00:00")
+    assert used_up["global_step"] == 6 + 2 * late
+    assert of_two_ends(0, max_time, before=over_in_validation)["global_step"] == 8
+    assert differences(of_two_ends(0), whole) == []
+
+
+def answers(late):
+    """How ranks answer each other; and that none asks the first one ahead of every batch."""
+
+    def asked(self):
+        raise AssertionError("Lightning would have waited for the device")
+
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    _TrainingEpochLoop._broadcast_sigterm_tensor = asked
+    saving.Poll = functools.partial(Poll, late=late)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_answer_is_that_to_the_question_before(late, tmp_path):
+    """Two questions; of two processes the second says yes to one at a time."""
+
+    def asks(rank):
+        torch.distributed.init_process_group("gloo")
+        poll, cpu = Poll(late=late), torch.device("cpu")
+        given = [poll(cpu, rank == 1 and i == 1, rank == 1 and i == 2) for i in range(4)]
+        expected = [[False, False], [True, False], [False, True], [False, False]]
+        assert given == (expected[:1] * late + expected)[:4], given
+        torch.distributed.destroy_process_group()
+        os._exit(7)
+
+    assert finish(ranks(2, [], tmp_path / "log", before=asks)) == [7, 7]
+
+
+def test_a_save_that_fails_on_the_first_rank_is_tried_again_by_both(one, tmp_path):
+    """At the last step: the next attempt is that at the end. Nor does a line come twice."""
+    overrides, alone = one
+
+    def full(rank):
+        real, calls = torch_file.save, [0]
+
+        def save(checkpoint, path):
+            calls[0] += path.endswith("step=10.ckpt")
+            if rank == 0 and calls[0] == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(checkpoint, path)
+
+        torch_file.save = save
+
+    more = ["callbacks.checkpoint_every_n_steps.every_n_train_steps=10"]
+    more += ["checkpointing.on_save_error=continue", "callbacks.checkpoint_monitor=null"]
+    started = of_two(overrides, tmp_path, *more, before=full)
+    text = "".join(each.text() for each in started if each.wait() == 0)
+    assert text.count("step=10.ckpt could not be written") == 1, text
+    assert text.count("step 8: validation perplexity") == 1
+    equal_states(read(tmp_path / LAST), read(alone / LAST))
+
+
+def test_a_save_that_failed_ends_the_run_with_its_reason_though_the_next_one_succeeds(
+    one, tmp_path
+):
+    """The answers come late, as on GPUs."""
+
+    def full(rank):
+        answers(late=True)
+        real = torch_file.save
+
+        def save(checkpoint, path):
+            if path.endswith("step=2.ckpt"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(checkpoint, path)
+
+        torch_file.save = save
+
+    more = ["callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]
+    started = of_two(one[0], tmp_path, *more, "checkpointing.on_save_error=stop", before=full)
+    assert finish(started) == [1, 1], started[0].text() + started[1].text()
+    reason = started[0].text().rindex("SaveError")
+    assert "step=2.ckpt could not be written" in started[0].text()[reason:]
+    assert read(tmp_path / LAST)["global_step"] == 3
+
+
+def patched(call, act):
+    real, calls = Diffusion.training_step, [0]
+
+    def step(self, batch, batch_idx):
+        calls[0] += 1
+        if calls[0] == call:
+            act()
+        return real(self, batch, batch_idx)
+
+    Diffusion.training_step = step
+
+
+def fail():
+    raise ZeroDivisionError("a fault of rank 1")
+
+
+@pytest.mark.parametrize("way", ["killed", "raises"])
+def test_a_rank_that_dies_brings_the_job_down(way, one, tmp_path):
+    overrides, _ = one
+    act = fail if way == "raises" else lambda: os.kill(os.getpid(), signal.SIGKILL)
+    started = of_two(overrides, tmp_path, before=lambda rank: rank and patched(3, act))
+    begun = time.monotonic()
+    codes = finish(started, timeout=60)
+    assert time.monotonic() - begun < 60
+    assert codes[0] != 0
+    assert codes[1] == (1 if way == "raises" else -signal.SIGKILL)
+    if way == "raises":
+        text = started[1].text()
+        assert "rank 1 failed in step 3" in text
+        assert text.index("a fault of rank 1") < len(text)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -1,0 +1,88 @@
+"""A run whose checkpoints lie in S3 (a server process): killed while saving, it ends the same."""
+
+import io
+import os
+import signal
+import subprocess
+
+import pytest
+from runs import ALGORITHMS, run, tiny
+from test_checkpoint_places import S3_SERVER, process, wait_for
+
+from benchmarks.chaos import differences
+from checkpointing import torch_file
+
+pytest.importorskip("moto")
+boto3 = pytest.importorskip("boto3")
+s3fs = pytest.importorskip("s3fs")
+
+BUCKET, FOLDER = "bucket", "runs/a"
+MOMENTS = (  # (what is about to be called in the save of step 4, the files that are there by then)
+    ("mv", ["step=4.ckpt.partial"]),
+    ("cp_file", ["step=4.ckpt"]),  # to last.ckpt
+)
+FEW = ["trainer.max_steps=6", "callbacks.checkpoint_monitor=null"]  # each request takes its time
+
+
+@pytest.fixture(scope="module")
+def server():
+    """(environment that finds the server, client). Runs have a client of their own."""
+    account = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    with process("-c", S3_SERVER, stderr=subprocess.DEVNULL) as port:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(url)
+        client = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+        client.create_bucket(Bucket=BUCKET)
+        yield {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **account}, client
+
+
+def names(client) -> list[str]:
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix=FOLDER).get("Contents", [])
+    return sorted(each["Key"].rpartition("/")[2] for each in found)
+
+
+def last(client) -> dict:
+    answer = client.get_object(Bucket=BUCKET, Key=f"{FOLDER}/checkpoints/last.ckpt")
+    return torch_file.load(io.BytesIO(answer["Body"].read()), "last.ckpt")
+
+
+def killed_in(name):
+    """Patch for the new process: SIGKILL as the client's method is called."""
+
+    def deadly(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return lambda: setattr(s3fs.S3FileSystem, name, deadly)
+
+
+def test_killed_while_saving_it_goes_on_to_the_same_end(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # its log lies under outputs/
+    s3, client = server
+    place = f"{BUCKET}/{FOLDER}"
+    save_dir = f"checkpointing.save_dir=s3://{place}"
+    overrides = [*tiny(tmp_path), *ALGORITHMS["bamdlm"], *FEW, save_dir]
+    code, text = run(overrides, tmp_path / "log", environment=s3)
+    assert code == 0, text
+    assert f"run folder: s3://{place} (its log: outputs/s3/{place})" in text
+    assert (tmp_path / f"outputs/s3/{place}/metrics.csv").exists()
+    at_the_end = ["last.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert names(client) == at_the_end
+    expected = last(client)
+    for name in at_the_end:
+        client.delete_object(Bucket=BUCKET, Key=f"{FOLDER}/checkpoints/{name}")
+
+    for name, there in MOMENTS:
+        code, text = run(overrides, tmp_path / "log", before=killed_in(name), environment=s3)
+        assert code == -signal.SIGKILL, f"{name}: {text}"
+        assert names(client) == there, name
+    code, text = run(overrides, tmp_path / "log", environment=s3)
+    assert code == 0, text
+    assert f"going on from step 4 of s3://{place}/checkpoints/step=4.ckpt" in text
+    assert names(client) == at_the_end
+    assert differences(last(client), expected) == []

@@ -1,0 +1,289 @@
+"""Training through Lightning: resume, independence of the batch split, validation, checkpoints."""
+
+import functools
+import math
+
+import lightning as L
+import pytest
+import torch
+from conftest import GOLDEN, load_json
+from lightning.pytorch.callbacks import ModelCheckpoint
+from networks import small
+
+from checkpointing import load as checkpoints
+from checkpointing.lightning_io import SafeCheckpointIO
+from dataloader import DataModule
+from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
+from noise_schedule import get_schedule
+from objectives.autoregressive import Autoregressive
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.corruption import EXACT
+from objectives.sedd import ScoreEntropy
+from utils import constant_warmup
+
+LENGTH, MASK, GLOBAL = 16, 6, 8
+ALGORITHMS = {
+    "ar": lambda: Autoregressive(MASK),
+    "bamdlm": lambda: MaskedDiffusion(MASK, 4, get_schedule("loglinear")),
+    "mdlm": lambda: MaskedDiffusion(MASK, LENGTH, get_schedule("cosine")),
+    "sedd": lambda: ScoreEntropy(MASK, get_schedule("loglinear")),
+}
+
+
+class MemoryRows:
+    """What DataModule reads from: rows in memory instead of a prepared folder."""
+
+    apart = False
+
+    def __init__(self, count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, MASK, (count, LENGTH), generator=generator).numpy()
+        self.length = LENGTH
+
+    def __len__(self):
+        return len(self.ids)
+
+    def read(self, rows):
+        ids = self.ids[rows]
+        return ids, ids * 0 + 1
+
+
+def data(batch_size=4, valid=10):
+    return DataModule(
+        train=MemoryRows(30, 1),
+        valid=MemoryRows(valid, 2),
+        length=LENGTH,
+        batch_size=batch_size,
+        eval_batch_size=4,
+        seed=1,
+    )
+
+
+def module(
+    algo,
+    *,
+    ema=0.9,
+    dropout=0.0,
+    widths=(),
+    exact=False,
+    block=None,
+    fix=False,
+    eps=1e-8,
+    interval=(1e-3, 1),
+):
+    objective = ALGORITHMS[algo]()
+    if block:
+        objective = MaskedDiffusion(MASK, block, get_schedule("loglinear"))
+    torch.manual_seed(0)
+    backbone = small(MASK + 1, adaln=algo != "ar")
+    for layer in backbone.blocks:
+        layer.dropout = dropout
+    return Diffusion(
+        backbone=backbone,
+        objective=objective,
+        noise=NoiseSettings(
+            seed=1,
+            interval=interval,
+            sampling_eps=1e-3,
+            antithetic=True,
+            global_batch=GLOBAL,
+            eval_global_batch=4,
+        ),
+        optimizer=OptimizerSettings(
+            lr=1e-2,
+            betas=(0.9, 0.999),
+            eps=eps,
+            weight_decay=0.0,
+            lr_factor=functools.partial(constant_warmup, warmup_steps=2),
+        ),
+        ema_decay=ema,
+        clip=ClippingSettings(tuple(widths), 0.25, fix) if algo == "bamdlm" else None,
+        exact_nll=exact,
+        description={"config": {"algo": {"name": algo}}, "tokenizer": {}},
+    )
+
+
+def trainer(folder, steps, *, accumulate=2, validate=0, callbacks=(), accelerator="cpu"):
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=1.0,
+        val_check_interval=validate or None,
+        check_val_every_n_epoch=None if validate else 1,
+        limit_val_batches=1.0 if validate else 0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
+def saver(folder, every):
+    return ModelCheckpoint(
+        dirpath=folder, every_n_train_steps=every, save_top_k=-1, filename="{step}"
+    )
+
+
+def trained(algo, folder, steps, *, batch_size=4, resume=None, save_every=0, **kwargs):
+    m, d = module(algo, **kwargs), data(batch_size)
+    if resume:
+        found = checkpoints.read(resume)
+        d.start_at(found.raw["sampler"]["examples_seen"], found.step)
+    callbacks = [saver(folder, save_every)] if save_every else []
+    t = trainer(folder, steps, accumulate=GLOBAL // batch_size, callbacks=callbacks)
+    t.fit(m, datamodule=d, ckpt_path=resume)
+    return m
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(algo, tmp_path):
+    whole = trained(algo, tmp_path / "a", 6, save_every=3)
+    resumed = trained(algo, tmp_path / "b", 6, resume=str(tmp_path / "a" / "step=3.ckpt"))
+    for (name, ours), theirs in zip(
+        resumed.named_weights(), whole.backbone.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+        assert torch.equal(resumed.ema.shadow[name], whole.ema.shadow[name]), name
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_the_split_into_micro_batches_does_not_change_a_run(algo, tmp_path):
+    """Noise and data are functions of the place in the stream. What is left is the order of
+    summation. Adam's eps is raised: its first steps amplify rounding where gradients are near 0."""
+    one = trained(algo, tmp_path, 4, batch_size=8, eps=1e-3)
+    four = trained(algo, tmp_path, 4, batch_size=2, eps=1e-3)
+    for ours, theirs in zip(one.backbone.parameters(), four.backbone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def validated(m, **kwargs):
+    t = trainer(None, 1, validate=1)
+    t.validate(m, datamodule=data(**kwargs), verbose=False)
+    return m.likelihood()
+
+
+def test_validation_uses_the_averaged_weights_and_gives_the_raw_ones_back():
+    m = module("ar")
+    with torch.no_grad():
+        for average in m.ema.shadow.values():
+            average.mul_(0.5)
+    before = [p.clone() for p in m.backbone.parameters()]
+    averaged = validated(m).nll
+    assert all(torch.equal(a, b) for a, b in zip(before, m.backbone.parameters(), strict=True))
+    m.ema.swap(m.named_weights())
+    m.ema = None
+    assert validated(m).nll == averaged
+
+
+def test_every_validation_row_counts_once_whatever_the_batches():
+    assert validated(module("ar"), valid=10).rows == 10
+    assert validated(module("ar"), valid=10).tokens == 10 * (LENGTH - 1)
+
+
+def test_the_validation_noise_of_a_row_does_not_depend_on_the_batches():
+    d = data()
+    whole = validated(module("bamdlm"))
+    m = module("bamdlm")
+    t = trainer(None, 1, validate=1)
+    d.eval_batch_size = 3  # batches across the borders of the global batches of 4
+    t.validate(m, datamodule=d, verbose=False)
+    assert m.likelihood().nll == pytest.approx(whole.nll, rel=1e-5)
+
+
+def test_blocks_of_one_validate_the_exact_likelihood():
+    m = module("bamdlm", block=1, exact=True)
+    batch = {"input_ids": torch.tensor(data().valid.ids), "row": torch.arange(10)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    draws = m._draws(batch, 1, 4)
+    m.ema = None
+    exact = m.eval().token_loss(batch, EXACT, draws, False)
+    expected = float(exact.nats.sum() / exact.counted.sum())
+    assert validated(m).nll == pytest.approx(expected, rel=1e-6)
+
+
+def fitted_with_search(tmp_path, fix):
+    m = module("bamdlm", widths=(0.5, 0.75), fix=fix)
+    t = trainer(tmp_path, 2, validate=2, callbacks=[saver(tmp_path, 2)])
+    t.fit(m, datamodule=data())
+    logged = {k: float(v) for k, v in t.callback_metrics.items() if k.startswith("valid_var")}
+    return m, logged
+
+
+def test_the_interval_of_least_variance_becomes_the_training_interval(tmp_path):
+    m, logged = fitted_with_search(tmp_path, fix=False)
+    assert len(logged) == 1 + 3 + 2  # the full interval, then the starts of each width
+    best = min(logged, key=logged.get)
+    lo, hi = (float(x) for x in best.removeprefix("valid_var_").split(" - "))
+    assert m.interval[0] == pytest.approx(max(lo, 1e-3), abs=5e-3)
+    assert m.interval[1] == pytest.approx(hi, abs=5e-3)
+    saved = checkpoints.read(str(next(tmp_path.glob("*.ckpt"))))
+    assert saved.interval == pytest.approx(m.interval, abs=1e-6)
+
+
+def test_without_widths_the_interval_stays_as_it_was_set(tmp_path):
+    m = module("bamdlm", interval=(0.3, 0.8))
+    trainer(tmp_path, 2, validate=1).fit(m, datamodule=data())
+    assert m.interval == (0.3, 0.8)
+
+
+def test_fixed_clipping_searches_but_keeps_the_interval(tmp_path):
+    m, logged = fitted_with_search(tmp_path, fix=True)
+    assert logged
+    assert m.interval == (1e-3, 1.0)
+
+
+@pytest.mark.parametrize("algo", ["ar", "bamdlm", "mdlm", "sedd"])
+def test_a_checkpoint_has_the_published_layout(algo, tmp_path):
+    trained(algo, tmp_path, 2, save_every=2)
+    ours = SafeCheckpointIO().load_checkpoint(next(tmp_path.glob("*.ckpt")))
+    name = {"bamdlm": "bd3lm_bs4"}.get(algo, algo)
+    info = load_json("checkpoints/info.json")[name]
+    assert sorted(ours) == sorted(info["top_level_keys"])
+    assert list(ours["state_dict"]) == info["state_dict_keys"]
+    assert len(ours["ema"]["shadow_params"]) == len(info["ema_order"])
+    assert set(ours["ema"]) == {"decay", "num_updates", "shadow_params"}
+    theirs = SafeCheckpointIO().load_checkpoint(GOLDEN / "checkpoints" / f"{name}.ckpt")
+    for key, value in theirs["state_dict"].items():
+        assert ours["state_dict"][key].dtype == value.dtype
+        assert ours["state_dict"][key].dim() == value.dim()
+    assert ours["loops"].keys() == theirs["loops"].keys()
+    assert ours["sampler"]["random_state"].shape == theirs["sampler"]["random_state"].shape
+
+
+def test_dropout_is_at_work_in_training_only():
+    m = module("ar", dropout=0.5)
+    batch = {"input_ids": torch.tensor(data().valid.ids), "row": torch.arange(10)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    losses = [float(m.train().token_loss(batch, EXACT, None, True).mean) for _ in range(2)]
+    assert losses[0] != losses[1]
+    losses = [float(m.eval().token_loss(batch, EXACT, None, True).mean) for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_token_in_the_text_is_seen_and_not_predicted(algo, training):
+    """Tokenizers read the letters "[MASK]" as the mask, whose probability is 0."""
+    m = module(algo)
+    ids = torch.randint(0, MASK, (GLOBAL, LENGTH), generator=torch.Generator().manual_seed(3))
+    ids[1, 5] = ids[2, 9] = MASK
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "row": torch.arange(GLOBAL),
+    }
+    draws = m._draws(batch, 1, GLOBAL)
+    loss = m.token_loss(batch, (1e-3, 1.0), draws, training)
+    assert loss.mean.isfinite()
+    first = 0 if algo != "ar" else 1
+    assert (loss.counted == 0)[1, 5 - first]
+    assert (loss.counted == 0)[2, 9 - first]
+    assert (loss.nats[ids[:, first:] == MASK] == 0).all()

@@ -1,0 +1,251 @@
+"""Steps that cannot be right, data that do not come: said, counted, and where asked for the end."""
+
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from samplers.sending import Here, send
+from training.signals import Stopped
+
+TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended
+STALL_SECONDS = 60.0  # without a batch, until a line says so
+LAUNCHER = "BAMDLM_LAUNCHER"  # the variable that names the process which starts the others
+
+
+class BadSteps(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+@dataclass
+class StepHealth:
+    """An optimizer step whose loss or gradient is not finite is left out: no weight, average or
+    moment changes.
+
+    `allowed` of them in a row are; one more ends the run. The batches go to `folder`, for a look.
+    """
+
+    allowed: int = 10
+    folder: str | None = None
+    late: bool = False  # the host learns of a step during the next one, and waits for no device
+    bad_steps: int = 0  # since the process began
+    in_a_row: int = 0
+    found: Tensor | None = None  # late: 1.0 if the step at hand is left out, float32 on the device
+    skipped: bool = False  # not late: whether it is
+    norm: Tensor | None = None  # of its gradient
+    _batches: list[dict] = field(default_factory=list)
+    _losses: list[Tensor] = field(default_factory=list)
+    _coming: deque = field(default_factory=deque)
+
+    def saw(self, batch: dict, loss: Tensor) -> None:
+        """A micro-batch of the step at hand."""
+        self._batches.append(batch)
+        self._losses.append(loss.detach())
+
+    def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> int:
+        """Decide, over all devices together, whether the step is left out.
+
+        Its gradients are dropped, or where the decision is `late` the optimizer is told by `found`
+        not to use them. Returns what `settle` does.
+        """
+        each = torch.stack(torch._foreach_norm([p.grad for _, p in named]))
+        self.norm, norms = torch.linalg.vector_norm(each), _whole(each)
+        bad_loss = ~torch.isfinite(torch.stack(self._losses or [norms.new_zeros(())])).all()
+        bad = torch.stack([bad_loss, ~torch.isfinite(_whole(self.norm))]).float()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(bad)
+        names = [name for name, _ in named]
+        numbers = torch.cat([bad.to(norms), norms])
+        step = _Step(trainer.global_step + 1, self._batches, self._losses, names, *send(numbers))
+        self._batches, self._losses = [], []
+        self._coming.append(step)
+        self.found = bad.amax().clamp(max=1) if self.late else None
+        learned = self.settle(trainer, leave=int(self.late))
+        if self.skipped:
+            for _, p in named:
+                p.grad = None
+        return learned
+
+    def settle(self, trainer: L.Trainer, leave: int = 0) -> int:
+        """Judge the steps of which the host has not been told yet, but the last `leave`; how many
+        earlier ones turn out to have been left out."""
+        self.skipped = False
+        before = self.bad_steps
+        while len(self._coming) > leave:
+            step = self._coming.popleft()
+            step.arrived.synchronize()
+            self._judge(trainer, step)
+        return self.bad_steps - before if self.late else 0
+
+    def _judge(self, trainer: L.Trainer, step: "_Step") -> None:
+        loss_is_bad, gradient_is_bad, *norms = step.numbers.tolist()
+        if not loss_is_bad and not gradient_is_bad:
+            self.in_a_row = 0
+            return
+        self.skipped = not self.late
+        if trainer.precision == "16-mixed" and not loss_is_bad:
+            return  # the scaler of float16 finds its scale this way
+        odd = [
+            name for name, norm in zip(step.names, norms, strict=True) if not math.isfinite(norm)
+        ]
+        self.bad_steps += 1
+        self.in_a_row += 1
+        what = "loss" if loss_is_bad else "gradient"
+        message = f"step {step.number:,} left out: its {what} is not finite"
+        if self.folder is not None and self.in_a_row <= self.allowed + 1:
+            name = f"step={step.number}-rank={trainer.global_rank}.pt"
+            message += f" (batch in {self._keep(name, step.batches, step.losses, odd)})"
+        if trainer.is_global_zero:
+            print(f"{message}; {self.bad_steps} so far", file=sys.stderr, flush=True)
+        if self.in_a_row > self.allowed:
+            raise BadSteps(
+                f"{self.in_a_row} steps in a row had a {what} that is not finite, more than"
+                f" training.max_bad_steps={self.allowed}; first: {', '.join(odd[:3]) or what}."
+                " What was saved before holds finite weights. A lower optim.lr or"
+                " trainer.gradient_clip_val may help, in another checkpointing.save_dir"
+            )
+
+    def _keep(self, name: str, batches: list[dict], losses: list[Tensor], odd: list[str]) -> str:
+        path = Path(self.folder) / "bad_steps" / name
+        kept = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
+        losses = [loss.cpu() for loss in losses]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"batches": kept, "losses": losses, "parameters": odd}, path)
+        except (OSError, RuntimeError) as error:
+            return f"no file: {error}"
+        return str(path)
+
+    def clip(self, named: list[tuple[str, Tensor]], limit: float | None, algorithm: str) -> None:
+        """trainer.gradient_clip_val by trainer.gradient_clip_algorithm (norm: as inspected)."""
+        parameters = [p for _, p in named]
+        if limit and algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, limit)
+        elif limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is known of a step once `numbers` have arrived: whether a loss and whether the gradient
+    is not finite, and each parameter's norm."""
+
+    number: int
+    batches: list[dict]
+    losses: list[Tensor]
+    names: list[str]
+    arrived: "torch.Event | Here"
+    numbers: Tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this rank holds a part (fsdp), else itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class RankFailure(L.Callback):
+    """Of a job of several processes: the traceback comes first, and the process ends with it.
+
+    Lightning's tidying up may wait for the other processes, and they for this one.
+    """
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        if trainer.world_size == 1 or isinstance(exception, Stopped | KeyboardInterrupt):
+            return
+        where = f"rank {trainer.global_rank} failed in step {trainer.global_step + 1:,}"
+        text = "".join(traceback.format_exception(exception))
+        print(f"{where}\n{text}", file=sys.stderr, flush=True)
+        ending = threading.Timer(TIDY_SECONDS, os._exit, [1])
+        ending.daemon = True
+        ending.start()
+
+
+def follow_launcher() -> None:
+    """In a process that Lightning's launcher started: be gone TIDY_SECONDS after the one that
+    started it. That one watches the others, and nothing watches it; with NCCL they would wait for
+    it in a kernel. Only for work in which all processes wait for each other."""
+    if "LOCAL_RANK" not in os.environ:  # nobody's child: ours will find us here
+        os.environ[LAUNCHER] = str(os.getpid())
+        return
+    launcher = int(os.environ.get(LAUNCHER, 0))
+    if not launcher or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    if launcher == os.getppid() or not _runs(launcher):
+        threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended and waits for its parent to notice."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def _follow(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    time.sleep(TIDY_SECONDS)  # it may have come to its end, as this process will
+    print(f"the first process ({launcher}) is gone: ending", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class StallWatch(L.Callback):
+    """Says when training has waited long for its next batch; it goes on waiting."""
+
+    def __init__(self, seconds: float = STALL_SECONDS):
+        self.seconds = seconds
+        self._since: float | None = None  # waiting since
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._done.clear()
+        self._since = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, args=(trainer,), daemon=True)
+        self._thread.start()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._since = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self._since = time.monotonic()
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self._since = None
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self._since = time.monotonic()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._done.set()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._done.set()
+
+    def _watch(self, trainer) -> None:
+        said = 0
+        while not self._done.wait(min(self.seconds / 4, 5.0)):
+            since = self._since
+            waited = 0.0 if since is None else time.monotonic() - since
+            said = said if waited >= self.seconds else 0
+            if waited >= self.seconds * (said + 1):
+                said += 1
+                print(
+                    f"rank {trainer.global_rank}, step {trainer.global_step + 1:,}: no batch from"
+                    f" the {trainer.datamodule.num_workers} data workers for {waited:.0f} s;"
+                    " data.cache_dir may lie on a slow disk, or a worker hangs",
+                    file=sys.stderr,
+                    flush=True,
+                )

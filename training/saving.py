@@ -1,0 +1,263 @@
+"""When checkpoints are written, which are kept, and how a run stops: between optimizer steps."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from checkpointing.lightning_io import SafeCheckpointIO
+from training.distributed import Poll
+from training.signals import BY_HAND, GO_ON, Signals, Stopped
+from utils import plain_errors, say
+
+LAST = "last.ckpt"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written and checkpointing.on_save_error=stop."""
+
+
+class CarefulIO(SafeCheckpointIO):
+    """A file that cannot be written is reported; `failure` tells, and the run decides.
+
+    Only the first rank writes. An exception there would leave the others waiting for it.
+    """
+
+    def __init__(self):
+        self.failure: str | None = None
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        def write() -> None:
+            SafeCheckpointIO.save_checkpoint(self, checkpoint, path, storage_options)
+
+        if self.attempt(path, write):
+            self.failure = None
+
+    def remove_checkpoint(self, path) -> None:
+        self.attempt(path, lambda: SafeCheckpointIO.remove_checkpoint(self, path), "deleted")
+
+    def attempt(self, path, write: Callable[[], None], done: str = "written") -> bool:
+        try:
+            with plain_errors(os.fspath(path)):
+                write()
+        except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
+            hidden = error.__cause__ if isinstance(error, OSError) else error.__context__
+            cause = hidden or error
+            self.failure = (
+                f"{path} could not be {done} ({type(cause).__name__}: {cause});"
+                " the checkpoint before it is as it was"
+            )
+            print(self.failure, file=sys.stderr, flush=True)
+            return False
+        return True
+
+
+class Stopping(L.Callback):
+    """When ranks ask each other whether to stop: after a step, or a batch of a validation."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self._step, self._poll = 0, Poll()
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step, self._poll = trainer.global_step, Poll()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self._step:
+            return  # between two micro-batches
+        self._step = trainer.global_step
+        self.after_step(trainer)
+        self.stop_if_told(trainer)
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        """A validation that is broken off begins anew when the run goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.stop_if_told(trainer, before=lambda: pl_module.average(False))
+
+    def after_step(self, trainer) -> None:
+        """What comes ahead of the question."""
+
+    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+        """Every rank must come by here equally often; they stop together, after `before`."""
+        raise NotImplementedError
+
+
+class StepCheckpoints(Stopping):
+    """step=N.ckpt at every `every` steps (0: only at the end and when told to stop); last.ckpt is
+    the newest of them.
+
+    Of the files step=N.ckpt stay the newest `keep_last` (-1: all) and each whose step is a multiple
+    of `keep_every`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        every: int,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        io: CarefulIO,
+        signals: Signals,
+        stop_on_error: bool,
+    ):
+        super().__init__()
+        self.folder, self.every = folder, every
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.io, self.signals, self.stop_on_error = io, signals, stop_on_error
+        self._saved, self._failure = 0, ""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            self.io.attempt(self.folder, self._tidy, "tidied up")
+
+    def _tidy(self) -> None:
+        """Deletes what a save left that was killed; its step may never be saved again."""
+        fs, place = url_to_fs(self.folder)
+        for path in fs.ls(place, detail=False) if fs.isdir(place) else []:
+            if path.endswith(".partial"):
+                fs.rm_file(path)
+
+    def after_step(self, trainer) -> None:
+        if self.every and self._step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        if not self.save(trainer) and self.stop_on_error:
+            raise SaveError(self.io.failure or "the last checkpoint could not be written")
+
+    # ---- stopping -----------------------------------------------------------------------------
+
+    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+        told = self.signals.received is not None
+        failed = self.io.failure is not None and self.stop_on_error
+        if failed:
+            self._failure = self.io.failure  # the answer may come when a later save has succeeded
+        any_told, any_failed = self._poll(trainer.strategy.root_device, told, failed)
+        if any_failed:
+            raise SaveError(self._failure or "a checkpoint could not be written by rank 0")
+        if not any_told:
+            return
+        before()
+        saved = self.save(trainer)
+        name = self.signals.received.name if told else "a signal"
+        what = "saved; the same command goes on from here" if saved else "could not save"
+        if not trainer.global_step:
+            what = "nothing to save yet"
+        say(f"stopping at step {trainer.global_step:,} on {name}: {what}")
+        by_hand = self.signals.received == signal.SIGINT
+        code = BY_HAND if trainer.strategy.reduce_boolean_decision(by_hand, all=False) else GO_ON
+        # Lightning's own launcher kills the whole job when one of its processes ends with an error
+        ours = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
+        started_by_lightning = ours is not None and not ours.creates_processes_externally
+        raise Stopped(0 if started_by_lightning and not trainer.is_global_zero else code)
+
+    # ---- files --------------------------------------------------------------------------------
+
+    def save(self, trainer) -> bool:
+        """Whether the state of this step is on disk. All ranks get the same answer, though only the
+        first knows of a failure: another attempt needs them all."""
+        step = trainer.global_step
+        if step == self._saved:
+            return True
+        self.io.failure = None
+        path = f"{self.folder}/step={step}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero and self.io.failure is None:
+            self.io.attempt(f"{self.folder}/{LAST}", lambda: self._keep(path))
+        saved = trainer.strategy.reduce_boolean_decision(self.io.failure is None)
+        if saved:
+            self._saved = step
+        return saved
+
+    def _keep(self, path: str) -> None:
+        """Makes `path` the last checkpoint, then deletes those that are not to be kept."""
+        fs, newest = url_to_fs(path)
+        folder = newest.rpartition("/")[0]
+        if isinstance(fs, LocalFileSystem):
+            _point(Path(folder) / LAST, newest)
+        else:
+            fs.cp_file(newest, f"{folder}/{LAST}")
+        steps = sorted(steps_in(self.folder))
+        old = steps[: len(steps) - self.keep_last] if self.keep_last >= 0 else []
+        for step in old:
+            if not (self.keep_every and step % self.keep_every == 0):
+                fs.rm_file(f"{folder}/step={step}.ckpt")
+
+
+class Deadline(Stopping, Timer):
+    """trainer.max_time: Lightning's clock, which a checkpoint keeps; a run whose time has passed is
+    saved and ends as one that was told to, but with exit code 0.
+
+    Lightning would validate once more than the run that goes on, and ask the first rank after every
+    batch, which waits for its device.
+    """
+
+    state_key = Timer.__qualname__  # in checkpoints
+
+    def __init__(self, duration: str, save: Callable[[L.Trainer], bool] | None):
+        super().__init__(duration, interval="step")
+        self.save = save
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.strategy.reduce_boolean_decision(self._over(), all=False):
+            say(f"at step {self._step:,}: trainer.max_time is used up, no step is made")
+            raise Stopped(0)
+
+    def _check_time_remaining(self, trainer) -> None:
+        """Lightning's own answer: none."""
+
+    def _over(self) -> bool:
+        begun = self.start_time() is not None  # not so in the validation ahead of training
+        return begun and self.time_remaining() <= 0
+
+    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+        if not any(self._poll(trainer.strategy.root_device, self._over())):
+            return
+        before()
+        saved = self.save is not None and self.save(trainer)
+        what = "saved; a longer one goes on from here" if saved else "nothing was saved"
+        say(f"stopping at step {trainer.global_step:,}: trainer.max_time has passed; {what}")
+        raise Stopped(0)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, whose state after a resume is that of a run that was not interrupted."""
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "current_score": self.best_model_score}
+
+
+def steps_in(folder: str) -> list[int]:
+    """The steps N of which folder/step=N.ckpt exists."""
+    fs, path = url_to_fs(folder)
+    if not fs.isdir(path):
+        return []
+    names = [name.rpartition("/")[2] for name in fs.ls(path, detail=False)]
+    numbers = [n.removeprefix("step=").removesuffix(".ckpt") for n in names if n[:5] == "step="]
+    return [int(number) for number in numbers if number.isdigit()]
+
+
+def _point(last: Path, newest: str) -> None:
+    """`last` becomes another name of the file `newest`, at once; a copy where links do not work."""
+    new_name = last.with_name(f".{last.name}.{os.getpid()}.partial")
+    new_name.unlink(missing_ok=True)
+    try:
+        os.link(newest, new_name)
+    except OSError:
+        shutil.copyfile(newest, new_name)
+    os.replace(new_name, last)

@@ -1,0 +1,96 @@
+"""What a checkpoint holds of the module beside its weights, in the published layout: the average,
+the clipped interval, the place in the data; and Lightning's counters, set by the step alone."""
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from training import distributed, loop_state
+from utils import say
+
+
+def save(module: L.LightningModule, checkpoint: dict) -> None:
+    """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask."""
+    trainer = module.trainer
+    module.settle()
+    checkpoint["hparams_name"] = "kwargs"
+    checkpoint["hyper_parameters"] = module.description
+    distributed.set_fused(checkpoint, None)  # says how a step is computed here, not what it is
+    if module.ema is not None:
+        checkpoint["ema"] = {
+            "decay": module.ema.decay,
+            "num_updates": module.ema.num_updates,
+            "shadow_params": [
+                distributed.whole_of(module.ema.shadow[name], p)
+                for name, p in module.named_weights()
+            ],
+        }
+    if module.clip is not None:
+        checkpoint["sampling_eps_min"] = module.sampling_eps_min.clone()
+        checkpoint["sampling_eps_max"] = module.sampling_eps_max.clone()
+    step = trainer.global_step
+    if _endless(trainer):
+        loop_state.place(
+            checkpoint["loops"],
+            step=step,
+            accumulate=trainer.accumulate_grad_batches,
+            validation=_validation(trainer, step, pending=module.validated_at != step),
+        )
+    # The authors' code restores its data order from a generator; ours is (seed, examples seen).
+    checkpoint["sampler"] = {
+        "random_state": torch.Generator().manual_seed(module.noise.seed).get_state(),
+        "examples_seen": step * module.noise.global_batch,
+    }
+
+
+def load(module: L.LightningModule, checkpoint: dict) -> None:
+    """Takes over from a checkpoint what `save` has put there; changes its counters in place."""
+    trainer = module.trainer
+    distributed.set_fused(checkpoint, module.fused())
+    if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):
+        step = checkpoint["global_step"]
+        pending = loop_state.validation_due(checkpoint["loops"])
+        validation = _validation(trainer, step, pending=pending)
+        loop_state.place(
+            checkpoint["loops"],
+            step=step,
+            accumulate=trainer.accumulate_grad_batches,
+            validation=validation,
+        )
+        module.validated_at = -1 if validation == loop_state.DUE else step
+    if module.clip is not None:
+        bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
+        # float32 buffers: 0.45 is stored as 0.44999999
+        module.set_interval((round(float(bounds[0]), 6), round(float(bounds[1]), 6)))
+    if module.ema is not None:
+        _load_average(module, checkpoint)
+
+
+def _load_average(module: L.LightningModule, checkpoint: dict) -> None:
+    if "ema" in checkpoint:
+        ema = checkpoint["ema"]
+        averages = zip(module.named_weights(), ema["shadow_params"], strict=True)
+        parts = {name: distributed.part_of(average, p) for (name, p), average in averages}
+        module.ema.load(parts, ema["num_updates"])
+        return
+    say("the checkpoint has no EMA: the average starts at its weights")
+    weights, like = checkpoint["state_dict"], dict(module.named_weights())
+    parts = {
+        name: distributed.part_of(weights[f"backbone.{name}"], like[name])
+        for name in module.ema.shadow
+    }
+    module.ema.load(parts, 0)
+
+
+def _endless(trainer: L.Trainer) -> bool:
+    """Whether the training data are one epoch without end, as they are unless limited."""
+    return not isinstance(trainer.limit_train_batches, int)
+
+
+def _validation(trainer: L.Trainer, step: int, *, pending: bool) -> str:
+    """What loop_state is to note of the validation after `step`."""
+    every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
+    follows = isinstance(every, int) and trainer.limit_val_batches and step
+    if not follows or step * trainer.accumulate_grad_batches % every:
+        return loop_state.NOTHING
+    return loop_state.DUE if pending else loop_state.DONE

@@ -1,0 +1,230 @@
+"""The Lightning trainer of a run, its logs and callbacks, and where a stopped run goes on."""
+
+import dataclasses
+import os
+
+import lightning as L
+from fsspec.core import url_to_fs
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import Strategy
+
+import settings
+from checkpointing import load as checkpoints
+from settings import Config
+from training.csv_log import CSVLog
+from training.distributed import Replicated, Sharded
+from training.health import RankFailure, StallWatch
+from training.progress import NetworkSummary, RunProgress
+from training.saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheckpoints, steps_in
+from training.signals import Signals
+from utils import plain_errors, say
+
+
+def build_trainer(
+    config: Config,
+    *,
+    loggers: list,
+    signals: Signals | None = None,
+    callbacks: tuple[L.Callback, ...] = (),
+) -> L.Trainer:
+    """`signals`: what tells training to stop; the caller lets it listen. `callbacks`: besides those
+    that the settings ask for."""
+    t, io = config.trainer, CarefulIO()
+    several = t.devices * t.num_nodes > 1
+    training = config.mode == "train"
+    callbacks = [*callbacks, *([RunProgress()] if t.enable_progress_bar else [])]
+    if training and t.enable_model_summary:
+        callbacks.append(NetworkSummary())
+    if training:
+        callbacks += training_callbacks(config, loggers, io, signals or Signals())
+    trainer = L.Trainer(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy=training_strategy(config) if several else "auto",
+        precision=t.precision,
+        max_steps=t.max_steps,
+        accumulate_grad_batches=t.accumulate_grad_batches,
+        gradient_clip_val=t.gradient_clip_val or None,
+        gradient_clip_algorithm=t.gradient_clip_algorithm,
+        limit_train_batches=t.limit_train_batches,
+        limit_val_batches=t.limit_val_batches,
+        val_check_interval=t.val_check_interval,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=t.num_sanity_val_steps,
+        log_every_n_steps=t.log_every_n_steps,
+        # true without one of Lightning's own would make it add one
+        enable_checkpointing=any(isinstance(each, BestCheckpoint) for each in callbacks),
+        enable_progress_bar=t.enable_progress_bar,
+        enable_model_summary=False,  # ours is among the callbacks
+        deterministic=t.deterministic,
+        benchmark=t.benchmark,
+        detect_anomaly=t.detect_anomaly,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[io],
+        use_distributed_sampler=False,  # the data module shares out rows itself
+        default_root_dir=settings.local_folder(config.checkpointing.save_dir),
+    )
+    leave_signals(trainer)
+    return trainer
+
+
+def leave_signals(trainer: L.Trainer) -> None:
+    """Signals are read between steps (saving.py). Lightning's own handlers save, requeue and talk
+    to other devices while a signal is handled; and several devices ask the first one ahead of every
+    batch whether it was told to end, and wait until it has done all that it has to do."""
+    trainer._signal_connector.register_signal_handlers = _nothing
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+
+
+def _nothing() -> None: ...
+
+
+def training_strategy(config: Config) -> Strategy:
+    """fsdp is for training; an evaluation holds the network once per device."""
+    if config.strategy.name == "fsdp" and config.mode == "train":
+        return Sharded(config.trainer.devices * config.trainer.num_nodes)
+    return Replicated()
+
+
+def training_callbacks(
+    config: Config, loggers: list, io: CarefulIO, signals: Signals
+) -> list[L.Callback]:
+    wanted, c = config.callbacks, config.checkpointing
+    folder = f"{c.save_dir.rstrip('/')}/checkpoints"
+    made = [RankFailure(), StallWatch()]
+    saver = None
+    if config.trainer.enable_checkpointing:
+        every = wanted.checkpoint_every_n_steps
+        saver = StepCheckpoints(
+            folder,
+            every.every_n_train_steps if every else 0,
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
+            io=io,
+            signals=signals,
+            stop_on_error=c.on_save_error == "stop",
+        )
+        made.append(saver)
+    if config.trainer.max_time is not None:
+        made.append(Deadline(config.trainer.max_time, saver and saver.save))
+    if config.trainer.enable_checkpointing and (best := wanted.checkpoint_monitor):
+        made.append(
+            BestCheckpoint(
+                dirpath=folder,
+                filename="best" if best.save_top_k == 1 else "best-{step}",
+                monitor=best.monitor,
+                mode=best.mode,
+                save_top_k=best.save_top_k,
+                enable_version_counter=False,
+            )
+        )
+    if loggers and (rates := wanted.learning_rate_monitor):
+        made.append(LearningRateMonitor(rates.logging_interval))
+    return made
+
+
+def training_logs(config: Config) -> list:
+    """metrics.csv in the run folder, and wandb unless wandb=null."""
+    own = CSVLog(settings.local_folder(config.checkpointing.save_dir) / "metrics.csv")
+    return [own] if config.wandb is None else [own, wandb_log(config)]
+
+
+def wandb_log(config: Config) -> WandbLogger:
+    """The wandb logger; offline with one line where nobody is logged in, never a prompt."""
+    import wandb
+
+    w = config.wandb
+    folder = settings.local_folder(config.checkpointing.save_dir)
+    mode = "offline" if w.offline else os.environ.get("WANDB_MODE", "online")
+    if mode == "online" and not wandb.login(prompt=False):
+        say(f"wandb: nobody is logged in, logging to {folder}/wandb (wandb login, or wandb=null)")
+        mode = "offline"
+    if mode == "offline":
+        # WandbLogger(offline=True) sets an environment variable, which wandb has read by now
+        wandb.setup(wandb.Settings(mode="offline", silent=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    logger = WandbLogger(
+        project=w.project,
+        notes=w.notes,
+        group=w.group,
+        job_type=w.job_type,
+        name=w.name,
+        id=w.id,
+        tags=w.tags,
+        save_dir=folder,
+        config=dataclasses.asdict(config),
+        resume="allow",
+    )
+    del logger._wandb_init["anonymous"]  # wandb warns of it, whatever its value
+    return logger
+
+
+def resume_point(config: Config) -> checkpoints.Checkpoint | None:
+    """The checkpoint to go on from, or None; refuses one of a run with other shaping settings."""
+    if not config.checkpointing.resume_from_ckpt:
+        return None
+    with plain_errors(config.checkpointing.resume_ckpt_path):
+        checkpoint = newest_complete(config.checkpointing)
+    if checkpoint is None:
+        return None
+    differing = differences(config, checkpoint)
+    if differing:
+        raise ValueError(
+            f"{checkpoint.source} belongs to a run with other settings: {'; '.join(differing)}."
+            " Give those, another checkpointing.save_dir, or checkpointing.resume_from_ckpt=false"
+        )
+    return checkpoint
+
+
+def newest_complete(c: settings.Checkpointing) -> checkpoints.Checkpoint | None:
+    """What checkpointing.resume_ckpt_path names; if that is the run's own last.ckpt and cannot be
+    read or is not the newest, the newest that can. None where there is no file at all."""
+    folder = f"{c.save_dir.rstrip('/')}/checkpoints"
+    last = c.resume_ckpt_path
+    if last != f"{folder}/{LAST}":
+        return checkpoints.read(last) if exists(last) else None
+    damaged, newest = [], None
+    if exists(last):
+        try:
+            newest = checkpoints.read(last)
+        except checkpoints.CheckpointError as error:
+            damaged.append(str(error))
+    for step in sorted(steps_in(folder), reverse=True):
+        if newest is not None and newest.step >= step:
+            break
+        try:
+            newest = checkpoints.read(f"{folder}/step={step}.ckpt")
+        except checkpoints.CheckpointError as error:
+            damaged.append(str(error))
+    best = f"{folder}/best.ckpt"
+    if newest is None and damaged and exists(best):
+        newest = checkpoints.read(best)
+    for problem in damaged:
+        say(f"not complete: {problem}")
+    if newest is None and damaged:
+        raise ValueError(
+            f"no checkpoint in {folder} can be read; delete them or give"
+            " checkpointing.resume_from_ckpt=false to start anew"
+        )
+    return newest
+
+
+def exists(path: str) -> bool:
+    fs, place = url_to_fs(path)
+    return fs.exists(place)
+
+
+def differences(config: Config, checkpoint: checkpoints.Checkpoint) -> list[str]:
+    """Settings that shape training and are not those of the checkpoint; none for foreign files."""
+    if "examples_seen" not in checkpoint.raw.get("sampler", {}):
+        return []
+    return settings.differences(config, checkpoint.config)
+
+
+def examples_seen(checkpoint: checkpoints.Checkpoint, config: Config) -> int:
+    """How far into the stream of examples a checkpoint is; the authors' files do not say."""
+    by_steps = checkpoint.step * config.loader.global_batch_size
+    return checkpoint.raw.get("sampler", {}).get("examples_seen", by_steps)
