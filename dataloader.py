@@ -42,8 +42,8 @@ def get_rows(
 
 
 def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
-    """cache_dir: a folder, or a URL, of which a copy is kept here. processes: that tokenize; they do not change the rows. Safe when several processes ask at once: one prepares,
-    the others wait.
+    """cache_dir: a folder, or a URL, of which a copy is kept here. processes: that tokenize; they
+    do not change the rows. Safe when several processes ask at once: one prepares, the others wait.
     """
     cache, notes = remote_cache.local(cache_dir), {}
     return preparation.prepare(

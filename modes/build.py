@@ -1,5 +1,7 @@
-"""From settings to objects: the network, its objective, the data. training/trainer.py and the modes read
-the configuration of a run too, and no other file does."""
+"""From settings to objects: the network, its objective, the data.
+
+Only this file, the modes and training/trainer.py read the configuration of a run.
+"""
 
 import dataclasses
 

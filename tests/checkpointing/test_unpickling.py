@@ -105,7 +105,7 @@ def traps(marker):
         ),
         "module of ours": (
             b"\x80\x02cunpickling\npickle.loads\n" + text("x") + b"\x85R.",
-            "unpickling.pickle.loads",
+            "checkpointing.restricted_pickle.pickle.loads",
         ),
         "nested pickle": (
             b"\x80\x02c_pickle\nloads\n" + text("x") + b"\x85R.",

@@ -230,7 +230,9 @@ def test_a_hub_tokenizer_is_taken_from_the_local_cache(tmp_path, golden):
     refs = tmp_path / "hub" / "models--some--model" / "refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    code = "from tokenizer import get_tokenizer; print(get_tokenizer('some/model').fingerprint)"
+    code = (
+        "from data.tokenizer import get_tokenizer; print(get_tokenizer('some/model').fingerprint)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")},

@@ -334,7 +334,7 @@ WRONG += [
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """A launch folder with a few files, on a machine without a GPU."""
-    for module in ("config.defaults", "config.rules"):
+    for module in ("settings.defaults", "settings.rules"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text")
@@ -390,7 +390,7 @@ def test_all_problems_are_listed_at_once(capsys):
 
 
 def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
-    for module in ("config.defaults", "config.rules"):
+    for module in ("settings.defaults", "settings.rules"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 2)
         monkeypatch.setattr(f"{module}.has_flash_attn", lambda: False)
     for wrong, message in (
@@ -411,7 +411,7 @@ def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
     ],
 )
 def test_flash_attention_is_refused_where_it_cannot_serve(monkeypatch, capsys, wrong, message):
-    for module in ("config.defaults", "config.rules"):
+    for module in ("settings.defaults", "settings.rules"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
         monkeypatch.setattr(f"{module}.has_flash_attn", lambda: True)
     (_, problem) = refused([*TRAIN, "model.attn_backend=flash_attn", *wrong], capsys)

@@ -478,7 +478,7 @@ def test_show_runs_with_a_run(tmp_path, capsys):
 
 
 def test_progress_speaks_in_a_log_file(capsys, monkeypatch):
-    monkeypatch.setattr("sampling_view.LINE_SECONDS", -1)
+    monkeypatch.setattr("sampling.view.LINE_SECONDS", -1)
     with Progress(2, settings(), enabled=True) as progress:
         progress.tick(10, 3)
         progress.done(1)

@@ -24,12 +24,12 @@ EXPERIMENTS = choices("experiment")
 @pytest.fixture(autouse=True)
 def _cpu(monkeypatch, tmp_path):
     """A machine without a GPU, and an empty launch folder."""
-    monkeypatch.setattr("config.defaults.visible_gpus", lambda: 0)
+    monkeypatch.setattr("settings.defaults.visible_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
 
 
 def gpus(monkeypatch, count, *, flash_attn=False):
-    for module in ("config.defaults", "config.rules"):
+    for module in ("settings.defaults", "settings.rules"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: count)
         monkeypatch.setattr(f"{module}.has_flash_attn", lambda: flash_attn)
 
