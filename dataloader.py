@@ -22,12 +22,12 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from data import packing, preparation, remote_cache, streaming
-from data.order import InOrder, Place, ShuffledStream, TrainBatches, ValidBatches
+from data.order import ExampleIndex, InOrder, ShuffledStream, TrainBatches, ValidBatches
 from data.split import Split
 from data.streaming import StreamedText
 from data.token_rows import Rows
 from models.randomness import uniform
-from training import signals
+from training.signals import ignore_signals
 
 log = logging.getLogger("bamdlm")
 
@@ -80,7 +80,7 @@ class Examples(Dataset):
         seed and position; bos: written over a window's first id."""
         self.rows, self.window, self.bos, self.seed = rows, window, bos, seed
 
-    def __getitems__(self, places: list[Place]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, places: list[ExampleIndex]) -> dict[str, torch.Tensor]:
         positions = torch.tensor([place.position for place in places])
         ids, mask = map(torch.from_numpy, self.rows.read([place.row for place in places]))
         if self.window is not None:
@@ -128,7 +128,7 @@ class StreamedExamples(Dataset):
             log.info("no bookmark: tokenizing the text up to example %s again", f"{position:,}")
         return streaming.Stream(self.text, self.seed, lanes=self.lanes, bookmarks=bookmarks)
 
-    def __getitems__(self, places: list[Place]) -> dict:
+    def __getitems__(self, places: list[ExampleIndex]) -> dict:
         positions = [place.position for place in places]
         try:
             if self.stream is None or positions[0] < self.next:
@@ -274,16 +274,16 @@ class DataModule(LightningDataModule):
             examples,
             batch_sampler=batches,
             collate_fn=_as_it_is,
-            worker_init_fn=_deaf,
+            worker_init_fn=_prepare_worker,
             num_workers=workers,
             persistent_workers=workers > 0,
         )
 
 
-def _deaf(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """A signal to the whole job must not end the workers while the last steps are made. The threads
     of `tokenizers` did not survive the fork."""
-    signals.ignore()
+    ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -28,8 +28,8 @@ from objectives.loss import TokenLoss
 from objectives.question import Question
 from objectives.sedd import ScoreEntropy
 from training import distributed
-from training import state as training_state
 from training.health import StepHealth
+from training.state import load_state, save_state
 
 VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
 DROPOUT_SEED = 0xD20  # the same for what torch's generator gives
@@ -374,7 +374,7 @@ class Diffusion(L.LightningModule):
     # ---- checkpoints --------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        training_state.save(self, checkpoint)
+        save_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        training_state.load(self, checkpoint)
+        load_state(self, checkpoint)

@@ -19,7 +19,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import draw_examples
 from objectives.graphs import GraphedLoss
-from training.flops import Shape, flops, matmul_peak
+from training.flops import NetworkShape, flops, matmul_peak
 from utils import first_line
 
 
@@ -215,7 +215,9 @@ def speed(kind: Kind, run, peak: float, args) -> dict:
     if not torch.stack(losses).isfinite().all():  # numbers that are not are quickly made
         raise ArithmeticError(f"{kind.name}: a loss is not finite: {losses}")
     sizes, size = args.sizes, kind.size or args.length
-    shape = Shape(kind.algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size)
+    shape = NetworkShape(
+        kind.algo, sizes["hidden_size"], sizes["n_blocks"], args.vocab, args.length, size
+    )
     return {
         "seconds": seconds,
         "loss": losses[-1].item(),

@@ -2,7 +2,7 @@
 
 Names are those of the network (`blocks.0.norm1.weight`): the `backbone.` of the files and the
 `_orig_mod.` of compiled models are taken off. The EMA list of a Lightning checkpoint is put under
-the names of its parameters. `checkpoints` is the door to this file, and loads what is read here.
+the names of its parameters. Other folders import these names from checkpointing.load.
 """
 
 import hashlib
@@ -72,7 +72,9 @@ class Checkpoint:
         return section(self.config, "model").get("length")
 
 
-def read(path_or_id: str | Path, *, revision: str | None = None, launch_dir=None) -> Checkpoint:
+def read_checkpoint(
+    path_or_id: str | Path, *, revision: str | None = None, launch_dir=None
+) -> Checkpoint:
     """The checkpoint at a local path, an fsspec URL or a hub id, or a CheckpointError."""
     source = str(path_or_id) + (f" (revision {revision})" if revision else "")
     try:

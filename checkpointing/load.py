@@ -1,6 +1,6 @@
 """Weights into networks: all of them, or an error that says which keys do not fit and why.
 
-`read` (checkpoint_layouts) opens every published layout. `load_into` is for evaluation and
+`read_checkpoint` (layouts.py) opens every published layout. `load_into` is for evaluation and
 sampling: the algorithm must be the file's own. `load_pretrained` starts a new run from the weights
 of another; exactly the tensors that its algorithm adds may be new, and they are named.
 """
@@ -18,7 +18,7 @@ from checkpointing.layouts import (
     canonical,
     ema_from_list,
     ema_to_list,
-    read,
+    read_checkpoint,
     resolve,
     section,
 )
@@ -36,7 +36,7 @@ __all__ = [
     "ema_to_list",
     "load_into",
     "load_pretrained",
-    "read",
+    "read_checkpoint",
     "resolve",
     "section",
 ]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Place(NamedTuple):
+class ExampleIndex(NamedTuple):
     """One example of a batch."""
 
     position: int  # in the stream; in validation, the row
@@ -30,19 +30,19 @@ class ShuffledStream:
         self.rows, self.seed = rows, seed
         self.epoch, self.permutation = -1, None
 
-    def __getitem__(self, position: int) -> Place:
+    def __getitem__(self, position: int) -> ExampleIndex:
         epoch, offset = divmod(position, self.rows)
         if epoch != self.epoch:
             generator = np.random.default_rng([self.seed, epoch])
             self.epoch, self.permutation = epoch, generator.permutation(self.rows)
-        return Place(position, int(self.permutation[offset]))
+        return ExampleIndex(position, int(self.permutation[offset]))
 
 
 class InOrder:
     """A stream whose rows are its positions (streaming.py)."""
 
-    def __getitem__(self, position: int) -> Place:
-        return Place(position, position)
+    def __getitem__(self, position: int) -> ExampleIndex:
+        return ExampleIndex(position, position)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class TrainBatches:
     start: Callable[[], int]
     in_turn: bool = False
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[ExampleIndex]]:
         begin, step = self.rank * self.batch_size, 1
         if self.in_turn:
             begin, step = self.rank, self.world_size
@@ -95,9 +95,9 @@ class ValidBatches:
         bounds = [*bounds, rows]
         self.ranges = [(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[ExampleIndex]]:
         for begin, end in self.ranges:
-            yield [Place(row, row) for row in range(begin, end)]
+            yield [ExampleIndex(row, row) for row in range(begin, end)]
 
     def __len__(self) -> int:
         return len(self.ranges)

@@ -7,7 +7,13 @@ import dataclasses
 
 import torch
 
-from checkpointing import load as checkpoints
+from checkpointing.load import (
+    Checkpoint,
+    build_backbone_args,
+    load_into,
+    load_pretrained,
+    read_checkpoint,
+)
 from data import remote_cache
 from data.split import Split
 from data.token_rows import Rows
@@ -21,7 +27,7 @@ from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
 from settings import Config, local_folder
 from settings.defaults import needs_block_mask
-from training.flops import Shape
+from training.flops import NetworkShape
 from training.health import StepHealth
 from utils import lr_factor, say
 
@@ -34,13 +40,11 @@ def build_tokenizer(config: Config) -> Tokenizer:
     )
 
 
-def build_backbone(
-    config: Config, tokenizer: Tokenizer, checkpoint: checkpoints.Checkpoint | None
-) -> DiT:
+def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> DiT:
     """The network of model.*, or with algo.backbone=hf_dit that of the checkpoint."""
     model = config.model
     if config.algo.backbone == "hf_dit":
-        sizes = checkpoints.build_backbone_args(checkpoint)
+        sizes = build_backbone_args(checkpoint)
         if sizes["vocab_size"] != tokenizer.vocab_size:
             raise ValueError(
                 f"{checkpoint.source} has a vocabulary of {sizes['vocab_size']} ids, the tokenizer"
@@ -135,9 +139,9 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
     )
 
 
-def start_from(module: Diffusion, checkpoint: checkpoints.Checkpoint, config: Config) -> None:
+def start_from(module: Diffusion, checkpoint: Checkpoint, config: Config) -> None:
     """training.from_pretrained: weights and, where the file has one, the EMA; nothing else."""
-    taken = checkpoints.load_pretrained(module.backbone, checkpoint, algo=config.algo.name)
+    taken = load_pretrained(module.backbone, checkpoint, algo=config.algo.name)
     say(f"starting from the weights of {checkpoint.source}")
     if taken.new_keys:
         say(f"new in this run: {', '.join(taken.new_keys)}")
@@ -146,13 +150,11 @@ def start_from(module: Diffusion, checkpoint: checkpoints.Checkpoint, config: Co
         module.ema.load(taken.ema or weights, taken.ema_updates)
 
 
-def trained_module(
-    config: Config, tokenizer: Tokenizer
-) -> tuple[Diffusion, checkpoints.Checkpoint]:
+def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Checkpoint]:
     """The module with the weights of eval.checkpoint_path, averaged unless eval.disable_ema."""
-    checkpoint = checkpoints.read(config.eval.checkpoint_path)
+    checkpoint = read_checkpoint(config.eval.checkpoint_path)
     backbone = build_backbone(config, tokenizer, checkpoint)
-    checkpoints.load_into(
+    load_into(
         backbone,
         checkpoint,
         use_ema=not config.eval.disable_ema,
@@ -163,7 +165,7 @@ def trained_module(
     return build_module(config, backbone, tokenizer), checkpoint
 
 
-def build_shape(config: Config, backbone: DiT) -> Shape:
+def build_shape(config: Config, backbone: DiT) -> NetworkShape:
     """What the cost of training depends on."""
     algo, training = config.algo, config.training
     lo, hi = training.sampling_eps_min, training.sampling_eps_max
@@ -172,7 +174,7 @@ def build_shape(config: Config, backbone: DiT) -> Shape:
         times = torch.linspace(lo, hi, 1001, dtype=torch.float64)
         schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
         share = float(schedule(times).p.mean())
-    return Shape(
+    return NetworkShape(
         algo=algo.name,
         hidden_size=backbone.vocab_embed.embedding.shape[1],
         n_blocks=len(backbone.blocks),

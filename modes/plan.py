@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpointing import load as checkpoints
+from checkpointing.load import read_checkpoint
 from modes.build import build_backbone, build_shape, build_tokenizer
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
-from training.flops import Flops, Shape, flops, matmul_dtype, matmul_peak
+from training.flops import Flops, NetworkShape, flops, matmul_dtype, matmul_peak
 from utils import say
 
 MFU = 0.4  # what the hours assume
@@ -47,7 +47,7 @@ class Plan:
 
 
 def plan(
-    shape: Shape,
+    shape: NetworkShape,
     parameters: int,
     *,
     steps: int,
@@ -79,7 +79,7 @@ def plan(
     )
 
 
-def report(made: Plan, *, shape: Shape, devices: int, peak: float, device: str) -> str:
+def report(made: Plan, *, shape: NetworkShape, devices: int, peak: float, device: str) -> str:
     """The plan as lines of text. peak: FLOP/s measured on `device`."""
     part = made.sequence
     lines = [
@@ -113,7 +113,7 @@ def prepare(config: Config) -> Callable[[], None]:
     trainer, loader = config.trainer, config.loader
     devices = trainer.devices * trainer.num_nodes
     start = config.training.from_pretrained
-    checkpoint = checkpoints.read(start) if config.algo.backbone == "hf_dit" else None
+    checkpoint = read_checkpoint(start) if config.algo.backbone == "hf_dit" else None
     tokenizer = build_tokenizer(config)
     with torch.device("meta"):
         backbone = build_backbone(config, tokenizer, checkpoint)

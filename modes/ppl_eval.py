@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 
 import settings
-from checkpointing import load as checkpoints
+from checkpointing.load import Checkpoint
 from evaluation.likelihood import Likelihood
 from modes.build import build_data, build_tokenizer, trained_module
 from settings import Config
@@ -31,7 +31,7 @@ def prepare(config: Config) -> Callable[[], None]:
 
 
 def report_likelihood(
-    config: Config, checkpoint: checkpoints.Checkpoint, found: Likelihood, seconds: float
+    config: Config, checkpoint: Checkpoint, found: Likelihood, seconds: float
 ) -> None:
     """The result as lines and, beside the run, as JSON."""
     exact = config.algo.name == "ar" or (config.block_size == 1 and config.training.eval_nll)

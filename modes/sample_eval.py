@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from checkpointing import load as checkpoints
+from checkpointing.load import Checkpoint
 from data.tokenizer import Tokenizer
 from evaluation.judge import load_judge
 from modes.build import build_tokenizer, trained_module
@@ -85,9 +85,7 @@ def prepare(config: Config) -> Callable[[], None]:
     return run
 
 
-def sampling_settings(
-    config: Config, tokenizer: Tokenizer, checkpoint: checkpoints.Checkpoint
-) -> Settings:
+def sampling_settings(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint) -> Settings:
     """What the sampler is asked for; what it sees at once is what the network was trained on."""
     s, length = config.sampling, config.model.length
     window = config.block_size
@@ -135,7 +133,7 @@ def sampling_prompts(
     )
 
 
-def sampling_run_id(config: Config, checkpoint: checkpoints.Checkpoint, wanted: Settings) -> str:
+def sampling_run_id(config: Config, checkpoint: Checkpoint, wanted: Settings) -> str:
     """Changes with whatever changes a row; the size of the batch and of the job do not."""
     numbers = dataclasses.asdict(wanted)
     for name in ("batch_size", "move_chance"):

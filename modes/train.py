@@ -5,7 +5,7 @@ from collections.abc import Callable
 import lightning as L
 
 import settings
-from checkpointing import load as checkpoints
+from checkpointing.load import read_checkpoint
 from modes.build import (
     build_backbone,
     build_data,
@@ -27,7 +27,7 @@ def prepare(config: Config) -> Callable[[], None]:
     resume = resume_point(config)
     pretrained = None
     if config.training.from_pretrained and resume is None:
-        pretrained = checkpoints.read(config.training.from_pretrained)
+        pretrained = read_checkpoint(config.training.from_pretrained)
     tokenizer = build_tokenizer(config)
     backbone = build_backbone(config, tokenizer, pretrained)
     module = build_module(config, backbone, tokenizer)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing import load as checkpoints
+from checkpointing.load import Checkpoint, build_backbone_args, load_into, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer
 from evaluation.judge import Judge, TextScore, describe
 from models.dit import DiT
@@ -92,7 +92,7 @@ def load(
     `settings`: fields of Settings, as the defaults of `generate`. The cache is on where it is
     exact.
     """
-    found = checkpoints.read(checkpoint)
+    found = read_checkpoint(checkpoint)
     algo = {"bd3lm": "bamdlm"}.get(algo, algo) or found.algo
     if algo is None:
         raise ValueError(
@@ -102,14 +102,14 @@ def load(
     if block_size is None:
         raise ValueError(f"{found.source} does not say its block size: give block_size=")
     words = word_list(found, tokenizer, cache_dir)
-    network = DiT(**checkpoints.build_backbone_args(found), attn_backend="sdpa")
+    network = DiT(**build_backbone_args(found), attn_backend="sdpa")
     if network.vocab_size != words.vocab_size:
         raise ValueError(
             f"{found.source} has {network.vocab_size} ids, the tokenizer {words.vocab_size}:"
             " give the one it was trained with as tokenizer="
         )
     averaged = use_ema and found.ema is not None
-    checkpoints.load_into(network, found, use_ema=averaged, algo=algo)
+    load_into(network, found, use_ema=averaged, algo=algo)
     schedule = get_schedule(*trained_noise(found))
     objective = objective_of(algo, words.mask_id, block_size, schedule, found)
     length = found.length or CONTEXT_TOKENS
@@ -132,29 +132,29 @@ def load(
     )
 
 
-def trained_noise(found: checkpoints.Checkpoint) -> tuple[str, bool]:
+def trained_noise(found: Checkpoint) -> tuple[str, bool]:
     """Name of the schedule and algo.mdlm_loss_scale of a run; an export has them in config.json."""
     noise = found.config.get("noise")
     if found.layout == "lightning":
-        noise = checkpoints.section(found.config, "noise").get("type")
+        noise = section(found.config, "noise").get("type")
     return noise or "loglinear", bool(trained_algo(found).get("mdlm_loss_scale"))
 
 
-def trained_algo(found: checkpoints.Checkpoint) -> dict:
+def trained_algo(found: Checkpoint) -> dict:
     """The settings algo.* of a run; an export has those it needs in config.json."""
     if found.layout == "lightning":
-        return checkpoints.section(found.config, "algo")
+        return section(found.config, "algo")
     return found.config
 
 
-def word_list(found: checkpoints.Checkpoint, name: str | None, cache_dir) -> Tokenizer:
+def word_list(found: Checkpoint, name: str | None, cache_dir) -> Tokenizer:
     """The tokenizer named, or the one the checkpoint names, or GPT-2's."""
-    data = checkpoints.section(found.config, "data")
+    data = section(found.config, "data")
     name = name or data.get("tokenizer_name_or_path") or "gpt2"
     return get_tokenizer(name, eos_token=data.get("eos_token"), cache_dir=cache_dir)
 
 
-def objective_of(algo: str, mask_id: int, block_size: int, schedule, found: checkpoints.Checkpoint):
+def objective_of(algo: str, mask_id: int, block_size: int, schedule, found: Checkpoint):
     """What the network's logits mean."""
     if algo == "ar":
         return Autoregressive(mask_id)

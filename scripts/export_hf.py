@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpointing import export
-from checkpointing import load as checkpoints
+from checkpointing.load import ALGORITHMS, Checkpoint, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
 
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--push", metavar="ID", help="then upload it as this hub model")
     parser.add_argument("--private", action="store_true", help="make a new hub model private")
     parser.add_argument("--tokenizer", metavar="NAME", help="name or folder, if not the run's own")
-    parser.add_argument("--algo", choices=checkpoints.ALGORITHMS, help="if CKPT does not tell")
+    parser.add_argument("--algo", choices=ALGORITHMS, help="if CKPT does not tell")
     parser.add_argument("--disable-ema", action="store_true", help="plain weights, not averages")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")
     options = parser.parse_args(arguments)
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options) -> None:
-    checkpoint = checkpoints.read(options.checkpoint)
+    checkpoint = read_checkpoint(options.checkpoint)
     folder = export.export(
         checkpoint,
         options.folder,
@@ -53,12 +53,12 @@ def run(options) -> None:
         print(f"uploaded to {push(folder, options.push, options.private)}")
 
 
-def find_tokenizer(checkpoint: checkpoints.Checkpoint, name: str | None) -> Tokenizer:
+def find_tokenizer(checkpoint: Checkpoint, name: str | None) -> Tokenizer:
     """The one asked for, else the one pickled in an authors' checkpoint, else the run's by name."""
-    data = checkpoints.section(checkpoint.config, "data")
+    data = section(checkpoint.config, "data")
     if name is not None:
         return get_tokenizer(name)
-    kept = checkpoints.section(checkpoint.raw, "hyper_parameters").get("tokenizer")
+    kept = section(checkpoint.raw, "hyper_parameters").get("tokenizer")
     if isinstance(kept, dict) and isinstance(kept.get("_tokenizer"), str):
         return wrap(rebuilt(kept), "of the checkpoint", data.get("eos_token"))
     if "tokenizer_name_or_path" not in data:
@@ -78,7 +78,7 @@ def rebuilt(kept: dict):
     # transformers 5 keeps them in a map, transformers 4 in attributes
     roles = {f"{role}_token": kept.get(f"_{role}_token") for role in SPECIAL_ROLES}
     special = {}
-    for role, token in (roles | checkpoints.section(kept, "_special_tokens_map")).items():
+    for role, token in (roles | section(kept, "_special_tokens_map")).items():
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             special[role] = token

@@ -15,8 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from checkpointing import load as checkpoints
-from checkpointing.load import BUFFERS, Checkpoint, CheckpointError, build_backbone_args
+from checkpointing.load import (
+    BUFFERS,
+    Checkpoint,
+    CheckpointError,
+    build_backbone_args,
+    read_checkpoint,
+    section,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", action="store_true", help="print the configuration as JSON")
     options = parser.parse_args(arguments)
     try:
-        checkpoint = checkpoints.read(options.path, revision=options.revision)
+        checkpoint = read_checkpoint(options.path, revision=options.revision)
     except CheckpointError as error:
         print(f"inspect_checkpoint: {error}", file=sys.stderr)
         return 2
@@ -46,7 +52,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights})
     config = checkpoint.config
     if checkpoint.layout == "lightning":
-        data = checkpoints.section(config, "data")
+        data = section(config, "data")
         trained = f"{data.get('train')}, tokenizer {data.get('tokenizer_name_or_path')}"
         trained = trained if data else "not stored"
     else:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import GOLDEN, load_json
 
-from checkpointing import load as checkpoints
-from checkpointing.load import CheckpointError, load_into, read
+from checkpointing.load import CheckpointError, build_backbone_args, load_into, read_checkpoint
 from models.dit import DiT
 from models.masks import BlockDiffusion, Causal, Full
 
@@ -23,11 +22,11 @@ def path(name):
 
 def network(checkpoint, **changes):
     torch.manual_seed(0)
-    return DiT(**{**checkpoints.build_backbone_args(checkpoint), **changes}).eval()
+    return DiT(**{**build_backbone_args(checkpoint), **changes}).eval()
 
 
 def loaded(name, *, use_ema):
-    checkpoint = read(path(name))
+    checkpoint = read_checkpoint(path(name))
     net = network(checkpoint)
     load_into(net, checkpoint, use_ema=use_ema, algo=checkpoint.algo)
     return net, checkpoint
@@ -52,7 +51,7 @@ def logits(net, checkpoint, tokens, sigma):
 
 def variant(tmp_path, name, change):
     """A copy of a golden checkpoint after `change(raw)`."""
-    raw = read(path(name)).raw
+    raw = read_checkpoint(path(name)).raw
     change(raw)
     torch.save(raw, tmp_path / "variant.ckpt")
     return tmp_path / "variant.ckpt"

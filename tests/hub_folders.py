@@ -7,7 +7,7 @@ from checkpoint_helpers import BY_ALGO, network, path
 from conftest import GOLDEN, load_json
 from safetensors.torch import load_file, save_file
 
-from checkpointing.load import load_into, read
+from checkpointing.load import load_into, read_checkpoint
 
 HUB_FOLDER = GOLDEN / "hf_export"
 TENSORS = load_file(HUB_FOLDER / "model.safetensors")
@@ -29,7 +29,7 @@ def hub_config(algo, **changes):
 
 def hub_tensors(algo):
     """The averaged weights, under their published names."""
-    checkpoint = read(path(BY_ALGO[algo]))
+    checkpoint = read_checkpoint(path(BY_ALGO[algo]))
     return {f"backbone.{k}": v for k, v in {**checkpoint.weights, **checkpoint.ema}.items()}
 
 

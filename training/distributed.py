@@ -52,7 +52,7 @@ class Sharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
-        set_fused(checkpoint, self.lightning_module.fused())  # training_state.load comes later
+        set_fused(checkpoint, self.lightning_module.fused())  # state.load_state comes later
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
         states = checkpoint.get("optimizer_states", [])

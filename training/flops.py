@@ -18,7 +18,7 @@ BACKWARD = 2  # times the forward pass
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkShape:
     """Of a network and the sequences it is trained on; `block_size` only for bamdlm."""
 
     algo: str
@@ -58,7 +58,7 @@ class Flops:
         return (1 + BACKWARD) * self.forward
 
 
-def seen_pairs(shape: Shape) -> tuple[int, int]:
+def seen_pairs(shape: NetworkShape) -> tuple[int, int]:
     """(query, key) pairs that may see each other: in an inner layer, and in the last one."""
     length, size = shape.length, shape.block_size
     if shape.algo == "ar":
@@ -72,7 +72,7 @@ def seen_pairs(shape: Shape) -> tuple[int, int]:
     return noised + length * size + earlier, noised
 
 
-def flops(shape: Shape) -> Flops:
+def flops(shape: NetworkShape) -> Flops:
     width = shape.hidden_size
     square, length = 2 * width**2, shape.length
     rows = length * (2 if shape.clean_half else 1)

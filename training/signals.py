@@ -83,7 +83,7 @@ def tell(line: str) -> None:
             unread(2)
 
 
-def ignore() -> None:
+def ignore_signals() -> None:
     """For data workers: they end with the process they work for, which still needs them."""
     for number in HEARD:
         signal.signal(number, signal.SIG_IGN)

@@ -9,7 +9,7 @@ from training import distributed, loop_state
 from utils import say
 
 
-def save(module: L.LightningModule, checkpoint: dict) -> None:
+def save_state(module: L.LightningModule, checkpoint: dict) -> None:
     """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask."""
     trainer = module.trainer
     module.settle()
@@ -43,8 +43,8 @@ def save(module: L.LightningModule, checkpoint: dict) -> None:
     }
 
 
-def load(module: L.LightningModule, checkpoint: dict) -> None:
-    """Takes over from a checkpoint what `save` has put there; changes its counters in place."""
+def load_state(module: L.LightningModule, checkpoint: dict) -> None:
+    """Take over from a checkpoint what `save_state` put there; changes its counters in place."""
     trainer = module.trainer
     distributed.set_fused(checkpoint, module.fused())
     if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import Strategy
 
 import settings
-from checkpointing import load as checkpoints
+from checkpointing.load import Checkpoint, CheckpointError, read_checkpoint
 from settings import Config
 from training.csv_log import CSVLog
 from training.distributed import Replicated, Sharded
@@ -162,7 +162,7 @@ def wandb_log(config: Config) -> WandbLogger:
     return logger
 
 
-def resume_point(config: Config) -> checkpoints.Checkpoint | None:
+def resume_point(config: Config) -> Checkpoint | None:
     """The checkpoint to go on from, or None; refuses one of a run with other shaping settings."""
     if not config.checkpointing.resume_from_ckpt:
         return None
@@ -179,29 +179,29 @@ def resume_point(config: Config) -> checkpoints.Checkpoint | None:
     return checkpoint
 
 
-def newest_complete(c: settings.Checkpointing) -> checkpoints.Checkpoint | None:
+def newest_complete(c: settings.Checkpointing) -> Checkpoint | None:
     """What checkpointing.resume_ckpt_path names; if that is the run's own last.ckpt and cannot be
     read or is not the newest, the newest that can. None where there is no file at all."""
     folder = f"{c.save_dir.rstrip('/')}/checkpoints"
     last = c.resume_ckpt_path
     if last != f"{folder}/{LAST}":
-        return checkpoints.read(last) if exists(last) else None
+        return read_checkpoint(last) if exists(last) else None
     damaged, newest = [], None
     if exists(last):
         try:
-            newest = checkpoints.read(last)
-        except checkpoints.CheckpointError as error:
+            newest = read_checkpoint(last)
+        except CheckpointError as error:
             damaged.append(str(error))
     for step in sorted(steps_in(folder), reverse=True):
         if newest is not None and newest.step >= step:
             break
         try:
-            newest = checkpoints.read(f"{folder}/step={step}.ckpt")
-        except checkpoints.CheckpointError as error:
+            newest = read_checkpoint(f"{folder}/step={step}.ckpt")
+        except CheckpointError as error:
             damaged.append(str(error))
     best = f"{folder}/best.ckpt"
     if newest is None and damaged and exists(best):
-        newest = checkpoints.read(best)
+        newest = read_checkpoint(best)
     for problem in damaged:
         say(f"not complete: {problem}")
     if newest is None and damaged:
@@ -217,14 +217,14 @@ def exists(path: str) -> bool:
     return fs.exists(place)
 
 
-def differences(config: Config, checkpoint: checkpoints.Checkpoint) -> list[str]:
+def differences(config: Config, checkpoint: Checkpoint) -> list[str]:
     """Settings that shape training and are not those of the checkpoint; none for foreign files."""
     if "examples_seen" not in checkpoint.raw.get("sampler", {}):
         return []
     return settings.differences(config, checkpoint.config)
 
 
-def examples_seen(checkpoint: checkpoints.Checkpoint, config: Config) -> int:
+def examples_seen(checkpoint: Checkpoint, config: Config) -> int:
     """How far into the stream of examples a checkpoint is; the authors' files do not say."""
     by_steps = checkpoint.step * config.loader.global_batch_size
     return checkpoint.raw.get("sampler", {}).get("examples_seen", by_steps)

@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from checkpointing import torch_file
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import CheckpointError, ema_to_list, read
+from checkpointing.load import CheckpointError, ema_to_list, read_checkpoint
 
 STEPS = 2
 
@@ -64,7 +64,7 @@ def trainer(folder, **options):
 
 
 def resume(checkpoint_path, folder):
-    checkpoint = read(checkpoint_path)
+    checkpoint = read_checkpoint(checkpoint_path)
     module = Resumed(checkpoint)
     run = trainer(folder, max_steps=checkpoint.step + STEPS)
     data = torch.utils.data.DataLoader(torch.zeros(40, 1))
@@ -107,7 +107,7 @@ def test_a_checkpoint_read_and_written_is_the_same_bit_for_bit(name, tmp_path):
     SafeCheckpointIO().save_checkpoint(before, tmp_path / "again.ckpt")
     after = SafeCheckpointIO().load_checkpoint(tmp_path / "again.ckpt")
     assert_same(before, after)
-    named = read(tmp_path / "again.ckpt")
+    named = read_checkpoint(tmp_path / "again.ckpt")
     listed = ema_to_list(named.ema, list(named.ema))
     assert_same(listed, before["ema"]["shadow_params"])
     torch.load(tmp_path / "again.ckpt", weights_only=True)  # plain for everybody else as well
@@ -233,7 +233,10 @@ def test_storage_options_are_refused_rather_than_ignored(tmp_path):
 
 def test_reading_for_evaluation_skips_the_optimizer(tmp_path):
     """Its storages may even be missing: they are not looked at."""
-    raw = read(path(BY_ALGO["ar"])).raw
+    raw = read_checkpoint(path(BY_ALGO["ar"])).raw
     assert "optimizer_states" not in raw
     assert "optimizer_states" in SafeCheckpointIO().load_checkpoint(path(BY_ALGO["ar"]))
-    assert read(variant(tmp_path, BY_ALGO["ar"], lambda raw: None)).step == raw["global_step"]
+    assert (
+        read_checkpoint(variant(tmp_path, BY_ALGO["ar"], lambda raw: None)).step
+        == raw["global_step"]
+    )

@@ -28,7 +28,7 @@ from hub_folders import (
 )
 from safetensors.torch import save_file
 
-from checkpointing.load import CheckpointError, read
+from checkpointing.load import CheckpointError, read_checkpoint
 
 TESTS = Path(__file__).parents[1]
 
@@ -45,43 +45,43 @@ def test_a_folder_behind_a_url_loads(layout, memory, tmp_path):
     put(tmp_path, CONFIG)
     LAYOUTS[layout](tmp_path)
     memory.put(str(tmp_path), "/models/x", recursive=True)
-    same_weights(read("memory://models/x"), TENSORS)
+    same_weights(read_checkpoint("memory://models/x"), TENSORS)
 
 
 def test_a_lightning_checkpoint_behind_a_url_loads(memory):
     name = BY_ALGO["ar"]
     memory.put(str(path(name)), "/runs/last.ckpt")
-    found = read("memory://runs/last.ckpt")
+    found = read_checkpoint("memory://runs/last.ckpt")
     assert found.algo == "ar"
     assert found.step == INFO[name]["global_step"]
     with pytest.raises(CheckpointError, match=r"memory://runs/other\.ckpt does not exist"):
-        read("memory://runs/other.ckpt")
+        read_checkpoint("memory://runs/other.ckpt")
 
 
 def test_a_protocol_without_its_package_is_explained():
     with pytest.raises(CheckpointError, match="cannot be opened"):
-        read("nosuchprotocol://bucket/x.ckpt")
+        read_checkpoint("nosuchprotocol://bucket/x.ckpt")
 
 
 def test_relative_paths_are_relative_to_the_launch_folder(tmp_path, monkeypatch):
     (tmp_path / "launch").mkdir()
     shutil.copy(path(BY_ALGO["ar"]), tmp_path / "launch" / "a.ckpt")
     monkeypatch.chdir(tmp_path)
-    assert read("a.ckpt", launch_dir=tmp_path / "launch").algo == "ar"
+    assert read_checkpoint("a.ckpt", launch_dir=tmp_path / "launch").algo == "ar"
     with pytest.raises(CheckpointError, match=r"a\.ckpt does not exist"):
-        read("a.ckpt")
+        read_checkpoint("a.ckpt")
     monkeypatch.chdir(tmp_path / "launch")
-    assert read("a.ckpt").algo == "ar"
+    assert read_checkpoint("a.ckpt").algo == "ar"
 
 
 def test_a_file_needs_no_ending(tmp_path):
     shutil.copy(path(BY_ALGO["mdlm"]), tmp_path / "bamdlm-owt-block_size4")
-    assert read(tmp_path / "bamdlm-owt-block_size4").algo == "mdlm"
+    assert read_checkpoint(tmp_path / "bamdlm-owt-block_size4").algo == "mdlm"
 
 
 def test_a_revision_of_a_local_file_is_refused():
     with pytest.raises(CheckpointError, match="concerns hub ids"):
-        read(path(BY_ALGO["ar"]), revision="main")
+        read_checkpoint(path(BY_ALGO["ar"]), revision="main")
 
 
 # The hub, through its own client
@@ -130,11 +130,11 @@ def in_fresh_process(code, **environment):
 
 ASK = """
     import json
-    from checkpointing.load import read
+    from checkpointing.load import read_checkpoint
     found = {}
     for name, revision in json.loads(%r):
         try:
-            c = read(name, revision=revision)
+            c = read_checkpoint(name, revision=revision)
             first = float(c.weights["vocab_embed.embedding"][0, 0])
             found[f"{name} {revision}"] = [c.algorithms, first]
         except ValueError as error:
@@ -226,7 +226,7 @@ S3_CLIENT = """
     import fsspec, torch
     from checkpointing import torch_file
     from checkpointing.lightning_io import SafeCheckpointIO
-    from checkpointing.load import read
+    from checkpointing.load import read_checkpoint
     fs = fsspec.filesystem("s3")
     fs.mkdir("bucket")
     fs.put(%r, "bucket/runs/last.ckpt")
@@ -234,11 +234,11 @@ S3_CLIENT = """
     io = SafeCheckpointIO()
     whole = io.load_checkpoint("s3://bucket/runs/last.ckpt")
     io.save_checkpoint(whole, "s3://bucket/runs/again.ckpt")
-    again = read("s3://bucket/runs/again.ckpt")
+    again = read_checkpoint("s3://bucket/runs/again.ckpt")
     files = sorted(fs.ls("bucket/runs", detail=False))
-    hub = read("s3://bucket/hub")
+    hub = read_checkpoint("s3://bucket/hub")
     try:
-        read("s3://bucket/none.ckpt")
+        read_checkpoint("s3://bucket/none.ckpt")
         missing = ""
     except ValueError as error:
         missing = str(error)
@@ -261,7 +261,7 @@ def test_checkpoints_live_in_s3_as_well(tmp_path):
             AWS_SECRET_ACCESS_KEY="test",
             AWS_DEFAULT_REGION="us-east-1",
         )
-    weights = read(path(name)).weights, read(HUB_FOLDER).weights
+    weights = read_checkpoint(path(name)).weights, read_checkpoint(HUB_FOLDER).weights
     assert first == [float(w["vocab_embed.embedding"][0, 0]) for w in weights]
     assert files == ["bucket/runs/again.ckpt", "bucket/runs/last.ckpt"]
     assert "s3://bucket/none.ckpt does not exist" in missing

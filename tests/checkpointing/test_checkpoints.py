@@ -21,8 +21,14 @@ from checkpoint_helpers import (
 from conftest import GOLDEN, load, load_json
 from torch import nn
 
-from checkpointing import load as checkpoints
-from checkpointing.load import load_into, read
+from checkpointing.load import (
+    build_backbone_args,
+    ema_from_list,
+    ema_to_list,
+    load_into,
+    read_checkpoint,
+    resolve,
+)
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
@@ -89,12 +95,12 @@ def test_the_average_is_put_under_the_names_of_the_parameters(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_checkpoint_tells_about_its_run(name):
-    checkpoint, info = read(path(name)), INFO[name]
+    checkpoint, info = read_checkpoint(path(name)), INFO[name]
     assert checkpoint.algo == info["algo"].replace("bd3lm", "bamdlm")
     assert (checkpoint.block_size, checkpoint.length) == (info["block_size"], info["length"])
     assert checkpoint.step == info["global_step"]
     assert checkpoint.interval == (tuple(info["sampling_eps"].values()) or None)
-    sizes = checkpoints.build_backbone_args(checkpoint)
+    sizes = build_backbone_args(checkpoint)
     assert sizes["vocab_size"] == info["vocab_size_with_mask"]
     for key in ("hidden_size", "n_blocks", "n_heads", "cond_dim"):
         assert sizes[key] == MANIFEST[key]
@@ -109,7 +115,7 @@ def without_resolvers(value):
 
 
 def test_interpolations_of_the_authors_config_are_filled_in_and_resolvers_left_alone():
-    config = read(path(NAMES[0])).config
+    config = read_checkpoint(path(NAMES[0])).config
     recorded = INFO[NAMES[0]]["config"]
     for section in ("loader", "algo", "model", "training", "optim", "noise"):
         assert config[section] == recorded[section]
@@ -119,7 +125,7 @@ def test_interpolations_of_the_authors_config_are_filled_in_and_resolvers_left_a
 
 def test_a_reference_that_leads_nowhere_or_in_a_circle_stays_as_written():
     config = {"a": "${b}", "b": "${a}", "c": "${no.such}", "d": "${.a} and ${e.f}", "e": {"f": 3}}
-    found = checkpoints.resolve(config)
+    found = resolve(config)
     assert found["c"] == "${no.such}"
     assert found["d"].endswith(" and 3")
     assert found["a"] in ("${a}", "${b}")
@@ -129,12 +135,10 @@ def test_the_plain_file_loads_without_a_configuration():
     """hyper_parameters are empty there: sizes come from the shapes, the algorithm from the keys."""
     name = "bd3lm_bs4_plain" if (GOLDEN / "checkpoints/bd3lm_bs4_plain.ckpt").exists() else None
     name = name or next(p.stem for p in (GOLDEN / "checkpoints").glob("*_plain.ckpt"))
-    plain, full = read(path(name)), read(path(name.removesuffix("_plain")))
+    plain, full = read_checkpoint(path(name)), read_checkpoint(path(name.removesuffix("_plain")))
     assert plain.config == {}
     assert plain.algo == "bamdlm"
-    assert {**checkpoints.build_backbone_args(full), "dropout": 0.1} == (
-        checkpoints.build_backbone_args(plain)
-    )
+    assert {**build_backbone_args(full), "dropout": 0.1} == (build_backbone_args(plain))
     assert all(torch.equal(plain.weights[key], full.weights[key]) for key in full.weights)
 
 
@@ -153,7 +157,7 @@ COMPILED = {
 def test_a_compiled_checkpoint_loads_the_same_weights(what, algo, tmp_path):
     name = BY_ALGO[algo]
     file = variant(tmp_path, name, lambda raw: renamed(raw, COMPILED[what]))
-    plain, compiled = read(path(name)), read(file)
+    plain, compiled = read_checkpoint(path(name)), read_checkpoint(file)
     assert list(compiled.weights) == list(plain.weights)
     for use_ema in (False, True):
         net, same = network(plain), network(plain)
@@ -172,7 +176,7 @@ def test_bfloat16_weights_load_and_the_rotation_keeps_its_precision(tmp_path):
         raw["state_dict"] = {key: value.bfloat16() for key, value in state}
         raw["ema"]["shadow_params"] = [p.bfloat16() for p in raw["ema"]["shadow_params"]]
 
-    half = read(variant(tmp_path, name, halve))
+    half = read_checkpoint(variant(tmp_path, name, halve))
     net, before = network(half), network(half)
     load_into(net, half, use_ema=True, algo="bamdlm")
     recorded = load(f"weights/{name}.safetensors")
@@ -187,7 +191,7 @@ def test_a_run_without_ema_evaluates_its_weights(tmp_path):
         del raw["ema"]
         raw["hyper_parameters"]["config"]["training"]["ema"] = 0
 
-    checkpoint = read(variant(tmp_path, BY_ALGO["mdlm"], strip))
+    checkpoint = read_checkpoint(variant(tmp_path, BY_ALGO["mdlm"], strip))
     net = network(checkpoint)
     load_into(net, checkpoint, use_ema=True, algo="mdlm")
     assert torch.equal(net.vocab_embed.embedding, checkpoint.weights["vocab_embed.embedding"])
@@ -198,7 +202,7 @@ def test_a_model_of_one_block_may_be_called_mdlm(tmp_path):
         config = raw["hyper_parameters"]["config"]
         config["block_size"] = config["model"]["length"]
 
-    checkpoint = read(variant(tmp_path, BY_ALGO["bamdlm"], one_block))
+    checkpoint = read_checkpoint(variant(tmp_path, BY_ALGO["bamdlm"], one_block))
     assert checkpoint.algorithms == ("bamdlm", "mdlm")
     load_into(network(checkpoint), checkpoint, use_ema=False, algo="mdlm")
 
@@ -211,8 +215,8 @@ def test_a_model_of_one_block_may_be_called_mdlm(tmp_path):
 def test_another_algorithm_is_refused_and_named(algo, other):
     if algo == other:
         return
-    checkpoint = read(path(BY_ALGO[algo]))
-    net = network(read(path(BY_ALGO[other])))
+    checkpoint = read_checkpoint(path(BY_ALGO[algo]))
+    net = network(read_checkpoint(path(BY_ALGO[other])))
     for use_ema in (False, True):
         message = unchanged_by(
             net, lambda use=use_ema: load_into(net, checkpoint, use_ema=use, algo=other)
@@ -238,7 +242,7 @@ SIZES = {
 @pytest.mark.parametrize("what", SIZES)
 def test_another_size_is_refused_with_its_cause(what):
     changes, cause = SIZES[what]
-    checkpoint = read(path(BY_ALGO["mdlm"]))
+    checkpoint = read_checkpoint(path(BY_ALGO["mdlm"]))
     changes = {key: value for key, value in changes.items() if value is not None}
     if what == "n_heads" and MANIFEST["hidden_size"] % (2 * changes["n_heads"]):
         changes = {"n_heads": 1}
@@ -250,7 +254,7 @@ def test_another_size_is_refused_with_its_cause(what):
 
 def test_another_block_size_is_refused_where_it_is_asked_about():
     name = BY_ALGO["bamdlm"]
-    checkpoint = read(path(name))
+    checkpoint = read_checkpoint(path(name))
     net, wanted = network(checkpoint), 2 * INFO[name]["block_size"]
     load_into(net, checkpoint, use_ema=True, algo="bamdlm", block_size=INFO[name]["block_size"])
     message = unchanged_by(
@@ -261,7 +265,7 @@ def test_another_block_size_is_refused_where_it_is_asked_about():
 
 
 def test_an_error_shows_the_first_ten_keys_of_each_kind():
-    checkpoint = read(path(BY_ALGO["bamdlm"]))
+    checkpoint = read_checkpoint(path(BY_ALGO["bamdlm"]))
     weights = {f"blocks.{i + 7}.x": torch.zeros(1) for i in range(14)}
     weights["vocab_embed.embedding"] = torch.zeros(3, MANIFEST["hidden_size"])
     broken = dataclasses.replace(checkpoint, weights=weights, foreign={"noise.x": torch.zeros(1)})
@@ -277,7 +281,7 @@ def test_an_error_shows_the_first_ten_keys_of_each_kind():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_weights_that_are_not_numbers_are_refused(value, use_ema):
-    checkpoint = read(path(BY_ALGO["sedd"]))
+    checkpoint = read_checkpoint(path(BY_ALGO["sedd"]))
     source = checkpoint.ema if use_ema else checkpoint.weights
     source["output_layer.linear.bias"][3] = value
     net = network(checkpoint)
@@ -286,7 +290,7 @@ def test_weights_that_are_not_numbers_are_refused(value, use_ema):
 
 
 def test_another_rotary_base_is_refused():
-    checkpoint = read(path(BY_ALGO["ar"]))
+    checkpoint = read_checkpoint(path(BY_ALGO["ar"]))
     checkpoint.weights["rotary_emb.inv_freq"][1:] *= 0.9
     net = network(checkpoint)
     message = unchanged_by(net, lambda: load_into(net, checkpoint, use_ema=True, algo="ar"))
@@ -297,18 +301,18 @@ def test_another_rotary_base_is_refused():
 
 
 def test_the_ema_list_and_its_names_are_inverse():
-    checkpoint = read(path(NAMES[0]))
+    checkpoint = read_checkpoint(path(NAMES[0]))
     shadow = checkpoint.raw["ema"]["shadow_params"]
-    listed = checkpoints.ema_to_list(checkpoint.ema, list(checkpoint.ema))
+    listed = ema_to_list(checkpoint.ema, list(checkpoint.ema))
     assert all(a is b for a, b in zip(listed, shadow, strict=True))
 
 
 def test_a_list_of_another_length_or_order_is_refused():
     parameters = {"a": torch.zeros(2), "b": torch.zeros(3)}
     with pytest.raises(ValueError, match="1 tensors, the network 2 parameters"):
-        checkpoints.ema_from_list([torch.zeros(2)], parameters)
+        ema_from_list([torch.zeros(2)], parameters)
     with pytest.raises(ValueError, match="first at a"):
-        checkpoints.ema_from_list([torch.zeros(3), torch.zeros(2)], parameters)
+        ema_from_list([torch.zeros(3), torch.zeros(2)], parameters)
 
 
 def test_a_compiled_network_takes_weights_too():
@@ -317,7 +321,7 @@ def test_a_compiled_network_takes_weights_too():
             super().__init__()
             self._orig_mod = net
 
-    checkpoint = read(path(BY_ALGO["ar"]))
+    checkpoint = read_checkpoint(path(BY_ALGO["ar"]))
     net = network(checkpoint)
     load_into(Wrapped(net), checkpoint, use_ema=False, algo="ar")
     assert torch.equal(net.vocab_embed.embedding, checkpoint.weights["vocab_embed.embedding"])

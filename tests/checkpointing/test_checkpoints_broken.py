@@ -11,7 +11,7 @@ from checkpoint_helpers import BY_ALGO, MANIFEST, network, path
 from conftest import GOLDEN, load_json
 from safetensors.torch import load_file, save_file
 
-from checkpointing.load import CheckpointError, build_backbone_args, load_into, read
+from checkpointing.load import CheckpointError, build_backbone_args, load_into, read_checkpoint
 
 CONFIG = load_json("hf_export/config.json")
 TENSORS = load_file(GOLDEN / "hf_export" / "model.safetensors")
@@ -24,7 +24,7 @@ def lightning(change):
     """A checkpoint after `change(raw)`, at folder / x.ckpt."""
 
     def make(folder):
-        raw = read(SOURCE).raw
+        raw = read_checkpoint(SOURCE).raw
         result = change(raw)
         torch.save(raw if result is None else result, folder / "x.ckpt")
         return folder / "x.ckpt"
@@ -267,7 +267,7 @@ BROKEN = {
 
 
 def use(source, net, use_ema):
-    checkpoint = read(source)
+    checkpoint = read_checkpoint(source)
     build_backbone_args(checkpoint)  # algo.backbone=hf_dit takes the sizes from here
     load_into(net, checkpoint, use_ema=use_ema, algo="bamdlm")
 
@@ -276,7 +276,7 @@ def use(source, net, use_ema):
 def test_broken_weights_are_refused_with_their_reason(what, tmp_path):
     make, message = BROKEN[what]
     source = make(tmp_path)
-    net = network(read(SOURCE))
+    net = network(read_checkpoint(SOURCE))
     before = [value.clone() for value in net.state_dict().values()]
     with pytest.raises(CheckpointError, match=f"(?s){message}") as caught:
         use(source, net, "EMA" in what)

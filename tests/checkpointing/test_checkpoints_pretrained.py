@@ -13,7 +13,7 @@ from checkpoint_helpers import (
 )
 from conftest import load
 
-from checkpointing.load import load_pretrained, read
+from checkpointing.load import load_pretrained, read_checkpoint
 from models.masks import Causal
 
 CONDITIONING = ("sigma_map.", "adaLN_modulation.")
@@ -22,8 +22,8 @@ CONDITIONING = ("sigma_map.", "adaLN_modulation.")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("algo", BY_ALGO)
 def test_exactly_the_stated_keys_are_new_when_finetuning(name, algo):
-    checkpoint = read(path(name))
-    net = network(read(path(BY_ALGO[algo])))
+    checkpoint = read_checkpoint(path(name))
+    net = network(read_checkpoint(path(BY_ALGO[algo])))
     from_ar, to_ar = checkpoint.algo == "ar", algo == "ar"
     if (to_ar and not from_ar) or (checkpoint.algo == "bamdlm" != algo):
         message = unchanged_by(net, lambda: load_pretrained(net, checkpoint, algo=algo))
@@ -52,8 +52,8 @@ def test_exactly_the_stated_keys_are_new_when_finetuning(name, algo):
 def test_the_average_of_a_finetuned_run_goes_by_name(algo):
     name = BY_ALGO[algo]
     target = algo if algo == "ar" else "bamdlm"
-    checkpoint = read(path(name))
-    net = network(read(path(BY_ALGO[target])))
+    checkpoint = read_checkpoint(path(name))
+    net = network(read_checkpoint(path(BY_ALGO[target])))
     found = load_pretrained(net, checkpoint, algo=target)
     assert list(found.ema) == [key for key, _ in net.named_parameters()]
     assert found.ema_updates == INFO[name]["ema"]["num_updates"]
@@ -66,8 +66,8 @@ def test_an_ar_network_made_a_block_diffusion_model_computes_what_it_did():
 
     ...but for the gates, which are zero too: every block starts as the identity.
     """
-    checkpoint = read(path(BY_ALGO["ar"]))
-    net = network(read(path(BY_ALGO["bamdlm"])))
+    checkpoint = read_checkpoint(path(BY_ALGO["ar"]))
+    net = network(read_checkpoint(path(BY_ALGO["bamdlm"])))
     load_pretrained(net, checkpoint, algo="bamdlm")
     tokens = load(f"forward/{BY_ALGO['ar']}.safetensors")["x0"]
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_an_ar_model_with_adaln_brings_its_modulation(tmp_path):
         raw["hyper_parameters"]["config"]["algo"]["name"] = "ar"
         raw["hyper_parameters"]["config"]["model"]["adaln"] = True
 
-    checkpoint = read(variant(tmp_path, BY_ALGO["mdlm"], disguise))
+    checkpoint = read_checkpoint(variant(tmp_path, BY_ALGO["mdlm"], disguise))
     assert checkpoint.algo == "ar"
     net = network(checkpoint)
     assert load_pretrained(net, checkpoint, algo="mdlm").new_keys == ()
@@ -92,9 +92,9 @@ def test_an_ar_model_with_adaln_brings_its_modulation(tmp_path):
     "key", ["norm1.weight", "sigma_map.mlp.0.bias", "output_layer.linear.bias"]
 )
 def test_no_other_key_may_be_new(key):
-    checkpoint = read(path(BY_ALGO["mdlm"]))
+    checkpoint = read_checkpoint(path(BY_ALGO["mdlm"]))
     missing = next(name for name in checkpoint.weights if name.endswith(key))
     del checkpoint.weights[missing]
-    net = network(read(path(BY_ALGO["bamdlm"])))
+    net = network(read_checkpoint(path(BY_ALGO["bamdlm"])))
     message = unchanged_by(net, lambda: load_pretrained(net, checkpoint, algo="bamdlm"))
     assert f"missing from the file (1): {missing}" in message

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import samplers
 from checkpointing import export, torch_file
-from checkpointing.load import CheckpointError, load_into, read
+from checkpointing.load import CheckpointError, load_into, read_checkpoint
 from data.tokenizer import get_tokenizer
 from models.denoiser import Denoiser, Score
 from models.masks import BlockCausal, Causal, Full
@@ -46,7 +46,7 @@ def folders(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp("exports")
     names = {**BY_ALGO, "bamdlm": SOURCE}
     return {
-        algo: export.export(read(path(name)), root / algo, tokenizer)
+        algo: export.export(read_checkpoint(path(name)), root / algo, tokenizer)
         for algo, name in names.items()
     }
 
@@ -66,7 +66,7 @@ def test_an_export_of_the_same_checkpoint_is_the_recorded_one_bit_for_bit(folder
 @pytest.mark.parametrize("algo", BY_ALGO)
 def test_checkpoint_to_export_to_checkpoint_is_bit_equal(algo, folders, tmp_path):
     name = SOURCE if algo == "bamdlm" else BY_ALGO[algo]
-    before, exported = read(path(name)), read(folders[algo])
+    before, exported = read_checkpoint(path(name)), read_checkpoint(folders[algo])
     assert exported.algo == algo
     assert exported.length == before.length
     assert exported.interval == before.interval
@@ -77,7 +77,7 @@ def test_checkpoint_to_export_to_checkpoint_is_bit_equal(algo, folders, tmp_path
         bounds = dict(zip(("sampling_eps_min", "sampling_eps_max"), before.interval, strict=True))
         state = {key: torch.tensor(value) for key, value in bounds.items()} | state
     torch_file.save({**before.raw, "state_dict": state}, str(tmp_path / "again.ckpt"))
-    again = read(tmp_path / "again.ckpt")
+    again = read_checkpoint(tmp_path / "again.ckpt")
     for key, value in before.ema.items():
         assert torch.equal(again.weights[key], value)
         assert torch.equal(again.ema[key], value)
@@ -86,7 +86,7 @@ def test_checkpoint_to_export_to_checkpoint_is_bit_equal(algo, folders, tmp_path
 
 
 def test_plain_weights_are_exported_on_request(tmp_path, tokenizer):
-    checkpoint = read(path(BY_ALGO["ar"]))
+    checkpoint = read_checkpoint(path(BY_ALGO["ar"]))
     folder = export.export(checkpoint, tmp_path / "x", tokenizer, use_ema=False)
     tensors = load_file(folder / "model.safetensors")
     assert all(torch.equal(tensors[f"backbone.{k}"], v) for k, v in checkpoint.weights.items())
@@ -104,7 +104,7 @@ def test_reading_an_export_natively_runs_none_of_its_code(folders, tmp_path):
     marker = tmp_path / "it-ran"
     for name in export.sources():
         (folder / name).write_text(f"open({str(marker)!r}, 'w')")
-    checkpoint = read(folder)
+    checkpoint = read_checkpoint(folder)
     load_into(network(checkpoint), checkpoint, use_ema=True, algo="ar")
     assert not marker.exists()
 
@@ -115,7 +115,7 @@ def test_an_export_is_whole_or_not_there(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(export, "card", fail)
     with pytest.raises(KeyboardInterrupt):
-        export.export(read(path(SOURCE)), tmp_path / "x", tokenizer)
+        export.export(read_checkpoint(path(SOURCE)), tmp_path / "x", tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,7 +133,7 @@ def test_the_model_card_tells_what_was_trained(folders):
 
 
 def native_texts(algo, folder):
-    checkpoint = read(folder)
+    checkpoint = read_checkpoint(folder)
     net = network(checkpoint)
     load_into(net, checkpoint, use_ema=True, algo=algo)
     config = checkpoint.config
@@ -226,7 +226,7 @@ def test_transformers_loads_and_samples_an_export_where_this_project_is_not_inst
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(tmp_path / "out.safetensors")
     for algo in BY_ALGO:
-        checkpoint = read(folders[algo])
+        checkpoint = read_checkpoint(folders[algo])
         net = network(checkpoint)
         load_into(net, checkpoint, use_ema=True, algo=algo)
         rule = {"ar": Causal(), "bamdlm": BlockCausal(checkpoint.block_size)}.get(algo, Full())
@@ -314,4 +314,6 @@ def test_push_uploads_the_folder(tmp_path, capsys, monkeypatch):
 
 def test_an_algorithm_that_does_not_fit_is_refused(tokenizer, tmp_path):
     with pytest.raises(CheckpointError, match="may be mdlm"):
-        export.export(read(path(BY_ALGO["mdlm"])), tmp_path / "x", tokenizer, algo="sedd")
+        export.export(
+            read_checkpoint(path(BY_ALGO["mdlm"])), tmp_path / "x", tokenizer, algo="sedd"
+        )

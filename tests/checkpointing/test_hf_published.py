@@ -4,7 +4,7 @@ import torch
 from checkpoint_helpers import close, network
 from conftest import GOLDEN, load, load_json
 
-from checkpointing.load import load_into, read
+from checkpointing.load import load_into, read_checkpoint
 from models.hf import BD3LM
 from models.masks import BlockCausal
 
@@ -13,7 +13,7 @@ RECORDED = load("hf_export/golden.safetensors")
 
 
 def golden_network():
-    checkpoint = read(GOLDEN / "hf_export")
+    checkpoint = read_checkpoint(GOLDEN / "hf_export")
     net = network(checkpoint)
     load_into(net, checkpoint, use_ema=True, algo="bamdlm")
     return net, checkpoint
@@ -56,7 +56,7 @@ def test_the_transformers_class_reads_the_published_folder():
             close(state, RECORDED[f"train.hidden.{i}"])
         some = model(RECORDED["sample.1.input_ids"], sample_mode=True, return_dict=False)
         close(some[0], RECORDED["sample.1.logits"])
-    low, high = read(GOLDEN / "hf_export").interval
+    low, high = read_checkpoint(GOLDEN / "hf_export").interval
     assert float(model.sampling_eps_min) == low
     assert float(model.sampling_eps_max) == high
 

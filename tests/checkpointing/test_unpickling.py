@@ -18,7 +18,7 @@ from conftest import GOLDEN, load, load_json
 
 from checkpointing import restricted_pickle, torch_file
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import CheckpointError, read
+from checkpointing.load import CheckpointError, read_checkpoint
 
 MANIFEST = load_json("manifest.json")
 NAMES = [entry["name"] for entry in MANIFEST["checkpoints"]]
@@ -104,7 +104,7 @@ def traps(marker):
             "transformers.pipeline",
         ),
         "module of ours": (
-            b"\x80\x02cunpickling\npickle.loads\n" + text("x") + b"\x85R.",
+            b"\x80\x02ccheckpointing.restricted_pickle\npickle.loads\n" + text("x") + b"\x85R.",
             "checkpointing.restricted_pickle.pickle.loads",
         ),
         "nested pickle": (
@@ -125,7 +125,7 @@ def test_a_booby_trapped_pickle_is_refused_by_name_and_nothing_runs(kind, tmp_pa
     data, name = traps(marker)[kind]
     path = tmp_path / "trap.ckpt"
     path.write_bytes(archive(data).getvalue())
-    for reader in (read, SafeCheckpointIO().load_checkpoint):
+    for reader in (read_checkpoint, SafeCheckpointIO().load_checkpoint):
         with pytest.raises(CheckpointError) as caught:
             reader(path)
         assert name in str(caught.value)
@@ -139,7 +139,7 @@ def test_a_trap_among_the_weights_of_a_folder_does_not_run_either(file, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bd3lm"}))
     (tmp_path / file).write_bytes(archive(traps(marker)["os.system"][0]).getvalue())
     with pytest.raises(CheckpointError, match=r"posix\.system"):
-        read(tmp_path if file == "pytorch_model.bin" else tmp_path / file)
+        read_checkpoint(tmp_path if file == "pytorch_model.bin" else tmp_path / file)
     assert not marker.exists()
 
 

@@ -10,7 +10,7 @@ from conftest import load_json
 from lightning import LightningModule, Trainer
 
 from data import packing, preparation, readers
-from data.order import Place, ShuffledStream, TrainBatches, ValidBatches
+from data.order import ExampleIndex, ShuffledStream, TrainBatches, ValidBatches
 from dataloader import DataModule, Examples
 
 LENGTH = 6
@@ -291,7 +291,7 @@ def windows(prepared):
 
 
 def test_a_window_lies_inside_its_row_and_starts_in_the_first_half(windows, prepared):
-    places = [Place(p, p % 29) for p in range(600)]
+    places = [ExampleIndex(p, p % 29) for p in range(600)]
     batch = windows.__getitems__(places)
     starts = batch["input_ids"][:, 0] % 10
     expected = starts[:, None] + torch.arange(LENGTH // 2)
@@ -303,7 +303,7 @@ def test_a_window_lies_inside_its_row_and_starts_in_the_first_half(windows, prep
 
 
 def test_a_window_depends_on_seed_and_position_only(windows, prepared):
-    places = [Place(p, p % 29) for p in range(60)]
+    places = [ExampleIndex(p, p % 29) for p in range(60)]
     whole = windows.__getitems__(places)["input_ids"]
     one_by_one = [windows.__getitems__([place])["input_ids"] for place in places]
     assert torch.equal(torch.cat(one_by_one), whole)

@@ -16,7 +16,7 @@ from conftest import GOLDEN
 from runs import ALGORITHMS, tiny, write_text
 
 import main
-from checkpointing.load import read
+from checkpointing.load import read_checkpoint
 from data.tokenizer import get_tokenizer
 from diffusion import VALIDATION_SEED, Diffusion
 from models.dit import DiT
@@ -103,7 +103,7 @@ def test_training_leaves_checkpoints_a_log_and_its_settings(trained, algo):
     assert sorted(log["trainer/loss"]) == list(range(STEPS))
     assert all(map(math.isfinite, log["trainer/loss"].values()))
     assert len(log["val/ppl"]) == 2  # trainer.val_check_interval counts micro-batches
-    assert read(last(folder)).step == STEPS
+    assert read_checkpoint(last(folder)).step == STEPS
 
 
 def test_the_same_command_goes_on_and_trains_nothing_twice(trained, tmp_path, monkeypatch, capsys):
@@ -120,7 +120,7 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(trained, tmp_path, mo
     assert "going on from step 6 of" in out
     assert "nothing is left to train" not in out
     assert f"trained to step {STEPS}; checkpoints: {tmp_path / 'run'}/checkpoints\n" in out
-    ours, theirs = read(last(tmp_path / "run")), read(last(folder))
+    ours, theirs = read_checkpoint(last(tmp_path / "run")), read_checkpoint(last(folder))
     assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
     before = files(tmp_path / "run/checkpoints")
     assert main.main(words) == 0
@@ -179,7 +179,7 @@ def test_what_does_not_shape_training_may_differ(trained, tmp_path, capsys):
     subprocess.run(["cp", "-r", folder, copy], check=True)
     assert main.main([*words, *others, f"checkpointing.save_dir={copy}"]) == 0
     assert f"going on from step {STEPS}" in capsys.readouterr().out
-    assert read(last(copy)).step == STEPS + 1
+    assert read_checkpoint(last(copy)).step == STEPS + 1
 
 
 # ---- evaluation -------------------------------------------------------------------------------
@@ -472,4 +472,4 @@ def test_text8_from_a_file_that_is_there_already(base, tmp_path):
     for corpus in ("text8", "text8-crop"):
         run = tmp_path / corpus
         assert main.main([f"data={corpus}", *words, f"checkpointing.save_dir={run}"]) == 0
-        assert read(last(run)).step == 2
+        assert read_checkpoint(last(run)).step == 2

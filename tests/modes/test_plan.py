@@ -21,7 +21,7 @@ from scripts.show_mask import main as show_mask
 from scripts.show_mask import seen_pairs as drawn_pairs
 from scripts.show_mask import segments_of
 from training.csv_log import CSVLog, read_log
-from training.flops import Shape, flops, matmul_dtype, matmul_peak, seen_pairs
+from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
 from training.throughput import Throughput
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("size", [1, 4, 12, 24])
 def test_pairs_are_those_of_the_rule(size):
     length, index = 24, torch.arange(48)
-    inner, last = seen_pairs(Shape("bamdlm", 16, 2, 7, length, size))
+    inner, last = seen_pairs(NetworkShape("bamdlm", 16, 2, 7, length, size))
     if size == length:
         assert (inner, last) == (length**2, length**2)
         return
@@ -41,7 +41,7 @@ def test_pairs_are_those_of_the_rule(size):
 def test_pairs_of_ar_are_causal():
     index = torch.arange(24)
     seen = int(Causal().allowed(index[:, None], index[None], 24).sum())
-    assert seen_pairs(Shape("ar", 16, 2, 7, 24, 1)) == (seen, seen)
+    assert seen_pairs(NetworkShape("ar", 16, 2, 7, 24, 1)) == (seen, seen)
     assert int(Full().allowed(index[:, None], index[None], 24).sum()) == 24**2
 
 
@@ -71,7 +71,7 @@ def test_the_flop_model_counts_what_torch_counts(algo):
         run()
     products = ("aten.mm", "aten.addmm")
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in products)
-    made = flops(Shape(algo, width, 3, vocab, length, size, share))
+    made = flops(NetworkShape(algo, width, 3, vocab, length, size, share))
     assert rows * (made.layers + made.head) == pytest.approx(counted, rel=0.04)
 
 
@@ -92,7 +92,7 @@ def test_matrix_products_are_made_in(precision, dtype):
     assert matmul_dtype(precision) == dtype
 
 
-SMALL = Shape("bamdlm", 768, 12, 50_258, 1024, 16)
+SMALL = NetworkShape("bamdlm", 768, 12, 50_258, 1024, 16)
 
 
 def planned(**changes):

@@ -19,7 +19,7 @@ from published import PAGE
 from runs import write_text
 
 from checkpointing import export
-from checkpointing import load as checkpoints
+from checkpointing.load import read_checkpoint
 from data.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def launch(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """What stands for kuleshov-group/bamdlm-owt-block_size4."""
-    checkpoint = checkpoints.read(recorded("bd3lm_bs4"))
+    checkpoint = read_checkpoint(recorded("bd3lm_bs4"))
     tokenizer = get_tokenizer(str(GOLDEN / "tokenizer"))
     return export.export(checkpoint, tmp_path_factory.mktemp("hub") / "model", tokenizer)
 
@@ -155,7 +155,7 @@ def test_training_from_a_pretrained_checkpoint(bash, launch):
     assert folder.match("outputs/*/bamdlm-owt-block_size4-*")
     assert list(folder.glob("wandb/offline-run-*"))
     last = folder / "checkpoints/last.ckpt"
-    trained = checkpoints.read(str(last))
+    trained = read_checkpoint(str(last))
     assert (trained.algo, trained.block_size, trained.step) == ("bamdlm", 4, 2)
     assert (folder / "settings.json").is_file()
     before = last.stat().st_mtime_ns

@@ -9,7 +9,7 @@ from conftest import GOLDEN
 
 import main
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import read
+from checkpointing.load import read_checkpoint
 
 STEPS = 2
 LENGTH = MANIFEST["length"]
@@ -79,7 +79,7 @@ def test_mdlm_then_bamdlm_as_in_the_paper(run, capsys, block_size):
     bamdlm = run("train_owt_bamdlm", block_size=block_size, training__from_pretrained=mdlm)
     out = capsys.readouterr().out
     assert "new in this run: sampling_eps_min, sampling_eps_max\n" in out
-    before, after = read(mdlm), read(bamdlm)
+    before, after = read_checkpoint(mdlm), read_checkpoint(bamdlm)
     assert (before.algo, after.algo) == ("mdlm", "bamdlm")
     assert after.block_size == block_size
     assert after.weights.keys() == before.weights.keys()
@@ -92,7 +92,7 @@ def test_ar_then_bamdlm(run, capsys):
     ar = run("train_owt_ar")
     bamdlm = run("finetune_owt_bamdlm_from_ar", training__from_pretrained=ar)
     out = capsys.readouterr().out
-    before, after = read(ar), read(bamdlm)
+    before, after = read_checkpoint(ar), read_checkpoint(bamdlm)
     assert (before.algo, after.algo) == ("ar", "bamdlm")
     new = after.weights.keys() - before.weights.keys()
     assert new == {key for key in after.weights if any(part in key for part in CONDITIONING)}
@@ -157,4 +157,4 @@ def test_training_checkpoints_are_plain_for_everybody(written, algo):
     """torch's own restricted reader takes them: no class of any project is pickled."""
     raw = torch.load(written[algo], weights_only=True)
     assert raw["hyper_parameters"]["config"]["algo"]["name"] == algo
-    assert read(written[algo]).algo == algo
+    assert read_checkpoint(written[algo]).algo == algo

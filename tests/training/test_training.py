@@ -10,8 +10,8 @@ from conftest import GOLDEN, load_json
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import small
 
-from checkpointing import load as checkpoints
 from checkpointing.lightning_io import SafeCheckpointIO
+from checkpointing.load import read_checkpoint
 from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
@@ -134,7 +134,7 @@ def saver(folder, every):
 def trained(algo, folder, steps, *, batch_size=4, resume=None, save_every=0, **kwargs):
     m, d = module(algo, **kwargs), data(batch_size)
     if resume:
-        found = checkpoints.read(resume)
+        found = read_checkpoint(resume)
         d.start_at(found.raw["sampler"]["examples_seen"], found.step)
     callbacks = [saver(folder, save_every)] if save_every else []
     t = trainer(folder, steps, accumulate=GLOBAL // batch_size, callbacks=callbacks)
@@ -223,7 +223,7 @@ def test_the_interval_of_least_variance_becomes_the_training_interval(tmp_path):
     lo, hi = (float(x) for x in best.removeprefix("valid_var_").split(" - "))
     assert m.interval[0] == pytest.approx(max(lo, 1e-3), abs=5e-3)
     assert m.interval[1] == pytest.approx(hi, abs=5e-3)
-    saved = checkpoints.read(str(next(tmp_path.glob("*.ckpt"))))
+    saved = read_checkpoint(str(next(tmp_path.glob("*.ckpt"))))
     assert saved.interval == pytest.approx(m.interval, abs=1e-6)
 
 

@@ -10,8 +10,8 @@ from conftest import GOLDEN, load, load_json
 from networks import CHECKPOINTS, MASK, recorded
 from torch.utils.data import DataLoader
 
-from checkpointing import load as checkpoints
 from checkpointing.lightning_io import SafeCheckpointIO
+from checkpointing.load import load_pretrained, read_checkpoint
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
@@ -137,7 +137,7 @@ def replay(name, tmp_path):
     )
     path = str(GOLDEN / "checkpoints" / f"{run['checkpoint']}.ckpt")
     if run["start"] == "from_pretrained":
-        taken = checkpoints.load_pretrained(module.backbone, checkpoints.read(path), algo="bamdlm")
+        taken = load_pretrained(module.backbone, read_checkpoint(path), algo="bamdlm")
         module.ema.load(taken.ema, taken.ema_updates)
     trainer = L.Trainer(
         accelerator="cpu",
