@@ -1,7 +1,7 @@
 """Files of torch.save: a zip archive of one pickle, and one uncompressed record for each storage.
 
-Read through `zipfile`, which checks every record's checksum, and `restricted_pickle`, which runs nothing.
-Tensors land on the CPU.
+Read through `zipfile`, which checks every record's checksum, and `restricted_pickle`, which runs
+nothing. Tensors land on the CPU.
 """
 
 import glob
