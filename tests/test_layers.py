@@ -1,7 +1,7 @@
 """Who may import whom, read from the import statements; what importing must not do; where files
 lie.
 
-    main
+    main         writer
     modes
     diffusion    dataloader
     training     sampling
@@ -25,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"main"},
+    {"main", "writer"},
     {"modes"},
     {"diffusion", "dataloader"},
     {"training", "sampling"},
