@@ -25,7 +25,7 @@ from data import packing, preparation, remote_cache, streaming
 from data.order import ExampleIndex, InOrder, ShuffledStream, TrainBatches, ValidBatches
 from data.split import Split
 from data.streaming import StreamedText
-from data.token_rows import Rows
+from data.token_rows import TokenRows
 from models.randomness import uniform
 from training.signals import ignore_signals
 
@@ -36,12 +36,12 @@ BOOKMARK_EVERY = 32  # batches
 
 def get_rows(
     corpus: str, split: str, *, cache_dir: str | Path, processes: int = 1, **settings
-) -> Rows:
+) -> TokenRows:
     """The rows of one split, prepared at the first call; settings: of splits.Split."""
     return prepared(Split(corpus, split, **settings), cache_dir, processes)
 
 
-def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
+def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> TokenRows:
     """cache_dir: a folder, or a URL, of which a copy is kept here. processes: that tokenize; they
     do not change the rows. Safe when several processes ask at once: one prepares, the others wait.
     """
@@ -50,7 +50,7 @@ def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> Rows:
         cache / "rows" / wanted.folder_name,
         lambda: wanted.pieces(cache, notes),
         wanted.encode,
-        wanted.shape,
+        wanted.row_format,
         wanted.tokenizer.vocab_size,
         wanted.about,
         processes=processes,
@@ -67,22 +67,22 @@ def streamed(wanted: Split, cache_dir: str | Path) -> StreamedText:
         raise ValueError(f"data.streaming=True: {wanted.corpus} is windows of prepared rows")
     passages = wanted.passages(remote_cache.local(cache_dir))
     vocab_size = wanted.tokenizer.vocab_size
-    return StreamedText(passages, wanted.encode, wanted.shape, vocab_size, wanted.about)
+    return StreamedText(passages, wanted.encode, wanted.row_format, vocab_size, wanted.about)
 
 
 class Examples(Dataset):
-    """Whole batches: the places that a batch sampler chose -> tensors."""
+    """Whole batches: the examples that a batch sampler chose -> tensors."""
 
     def __init__(
-        self, rows: Rows, *, window: int | None = None, bos: int | None = None, seed: int = 0
+        self, rows: TokenRows, *, window: int | None = None, bos: int | None = None, seed: int = 0
     ):
         """window: serve that many ids of each row, from a start in its first half that depends on
         seed and position; bos: written over a window's first id."""
         self.rows, self.window, self.bos, self.seed = rows, window, bos, seed
 
-    def __getitems__(self, places: list[ExampleIndex]) -> dict[str, torch.Tensor]:
-        positions = torch.tensor([place.position for place in places])
-        ids, mask = map(torch.from_numpy, self.rows.read([place.row for place in places]))
+    def __getitems__(self, indices: list[ExampleIndex]) -> dict[str, torch.Tensor]:
+        positions = torch.tensor([index.position for index in indices])
+        ids, mask = map(torch.from_numpy, self.rows.read([index.row for index in indices]))
         if self.window is not None:
             draws = uniform(self.seed, positions, dtype=torch.float64)  # [B]
             starts = (draws * (self.rows.length // 2)).long()
@@ -92,7 +92,9 @@ class Examples(Dataset):
                 ids[:, 0] = self.bos
         batch = {"input_ids": ids, "attention_mask": mask, "row": positions}
         if self.rows.apart:
-            batch["segments"] = torch.from_numpy(self.rows.segments([p.row for p in places]))
+            batch["segments"] = torch.from_numpy(
+                self.rows.segments([index.row for index in indices])
+            )
         return batch
 
 
@@ -128,8 +130,8 @@ class StreamedExamples(Dataset):
             log.info("no bookmark: tokenizing the text up to example %s again", f"{position:,}")
         return streaming.Stream(self.text, self.seed, lanes=self.lanes, bookmarks=bookmarks)
 
-    def __getitems__(self, places: list[ExampleIndex]) -> dict:
-        positions = [place.position for place in places]
+    def __getitems__(self, indices: list[ExampleIndex]) -> dict:
+        positions = [index.position for index in indices]
         try:
             if self.stream is None or positions[0] < self.next:
                 self.stream = self.open(positions[0])
@@ -164,8 +166,8 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        train: Rows | StreamedText | None,
-        valid: Rows | None,
+        train: TokenRows | StreamedText | None,
+        valid: TokenRows | None,
         length: int,
         batch_size: int,
         eval_batch_size: int,
@@ -215,16 +217,20 @@ class DataModule(LightningDataModule):
         stream = ShuffledStream(len(self.train), self.seed)
         return self.loader(
             examples,
-            TrainBatches(stream, self.batch_size, *self.place, lambda: self.examples_seen),
+            TrainBatches(stream, self.batch_size, *self.rank_and_size, lambda: self.examples_seen),
         )
 
     def streamed_dataloader(self) -> DataLoader:
         """One process reads for a device: it tokenizes several times as fast as a GPU trains."""
         examples = StreamedExamples(
-            self.train, self.seed, *self.place, lambda: self.resumed_bookmarks
+            self.train, self.seed, *self.rank_and_size, lambda: self.resumed_bookmarks
         )
         batches = TrainBatches(
-            InOrder(), self.batch_size, *self.place, lambda: self.examples_seen, in_turn=True
+            InOrder(),
+            self.batch_size,
+            *self.rank_and_size,
+            lambda: self.examples_seen,
+            in_turn=True,
         )
         return self.loader(examples, batches, num_workers=min(1, self.num_workers))
 
@@ -251,7 +257,7 @@ class DataModule(LightningDataModule):
         self.resumed_bookmarks = state["bookmarks"]
 
     def val_dataloader(self) -> DataLoader:
-        batches = ValidBatches(len(self.valid), self.eval_batch_size, *self.place)
+        batches = ValidBatches(len(self.valid), self.eval_batch_size, *self.rank_and_size)
         return self.loader(Examples(self.valid), batches)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -260,7 +266,7 @@ class DataModule(LightningDataModule):
         self.trainer.fit_loop.teardown()
 
     @property
-    def place(self) -> tuple[int, int]:
+    def rank_and_size(self) -> tuple[int, int]:
         """(rank, world size)"""
         if self.trainer is None:
             return 0, 1

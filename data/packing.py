@@ -19,7 +19,7 @@ IDS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowFormat:
     """How ids become rows. bos, eos, pad: ids."""
 
     length: int
@@ -66,53 +66,56 @@ class Chunk(NamedTuple):
     marks: np.ndarray | None = None  # uint8 [n, 2, ceil(L / 8)], apart: bits of `segments`
 
 
-def packed(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
-    """The rows, in the way that the shape says."""
-    if shape.align is not None:
-        return apart(documents, shape)
-    return (wrapped if shape.wrap else unwrapped)(documents, shape)
+def packed(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
+    """The rows, packed as the format says."""
+    if row_format.align is not None:
+        return apart(documents, row_format)
+    return (wrapped if row_format.wrap else unwrapped)(documents, row_format)
 
 
-def wrapped(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
+def wrapped(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
     """The stream in rows."""
     streams = (
         np.fromiter(
             itertools.chain.from_iterable(
-                (*ids, shape.eos) if ends and shape.insert_eos else ids for ids, ends in batch
+                (*ids, row_format.eos) if ends and row_format.insert_eos else ids
+                for ids, ends in batch
             ),
             np.int64,
         )
         for batch in batched(documents)
     )
-    return in_rows(streams, shape)
+    return in_rows(streams, row_format)
 
 
-def in_rows(streams: Iterable[np.ndarray], shape: Shape) -> Iterator[Chunk]:
+def in_rows(streams: Iterable[np.ndarray], row_format: RowFormat) -> Iterator[Chunk]:
     """The parts of a stream, end to end, in rows."""
     rest = np.empty(0, np.int64)
     for part in streams:
         stream = np.concatenate([rest, part])
-        whole = len(stream) // shape.room * shape.room
+        whole = len(stream) // row_format.room * row_format.room
         rest = stream[whole:]
         if whole:
-            ids = framed(stream[:whole].reshape(-1, shape.room), shape)
-            yield Chunk(ids, np.full(len(ids), shape.length))
+            ids = framed(stream[:whole].reshape(-1, row_format.room), row_format)
+            yield Chunk(ids, np.full(len(ids), row_format.length))
 
 
-def framed(body: np.ndarray, shape: Shape) -> np.ndarray:
-    if not shape.framed:
+def framed(body: np.ndarray, row_format: RowFormat) -> np.ndarray:
+    if not row_format.framed:
         return body
-    ends = np.full((len(body), 1), shape.bos), np.full((len(body), 1), shape.eos)
+    ends = np.full((len(body), 1), row_format.bos), np.full((len(body), 1), row_format.eos)
     return np.concatenate([ends[0], body, ends[1]], axis=1)
 
 
-def unwrapped(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
+def unwrapped(
+    documents: Iterable[tuple[list[int], bool]], row_format: RowFormat
+) -> Iterator[Chunk]:
     """A document a row: [BOS] + at most L - 2 ids + [EOS] + padding."""
-    for batch in batched(joined(documents, shape.room)):
-        ids = np.full((len(batch), shape.length), shape.pad, np.int64)
+    for batch in batched(joined(documents, row_format.room)):
+        ids = np.full((len(batch), row_format.length), row_format.pad, np.int64)
         counts = np.array([len(document) + 2 for document in batch])
         for row, document in zip(ids, batch, strict=True):
-            row[: len(document) + 2] = [shape.bos, *document, shape.eos]
+            row[: len(document) + 2] = [row_format.bos, *document, row_format.eos]
         yield Chunk(ids, counts)
 
 
@@ -126,15 +129,15 @@ def joined(documents: Iterable[tuple[list[int], bool]], most: int) -> Iterator[l
             document = []
 
 
-def apart(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator[Chunk]:
+def apart(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
     """[BOS] + ids + [EOS] of each document and padding up to the next multiple of `align`, cut into
     rows of L; the last row is padded. Documents without a token are left out.
 
     A row is not closed early where a document does not fit: each row would lose the rest, here at
     most one document of a row loses the sight of its beginning, as when wrapped.
     """
-    length = shape.length
-    stream = _Stream(shape)
+    length = row_format.length
+    stream = _Stream(row_format)
     for ids, ends in documents:
         stream.add(ids, ends)
         if len(stream.ids) >= max(length, IDS_AT_ONCE):
@@ -149,34 +152,34 @@ def apart(documents: Iterable[tuple[list[int], bool]], shape: Shape) -> Iterator
 class _Stream:
     """Documents one after the other, each from a block border on."""
 
-    def __init__(self, shape: Shape):
-        self.shape = shape
+    def __init__(self, row_format: RowFormat):
+        self.row_format = row_format
         self.inside = False  # a document has begun and not ended
         self.ids: list[int] = []
         self.starts: list[int] = []
         self.gaps: list[tuple[int, int]] = []  # padding, from and to
 
     def add(self, ids: list[int], ends: bool) -> None:
-        shape = self.shape
+        row_format = self.row_format
         if ids and not self.inside:
             self.inside = True
             self.starts.append(len(self.ids))
-            if shape.insert_special:
-                self.ids.append(shape.bos)
+            if row_format.insert_special:
+                self.ids.append(row_format.bos)
         self.ids += ids
         if ends and self.inside:
             self.inside = False
-            if shape.insert_eos or shape.insert_special:
-                self.ids.append(shape.eos)
-            self.pad(-len(self.ids) % shape.align)
+            if row_format.insert_eos or row_format.insert_special:
+                self.ids.append(row_format.eos)
+            self.pad(-len(self.ids) % row_format.align)
 
     def pad(self, count: int) -> None:
         self.gaps.append((len(self.ids), len(self.ids) + count))
-        self.ids += [self.shape.pad] * count
+        self.ids += [self.row_format.pad] * count
 
     def cut(self, rows: int) -> Chunk:
         """The first rows, which leave the stream."""
-        length = self.shape.length
+        length = self.row_format.length
         end = rows * length
         marks = np.zeros((2, len(self.ids)), bool)
         marks[0, self.starts] = True

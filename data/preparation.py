@@ -21,10 +21,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from data import packing, remote_cache, shards, token_rows
-from data.packing import Shape
+from data.packing import RowFormat
 from data.readers import Piece
 from data.shards import Encode, Tokens
-from data.token_rows import Rows
+from data.token_rows import TokenRows
 
 log = logging.getLogger("bamdlm")
 
@@ -35,14 +35,14 @@ def prepare(
     folder: Path,
     pieces: Callable[[], Iterable[Piece]],
     encode: Encode,
-    shape: Shape,
+    row_format: RowFormat,
     vocab_size: int,
     about: dict,
     *,
     processes: int = 1,
     remote: str | None = None,
     notes: dict | None = None,
-) -> Rows:
+) -> TokenRows:
     """The rows in folder, made where they are missing: by one process, while others wait.
 
     pieces: called where rows must be made. encode: texts -> their ids. processes: that tokenize;
@@ -51,14 +51,14 @@ def prepare(
     with `about`, and parts made under other notes are not used.
     """
     if is_whole(folder) and (remote is None or remote_cache.is_complete(remote)):
-        return Rows(folder)
+        return TokenRows(folder)
     with lock(folder):
         if folder.is_dir():  # killed, or another process's, after the folder was complete
             shutil.rmtree(work_folder(folder), ignore_errors=True)
         elif remote is None or not remote_cache.fetch(remote, folder):
             notes = {} if notes is None else notes
-            write(folder, pieces, encode, shape, vocab_size, about, processes, notes)
-        made = Rows(folder)
+            write(folder, pieces, encode, row_format, vocab_size, about, processes, notes)
+        made = TokenRows(folder)
         if remote is not None and not remote_cache.is_complete(remote):
             remote_cache.publish(folder, remote)
     return made
@@ -96,7 +96,7 @@ def write(
     folder: Path,
     pieces: Callable[[], Iterable[Piece]],
     encode: Encode,
-    shape: Shape,
+    row_format: RowFormat,
     vocab_size: int,
     about: dict,
     processes: int,
@@ -112,12 +112,12 @@ def write(
         with Report(f"preparing {title}") as report:
             found = shards.tokenized(text, encode, vocab_size, work, processes, report)
             count = token_rows.save(
-                new, packed(found, shape), token_rows.dtype_of(vocab_size), vocab_size
+                new, packed(found, row_format), token_rows.dtype_of(vocab_size), vocab_size
             )
         if count == 0 or report.tokens == 0:  # of empty documents rows would be EOS alone
             raise ValueError(
                 f"{title} has {report.tokens} tokens in {report.documents} documents: not one row"
-                f" of model.length={shape.length}; use a smaller model.length or more text"
+                f" of model.length={row_format.length}; use a smaller model.length or more text"
             )
         made = {
             "rows": count,
@@ -140,7 +140,7 @@ def write(
         "prepared %s: %s documents, %s tokens, %s rows of %d in %.0f s -> %s",
         title,
         *(f"{made[key]:,}" for key in ("documents", "tokens", "rows")),
-        *(shape.length, made["seconds"], folder),
+        *(row_format.length, made["seconds"], folder),
     )
 
 
@@ -159,17 +159,17 @@ def start_or_go_on(work: Path, new: Path, notes: dict) -> None:
     note.write_text(plan)
 
 
-def packed(found: Iterable[Tokens], shape: Shape) -> Iterator[packing.Chunk]:
-    if shape.wrap and shape.align is None:
-        return packing.in_rows((stream(part, shape) for part in found), shape)
-    return packing.packed((document for part in found for document in documents(part)), shape)
+def packed(found: Iterable[Tokens], row_format: RowFormat) -> Iterator[packing.Chunk]:
+    if row_format.wrap and row_format.align is None:
+        return packing.in_rows((stream(part, row_format) for part in found), row_format)
+    return packing.packed((document for part in found for document in documents(part)), row_format)
 
 
-def stream(part: Tokens, shape: Shape) -> np.ndarray:
+def stream(part: Tokens, row_format: RowFormat) -> np.ndarray:
     """The ids with EOS after each document."""
-    if not shape.insert_eos:
+    if not row_format.insert_eos:
         return part.ids
-    return np.insert(part.ids, part.lengths.cumsum()[part.ends], shape.eos)
+    return np.insert(part.ids, part.lengths.cumsum()[part.ends], row_format.eos)
 
 
 def documents(part: Tokens) -> Iterator[tuple[list[int], bool]]:

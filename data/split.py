@@ -1,4 +1,4 @@
-"""One split of a corpus as a run wants it: which text, tokenized how, in rows of what shape."""
+"""One split of a corpus as a run wants it: which text, tokenized how, in rows of what format."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data import corpora, detokenizers, token_rows
-from data.packing import Shape
+from data.packing import RowFormat
 from data.readers import Piece
 from data.tokenizer import Tokenizer
 
@@ -18,7 +18,7 @@ class Split:
     """split is "train" or "valid"; corpus a name of corpora.table() or a path or pattern of files.
 
     length: L. Training rows of text8-crop are 2 L long; DataModule cuts the windows. align: as in
-    packing.Shape. The others are the settings data.* of the same name; None: the corpus's own.
+    packing.RowFormat. The others are the settings data.* of the same name; None: the corpus's own.
     """
 
     corpus: str
@@ -42,14 +42,14 @@ class Split:
         return self.text_column or self.entry.column
 
     @cached_property
-    def shape(self) -> Shape:
+    def row_format(self) -> RowFormat:
         windows = self.entry.windows and self.split == "train"
         if windows and self.align is not None:
             raise ValueError(
                 f"data.pack=documents has no meaning for {self.corpus}, windows of one document;"
                 " use data.pack=wrap"
             )
-        return Shape(
+        return RowFormat(
             length=2 * self.length if windows else self.length,
             wrap=self.wrap,
             insert_eos=self.insert_eos,
@@ -72,7 +72,7 @@ class Split:
             "detokenizer": rules,
             "detokenizer_rules": rules and detokenizers.fingerprint(rules),
             "tokenizer": self.tokenizer.fingerprint,
-            "shape": self.shape.settings(),
+            "shape": self.row_format.settings(),
             "format": token_rows.FORMAT,
         }
 
@@ -82,7 +82,7 @@ class Split:
         digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:12]
         name = Path(self.corpus).stem
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-        return f"{name[:40]}-{self.split}-{self.shape.length}-{digest}"
+        return f"{name[:40]}-{self.split}-{self.row_format.length}-{digest}"
 
     def pieces(self, cache: Path, notes: dict | None = None) -> Iterator[Piece]:
         """The text; cache: where downloads lie. notes["read_from"] is set to its place."""

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import packing
-from data.packing import Chunk, Shape
+from data.packing import Chunk, RowFormat
 from data.readers import Piece
 from data.token_rows import check_ids
 
@@ -45,7 +45,7 @@ class TextError(RuntimeError):
     """The text cannot be read on."""
 
 
-class Place(NamedTuple):
+class UnitStart(NamedTuple):
     """Where a unit begins."""
 
     unit: int  # counted over all epochs
@@ -55,16 +55,16 @@ class Place(NamedTuple):
 
 
 class Unit(NamedTuple):
-    place: Place
+    start: UnitStart
     texts: list[str]
     ends: list[bool]
 
 
 class Bookmark(NamedTuple):
-    """What a lane needs to go on: read from `place`, drop its units before `unit`, and number the
+    """What a lane needs to go on: read from `start`, drop its units before `unit`, and number the
     rows of that one from `begin`; `rest`: ids that are left over from the units before."""
 
-    place: Place
+    start: UnitStart
     unit: int
     begin: int
     rest: np.ndarray
@@ -89,12 +89,12 @@ class StreamedText:
 
     parts: list[Part]
     encode: Encode
-    shape: Shape
+    row_format: RowFormat
     vocab_size: int
     about: dict
 
     def __post_init__(self):
-        check_text(self.parts, self.encode, self.shape)
+        check_text(self.parts, self.encode, self.row_format)
 
     def fingerprint(self, seed: int) -> str:
         """Of all that decides which row stands where; bookmarks of another are of no use."""
@@ -117,17 +117,17 @@ class Stream:
         lanes: Iterable[int] = range(LANES),
         bookmarks: dict[int, Bookmark] | None = None,
     ):
-        self.text, self.shape, self.seed = text, text.shape, seed
-        start, bookmarks = Place(0, 0, 0, 0), bookmarks or {}
+        self.text, self.row_format, self.seed = text, text.row_format, seed
+        start, bookmarks = UnitStart(0, 0, 0, 0), bookmarks or {}
         lanes = list(lanes)
         if all(lane in bookmarks for lane in lanes):
-            start = min(bookmarks[lane].place for lane in lanes)
+            start = min(bookmarks[lane].start for lane in lanes)
         else:
             none = np.empty(0, np.int64)
             bookmarks = {lane: Bookmark(start, 0, 0, none) for lane in lanes}
         self.lanes = {lane: Lane(bookmarks[lane], rest=bookmarks[lane].rest) for lane in lanes}
         # Wrapped text may be cut anywhere: the lane goes on with it. Other rows hold documents.
-        self.wrapped = self.shape.wrap and self.shape.align is None
+        self.wrapped = self.row_format.wrap and self.row_format.align is None
         self.units = units(text.parts, seed, start, anywhere=self.wrapped)
 
     def read(self, positions: Iterable[int]) -> Chunk:
@@ -155,23 +155,23 @@ class Stream:
     def advance(self, lane: Lane) -> None:
         """To the lane's next unit."""
         unit = self.next_unit(lane)
-        lane.bookmark = Bookmark(unit.place, unit.place.unit, lane.end, lane.rest)
+        lane.bookmark = Bookmark(unit.start, unit.start.unit, lane.end, lane.rest)
         ids = self.text.encode(unit.texts)
         if self.wrapped:
             rows, lane.rest = self.cut(lane.rest, ids, unit.ends)
         else:
             documents = zip(ids, unit.ends, strict=True)
-            rows = joined(list(packing.packed(documents, self.shape)), self.shape)
+            rows = joined(list(packing.packed(documents, self.row_format)), self.row_format)
         check_ids(rows.ids, self.text.vocab_size)
-        order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.place.unit])
+        order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.start.unit])
         order = order.permutation(len(rows.ids))
         lane.rows = Chunk(*(None if array is None else array[order] for array in rows))
 
     def next_unit(self, lane: Lane) -> Unit:
         while not lane.waiting:
             unit = next(self.units)
-            owner = self.lanes.get(self.lane_of(unit.place.unit))
-            if owner is not None and unit.place.unit >= owner.bookmark.unit:
+            owner = self.lanes.get(self.lane_of(unit.start.unit))
+            if owner is not None and unit.start.unit >= owner.bookmark.unit:
                 owner.waiting.append(unit)
         return lane.waiting.popleft()
 
@@ -185,22 +185,22 @@ class Stream:
     ) -> tuple[Chunk, np.ndarray]:
         """(rows of the wrapped stream, what is left over)."""
         documents = zip(ids, ends, strict=True)
-        eos = [self.shape.eos] if self.shape.insert_eos else []
+        eos = [self.row_format.eos] if self.row_format.insert_eos else []
         flat = itertools.chain.from_iterable((*one, *eos) if end else one for one, end in documents)
         stream = np.concatenate([rest, np.fromiter(flat, np.int64)])
-        whole = len(stream) // self.shape.room * self.shape.room
-        rows = packing.framed(stream[:whole].reshape(-1, self.shape.room), self.shape)
-        return Chunk(rows, np.full(len(rows), self.shape.length)), stream[whole:]
+        whole = len(stream) // self.row_format.room * self.row_format.room
+        rows = packing.framed(stream[:whole].reshape(-1, self.row_format.room), self.row_format)
+        return Chunk(rows, np.full(len(rows), self.row_format.length)), stream[whole:]
 
     def bookmarks(self) -> dict[int, Bookmark]:
         return {number: lane.bookmark for number, lane in self.lanes.items()}
 
 
-def units(parts: list[Part], seed: int, start: Place, *, anywhere: bool) -> Iterator[Unit]:
-    """The text from a place on, epoch after epoch, in units of equal size. anywhere: they may end
+def units(parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool) -> Iterator[Unit]:
+    """The text from a start on, epoch after epoch, in units of equal size. anywhere: they may end
     inside a document."""
     number, epoch, part, skip = start
-    place, texts, ends, characters = start, [], [], 0
+    begin, texts, ends, characters = start, [], [], 0
     while True:
         order = np.random.default_rng([seed, SHUFFLE_PARTS, epoch]).permutation(len(parts))
         while part < len(parts):
@@ -210,16 +210,16 @@ def units(parts: list[Part], seed: int, start: Place, *, anywhere: bool) -> Iter
                 ends.append(piece.ends)
                 characters += len(piece.text)
                 if characters >= UNIT_CHARACTERS and (anywhere or piece.ends):
-                    yield Unit(place, texts, ends)
+                    yield Unit(begin, texts, ends)
                     number += 1
-                    place, texts, ends, characters = Place(number, epoch, part, skip), [], [], 0
+                    begin, texts, ends, characters = UnitStart(number, epoch, part, skip), [], [], 0
             part, skip = part + 1, 0
         epoch, part = epoch + 1, 0
 
 
-def joined(chunks: list[Chunk], shape: Shape) -> Chunk:
+def joined(chunks: list[Chunk], row_format: RowFormat) -> Chunk:
     if not chunks:
-        return Chunk(np.empty((0, shape.length), np.int64), np.empty(0, np.int64))
+        return Chunk(np.empty((0, row_format.length), np.int64), np.empty(0, np.int64))
     marks = None if chunks[0].marks is None else np.concatenate([chunk.marks for chunk in chunks])
     return Chunk(
         np.concatenate([chunk.ids for chunk in chunks]),
@@ -228,16 +228,18 @@ def joined(chunks: list[Chunk], shape: Shape) -> Chunk:
     )
 
 
-def check_text(parts: list[Part], encode: Encode, shape: Shape) -> None:
+def check_text(parts: list[Part], encode: Encode, row_format: RowFormat) -> None:
     """Refuse a text of less than a row, whose rows would never come; reads the beginning."""
     tokens = 0
     for piece in itertools.chain.from_iterable(part() for part in parts):
         tokens += sum(map(len, encode([piece.text])))
-        if tokens >= shape.room or (tokens and not (shape.wrap and shape.align is None)):
+        if tokens >= row_format.room or (
+            tokens and not (row_format.wrap and row_format.align is None)
+        ):
             return
     raise ValueError(
-        f"the training text has {tokens} tokens: not one row of model.length={shape.length}; use a"
-        " smaller model.length or more text"
+        f"the training text has {tokens} tokens: not one row of model.length={row_format.length};"
+        " use a smaller model.length or more text"
     )
 
 
@@ -250,7 +252,7 @@ def lanes_of(rank: int, world_size: int) -> range:
 def to_text(bookmarks: dict[int, Bookmark], of: str) -> str:
     """Bookmarks of a stream with the fingerprint `of`, for a checkpoint."""
     lanes = {
-        number: [mark.place, mark.unit, mark.begin, packed_ids(mark.rest)]
+        number: [mark.start, mark.unit, mark.begin, packed_ids(mark.rest)]
         for number, mark in bookmarks.items()
     }
     return json.dumps({"of": of, "lanes": lanes})
@@ -268,9 +270,9 @@ def from_texts(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
         if noted["of"] != of:
             log.warning("the text or its settings have changed since the checkpoint: reading anew")
             return {}
-        for number, (place, unit, begin, rest) in noted["lanes"].items():
+        for number, (start, unit, begin, rest) in noted["lanes"].items():
             ids = np.frombuffer(base64.b64decode(rest), "<u4").astype(np.int64)
-            mark = Bookmark(Place(*place), unit, begin, ids)
+            mark = Bookmark(UnitStart(*start), unit, begin, ids)
             if int(number) not in found or mark.unit < found[int(number)].unit:
                 found[int(number)] = mark
     return found

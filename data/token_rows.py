@@ -54,7 +54,7 @@ def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
     return rows
 
 
-class Rows:
+class TokenRows:
     """A prepared folder, read through the page cache: opening it costs nothing."""
 
     def __init__(self, folder: str | Path):

@@ -16,7 +16,7 @@ from checkpointing.load import (
 )
 from data import remote_cache
 from data.split import Split
-from data.token_rows import Rows
+from data.token_rows import TokenRows
 from data.tokenizer import Tokenizer, get_tokenizer
 from dataloader import DataModule, prepared, streamed
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
@@ -193,7 +193,7 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
         training = streamed(wanted_split(config, tokenizer, "train"), config.data.cache_dir)
     elif train:
         training = build_rows(config, tokenizer, "train")
-    windows = isinstance(training, Rows) and training.length != length
+    windows = isinstance(training, TokenRows) and training.length != length
     if windows and config.algo.name == "ar":
         length += 1  # windows of a longer row: one more token, so that ar predicts L as well
     valid = build_rows(config, tokenizer, "valid")
@@ -236,7 +236,7 @@ def alignment(config: Config) -> int | None:
     return config.block_size if blocks else 1
 
 
-def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> Rows:
+def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> TokenRows:
     wanted = wanted_split(config, tokenizer, split)
     return prepared(wanted, config.data.cache_dir, config.loader.num_workers)
 

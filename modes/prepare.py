@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from data.token_rows import Rows
+from data.token_rows import TokenRows
 from modes.build import build_rows, build_tokenizer
 from settings import Config
 from utils import say
@@ -29,7 +29,7 @@ def prepare(config: Config) -> Callable[[], None]:
     return run
 
 
-def described(rows: Rows) -> str:
+def described(rows: TokenRows) -> str:
     about = rows.about
     return (
         f"{about['corpus']}, {about['documents']:,} documents, {about['tokens']:,} tokens,"

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from data import remote_cache
 from data.split import Split
-from data.token_rows import Rows
+from data.token_rows import TokenRows
 from data.tokenizer import Tokenizer
 from main import quiet
 from modes import cli
@@ -212,13 +212,15 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
                 say(line)
             left -= 1
         figures.add(ids, mask)
-        once = isinstance(source, Rows) and figures.rows >= len(source)  # training begins again
+        once = isinstance(source, TokenRows) and figures.rows >= len(
+            source
+        )  # training begins again
         if (figures.tokens >= options.tokens or once) and not left:
             break
     if not figures.tokens:
         raise ValueError(f"--batch {options.batch}: the split has fewer batches")
     title = f"{getattr(config.data, options.split)} ({options.split})"
-    if isinstance(source, Rows):
+    if isinstance(source, TokenRows):
         about = source.about
         say(
             f"{title}: {about['documents']:,} documents, {about['tokens']:,} tokens,"

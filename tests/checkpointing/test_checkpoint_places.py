@@ -1,14 +1,7 @@
 """Where weights lie: URLs, launch folder, models by their hub id, S3."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
-import time
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -26,6 +19,7 @@ from hub_folders import (
     same_weights,
     shard,
 )
+from processes import in_fresh_process, process, s3_server
 from safetensors.torch import save_file
 
 from checkpointing.load import CheckpointError, read_checkpoint
@@ -99,33 +93,6 @@ IDS = [
 def algorithm(model_id):
     name = model_id.partition("/")[2].partition("-")[0]
     return {"bd3lm": "bamdlm"}.get(name, name)
-
-
-@contextmanager
-def process(*arguments, **options):
-    """A server process that prints its port."""
-    server = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, **options
-    )
-    try:
-        yield int(server.stdout.readline())
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def in_fresh_process(code, **environment):
-    """What the code prints, as JSON; run in this project with another environment."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=TESTS.parent,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 ASK = """
@@ -211,16 +178,6 @@ def test_an_unreachable_hub_is_named(tmp_path):
 
 # S3, through a server process
 
-S3_SERVER = """
-import socket, sys
-from moto.server import main
-with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
-print(port, flush=True)
-main(["-H", "127.0.0.1", "-p", str(port)])
-"""
-
 S3_CLIENT = """
     import json, sys
     import fsspec, torch
@@ -251,26 +208,11 @@ def test_checkpoints_live_in_s3_as_well(tmp_path):
     pytest.importorskip("moto")
     pytest.importorskip("s3fs")
     name = BY_ALGO["mdlm"]
-    with process("-c", S3_SERVER, stderr=subprocess.DEVNULL) as port:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url)
+    with s3_server() as environment:
         first, files, missing = in_fresh_process(
-            S3_CLIENT % (str(path(name)), str(HUB_FOLDER)),
-            AWS_ENDPOINT_URL=url,
-            AWS_ACCESS_KEY_ID="test",
-            AWS_SECRET_ACCESS_KEY="test",
-            AWS_DEFAULT_REGION="us-east-1",
+            S3_CLIENT % (str(path(name)), str(HUB_FOLDER)), **environment
         )
     weights = read_checkpoint(path(name)).weights, read_checkpoint(HUB_FOLDER).weights
     assert first == [float(w["vocab_embed.embedding"][0, 0]) for w in weights]
     assert files == ["bucket/runs/again.ckpt", "bucket/runs/last.ckpt"]
     assert "s3://bucket/none.ckpt does not exist" in missing
-
-
-def wait_for(url):
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(url, timeout=1)
-            return
-        except OSError:
-            time.sleep(0.05)

@@ -11,7 +11,7 @@ from conftest import GOLDEN, load_json
 from hub_tools import in_memory
 
 from data import corpora, detokenizers, hub_tables, packing, preparation, readers, shards
-from data.packing import Shape
+from data.packing import RowFormat
 from data.tokenizer import get_tokenizer
 from dataloader import get_rows
 
@@ -30,13 +30,13 @@ def prepare(tokenizer, tmp_path):
     return partial(get_rows, tokenizer=tokenizer, length=16, cache_dir=tmp_path / "cache")
 
 
-def shape(length=6, *, wrap=True, eos=False, special=False):
-    return Shape(length, wrap, insert_eos=eos, insert_special=special, bos=1, eos=2, pad=0)
+def row_format(length=6, *, wrap=True, eos=False, special=False):
+    return RowFormat(length, wrap, insert_eos=eos, insert_special=special, bos=1, eos=2, pad=0)
 
 
-def packed(pack, documents, shape):
+def packed(pack, documents, row_format):
     """All rows of whole documents, as lists."""
-    chunks = list(pack([(ids, True) for ids in documents], shape))
+    chunks = list(pack([(ids, True) for ids in documents], row_format))
     assert all((chunk.counts > 0).all() for chunk in chunks)
     return [row for chunk in chunks for row in chunk.ids.tolist()]
 
@@ -57,7 +57,7 @@ def test_detokenizers_give_what_was_recorded(name):
 def test_grouping_gives_what_was_recorded(case):
     """The recorded function sees one batch of documents; here the same holds for a whole corpus."""
     special = case["insert_special_tokens"]
-    how = Shape(
+    how = RowFormat(
         *(case["block_size"], True),
         *(False, special),
         bos=case["bos"],
@@ -132,7 +132,7 @@ def test_validation_batches_are_those_recorded(prepare, tokenizer, monkeypatch):
     ours = [row for batch in batches for row in batch]
     in_order = [row for batch in recorded["batches"]["None"] for row in batch]
 
-    how = Shape(**valid.about["shape"])
+    how = RowFormat(**valid.about["shape"])
     documents = tokenizer.encode_batch(recorded["texts"])
 
     def rows_of(processes):
@@ -152,7 +152,7 @@ def test_validation_batches_are_those_recorded(prepare, tokenizer, monkeypatch):
 def test_only_the_last_rest_of_a_corpus_is_dropped(special):
     """2 500 documents are three batches: the reference drops the rest of each."""
     documents = [[10 + i % 90] * (i % 7) for i in range(2500)]
-    how = shape(6, eos=True, special=special)
+    how = row_format(6, eos=True, special=special)
     stream = [token for ids in documents for token in [*ids, how.eos]]
     body = [row[1:-1] if special else row for row in packed(packing.wrapped, documents, how)]
     flat = [token for row in body for token in row]
@@ -161,22 +161,22 @@ def test_only_the_last_rest_of_a_corpus_is_dropped(special):
 
 
 def test_a_document_in_pieces_wraps_as_one():
-    whole = packed(packing.wrapped, [[5, 6, 7, 8, 9], [3, 4]], shape(4, eos=True))
+    whole = packed(packing.wrapped, [[5, 6, 7, 8, 9], [3, 4]], row_format(4, eos=True))
     pieces = [([5, 6], False), ([], False), ([7, 8, 9], True), ([3], False), ([4], True)]
-    (chunk,) = packing.wrapped(pieces, shape(4, eos=True))
+    (chunk,) = packing.wrapped(pieces, row_format(4, eos=True))
     assert chunk.ids.tolist() == whole == [[5, 6, 7, 8], [9, 2, 3, 4]]
 
 
 def test_an_unwrapped_document_is_one_row_cut_or_padded():
     pieces = [([5, 6, 7], True), ([3, 4, 5], False), ([6, 7, 8], True), ([], True)]
-    (chunk,) = packing.unwrapped(pieces, shape(6, wrap=False))
+    (chunk,) = packing.unwrapped(pieces, row_format(6, wrap=False))
     assert chunk.ids.tolist() == [[1, 5, 6, 7, 2, 0], [1, 3, 4, 5, 6, 2], [1, 2, 0, 0, 0, 0]]
     assert chunk.counts.tolist() == [5, 6, 2]
 
 
 def test_rows_too_short_for_their_specials_are_refused():
     with pytest.raises(ValueError, match=r"model.length=2 leaves no room"):
-        shape(2, special=True)
+        row_format(2, special=True)
 
 
 def test_padding_is_masked_out(prepare, tmp_path):
@@ -273,7 +273,9 @@ def test_ids_that_do_not_fit_the_vocabulary_are_refused(tmp_path):
 def prepare_ids(folder, ids, vocab_size, about):
     """The rows of one document whose ids are given."""
     pieces = [readers.Piece("", True, 1.0)]
-    return preparation.prepare(folder, lambda: pieces, lambda _: [ids], shape(), vocab_size, about)
+    return preparation.prepare(
+        folder, lambda: pieces, lambda _: [ids], row_format(), vocab_size, about
+    )
 
 
 def test_large_vocabularies_keep_their_ids(tmp_path):

@@ -15,7 +15,7 @@ from runs import tiny
 import main
 import settings
 from data import packing, shards, token_rows
-from data.packing import Shape
+from data.packing import RowFormat
 from data.tokenizer import get_tokenizer
 from dataloader import DataModule, get_rows
 from modes.build import alignment
@@ -23,8 +23,8 @@ from modes.build import alignment
 BOS, EOS, PAD = 1, 2, 0
 
 
-def shape(length=8, align=4, *, eos=True, special=False):
-    return Shape(length, True, eos, special, bos=BOS, eos=EOS, pad=PAD, align=align)
+def row_format(length=8, align=4, *, eos=True, special=False):
+    return RowFormat(length, True, eos, special, bos=BOS, eos=EOS, pad=PAD, align=align)
 
 
 def rows_of(pieces, how):
@@ -42,7 +42,7 @@ def whole(documents):
 
 
 def test_documents_begin_at_blocks_and_go_on_in_the_next_row():
-    ids, segments = rows_of(whole([[5, 6, 7, 8], [9], [3] * 6, []]), shape())
+    ids, segments = rows_of(whole([[5, 6, 7, 8], [9], [3] * 6, []]), row_format())
     assert ids.tolist() == [[5, 6, 7, 8, 2, 0, 0, 0], [9, 2, 0, 0, 3, 3, 3, 3], [3, 3, 2] + [0] * 5]
     assert segments.tolist() == [
         [1, 1, 1, 1, 1, 0, 0, 0],
@@ -62,7 +62,7 @@ def test_documents_begin_at_blocks_and_go_on_in_the_next_row():
 )
 def test_the_ends_of_documents(eos, special, wanted):
     """With insert_special a document has BOS and EOS round it; EOS never comes twice."""
-    ids, _ = rows_of(whole([[5], [6, 7]]), shape(align=1, eos=eos, special=special))
+    ids, _ = rows_of(whole([[5], [6, 7]]), row_format(align=1, eos=eos, special=special))
     assert ids.tolist() == [wanted]
 
 
@@ -80,7 +80,7 @@ def test_every_document_can_be_read_back(align, at_once, monkeypatch):
     for document in documents:
         cut = chance.randrange(len(document) + 1)
         pieces += [(document[:cut], False), (document[cut:], True)]
-    how = shape(12, align)
+    how = row_format(12, align)
     ids, segments = rows_of(pieces, how)
     found, open_end = [], []
     for row, numbers in zip(ids, segments, strict=True):
@@ -103,7 +103,7 @@ def test_every_document_can_be_read_back(align, at_once, monkeypatch):
 @pytest.mark.parametrize(("length", "wrap", "align"), [(8, True, 3), (8, False, 4)])
 def test_shapes_that_contradict_themselves_are_refused(length, wrap, align):
     with pytest.raises(ValueError, match="documents cannot be kept apart"):
-        Shape(length, wrap, True, True, bos=BOS, eos=EOS, pad=PAD, align=align)
+        RowFormat(length, wrap, True, True, bos=BOS, eos=EOS, pad=PAD, align=align)
 
 
 # ---- the prepared folder ----------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_damaged_array_of_marks_is_refused(prepare):
     with (made.folder / "marks.bin").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=r"marks.bin has .* bytes, .* delete the folder"):
-        token_rows.Rows(made.folder)
+        token_rows.TokenRows(made.folder)
 
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_training_and_perplexity_count_real_tokens_alone(algo, tmp_path):
     (summary,) = (tmp_path / "run").glob("ppl_*.json")
     found = json.loads(summary.read_text())
     real = sum(len(text) + 2 for text in texts if text)
-    prepared = {p.parent.name: token_rows.Rows(p.parent) for p in tmp_path.rglob("marks.bin")}
+    prepared = {p.parent.name: token_rows.TokenRows(p.parent) for p in tmp_path.rglob("marks.bin")}
     (valid,) = [made for name, made in prepared.items() if "-valid-" in name]
     firsts = valid.segments(range(len(valid))).max(1).sum()
     assert found["tokens"] == real - firsts

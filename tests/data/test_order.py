@@ -19,7 +19,9 @@ LENGTH = 6
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """29 rows; row r holds 10 r, 10 r + 1 ..."""
-    shape = packing.Shape(LENGTH, True, insert_eos=False, insert_special=False, bos=1, eos=2, pad=0)
+    shape = packing.RowFormat(
+        LENGTH, True, insert_eos=False, insert_special=False, bos=1, eos=2, pad=0
+    )
     ids = [10 * row + column for row in range(29) for column in range(LENGTH)]
     about = {"corpus": "numbers", "split": "train", "shape": vars(shape)}
     folder = tmp_path_factory.mktemp("rows") / "numbers"
@@ -72,7 +74,7 @@ def step_examples(world_size, batch_size, step, global_batch=24, start=0):
         stream = ShuffledStream(29, 7)
         batches = iter(TrainBatches(stream, batch_size, rank, world_size, lambda: start))
         own = itertools.islice(batches, step * micro, (step + 1) * micro)
-        found |= {place for batch in own for place in batch}
+        found |= {index for batch in own for index in batch}
     return found
 
 
@@ -95,7 +97,7 @@ def test_ranks_share_no_example():
     seen = []
     for rank in range(4):
         batches = itertools.islice(TrainBatches(stream, 5, rank, 4, lambda: 0), 10)
-        seen += [place.row for batch in batches for place in batch]
+        seen += [index.row for batch in batches for index in batch]
     assert len(set(seen)) == len(seen) == 200
 
 
@@ -137,10 +139,10 @@ def test_ranks_cover_the_rows_as_recorded():
         recorded = [row for other in both for row in other["epoch0"]]
         assert len(recorded) == case["length"] * len(both)
         ours = [
-            place.row
+            index.row
             for rank in range(world)
             for batch in ValidBatches(n, 2, rank, world)
-            for place in batch
+            for index in batch
         ]
         assert sorted(ours) == list(range(n))
         assert set(recorded) <= set(ours)
@@ -160,7 +162,7 @@ def test_validation_shows_every_row_once_and_ranks_have_equally_many_batches(
 ):
     for count in range(world_size, 45):
         ranks = [list(ValidBatches(count, batch_size, r, world_size)) for r in range(world_size)]
-        seen = [place.row for batches in ranks for batch in batches for place in batch]
+        seen = [index.row for batches in ranks for batch in batches for index in batch]
         assert sorted(seen) == list(range(count))
         assert len({len(batches) for batches in ranks}) == 1
         assert min(len(batch) for batches in ranks for batch in batches) > 0
@@ -170,7 +172,7 @@ def test_validation_shows_every_row_once_and_ranks_have_equally_many_batches(
 
 def test_validation_on_one_device_is_in_order_with_its_last_short_batch():
     batches = list(ValidBatches(10, 4, 0, 1))
-    assert [[place.row for place in batch] for batch in batches] == [
+    assert [[index.row for index in batch] for batch in batches] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9],
@@ -291,11 +293,11 @@ def windows(prepared):
 
 
 def test_a_window_lies_inside_its_row_and_starts_in_the_first_half(windows, prepared):
-    places = [ExampleIndex(p, p % 29) for p in range(600)]
-    batch = windows.__getitems__(places)
+    indices = [ExampleIndex(p, p % 29) for p in range(600)]
+    batch = windows.__getitems__(indices)
     starts = batch["input_ids"][:, 0] % 10
     expected = starts[:, None] + torch.arange(LENGTH // 2)
-    rows_of = torch.tensor([place.row for place in places])
+    rows_of = torch.tensor([index.row for index in indices])
     torch.testing.assert_close(batch["input_ids"], expected + 10 * rows_of[:, None])
     counts = np.bincount(starts.numpy(), minlength=3)
     assert len(counts) == 3
@@ -303,11 +305,11 @@ def test_a_window_lies_inside_its_row_and_starts_in_the_first_half(windows, prep
 
 
 def test_a_window_depends_on_seed_and_position_only(windows, prepared):
-    places = [ExampleIndex(p, p % 29) for p in range(60)]
-    whole = windows.__getitems__(places)["input_ids"]
-    one_by_one = [windows.__getitems__([place])["input_ids"] for place in places]
+    indices = [ExampleIndex(p, p % 29) for p in range(60)]
+    whole = windows.__getitems__(indices)["input_ids"]
+    one_by_one = [windows.__getitems__([index])["input_ids"] for index in indices]
     assert torch.equal(torch.cat(one_by_one), whole)
-    other = Examples(prepared, window=LENGTH // 2, seed=5).__getitems__(places)["input_ids"]
+    other = Examples(prepared, window=LENGTH // 2, seed=5).__getitems__(indices)["input_ids"]
     assert not torch.equal(other, whole)
 
 

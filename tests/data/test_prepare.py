@@ -13,11 +13,11 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from processes import in_fresh_process, s3_server
 from runs import run, tiny
-from test_checkpoint_places import S3_SERVER, in_fresh_process, process, wait_for
 
 from data import packing, preparation, remote_cache, shards
-from data.packing import Shape
+from data.packing import RowFormat
 from data.readers import Piece
 from data.tokenizer import get_tokenizer
 from dataloader import get_rows
@@ -53,13 +53,13 @@ def pieces(count):
         yield Piece(text, True, (i + 1) / count)
 
 
-def shape(**changes):
+def row_format(**changes):
     settings = {"length": 16, "wrap": True, "insert_eos": True, "insert_special": True}
-    return Shape(**(settings | changes), bos=1, eos=2, pad=0)
+    return RowFormat(**(settings | changes), bos=1, eos=2, pad=0)
 
 
 def prepare(folder, tokenizer, *, count=400, how=None, encode=None, read=None, **options):
-    how = how or shape()
+    how = how or row_format()
     return preparation.prepare(
         folder,
         read or (lambda: pieces(count)),
@@ -106,7 +106,7 @@ SHAPES = {
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_rows_are_those_of_one_pass_for_any_number_of_processes(changes, tokenizer, tmp_path):
     """Against the whole text tokenized and packed at once."""
-    how = shape(**changes)
+    how = row_format(**changes)
     given = list(pieces(400))
     documents = zip(
         tokenizer.encode_batch([piece.text for piece in given]),
@@ -338,7 +338,7 @@ def test_a_text_without_tokens_is_refused(tokenizer, tmp_path):
             tmp_path / "rows",
             tokenizer,
             read=lambda: [Piece("", True, 1.0)] * 3,
-            how=shape(length=9, insert_eos=False),
+            how=row_format(length=9, insert_eos=False),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -419,15 +419,10 @@ def test_prepared_rows_live_in_s3_as_well(tmp_path):
     pytest.importorskip("moto")
     path = tmp_path / "a.txt"
     path.write_text("\n".join(texts(100)))
-    with process("-c", S3_SERVER, stderr=subprocess.DEVNULL) as port:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url)
+    with s3_server() as environment:
         rows, files = in_fresh_process(
             S3 % (str(path), str(GOLDEN / "tokenizer")),
-            AWS_ENDPOINT_URL=url,
-            AWS_ACCESS_KEY_ID="test",
-            AWS_SECRET_ACCESS_KEY="test",
-            AWS_DEFAULT_REGION="us-east-1",
+            **environment,
             XDG_CACHE_HOME=str(tmp_path),
         )
     assert rows > 10

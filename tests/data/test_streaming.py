@@ -15,10 +15,10 @@ from test_hub_corpora import LAYOUTS, card, write_card
 import dataloader
 from data import packing, streaming
 from data.order import InOrder, TrainBatches
-from data.packing import Shape
+from data.packing import RowFormat
 from data.readers import Piece
 from data.split import Split
-from data.streaming import Place, Stream, StreamedText, TextError
+from data.streaming import Stream, StreamedText, TextError, UnitStart
 from data.tokenizer import get_tokenizer
 from dataloader import DataModule, get_rows, streamed
 
@@ -30,9 +30,9 @@ def _small_units(monkeypatch):
     monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 300)
 
 
-def shape(**changes):
+def row_format(**changes):
     settings = {"length": 8, "wrap": True, "insert_eos": True, "insert_special": False}
-    return Shape(**(settings | changes), bos=1, eos=2, pad=0)
+    return RowFormat(**(settings | changes), bos=1, eos=2, pad=0)
 
 
 def encode(texts):
@@ -53,7 +53,7 @@ def write(part, documents, longest=60):
 
 def text(parts=4, documents=200, **changes):
     readers = [lambda part=part: write(part, documents) for part in range(parts)]
-    return StreamedText(readers, encode, shape(**changes), VOCABULARY, {"corpus": "letters"})
+    return StreamedText(readers, encode, row_format(**changes), VOCABULARY, {"corpus": "letters"})
 
 
 def read(stream, first, last):
@@ -81,7 +81,7 @@ def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch)
     """Of one lane, put back in order: the rows that are prepared; where documents are apart, a unit
     ends with a padded row, so there the tokens are the same."""
     monkeypatch.setattr(streaming, "LANES", 1)
-    how = shape(**changes)
+    how = row_format(**changes)
     given = StreamedText([lambda: write(0, 200)], encode, how, VOCABULARY, {})
     documents = [(encode([piece.text])[0], piece.ends) for piece in write(0, 200)]
     prepared = np.concatenate([chunk.ids for chunk in packing.packed(documents, how)])
@@ -97,7 +97,7 @@ def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch)
 def in_order(stream, epochs):
     """All rows of a stream with one lane, each unit's in the order of the text."""
     (lane,), found = stream.lanes.values(), []
-    while lane.bookmark.place.epoch < epochs:
+    while lane.bookmark.start.epoch < epochs:
         stream.row(lane.end)
         order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.unit])
         order = order.permutation(len(lane.rows.ids))
@@ -115,7 +115,7 @@ def test_rows_come_in_another_order_than_the_text_and_by_seed():
 
 def test_every_epoch_reads_the_parts_in_another_order():
     pieces = sum(1 for _ in write(0, 200))
-    units = streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=True)
+    units = streaming.units(text().parts, SEED, UnitStart(0, 0, 0, 0), anywhere=True)
     texts = itertools.chain.from_iterable(unit.texts for unit in units)
     orders = []
     for _ in range(6):
@@ -133,7 +133,7 @@ def test_no_lane_gets_more_text_than_others_in_the_long_run():
         return [[ord(text[0])] * (len(text) * (3 if text[0] == "a" else 1)) for text in texts]
 
     units = [Piece(letter * 300, True, 0.0) for letter in "ab" * (streaming.LANES // 2)]
-    stream = Stream(StreamedText([lambda: units], dense, shape(), VOCABULARY, {}), SEED)
+    stream = Stream(StreamedText([lambda: units], dense, row_format(), VOCABULARY, {}), SEED)
     stream.read(range(streaming.LANES * 75 * 40))  # 75 rows a unit, the mean: 40 epochs
     assert max(len(lane.waiting) for lane in stream.lanes.values()) < 30
 
@@ -142,11 +142,11 @@ def test_no_lane_gets_more_text_than_others_in_the_long_run():
 def test_units_can_be_read_from_any_place(changes):
     anywhere = not changes
     given = text(parts=3, documents=30)
-    units = streaming.units(given.parts, SEED, Place(0, 0, 0, 0), anywhere=anywhere)
+    units = streaming.units(given.parts, SEED, UnitStart(0, 0, 0, 0), anywhere=anywhere)
     first = list(itertools.islice(units, 40))
-    assert first[-1].place.epoch > 1
+    assert first[-1].start.epoch > 1
     for at in range(0, 40, 3):
-        again = streaming.units(given.parts, SEED, first[at].place, anywhere=anywhere)
+        again = streaming.units(given.parts, SEED, first[at].start, anywhere=anywhere)
         assert next(again) == first[at]
         assert at == 39 or next(again) == first[at + 1]
     if not anywhere:
@@ -179,7 +179,7 @@ def test_a_device_tokenizes_its_lanes_only():
         return encode(texts)
 
     given = text()
-    given = StreamedText(given.parts, counting, given.shape, VOCABULARY, given.about)
+    given = StreamedText(given.parts, counting, given.row_format, VOCABULARY, given.about)
     work = []
     for world_size in (1, 4):
         tokenized.clear()
@@ -283,7 +283,7 @@ def test_of_two_bookmarks_of_a_lane_the_earlier_counts():
 
 def test_units_of_whole_documents_end_with_one():
     for anywhere in (True, False):
-        units = streaming.units(text().parts, SEED, Place(0, 0, 0, 0), anywhere=anywhere)
+        units = streaming.units(text().parts, SEED, UnitStart(0, 0, 0, 0), anywhere=anywhere)
         ends = {unit.ends[-1] for unit in itertools.islice(units, 300)}
         assert ends == ({True, False} if anywhere else {True})
 
@@ -302,7 +302,7 @@ def test_going_on_reads_little():
         return encode(texts)
 
     readers = [lambda number=number: part(number) for number in range(30)]
-    given = StreamedText(readers, counting, shape(), VOCABULARY, {})
+    given = StreamedText(readers, counting, row_format(), VOCABULARY, {})
     stream = Stream(given, SEED)
     stream.read(range(10_000))
     marks = stream.bookmarks()
@@ -339,7 +339,7 @@ def test_bookmarks_of_another_text_are_not_used(caplog):
 
 def test_a_text_of_less_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"has 2 tokens: not one row of model.length=8"):
-        StreamedText([lambda: [Piece("ab", True, 1.0)]], encode, shape(), VOCABULARY, {})
+        StreamedText([lambda: [Piece("ab", True, 1.0)]], encode, row_format(), VOCABULARY, {})
 
 
 def test_windows_of_prepared_rows_are_refused(tmp_path):
@@ -361,7 +361,7 @@ def test_a_text_that_breaks_off_is_one_error(workers):
         yield from write(0, 1000)
         raise ValueError("data: a.jsonl, line 1001 is not JSON")
 
-    given = StreamedText([broken], encode, shape(), VOCABULARY, {})
+    given = StreamedText([broken], encode, row_format(), VOCABULARY, {})
     data = module(given, num_workers=workers)
     with pytest.raises(TextError, match="line 1001 is not JSON"):
         [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
@@ -369,7 +369,7 @@ def test_a_text_that_breaks_off_is_one_error(workers):
 
 def test_ids_that_do_not_fit_are_one_error():
     given = text()
-    given = StreamedText(given.parts, encode, given.shape, 0x1100, given.about)
+    given = StreamedText(given.parts, encode, given.row_format, 0x1100, given.about)
     with pytest.raises(TextError, match=r"gave the id \d+, but its vocabulary has 4352 ids"):
         read(Stream(given, SEED), 0, 200)
 
@@ -423,11 +423,11 @@ def test_openwebtext_is_streamed_from_the_hub_and_not_kept(hub, tmp_path):
     stream = Stream(given, SEED)
     stream.read(range(1200))
     marks = stream.bookmarks()
-    place = min(mark.place for mark in marks.values())
+    start = min(mark.start for mark in marks.values())
     hub.asked.clear()
     assert read(Stream(given, SEED, bookmarks=marks), 1200, 1201) == read(stream, 1200, 1201)
-    order = np.random.default_rng([SEED, streaming.SHUFFLE_PARTS, place.epoch]).permutation(3)
-    assert place.part > 0
+    order = np.random.default_rng([SEED, streaming.SHUFFLE_PARTS, start.epoch]).permutation(3)
+    assert start.part > 0
     assert f"train-{order[0]:05}-of-00003.parquet" not in hub.files()
 
 

@@ -3,11 +3,10 @@
 import io
 import os
 import signal
-import subprocess
 
 import pytest
+from processes import s3_server
 from runs import ALGORITHMS, run, tiny
-from test_checkpoint_places import S3_SERVER, process, wait_for
 
 from benchmarks.chaos import differences
 from checkpointing import torch_file
@@ -27,19 +26,16 @@ FEW = ["trainer.max_steps=6", "callbacks.checkpoint_monitor=null"]  # each reque
 @pytest.fixture(scope="module")
 def server():
     """(environment that finds the server, client). Runs have a client of their own."""
-    account = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    with process("-c", S3_SERVER, stderr=subprocess.DEVNULL) as port:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url)
+    with s3_server() as environment:
         client = boto3.client(
             "s3",
-            endpoint_url=url,
-            region_name="us-east-1",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
+            endpoint_url=environment["AWS_ENDPOINT_URL"],
+            region_name=environment["AWS_DEFAULT_REGION"],
+            aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
         )
         client.create_bucket(Bucket=BUCKET)
-        yield {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **account}, client
+        yield environment, client
 
 
 def names(client) -> list[str]:
