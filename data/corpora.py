@@ -95,65 +95,62 @@ def _openwebtext(train: str | None, valid: str | None) -> Corpus:
     )
 
 
-def table() -> dict[str, Corpus]:
-    """Name as in data.train and data.valid -> corpus."""
-    return {
-        "shakespeare": Corpus((Plays(),), licence="public domain; Markdown edition MIT"),
-        "openwebtext": _openwebtext("train", None),
-        "openwebtext-train": _openwebtext(f"train[:-{HELD_OUT}]", None),
-        "openwebtext-valid": _openwebtext(None, f"train[-{HELD_OUT}:]"),
-        "lm1b": Corpus(
-            (Hub(Table("billion-word-benchmark/lm1b", data_dir="plain_text", revision=CONVERTED)),),
-            licence="research use; see statmt.org/lm-benchmark",
-            valid="test",
-            detokenizer="lm1b",
-            archive=Archive("news.en-*-of-*", "news.en.heldout-*-of-*", str.strip),
-            unverified="that the hub's test split is all 50 held-out files of the archive (it has"
-            " 306 688 sentences), in the order of their names",
-        ),
-        "wikitext2": _wikitext("wikitext-2-raw-v1", sister="wikitext-103"),
-        "wikitext103": _wikitext("wikitext-103-raw-v1", sister="wikitext-2"),
-        "ptb": Corpus(
-            (
-                Hub(
-                    Table(
-                        "ptb-text-only/ptb_text_only",
-                        data_dir="penn_treebank",
-                        revision=CONVERTED,
-                    )
-                ),
+# Name as in data.train and data.valid -> corpus.
+CORPORA = {
+    "shakespeare": Corpus((Plays(),), licence="public domain; Markdown edition MIT"),
+    "openwebtext": _openwebtext("train", None),
+    "openwebtext-train": _openwebtext(f"train[:-{HELD_OUT}]", None),
+    "openwebtext-valid": _openwebtext(None, f"train[-{HELD_OUT}:]"),
+    "lm1b": Corpus(
+        (Hub(Table("billion-word-benchmark/lm1b", data_dir="plain_text", revision=CONVERTED)),),
+        licence="research use; see statmt.org/lm-benchmark",
+        valid="test",
+        detokenizer="lm1b",
+        archive=Archive("news.en-*-of-*", "news.en.heldout-*-of-*", str.strip),
+        unverified="that the hub's test split is all 50 held-out files of the archive (it has"
+        " 306 688 sentences), in the order of their names",
+    ),
+    "wikitext2": _wikitext("wikitext-2-raw-v1", sister="wikitext-103"),
+    "wikitext103": _wikitext("wikitext-103-raw-v1", sister="wikitext-2"),
+    "ptb": Corpus(
+        (
+            Hub(
+                Table(
+                    "ptb-text-only/ptb_text_only",
+                    data_dir="penn_treebank",
+                    revision=CONVERTED,
+                )
             ),
-            licence="LDC user agreement",
-            column="sentence",
-            detokenizer="ptb",
-            archive=Archive("ptb.train.txt", "ptb.valid.txt", str.strip),
-            unverified="that the hub's sentences are stripped of their outer spaces",
         ),
-        "lambada": Corpus(
-            (
-                Hub(Table("EleutherAI/lambada_openai", name="default")),
-                Hub(Table("EleutherAI/lambada_openai", data_dir="default", revision=CONVERTED)),
-                Hub(Table("cimec/lambada")),
-            ),
-            licence="modified MIT (openai); CC BY 4.0 (cimec)",
-            train=None,
-            valid="test",
-            detokenizer="lambada",
-            unverified="the name of EleutherAI's configuration; cimec's copy, asked last, is"
-            " lower-cased and split into words: its perplexities are not those published",
+        licence="LDC user agreement",
+        column="sentence",
+        detokenizer="ptb",
+        archive=Archive("ptb.train.txt", "ptb.valid.txt", str.strip),
+        unverified="that the hub's sentences are stripped of their outer spaces",
+    ),
+    "lambada": Corpus(
+        (
+            Hub(Table("EleutherAI/lambada_openai", name="default")),
+            Hub(Table("EleutherAI/lambada_openai", data_dir="default", revision=CONVERTED)),
+            Hub(Table("cimec/lambada")),
         ),
-        "ag_news": Corpus(
-            (Hub(Table("fancyzhx/ag_news")),),
-            licence="non-commercial use; see its card",
-            valid="test",
-        ),
-        "scientific_papers_arxiv": _papers("arxiv"),
-        "scientific_papers_pubmed": _papers("pubmed"),
-        "text8": Corpus((Text8(),), licence="CC BY-SA (Wikipedia)", valid="test"),
-        "text8-crop": Corpus(
-            (Text8(),), licence="CC BY-SA (Wikipedia)", valid="test", windows=True
-        ),
-    }
+        licence="modified MIT (openai); CC BY 4.0 (cimec)",
+        train=None,
+        valid="test",
+        detokenizer="lambada",
+        unverified="the name of EleutherAI's configuration; cimec's copy, asked last, is"
+        " lower-cased and split into words: its perplexities are not those published",
+    ),
+    "ag_news": Corpus(
+        (Hub(Table("fancyzhx/ag_news")),),
+        licence="non-commercial use; see its card",
+        valid="test",
+    ),
+    "scientific_papers_arxiv": _papers("arxiv"),
+    "scientific_papers_pubmed": _papers("pubmed"),
+    "text8": Corpus((Text8(),), licence="CC BY-SA (Wikipedia)", valid="test"),
+    "text8-crop": Corpus((Text8(),), licence="CC BY-SA (Wikipedia)", valid="test", windows=True),
+}
 
 
 def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
@@ -162,22 +159,21 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
     source: a local copy to read instead (data.source): text8.zip for text8; for the others a file
     or folder, of whose files those that name the split are read.
     """
-    corpora = table()
     if name is None or not name.strip():
         raise ValueError(
             f"data.{split} is not set; give a .txt, .jsonl or .parquet file (a pattern such as"
-            f" 'folder/*.txt' works), or one of: {', '.join(corpora)}"
+            f" 'folder/*.txt' works), or one of: {', '.join(CORPORA)}"
         )
-    if name not in corpora:
+    if name not in CORPORA:
         if not looks_like_files(name):
-            close = difflib.get_close_matches(name, corpora, 1)
+            close = difflib.get_close_matches(name, CORPORA, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"data.{split}={name} is neither a corpus ({', '.join(corpora)}) nor a file that"
+                f"data.{split}={name} is neither a corpus ({', '.join(CORPORA)}) nor a file that"
                 f" exists{hint}"
             )
         return Corpus((Files(name),), licence="yours")
-    corpus = corpora[name]
+    corpus = CORPORA[name]
     if corpus.split(split) is None:
         raise ValueError(
             f"data.{split}={name}: this corpus has no {split} split; set another one, or null where"

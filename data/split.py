@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Split:
-    """split is "train" or "valid"; corpus a name of corpora.table() or a path or pattern of files.
+    """split is "train" or "valid"; corpus a name of corpora.CORPORA or a path or pattern of files.
 
     length: L. Training rows of text8-crop are 2 L long; DataModule cuts the windows. align: as in
     packing.RowFormat. The others are the settings data.* of the same name; None: the corpus's own.

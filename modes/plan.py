@@ -1,4 +1,4 @@
-"""What a run will need before it starts: memory per device, tokens, FLOPs, hours.
+"""mode=plan: estimate the memory, tokens, FLOPs and hours of a training run, and train nothing.
 
 Memory: weights, gradients, two moments and the average in float32 (16-mixed and bf16-mixed add a
 copy of the weights in two bytes), the activations that the backward pass keeps, and the head's

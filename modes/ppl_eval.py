@@ -1,4 +1,4 @@
-"""mode=ppl_eval: perplexity of a checkpoint on the validation split."""
+"""mode=ppl_eval: measure the perplexity of a checkpoint on the validation split."""
 
 import time
 from collections.abc import Callable

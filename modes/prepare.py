@@ -1,4 +1,4 @@
-"""mode=prepare: make the rows that a run with these settings would make first, and nothing else."""
+"""mode=prepare: tokenize the data of a training run and stop; continue where it was interrupted."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""mode=sample_eval: texts of a checkpoint, one CSV row each, and what they are worth."""
+"""mode=sample_eval: write texts with a checkpoint and judge them, one CSV row for each."""
 
 import dataclasses
 from collections.abc import Callable

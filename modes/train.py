@@ -1,4 +1,4 @@
-"""mode=train: train, or go on with the run that the same command began."""
+"""mode=train: train, or continue the run that the same command began."""
 
 from collections.abc import Callable
 

@@ -14,7 +14,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from settings.overrides import CONFIGS, LEAVES, SCHEMA, Leaf, Request, parse, unknown_key, unwrap
+from settings.overrides import (
+    CONFIGS,
+    LEAVES,
+    SCHEMA,
+    Leaf,
+    ParsedOverrides,
+    parse,
+    unknown_key,
+    unwrap,
+)
 from settings.schema import Config
 
 # Stands for ${cwd:} until the run folder is known, which depends on the other settings.
@@ -30,10 +39,10 @@ def _chosen(groups: tuple[str, ...]) -> DictConfig:
         return compose("config", list(groups))
 
 
-def _hydra(request: Request) -> DictConfig:
+def _hydra(parsed: ParsedOverrides) -> DictConfig:
     OmegaConf.register_new_resolver("cwd", lambda: RUN_FOLDER, replace=True)
-    cfg = copy.deepcopy(_chosen(tuple(request.groups.values())))
-    for key, value in request.values:
+    cfg = copy.deepcopy(_chosen(tuple(parsed.groups.values())))
+    for key, value in parsed.values:
         OmegaConf.update(cfg, key, value, force_add=True)
     if OmegaConf.select(cfg, "algo.name") == "ar":
         cfg.block_size = 1
@@ -124,17 +133,17 @@ def compose_values(overrides: list[str], chosen_later) -> tuple[dict | None, lis
     The values are None where configs/ themselves are broken. chosen_later: keys that may be null
     although their type says otherwise.
     """
-    request, problems = parse(overrides)
+    parsed, problems = parse(overrides)
     try:
-        values, wrong = _read(_hydra(request), chosen_later)
+        values, wrong = _read(_hydra(parsed), chosen_later)
         problems += wrong.values()
         if wrong:
-            values, wrong = _read(_hydra(request.without(wrong)), chosen_later)
+            values, wrong = _read(_hydra(parsed.without(wrong)), chosen_later)
     except (HydraException, OmegaConfBaseException) as error:
         return None, [*problems, str(error).splitlines()[0]], []
     if wrong:
         return None, problems, []
-    asked = dict(request.values).get("block_size", 1)
+    asked = dict(parsed.values).get("block_size", 1)
     same = str(asked).startswith("$") or asked in (1, values["model.length"])
     forced = values["algo.name"] == "ar" and not same
     return values, problems, [f"block_size={asked} has no effect: ar has blocks of 1"] * forced

@@ -5,21 +5,17 @@ import textwrap
 from omegaconf import OmegaConf
 
 from settings.compose import composed_yaml
+from settings.limits import CHOICES
 from settings.overrides import LEAVES, choices, groups
 from settings.schema import Config
+from settings.tables import modes
 
-EXAMPLES = """\
+TITLE = """\
 BAM-DLM: train, evaluate and sample block-diffusion language models (arXiv:2503.09573).
 
   python main.py [key=value ...]
-
-Modes
-  mode=train        train, or go on where the same command stopped before
-  mode=ppl_eval     perplexity on the validation split of data=...
-  mode=sample_eval  write texts and judge them; one CSV row each
-  mode=plan         memory, tokens, FLOPs and hours of that training; nothing is trained
-  mode=prepare      tokenize the data of that training and stop; it goes on where it was killed
-
+"""
+EXAMPLES = """\
 A few commands
   python main.py experiment=quickstart
   python main.py experiment=quickstart mode=ppl_eval
@@ -36,8 +32,20 @@ WIDTH = 96
 
 
 def full_help() -> str:
-    parts = [EXAMPLES, "", "Groups", *_group_lines(), "", "Settings, with their defaults"]
-    return "\n".join([*parts, *_setting_lines()])
+    parts = [TITLE, "Modes", *_mode_lines(), "", EXAMPLES, "", "Groups", *_group_lines(), ""]
+    return "\n".join([*parts, "Settings, with their defaults", *_setting_lines()])
+
+
+def _mode_lines() -> list[str]:
+    found = modes()
+    width = max(map(len, found))
+    return [f"  mode={name:{width}}  {line}" for name, line in found.items()]
+
+
+def described(key: str) -> str:
+    """What a setting means, and what it may name."""
+    listed = CHOICES.get(key, ())
+    return LEAVES[key].doc + f" ({', '.join(listed)})" * bool(listed)
 
 
 def _group_lines() -> list[str]:
@@ -65,5 +73,5 @@ def _setting_lines() -> list[str]:
         for part in key.split("."):
             value = value[part]
         shown = f"{key}={'null' if value is None else value}"
-        lines.append(f"  {shown:{NAME_WIDTH}}  {leaf.doc}".rstrip())
+        lines.append(f"  {shown:{NAME_WIDTH}}  {described(key)}".rstrip())
     return lines

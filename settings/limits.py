@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from settings.overrides import nearest
+from settings.tables import attention_backends, confidences, modes, schedules, step_rules
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
-STEPS = ("first_hitting", "ancestral", "confidence", "threshold", "remask")
-
 CHOICES = {
-    "mode": ("train", "ppl_eval", "sample_eval", "plan", "prepare"),
-    "sampling.steps": STEPS,
-    "sampling.confidence": ("probability", "margin", "entropy"),
+    "mode": tuple(modes()),
+    "sampling.steps": tuple(step_rules()),
+    "sampling.confidence": tuple(confidences()),
     "sampling.dtype": ("float32", "float64"),
     "data.pack": ("wrap", "documents"),
     "trainer.accelerator": ("auto", "gpu", "cpu"),
@@ -23,8 +22,8 @@ CHOICES = {
     "algo.backbone": ("dit", "hf_dit"),
     "algo.parameterization": ("subs", "sedd", "ar"),
     "algo.sampler": ("semi_ar", "analytic", "ar"),
-    "model.attn_backend": ("auto", "sdpa", "flex", "flash_attn"),
-    "noise.type": ("loglinear", "cosine", "square", "square_root", "log"),
+    "model.attn_backend": ("auto", *attention_backends()),
+    "noise.type": tuple(schedules()),
     "lr_scheduler.name": ("constant_warmup", "constant", "cosine_decay_warmup"),
     "strategy.name": ("ddp", "fsdp"),
     "checkpointing.on_save_error": ("continue", "stop"),

@@ -127,17 +127,18 @@ def _group_problem(group: str, value) -> str | None:
 
 
 @dataclass
-class Request:
+class ParsedOverrides:
     """A command line in parts: what Hydra gets, by the key that each part concerns."""
 
     groups: dict[str, str]
     values: list[tuple[str, object]]  # (key, value), in the order given
 
-    def without(self, keys) -> "Request":
+    def without(self, keys) -> "ParsedOverrides":
         def concerned(key):
             return any(f"{bad}.".startswith(f"{key}.") for bad in keys)
 
-        return Request(self.groups, [entry for entry in self.values if not concerned(entry[0])])
+        values = [entry for entry in self.values if not concerned(entry[0])]
+        return ParsedOverrides(self.groups, values)
 
 
 @dataclass
@@ -193,10 +194,10 @@ def _value_problem(word: Word, nulled: set[str]) -> str | None:
     return None
 
 
-def parse(overrides: list[str]) -> tuple[Request, list[str]]:
+def parse(overrides: list[str]) -> tuple[ParsedOverrides, list[str]]:
     """Sorts a command line into groups and values; a leading + or ++ makes no difference."""
     parser, known_groups = OverridesParser.create(), groups()
-    request, problems, nulled = Request({}, []), [], set()
+    parsed, problems, nulled = ParsedOverrides({}, []), [], set()
     for argument in overrides:
         word = _read(argument, parser)
         if isinstance(word, str):
@@ -207,11 +208,11 @@ def parse(overrides: list[str]) -> tuple[Request, list[str]]:
         if problem is not None:
             problems.append(problem)
         elif group and word.value is None:
-            request.groups.pop(word.key, None)  # experiment=null takes an earlier choice back
+            parsed.groups.pop(word.key, None)  # experiment=null takes an earlier choice back
         elif group:
-            request.groups[word.key] = f"{word.key}={word.text}"
+            parsed.groups[word.key] = f"{word.key}={word.text}"
         else:
-            request.values.append((word.key, word.value))
+            parsed.values.append((word.key, word.value))
             if word.key not in LEAVES:
                 (nulled.add if word.value is None else nulled.discard)(word.key)
-    return request, problems
+    return parsed, problems

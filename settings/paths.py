@@ -4,14 +4,12 @@ import glob
 import re
 import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from settings.defaults import local_folder
-from settings.overrides import CONFIGS, nearest
+from settings.overrides import nearest
 from settings.schema import Config
+from settings.tables import known_corpora
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -39,16 +37,6 @@ def is_missing(path: str) -> bool:
 def _is_lost(name: str) -> bool:
     """Whether a tokenizer or a judge can only be a path, and does not exist."""
     return not HUB_ID.fullmatch(name) and is_missing(str(Path(name).expanduser()))
-
-
-@cache
-def known_corpora() -> frozenset[str]:
-    """The corpus names that configs/data/ use."""
-    names = set()
-    for path in (CONFIGS / "data").glob("[!_]*.yaml"):
-        corpus = OmegaConf.load(path)
-        names |= {corpus.get("train"), corpus.get("valid")} - {None}
-    return frozenset(names)
 
 
 def checkpoints(config: Config) -> Iterator[str]:

@@ -22,6 +22,7 @@ from settings.effects import without_effect
 from settings.limits import limits
 from settings.paths import checkpoints, corpora, results, sampling_files
 from settings.schema import Config
+from settings.tables import known_corpora
 
 # algorithm: (parameterization, sampler) that belong to it
 BELONGS = {
@@ -261,21 +262,23 @@ def best(config: Config) -> Iterator[str]:
 
 
 def data(config: Config) -> Iterator[str]:
-    if config.data.streaming and config.data.train == "text8-crop" and config.mode == "train":
+    name = config.data.train
+    has_windows = known_corpora().get(name, {}).get("windows", False)
+    if config.data.streaming and has_windows and config.mode == "train":
         yield (
-            "data.streaming=True does not go with data.train=text8-crop, random windows of prepared"
-            " rows; use data=text8 or data.streaming=False"
+            f"data.streaming=True does not go with data.train={name}, random windows of prepared"
+            " rows; use another corpus or data.streaming=False"
         )
     if config.data.pack == "documents" and not config.data.wrap:
         yield (
             "data.pack=documents does not go with data.wrap=False, which gives each document a row"
             " of its own: choose one"
         )
-    windows = config.data.train == "text8-crop" and config.mode in ("train", "plan")
+    windows = has_windows and config.mode in ("train", "plan")
     if config.data.pack == "documents" and windows:
         yield (
-            "data.pack=documents has no meaning for data.train=text8-crop, windows of one document;"
-            " use data=text8 or data.pack=wrap"
+            f"data.pack=documents has no meaning for data.train={name}, windows of one document;"
+            " use another corpus or data.pack=wrap"
         )
     special = config.data.insert_train_special or config.data.insert_valid_special
     framed = config.data.wrap and config.data.pack == "wrap" and special

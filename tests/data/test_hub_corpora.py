@@ -159,11 +159,11 @@ CASES = [(name, split) for name in LAYOUTS for split in ("train", "valid")]
 def test_a_corpus_is_read_from_its_repository_and_only_what_is_asked(name, split, hub, tmp_path):
     put(hub, name)
     repo, _, files, _ = LAYOUTS[name]
-    if corpora.table()[name].split(split) is None:
+    if corpora.CORPORA[name].split(split) is None:
         with pytest.raises(ValueError, match=rf"data.{split}={name}: this corpus has no {split}"):
             corpora.get_corpus(name, split)
         return
-    wanted = corpora.table()[name].rows(split)[0]
+    wanted = corpora.CORPORA[name].rows(split)[0]
     expected = [text for i in range(len(files[wanted])) for text in documents(name, wanted, i)]
     assert read(name, split, tmp_path / "cache") == expected
     names = {path.rpartition("/")[2] for path in files[wanted]}
@@ -177,7 +177,7 @@ def test_a_corpus_is_read_from_its_repository_and_only_what_is_asked(name, split
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_corpus_is_streamed_without_keeping_its_files(name, hub, tmp_path):
     put(hub, name)
-    split = "valid" if corpora.table()[name].valid else "train"
+    split = "valid" if corpora.CORPORA[name].valid else "train"
     assert read(name, split, tmp_path / "a", download=False) == read(name, split, tmp_path / "b")
     kept = list((tmp_path / "a").rglob("*.parquet"))
     assert not kept
@@ -242,7 +242,7 @@ def test_the_end_of_openwebtext_is_read_without_the_rest(
 
 
 def test_footers_of_openwebtext_cost_kilobytes(hub, openwebtext, tmp_path):
-    (table,) = (source.table for source in corpora.table()["openwebtext"].sources)
+    (table,) = (source.table for source in corpora.CORPORA["openwebtext"].sources)
     parts = hub_tables.parts(table, "train", tmp_path)
     assert [part.count("text") for part in parts] == [40] * 5
     name = "train-00000-of-00005.parquet"

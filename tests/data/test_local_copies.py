@@ -126,7 +126,7 @@ def test_the_published_archive_gives_the_rows_of_the_hub(name, form, tmp_path):
 def test_archive_hub_and_saved_table_give_the_same_rows(name, tmp_path, monkeypatch):
     """The ids, through the whole preparation."""
     files, _, rows = ARCHIVES[name]
-    corpus = corpora.table()[name]
+    corpus = corpora.CORPORA[name]
     split = corpus.rows("valid")[0]
     table = {corpus.column: rows}
     datasets.DatasetDict({split: datasets.Dataset.from_dict(table)}).save_to_disk(

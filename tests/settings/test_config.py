@@ -585,7 +585,7 @@ def test_foreign_folder_under_outputs_is_passed_over():
 
 def test_importing_and_loading_needs_no_torch():
     code = (
-        "import config, sys; config.load([]);"
+        "import settings, sys; settings.load([]);"
         " print({'torch', 'lightning', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run(

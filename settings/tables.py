@@ -1,0 +1,84 @@
+"""The tables of the code, read from its source: what a setting may name.
+
+The code keeps one table for each kind of choice: a literal dict at the top level of a module, one
+line per entry. It is read here with `ast`. Importing the module instead would import torch, which
+takes seconds; a wrong command line is answered before that.
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FIRST_MODE = "train"
+
+
+@cache
+def _module(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def table(file: str, name: str) -> dict[str, dict]:
+    """{entry: its literal keyword arguments} of the dict `name` in `file`, in the order there.
+
+    file: a path from the root of the project. A keyword whose value is no literal is left out, and
+    an entry that is no call has none. ValueError where there is no such literal dict.
+    """
+    for node in _module(file).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            if not isinstance(node.value, ast.Dict):
+                break
+            names = [ast.literal_eval(key) for key in node.value.keys if key is not None]
+            if len(names) < len(node.value.keys):
+                break
+            return dict(zip(names, map(_keywords, node.value.values), strict=True))
+    raise ValueError(f"{file}: {name} must be a literal dict at the top level of the file")
+
+
+def _keywords(entry: ast.expr) -> dict:
+    found = {}
+    for keyword in entry.keywords if isinstance(entry, ast.Call) else ():
+        try:
+            found[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            continue  # a function or another object
+    return found
+
+
+def modes() -> dict[str, str]:
+    """{mode: what it does}, train first: the files of modes/ that define prepare(config), and the
+    first line of each."""
+    found = {}
+    for path in sorted((ROOT / "modes").glob("*.py")):
+        module = _module(f"modes/{path.name}")
+        if any(
+            isinstance(node, ast.FunctionDef) and node.name == "prepare" for node in module.body
+        ):
+            line = ast.get_docstring(module).splitlines()[0]
+            found[path.stem] = line.removeprefix(f"mode={path.stem}: ").rstrip(".")
+    return {name: found[name] for name in sorted(found, key=lambda name: name != FIRST_MODE)}
+
+
+def schedules() -> dict[str, dict]:
+    """The noise schedules: noise.type."""
+    return table("noise_schedule.py", "SCHEDULES")
+
+
+def step_rules() -> dict[str, dict]:
+    """Which tokens a step of the sampler reveals: sampling.steps."""
+    return table("samplers/steps.py", "STEPS")
+
+
+def confidences() -> dict[str, dict]:
+    """How sure the network is of a position: sampling.confidence."""
+    return table("samplers/steps.py", "CONFIDENCES")
+
+
+def attention_backends() -> dict[str, dict]:
+    """model.attn_backend, beside auto."""
+    return table("models/attention.py", "BACKENDS")
+
+
+def known_corpora() -> dict[str, dict]:
+    """The named corpora: data.train and data.valid."""
+    return table("data/corpora.py", "CORPORA")

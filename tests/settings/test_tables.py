@@ -1,0 +1,58 @@
+"""The tables that the settings read from source are those that the code uses."""
+
+import importlib
+
+import pytest
+
+from data.corpora import CORPORA
+from models.attention import BACKENDS
+from noise_schedule import SCHEDULES
+from samplers.steps import CONFIDENCES, STEPS
+from settings import tables
+from settings.limits import CHOICES
+from settings.overrides import choices
+
+TABLES = [
+    (tables.schedules, SCHEDULES),
+    (tables.step_rules, STEPS),
+    (tables.confidences, CONFIDENCES),
+    (tables.attention_backends, BACKENDS),
+    (tables.known_corpora, CORPORA),
+]
+
+
+@pytest.mark.parametrize(
+    ("read", "imported"), TABLES, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_table_read_from_source_is_the_one_imported(read, imported):
+    assert list(read()) == list(imported)
+    for name, keywords in read().items():
+        for keyword, value in keywords.items():
+            if keyword in vars(imported[name]):  # else the entry is made by a function
+                assert getattr(imported[name], keyword) == value
+
+
+def test_literal_keywords_are_read_and_others_left_out():
+    assert tables.known_corpora()["text8-crop"]["windows"]
+    assert "archive" not in tables.known_corpora()["lm1b"]
+    assert tables.schedules()["square"] == {}
+
+
+def test_a_mode_is_a_file_with_a_function_prepare():
+    modes = tables.modes()
+    assert next(iter(modes)) == "train"
+    assert modes.keys() == {"train", "ppl_eval", "sample_eval", "plan", "prepare"}
+    for name, line in modes.items():
+        assert callable(importlib.import_module(f"modes.{name}").prepare)
+        assert line[0].islower()
+
+
+def test_what_is_no_literal_table_is_refused():
+    with pytest.raises(ValueError, match=r"settings/limits.py: RANGES must be a literal dict"):
+        tables.table("settings/limits.py", "RANGES")
+    with pytest.raises(ValueError, match=r"settings/limits.py: NOWHERE must be a literal dict"):
+        tables.table("settings/limits.py", "NOWHERE")
+
+
+def test_every_schedule_has_its_file_of_settings():
+    assert set(choices("noise")) == set(CHOICES["noise.type"])
