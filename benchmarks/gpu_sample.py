@@ -8,7 +8,7 @@ import torch
 from benchmarks.gpu_network import autocast, await_turn, network, synchronise
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from samplers import Request, Settings, generate
+from samplers import SamplingParams, TextRequest, generate
 
 
 def sample(args):
@@ -73,7 +73,7 @@ def block_seconds(denoise, rows: int, start: int, args, warm_up: int = 4, blocks
 
 def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
     """Rounds of one block; `given`: tokens that are there already."""
-    settings = Settings(
+    params = SamplingParams(
         length=length,
         bos_id=0,
         eos_id=0,
@@ -83,6 +83,6 @@ def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
         kv_cache=True,
         nucleus_p=0.9,
     )
-    requests = [Request(row, (0,) * given) for row in range(texts)]
+    requests = [TextRequest(row, (0,) * given) for row in range(texts)]
     with autocast(args.device, None if args.tiny else torch.bfloat16):
-        yield from generate("bamdlm", denoise, requests, settings, device=args.device)
+        yield from generate("bamdlm", denoise, requests, params, device=args.device)

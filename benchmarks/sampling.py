@@ -96,19 +96,19 @@ def given(rows: int, tokens: int):
     """Requests whose text is `tokens` long already."""
     import torch
 
-    from samplers import Request
+    from samplers import TextRequest
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY - 1, (rows, tokens), generator=generator).tolist()
-    return [Request(row, tuple(text)) for row, text in enumerate(ids)]
+    return [TextRequest(row, tuple(text)) for row, text in enumerate(ids)]
 
 
 def timed(denoise, rows: int, start: int, context: int, args) -> float:
     """Seconds per evaluation of a batch, `start` tokens being there: of the fastest block but the
     first, so that a machine with other work counts as little as it can."""
-    from samplers import Settings, generate
+    from samplers import SamplingParams, generate
 
-    settings = Settings(
+    params = SamplingParams(
         length=start + (1 + args.blocks) * BLOCK,
         bos_id=0,
         eos_id=0,
@@ -124,9 +124,7 @@ def timed(denoise, rows: int, start: int, context: int, args) -> float:
         synchronise(args)
         moments.append((time.perf_counter(), evaluations))
 
-    groups = generate(
-        "bamdlm", denoise, given(rows, start), settings, device=args.device, tick=tick
-    )
+    groups = generate("bamdlm", denoise, given(rows, start), params, device=args.device, tick=tick)
     for _ in groups:
         pass
     return min((b - a) / n for (a, _), (b, n) in pairwise(moments))

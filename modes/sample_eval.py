@@ -11,9 +11,9 @@ from data.tokenizer import Tokenizer
 from evaluation.judge import load_judge
 from modes.build import build_tokenizer, trained_module
 from noise_schedule import get_schedule
-from samplers import Settings
+from samplers import SamplingParams
 from sampling.prompts import encode_prompts, read_prompts
-from sampling.run import Job, questions, run_id, visible_tokens
+from sampling.run import SamplingRun, questions, run_id, visible_tokens
 from sampling.sample_file import SampleFile
 from settings import Config
 from training.flops import matmul_dtype
@@ -32,7 +32,7 @@ def prepare(config: Config) -> Callable[[], None]:
     )
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
-    wanted = sampling_settings(config, tokenizer, checkpoint)
+    wanted = sampling_params(config, tokenizer, checkpoint)
     if t.precision.endswith("-mixed"):
         module.backbone.freeze(matmul_dtype(t.precision))
     prompts = sampling_prompts(config, tokenizer, wanted)
@@ -47,13 +47,13 @@ def prepare(config: Config) -> Callable[[], None]:
             foreign=tokenizer.hf.all_special_tokens,
         )
     fabric.launch()
-    job = Job(
+    job = SamplingRun(
         algo=config.algo.name,
         denoise=questions(
             module.objective, module.to(fabric.device).eval().backbone, config.algo.name
         ),
         tokenizer=tokenizer,
-        settings=wanted,
+        params=wanted,
         num_samples=config.sampling.num_sample_batches * config.sampling.batch_size,
         file=file,
         run_name=sampling_run_id(config, checkpoint, wanted),
@@ -85,7 +85,7 @@ def prepare(config: Config) -> Callable[[], None]:
     return run
 
 
-def sampling_settings(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint) -> Settings:
+def sampling_params(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint) -> SamplingParams:
     """What the sampler is asked for; what it sees at once is what the network was trained on."""
     s, length = config.sampling, config.model.length
     window = config.block_size
@@ -93,7 +93,7 @@ def sampling_settings(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoi
         window = checkpoint.length
         say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")
     noise = get_schedule(config.noise.type, config.algo.mdlm_loss_scale)
-    return Settings(
+    return SamplingParams(
         length=length,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
@@ -118,7 +118,7 @@ def sampling_settings(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoi
 
 
 def sampling_prompts(
-    config: Config, tokenizer: Tokenizer, wanted: Settings
+    config: Config, tokenizer: Tokenizer, wanted: SamplingParams
 ) -> list[tuple[int, ...]]:
     s = config.sampling
     texts = [] if s.prompt is None else [s.prompt]
@@ -133,7 +133,7 @@ def sampling_prompts(
     )
 
 
-def sampling_run_id(config: Config, checkpoint: Checkpoint, wanted: Settings) -> str:
+def sampling_run_id(config: Config, checkpoint: Checkpoint, wanted: SamplingParams) -> str:
     """Changes with whatever changes a row; the size of the batch and of the job do not."""
     numbers = dataclasses.asdict(wanted)
     for name in ("batch_size", "move_chance"):

@@ -19,11 +19,11 @@ import torch
 from .analytic import generate_analytic
 from .autoregressive import generate_autoregressive
 from .blockwise import generate_blockwise
-from .settings import Frame, Request, Sample, Settings
+from .params import Frame, Sample, SamplingParams, TextRequest
 from .steps import STEPS
 from .windows import generate_windows
 
-__all__ = ["SAMPLERS", "STEPS", "Frame", "Request", "Sample", "Settings", "generate"]
+__all__ = ["SAMPLERS", "STEPS", "Frame", "Sample", "SamplingParams", "TextRequest", "generate"]
 
 SAMPLERS = {
     "bamdlm": generate_blockwise,
@@ -36,8 +36,8 @@ SAMPLERS = {
 def generate(
     algo: str,
     denoise: Callable,
-    requests: Iterable[Request],
-    settings: Settings,
+    requests: Iterable[TextRequest],
+    params: SamplingParams,
     *,
     device: torch.device | str = "cpu",
     watch: Callable | None = None,
@@ -45,7 +45,7 @@ def generate(
 ) -> Iterator[list[Sample]]:
     """Yields finished samples, those that end together in one list, in no fixed order of rows.
 
-    `requests` is drawn from as places in the batch of `settings.batch_size` become free.
+    `requests` is drawn from as places in the batch of `params.batch_size` become free.
     `watch(Frame)` is called after every evaluation with the texts so far (it copies them to the
     host, so it is for looking, not for speed); `tick(tokens, evaluations)` after every block with
     how many more were made.
@@ -54,5 +54,5 @@ def generate(
         algo = "bamdlm"
     if algo not in SAMPLERS:
         raise ValueError(f"algo must be one of {sorted(SAMPLERS)}, got {algo!r}")
-    settings.check(algo)
-    return SAMPLERS[algo](denoise, iter(requests), settings, device=device, watch=watch, tick=tick)
+    params.check(algo)
+    return SAMPLERS[algo](denoise, iter(requests), params, device=device, watch=watch, tick=tick)

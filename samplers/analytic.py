@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .draw import fold, sample
 from .nucleus import nucleus
-from .rows import Rows
-from .settings import Sample
+from .params import Sample
 from .steps import DRAW
+from .texts import ActiveTexts
 
 LAST_TIME = 1e-5
 SIGMA_MAX = -math.log(1e-3)
@@ -71,32 +71,32 @@ def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
     return log.log_softmax(-1)
 
 
-def generate_analytic(score, requests, settings, *, device, watch, tick) -> Iterator[list[Sample]]:
-    rows = Rows(score, requests, settings, device, watch, tick)
+def generate_analytic(score, requests, params, *, device, watch, tick) -> Iterator[list[Sample]]:
+    rows = ActiveTexts(score, requests, params, device, watch, tick)
     while len(rows):
         for slot in rows.slots:
-            slot.filled = settings.length
-            slot.nfe = settings.num_steps + 1
+            slot.filled = params.length
+            slot.nfe = params.num_steps + 1
         write(rows)
         if rows.tick is not None:
-            rows.tick(len(rows) * settings.length, settings.num_steps + 1)
+            rows.tick(len(rows) * params.length, params.num_steps + 1)
         yield rows.settle([0] * len(rows))
 
 
-def write(rows: Rows) -> None:
+def write(rows: ActiveTexts) -> None:
     """Fill all hidden tokens of all rows."""
-    settings = rows.settings
-    t = torch.linspace(1, LAST_TIME, settings.num_steps + 1, dtype=torch.float64)
-    sigma = total_noise(settings.move_chance(t)).float().tolist()
+    params = rows.params
+    t = torch.linspace(1, LAST_TIME, params.num_steps + 1, dtype=torch.float64)
+    sigma = total_noise(params.move_chance(t)).float().tolist()
     steps = [*pairwise(sigma), (sigma[-1], 0.0)]
-    row, position = torch.arange(len(rows)), torch.arange(settings.length)
+    row, position = torch.arange(len(rows)), torch.arange(params.length)
     keys = rows.tensor(rows.keys(row[:, None], position))
     for number, (now, then) in enumerate(steps):
         tokens = rows.x[:, :-1]
         level = torch.full((len(rows),), now, device=rows.device)
         last = number == len(steps) - 1
         chances = reverse_chances(rows.ask(tokens, level), tokens, level - then, rows.mask_id, last)
-        log_probs = next_log_probs(chances, settings.nucleus_p, rows.mask_id)
-        new = sample(log_probs, fold(keys, DRAW + number), 1.0, settings.dtype)
+        log_probs = next_log_probs(chances, params.nucleus_p, rows.mask_id)
+        new = sample(log_probs, fold(keys, DRAW + number), 1.0, params.dtype)
         rows.x[:, :-1] = new.where(tokens == rows.mask_id, tokens)
         rows.show()

@@ -5,22 +5,22 @@ from collections.abc import Iterator
 import torch
 
 from .draw import fold
-from .rows import Rows
-from .settings import Sample
+from .params import Sample
 from .steps import DRAW
+from .texts import ActiveTexts
 
 ROUND_TOKENS = 32  # between two looks at the stop rules, which have to wait for the device
 
 
 def generate_autoregressive(
-    denoise, requests, settings, *, device, watch, tick
+    denoise, requests, params, *, device, watch, tick
 ) -> Iterator[list[Sample]]:
-    rows = Rows(denoise, requests, settings, device, watch, tick)
+    rows = ActiveTexts(denoise, requests, params, device, watch, tick)
     while len(rows):
         yield one_round(rows)
 
 
-def one_round(rows: Rows) -> list[Sample]:
+def one_round(rows: ActiveTexts) -> list[Sample]:
     for slot in rows.slots:
         slot.filled = max(slot.filled, slot.given)
         if slot.gaps:
@@ -37,20 +37,20 @@ def one_round(rows: Rows) -> list[Sample]:
     return rows.settle(before, every=True)
 
 
-def next_token(rows: Rows) -> None:
-    settings = rows.settings
+def next_token(rows: ActiveTexts) -> None:
+    params = rows.params
     targets = [slot.filled for slot in rows.slots]
     target = torch.tensor(targets)
-    if settings.kv_cache:
+    if params.kv_cache:
         rows.catch_up([target - 1 for target in targets], spare=2)
         starts = [slot.committed for slot in rows.slots]
     else:
-        starts = [max(0, target - settings.context_size) for target in targets]
+        starts = [max(0, target - params.context_size) for target in targets]
     feed = [target - start for target, start in zip(targets, starts, strict=True)]
     key = fold(rows.keys(torch.arange(len(rows)), target), DRAW)
     step = torch.stack([torch.tensor(feed) - 1, target, key])
     rows.reveal(starts, max(feed), rows.tensor(step)[..., None])
-    if settings.kv_cache:
+    if params.kv_cache:
         rows.commit(feed)
     for slot in rows.slots:
         slot.filled += 1

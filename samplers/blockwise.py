@@ -8,10 +8,10 @@ block given what is to its left and its own visible tokens; what lies further ri
 from .rounds import generate_rounds
 
 
-def span(position: int, settings) -> tuple[int, int]:
-    stop = (position // settings.block_size + 1) * settings.block_size
-    return max(0, stop - settings.context_size), stop
+def span(position: int, params) -> tuple[int, int]:
+    stop = (position // params.block_size + 1) * params.block_size
+    return max(0, stop - params.context_size), stop
 
 
-def generate_blockwise(denoise, requests, settings, *, device, watch, tick):
-    return generate_rounds(span, denoise, requests, settings, device=device, watch=watch, tick=tick)
+def generate_blockwise(denoise, requests, params, *, device, watch, tick):
+    return generate_rounds(span, denoise, requests, params, device=device, watch=watch, tick=tick)

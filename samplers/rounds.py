@@ -14,32 +14,32 @@ from torch import Tensor
 
 from .countdown import Countdown
 from .draw import fold, sample
-from .rows import Rows
-from .settings import Sample
-from .steps import DRAW, STEPS, Adaptive, Plan, Planned, rank_in_group
+from .params import Sample
+from .steps import DRAW, STEPS, Adaptive, Planned, RevealPlan, rank_in_group
+from .texts import ActiveTexts
 
-# (a hidden position, settings) -> (start, stop): what is visible while it is filled
+# (a hidden position, params) -> (start, stop): what is visible while it is filled
 Span = Callable[[int, object], tuple[int, int]]
 
 
 def generate_rounds(
-    span: Span, denoise, requests, settings, *, device, watch, tick
+    span: Span, denoise, requests, params, *, device, watch, tick
 ) -> Iterator[list[Sample]]:
-    rows = Rows(denoise, requests, settings, device, watch, tick)
+    rows = ActiveTexts(denoise, requests, params, device, watch, tick)
     while len(rows):
         yield from_round(rows, span)
 
 
-def from_round(rows: Rows, span: Span) -> list[Sample]:
+def from_round(rows: ActiveTexts, span: Span) -> list[Sample]:
     spans, fills = [], []
     for slot in rows.slots:
         first = slot.next_hidden()
-        start, stop = span(slot.total - 1 if first is None else first, rows.settings)
+        start, stop = span(slot.total - 1 if first is None else first, rows.params)
         spans.append((start, stop))
         fills.append(slot.hidden(start, stop))
     before = [min(slot.filled, slot.total) for slot in rows.slots]
     evaluations = rows.evaluations
-    rule = STEPS[rows.settings.steps]
+    rule = STEPS[rows.params.steps]
     if any(fills):
         (planned if isinstance(rule, Planned) else adaptive)(rows, rule, spans, fills)
     for slot, (_, stop) in zip(rows.slots, spans, strict=True):
@@ -53,10 +53,10 @@ class View:
     """What the network is fed: row b's tokens from starts[b] on. `later`: from the second
     evaluation on, when the finished block is in the cache."""
 
-    def __init__(self, rows: Rows, spans: list[tuple[int, int]]):
+    def __init__(self, rows: ActiveTexts, spans: list[tuple[int, int]]):
         self.rows = rows
-        if rows.settings.kv_cache:
-            size = rows.settings.block_size
+        if rows.params.kv_cache:
+            size = rows.params.block_size
             self.later = [stop - size for _, stop in spans]
             rows.catch_up([block - size for block in self.later], spare=2 * size)
             self.starts = [slot.committed for slot in rows.slots]
@@ -106,11 +106,11 @@ class Step:
         return self.numbers[2]
 
 
-def planned(rows: Rows, rule: Planned, spans, fills) -> None:
+def planned(rows: ActiveTexts, rule: Planned, spans, fills) -> None:
     """Everything about the round but the tokens is known beforehand: the device is never waited
     for."""
     row, position = listed(fills)
-    plan = rule.plan(rows.keys(row, position), row, position, rows.settings)
+    plan = rule.plan(rows.keys(row, position), row, position, rows.params)
     for slot, evaluations in zip(rows.slots, plan.evaluations(len(rows)), strict=True):
         slot.nfe += evaluations
     view = View(rows, spans)
@@ -127,7 +127,7 @@ def listed(fills: list[list[int]]) -> tuple[Tensor, Tensor]:
     return row, torch.tensor([position for fill in fills for position in fill])
 
 
-def make_steps(rows: Rows, view: View, plan: Plan) -> list[Step]:
+def make_steps(rows: ActiveTexts, view: View, plan: RevealPlan) -> list[Step]:
     """All evaluations of a round, brought to the device together.
 
     Rows with fewer positions than others read something and write it where it concerns nobody.
@@ -146,7 +146,7 @@ def make_steps(rows: Rows, view: View, plan: Plan) -> list[Step]:
     return [Step(part, hide[0] if hide.numel() else None) for part, hide in pairs]
 
 
-def tables(rows: Rows, given, nobody, evaluation, row, evaluations: int) -> list[Tensor]:
+def tables(rows: ActiveTexts, given, nobody, evaluation, row, evaluations: int) -> list[Tensor]:
     """given [k, n], a column of k numbers for each evaluation [n] and row [n], as one table [k, B,
     R] per evaluation, on the device. R is what its busiest row has; the others get `nobody` [k, 1]
     for the rest."""
@@ -163,16 +163,16 @@ def tables(rows: Rows, given, nobody, evaluation, row, evaluations: int) -> list
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
+def adaptive(rows: ActiveTexts, rule: Adaptive, spans, fills) -> None:
     """The network decides what is revealed, so all that was hidden at first is read each time.
 
     Of a rule that is not `sequential` the host learns late how many are left (countdown.py): a pass
     that turns out to ask nothing may follow the last one, and changes nothing.
     """
-    settings = rows.settings
+    params = rows.params
     view = View(rows, spans)
     row, position = listed(fills)
-    twice = Plan(
+    twice = RevealPlan(
         row.repeat(2),
         position.repeat(2),
         torch.arange(2).repeat_interleave(len(row)),
@@ -184,9 +184,9 @@ def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
     while before := left.most():
         hidden = (rows.x.gather(1, step.write) == rows.mask_id) & (step.write != rows.dump)
         log_probs = view.ask(step.read)
-        reveal = rule.choose(log_probs, hidden, settings)
+        reveal = rule.choose(log_probs, hidden, params)
         if rule.sequential:
-            left.tell([max(0, n - settings.k) for n in left.known[-1]])
+            left.tell([max(0, n - params.k) for n in left.known[-1]])
         else:
             left.send((hidden & ~reveal).sum(1))
         most = left.shown(before)
@@ -195,7 +195,7 @@ def adaptive(rows: Rows, rule: Adaptive, spans, fills) -> None:
         picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
         chosen = log_probs.gather(1, picked[..., None].expand(-1, -1, log_probs.shape[-1]))
         key = step.key.gather(1, picked)
-        token = sample(chosen, key, settings.nucleus_p, settings.dtype)
+        token = sample(chosen, key, params.nucleus_p, params.dtype)
         target = step.write.gather(1, picked).where(reveal.gather(1, picked), rows.dump)
         rows.x.scatter_(1, target, token)
         step = later

@@ -29,7 +29,7 @@ DRAW = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class RevealPlan:
     """Which evaluation of a round reveals which token of which row, int64 [n] each. The evaluations
     of a row are numbered 0, 1, 2 … without gaps."""
 
@@ -57,39 +57,39 @@ def asked_until(row: Tensor, step: Tensor, asked: Tensor, steps: int) -> Tensor:
     return torch.searchsorted(asked, row * steps + step, right=True) - first
 
 
-def first_hitting(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
+def first_hitting(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
     order = uniform(fold(keys, ORDER)).argsort(stable=True)
     order = order[row[order].argsort(stable=True)]
     row, position = row[order], position[order]
-    return Plan(row, position, rank_in_group(row), torch.zeros_like(row))
+    return RevealPlan(row, position, rank_in_group(row), torch.zeros_like(row))
 
 
-def times(settings) -> Tensor:
+def times(params) -> Tensor:
     """Chance to be hidden at the T + 1 times of the ancestral rule, float64 [T + 1], decreasing."""
-    t = torch.linspace(1, LAST_TIME, settings.num_steps + 1, dtype=torch.float64)
-    return settings.move_chance(t)
+    t = torch.linspace(1, LAST_TIME, params.num_steps + 1, dtype=torch.float64)
+    return params.move_chance(t)
 
 
-def ancestral(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
+def ancestral(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
     """A token is still hidden after step i with chance p(t_i) / p(t_0): one number decides when it
     is revealed, and the last step reveals the rest."""
-    p = times(settings)
+    p = times(params)
     stay = p[1:-1] / p[0]  # [T - 1], decreasing
     step = torch.searchsorted(-stay, -uniform(fold(keys, ORDER)))
-    asked = (row * settings.num_steps + step).unique()
-    evaluation = asked_until(row, step, asked, settings.num_steps) - 1
-    return Plan(row, position, evaluation, torch.zeros_like(row))
+    asked = (row * params.num_steps + step).unique()
+    evaluation = asked_until(row, step, asked, params.num_steps) - 1
+    return RevealPlan(row, position, evaluation, torch.zeros_like(row))
 
 
-def remask(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
+def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
     """The chain of one position (hidden or seen) does not depend on the tokens, so it is run
     ahead."""
-    p, steps = times(settings), settings.num_steps
+    p, steps = times(params), params.num_steps
     hidden = torch.ones(len(keys), dtype=torch.bool)
     drawn = torch.zeros_like(position)
     revealed, hidden_again = [], []  # (index, step, drawn before), (index, step)
     for i in range(steps):
-        chances = remask_chances(p[i], p[i + 1], settings.remask_eta)
+        chances = remask_chances(p[i], p[i + 1], params.remask_eta)
         reveal_chance, hide_chance = (1, 0) if i == steps - 1 else chances
         u = uniform(fold(fold(keys, CHAIN), i))
         shown = hidden & (u < reveal_chance)
@@ -105,7 +105,7 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, settings) -> Plan:
     asked = (shown_row * steps + step).unique()
     evaluation = asked_until(shown_row, step, asked, steps) - 1
     hide = back_row, position[back], asked_until(back_row, back_step, asked, steps)
-    return Plan(shown_row, position[index], evaluation, before, hide)
+    return RevealPlan(shown_row, position[index], evaluation, before, hide)
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:
@@ -133,31 +133,31 @@ def by_entropy(log_probs: Tensor) -> Tensor:
 CONFIDENCES = {"probability": by_probability, "margin": by_margin, "entropy": by_entropy}
 
 
-def most_confident(log_probs: Tensor, hidden: Tensor, settings) -> Tensor:
-    score = CONFIDENCES[settings.confidence](log_probs).masked_fill(~hidden, -torch.inf)
-    best = score.argsort(dim=-1, descending=True, stable=True)[:, : settings.k]
+def most_confident(log_probs: Tensor, hidden: Tensor, params) -> Tensor:
+    score = CONFIDENCES[params.confidence](log_probs).masked_fill(~hidden, -torch.inf)
+    best = score.argsort(dim=-1, descending=True, stable=True)[:, : params.k]
     return torch.zeros_like(hidden).scatter(1, best, True) & hidden
 
 
-def above_threshold(log_probs: Tensor, hidden: Tensor, settings) -> Tensor:
+def above_threshold(log_probs: Tensor, hidden: Tensor, params) -> Tensor:
     score = by_probability(log_probs).masked_fill(~hidden, -torch.inf)
     first = torch.zeros_like(hidden).scatter(1, score.argmax(1, keepdim=True), True)
-    if settings.threshold >= 1:  # rounding may turn a chance just below 1 into 1: stay sequential
+    if params.threshold >= 1:  # rounding may turn a chance just below 1 into 1: stay sequential
         return first & hidden
-    return (first | (score.exp() >= settings.threshold)) & hidden
+    return (first | (score.exp() >= params.threshold)) & hidden
 
 
 @dataclass(frozen=True)
 class Planned:
-    """`plan(keys, row, position, settings)`: of all hidden tokens of the batch, row after row,
+    """`plan(keys, row, position, params)`: of all hidden tokens of the batch, row after row,
     int64 [n] each."""
 
-    plan: Callable[[Tensor, Tensor, Tensor, object], Plan]
+    plan: Callable[[Tensor, Tensor, Tensor, object], RevealPlan]
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """`choose(log_probs [B, R, V], hidden [B, R], settings) -> reveal [B, R]`, at least one where
+    """`choose(log_probs [B, R, V], hidden [B, R], params) -> reveal [B, R]`, at least one where
     any is hidden.
 
     `sequential`: exactly `k` are revealed, so the host knows how many are left

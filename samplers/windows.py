@@ -8,13 +8,13 @@ for. Tokens given anywhere inside a window are seen from both sides.
 from .rounds import generate_rounds
 
 
-def span(position: int, settings) -> tuple[int, int]:
-    width = min(settings.window, settings.length)
+def span(position: int, params) -> tuple[int, int]:
+    width = min(params.window, params.length)
     stride = max(1, width // 2)
     moves = max(0, -(-(position + 1 - width) // stride))
-    stop = min(moves * stride + width, settings.length)
+    stop = min(moves * stride + width, params.length)
     return stop - width, stop
 
 
-def generate_windows(denoise, requests, settings, *, device, watch, tick):
-    return generate_rounds(span, denoise, requests, settings, device=device, watch=watch, tick=tick)
+def generate_windows(denoise, requests, params, *, device, watch, tick):
+    return generate_rounds(span, denoise, requests, params, device=device, watch=watch, tick=tick)

@@ -19,7 +19,7 @@ from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
-from samplers import Request, Sample, Settings, generate
+from samplers import Sample, SamplingParams, TextRequest, generate
 from sampling.prompts import encode_prompts
 from sampling.run import questions, visible_tokens
 
@@ -37,12 +37,12 @@ class Written:
 
 @dataclass(frozen=True)
 class Writer:
-    """A loaded model. `settings` are what `generate` starts from."""
+    """A loaded model. `params` are what `generate` starts from."""
 
     algo: str
     denoise: object
     tokenizer: Tokenizer
-    settings: Settings
+    params: SamplingParams
     device: object = "cpu"
 
     def generate(
@@ -54,25 +54,27 @@ class Writer:
         watch=None,
         **changes,
     ) -> Written:
-        """One text per prompt. `changes`: fields of Settings (length, nucleus_p, seed, steps …).
+        """One text per prompt. `changes`: fields of SamplingParams (length, nucleus_p, seed …).
         ValueError where one is unknown or cannot be."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = self.settings.changed(**({"batch_size": max(1, len(prompts))} | changes))
-        settings.check(self.algo, infill)
+        params = self.params.changed(**({"batch_size": max(1, len(prompts))} | changes))
+        params.check(self.algo, infill)
         found = encode_prompts(
             prompts,
             self.tokenizer,
             infill=infill,
-            length=settings.length,
-            context_size=visible_tokens(self.algo, settings),
+            length=params.length,
+            context_size=visible_tokens(self.algo, params),
         )
-        requests = [Request(i, ids, len(ids) if infill else None) for i, ids in enumerate(found)]
+        requests = [
+            TextRequest(i, ids, len(ids) if infill else None) for i, ids in enumerate(found)
+        ]
         groups = generate(
-            self.algo, self.denoise, requests, settings, device=self.device, watch=watch
+            self.algo, self.denoise, requests, params, device=self.device, watch=watch
         )
         samples = sorted((s for group in groups for s in group), key=lambda s: s.row)
         texts = [self.tokenizer.decode(s.tokens.tolist()) for s in samples]
-        scores = [describe(s.tokens, settings.eos_id) for s in samples]
+        scores = [describe(s.tokens, params.eos_id) for s in samples]
         return Written(texts, samples, scores if judge is None else judge.score(texts))
 
 
@@ -85,11 +87,11 @@ def load(
     use_ema: bool = True,
     device="cpu",
     cache_dir: str | None = None,
-    **settings,
+    **params,
 ) -> Writer:
     """A .ckpt, an exported folder or a hub id. What the file says of itself need not be said again.
 
-    `settings`: fields of Settings, as the defaults of `generate`. The cache is on where it is
+    `params`: fields of SamplingParams, as the defaults of `generate`. The cache is on where it is
     exact.
     """
     found = read_checkpoint(checkpoint)
@@ -127,7 +129,7 @@ def load(
         algo,
         questions(objective, network.to(device).eval(), algo),
         words,
-        Settings(**base).changed(**settings),
+        SamplingParams(**base).changed(**params),
         device,
     )
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from evaluation.judge import Judge, TextScore, describe
-from samplers import Request, Sample, Settings, generate
+from samplers import Sample, SamplingParams, TextRequest, generate
 from sampling.report import RULES, lines, summarise, write_summary
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory
@@ -27,9 +27,9 @@ def run_id(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def visible_tokens(algo: str, settings: Settings) -> int:
+def visible_tokens(algo: str, params: SamplingParams) -> int:
     """Most tokens of a prompt: those that the first evaluation can see. mdlm's windows move."""
-    return settings.context_size if algo in ("bamdlm", "ar") else settings.length
+    return params.context_size if algo in ("bamdlm", "ar") else params.length
 
 
 def questions(objective, backbone, algo: str) -> Callable:
@@ -40,13 +40,13 @@ def questions(objective, backbone, algo: str) -> Callable:
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingRun:
     """A sampling run that was checked; `run()` does what is missing of it."""
 
     algo: str
     denoise: Callable
     tokenizer: object  # decode, bos_id, eos_id, mask_id
-    settings: Settings
+    params: SamplingParams
     num_samples: int
     file: SampleFile
     run_name: str
@@ -63,7 +63,7 @@ class Job:
     trajectory: str | None = None
 
     def __post_init__(self):
-        self.settings.check(self.algo, self.infill)
+        self.params.check(self.algo, self.infill)
         if self.num_samples < 1:
             raise ValueError(
                 f"sampling.num_sample_batches leaves {self.num_samples} texts to write"
@@ -72,11 +72,11 @@ class Job:
             raise ValueError(f"rank {self.rank} is not one of {self.ranks} processes")
         self.file.check()
 
-    def request(self, row: int) -> Request:
+    def request(self, row: int) -> TextRequest:
         if not self.prompts:
-            return Request(row, (self.settings.bos_id,))
+            return TextRequest(row, (self.params.bos_id,))
         tokens = self.prompts[row % len(self.prompts)]
-        return Request(row, tokens, total=len(tokens) if self.infill else None)
+        return TextRequest(row, tokens, total=len(tokens) if self.infill else None)
 
     def missing(self) -> list[int]:
         """Rows of this process that are not in the file."""
@@ -98,29 +98,29 @@ class Job:
 
     def cache_bytes(self) -> int:
         """Memory of the cache, known before the run: a ring of context + one block per text."""
-        if not self.settings.kv_cache:
+        if not self.params.kv_cache:
             return 0
         size = self.denoise.block_size
-        slots = self.settings.context_size + size
-        texts = min(self.settings.batch_size, self.num_samples)
+        slots = self.params.context_size + size
+        texts = min(self.params.batch_size, self.num_samples)
         return self.denoise.new_cache(1, size).bytes // (2 * size) * slots * texts
 
     def _write(self, missing: list[int]) -> None:
-        if self.settings.kv_cache:
+        if self.params.kv_cache:
             say(
-                f"cache: {self.cache_bytes() / 2**20:,.1f} MiB for {self.settings.batch_size} texts"
-                f" of {self.settings.context_size} visible tokens"
+                f"cache: {self.cache_bytes() / 2**20:,.1f} MiB for {self.params.batch_size} texts"
+                f" of {self.params.context_size} visible tokens"
             )
         started, process = time.monotonic(), f"{os.getpid()}-{time.time_ns()}"
         with ExitStack() as stack:
             shown = self.rank == 0 and not self.show
-            progress = stack.enter_context(Progress(len(missing), self.settings, enabled=shown))
+            progress = stack.enter_context(Progress(len(missing), self.params, enabled=shown))
             watchers = [stack.enter_context(view) for view in self._views(missing)]
             groups = generate(
                 self.algo,
                 self.denoise,
                 map(self.request, missing),
-                self.settings,
+                self.params,
                 device=self.device,
                 watch=(lambda frame: [w(frame) for w in watchers]) if watchers else None,
                 tick=progress.tick,
@@ -158,7 +158,7 @@ class Job:
             part = samples[first : first + size]
             texts = [self.tokenizer.decode(s.tokens.tolist()) for s in part]
             if self.judge is None:
-                scores = [describe(s.tokens, self.settings.eos_id) for s in part]
+                scores = [describe(s.tokens, self.params.eos_id) for s in part]
             else:
                 scores = self.judge.score(texts)
             yield [self._row(*found) for found in zip(part, texts, scores, strict=True)], part
@@ -170,13 +170,13 @@ class Job:
             gen_entropy=score.entropy,
             gen_lengths=score.tokens,
             samples=text,
-            seed=self.settings.seed,
+            seed=self.params.seed,
             row=sample.row,
             run=self.run_name,
         )
 
     def report_facts(self) -> dict:
-        s = self.settings
+        s = self.params
         return {
             "algo": self.algo,
             "run": self.run_name,

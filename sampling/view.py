@@ -22,7 +22,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import Tensor
 
-from samplers import Frame, Settings
+from samplers import Frame, SamplingParams
 from utils import say
 
 LINE_SECONDS = 15  # between lines in a log file
@@ -35,8 +35,8 @@ STYLES = {HIDDEN: "dim", FRESH: "bold black on yellow", SETTLED: ""}
 class Progress:
     """Tokens written, tokens/s, evaluations: a bar in a terminal, lines in a log file."""
 
-    def __init__(self, texts: int, settings: Settings, *, enabled: bool):
-        self.texts, self.total = texts, texts * settings.length
+    def __init__(self, texts: int, params: SamplingParams, *, enabled: bool):
+        self.texts, self.total = texts, texts * params.length
         self.enabled = enabled
         self.written = self.tokens = self.evaluations = 0
         self.bar = self.task = None

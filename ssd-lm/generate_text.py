@@ -14,7 +14,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # samplers, cor
 from ssd_folder import ModelError, find_folder, fingerprint
 from ssd_options import blocks_of, out_path, parser, problems
 from ssd_prompts import PromptError, check_lengths, contexts
-from ssd_samples import SampleFile, SamplesError, finished
+from ssd_samples import SamplesError, SampleStream, finished
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def run(args) -> None:
     check_tokenizer(tokenizer, model.vocab_size)
     check_lengths(before, args.decoding_block_size, model.max_tokens)
     announce_cut(args)
-    with SampleFile(path, stamp) as file:
+    with SampleStream(path, stamp) as file:
         missing = [index for index in wanted if index not in file.done]
         generate(args, model, tokenizer, before, missing, file)
         print(f"{path}: {len(file.done)} samples, {len(missing)} of them new")
@@ -78,7 +78,7 @@ def announce_cut(args) -> None:
         )
 
 
-def generate(args, model, tokenizer, before, missing: list[int], file: SampleFile) -> None:
+def generate(args, model, tokenizer, before, missing: list[int], file: SampleStream) -> None:
     """Batch by batch; a batch's samples are written when it is done, its blocks as they are."""
     from tqdm import tqdm
 
@@ -109,7 +109,7 @@ def generate(args, model, tokenizer, before, missing: list[int], file: SampleFil
             )
 
 
-def decode_rows(args, model, rows: list[int], inputs: list[list[int]], file: SampleFile, bar):
+def decode_rows(args, model, rows: list[int], inputs: list[list[int]], file: SampleStream, bar):
     from ssd_decode import Block, RowNoise, decode
 
     size = (args.decoding_block_size, model.vocab_size)

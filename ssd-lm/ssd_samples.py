@@ -26,7 +26,7 @@ class SamplesError(ValueError):
     """The file cannot serve this run; the message says what to do."""
 
 
-class SampleFile:
+class SampleStream:
     """Samples of one run, locked against a second writer while it is open."""
 
     def __init__(self, path: Path, settings: dict):

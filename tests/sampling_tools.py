@@ -7,7 +7,7 @@ from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
-from samplers import Request, Sample, Settings, generate
+from samplers import Sample, SamplingParams, TextRequest, generate
 
 
 def denoiser(backbone, algo: str, mask_id: int, block_size: int = 1):
@@ -27,12 +27,12 @@ def recorded_denoiser(name: str):
     return algo, denoiser(recorded(name), algo, MASK, entry["block_size"])
 
 
-def write(algo, denoise, rows, **settings) -> list[Sample]:
+def write(algo, denoise, rows, **params) -> list[Sample]:
     """Samples in order of rows. `rows`: how many, or a list of requests."""
-    settings = Settings(**{"bos_id": 0, "eos_id": 0} | settings)
+    params = SamplingParams(**{"bos_id": 0, "eos_id": 0} | params)
     if isinstance(rows, int):
-        rows = [Request(row, (settings.bos_id,)) for row in range(rows)]
-    found = [s for group in generate(algo, denoise, rows, settings) for s in group]
+        rows = [TextRequest(row, (params.bos_id,)) for row in range(rows)]
+    found = [s for group in generate(algo, denoise, rows, params) for s in group]
     return sorted(found, key=lambda sample: sample.row)
 
 

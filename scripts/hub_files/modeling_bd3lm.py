@@ -11,7 +11,7 @@ from .hf import BD3LM as Network
 from .hf import BD3LMConfig
 from .masks import BlockCausal, Causal, Full
 from .noise_schedule import get_schedule
-from .samplers import Request, Settings, generate
+from .samplers import SamplingParams, TextRequest, generate
 
 __all__ = ["BD3LM", "BD3LMConfig"]
 
@@ -26,14 +26,14 @@ class BD3LM(Network):
         num_samples: int = 1,
         max_length: int | None = None,
         seed: int = 1,
-        **settings,
+        **params,
     ) -> Tensor:
         """Texts, int64 [B, max_length]; behind the end of a shorter one (var_length) stands EOS.
 
         input_ids [B, P]: prompts, BOS included; mask tokens in them are filled. Without them
         `num_samples` texts that begin with BOS. max_length: the trained length, if not given; a
-        block diffusion model writes any multiple of its block size. settings: fields of
-        samplers/settings.py, such as nucleus_p, steps, num_steps, context_size, var_length,
+        block diffusion model writes any multiple of its block size. params: fields of
+        samplers/params.py, such as nucleus_p, steps, num_steps, context_size, var_length,
         batch_size. The same seed gives the same texts.
         """
         config = self.config
@@ -43,14 +43,14 @@ class BD3LM(Network):
             input_ids = torch.full((num_samples, 1), config.bos_token_id)
         length = max_length or config.model_length
         own = ("input_ids", "num_samples", "max_length")
-        settings = self._settings(len(input_ids), length).changed(own, seed=seed, **settings)
-        requests = [Request(i, tuple(row)) for i, row in enumerate(input_ids.tolist())]
+        params = self._params(len(input_ids), length).changed(own, seed=seed, **params)
+        requests = [TextRequest(i, tuple(row)) for i, row in enumerate(input_ids.tolist())]
         device = self.backbone.vocab_embed.embedding.device
-        texts = torch.full((len(requests), settings.length), settings.eos_id)
+        texts = torch.full((len(requests), params.length), params.eos_id)
         training = self.training
         self.eval()
         try:
-            made = generate(config.algo, self._asked(), requests, settings, device=device)
+            made = generate(config.algo, self._asked(), requests, params, device=device)
             for samples in made:
                 for sample in samples:
                     texts[sample.row, : len(sample.tokens)] = sample.tokens
@@ -58,10 +58,10 @@ class BD3LM(Network):
             self.train(training)
         return texts
 
-    def _settings(self, rows: int, length: int) -> Settings:
+    def _params(self, rows: int, length: int) -> SamplingParams:
         config = self.config
         schedule = get_schedule(config.noise, config.mdlm_loss_scale)
-        return Settings(
+        return SamplingParams(
             length=length,
             bos_id=config.bos_token_id,
             eos_id=config.eos_token_id,

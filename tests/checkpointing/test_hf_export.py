@@ -20,7 +20,7 @@ from checkpointing.load import CheckpointError, load_into, read_checkpoint
 from data.tokenizer import get_tokenizer
 from models.denoiser import Denoiser, Score
 from models.masks import BlockCausal, Causal, Full
-from samplers import Request, Settings
+from samplers import SamplingParams, TextRequest
 from scripts import export_hf
 
 transformers_logging.disable_progress_bar()
@@ -145,7 +145,7 @@ def native_texts(algo, folder):
         "bamdlm": Denoiser(net, mask, size, BlockCausal(size)),
     }[algo]
     prompts = RECORDED["x0"][:, : PROMPTS[algo]]
-    settings = Settings(
+    params = SamplingParams(
         length=config["model_length"],
         bos_id=config["bos_token_id"],
         eos_id=config["eos_token_id"],
@@ -158,8 +158,8 @@ def native_texts(algo, folder):
         nucleus_p=0.9,
         kv_cache=algo in ("ar", "bamdlm"),
     )
-    requests = [Request(i, tuple(row)) for i, row in enumerate(prompts.tolist())]
-    made = [s for found in samplers.generate(algo, ask, requests, settings) for s in found]
+    requests = [TextRequest(i, tuple(row)) for i, row in enumerate(prompts.tolist())]
+    made = [s for found in samplers.generate(algo, ask, requests, params) for s in found]
     return torch.stack([s.tokens for s in sorted(made, key=lambda s: s.row)])
 
 

@@ -6,9 +6,9 @@ import torch
 import settings
 from checkpointing.layouts import Checkpoint
 from modes.sample_eval import sampling_run_id
-from samplers import Settings
+from samplers import SamplingParams
 
-WANTED = Settings(length=8, bos_id=0, eos_id=0)
+WANTED = SamplingParams(length=8, bos_id=0, eos_id=0)
 
 
 def weights(**changes):
@@ -25,7 +25,7 @@ def name(words=(), made=None, ema=None, wanted=WANTED, source="run/last.ckpt"):
     [
         {"made": weights(b=torch.zeros(2, 3))},
         {"ema": weights()},
-        {"wanted": Settings(length=8, bos_id=0, eos_id=0, seed=2)},
+        {"wanted": SamplingParams(length=8, bos_id=0, eos_id=0, seed=2)},
         {"words": ["eval.disable_ema=true"]},
         {"words": ["eval.gen_ppl_eval_model_name_or_path=null"]},
         {"words": ["sampling.prompt=Once"]},
@@ -41,7 +41,7 @@ def test_another_row_has_another_run(change):
     [
         {"source": "elsewhere/last.ckpt"},
         {"words": ["sampling.num_sample_batches=3"]},
-        {"wanted": Settings(length=8, bos_id=0, eos_id=0, batch_size=4)},
+        {"wanted": SamplingParams(length=8, bos_id=0, eos_id=0, batch_size=4)},
     ],
     ids=lambda change: "-".join(change),
 )

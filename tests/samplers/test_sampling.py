@@ -10,13 +10,13 @@ from networks import chi_square_p, small
 from sampling_tools import Table, denoiser, write
 
 from models.masks import BlockCausal
-from samplers import STEPS, Request, Settings, generate
+from samplers import STEPS, SamplingParams, TextRequest, generate
 from samplers.analytic import write as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
-from samplers.rows import Rows
 from samplers.steps import CHAIN, CONFIDENCES, remask_chances, times
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
+from samplers.texts import ActiveTexts
 
 V, MASK = 30, 29
 ALGOS = ["bamdlm", "mdlm", "ar", "sedd"]
@@ -126,8 +126,8 @@ def texts(samples):
 @pytest.mark.parametrize("steps", list(STEPS))
 @pytest.mark.parametrize(("algo", "cached"), [("bamdlm", False), ("bamdlm", True), ("mdlm", False)])
 def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
-    settings = SMALL | {"kv_cache": cached, "steps": steps, "k": 2, "threshold": 0.3}
-    runs = [write(algo, network(algo), 8, batch_size=b, **settings) for b in (1, 3, 8)]
+    params = SMALL | {"kv_cache": cached, "steps": steps, "k": 2, "threshold": 0.3}
+    runs = [write(algo, network(algo), 8, batch_size=b, **params) for b in (1, 3, 8)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
     assert len({tuple(text) for text in texts(runs[0])}) == 8
     assert [s.nfe for s in runs[0]] == [s.nfe for s in runs[1]] == [s.nfe for s in runs[2]]
@@ -135,8 +135,8 @@ def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
 
 @pytest.mark.parametrize(("algo", "cached"), [("ar", False), ("ar", True), ("sedd", False)])
 def test_nor_with_ar_and_sedd(algo, cached):
-    settings = SMALL | {"kv_cache": cached}
-    runs = [write(algo, network(algo), 8, batch_size=b, **settings) for b in (1, 3, 8)]
+    params = SMALL | {"kv_cache": cached}
+    runs = [write(algo, network(algo), 8, batch_size=b, **params) for b in (1, 3, 8)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
     assert len({tuple(text) for text in texts(runs[0])}) == 8
 
@@ -157,7 +157,7 @@ def test_the_seed_and_the_row_name_the_text():
     first = texts(write("bamdlm", network("bamdlm"), 3, seed=5, **SMALL))
     assert first == texts(write("bamdlm", network("bamdlm"), 3, seed=5, **SMALL))
     assert first != texts(write("bamdlm", network("bamdlm"), 3, seed=6, **SMALL))
-    only = [Request(2, (0,))]
+    only = [TextRequest(2, (0,))]
     assert texts(write("bamdlm", network("bamdlm"), only, seed=5, **SMALL)) == first[2:]
 
 
@@ -165,7 +165,7 @@ def ragged(seed=0, longest=22):
     numbers = random.Random(seed)
     lengths = [1, 2, 4, 5, 9, 13, longest]
     return [
-        Request(row, (0, *(numbers.randrange(V - 1) for _ in range(n - 1))))
+        TextRequest(row, (0, *(numbers.randrange(V - 1) for _ in range(n - 1))))
         for row, n in enumerate(lengths)
     ]
 
@@ -176,10 +176,10 @@ def ragged(seed=0, longest=22):
 def test_prompts_of_any_length_share_a_batch_and_never_change(algo, cached, batch):
     if cached and algo in ("mdlm", "sedd"):
         pytest.skip("no cache")
-    settings = SMALL | {"kv_cache": cached, "context_size": 24}
+    params = SMALL | {"kv_cache": cached, "context_size": 24}
     requests = ragged()
-    together = write(algo, network(algo), requests, batch_size=batch, **settings)
-    alone = write(algo, network(algo), requests, batch_size=1, **settings)
+    together = write(algo, network(algo), requests, batch_size=batch, **params)
+    alone = write(algo, network(algo), requests, batch_size=1, **params)
     assert texts(together) == texts(alone)
     for sample, request in zip(together, requests, strict=True):
         assert tuple(sample.tokens[: len(request.tokens)].tolist()) == request.tokens
@@ -189,19 +189,19 @@ def test_prompts_of_any_length_share_a_batch_and_never_change(algo, cached, batc
 
 @pytest.mark.parametrize("algo", ["bamdlm", "ar"])
 def test_with_a_cache_the_text_is_the_same(algo):
-    settings = SMALL | {"context_size": 24, "batch_size": 3}
-    plain = write(algo, network(algo), ragged(), **settings)
-    assert texts(plain) == texts(write(algo, network(algo), ragged(), kv_cache=True, **settings))
+    params = SMALL | {"context_size": 24, "batch_size": 3}
+    plain = write(algo, network(algo), ragged(), **params)
+    assert texts(plain) == texts(write(algo, network(algo), ragged(), kv_cache=True, **params))
 
 
 @pytest.mark.parametrize("algo", ["bamdlm", "ar"])
 def test_cached_rows_that_come_late_see_no_trace_of_others_past_the_window(algo):
     """Prompts longer than two blocks enter while others are far past the window of 12."""
-    requests = [*ragged(longest=12), Request(9, ragged(1)[5].tokens[:11])]
-    settings = SMALL | {"length": 40, "kv_cache": True}
-    alone = write(algo, network(algo), requests, batch_size=1, **settings)
+    requests = [*ragged(longest=12), TextRequest(9, ragged(1)[5].tokens[:11])]
+    params = SMALL | {"length": 40, "kv_cache": True}
+    alone = write(algo, network(algo), requests, batch_size=1, **params)
     for batch in (2, 3):
-        assert texts(write(algo, network(algo), requests, batch_size=batch, **settings)) == texts(
+        assert texts(write(algo, network(algo), requests, batch_size=batch, **params)) == texts(
             alone
         )
 
@@ -229,7 +229,11 @@ def test_cached_answers_are_those_of_one_full_pass_over_40_blocks(algo):
     block = 4 if algo == "bamdlm" else 1
     length, window = 40 * 4, 12
     denoise = Recording(network(algo))
-    requests = [Request(0, (0,)), Request(1, tuple(range(7))), Request(2, tuple(range(10)))]
+    requests = [
+        TextRequest(0, (0,)),
+        TextRequest(1, tuple(range(7))),
+        TextRequest(2, tuple(range(10))),
+    ]
     samples = write(
         algo,
         denoise,
@@ -283,8 +287,8 @@ def test_first_hitting_reads_one_position_and_commits_while_asking():
 
 def test_ancestral_sampling_evaluates_only_what_changed():
     counting = Counting(network("bamdlm"))
-    settings = SMALL | {"steps": "ancestral", "num_steps": 1000}
-    (sample,) = write("bamdlm", counting, 1, **settings)
+    params = SMALL | {"steps": "ancestral", "num_steps": 1000}
+    (sample,) = write("bamdlm", counting, 1, **params)
     assert sample.nfe == len(counting.asked) <= SMALL["length"] - 1
     few = SMALL | {"steps": "ancestral", "num_steps": 1}
     assert write("bamdlm", network("bamdlm"), 1, **few)[0].nfe == 6  # one per block
@@ -292,9 +296,9 @@ def test_ancestral_sampling_evaluates_only_what_changed():
 
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
 def test_a_threshold_of_one_and_k_of_one_are_the_sequential_case(algo):
-    settings = SMALL | {"batch_size": 3}
-    one = write(algo, network(algo), 4, steps="confidence", k=1, **settings)
-    sure = write(algo, network(algo), 4, steps="threshold", threshold=1.0, **settings)
+    params = SMALL | {"batch_size": 3}
+    one = write(algo, network(algo), 4, steps="confidence", k=1, **params)
+    sure = write(algo, network(algo), 4, steps="threshold", threshold=1.0, **params)
     assert texts(one) == texts(sure)
     assert {s.nfe for s in one + sure} == {SMALL["length"] - 1}
 
@@ -318,17 +322,17 @@ class Late:
 def test_counts_that_arrive_late_change_neither_text_nor_nfe(monkeypatch, after, cached):
     """As on a device that lags behind: passes that ask nothing may be added, one a block at most,
     and only what is older than the last evaluation is waited for."""
-    settings = SMALL | {
+    params = SMALL | {
         "batch_size": 3,
         "steps": "threshold",
         "threshold": 0.15,
         "kv_cache": cached,
     }
     asked, waits = Counting(network("bamdlm")), []
-    at_once = write("bamdlm", asked, 6, **settings)
+    at_once = write("bamdlm", asked, 6, **params)
     needed = len(asked.asked)
     monkeypatch.setattr("samplers.countdown.send", lambda n: (Late(n, after, waits), n))
-    late = write("bamdlm", asked, 6, **settings)
+    late = write("bamdlm", asked, 6, **params)
     assert texts(late) == texts(at_once)
     assert [s.nfe for s in late] == [s.nfe for s in at_once]
     rounds = 2 * SMALL["length"] // SMALL["block_size"]
@@ -353,18 +357,18 @@ def knows(text):
 @pytest.mark.parametrize("steps", list(STEPS))
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_perfect_denoiser_returns_its_text(steps, cached):
-    settings = SMALL | {"steps": steps, "context_size": 24, "window": 24}
+    params = SMALL | {"steps": steps, "context_size": 24, "window": 24}
     table = Table(knows(GOOD_TEXT), V, MASK, block_size=4)
-    assert texts(write("bamdlm", table, 2, kv_cache=cached, **settings)) == [GOOD_TEXT] * 2
+    assert texts(write("bamdlm", table, 2, kv_cache=cached, **params)) == [GOOD_TEXT] * 2
     if not cached:
-        assert texts(write("mdlm", Table(knows(GOOD_TEXT), V, MASK), 1, **settings)) == [GOOD_TEXT]
+        assert texts(write("mdlm", Table(knows(GOOD_TEXT), V, MASK), 1, **params)) == [GOOD_TEXT]
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_perfect_next_token_denoiser_returns_its_text(cached):
     table = Table(knows(GOOD_TEXT), V, MASK, block_size=1, next_token=True)
-    settings = SMALL | {"kv_cache": cached, "context_size": 24}
-    assert texts(write("ar", table, 2, **settings)) == [GOOD_TEXT] * 2
+    params = SMALL | {"kv_cache": cached, "context_size": 24}
+    assert texts(write("ar", table, 2, **params)) == [GOOD_TEXT] * 2
 
 
 @pytest.mark.parametrize("length", [4, 8, 20, 52])
@@ -389,15 +393,15 @@ def test_windows_write_lengths_that_no_stride_divides(length):
 REMASK = {"steps": "remask", "num_steps": 30, "remask_eta": 1.0, "bos_id": 0, "eos_id": 0}
 
 
-def remasked_step_by_step(keys, row, position, settings):
+def remasked_step_by_step(keys, row, position, params):
     """The chain as it is told: a question in each step that reveals something of a row, about what
     was hidden before it. {row: [(revealed with counts, hidden again since the last one)]}."""
-    p, waiting = times(settings), {}
+    p, waiting = times(params), {}
     found = {r: [] for r in row.tolist()}
     hidden, drawn = [True] * len(keys), [0] * len(keys)
-    for i in range(settings.num_steps):
-        last = i == settings.num_steps - 1
-        reveal, again = (1, 0) if last else remask_chances(p[i], p[i + 1], settings.remask_eta)
+    for i in range(params.num_steps):
+        last = i == params.num_steps - 1
+        reveal, again = (1, 0) if last else remask_chances(p[i], p[i + 1], params.remask_eta)
         u = uniform(fold(fold(keys, CHAIN), i)).tolist()
         shown = [j for j in range(len(keys)) if hidden[j] and u[j] < reveal]
         back = [j for j in range(len(keys)) if not hidden[j] and u[j] < again]
@@ -415,14 +419,14 @@ def remasked_step_by_step(keys, row, position, settings):
 
 
 def test_the_plan_of_remasking_is_its_chain():
-    settings = Settings(**SMALL | REMASK)
+    params = SamplingParams(**SMALL | REMASK)
     row = torch.tensor([0] * 4 + [2] * 7)
     position = torch.cat([torch.arange(8, 12), torch.arange(20, 27)])
     most = 0
     for seed in range(20):
         keys = fold(row_keys(seed, [0, 1, 2], [1] * 3)[row], position)
-        plan = STEPS["remask"].plan(keys, row, position, settings)
-        wanted = remasked_step_by_step(keys, row, position, settings)
+        plan = STEPS["remask"].plan(keys, row, position, params)
+        wanted = remasked_step_by_step(keys, row, position, params)
         found = {r: [(set(), set()) for _ in events] for r, events in wanted.items()}
         for r, place, evaluation, drawn in zip(
             *(x.tolist() for x in (plan.row, plan.position, plan.evaluation, plan.drawn)),
@@ -440,11 +444,11 @@ def test_the_plan_of_remasking_is_its_chain():
 def test_what_is_hidden_again_is_asked_again_and_drawn_anew():
     """Under a uniform law: a second draw with the numbers of the first would give its token."""
     uniform_law = Table(lambda tokens, position: [1] * MASK + [0], V, MASK, block_size=4)
-    frames, settings = [], Settings(**SMALL | REMASK)
+    frames, params = [], SamplingParams(**SMALL | REMASK)
     (sample,) = (
         s
         for group in generate(
-            "bamdlm", uniform_law, [Request(0, (0,))], settings, watch=frames.append
+            "bamdlm", uniform_law, [TextRequest(0, (0,))], params, watch=frames.append
         )
         for s in group
     )
@@ -461,13 +465,13 @@ def test_what_is_hidden_again_is_asked_again_and_drawn_anew():
 
 # infilling
 
-GAPS = Request(0, (0, 5, 6, MASK, MASK, 7, 8, MASK, 9, 10, MASK, 11), total=12)
+GAPS = TextRequest(0, (0, 5, 6, MASK, MASK, 7, 8, MASK, 9, 10, MASK, 11), total=12)
 
 
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "sedd"])
 def test_infilling_fills_the_gaps_and_nothing_else(algo):
     for batch in (1, 2):
-        requests = [GAPS, Request(1, (0, MASK, 3), total=3)]
+        requests = [GAPS, TextRequest(1, (0, MASK, 3), total=3)]
         samples = write(algo, network(algo), requests, batch_size=batch, **SMALL)
         for sample, request in zip(samples, requests, strict=True):
             assert len(sample.tokens) == len(request.tokens)
@@ -478,11 +482,11 @@ def test_infilling_fills_the_gaps_and_nothing_else(algo):
 
 
 def test_infilling_with_a_cache_gives_the_same_text():
-    requests = [GAPS, Request(1, (0, MASK, 3), total=3)]
-    settings = SMALL | {"context_size": 24, "batch_size": 2}
-    plain = write("bamdlm", network("bamdlm"), requests, **settings)
+    requests = [GAPS, TextRequest(1, (0, MASK, 3), total=3)]
+    params = SMALL | {"context_size": 24, "batch_size": 2}
+    plain = write("bamdlm", network("bamdlm"), requests, **params)
     assert texts(plain) == texts(
-        write("bamdlm", network("bamdlm"), requests, kv_cache=True, **settings)
+        write("bamdlm", network("bamdlm"), requests, kv_cache=True, **params)
     )
 
 
@@ -493,7 +497,7 @@ def from_the_right(tokens, position):
 
 
 def test_mdlm_sees_both_sides_of_a_gap_and_a_block_what_is_left_of_its_end():
-    request = [Request(0, (0, MASK, MASK, 2, 3, 4, 5, MASK, 6, 7, 8, 9), total=12)]
+    request = [TextRequest(0, (0, MASK, MASK, 2, 3, 4, 5, MASK, 6, 7, 8, 9), total=12)]
     both = texts(write("mdlm", Table(from_the_right, V, MASK), request, **SMALL))[0]
     assert (both[1], both[2], both[7]) == (2, 2, 6)
     left = texts(write("bamdlm", Table(from_the_right, V, MASK, block_size=4), request, **SMALL))[0]
@@ -513,12 +517,12 @@ def test_ar_cannot_fill_gaps():
 def test_rows_that_end_leave_and_others_take_their_place(algo, cached):
     if cached and algo == "mdlm":
         pytest.skip("no cache")
-    settings = SMALL | {"length": 60, "var_length": True, "eos_id": 3, "kv_cache": cached}
+    params = SMALL | {"length": 60, "var_length": True, "eos_id": 3, "kv_cache": cached}
     denoise = network(algo)
-    alone = write(algo, denoise, 12, batch_size=1, **settings)
+    alone = write(algo, denoise, 12, batch_size=1, **params)
     assert len({len(s.tokens) for s in alone}) > 3
     for batch in (4, 12):
-        together = write(algo, denoise, 12, batch_size=batch, **settings)
+        together = write(algo, denoise, 12, batch_size=batch, **params)
         assert texts(together) == texts(alone)
         assert [s.nfe for s in together] == [s.nfe for s in alone]
     for sample in alone:
@@ -527,14 +531,14 @@ def test_rows_that_end_leave_and_others_take_their_place(algo, cached):
         assert (sample.stopped == "eos") == (ids[-1] == 3 and len(ids) > 1)
         if algo == "ar":
             assert sample.nfe == len(ids) - 1
-    free = write(algo, denoise, 12, **settings | {"var_length": False})
+    free = write(algo, denoise, 12, **params | {"var_length": False})
     for long, short in zip(free, alone, strict=True):
         assert long.tokens[: len(short.tokens)].tolist() == short.tokens.tolist()
 
 
 def test_an_eos_of_the_prompt_does_not_end_the_text():
     table = Table(lambda tokens, position: [float(v == 5) for v in range(V)], V, MASK, 4)
-    request = [Request(0, (3, 3, 3))]
+    request = [TextRequest(0, (3, 3, 3))]
     (sample,) = write("bamdlm", table, request, var_length=True, eos_id=3, bos_id=3, **SMALL)
     assert sample.stopped == "length"
     assert len(sample.tokens) == SMALL["length"]
@@ -547,8 +551,8 @@ def repeats(tokens, position):
 @pytest.mark.parametrize("algo", ["bamdlm", "ar"])
 def test_a_text_that_repeats_itself_is_cut_by_256_tokens(algo):
     table = Table(repeats, V, MASK, 4 if algo == "bamdlm" else 1, next_token=algo == "ar")
-    settings = SMALL | {"length": 300, "var_length": True, "eos_id": 3, "kv_cache": True}
-    (sample,) = write(algo, table, [Request(0, (0, 2, 2, 2, 2))], **settings)
+    params = SMALL | {"length": 300, "var_length": True, "eos_id": 3, "kv_cache": True}
+    (sample,) = write(algo, table, [TextRequest(0, (0, 2, 2, 2, 2))], **params)
     assert sample.stopped == "entropy"
     assert sample.tokens.tolist() == [0, 2, 2, 2, 2]  # a cut does not enter the prompt
     assert sample.nfe == ENTROPY_TOKENS - 5
@@ -567,13 +571,13 @@ def test_of_two_cuts_the_earlier_counts_and_what_came_later_was_never_seen():
 
 def test_rejection_draws_again_and_says_how_often():
     """Every third try is good enough: entropy 4 needs many different tokens."""
-    settings = {"length": 256, "window": 256, "steps": "ancestral", "num_steps": 1}
+    params = {"length": 256, "window": 256, "steps": "ancestral", "num_steps": 1}
     even = Table(lambda tokens, position: [1.0] * 300, 300, 299)
-    (sample,) = write("mdlm", even, 1, reject_low_entropy=True, **settings)
+    (sample,) = write("mdlm", even, 1, reject_low_entropy=True, **params)
     assert (sample.tries, sample.rejected) == (1, False)
-    (sample,) = write("mdlm", Table(repeats, V, MASK), 1, reject_low_entropy=True, **settings)
+    (sample,) = write("mdlm", Table(repeats, V, MASK), 1, reject_low_entropy=True, **params)
     assert (sample.tries, sample.rejected, len(sample.tokens)) == (MOST_TRIES, True, 256)
-    (sample,) = write("mdlm", Table(repeats, V, MASK), 1, **settings)
+    (sample,) = write("mdlm", Table(repeats, V, MASK), 1, **params)
     assert (sample.tries, sample.rejected) == (1, False)
 
 
@@ -582,12 +586,12 @@ def test_rejection_draws_again_and_says_how_often():
 
 def test_a_watcher_sees_every_evaluation():
     frames, ticks = [], []
-    settings = Settings(bos_id=0, eos_id=0, batch_size=2, **SMALL)
+    params = SamplingParams(bos_id=0, eos_id=0, batch_size=2, **SMALL)
     groups = generate(
         "bamdlm",
         network("bamdlm"),
-        [Request(row, (0,)) for row in range(3)],
-        settings,
+        [TextRequest(row, (0,)) for row in range(3)],
+        params,
         watch=frames.append,
         tick=lambda *counts: ticks.append(counts),
     )
@@ -629,7 +633,7 @@ def test_settings_that_cannot_be_are_named(algo, change, message):
 @pytest.mark.parametrize("tokens", [(), tuple(range(25))])
 def test_a_prompt_must_fit(tokens):
     with pytest.raises(ValueError, match="of a text of 24"):
-        write("bamdlm", network("bamdlm"), [Request(0, tokens)], **SMALL)
+        write("bamdlm", network("bamdlm"), [TextRequest(0, tokens)], **SMALL)
 
 
 @contextmanager
@@ -673,11 +677,11 @@ def test_the_host_never_waits_for_the_device_inside_a_block(cuda, monkeypatch, a
     monkeypatch.setattr("samplers.nucleus.SORTED", 8)
     denoise = network(algo, hidden_size=64 if dtype == "float32" else 16)
     options = SMALL | change | {"dtype": dtype, "nucleus_p": 0.9}
-    settings = Settings(**options, bos_id=0, eos_id=0, batch_size=3)
-    requests = [Request(row, (0, *range(row))) for row in range(3)]
-    here = list(generate(algo, denoise, requests, settings))
+    params = SamplingParams(**options, bos_id=0, eos_id=0, batch_size=3)
+    requests = [TextRequest(row, (0, *range(row))) for row in range(3)]
+    here = list(generate(algo, denoise, requests, params))
     denoise.backbone.to(cuda)
-    groups = generate(algo, denoise, requests, settings, device=cuda)
+    groups = generate(algo, denoise, requests, params, device=cuda)
     there = [next(groups)]  # sets libraries up
     assert [] in here[1:]
     for ended in here[1:]:
@@ -696,12 +700,12 @@ def test_the_host_never_waits_for_the_device_inside_a_block(cuda, monkeypatch, a
 def test_batches_on_a_gpu_are_recorded_one_after_the_other(cuda, change):
     """The last of them is smaller."""
     options = SMALL | change | {"dtype": "float64"}
-    settings = Settings(**options, bos_id=0, eos_id=0, batch_size=2)
+    params = SamplingParams(**options, bos_id=0, eos_id=0, batch_size=2)
     denoise, texts = network("bamdlm"), []
     for device in ("cpu", cuda):
         denoise.backbone.to(device)
-        requests = [Request(row, (0,)) for row in range(5)]
-        groups = generate("bamdlm", denoise, requests, settings, device=device)
+        requests = [TextRequest(row, (0,)) for row in range(5)]
+        groups = generate("bamdlm", denoise, requests, params, device=device)
         samples = sorted(chain.from_iterable(groups), key=lambda sample: sample.row)
         texts.append([sample.tokens.tolist() for sample in samples])
     here, there = texts
@@ -714,10 +718,10 @@ def test_batches_on_a_gpu_are_recorded_one_after_the_other(cuda, change):
 def test_nor_in_the_steps_of_sedd(cuda):
     denoise = network("sedd")
     denoise.backbone.to(cuda)
-    settings = Settings(**SMALL, bos_id=0, eos_id=0, batch_size=3, nucleus_p=0.9)
+    params = SamplingParams(**SMALL, bos_id=0, eos_id=0, batch_size=3, nucleus_p=0.9)
     for waiting in (nullcontext, no_waiting):  # the first call sets libraries up
-        requests = iter([Request(row, (0,)) for row in range(3)])
-        rows = Rows(denoise, requests, settings, cuda, None, None)
+        requests = iter([TextRequest(row, (0,)) for row in range(3)])
+        rows = ActiveTexts(denoise, requests, params, cuda, None, None)
         with waiting():
             write_analytically(rows)
         assert (rows.x[:, :-1] != MASK).all()

@@ -10,7 +10,7 @@ from sampling_tools import denoiser, recorded_denoiser, write
 from samplers import draw as draw_module
 from samplers.analytic import next_log_probs, reverse_chances, staggered, total_noise, transition
 from samplers.nucleus import nucleus
-from samplers.steps import STEPS, Plan, Planned
+from samplers.steps import STEPS, Planned, RevealPlan
 from samplers.stopping import ENTROPY_TOKENS, entropy, find_stop, low_entropy
 from sampling.notebook import load as load_writer
 
@@ -101,9 +101,9 @@ def inject(monkeypatch, plans):
     orders = iter(plans)
     noise = iter([n for plan in plans for _, n in plan])
 
-    def recorded_order(keys, row, position, settings):
+    def recorded_order(keys, row, position, params):
         order = torch.tensor([p for p, _ in next(orders)])
-        return Plan(row, order, torch.arange(len(order)), torch.zeros_like(order))
+        return RevealPlan(row, order, torch.arange(len(order)), torch.zeros_like(order))
 
     monkeypatch.setitem(STEPS, "first_hitting", Planned(recorded_order))
     monkeypatch.setattr(draw_module, "draw", lambda lp, key, dtype: (lp + next(noise)).argmax(-1))

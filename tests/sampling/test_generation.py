@@ -22,10 +22,10 @@ from sampling_tools import denoiser
 
 from data.tokenizer import get_tokenizer
 from evaluation.judge import load_judge
-from samplers import Frame, Settings
+from samplers import Frame, SamplingParams
 from sampling import run as generation
 from sampling.prompts import encode_prompts, read_prompts
-from sampling.run import Job, run_id
+from sampling.run import SamplingRun, run_id
 from sampling.sample_file import COLUMNS, SampleFile, SampleRow, complete
 from sampling.view import FRESH, HIDDEN, SETTLED, Progress, Show, Trajectory, pieces
 
@@ -38,17 +38,17 @@ def model(algo="bamdlm"):
     return denoiser(net, algo, MASK, 4)
 
 
-def settings(**changes):
+def params(**changes):
     base = {"length": 16, "block_size": 4, "context_size": 16, "window": 16, "batch_size": 2}
-    return Settings(**{"bos_id": BOS, "eos_id": EOS, **base, **changes})
+    return SamplingParams(**{"bos_id": BOS, "eos_id": EOS, **base, **changes})
 
 
 def job(folder, *, run="a", num_samples=5, algo="bamdlm", changes=None, **more):
-    return Job(
+    return SamplingRun(
         algo=algo,
         denoise=model(algo),
         tokenizer=TOKENIZER,
-        settings=settings(**(changes or {})),
+        params=params(**(changes or {})),
         num_samples=num_samples,
         file=SampleFile(Path(folder) / "samples"),
         run_name=run,
@@ -231,9 +231,9 @@ def test_a_complete_record_ends_outside_of_quotes():
 
 
 def test_a_run_is_named_by_all_that_decides_its_texts():
-    first = run_id("ckpt", settings(), 1)
-    assert first == run_id("ckpt", settings(), 1)
-    assert len({first, run_id("other", settings(), 1), run_id("ckpt", settings(), 2)}) == 3
+    first = run_id("ckpt", params(), 1)
+    assert first == run_id("ckpt", params(), 1)
+    assert len({first, run_id("other", params(), 1), run_id("ckpt", params(), 2)}) == 3
 
 
 def test_the_memory_of_the_cache_is_said_before_the_run(tmp_path, capsys):
@@ -314,7 +314,7 @@ def test_the_report_has_the_numbers_of_the_step_rule(tmp_path, capsys, rule, tol
     assert told in capsys.readouterr().out
     numbers = {"k", "confidence", "threshold", "remask_eta"} & report.keys()
     assert {name: report[name] for name in numbers} == {
-        name: getattr(settings(**rule), name) for name in numbers
+        name: getattr(params(**rule), name) for name in numbers
     }
     assert ("threshold" in numbers) == (rule.get("steps") == "threshold")
 
@@ -479,7 +479,7 @@ def test_show_runs_with_a_run(tmp_path, capsys):
 
 def test_progress_speaks_in_a_log_file(capsys, monkeypatch):
     monkeypatch.setattr("sampling.view.LINE_SECONDS", -1)
-    with Progress(2, settings(), enabled=True) as progress:
+    with Progress(2, params(), enabled=True) as progress:
         progress.tick(10, 3)
         progress.done(1)
     assert "1 of 2 texts, 10 tokens" in capsys.readouterr().out

@@ -28,7 +28,7 @@ def test_an_exported_folder_writes_longer_than_it_was_trained():
     writer = load(GOLDEN / "hf_export", tokenizer=TOKENIZER)
     (sample,) = writer.generate(length=2 * MANIFEST["length"]).samples
     assert sample.nfe == 2 * MANIFEST["length"] - 1
-    assert writer.settings.kv_cache
+    assert writer.params.kv_cache
 
 
 def test_gaps_are_filled_and_a_judge_may_be_asked():

@@ -10,7 +10,7 @@ import generate_text
 import pytest
 import try_it
 from ssd_lm_tools import MODEL, ROOT, command, generate, samples, texts
-from ssd_samples import SampleFile, SamplesError
+from ssd_samples import SamplesError, SampleStream
 
 REFERENCE_KEYS = {
     "avg_block_time",
@@ -176,9 +176,9 @@ def test_another_spelling_of_the_models_path_is_the_same_run(tmp_path, monkeypat
 def test_a_second_writer_is_refused(tmp_path):
     path = tmp_path / "s.jsonl"
     with (
-        SampleFile(path, {}),
+        SampleStream(path, {}),
         pytest.raises(SamplesError, match="another process is writing"),
-        SampleFile(path, {}),
+        SampleStream(path, {}),
     ):
         pass
 

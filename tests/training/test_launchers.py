@@ -41,8 +41,8 @@ if os.environ["FAULT"] == "late" and os.environ.get("LOCAL_RANK", "0") == os.env
     from sampling import run as generation
     from training import health
     health.TIDY_SECONDS = 1
-    real_write = generation.Job._write
-    generation.Job._write = lambda self, rows: (time.sleep(5), real_write(self, rows))
+    real_write = generation.SamplingRun._write
+    generation.SamplingRun._write = lambda self, rows: (time.sleep(5), real_write(self, rows))
 if os.environ["FAULT"] == "waits":
     import torch
     real_start, real_validation, real_end = (

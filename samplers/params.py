@@ -15,12 +15,12 @@ READ_BY = {
 
 
 def linear(t):
-    """The loglinear schedule's move chance, p(t) = t: the default of `Settings.move_chance`."""
+    """p(t) = t, the chance of the loglinear schedule: the default of `move_chance`."""
     return t
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingParams:
     """Every number of a sampling run. Names in messages are those of the command line."""
 
     length: int  # tokens of a text, the prompt included
@@ -29,9 +29,7 @@ class Settings:
     seed: int = 1
     batch_size: int = 1  # texts made side by side
     block_size: int = 1  # bamdlm: S
-    context_size: int = (
-        1024  # tokens visible, the current block included; bamdlm with a multiple of S, ar
-    )
+    context_size: int = 1024  # bamdlm (a multiple of S), ar: visible tokens, the block included
     window: int = 1024  # mdlm: tokens of a window
     steps: str = "first_hitting"  # the rule: a name of STEPS
     num_steps: int = 0  # T, per block or window: ancestral, remask and sedd
@@ -46,7 +44,7 @@ class Settings:
     reject_low_entropy: bool = False  # the reference's rule: up to 10 tries
     move_chance: Callable = linear  # noise: p(t), for ancestral and remask
 
-    def changed(self, also: Iterable[str] = (), /, **changes) -> "Settings":
+    def changed(self, also: Iterable[str] = (), /, **changes) -> "SamplingParams":
         """With other values. ValueError for a name that is no setting; it lists those there are,
         after `also`, what the caller takes beside them."""
         known = [field.name for field in fields(self)]
@@ -125,14 +123,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Request:
+class TextRequest:
     """One text to write. `tokens`: what is given, BOS included; mask tokens in it are to be
     filled.
     """
 
     row: int  # names the random stream
     tokens: tuple[int, ...]
-    total: int | None = None  # tokens of the text; None: Settings.length. Infilling: len(tokens)
+    total: int | None = None  # tokens of the text; None: params.length. Infilling: len(tokens)
 
 
 @dataclass(frozen=True)

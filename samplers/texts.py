@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .draw import compiled_sample, fold, row_keys, sample
+from .params import Frame, Sample, SamplingParams, TextRequest
 from .replay import Replay
-from .settings import Frame, Request, Sample, Settings
 from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
 
 
@@ -24,7 +24,7 @@ class Slot:
     cache.
     """
 
-    request: Request
+    request: TextRequest
     total: int  # tokens of the text
     gaps: list[int]  # hidden positions among the given tokens
     key: int  # of its random stream
@@ -52,17 +52,17 @@ class Slot:
         return tail if tail < self.total else None
 
 
-class Rows:
+class ActiveTexts:
     """`x` int64 [B, length + 1]: the texts; writes that concern nobody go to the last column."""
 
     def __init__(
-        self, denoise, requests: Iterator[Request], settings: Settings, device, watch, tick
+        self, denoise, requests: Iterator[TextRequest], params: SamplingParams, device, watch, tick
     ):
-        self.denoise, self.requests, self.settings = denoise, requests, settings
+        self.denoise, self.requests, self.params = denoise, requests, params
         self.mask_id, self.device = denoise.mask_id, device
         self.watch, self.tick = watch, tick
         self.slots: list[Slot] = []
-        self.x = torch.empty(0, settings.length + 1, dtype=torch.int64, device=device)
+        self.x = torch.empty(0, params.length + 1, dtype=torch.int64, device=device)
         self.cache = None
         cuda = torch.device(device).type == "cuda"
         self.replay = Replay() if cuda and denoise.recordable else None
@@ -70,9 +70,9 @@ class Rows:
         self.sample = compiled_sample() if compiled else sample
         self.before: Tensor | None = None  # for who watches: the texts of the last question
         self.evaluations = 0
-        first = [r for _, r in zip(range(settings.batch_size), requests, strict=False)]
+        first = [r for _, r in zip(range(params.batch_size), requests, strict=False)]
         if first:
-            self.x = torch.full((len(first), settings.length + 1), self.mask_id, device=device)
+            self.x = torch.full((len(first), params.length + 1), self.mask_id, device=device)
             self.slots = [self._seat(i, request, tries=1) for i, request in enumerate(first)]
             self._fresh_cache()
 
@@ -82,7 +82,7 @@ class Rows:
     @property
     def dump(self) -> int:
         """The column for writes that concern nobody."""
-        return self.settings.length
+        return self.params.length
 
     def tensor(self, values, dtype=torch.int64) -> Tensor:
         """Numbers of the host on the device, without waiting for it."""
@@ -128,7 +128,7 @@ class Rows:
     def _reveal(self, tokens: Tensor, step: Tensor, cache) -> None:
         read, write, key = step
         log_probs = self.denoise(tokens, read, cache)
-        drawn = self.sample(log_probs, key, self.settings.nucleus_p, self.settings.dtype)
+        drawn = self.sample(log_probs, key, self.params.nucleus_p, self.params.dtype)
         self.x.scatter_(1, write, drawn)
 
     def _count(self) -> None:
@@ -150,8 +150,8 @@ class Rows:
     def _fresh_cache(self) -> None:
         if self.replay is not None:
             self.replay.forget()
-        if self.settings.kv_cache:
-            self.cache = self.denoise.new_cache(len(self.slots), self.settings.context_size)
+        if self.params.kv_cache:
+            self.cache = self.denoise.new_cache(len(self.slots), self.params.context_size)
 
     def commit(self, tokens: list[int]) -> None:
         """Keep tokens[b] more of what the last pass gave row b."""
@@ -166,7 +166,7 @@ class Rows:
         A pass of more tokens than the ring has free would overwrite what other rows still see, so
         it is cut to what every row has room for; `spare` tokens fit always.
         """
-        slots = self.settings.context_size + self.denoise.block_size
+        slots = self.params.context_size + self.denoise.block_size
         while True:
             missing = [max(0, t - s.committed) for t, s in zip(targets, self.slots, strict=True)]
             if not any(missing):
@@ -201,19 +201,19 @@ class Rows:
 
     # coming and going
 
-    def _seat(self, i: int, request: Request, tries: int) -> Slot:
-        settings = self.settings
-        total = settings.length if request.total is None else request.total
+    def _seat(self, i: int, request: TextRequest, tries: int) -> Slot:
+        params = self.params
+        total = params.length if request.total is None else request.total
         given = len(request.tokens)
-        if not 0 < given <= total <= settings.length:
+        if not 0 < given <= total <= params.length:
             raise ValueError(
                 f"row {request.row} is given {given} tokens of a text of {total}, but model.length="
-                f"{settings.length}: shorten the prompt or set a greater model.length"
+                f"{params.length}: shorten the prompt or set a greater model.length"
             )
         self.x[i] = self.mask_id
         self.x[i, :given] = self.tensor(request.tokens)
         gaps = [p for p, token in enumerate(request.tokens) if token == self.mask_id]
-        key = row_keys(settings.seed, [request.row], [tries]).item()
+        key = row_keys(params.seed, [request.row], [tries]).item()
         return Slot(request, total, gaps, key, tries)
 
     def settle(self, fresh: list[int], *, every: bool = False) -> list[Sample]:
@@ -224,7 +224,7 @@ class Rows:
         """
         stops: dict[int, Stop] = {}
         again = []
-        if self.settings.var_length or self.settings.reject_low_entropy:
+        if self.params.var_length or self.params.reject_low_entropy:
             ends = [min(slot.filled, slot.total) for slot in self.slots]
             new = max(end - start for end, start in zip(ends, fresh, strict=True))
             for i, tail in enumerate(self.tails(ENTROPY_TOKENS + new, ends)):
@@ -243,8 +243,8 @@ class Rows:
         slot = self.slots[i]
         if slot.request.total is not None:
             return  # infilling has a fixed length
-        if self.settings.var_length:
-            stop = find_stop(tail, end, looks, fresh, slot.given, self.settings.eos_id)
+        if self.params.var_length:
+            stop = find_stop(tail, end, looks, fresh, slot.given, self.params.eos_id)
             if stop is not None:
                 stops[i] = stop
         elif not slot.rejected and any(
