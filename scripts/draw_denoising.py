@@ -1,0 +1,99 @@
+"""Draws how one text came about, from the page that sampling.trajectory wrote.
+
+    python main.py … mode=sample_eval sampling.trajectory=text.html
+    python scripts/draw_denoising.py text.html docs/images/denoising.png --block-size 16
+
+Each panel shows the text after one evaluation of the network: black tokens were there before, orange
+ones are new, blue ones are the prompt, and each grey box is a token that is still masked. The boxes of the
+block at work are darker.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLUMNS, LINES = 46, 10  # of a panel, in characters
+START = "<|endoftext|>"  # stands before every text and says nothing
+BOX = 3  # characters that a masked token takes
+COLOURS = {"given": "#06c", "new": "#d60", "old": "black", "block": "#888", "later": "#ddd"}
+
+
+def read(page: Path) -> dict:
+    """The record in the page: {"length", "given": [[position, piece]], "steps": [the same, ...]}."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    if found is None:
+        raise SystemExit(f"{page} is not a page of sampling.trajectory")
+    return json.loads(found[1])
+
+
+def panel(record: dict, evaluation: int, tokens: int, block_size: int) -> list[tuple[str, str]]:
+    """[(piece, kind of COLOURS)] of the first `tokens` tokens after that evaluation."""
+    shown = {i: (piece.removeprefix(START), "given") for i, piece in record["given"]}
+    for number, step in enumerate(record["steps"][:evaluation], 1):
+        kind = "new" if number == evaluation else "old"
+        shown |= {i: (piece, kind) for i, piece in step if piece is not None}
+        at_work = step[-1][0] // block_size if step else 0
+    masked = {i: ("", "block" if i // block_size == at_work else "later") for i in range(tokens)}
+    return [shown.get(i, masked[i]) for i in range(tokens)]
+
+
+def draw(axes, pieces: list[tuple[str, str]]) -> None:
+    """The pieces in lines of COLUMNS characters; a word is not broken, except by a box."""
+    line = column = 0
+    for piece, kind in pieces:
+        boxed = kind in ("block", "later")
+        for part in re.findall(r"\n|[^\n]+", piece) or [""]:
+            width = BOX if boxed else len(part)
+            if part == "\n" or column + width > COLUMNS:
+                line, column = line + 1, 0
+                part = part.strip("\n")
+                if not part and not boxed:
+                    continue
+            if boxed:
+                box = plt.Rectangle(
+                    (column + 0.2, line - 0.7), BOX - 0.4, 0.75, color=COLOURS[kind]
+                )
+                axes.add_patch(box)
+            for place, letter in enumerate(part):
+                axes.text(
+                    column + place,
+                    line,
+                    letter,
+                    family="monospace",
+                    color=COLOURS[kind],
+                    fontsize=11,
+                )
+            column += width
+    axes.set(xlim=(0, COLUMNS), ylim=(LINES, -1))
+    axes.axis("off")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("page", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--block-size", type=int, required=True)
+    parser.add_argument("--tokens", type=int, default=64, help="the first N tokens (default 64)")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 22, 38, 61])
+    arguments = parser.parse_args()
+    record = read(arguments.page)
+    rows = (len(arguments.evaluations) + 1) // 2
+    figure, panels = plt.subplots(rows, 2, figsize=(10.4, 2.3 * rows), squeeze=False)
+    for axes, evaluation in zip(panels.flat, arguments.evaluations, strict=False):
+        pieces = panel(record, evaluation, arguments.tokens, arguments.block_size)
+        draw(axes, pieces)
+        left = sum(kind in ("block", "later") for _, kind in pieces)
+        title = f"after evaluation {evaluation}: {left} of {arguments.tokens} tokens masked"
+        axes.set_title(title, loc="left", fontsize=9, color="#666")
+    figure.tight_layout()
+    figure.savefig(arguments.out, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
