@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py [--device cpu] [--hidden 256] [--blocks 4] [--length 256]
 
-The ratio between the lines is what docs/finetuning.md multiplies with. Least of several rounds, in
+The ratio between the lines is what docs/fine-tuning.md multiplies with. Least of several rounds, in
 which the algorithms take turns.
 """
 

@@ -3,9 +3,9 @@
     python main.py … mode=sample_eval sampling.trajectory=text.html
     python scripts/draw_denoising.py text.html docs/images/denoising.png --block-size 16
 
-Each panel shows the text after one evaluation of the network: black tokens were there before, orange
-ones are new, blue ones are the prompt, and each grey box is a token that is still masked. The boxes of the
-block at work are darker.
+Each panel shows the text after one evaluation of the network: black tokens were there before,
+orange ones are new, blue ones are the prompt, and each grey box is a token that is still masked.
+The boxes of the block at work are darker.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COLOURS = {"given": "#06c", "new": "#d60", "old": "black", "block": "#888", "lat
 
 
 def read(page: Path) -> dict:
-    """The record in the page: {"length", "given": [[position, piece]], "steps": [the same, ...]}."""
+    """The record in the page: {"given": [[position, piece], ...], "steps": [the same, ...]}."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
     if found is None:
         raise SystemExit(f"{page} is not a page of sampling.trajectory")

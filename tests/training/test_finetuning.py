@@ -1,4 +1,4 @@
-"""The recipes of docs/finetuning.md in miniature, and the layout of the checkpoints they write."""
+"""The recipes of docs/fine-tuning.md in miniature, and the layout of the checkpoints they write."""
 
 import random
 
