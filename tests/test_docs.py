@@ -17,13 +17,11 @@ PAGES = [
 ]
 # what a command makes, and what is named as an example
 MADE = ("outputs/", "logs/", "sample_logs/", "watch_folder/", "checkpoints/", "rows/", "my_", "/")
+NOT_YET = {"settings.md", "extending.md"}
 TO_BE_WRITTEN = {"extending.md"}  # names files that its reader adds; its own test applies them
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
 SUFFIXES = (".py", ".sh", ".md", ".yaml", ".cff", ".toml")
-SETTING = re.compile(r"(?<![\w./$])\+?([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
 SHELL = re.compile(r"^ {4,}.*|^```.*?^```", re.M | re.S)
-# words before "=" in commands that are no settings of main.py
-NO_SETTINGS = {"default", "indent"}
 
 
 def name(path):
@@ -51,6 +49,8 @@ def test_every_relative_link_resolves(page):
             continue
         path, _, anchor = target.partition("#")
         found = (page.parent / path).resolve() if path else page
+        if found.name in NOT_YET and not found.exists():
+            continue
         assert found.exists(), target
         assert not anchor or anchor in anchors(found), target
 
@@ -72,21 +72,30 @@ def test_every_program_of_a_command_exists(page):
             assert (ROOT / path).is_file(), path
 
 
+def words(page):
+    """Of the commands of main.py, of the variables that they use, and of the backticks."""
+    for block in SHELL.findall(page.read_text()):
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            if "main.py" in line:
+                yield from line.partition("main.py")[2].partition("#")[0].split()
+        for value in re.findall(r'^ *[A-Z]+="(.*?)"', block, re.M | re.S):
+            yield from value.split()
+    for span in spans(page):
+        if "(" not in span:
+            yield from span.split()
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TO_BE_WRITTEN], ids=name)
 def test_every_setting_is_one(page):
-    """In commands of main.py and in backticks; `a.b` alone only where `a` is a section."""
-    known = SCHEMA.keys() | set(groups()) | {"experiment"} | NO_SETTINGS
-    blocks = [block for block in SHELL.findall(page.read_text()) if "main.py" in block]
-    for text in [*blocks, *spans(page)]:
-        text = re.sub(r"https?://\S+", "", text)
-        for key in SETTING.findall(text):
-            assert key in known, key
-    sections = {
-        key for key in SCHEMA if "." not in key and any(k.startswith(key + ".") for k in SCHEMA)
-    }
-    for span in spans(page):
-        if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", span) and span.partition(".")[0] in sections:
-            assert span in known, span
+    """`a.b` without a value only where `a` is a section."""
+    known = SCHEMA.keys() | set(groups()) | {"experiment"}
+    sections = {key.partition(".")[0] for key in SCHEMA if "." in key}
+    for word in words(page):
+        given = re.match(r"[\"']?([a-z_]+(?:\.[A-Za-z_]+)*)=(?!=)", word)
+        if given and not word.endswith(".ckpt") and word != "name=value":
+            assert given[1] in known, word
+        elif re.fullmatch(r"[a-z_]+(\.[A-Za-z_]+)+", word) and word.partition(".")[0] in sections:
+            assert word in known, word
 
 
 def test_the_readme_is_short():
