@@ -4,7 +4,7 @@ get_rows prepares one split of a corpus, once: the result lies under data.cache_
 named by a hash of every setting that shapes it. DataModule serves prepared rows to Lightning.
 
 A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}, with
-data.pack=documents also "segments" int64 [B, L] (packing.segments). In training "row" is the
+data.pack=documents also "document_ids" int64 [B, L] (data/packing.py). In training "row" is the
 example's position in the endless stream of the run (data/order.py): position // global batch size
 is the optimizer step, the remainder the row of the global batch. In validation it is the row of the
 split.
@@ -92,8 +92,8 @@ class Examples(Dataset):
                 ids[:, 0] = self.bos
         batch = {"input_ids": ids, "attention_mask": mask, "row": positions}
         if self.rows.apart:
-            batch["segments"] = torch.from_numpy(
-                self.rows.segments([index.row for index in indices])
+            batch["document_ids"] = torch.from_numpy(
+                self.rows.document_ids([index.row for index in indices])
             )
         return batch
 
@@ -143,8 +143,8 @@ class StreamedExamples(Dataset):
         mask = np.arange(length) < rows.counts[:, None]
         batch = {"row": torch.tensor(positions)}
         if rows.marks is not None:
-            batch["segments"] = torch.from_numpy(packing.segments(rows.marks, length))
-            mask = batch["segments"].numpy() > 0
+            batch["document_ids"] = torch.from_numpy(packing.document_ids(rows.marks, length))
+            mask = batch["document_ids"].numpy() > 0
         batch["input_ids"] = torch.from_numpy(rows.ids)
         batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.batches % BOOKMARK_EVERY == 0:

@@ -3,9 +3,9 @@ No maths.
 
 What a loss is belongs to objectives/, the average of the weights to models/ema.py, the order of the
 data to the data module. A batch is {"input_ids" [B, L], "attention_mask" [B, L], "row" [B]}, and
-"segments" [B, L] where a row holds several documents (packing.segments): row is the index of the
-example in the endless stream of training data, or in the validation split, and with the seed it
-fixes the noise of that example.
+"document_ids" [B, L] where a row holds several documents (packing.document_ids): row is the index
+of the example in the endless stream of training data, or in the validation split, and with the seed
+it fixes the noise of that example.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from models.randomness import hashed
 from objectives import clipping
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import EXACT, Draws, Interval, draw_examples
+from objectives.corruption import EXACT, Interval, Noise, draw_example_noise
 from objectives.graphs import GraphedLoss
 from objectives.loss import TokenLoss
-from objectives.question import Question
+from objectives.loss_inputs import LossInputs
 from objectives.sedd import ScoreEntropy
 from training import distributed
 from training.health import StepHealth
@@ -94,7 +94,7 @@ class Diffusion(L.LightningModule):
         super().__init__()
         self.backbone = backbone
         self.objective = objective
-        self.noise = noise
+        self.noise_settings = noise
         self.optimizer_settings = optimizer
         self.clip = clip
         self.exact_nll = exact_nll
@@ -136,36 +136,40 @@ class Diffusion(L.LightningModule):
     # ---- one step -----------------------------------------------------------------------------
 
     def token_loss(
-        self, batch: dict, interval: Interval, draws: Draws | None, training: bool
+        self, batch: dict, interval: Interval, noise: Noise | None, training: bool
     ) -> TokenLoss:
-        """The loss of a batch under given draws (None: ar, nothing is drawn)."""
-        question = self.question(batch, interval, draws, training)
-        return self.objective.answer(self.backbone, self._sent(question))
+        """The loss of a batch under given noise (None: ar, nothing is drawn)."""
+        inputs = self.loss_inputs(batch, interval, noise, training)
+        return self.objective.compute_loss(self.backbone, self._sent(inputs))
 
-    def _sent(self, question: Question) -> Question:
-        return question.to(self.device, self.pin_memory)
+    def _sent(self, inputs: LossInputs) -> LossInputs:
+        return inputs.to(self.device, self.pin_memory)
 
-    def question(
-        self, batch: dict, interval: Interval, draws: Draws | None, training: bool
-    ) -> Question:
-        """What the batch asks the network, made on the host."""
+    def loss_inputs(
+        self, batch: dict, interval: Interval, noise: Noise | None, training: bool
+    ) -> LossInputs:
+        """What the loss is computed from, made on the host."""
         x0, mask = batch["input_ids"], batch["attention_mask"]
-        # padding forms a segment of its own, so it is neither attended to nor attends
-        segments = mask.long() if self.pad_apart else batch.get("segments")
+        # padding forms a document of its own, so it is neither attended to nor attends
+        document_ids = mask.long() if self.pad_apart else batch.get("document_ids")
         # the text itself may hold mask tokens (tokenizers read the letters "[MASK]" as one), whose
         # probability is 0: they are seen, not predicted
         mask = mask * (x0 != self.objective.mask_id)
         if isinstance(self.objective, Autoregressive):
-            return self.objective.question(x0, mask, training=training, segments=segments)
-        return self.objective.question(
-            x0, mask, draws, interval=interval, training=training, segments=segments
+            return self.objective.loss_inputs(
+                x0, mask, training=training, document_ids=document_ids
+            )
+        return self.objective.loss_inputs(
+            x0, mask, noise, interval=interval, training=training, document_ids=document_ids
         )
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         # dropout, too, is a function of the place in the stream
-        torch.manual_seed(int(hashed(self.noise.seed + DROPOUT_SEED, int(batch["row"][0]))))
-        draws = self._draws(batch, self.noise.seed, self.noise.global_batch)
-        loss = self.training_loss(batch, draws)
+        torch.manual_seed(
+            int(hashed(self.noise_settings.seed + DROPOUT_SEED, int(batch["row"][0])))
+        )
+        noise = self._noise(batch, self.noise_settings.seed, self.noise_settings.global_batch)
+        loss = self.training_loss(batch, noise)
         self.health.saw(batch, loss)
         self.log("trainer/loss", self._mean_of_all(loss.detach()), on_step=True)
         if self.health.bad_steps:
@@ -173,11 +177,11 @@ class Diffusion(L.LightningModule):
             self.log("trainer/bad_steps", torch.tensor(float(self.health.bad_steps)))
         return loss
 
-    def training_loss(self, batch: dict, draws: Draws | None) -> Tensor:
+    def training_loss(self, batch: dict, noise: Noise | None) -> Tensor:
         if self.graphed is None:
-            return self.token_loss(batch, self.interval, draws, training=True).mean
-        question = self.question(batch, self.interval, draws, training=True)
-        return self.graphed(question)
+            return self.token_loss(batch, self.interval, noise, training=True).mean
+        inputs = self.loss_inputs(batch, self.interval, noise, training=True)
+        return self.graphed(inputs)
 
     def _mean_of_all(self, value: Tensor) -> Tensor:
         """Over the devices, which do not wait for their hosts (as sync_dist of `log` would)."""
@@ -187,22 +191,22 @@ class Diffusion(L.LightningModule):
         torch.distributed.all_reduce(value)
         return value / self.trainer.world_size
 
-    def _draws(self, batch: dict, seed: int, global_batch: int) -> Draws | None:
+    def _noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
         """The noise of these examples: a function of the seed and their place in the stream."""
         if isinstance(self.objective, Autoregressive):
             return None
         x0 = batch["input_ids"]
-        return draw_examples(
+        return draw_example_noise(
             seed,
             batch["row"],
             global_batch=global_batch,
             length=x0.shape[1],
             block_size=self._block_size(x0.shape[1]),
-            antithetic=self.noise.antithetic,
+            antithetic=self.noise_settings.antithetic,
         )
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, index: int) -> dict:
-        """Nothing yet: the host makes a question of it first, and need not wait for the device."""
+        """Nothing yet: the host makes the loss inputs first, and need not wait for the device."""
         return batch
 
     def _block_size(self, length: int) -> int:
@@ -224,24 +228,24 @@ class Diffusion(L.LightningModule):
                 self.objective.block_size,
                 list(self.clip.widths),
                 self.clip.delta,
-                self.noise.sampling_eps,
+                self.noise_settings.sampling_eps,
             )
             if len(grid) > 1:  # with the full interval alone there is nothing to choose
                 self.search = clipping.Search(grid)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        seed = self.noise.seed + VALIDATION_SEED
-        draws = self._draws(batch, seed, self.noise.eval_global_batch)
-        full = (self.noise.sampling_eps, 1.0)
+        seed = self.noise_settings.seed + VALIDATION_SEED
+        noise = self._noise(batch, seed, self.noise_settings.eval_global_batch)
+        full = (self.noise_settings.sampling_eps, 1.0)
         reported = EXACT if self.exact_nll else full
-        loss = self.token_loss(batch, reported, draws, training=False)
-        self.meter.update(loss.nats, loss.counted)
+        loss = self.token_loss(batch, reported, noise, training=False)
+        self.meter.update(loss.nll, loss.loss_mask)
         if self.search is not None and self.search.wants_more():
             real = batch["attention_mask"].to(self.device)
             found = {reported: self._variance(loss, real)}
             for interval in self.search.grid:
                 if interval not in found:
-                    other = self.token_loss(batch, interval, draws, training=False)
+                    other = self.token_loss(batch, interval, noise, training=False)
                     found[interval] = self._variance(other, real)
             self.search.add([found[interval] for interval in self.search.grid])
 
@@ -362,7 +366,7 @@ class Diffusion(L.LightningModule):
         if self.backbone.compiled and self.device.type == "cuda" and one_host:
             self.graphed = GraphedLoss(
                 self.backbone,
-                lambda *asked: self.objective.answer(*asked).mean,
+                lambda *asked: self.objective.compute_loss(*asked).mean,
                 self._sent,
                 shared=self.trainer.accumulate_grad_batches > 1,
             )

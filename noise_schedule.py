@@ -1,8 +1,8 @@
-"""Masking schedules: how likely a token is hidden at time t.
+"""Masking schedules: how likely a token is masked at time t.
 
-Time runs from 0 (clean text) to 1 (every token hidden). A schedule maps t in (0, 1] to
+Time runs from 0 (clean text) to 1 (every token masked). A schedule maps t in (0, 1] to
 
-    p(t)       probability that a token is hidden, increasing in t,
+    p(t)       probability that a token is masked, increasing in t,
     weight(t)  p'(t) / p(t), nats of loss per nat of cross-entropy in the NELBO, >= 0.
 
 The reference's `loss_scaling` is -weight. Total noise sigma = -ln(1 - p) (MDLM, arXiv:2406.07524).
@@ -19,10 +19,10 @@ SIGMA_MAX = -math.log(EPS)
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseLevel:
     """What a schedule says about one time. Both tensors have the shape of t."""
 
-    p: Tensor  # probability that a token is hidden
+    p: Tensor  # probability that a token is masked
     weight: Tensor  # p' / p
 
     @property
@@ -35,8 +35,8 @@ class Noise:
 class LogLinear:
     """p = t: the schedule of all published runs."""
 
-    def __call__(self, t: Tensor) -> Noise:
-        return Noise(p=t, weight=1 / t)
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return NoiseLevel(p=t, weight=1 / t)
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class ScaledLogLinear:
     """The loglinear schedule through its total noise -ln(1 - (1 - eps) t), as in the MDLM and SEDD
     papers: p = (1 - eps) t (`algo.mdlm_loss_scale`)."""
 
-    def __call__(self, t: Tensor) -> Noise:
+    def __call__(self, t: Tensor) -> NoiseLevel:
         sigma = -torch.log1p(-(1 - EPS) * t)
         rate = (1 - EPS) / (1 - (1 - EPS) * t)
-        return Noise(p=-torch.expm1(-sigma), weight=rate / torch.expm1(sigma))
+        return NoiseLevel(p=-torch.expm1(-sigma), weight=rate / torch.expm1(sigma))
 
 
 @dataclass(frozen=True)
 class Cosine:
     """p = 1 - (1 - eps) cos(pi t / 2)."""
 
-    def __call__(self, t: Tensor) -> Noise:
+    def __call__(self, t: Tensor) -> NoiseLevel:
         angle = t * math.pi / 2
         p = 1 - (1 - EPS) * torch.cos(angle)
-        return Noise(p=p, weight=(1 - EPS) * torch.sin(angle) * (math.pi / 2) / p)
+        return NoiseLevel(p=p, weight=(1 - EPS) * torch.sin(angle) * (math.pi / 2) / p)
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Power:
 
     exponent: float
 
-    def __call__(self, t: Tensor) -> Noise:
+    def __call__(self, t: Tensor) -> NoiseLevel:
         free = t**self.exponent
         weight = self.exponent / t
-        return Noise(
+        return NoiseLevel(
             p=free.clamp(min=EPS), weight=torch.where(free > EPS, weight, torch.zeros_like(t))
         )
 
@@ -78,9 +78,9 @@ class Power:
 class Logarithmic:
     """p = ln(1 + t) / ln 2."""
 
-    def __call__(self, t: Tensor) -> Noise:
+    def __call__(self, t: Tensor) -> NoiseLevel:
         free = torch.log1p(t)
-        return Noise(p=free / math.log(2), weight=1 / (free * (1 + t)))
+        return NoiseLevel(p=free / math.log(2), weight=1 / (free * (1 + t)))
 
 
 Schedule = LogLinear | ScaledLogLinear | Cosine | Power | Logarithmic

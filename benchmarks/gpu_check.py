@@ -23,8 +23,8 @@ def checks(args) -> dict[str, Callable[[], dict]]:
     made, half, packed = {}, torch.bfloat16, BlockDiffusion(4)
     on_cpu = args.device.type == "cpu"  # where FlexAttention has no backward pass
     for backend in ("sdpa",) if on_cpu else ("sdpa", "flex"):
-        for rule, both in ((BlockDiffusion(4), True), (BlockDiffusion(16), False)):
-            made[f"{backend} {rule}"] = partial(attention_gap, backend, rule, both, args)
+        for mask, both in ((BlockDiffusion(4), True), (BlockDiffusion(16), False)):
+            made[f"{backend} {mask}"] = partial(attention_gap, backend, mask, both, args)
         made[f"{backend} {packed}, packed documents"] = partial(
             attention_gap, backend, packed, True, args, documents=5
         )
@@ -47,7 +47,7 @@ def verdict(gap: float, limit: float) -> dict:
 
 
 def attention_gap(
-    backend: str, rule, both: bool, args, dtype=torch.float32, documents: int = 1
+    backend: str, mask, both: bool, args, dtype=torch.float32, documents: int = 1
 ) -> dict:
     """Largest difference of output and gradients in `dtype` to dense float32, of the scale."""
     keys = 2 * args.length
@@ -55,14 +55,14 @@ def attention_gap(
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, n, 64) for n in (queries, keys, keys, queries)]
     made = [torch.randn(s, generator=generator).to(args.device) for s in shapes]
-    results, segments = [], None
+    results, document_ids = [], None
     if documents > 1:  # borders at another place in each row
         starts = torch.rand(2, args.length, generator=generator).argsort(-1) < documents - 1
-        segments = starts.cumsum(-1).repeat(1, 2).to(args.device)
+        document_ids = starts.cumsum(-1).repeat(1, 2).to(args.device)
     made = [x.to(dtype).float() for x in made]
     for prepare, made_in in ((dense, torch.float32), (get_backend(backend), dtype)):
         qkv = [x.to(made_in, copy=True).requires_grad_() for x in made[:3]]
-        out = prepare(rule, queries, keys, segments, args.device)(*qkv)
+        out = prepare(mask, queries, keys, document_ids, args.device)(*qkv)
         out.backward(made[3].to(made_in))
         results.append([out.detach(), *(x.grad for x in qkv)])
     pairs = zip(*results, strict=True)
@@ -84,18 +84,18 @@ def answers(args, device: torch.device, dtype=None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(args.vocab - 1, (1, 2 * args.length), generator=generator).to(device)
     with autocast(device, dtype):
-        return net.logits(net.hidden(tokens, rule=BlockDiffusion(16))).float().cpu()
+        return net.logits(net.hidden(tokens, attention_mask=BlockDiffusion(16))).float().cpu()
 
 
 @torch.no_grad()
 def cache_gap(args) -> dict:
     net = network(args).eval()
     tokens = torch.randint(args.vocab - 1, (3, 64), device=args.device)
-    whole = net.hidden(tokens, rule=BlockCausal(16))
+    whole = net.hidden(tokens, attention_mask=BlockCausal(16))
     cache, parts = net.new_cache(3, 64, 16), []
     for start in range(0, 64, 16):
         block = tokens[:, start : start + 16]
-        parts.append(net.hidden(block, rule=cache.rule, cache=cache))
+        parts.append(net.hidden(block, attention_mask=cache.attention_mask, cache=cache))
         cache = cache.commit(16)
     gap = float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
     return verdict(gap, 1e-4)
@@ -112,6 +112,6 @@ def short_batch(args) -> dict:
     for rows in (4, 3):
         tokens = torch.randint(args.vocab - 1, (rows, 2 * args.length), device=args.device)
         with autocast(args.device, torch.bfloat16):
-            net.hidden(tokens, rule=BlockDiffusion(16)).sum().backward()
+            net.hidden(tokens, attention_mask=BlockDiffusion(16)).sum().backward()
         graphs.append(counters["stats"]["unique_graphs"])
     return verdict(graphs[1] - graphs[0], 0)

@@ -17,7 +17,7 @@ from models.ema import EMA
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import draw_examples
+from objectives.corruption import draw_example_noise
 from objectives.graphs import GraphedLoss
 from training.flops import NetworkShape, flops, matmul_peak
 from utils import first_line
@@ -163,12 +163,12 @@ def stepper(kind: Kind, args, n_blocks: int | None = None):
     else:
         objective = MaskedDiffusion(mask_id, size, get_schedule("loglinear"))
 
-    def question(step: int, batch: int):
+    def loss_inputs(step: int, batch: int):
         x0 = torch.randint(mask_id, (batch, args.length))
         ones = torch.ones_like(x0)
         if kind.algo == "ar":
-            return objective.question(x0, ones, training=True)
-        draws = draw_examples(
+            return objective.loss_inputs(x0, ones, training=True)
+        noise = draw_example_noise(
             1,
             torch.arange(batch) + step * batch,
             global_batch=batch,
@@ -176,10 +176,10 @@ def stepper(kind: Kind, args, n_blocks: int | None = None):
             block_size=size,
             antithetic=True,
         )
-        return objective.question(x0, ones, draws, interval=(1e-3, 1.0), training=True)
+        return objective.loss_inputs(x0, ones, noise, interval=(1e-3, 1.0), training=True)
 
     def loss(backbone, asked):
-        return objective.answer(backbone, asked).mean
+        return objective.compute_loss(backbone, asked).mean
 
     def sent(asked):
         return asked.to(args.device)
@@ -191,7 +191,7 @@ def stepper(kind: Kind, args, n_blocks: int | None = None):
         if kind.compiled:
             net.run_block = run_block(kind, any_batch)
         optimizer.zero_grad()
-        asked = question(step, batch)
+        asked = loss_inputs(step, batch)
         with autocast(args.device, None if args.tiny else torch.bfloat16):
             # as in diffusion.py
             value = graphed(asked) if kind.compiled else loss(net, sent(asked))

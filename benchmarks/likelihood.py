@@ -80,8 +80,8 @@ def evaluate(algo: str, args) -> dict:
         if args.device != "cpu":
             torch.accelerator.synchronize()
         started = clock()
-        nats = float(way(index))
-        return nats, clock() - started
+        nll = float(way(index))
+        return nll, clock() - started
 
     def half(index: int):
         with torch.autocast(args.device, torch.bfloat16):
@@ -112,7 +112,7 @@ def ways(algo: str, args):
     from noise_schedule import get_schedule
     from objectives.autoregressive import Autoregressive
     from objectives.block_diffusion import MaskedDiffusion
-    from objectives.corruption import draw_examples
+    from objectives.corruption import draw_example_noise
     from objectives.sedd import ScoreEntropy
 
     torch.manual_seed(0)
@@ -152,17 +152,17 @@ def ways(algo: str, args):
     settings = {"length": length, "block_size": size, "antithetic": True}
     rows = torch.arange(args.batch, device=device)
 
-    def draws(i: int):
-        return draw_examples(1, rows + i * args.batch, global_batch=args.batch, **settings)
+    def noise(i: int):
+        return draw_example_noise(1, rows + i * args.batch, global_batch=args.batch, **settings)
 
     def ours(i: int):
-        return objective.loss(net, ids[i], ones, draws(i), interval=INTERVAL, training=False).mean
+        return objective.loss(net, ids[i], ones, noise(i), interval=INTERVAL, training=False).mean
 
-    counted = objective.counted(ones, training=False)
-    given = [objective.corrupt(ids[i], draws(i), INTERVAL) for i in range(args.batches)]
+    loss_mask = objective.loss_mask(ones, training=False)
+    given = [objective.corrupt(ids[i], noise(i), INTERVAL) for i in range(args.batches)]
 
     def plain(i: int):
-        return kind(weights, args.heads, ids[i], *given[i], counted, **extra)
+        return kind(weights, args.heads, ids[i], *given[i], loss_mask, **extra)
 
     return ours, plain
 

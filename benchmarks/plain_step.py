@@ -106,7 +106,7 @@ def subs(scores: Tensor, x_t: Tensor, mask_id: int) -> Tensor:
     return scores
 
 
-def masked_loss(w, heads, x0, x_t, t, counted, *, mask_id: int, block_size: int, mask=None):
+def masked_loss(w, heads, x0, x_t, t, loss_mask, *, mask_id: int, block_size: int, mask=None):
     """bamdlm, and mdlm where block_size is L (one pass over x_t alone): the mean of the counted.
 
     t [B, N]. mask: that of `block_diffusion_mask`, made once by the caller as the authors do."""
@@ -116,11 +116,11 @@ def masked_loss(w, heads, x0, x_t, t, counted, *, mask_id: int, block_size: int,
     scores = logits(w, heads, tokens, sigma, mask, period=length)[:, :length]
     log_p = subs(scores, x_t, mask_id)
     log_p = torch.gather(log_p, -1, x0[:, :, None]).squeeze(-1)
-    nats = -log_p / t.repeat_interleave(block_size, 1)
-    return (nats * counted).sum() / counted.sum()
+    nll = -log_p / t.repeat_interleave(block_size, 1)
+    return (nll * loss_mask).sum() / loss_mask.sum()
 
 
-def score_entropy_loss(w, heads, x0, x_t, t, counted, *, mask_id: int):
+def score_entropy_loss(w, heads, x0, x_t, t, loss_mask, *, mask_id: int):
     """SEDD, loglinear: t [B, 1]."""
     sigma = torch.clamp(-torch.log1p(-t), max=-math.log(EPS))  # [B, 1]
     log_score = logits(w, heads, x_t, sigma[:, 0], None, period=x0.shape[1])
@@ -134,17 +134,17 @@ def score_entropy_loss(w, heads, x0, x_t, t, counted, *, mask_id: int):
     positive = score[:, :mask_id].sum(-1) + score[:, mask_id + 1 :].sum(-1)
     entropy = torch.zeros(x_t.shape, device=x_t.device)
     entropy[hidden] += positive - negative + ratio * (ratio.log() - 1)
-    nats = entropy * (expm1 / t)
-    return (nats * counted).sum() / counted.sum()
+    nll = entropy * (expm1 / t)
+    return (nll * loss_mask).sum() / loss_mask.sum()
 
 
-def next_token_loss(w, heads, x0, counted, *, mask_id: int):
+def next_token_loss(w, heads, x0, loss_mask, *, mask_id: int):
     tokens, targets = x0[:, :-1], x0[:, 1:]
     sigma = torch.zeros(len(x0), device=x0.device)
     scores = logits(w, heads, tokens, sigma, "causal", period=x0.shape[1])
     scores[:, :, mask_id] = NEVER
     log_p = scores.log_softmax(-1).gather(-1, targets[:, :, None])[:, :, 0]
-    return -(log_p * counted[:, 1:]).sum() / counted[:, 1:].sum()
+    return -(log_p * loss_mask[:, 1:]).sum() / loss_mask[:, 1:].sum()
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def bare(denoise, rows: int, args) -> float:
 
     net, cache = denoise.backbone, denoise.new_cache(rows, CONTEXT)
     tokens = torch.randint(VOCABULARY - 1, (rows, CONTEXT), device=args.device)
-    net.hidden(tokens, rule=cache.rule, cache=cache)
+    net.hidden(tokens, attention_mask=cache.attention_mask, cache=cache)
     cache = cache.commit(CONTEXT)
     block = tokens[:, :BLOCK].contiguous()
     read = torch.arange(rows, device=args.device) * BLOCK
@@ -155,7 +155,9 @@ def bare(denoise, rows: int, args) -> float:
         synchronise(args)
         moments.append(time.perf_counter())
         for _ in range(BLOCK):
-            net.logits(net.hidden(block, rule=cache.rule, cache=cache, read=read))
+            net.logits(
+                net.hidden(block, attention_mask=cache.attention_mask, cache=cache, read=read)
+            )
     return min(b - a for a, b in pairwise(moments)) / BLOCK
 
 
@@ -176,7 +178,7 @@ def published_step(net, tokens, p, generator):
 
     from models.masks import BlockCausal
 
-    hidden = net.hidden(tokens, rule=BlockCausal(BLOCK))
+    hidden = net.hidden(tokens, attention_mask=BlockCausal(BLOCK))
     logits = net.logits(hidden)[:, -BLOCK:]
     logits[..., VOCABULARY - 1] = -torch.inf
     probs = logits.double().softmax(-1)
@@ -210,7 +212,7 @@ def plain(denoise, args) -> float:
         tokens = torch.cat([past, torch.full((1, BLOCK), VOCABULARY - 1)], 1)
         for _ in range(BLOCK):
             tokens = published_step(net, tokens, args.nucleus, generator)
-        net.hidden(tokens, rule=BlockCausal(BLOCK))  # one more pass stores the block
+        net.hidden(tokens, attention_mask=BlockCausal(BLOCK))  # one more pass stores the block
         past = tokens[:, BLOCK:]
         moments.append(time.perf_counter())
     return min(b - a for a, b in pairwise(moments)) / BLOCK

@@ -19,7 +19,7 @@ from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import draw_examples
+from objectives.corruption import draw_example_noise
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def step(options, block_size: int | None):
         if block_size is None:
             return Autoregressive(options.vocab - 1).loss(net, x0, mask, training=True)
         objective = MaskedDiffusion(options.vocab - 1, block_size, get_schedule("loglinear"))
-        draws = draw_examples(
+        noise = draw_example_noise(
             1,
             rows,
             global_batch=options.batch,
@@ -74,7 +74,7 @@ def step(options, block_size: int | None):
             block_size=block_size,
             antithetic=True,
         )
-        return objective.loss(net, x0, mask, draws, interval=(1e-3, 1.0), training=True)
+        return objective.loss(net, x0, mask, noise, interval=(1e-3, 1.0), training=True)
 
     def run() -> float:
         started = time.perf_counter()

@@ -77,7 +77,7 @@ class Watch(L.Callback):
 def watch(module: Diffusion, clock) -> Watch:
     watched = Watch(clock)
     module.training_loss = watched.timed("loss", module.training_loss)
-    module._draws = watched.timed("draws", module._draws)
+    module._noise = watched.timed("draws", module._noise)
     module.log = watched.timed("logging", module.log)
     module.health.inspect = watched.timed("checks", module.health.inspect)
     module.health.clip = watched.timed("clip", module.health.clip)

@@ -133,7 +133,7 @@ def make(case: Case, args) -> Steps:
     from noise_schedule import get_schedule
     from objectives.autoregressive import Autoregressive
     from objectives.block_diffusion import MaskedDiffusion
-    from objectives.corruption import draw_examples
+    from objectives.corruption import draw_example_noise
     from objectives.sedd import ScoreEntropy
 
     torch.manual_seed(0)
@@ -181,7 +181,7 @@ def make(case: Case, args) -> Steps:
     interval = (1e-3, 1.0)
 
     def drawn(step: int):
-        return draw_examples(
+        return draw_example_noise(
             1,
             rows + step * case.batch,
             global_batch=case.batch,
@@ -194,17 +194,17 @@ def make(case: Case, args) -> Steps:
         return objective.loss(net, x0, ones, drawn(step), interval=interval, training=True).mean
 
     given = [objective.corrupt(x0, drawn(step), interval) for step in range(3)]
-    counted = ones.float()
+    loss_mask = ones.float()
 
     def plain(step: int):
         x_t, t = given[step % len(given)]
-        return kind(weights, heads, x0, x_t, t, counted, **extra)
+        return kind(weights, heads, x0, x_t, t, loss_mask, **extra)
 
     def equal():
         x_t, t = given[0]
         named = {} if case.algo == "sedd" else {"interval": interval}
         ours = objective.loss_at
-        return (lambda: ours(net, x0, x_t, t, counted, **named).mean, lambda: plain(0))
+        return (lambda: ours(net, x0, x_t, t, loss_mask, **named).mean, lambda: plain(0))
 
     return Steps(net, loss, plain, equal)
 

@@ -2,8 +2,8 @@
 
 Wrapped: all documents form one stream, cut into chunks; only what is left at its very end is
 dropped. Unwrapped: one document a row, cut or padded to L. Apart (data.pack=documents): one stream
-again, in which every document begins at a block border and is a segment of its own; where a row
-ends inside a document, the next row goes on with it as a new segment. A document comes as (ids,
+again, in which every document begins at a block border and has an id of its own; where a row
+ends inside a document, the next row goes on with it as a new document. A document comes as (ids,
 ends) pairs, one for each of its pieces (readers.Piece).
 """
 
@@ -63,7 +63,7 @@ class Chunk(NamedTuple):
 
     ids: np.ndarray  # [n, L]
     counts: np.ndarray  # [n], real tokens; padding follows them, and stands between them if apart
-    marks: np.ndarray | None = None  # uint8 [n, 2, ceil(L / 8)], apart: bits of `segments`
+    marks: np.ndarray | None = None  # uint8 [n, 2, ceil(L / 8)], apart: bits of `document_ids`
 
 
 def packed(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
@@ -195,7 +195,7 @@ class _Stream:
         return Chunk(ids, real.sum(1), np.packbits(np.stack([starts, real], 1), axis=-1))
 
 
-def segments(marks: np.ndarray, length: int) -> np.ndarray:
+def document_ids(marks: np.ndarray, length: int) -> np.ndarray:
     """Chunk.marks [B, 2, ceil(L / 8)] -> the number of each token's document in its row, int64
     [B, L]: 1, 2 ...; 0 is padding."""
     starts, real = np.unpackbits(marks, axis=-1, count=length).astype(np.int64).swapaxes(0, 1)

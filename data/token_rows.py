@@ -3,7 +3,7 @@
     ids.bin      [rows, L] uint16, or uint32 for vocabularies above 65 536
     counts.bin   [rows] uint32, real tokens of each row; what follows them is padding
     marks.bin    [rows, 2, ceil(L / 8)] uint8, of data.pack=documents alone: two bits for a token,
-                 whether a segment begins there and whether it is real (not padding)
+                 whether a document begins there and whether it is real (not padding)
     about.json   what the rows were made from and how many there are
 
 and is made under a temporary name (preparation.py), so that a folder that exists is complete.
@@ -100,11 +100,11 @@ class TokenRows:
         """(ids [B, L], attention mask [B, L]), both int64."""
         ids = np.array(self.ids[rows], np.int64)
         if self.apart:
-            return ids, (self.segments(rows) > 0).astype(np.int64)
+            return ids, (self.document_ids(rows) > 0).astype(np.int64)
         mask = np.arange(self.length) < self.counts[rows][:, None]
         return ids, mask.astype(np.int64)
 
-    def segments(self, rows: list[int]) -> np.ndarray:
+    def document_ids(self, rows: list[int]) -> np.ndarray:
         """Where documents are apart: the number of each token's document in its row, int64 [B, L];
         0 is padding."""
-        return packing.segments(self.marks[rows], self.length)
+        return packing.document_ids(self.marks[rows], self.length)

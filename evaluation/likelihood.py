@@ -51,10 +51,10 @@ class LikelihoodMeter:
     def __init__(self):
         self.sums: Tensor | None = None  # float64 [6]: s, c, s^2, s c, c^2, rows
 
-    def update(self, nats: Tensor, counted: Tensor) -> None:
-        """nats, counted [B, L]; nats are already 0 where not counted. Rows without a counted token
-        are left out."""
-        s, c = nats.double().sum(1), counted.double().sum(1)
+    def update(self, nll: Tensor, loss_mask: Tensor) -> None:
+        """nll, loss_mask [B, L]; nll is already 0 outside the mask. Rows without a token in it are
+        left out."""
+        s, c = nll.double().sum(1), loss_mask.double().sum(1)
         sums = torch.stack([x.sum() for x in (s, c, s * s, s * c, c * c, c > 0)])
         self.sums = sums if self.sums is None else self.sums + sums
 

@@ -1,13 +1,13 @@
 """Attention backends: three ways to compute the same numbers.
 
-A backend is a function `prepare(rule, queries, keys, segments, device) -> attend(q, k, v)`. What
-depends on the rule alone (masks, chunk borders) is made once by `prepare` and shared by all layers
-of a pass.
+A backend is a function `prepare(mask, queries, keys, document_ids, device) -> attend(q, k, v)`.
+What depends on the mask alone (tensors, chunk borders) is made once by `prepare` and shared by all
+layers of a pass.
 
     q [B, H, T, D]   k, v [B, H, S, D]   ->   [B, H, T, D]
 
-`segments` [B, S] keeps texts of one row apart (documents packed together, padding): a query sees
-only keys of its own segment. With the block-diffusion rule T is S (both halves ask) or S / 2 (only
+`document_ids` [B, S] keep texts of one row apart (documents packed together, padding): a query sees
+only keys of its own document. With the block-diffusion mask T is S (both halves ask) or S / 2 (only
 the noised half is read).
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import BlockCausal, BlockDiffusion, Full, Rule
+from .masks import AttentionMask, BlockCausal, BlockDiffusion, Full
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -47,52 +47,52 @@ SMALL_TILES = {
 
 
 def dense_mask(
-    rule: Rule, q: Tensor, k: Tensor, keys: int, segments: Tensor | None = None
+    mask: AttentionMask, q: Tensor, k: Tensor, keys: int, document_ids: Tensor | None = None
 ) -> Tensor:
-    """The rule at the indices q [T] and k [S], boolean: [T, S], or with segments [B, 1, T, S]."""
-    mask = rule.allowed(q[:, None], k[None, :], keys)
-    if segments is not None:
-        mask = (mask & (segments[:, q, None] == segments[:, None, k]))[:, None]
-    return mask
+    """The mask at the indices q [T], k [S], boolean: [T, S], or with document_ids [B, 1, T, S]."""
+    seen = mask.allowed(q[:, None], k[None, :], keys)
+    if document_ids is not None:
+        seen = (seen & (document_ids[:, q, None] == document_ids[:, None, k]))[:, None]
+    return seen
 
 
 def dense(
-    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+    mask: AttentionMask, queries: int, keys: int, document_ids: Tensor | None, device: torch.device
 ) -> Attend:
     """One call over one [T, S] mask: the plain form every other is tested against."""
     q, k = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    mask = dense_mask(rule, q, k, keys, segments)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    seen = dense_mask(mask, q, k, keys, document_ids)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 def sdpa(
-    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+    mask: AttentionMask, queries: int, keys: int, document_ids: Tensor | None, device: torch.device
 ) -> Attend:
     """scaled_dot_product_attention, split so that blocks nobody may see are mostly not computed."""
-    if isinstance(rule, Full) and segments is None:
+    if isinstance(mask, Full) and document_ids is None:
         return F.scaled_dot_product_attention
-    if rule == BlockCausal(1) and segments is None:
+    if mask == BlockCausal(1) and document_ids is None:
         return functools.partial(F.scaled_dot_product_attention, is_causal=True)
-    if isinstance(rule, BlockDiffusion):
-        return _split_block_diffusion(rule, queries, keys, segments, device)
-    return dense(rule, queries, keys, segments, device)
+    if isinstance(mask, BlockDiffusion):
+        return _split_block_diffusion(mask, queries, keys, document_ids, device)
+    return dense(mask, queries, keys, document_ids, device)
 
 
-def _split_block_diffusion(rule, queries, keys, segments, device) -> Attend:
+def _split_block_diffusion(mask, queries, keys, document_ids, device) -> Attend:
     """Chunk i of x_t and of x0 asks; chunk i of x_t and chunks 0..i of x0 answer.
 
     About a quarter of the dense (2L)^2 is computed, and no mask of that size exists.
     """
     length = keys // 2
     both = queries == keys
-    size = min(rule.block_size * max(1, CHUNK_TOKENS // rule.block_size), length)
+    size = min(mask.block_size * max(1, CHUNK_TOKENS // mask.block_size), length)
     borders = [(start, min(start + size, length)) for start in range(0, length, size)]
     masks = []
     for start, stop in borders:
         noised = torch.arange(start, stop, device=device)
         q = torch.cat([noised, noised + length]) if both else noised
         k = torch.cat([noised, torch.arange(length, length + stop, device=device)])
-        masks.append(dense_mask(rule, q, k, keys, segments))
+        masks.append(dense_mask(mask, q, k, keys, document_ids))
     sizes = [stop - start for start, stop in borders]
     count = len(sizes)
 
@@ -114,23 +114,23 @@ def _split_block_diffusion(rule, queries, keys, segments, device) -> Attend:
 
 
 def flex(
-    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+    mask: AttentionMask, queries: int, keys: int, document_ids: Tensor | None, device: torch.device
 ) -> Attend:
     """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = _block_mask(rule, queries, keys, segments, device)
+    block_mask = _block_mask(mask, queries, keys, document_ids, device)
     if device.type == "cpu":
-        return lambda q, k, v: flex_attention(q, k, v, block_mask=mask)
+        return lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask)
     small = _has_little_shared_memory(device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options = _kernel_options(small, q.shape[-1], q.dtype)
         if torch.compiler.is_compiling():  # part of a larger graph
-            return flex_attention(q, k, v, block_mask=mask, kernel_options=options)
+            return flex_attention(q, k, v, block_mask=block_mask, kernel_options=options)
         for x in (q, k, v):  # a short last batch must not compile anew
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        return _compiled_flex()(q, k, v, block_mask=mask, kernel_options=options)
+        return _compiled_flex()(q, k, v, block_mask=block_mask, kernel_options=options)
 
     return attend
 
@@ -160,36 +160,36 @@ def _has_little_shared_memory(device: torch.device) -> bool:
     return properties.shared_memory_per_block_optin < SHARED_MEMORY
 
 
-def _block_mask(rule, queries, keys, segments, device):
-    if segments is None:
-        return _shared_block_mask(rule, queries, keys, device)
-    return _make_block_mask(rule, queries, keys, segments, device)
+def _block_mask(mask, queries, keys, document_ids, device):
+    if document_ids is None:
+        return _shared_block_mask(mask, queries, keys, device)
+    return _make_block_mask(mask, queries, keys, document_ids, device)
 
 
 @functools.cache  # never dropped: recordings of CUDA graphs read them
-def _shared_block_mask(rule, queries, keys, device):
+def _shared_block_mask(mask, queries, keys, device):
     """One BlockMask per shape for the life of the process: making one costs more than a layer."""
-    return _make_block_mask(rule, queries, keys, None, device)
+    return _make_block_mask(mask, queries, keys, None, device)
 
 
-def _make_block_mask(rule, queries, keys, segments, device):
+def _make_block_mask(mask, queries, keys, document_ids, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
     def allowed(b, h, q, k):
-        seen = rule.allowed(q, k, keys)
-        return seen if segments is None else seen & (segments[b, q] == segments[b, k])
+        seen = mask.allowed(q, k, keys)
+        return seen if document_ids is None else seen & (document_ids[b, q] == document_ids[b, k])
 
-    batch = None if segments is None else len(segments)
+    batch = None if document_ids is None else len(document_ids)
     return create_block_mask(allowed, batch, None, queries, keys, device=device)
 
 
 def flash_attn(
-    rule: Rule, queries: int, keys: int, segments: Tensor | None, device: torch.device
+    mask: AttentionMask, queries: int, keys: int, document_ids: Tensor | None, device: torch.device
 ) -> Attend:
     """The flash-attn package: CUDA only, half precision, full or causal attention."""
-    if segments is not None or not (isinstance(rule, Full) or rule == BlockCausal(1)):
+    if document_ids is not None or not (isinstance(mask, Full) or mask == BlockCausal(1)):
         raise ValueError(
-            f"model.attn_backend=flash_attn cannot apply {rule};"
+            f"model.attn_backend=flash_attn cannot apply {mask};"
             " use model.attn_backend=sdpa or flex"
         )
     try:  # where an export is loaded, transformers asks for every package imported outside a try
@@ -199,7 +199,7 @@ def flash_attn(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attn_func(q, k, v, causal=isinstance(rule, BlockCausal)).transpose(1, 2)
+        return flash_attn_func(q, k, v, causal=isinstance(mask, BlockCausal)).transpose(1, 2)
 
     return attend
 

@@ -36,7 +36,7 @@ class KVCache:
     values: list[Tensor]  # per layer [B, slots, H, D]
     committed: Tensor  # int64 [B]
     uniform: int | None
-    rule: BlockCausal
+    attention_mask: BlockCausal
     reach: int | None = None
 
     @property
@@ -91,9 +91,9 @@ class KVCache:
     def begin(self, tokens: int, compiled: bool = False) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
         room = self.slots
-        if tokens > 2 * self.rule.block_size:  # two blocks fit always
+        if tokens > 2 * self.attention_mask.block_size:  # two blocks fit always
             committed = int(self.committed.max()) if self.uniform is None else self.uniform
-            room -= min(committed, self.rule.window - self.rule.block_size)
+            room -= min(committed, self.attention_mask.window - self.attention_mask.block_size)
         if tokens > room:
             raise ValueError(
                 f"KVCache has room for {room} of its {self.slots} slots, cannot take {tokens}"
@@ -109,23 +109,23 @@ class KVCache:
             tokens,
             self.slots,
             0 if self._sees_all(tokens) else self.reach or self.slots,
-            self.rule,
+            self.attention_mask,
             self.keys[0].dtype,
         )
         return CachedPass(self, positions, slots, None if same else rows, visible)
 
     def _sees_all(self, tokens: int) -> bool:
         """Nothing has left the window yet: a pass sees all that is committed and itself."""
-        size = self.rule.block_size
+        size = self.attention_mask.block_size
         one_block = self.uniform is not None and tokens == size and self.uniform % size == 0
-        return one_block and self.uniform + tokens <= self.rule.window
+        return one_block and self.uniform + tokens <= self.attention_mask.window
 
 
 def _positions(committed: Tensor, tokens: int) -> Tensor:
     return committed[:, None] + torch.arange(tokens, device=committed.device)
 
 
-def _places(committed, tokens: int, slots: int, reach: int, rule: BlockCausal, dtype) -> tuple:
+def _places(committed, tokens: int, slots: int, reach: int, mask: BlockCausal, dtype) -> tuple:
     """Positions and slots of `tokens` new tokens [B, T], the numbers of the rows [B, 1], and which
     of the first `reach` slots each query may read, added to its score: 0 or -inf [B, 1, T, reach];
     None where reach is 0."""
@@ -137,7 +137,7 @@ def _places(committed, tokens: int, slots: int, reach: int, rule: BlockCausal, d
     last = positions[:, -1:]
     slot = torch.arange(reach, device=device)
     held = last - (last - slot) % slots  # the position each slot holds, < 0: none yet
-    seen = rule.allowed(positions[:, :, None], held[:, None, :], slots)
+    seen = mask.allowed(positions[:, :, None], held[:, None, :], slots)
     seen = (seen & (held >= 0)[:, None, :])[:, None]
     nothing = torch.zeros((), dtype=dtype, device=device)
     return positions, positions % slots, rows, torch.where(seen, nothing, -torch.inf)
@@ -164,7 +164,8 @@ class CachedPass:
         and attends to all that is seen; or what takes them before they are rotated."""
         cache = self.cache
         if self.slots is None:
-            return Decode(cache.keys[layer], cache.values[layer], cache.committed, cache.rule)
+            ring = cache.keys[layer], cache.values[layer], cache.committed
+            return Decode(*ring, cache.attention_mask)
         if self.visible is None:
             reach = cache.uniform + self.positions.shape[1]
         else:
@@ -175,16 +176,17 @@ class CachedPass:
 
 @dataclass(frozen=True)
 class Decode:
-    """attend(qkv, tables): the same as one kernel, see decode.py."""
+    """attend(qkv, cos, sin): the same as one kernel, see decode.py."""
 
     keys: Tensor
     values: Tensor
     committed: Tensor
-    rule: BlockCausal
+    attention_mask: BlockCausal
 
-    def __call__(self, qkv: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        mask = self.attention_mask
         ring = self.keys, self.values, self.committed
-        return decode(qkv, tables, *ring, self.rule.block_size, self.rule.window)
+        return decode(qkv, cos, sin, *ring, mask.block_size, mask.window)
 
 
 def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ except ImportError:
 MOST_TOKENS = 64  # of one pass; they stay in registers
 SHARED_MEMORY = 99 << 10  # bytes per block; the largest variant takes 96 K
 TILE_BYTES = 16 << 10  # of keys, and as many of values, on their way at a time
-COUNTS = ["tokens", "slots", "block_size", "window_blocks", "table_rows"]  # one kernel for all
+COUNTS = ["tokens", "slots", "block_size", "window_blocks", "angle_rows"]  # one kernel for all
 HEAD_WIDTHS = (32, 64, 128)  # powers of two; tensor cores take sixteen of half a head
 
 
@@ -108,7 +108,8 @@ def _(qkv, cos, sin, keys, values, committed, block_size, window):
 
 def decode(
     qkv: Tensor,
-    tables: tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
     keys: Tensor,
     values: Tensor,
     committed: Tensor,
@@ -117,12 +118,12 @@ def decode(
 ) -> Tensor:
     """qkv [B, T, 3 H D] of T new tokens, not rotated -> what each of them sees, [B, T, H D].
 
-    tables: cos and sin [B or 1, 1, T, D/2] of their positions. keys, values [B, slots, H, D]: the
+    cos, sin [B or 1, 1, T, D/2]: of their positions. keys, values [B, slots, H, D]: the
     ring of one layer (cache.py), to which the new ones are written behind the `committed` [B] ones.
     A token sees its own block and the window - block_size tokens before it.
     """
-    cos, sin = (x.contiguous() for x in tables)
-    return _operator(qkv.contiguous(), cos, sin, keys, values, committed, block_size, window)
+    given = (x.contiguous() for x in (qkv, cos, sin))
+    return _operator(*given, keys, values, committed, block_size, window)
 
 
 if triton is not None:
@@ -153,7 +154,7 @@ if triton is not None:
         slots,
         block_size,
         window_blocks,
-        table_rows,
+        angle_rows,
         scale,
         PADDED: tl.constexpr,
         HEADS: tl.constexpr,
@@ -172,7 +173,7 @@ if triton is not None:
         position = start + t
 
         # the new tokens: rotate, write to the ring, and let them see each other
-        angle = (row * table_rows + t)[:, None] * HALF + half[None, :]
+        angle = (row * angle_rows + t)[:, None] * HALF + half[None, :]
         c = tl.load(cos + angle, mask=written, other=0)
         s = tl.load(sin + angle, mask=written, other=0)
         token = (row * tokens + t)[:, None] * (3 * width) + head * 2 * HALF

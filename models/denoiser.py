@@ -1,4 +1,4 @@
-"""The questions that samplers ask a network.
+"""What samplers call: a network behind the interface that they know.
 
 `Denoiser` for the parameterisations subs and ar, `Score` for SEDD; their docstrings are what
 samplers/ rely on, which know no network.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .masks import Full, Rule
+from .masks import AttentionMask, Full
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Denoiser:
     backbone: torch.nn.Module
     mask_id: int
     block_size: int
-    rule: Rule
+    attention_mask: AttentionMask
     recordable = True  # as a CUDA graph: no shape depends on values, and the host is not asked
 
     @property
@@ -37,8 +37,9 @@ class Denoiser:
         tokens.
         """
         rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-        rule = self.rule if cache is None else cache.rule
-        hidden = self.backbone.hidden(tokens, rule=rule, cache=cache, read=(rows + read).flatten())
+        mask = self.attention_mask if cache is None else cache.attention_mask
+        read_rows = (rows + read).flatten()
+        hidden = self.backbone.hidden(tokens, attention_mask=mask, cache=cache, read=read_rows)
         on_gpu = self.compiled and tokens.device.type == "cuda"
         finish = _compiled_log_probs() if on_gpu else _log_probs
         return finish(self.backbone, hidden, self.mask_id).unflatten(0, read.shape)
@@ -72,7 +73,7 @@ class Score:
         """tokens [B, L], sigma [B] -> log-score float32 [B, L, V], 0 at the token seen. Only hidden
         positions mean something: a visible token never changes."""
         seen = sigma if self.time_conditioning else None
-        hidden = self.backbone.hidden(tokens, seen, rule=Full())
+        hidden = self.backbone.hidden(tokens, seen, attention_mask=Full())
         logits = self.backbone.logits(hidden, seen).float()
         shift = torch.expm1(sigma).log() + math.log(logits.shape[-1] - 1)
         log_score = logits - shift[:, None, None]

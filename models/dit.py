@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attention import get_backend
 from .cache import Decode, KVCache
 from .layers import Embedding, Norm, Pick, Rotary, TimestepEmbedding, rotate
-from .masks import BlockCausal, BlockDiffusion, Rule
+from .masks import AttentionMask, BlockCausal, BlockDiffusion
 
 TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
 
@@ -36,43 +36,43 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
         self.gelu_inside = False  # see freeze
-        self.register_buffer("kept", None, persistent=False)
+        self.register_buffer("cached_modulation", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
 
     def queries_keys_values(
-        self, x: Tensor, asking: int, tables: tuple[Tensor, Tensor]
+        self, x: Tensor, num_queries: int, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, E] -> q of the first `asking` rows, k, v of all rows, each [B, H, ., D]; q, k
+        """[B, T, E] -> q of the first `num_queries` rows, k, v of all rows, each [B, H, ., D]; q, k
         rotated."""
-        if asking == x.shape[1]:
+        if num_queries == x.shape[1]:
             qkv = self._heads(self.attn_qkv(x), 3)  # [3, B, H, T, D]
             qk, v = qkv.split((2, 1))
-            return *rotate(qk, tables).unbind(), v[0]
+            return *rotate(qk, cos, sin).unbind(), v[0]
         width = x.shape[-1]
         weights = self.attn_qkv.weight.split((width, 2 * width))
-        q = self._heads(F.linear(x[:, :asking], weights[0]), 1)
+        q = self._heads(F.linear(x[:, :num_queries], weights[0]), 1)
         k, v = self._heads(F.linear(x, weights[1]), 2).unbind()
-        asked = tuple(t[..., :asking, :] for t in tables)
-        return rotate(q[0], asked), rotate(k, tables), v
+        q_cos, q_sin = (t[..., :num_queries, :] for t in (cos, sin))
+        return rotate(q[0], q_cos, q_sin), rotate(k, cos, sin), v
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """[B, T, parts * E] -> [parts, B, H, T, D]."""
         return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, c, attend, tables, asking, read):
-        """x [B, T, E] -> [B, asking, E], or [M, E] where `read` picks rows of the flattened B *
-        asking."""
+    def forward(self, x, c, attend, cos, sin, num_queries, read):
+        """x [B, T, E] -> [B, num_queries, E], or [M, E] where `read` picks rows of the flattened
+        B * num_queries."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(self, c, 6)
         y = _modulate(self.norm1(x), shift, scale)
         if isinstance(attend, Decode):
-            a = attend(self.attn_qkv(y), tables)
+            a = attend(self.attn_qkv(y), cos, sin)
         else:
-            a = attend(*self.queries_keys_values(y, asking, tables))
-            a = a.transpose(1, 2).flatten(2)  # [B, asking, E]
-        x = x[:, :asking]
+            a = attend(*self.queries_keys_values(y, num_queries, cos, sin))
+            a = a.transpose(1, 2).flatten(2)  # [B, num_queries, E]
+        x = x[:, :num_queries]
         if read is not None:
-            row = read // asking
+            row = read // num_queries
             parts = [gate, mlp_shift, mlp_scale, mlp_gate]
             gate, mlp_shift, mlp_scale, mlp_gate = (_of_rows(part, row) for part in parts)
             x, a = (Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
@@ -97,7 +97,7 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(width)
         self.linear = _zero(nn.Linear(width, vocab_size))
-        for name in ("kept", "wide_weight", "wide_bias"):
+        for name in ("cached_modulation", "wide_weight", "wide_bias"):
             self.register_buffer(name, None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 2 * width))
@@ -159,9 +159,9 @@ class DiT(nn.Module):
         tokens: Tensor,
         sigma: Tensor | None = None,
         *,
-        rule: Rule,
+        attention_mask: AttentionMask,
         positions: Tensor | None = None,
-        segments: Tensor | None = None,
+        document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
@@ -169,52 +169,54 @@ class DiT(nn.Module):
         half, [B, T/2, E].
 
         sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1,
-        twice under BlockDiffusion. segments [B, T]: tokens see only their own segment. read [M]:
-        indices into the flattened rows of the result, none twice where gradients are wanted; then
-        only those are finished and [M, E] is returned. With a cache the tokens stand behind the
-        committed ones and `rule` must be the cache's.
+        twice under BlockDiffusion. document_ids [B, T]: tokens see only their own document.
+        read [M]: indices into the flattened rows of the result, none twice where gradients are
+        wanted; then only those are finished and [M, E] is returned. With a cache the tokens stand
+        behind the committed ones and `attention_mask` must be the cache's.
         """
         length = tokens.shape[1]
-        noised_only = isinstance(rule, BlockDiffusion)
+        noised_only = isinstance(attention_mask, BlockDiffusion)
         if positions is None:
             period = length // 2 if noised_only else length
             positions = torch.arange(length, device=tokens.device) % period
         if cache is None:
-            attends = self._uncached(rule, length, segments, tokens.device)
+            attends = self._uncached(attention_mask, length, document_ids, tokens.device)
         else:
-            attends, positions = self._cached(rule, cache, length)
+            attends, positions = self._cached(attention_mask, cache, length)
         # sampling on a CPU is not worth the compiler's minutes
         compiled = self.compiled and (cache is None or tokens.device.type != "cpu")
         begin = _compiled_begin() if compiled and cache is not None else _begin
-        x, tables = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
+        x, cos, sin = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
         c = self.conditioning(sigma)
         run = self.run_block if compiled else _run_block
         for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
-            x = run(block, x, c, attend, tables, length, None)
-        asking = length // 2 if noised_only else length
+            x = run(block, x, c, attend, cos, sin, length, None)
+        num_queries = length // 2 if noised_only else length
         if read is not None and self.compiled:
             torch._dynamo.maybe_mark_dynamic(read, 0)
-        return run(self.blocks[-1], x, c, attends[-1], tables, asking, read)
+        return run(self.blocks[-1], x, c, attends[-1], cos, sin, num_queries, read)
 
-    def _uncached(self, rule, length, segments, device) -> list:
+    def _uncached(self, mask, length, document_ids, device) -> list:
         """The attention of each layer: all alike but the last, which may ask for fewer rows."""
-        inner = self.prepare_attention(rule, length, length, segments, device)
+        inner = self.prepare_attention(mask, length, length, document_ids, device)
         final = inner
-        if isinstance(rule, BlockDiffusion):
-            final = self.prepare_attention(rule, length // 2, length, segments, device)
+        if isinstance(mask, BlockDiffusion):
+            final = self.prepare_attention(mask, length // 2, length, document_ids, device)
         return [inner] * (len(self.blocks) - 1) + [final]
 
-    def _cached(self, rule, cache, length) -> tuple[list, Tensor]:
-        if rule != cache.rule:
-            raise ValueError(f"this cache was made for {cache.rule}, the pass asks for {rule}")
+    def _cached(self, mask, cache, length) -> tuple[list, Tensor]:
+        if mask != cache.attention_mask:
+            raise ValueError(
+                f"this cache was made for {cache.attention_mask}, the pass asks for {mask}"
+            )
         on_gpu = cache.committed.device.type != "cpu"
         step = cache.begin(length, compiled=self.compiled and on_gpu)
         return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
         """What modulates the blocks, [B or 1, cond_dim]; one row when sigma is 0 everywhere. None:
-        nothing does, or what is kept."""
-        if not self.adaln or (sigma is None and self.output_layer.kept is not None):
+        nothing does, or what is cached."""
+        if not self.adaln or (sigma is None and self.output_layer.cached_modulation is not None):
             return None
         if sigma is None:
             sigma = torch.zeros(1, device=self.vocab_embed.embedding.device)
@@ -260,11 +262,11 @@ class DiT(nn.Module):
         with torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
             c = self.conditioning(None)
             for layer in (*self.blocks, self.output_layer):
-                layer.kept = layer.adaLN_modulation(c)[:, None]
+                layer.cached_modulation = layer.adaLN_modulation(c)[:, None]
 
     def new_cache(self, batch: int, window: int, block_size: int, dtype=None) -> KVCache:
         """An empty cache for `batch` rows that see `window` tokens, the current block included."""
-        rule = BlockCausal(block_size, window)
+        mask = BlockCausal(block_size, window)
         weight = self.vocab_embed.embedding
         n_heads = self.blocks[0].n_heads
         shape = (batch, window + block_size, n_heads, self.head_width)
@@ -276,7 +278,7 @@ class DiT(nn.Module):
             values=[empty.clone() for _ in self.blocks],
             committed=torch.zeros(batch, dtype=torch.int64, device=weight.device),
             uniform=0,
-            rule=rule,
+            attention_mask=mask,
         )
 
 
@@ -298,8 +300,8 @@ def _run_block(block: Block, *arguments) -> Tensor:
 
 
 def _begin(embed: Embedding, rotary: Rotary, tokens: Tensor, positions: Tensor) -> tuple:
-    """The residual stream before the first block, and the rotary tables."""
-    return embed(tokens), rotary(positions)
+    """The residual stream before the first block, cos and sin."""
+    return embed(tokens), *rotary(positions)
 
 
 @functools.cache
@@ -315,10 +317,10 @@ def _zero(linear: nn.Linear) -> nn.Linear:
 
 def _modulation(layer: Block | OutputLayer, c: Tensor | None, parts: int) -> list[Tensor | None]:
     """shift, scale, gate of a block's attention, then of its MLP; shift, scale of the head: each [B
-    or 1, 1, E]. c None: no modulation, or the one that was kept (`DiT.freeze`)."""
-    if c is None and layer.kept is None:
+    or 1, 1, E]. c None: no modulation, or the cached one (`DiT.freeze`)."""
+    if c is None and layer.cached_modulation is None:
         return [None] * parts
-    made = layer.kept if c is None else layer.adaLN_modulation(c)[:, None]
+    made = layer.cached_modulation if c is None else layer.adaLN_modulation(c)[:, None]
     return list(made.chunk(parts, -1))
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .cache import KVCache
 from .dit import DiT
-from .masks import BlockCausal, BlockDiffusion, Causal, Full, Rule
+from .masks import AttentionMask, BlockCausal, BlockDiffusion, Causal, Full
 
 
 class BD3LMConfig(PretrainedConfig):
@@ -98,14 +98,14 @@ class BD3LM(PreTrainedModel):
     def get_input_embeddings(self):
         return self.backbone.vocab_embed
 
-    def rule(self, sample_mode: bool) -> Rule:
+    def mask_for(self, sample_mode: bool) -> AttentionMask:
         """Who sees whom: the algorithm's training form, or the one of sampling."""
         if self.config.causal:
             return Causal()
         if not self.config.cross_attn:
             return Full()
-        rule = BlockCausal if sample_mode else BlockDiffusion
-        return rule(self.config.block_size)
+        mask = BlockCausal if sample_mode else BlockDiffusion
+        return mask(self.config.block_size)
 
     def forward(
         self,
@@ -124,21 +124,21 @@ class BD3LM(PreTrainedModel):
         `model.backbone.new_cache`) holds what was committed before. timesteps [B]: noise level
         sigma, for time-conditioned models. attention_mask [B, T or T/2]: 0 at padding.
         """
-        rule = self.rule(sample_mode) if cache is None else cache.rule
+        mask = self.mask_for(sample_mode) if cache is None else cache.attention_mask
         sigma = None
         if self.config.time_conditioning:
             if timesteps is None:
                 raise ValueError("this model is conditioned on time: give timesteps [B]")
             sigma = timesteps.flatten()
-        segments = None
+        document_ids = None
         if attention_mask is not None and not bool(attention_mask.all()):
             times = input_ids.shape[1] // attention_mask.shape[1]
-            segments = attention_mask.long().repeat(1, times)
-        asked = input_ids.shape[1] // 2 if isinstance(rule, BlockDiffusion) else None
+            document_ids = attention_mask.long().repeat(1, times)
+        asked = input_ids.shape[1] // 2 if isinstance(mask, BlockDiffusion) else None
         states, hooks = self._watch(asked) if output_hidden_states else (None, [])
         try:
             hidden = self.backbone.hidden(
-                input_ids, sigma, rule=rule, segments=segments, cache=cache
+                input_ids, sigma, attention_mask=mask, document_ids=document_ids, cache=cache
             )
         finally:
             for hook in hooks:

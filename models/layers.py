@@ -66,7 +66,7 @@ class Rotary(nn.Module):
 
 
 class _Rotate(torch.autograd.Function):
-    """Its own derivative with the angle turned round, so nothing is kept but the tables."""
+    """Its own derivative with the angle turned round, so nothing is kept but cos and sin."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ class _Rotate(torch.autograd.Function):
         return torch.cat(turned, -1).to(grad.dtype), None, None
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + D/2) of x [..., T, D] by the angles of its position, in float32."""
-    return _Rotate.apply(x, *tables)
+    return _Rotate.apply(x, cos, sin)
 
 
 class Pick(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Who may look at whom: the attention rules, as predicates on token indices.
+"""Who may look at whom: the attention masks, as predicates on token indices.
 
 `allowed(q, k, keys)` says whether query index q may see key index k, where `keys` is the number of
 keys. It is written with broadcasting operators only, so the same line serves dense masks, cached
@@ -45,13 +45,13 @@ class BlockCausal:
 
 
 def Causal(window: int | None = None) -> BlockCausal:
-    """A token sees itself and what is to its left: AR, the block-causal rule with blocks of one."""
+    """A token sees itself and what is to its left: AR, block-causal with blocks of one."""
     return BlockCausal(1, window)
 
 
 @dataclass(frozen=True)
 class BlockDiffusion:
-    """The training rule over [x_t ; x0] (arXiv:2503.09573, section 3.1), both halves keys / 2 long.
+    """The training mask over [x_t ; x0] (arXiv:2503.09573, section 3.1), both halves keys / 2 long.
 
     A query in block b of x_t sees block b of x_t and the blocks before b of x0; a query in block b
     of x0 sees the blocks up to b of x0.
@@ -69,4 +69,4 @@ class BlockDiffusion:
         return own | earlier | (clean_q & clean_k & (block_q >= block_k))
 
 
-Rule = Full | BlockCausal | BlockDiffusion
+AttentionMask = Full | BlockCausal | BlockDiffusion

@@ -181,7 +181,7 @@ def build_shape(config: Config, backbone: DiT) -> NetworkShape:
         vocab_size=backbone.vocab_size,
         length=config.model.length,
         block_size=config.block_size,
-        hidden_share=share,
+        masked_share=share,
     )
 
 

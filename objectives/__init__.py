@@ -1,1 +1,1 @@
-"""What the logits mean: the training objectives and the questions samplers may ask."""
+"""What the logits mean: the training objectives, and what each gives samplers to call."""

@@ -7,8 +7,8 @@ from torch import Tensor
 from models.denoiser import Denoiser
 from models.masks import Causal
 
-from .question import Objective, Question
-from .segments import begins, positions
+from .document_ids import begins, positions
+from .loss_inputs import LossInputs, Objective
 
 
 @dataclass(frozen=True)
@@ -18,34 +18,35 @@ class Autoregressive(Objective):
     mask_id: int
     ignore_bos: bool = False
 
-    def question(
+    def loss_inputs(
         self,
         x0: Tensor,
-        attention_mask: Tensor,
+        valid: Tensor,
         *,
         training: bool,
-        segments: Tensor | None = None,
-    ) -> Question:
-        """x0, attention_mask, segments [B, L]; it is [B, L - 1], about tokens 1 .. L - 1. A text's
-        first token is not predicted: before it stands another text."""
-        first = begins(x0, segments)
-        counted = attention_mask[:, 1:].float().masked_fill(first[:, 1:], 0)
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """x0, valid, document_ids [B, L] -> inputs [B, L - 1] that predict tokens 1 .. L - 1.
+        valid: 1 where a token may enter the loss. A text's first token is not predicted: before it
+        stands another text."""
+        first = begins(x0, document_ids)
+        loss_mask = valid[:, 1:].float().masked_fill(first[:, 1:], 0)
         if self.ignore_bos and not training:
-            counted = counted.masked_fill(first[:, :-1], 0)
-        seen = None if segments is None else segments[:, :-1]
+            loss_mask = loss_mask.masked_fill(first[:, :-1], 0)
+        seen = None if document_ids is None else document_ids[:, :-1]
         # padding may carry the mask's id, whose probability is 0: ask for any other token there
-        targets = x0[:, 1:].masked_fill(counted == 0, int(self.mask_id == 0))
-        return Question(
+        targets = x0[:, 1:].masked_fill(loss_mask == 0, int(self.mask_id == 0))
+        return LossInputs(
             tokens=x0[:, :-1],
-            rule=Causal(),
-            counted=counted,
-            read=None,
+            attention_mask=Causal(),
+            loss_mask=loss_mask,
+            loss_positions=None,
             targets=targets.flatten(),
-            weights=counted.flatten(),
-            segments=seen,
+            weights=loss_mask.flatten(),
+            document_ids=seen,
             positions=None if seen is None else positions(seen),
         )
 
     def denoiser(self, backbone) -> Denoiser:
-        """Row i of the answer is about token i + 1."""
+        """Row i of its output is about token i + 1."""
         return Denoiser(backbone, self.mask_id, 1, Causal())

@@ -1,7 +1,7 @@
 """Masked diffusion inside blocks: BAM-DLM, and MDLM as the case of one block.
 
 The NELBO of arXiv:2503.09573 (L_BD), Rao-Blackwellised as in MDLM (arXiv:2406.07524): weight(t)
-times the cross-entropy at the hidden tokens. x_t is noised block by block; a block sees itself
+times the cross-entropy at the masked tokens. x_t is noised block by block; a block sees itself
 noised and the earlier ones clean, all blocks in one pass over [x_t ; x0].
 """
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from models.denoiser import Denoiser
 from models.masks import BlockCausal, BlockDiffusion, Full
-from noise_schedule import EPS, Noise, Schedule
+from noise_schedule import EPS, NoiseLevel, Schedule
 
 from .corruption import (
     EXACT,
-    Draws,
     Interval,
-    hidden_independently,
-    hidden_within_bounds,
-    hide,
+    Noise,
+    mask_tokens,
+    masked_independently,
+    masked_within_bounds,
     per_token,
     times,
 )
+from .document_ids import positions
 from .loss import without_first
-from .question import Objective, Question
-from .segments import positions
+from .loss_inputs import LossInputs, Objective
 
 
 @dataclass(frozen=True)
@@ -45,81 +45,85 @@ class MaskedDiffusion(Objective):
     resample: bool = False
     full_from: float = EPS
 
-    def noise(self, t: Tensor, interval: Interval) -> Noise:
-        """The schedule; at the exact interval (1, 1) everything is hidden with weight 1."""
+    def noise_level(self, t: Tensor, interval: Interval) -> NoiseLevel:
+        """The schedule; at the exact interval (1, 1) everything is masked with weight 1."""
         if interval == EXACT:
-            return Noise(p=torch.ones_like(t), weight=torch.ones_like(t))
+            return NoiseLevel(p=torch.ones_like(t), weight=torch.ones_like(t))
         return self.schedule(t)
 
     def corrupt(
-        self, x0: Tensor, draws: Draws, interval: Interval, segments: Tensor | None = None
+        self, x0: Tensor, noise: Noise, interval: Interval, document_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x_t [B, L] and the times t [B, N] of its blocks."""
-        t = times(draws.time, interval)
-        p = self.noise(t, interval).p
+        t = times(noise.time, interval)
+        p = self.noise_level(t, interval).p
         if self.resample:
             lo, hi = interval
             bounds = (0.0 if lo <= self.full_from + 1e-6 else lo, hi)
-            hidden = hidden_within_bounds(draws.token, draws.count, p, bounds)
+            masked = masked_within_bounds(noise.token, noise.count, p, bounds)
         else:
-            hidden = hidden_independently(draws.token, p)
-        return hide(x0, hidden, self.mask_id, self.ignore_bos, segments), t
+            masked = masked_independently(noise.token, p)
+        return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
 
-    def counted(
-        self, attention_mask: Tensor, training: bool, segments: Tensor | None = None
+    def loss_mask(
+        self, valid: Tensor, training: bool, document_ids: Tensor | None = None
     ) -> Tensor:
         """Which tokens enter the mean. A text's position 0 stays in the training mean (as
         published), not in evaluation."""
-        return without_first(attention_mask, self.ignore_bos and not training, segments)
+        return without_first(valid, self.ignore_bos and not training, document_ids)
 
-    def question(
+    def loss_inputs(
         self,
         x0: Tensor,
-        attention_mask: Tensor,
-        draws: Draws,
+        valid: Tensor,
+        noise: Noise,
         *,
         interval: Interval,
         training: bool,
-        segments: Tensor | None = None,
-    ) -> Question:
-        """x0, attention_mask, segments [B, L]. Only the full interval bounds the likelihood."""
-        x_t, t = self.corrupt(x0, draws, interval, segments)
-        counted = self.counted(attention_mask, training, segments)
-        return self.question_at(x0, x_t, t, counted, interval=interval, segments=segments)
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """x0, valid, document_ids [B, L]; valid: 1 where a token may enter the loss. Only the full
+        interval bounds the likelihood."""
+        x_t, t = self.corrupt(x0, noise, interval, document_ids)
+        loss_mask = self.loss_mask(valid, training, document_ids)
+        return self.loss_inputs_at(
+            x0, x_t, t, loss_mask, interval=interval, document_ids=document_ids
+        )
 
-    def question_at(
+    def loss_inputs_at(
         self,
         x0: Tensor,
         x_t: Tensor,
         t: Tensor,
-        counted: Tensor,
+        loss_mask: Tensor,
         *,
         interval: Interval,
-        segments: Tensor | None = None,
-    ) -> Question:
-        """About a given corruption: nothing random is left (but dropout). With one block nobody
-        would read the clean half: it is not built."""
-        places = None if segments is None else positions(segments)
-        tokens, rule = x_t, Full()
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """Of a given corruption: nothing random is left (but dropout). With one block nobody would
+        attend to the clean half: it is not built."""
+        places = None if document_ids is None else positions(document_ids)
+        tokens, attention_mask = x_t, Full()
         if self.block_size < x_t.shape[1]:
-            tokens, rule = torch.cat([x_t, x0], 1), BlockDiffusion(self.block_size)
-            if segments is not None:
-                segments, places = torch.cat([segments] * 2, 1), torch.cat([places] * 2, 1)
-        weight = per_token(self.noise(t, interval).weight, x0.shape[1])
-        # padding may carry the mask's id (GPT-2): what is not counted is not asked about
-        read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]  # [M]
-        return Question(
+            tokens, attention_mask = torch.cat([x_t, x0], 1), BlockDiffusion(self.block_size)
+            if document_ids is not None:
+                document_ids, places = torch.cat([document_ids] * 2, 1), torch.cat([places] * 2, 1)
+        weight = per_token(self.noise_level(t, interval).weight, x0.shape[1])
+        # padding may carry the mask's id (GPT-2): what is outside the loss mask is not predicted
+        masked = (x_t == self.mask_id) & (loss_mask > 0)
+        loss_positions = masked.flatten().nonzero()[:, 0]  # [M]
+        return LossInputs(
             tokens=tokens,
-            rule=rule,
-            counted=counted,
-            read=read,
-            targets=x0.flatten()[read],
-            weights=(weight * counted).flatten()[read],
-            segments=segments,
+            attention_mask=attention_mask,
+            loss_mask=loss_mask,
+            loss_positions=loss_positions,
+            targets=x0.flatten()[loss_positions],
+            weights=(weight * loss_mask).flatten()[loss_positions],
+            document_ids=document_ids,
             positions=places,
         )
 
     def denoiser(self, backbone, *, whole_window: bool) -> Denoiser:
-        """The questions samplers ask. whole_window: mdlm, the visible window is one block."""
-        rule = Full() if whole_window else BlockCausal(self.block_size)
-        return Denoiser(backbone, self.mask_id, self.block_size, rule)
+        """What samplers call. whole_window: mdlm, the visible window is one block."""
+        attention_mask = Full() if whole_window else BlockCausal(self.block_size)
+        return Denoiser(backbone, self.mask_id, self.block_size, attention_mask)

@@ -1,4 +1,4 @@
-"""The forward process: when (t), how much (p) and which tokens are hidden.
+"""The forward process: when (t), how much (p) and which tokens are masked.
 
 Time is drawn once per block and shared by its tokens. The randomness is a function of (seed, step,
 row of the global batch) alone, so a run does not depend on the number of devices it is spread over.
@@ -12,25 +12,25 @@ from torch import Tensor
 
 from models.randomness import uniform
 
-from .segments import begins
+from .document_ids import begins
 
 Interval = tuple[float, float]  # the times (eps_min, eps_max) that are drawn
-# Everything hidden; with blocks of one token the loss is the exact NLL. Ints, as it is logged.
+# Everything masked; with blocks of one token the loss is the exact NLL. Ints, as it is logged.
 EXACT: Interval = (1, 1)
 
 TIMES, TOKENS, COUNTS = range(3)  # independent streams of random numbers
 
 
 @dataclass(frozen=True)
-class Draws:
+class Noise:
     """The uniform numbers that corrupt a batch; everything after them is deterministic."""
 
     time: Tensor  # [B, N] in [0, 1): where in the interval each block is
-    token: Tensor  # [B, L] in [0, 1): a token is hidden where this is <= p
-    count: Tensor  # [B, N] in [0, 1): how many tokens of a block are hidden, where that is bounded
+    token: Tensor  # [B, L] in [0, 1): a token is masked where this is <= p
+    count: Tensor  # [B, N] in [0, 1): how many tokens of a block are masked, where that is bounded
 
 
-def draw(
+def draw_noise(
     seed: int,
     step: int,
     rows: Tensor,
@@ -39,8 +39,8 @@ def draw(
     length: int,
     block_size: int,
     antithetic: bool,
-) -> Draws:
-    """The draws of these rows (int64 [B], indices into the global batch) at an optimizer step.
+) -> Noise:
+    """The noise of these rows (int64 [B], indices into the global batch) at an optimizer step.
 
     Antithetic: the B_global * N strata [i, i + 1) / (B_global * N) are dealt to the blocks of the
     global batch in a random permutation, one each, so the times cover the interval evenly and no
@@ -53,7 +53,7 @@ def draw(
         strata = global_batch * blocks
         time = (_dealt(seed, step, strata).to(rows.device)[place] + time) / strata
     tokens = rows[:, None] * length + torch.arange(length, device=rows.device)
-    return Draws(
+    return Noise(
         time=time.float().clamp(max=1 - 2.0**-24),
         token=uniform(seed, step, TOKENS, tokens),
         count=uniform(seed, step, COUNTS, place),
@@ -67,22 +67,22 @@ def _dealt(seed: int, step: int, strata: int) -> Tensor:
     return torch.randperm(strata, generator=generator)
 
 
-def draw_examples(seed: int, examples: Tensor, *, global_batch: int, **settings) -> Draws:
-    """The draws of examples known by their place in the stream (int64 [B]).
+def draw_example_noise(seed: int, examples: Tensor, *, global_batch: int, **settings) -> Noise:
+    """The noise of examples known by their place in the stream (int64 [B]).
 
-    Example e is row e % global_batch of step e // global_batch; settings as for `draw`. A batch
-    may reach over several steps (validation, whose batches need not be those of the noise).
+    Example e is row e % global_batch of step e // global_batch; settings as for `draw_noise`. A
+    batch may reach over several steps (validation, whose batches need not be those of the noise).
     """
     steps, counts = torch.unique_consecutive(examples // global_batch, return_counts=True)
     rows = examples % global_batch
-    draws = functools.partial(draw, global_batch=global_batch, **settings)
+    draw = functools.partial(draw_noise, global_batch=global_batch, **settings)
     parts = [
-        draws(seed, step, part)
+        draw(seed, step, part)
         for step, part in zip(steps.tolist(), rows.split(counts.tolist()), strict=True)
     ]
     if len(parts) == 1:
         return parts[0]
-    return Draws(
+    return Noise(
         time=torch.cat([part.time for part in parts]),
         token=torch.cat([part.token for part in parts]),
         count=torch.cat([part.count for part in parts]),
@@ -100,26 +100,26 @@ def per_token(blocks: Tensor, length: int) -> Tensor:
     return blocks.repeat_interleave(length // blocks.shape[1], 1)
 
 
-def hide(
-    x0: Tensor, hidden: Tensor, mask_id: int, ignore_bos: bool, segments: Tensor | None = None
+def mask_tokens(
+    x0: Tensor, masked: Tensor, mask_id: int, ignore_bos: bool, document_ids: Tensor | None = None
 ) -> Tensor:
-    """x_t: the mask token where `hidden`; with `ignore_bos` a text's first token stays visible."""
+    """x_t: the mask token where `masked`; with `ignore_bos` a text's first token stays visible."""
     if ignore_bos:
-        hidden = hidden & ~begins(x0, segments)
-    return torch.where(hidden, mask_id, x0)
+        masked = masked & ~begins(x0, document_ids)
+    return torch.where(masked, mask_id, x0)
 
 
-def hidden_independently(token: Tensor, p: Tensor) -> Tensor:
+def masked_independently(token: Tensor, p: Tensor) -> Tensor:
     """Each token with its own coin: token [B, L] uniform, p [B, N]."""
     return token <= per_token(p, token.shape[1])
 
 
-def hidden_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Interval) -> Tensor:
-    """As `hidden_independently`, given that every block's hidden share lies inside the interval.
+def masked_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Interval) -> Tensor:
+    """As `masked_independently`, given that every block's masked share lies inside the interval.
 
-    The number of hidden tokens of a block is binomial; here it is drawn from its conditional
+    The number of masked tokens of a block is binomial; here it is drawn from its conditional
     distribution by inversion, then that many of the block's tokens with the least `token` are
-    hidden. Same law as redrawing until it fits, without the loop. Raises ValueError where no share
+    masked. Same law as redrawing until it fits, without the loop. Raises ValueError where no share
     k / K fits.
     """
     size = token.shape[1] // p.shape[1]
@@ -141,7 +141,7 @@ def hidden_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Inte
 
 
 def shares_within(block_size: int, interval: Interval) -> Tensor:
-    """Which numbers of hidden tokens 0..K give a share inside the interval, boolean [K + 1].
+    """Which numbers of masked tokens 0..K give a share inside the interval, boolean [K + 1].
 
     The bounds are widened by 1e-6 of rounding: the buffers of checkpoints hold them in float32.
     """

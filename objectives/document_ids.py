@@ -1,6 +1,6 @@
-"""Several texts in one row: segments [B, L] number them; padding is a segment like any other.
+"""Several texts in one row: document_ids [B, L] number them; padding is a document like any other.
 
-Within a segment everything is as in a row of its own: attention (models/attention.py), positions
+Within a document everything is as in a row of its own: attention (models/attention.py), positions
 from 0 on, and a first token with nothing before it.
 """
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 
-def begins(tokens: Tensor, segments: Tensor | None) -> Tensor:
-    """Where a text begins, boolean [B, L]: the first column, with segments the first of each."""
+def begins(tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Where a text begins, boolean [B, L]: the first column, or each document's first."""
     first = torch.zeros_like(tokens, dtype=torch.bool)
     first[:, 0] = True
-    if segments is not None:
-        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    if document_ids is not None:
+        first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return first
 
 
-def positions(segments: Tensor) -> Tensor:
+def positions(document_ids: Tensor) -> Tensor:
     """The place of each token in its text, int64 [B, L], for rotary positions."""
-    index = torch.arange(segments.shape[1], device=segments.device)
-    return index - (index * begins(segments, segments)).cummax(1).values
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    return index - (index * begins(document_ids, document_ids)).cummax(1).values

@@ -1,8 +1,9 @@
 """A loss and its gradients as two CUDA graphs: a small step is a thousand kernels, and starting
 them one by one takes the host longer than the device needs to run them.
 
-A graph has fixed shapes. The number of hidden tokens changes from batch to batch, so some more rows
-are read than asked for (`Question.padded`); a batch that has more still gets a graph with more.
+A graph has fixed shapes. The number of masked tokens changes from batch to batch, so there are some
+more loss positions than needed (`LossInputs.padded`); a batch that needs more still gets a graph
+with more.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .question import Question
+from .loss_inputs import LossInputs
 
 WARM_UP = 2  # steps of a shape that run as they are: what is compiled or chosen on first use is
 ROWS = 128  # the number of rows read is a multiple of
@@ -26,18 +27,18 @@ class _Asked(nn.Module):
         super().__init__()
         self.backbone, self.loss = backbone, loss
 
-    def forward(self, question: Question) -> Tensor:
-        device = question.tokens.device.type
+    def forward(self, inputs: LossInputs) -> Tensor:
+        device = inputs.tokens.device.type
         on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, dtype, enabled=on, cache_enabled=False):
-            return self.loss(self.backbone, question)
+            return self.loss(self.backbone, inputs)
 
 
 class GraphedLoss:
-    """`loss(backbone, question)`, a scalar on a CUDA device, as a graph once its shapes have been
+    """`loss(backbone, inputs)`, a scalar on a CUDA device, as a graph once its shapes have been
     met; so are its gradients with respect to the weights, which must stay where they are.
 
-    `send` brings a question to the device. `shared`: gradients of several calls are added up, so
+    `send` brings the inputs to the device. `shared`: gradients of several calls are added up, so
     each gets memory of its own.
     """
 
@@ -48,40 +49,40 @@ class GraphedLoss:
         self.seen = 0
         self.graph: _Graph | None = None
 
-    def __call__(self, question: Question) -> Tensor:
-        if question.segments is not None or len(question.targets) == 0:
-            return self.ask(self.send(question))  # the mask of documents is another each time
-        if question.tokens.shape != self.shape or len(question.targets) > self.rows:
-            self.shape, self.seen, self.graph = question.tokens.shape, 0, None
-            self.rows = rows_for(len(question.targets), question.counted.numel())
-        question = self.send(question.padded(self.rows))
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        if inputs.document_ids is not None or len(inputs.targets) == 0:
+            return self.ask(self.send(inputs))  # the mask of documents is another each time
+        if inputs.tokens.shape != self.shape or len(inputs.targets) > self.rows:
+            self.shape, self.seen, self.graph = inputs.tokens.shape, 0, None
+            self.rows = rows_for(len(inputs.targets), inputs.loss_mask.numel())
+        inputs = self.send(inputs.padded(self.rows))
         if self.seen < WARM_UP:
             self.seen += 1
-            return self.ask(question)
+            return self.ask(inputs)
         if self.graph is None:
-            self.graph = _Graph(self.ask, question, self.shared)
-        return _Replayed.apply(self.graph, question, *self.ask.parameters())
+            self.graph = _Graph(self.ask, inputs, self.shared)
+        return _Replayed.apply(self.graph, inputs, *self.ask.parameters())
 
 
 def rows_for(asked: int, most: int) -> int:
-    """A multiple of ROWS with some room above `asked`: the number of hidden tokens varies little
+    """A multiple of ROWS with some room above `asked`: the number of masked tokens varies little
     where times are antithetic."""
     return min(most, -(-(asked + asked // 64 + ROWS // 2) // ROWS) * ROWS)
 
 
 class _Graph:
-    def __init__(self, ask: _Asked, question: Question, shared: bool):
+    def __init__(self, ask: _Asked, inputs: LossInputs, shared: bool):
         self.shared = shared
         # clones: what the host has sent is not ours
-        self.question = replace(question, **{n: x.clone() for n, x in question.tensors().items()})
+        self.loss_inputs = replace(inputs, **{n: x.clone() for n, x in inputs.tensors().items()})
         # the same memory, but nothing in autograd's books that belongs to another stream
         weights = {n: nn.Parameter(p.detach()) for n, p in ask.named_parameters()}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, capture_error_mode=BESIDE_NCCL):
-            value = torch.func.functional_call(ask, weights, (self.question,))
+            value = torch.func.functional_call(ask, weights, (self.loss_inputs,))
         self.d_value = torch.ones_like(value)
         with (
-            torch.autocast(question.tokens.device.type, enabled=False),
+            torch.autocast(inputs.tokens.device.type, enabled=False),
             torch.cuda.graph(
                 self.backward, pool=self.forward.pool(), capture_error_mode=BESIDE_NCCL
             ),
@@ -91,17 +92,17 @@ class _Graph:
             )
         self.value = value.detach()
 
-    def load(self, question: Question) -> None:
-        given = question.tensors()
-        for name, ours in self.question.tensors().items():
+    def load(self, inputs: LossInputs) -> None:
+        given = inputs.tensors()
+        for name, ours in self.loss_inputs.tensors().items():
             ours.copy_(given[name])
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, graph: _Graph, question: Question, *parameters) -> Tensor:
+    def forward(ctx, graph: _Graph, inputs: LossInputs, *parameters) -> Tensor:
         ctx.graph = graph
-        graph.load(question)
+        graph.load(inputs)
         graph.forward.replay()
         return graph.value.clone()
 

@@ -18,15 +18,15 @@ from models.dit import products_dtype, widened
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 CHUNK_LOGITS_ACCELERATOR = 1 << 28  # small matrices leave a GPU idle
 
-# (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> nats float32 [m];
-# overwrites the logits, with `gradient` by d nats / d logits
+# (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> losses float32 [m];
+# overwrites the logits, with `gradient` by d losses / d logits
 LossKernel = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class HeadLoss:
-    nats: Tensor  # float32 [M], without a graph
-    total: Tensor  # sum of factor * nats, with a graph
+    losses: Tensor  # float32 [M], without a graph
+    total: Tensor  # sum of factor * losses, with a graph
 
 
 def cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: int) -> Tensor:
@@ -64,11 +64,11 @@ def _cross_entropy_in_place(logits: Tensor, target: Tensor, gradient: bool, mask
     wide = logits.to(wide_dtype(logits)).masked_fill(column == mask_id, -torch.inf)
     norm = wide.logsumexp(-1, keepdim=True)
     is_target = column == target[:, None]
-    nats = norm[:, 0] - wide.masked_fill(~is_target, 0).sum(-1)
+    losses = norm[:, 0] - wide.masked_fill(~is_target, 0).sum(-1)
     if gradient:
         log_p = wide - norm
         logits.copy_(torch.where(is_target, log_p.expm1(), log_p.exp()))
-    return nats
+    return losses
 
 
 def head_loss(
@@ -87,7 +87,7 @@ def head_loss(
     """
     features = backbone.features(hidden, sigma, row)
     linear = backbone.output_layer.linear
-    total, nats = _ChunkedHead.apply(
+    total, losses = _ChunkedHead.apply(
         features,
         linear.weight,
         linear.bias,
@@ -97,7 +97,7 @@ def head_loss(
         kernel_rows,
         torch.is_grad_enabled(),
     )
-    return HeadLoss(nats=nats, total=total)
+    return HeadLoss(losses=losses, total=total)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -107,11 +107,11 @@ class _ChunkedHead(torch.autograd.Function):
     def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows, training):
         dtype = products_dtype(features)
         x, (w, b) = features.to(dtype), _products(weight, bias, dtype)
-        nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         gradients = None
         # what an input needs is also true under no_grad, and grad mode is always off in here
         if training and any(ctx.needs_input_grad[:3]):
-            # times a constant near 1, so that 1 / (number counted) is not lost in half precision
+            # times a constant near 1, so that 1 / sum(loss_mask) is not lost in half precision
             unit = factors.sum().clamp_min(torch.finfo(torch.float32).tiny) / max(len(x), 1)
             gradients = _Gradients(x, w, (factors / unit)[:, None])
         size = _chunk_rows(len(x), w)
@@ -122,7 +122,7 @@ class _ChunkedHead(torch.autograd.Function):
             torch.addmm(b, x[part], w.t(), out=chunk)
             rows = (r[part] for r in kernel_rows)
             real = chunk[:, : len(weight)]
-            nats[part] = kernel(real, targets[part], gradients is not None, *rows)
+            losses[part] = kernel(real, targets[part], gradients is not None, *rows)
             if gradients is not None:
                 gradients.add(part, chunk)
         if gradients is not None:
@@ -132,8 +132,8 @@ class _ChunkedHead(torch.autograd.Function):
                 for d, like in zip(gradients.sums(), (features, weight, bias), strict=True)
             ]
             ctx.unit = unit
-        ctx.mark_non_differentiable(nats)
-        return (nats * factors).sum(), nats
+        ctx.mark_non_differentiable(losses)
+        return (losses * factors).sum(), losses
 
     @staticmethod
     def backward(ctx, d_total, _):
@@ -145,7 +145,7 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of sum(factor * nats) with respect to x [M, E], w [V, E] and the bias [V]."""
+    """Gradients of sum(factor * losses) with respect to x [M, E], w [V, E] and the bias [V]."""
 
     def __init__(self, x: Tensor, w: Tensor, factors: Tensor):
         self.x, self.w, self.factors = x, w, factors

@@ -1,7 +1,7 @@
-"""What a batch asks the network, and the loss of the answer.
+"""What a batch gives the network to compute the loss from, and that loss.
 
-A question is made where the batch lies, on the host: which tokens are hidden is drawn there, so the
-number of rows to be read is known and nothing is asked back from the device.
+The inputs are made where the batch lies, on the host: which tokens are masked is drawn there, so
+the number of loss positions is known and the host never waits for the device.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -9,33 +9,33 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from models.masks import Rule
+from models.masks import AttentionMask
 
 from .head import LossKernel, cross_entropy_kernel, head_loss
 from .loss import TokenLoss, scattered
 
 
 @dataclass(frozen=True)
-class Question:
-    """`read`: which rows of the network's answer, flattened, are about a token that counts; None:
-    all. M is their number; the loss is sum(weights * nats) / sum(counted)."""
+class LossInputs:
+    """`loss_positions`: which rows of the network's output, flattened, predict a token that enters
+    the loss; None: all. M is their number; the loss is sum(weights * nll) / sum(loss_mask)."""
 
     tokens: Tensor  # int64 [B, T], what the network sees
-    rule: Rule
-    counted: Tensor  # float32 [B, L], see TokenLoss
-    read: Tensor | None  # int64 [M]
+    attention_mask: AttentionMask
+    loss_mask: Tensor  # float32 [B, L], see TokenLoss
+    loss_positions: Tensor | None  # int64 [M]
     targets: Tensor  # int64 [M]
     weights: Tensor  # float32 [M]
     sigma: Tensor | None = None  # [B], the noise level where the network is told
     expm1: Tensor | None = None  # [B], e^sigma - 1 where the loss needs it
-    segments: Tensor | None = None  # int64 [B, T]
+    document_ids: Tensor | None = None  # int64 [B, T]
     positions: Tensor | None = None  # int64 [B, T]
 
     def tensors(self) -> dict[str, Tensor]:
         every = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in every.items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device, pinned: bool = True) -> "Question":
+    def to(self, device: torch.device, pinned: bool = True) -> "LossInputs":
         """On the device; by way of pinned memory without waiting for it."""
         if self.tokens.device == device:
             return self
@@ -47,64 +47,65 @@ class Question:
 
         return replace(self, **{name: sent(x) for name, x in self.tensors().items()})
 
-    def padded(self, rows: int) -> "Question":
-        """With as many rows read (at most all); the answer at those added does not count."""
-        if self.read is None or len(self.read) >= rows:
+    def padded(self, rows: int) -> "LossInputs":
+        """With `rows` loss positions (at most all); those added have weight 0."""
+        positions = self.loss_positions
+        if positions is None or len(positions) >= rows:
             return self
-        free = torch.ones(self.counted.numel(), dtype=torch.bool, device=self.read.device)
-        free[self.read] = False
-        more = free.nonzero()[: rows - len(self.read), 0]
+        free = torch.ones(self.loss_mask.numel(), dtype=torch.bool, device=positions.device)
+        free[positions] = False
+        more = free.nonzero()[: rows - len(positions), 0]
         # their target is that of a row that counts: never the mask, whose probability is 0
         target = self.targets[:1] if len(self.targets) else self.targets.new_zeros(1)
         return replace(
             self,
-            read=torch.cat([self.read, more]),
+            loss_positions=torch.cat([positions, more]),
             targets=torch.cat([self.targets, target.expand(len(more))]),
             weights=torch.cat([self.weights, self.weights.new_zeros(len(more))]),
         )
 
 
 class Objective:
-    """`question` of a batch, where the objective has draws also `question_at` of a corruption, and
-    `kernel`, the loss on the logits: the rest follows."""
+    """An objective defines `loss_inputs` of a batch and `kernel`, the loss on the logits; one that
+    draws noise also `loss_inputs_at` of a given corruption. The rest follows."""
 
     def kernel(self, backbone) -> LossKernel:
         return cross_entropy_kernel(backbone, self.mask_id)
 
-    def answer(self, backbone, question: Question) -> TokenLoss:
-        return answer(backbone, question, self.kernel(backbone))
+    def compute_loss(self, backbone, inputs: LossInputs) -> TokenLoss:
+        return compute_loss(backbone, inputs, self.kernel(backbone))
 
     def loss(self, backbone, *batch, **settings) -> TokenLoss:
-        """The answer to `question`."""
-        return self.answer(backbone, self.question(*batch, **settings))
+        """The loss of a batch; arguments as for `loss_inputs`."""
+        return self.compute_loss(backbone, self.loss_inputs(*batch, **settings))
 
     def loss_at(self, backbone, *corrupted, **settings) -> TokenLoss:
-        """The answer to `question_at`."""
-        return self.answer(backbone, self.question_at(*corrupted, **settings))
+        """The loss of a given corruption; arguments as for `loss_inputs_at`."""
+        return self.compute_loss(backbone, self.loss_inputs_at(*corrupted, **settings))
 
 
-def answer(backbone, question: Question, kernel: LossKernel) -> TokenLoss:
-    """The loss of the network's answer."""
-    q = question
+def compute_loss(backbone, inputs: LossInputs, kernel: LossKernel) -> TokenLoss:
+    """The loss of what the network predicts."""
     hidden = backbone.hidden(
-        q.tokens,
-        q.sigma,
-        rule=q.rule,
-        positions=q.positions,
-        segments=q.segments,
-        read=q.read,
+        inputs.tokens,
+        inputs.sigma,
+        attention_mask=inputs.attention_mask,
+        positions=inputs.positions,
+        document_ids=inputs.document_ids,
+        read=inputs.loss_positions,
     )
-    row = None if q.expm1 is None else q.read // q.tokens.shape[1]
+    loss_mask, positions = inputs.loss_mask, inputs.loss_positions
+    row = None if inputs.expm1 is None else positions // inputs.tokens.shape[1]
     head = head_loss(
         backbone,
         hidden.flatten(0, -2),
-        q.targets,
-        q.weights / q.counted.sum(),
+        inputs.targets,
+        inputs.weights / loss_mask.sum(),
         kernel,
-        *(() if q.expm1 is None else (q.expm1[row],)),
-        sigma=q.sigma,
+        *(() if inputs.expm1 is None else (inputs.expm1[row],)),
+        sigma=inputs.sigma,
         row=row,
     )
-    nats = head.nats * q.weights
-    nats = nats.view_as(q.counted) if q.read is None else scattered(nats, q.read, q.counted)
-    return TokenLoss(nats=nats, counted=q.counted, mean=head.total)
+    nll = head.losses * inputs.weights
+    nll = nll.view_as(loss_mask) if positions is None else scattered(nll, positions, loss_mask)
+    return TokenLoss(nll=nll, loss_mask=loss_mask, mean=head.total)

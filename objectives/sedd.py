@@ -1,6 +1,6 @@
 """Score entropy of the absorbing process: SEDD (arXiv:2310.16834).
 
-The network's output, shifted, is the log of the ratios p_t(y) / p_t(x_t) for changing one hidden
+The network's output, shifted, is the log of the ratios p_t(y) / p_t(x_t) for changing one masked
 token to y.
 """
 
@@ -15,11 +15,11 @@ from models.denoiser import Score
 from models.masks import Full
 from noise_schedule import Schedule
 
-from .corruption import Draws, Interval, hidden_independently, hide, times
+from .corruption import Interval, Noise, mask_tokens, masked_independently, times
+from .document_ids import positions
 from .head import LossKernel, wide_dtype
 from .loss import without_first
-from .question import Objective, Question
-from .segments import positions
+from .loss_inputs import LossInputs, Objective
 
 
 def score_entropy(
@@ -33,12 +33,12 @@ def score_entropy(
     in_place = logits if logits.dtype == wide_dtype(logits) else None
     score = torch.sub(logits, shift, out=in_place)
     picked = score.gather(1, target[:, None])[:, 0]
-    nats = score.exp_().sum(-1) - ratio * picked + ratio * (ratio.log() - 1)
+    entropy = score.exp_().sum(-1) - ratio * picked + ratio * (ratio.log() - 1)
     if gradient:
         if in_place is None:
             logits.copy_(score)
         logits.scatter_(1, target[:, None], (picked.exp() - ratio)[:, None].to(logits.dtype))
-    return nats
+    return entropy
 
 
 @dataclass(frozen=True)
@@ -49,52 +49,54 @@ class ScoreEntropy(Objective):
     time_conditioning: bool = True
 
     def corrupt(
-        self, x0: Tensor, draws: Draws, interval: Interval, segments: Tensor | None = None
+        self, x0: Tensor, noise: Noise, interval: Interval, document_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x_t [B, L] and the times t [B, 1]."""
-        t = times(draws.time, interval)
-        hidden = hidden_independently(draws.token, self.schedule(t).p)
-        return hide(x0, hidden, self.mask_id, self.ignore_bos, segments), t
+        t = times(noise.time, interval)
+        masked = masked_independently(noise.token, self.schedule(t).p)
+        return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
 
-    def counted(
-        self, attention_mask: Tensor, training: bool, segments: Tensor | None = None
+    def loss_mask(
+        self, valid: Tensor, training: bool, document_ids: Tensor | None = None
     ) -> Tensor:
-        return without_first(attention_mask, self.ignore_bos and not training, segments)
+        return without_first(valid, self.ignore_bos and not training, document_ids)
 
-    def question(
+    def loss_inputs(
         self,
         x0: Tensor,
-        attention_mask: Tensor,
-        draws: Draws,
+        valid: Tensor,
+        noise: Noise,
         *,
         interval: Interval,
         training: bool,
-        segments: Tensor | None = None,
-    ) -> Question:
-        """x0, attention_mask, segments [B, L]; one time per row."""
-        x_t, t = self.corrupt(x0, draws, interval, segments)
-        counted = self.counted(attention_mask, training, segments)
-        return self.question_at(x0, x_t, t, counted, segments=segments)
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """x0, valid, document_ids [B, L]; one time per row. valid: 1 where a token may enter the
+        loss."""
+        x_t, t = self.corrupt(x0, noise, interval, document_ids)
+        loss_mask = self.loss_mask(valid, training, document_ids)
+        return self.loss_inputs_at(x0, x_t, t, loss_mask, document_ids=document_ids)
 
-    def question_at(
-        self, x0: Tensor, x_t: Tensor, t: Tensor, counted: Tensor, *, segments=None
-    ) -> Question:
-        """About a given corruption, t [B, 1]."""
-        noise = self.schedule(t)
-        expm1 = torch.expm1(noise.sigma)  # [B, 1]
-        weight = noise.weight * expm1  # d sigma / d t
-        read = ((x_t == self.mask_id) & (counted > 0)).flatten().nonzero()[:, 0]
-        return Question(
+    def loss_inputs_at(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, loss_mask: Tensor, *, document_ids=None
+    ) -> LossInputs:
+        """Of a given corruption, t [B, 1]."""
+        level = self.schedule(t)
+        expm1 = torch.expm1(level.sigma)  # [B, 1]
+        weight = level.weight * expm1  # d sigma / d t
+        masked = (x_t == self.mask_id) & (loss_mask > 0)
+        loss_positions = masked.flatten().nonzero()[:, 0]  # [M]
+        return LossInputs(
             tokens=x_t,
-            rule=Full(),
-            counted=counted,
-            read=read,
-            targets=x0.flatten()[read],
-            weights=(weight * counted).flatten()[read],
-            sigma=noise.sigma[:, 0] if self.time_conditioning else None,
+            attention_mask=Full(),
+            loss_mask=loss_mask,
+            loss_positions=loss_positions,
+            targets=x0.flatten()[loss_positions],
+            weights=(weight * loss_mask).flatten()[loss_positions],
+            sigma=level.sigma[:, 0] if self.time_conditioning else None,
             expm1=expm1[:, 0],
-            segments=segments,
-            positions=None if segments is None else positions(segments),
+            document_ids=document_ids,
+            positions=None if document_ids is None else positions(document_ids),
         )
 
     def kernel(self, backbone) -> LossKernel:

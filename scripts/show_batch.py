@@ -54,12 +54,14 @@ class Painter:
         ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
         self.special = ends | set(tokenizer.hf.all_special_ids)
 
-    def lines(self, ids: np.ndarray, mask: np.ndarray, segments: np.ndarray | None) -> list[Text]:
-        """One line for a row, or one for each of its documents; ids, mask, segments: [L]."""
-        if segments is None:
+    def lines(
+        self, ids: np.ndarray, mask: np.ndarray, document_ids: np.ndarray | None
+    ) -> list[Text]:
+        """One line for a row, or one for each of its documents; ids, mask, document_ids: [L]."""
+        if document_ids is None:
             return [self.line(ids, mask, 0)]
         # padding stays with the document before it
-        starts = np.flatnonzero(np.diff(np.maximum.accumulate(segments), prepend=0))
+        starts = np.flatnonzero(np.diff(np.maximum.accumulate(document_ids), prepend=0))
         stops = [*starts[1:], len(ids)]
         return [
             Text(f"[document {n}] ", BORDER) + self.line(ids[a:b], mask[a:b], a)
@@ -205,10 +207,12 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
         if "error" in batch:  # where the text is read as it goes (data.streaming)
             raise ValueError(batch["error"])
         ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
-        segments = batch["segments"].numpy() if "segments" in batch else None
+        document_ids = batch["document_ids"].numpy() if "document_ids" in batch else None
         for i in range(min(left, len(ids))):
             say(f"row {batch['row'][i]}", style="bold")
-            for line in painter.lines(ids[i], mask[i], None if segments is None else segments[i]):
+            for line in painter.lines(
+                ids[i], mask[i], None if document_ids is None else document_ids[i]
+            ):
                 say(line)
             left -= 1
         figures.add(ids, mask)

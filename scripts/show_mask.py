@@ -25,7 +25,7 @@ from models.masks import BlockDiffusion
 LONGEST = 4096  # a picture of 8192 x 8192 pairs
 
 
-def segments_of(documents: list[int], length: int, block_size: int) -> torch.Tensor | None:
+def document_ids_of(documents: list[int], length: int, block_size: int) -> torch.Tensor | None:
     """[1, 2L] of [x_t ; x0] for documents of these lengths; None: one text. ValueError if they do
     not fit."""
     if not documents:
@@ -42,10 +42,12 @@ def segments_of(documents: list[int], length: int, block_size: int) -> torch.Ten
     return torch.cat([row, row], 1)
 
 
-def seen_pairs(length: int, block_size: int, segments: torch.Tensor | None = None) -> torch.Tensor:
+def seen_pairs(
+    length: int, block_size: int, document_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     index = torch.arange(2 * length)
-    mask = dense_mask(BlockDiffusion(block_size), index, index, 2 * length, segments)
-    return mask if segments is None else mask[0, 0]
+    mask = dense_mask(BlockDiffusion(block_size), index, index, 2 * length, document_ids)
+    return mask if document_ids is None else mask[0, 0]
 
 
 def sdpa_pairs(length: int, block_size: int) -> torch.Tensor:
@@ -71,7 +73,7 @@ def flex_pairs(seen: torch.Tensor, tile: int) -> torch.Tensor:
 
 
 def draw(
-    length: int, block_size: int, tile: int, path: Path, segments: torch.Tensor | None = None
+    length: int, block_size: int, tile: int, path: Path, document_ids: torch.Tensor | None = None
 ) -> dict[str, float]:
     """Writes the picture; the share of the dense (2L)^2 that each form computes."""
     import matplotlib
@@ -79,7 +81,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    seen = seen_pairs(length, block_size, segments)
+    seen = seen_pairs(length, block_size, document_ids)
     computed = {
         "seen": seen,
         "dense": torch.ones_like(seen),
@@ -123,10 +125,10 @@ def main(argv=None) -> int:
     if args.out.suffix != ".png":
         parser.error(f"--out {args.out} must end in .png")
     try:
-        segments = segments_of(args.documents, args.length, args.block_size)
+        document_ids = document_ids_of(args.documents, args.length, args.block_size)
     except ValueError as error:
         parser.error(str(error))
-    shares = draw(args.length, args.block_size, args.tile, args.out, segments)
+    shares = draw(args.length, args.block_size, args.tile, args.out, document_ids)
     for name, share in shares.items():
         print(f"{name:<6}{share:8.2%} of the dense (2L)^2")
     print(f"written to {args.out}")

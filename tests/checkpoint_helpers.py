@@ -38,7 +38,7 @@ def close(found, recorded):
 
 
 def logits(net, checkpoint, tokens, sigma):
-    rule = {
+    mask = {
         "bamdlm": BlockDiffusion(checkpoint.block_size),
         "mdlm": Full(),
         "sedd": Full(),
@@ -46,7 +46,7 @@ def logits(net, checkpoint, tokens, sigma):
     }[checkpoint.algo]
     sigma = None if checkpoint.algo == "ar" else sigma
     with torch.no_grad():
-        return net.logits(net.hidden(tokens, sigma, rule=rule), sigma)
+        return net.logits(net.hidden(tokens, sigma, attention_mask=mask), sigma)
 
 
 def variant(tmp_path, name, change):

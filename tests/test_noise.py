@@ -10,7 +10,7 @@ from noise_schedule import (
     EPS,
     SCHEDULES,
     SIGMA_MAX,
-    Noise,
+    NoiseLevel,
     ScaledLogLinear,
     get_schedule,
 )
@@ -27,36 +27,36 @@ def golden():
 @pytest.mark.parametrize("name", ALL)
 def test_weight_is_the_log_derivative_of_p(name):
     t = torch.linspace(0.001, 1, 400, dtype=torch.float64, requires_grad=True)
-    noise = ALL[name](t)
-    (slope,) = torch.autograd.grad(noise.p.sum(), t)
-    torch.testing.assert_close(noise.weight, slope / noise.p)
+    level = ALL[name](t)
+    (slope,) = torch.autograd.grad(level.p.sum(), t)
+    torch.testing.assert_close(level.weight, slope / level.p)
 
 
 @pytest.mark.parametrize("name", CLAMPED)
 def test_where_p_is_clamped_it_is_constant_and_weighs_nothing(name):
     schedule = ALL[name]
     clamped = torch.linspace(0, 0.999, 20, dtype=torch.float64) * EPS ** (1 / schedule.exponent)
-    noise = schedule(clamped[1:])
-    assert (noise.p == EPS).all()
-    assert (noise.weight == 0).all()
+    level = schedule(clamped[1:])
+    assert (level.p == EPS).all()
+    assert (level.weight == 0).all()
 
 
 @pytest.mark.parametrize("name", CLAMPED)
 def test_a_clamped_schedule_is_finite_at_time_zero(name):
-    noise = ALL[name](torch.zeros(1))
-    assert noise.p == pytest.approx(EPS)
-    assert noise.weight == 0
+    level = ALL[name](torch.zeros(1))
+    assert level.p == pytest.approx(EPS)
+    assert level.weight == 0
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_p_rises_to_one_and_weight_is_never_negative(name):
-    noise = ALL[name](torch.linspace(0.001, 1, 500))
-    assert (noise.p.diff() >= 0).all()
-    assert (noise.p > 0).all()
+    level = ALL[name](torch.linspace(0.001, 1, 500))
+    assert (level.p.diff() >= 0).all()
+    assert (level.p > 0).all()
     top = 1 - EPS if name == "mdlm_loss_scale" else 1
-    assert noise.p[-1] == pytest.approx(top, abs=1e-6)
-    assert (noise.p <= 1).all()
-    assert (noise.weight >= 0).all()
+    assert level.p[-1] == pytest.approx(top, abs=1e-6)
+    assert (level.p <= 1).all()
+    assert (level.weight >= 0).all()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -102,14 +102,14 @@ def test_the_scaled_schedule_is_the_recorded_total_noise_and_rate(golden):
 def test_sigma_is_as_recorded(golden):
     """The reference's float32 log(1 - p) loses digits at p = 1e-7; hence the absolute 1e-6."""
     p = golden["sigma_from_p.p"]
-    sigma = Noise(p=p, weight=p).sigma
+    sigma = NoiseLevel(p=p, weight=p).sigma
     torch.testing.assert_close(sigma, golden["sigma_from_p.sigma"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_sigma_turns_back_into_p_up_to_its_limit(name):
-    noise = ALL[name](torch.linspace(0.01, 1, 100, dtype=torch.float64))
-    torch.testing.assert_close(-torch.expm1(-noise.sigma), noise.p.clamp(max=1 - EPS))
+    level = ALL[name](torch.linspace(0.01, 1, 100, dtype=torch.float64))
+    torch.testing.assert_close(-torch.expm1(-level.sigma), level.p.clamp(max=1 - EPS))
 
 
 def test_an_unknown_schedule_is_refused_by_name():

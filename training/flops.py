@@ -27,7 +27,7 @@ class NetworkShape:
     vocab_size: int
     length: int
     block_size: int
-    hidden_share: float = 0.5  # of the tokens, on average: the mean of p(t)
+    masked_share: float = 0.5  # of the tokens, on average: the mean of p(t)
 
     @property
     def clean_half(self) -> bool:
@@ -37,7 +37,7 @@ class NetworkShape:
     @property
     def read(self) -> float:
         """Rows of a sequence that reach the head."""
-        return self.length - 1 if self.algo == "ar" else self.length * self.hidden_share
+        return self.length - 1 if self.algo == "ar" else self.length * self.masked_share
 
 
 @dataclass(frozen=True)

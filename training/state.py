@@ -38,8 +38,8 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
         )
     # The authors' code restores its data order from a generator; ours is (seed, examples seen).
     checkpoint["sampler"] = {
-        "random_state": torch.Generator().manual_seed(module.noise.seed).get_state(),
-        "examples_seen": step * module.noise.global_batch,
+        "random_state": torch.Generator().manual_seed(module.noise_settings.seed).get_state(),
+        "examples_seen": step * module.noise_settings.global_batch,
     }
 
 

@@ -68,17 +68,17 @@ def test_a_published_checkpoint_gives_the_recorded_loss(name):
     else:
         x_t = recorded["model_input"][:, : x0.shape[1]]
         schedule = get_schedule("loglinear")
-        counted = recorded["attention_mask_in"].float()
+        loss_mask = recorded["attention_mask_in"].float()
         if checkpoint.algo == "sedd":
             objective = ScoreEntropy(mask_id, schedule)
-            loss = objective.loss_at(net, x0, x_t, recorded["t"], counted)
+            loss = objective.loss_at(net, x0, x_t, recorded["t"], loss_mask)
         else:
             block = checkpoint.block_size
             bounds = about["eps_argument"] or about["sampling_eps_buffers"] or (1e-3, 1.0)
             objective = MaskedDiffusion(mask_id, block, schedule)
             t = recorded["t"] if block == x0.shape[1] else recorded["t"][:, ::block]
             interval = tuple(map(float, bounds))
-            loss = objective.loss_at(net, x0, x_t, t, counted, interval=interval)
+            loss = objective.loss_at(net, x0, x_t, t, loss_mask, interval=interval)
     close(loss.mean.detach(), recorded["loss"])
 
 

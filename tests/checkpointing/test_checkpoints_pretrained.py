@@ -71,7 +71,7 @@ def test_an_ar_network_made_a_block_diffusion_model_computes_what_it_did():
     load_pretrained(net, checkpoint, algo="bamdlm")
     tokens = load(f"forward/{BY_ALGO['ar']}.safetensors")["x0"]
     with torch.no_grad():
-        hidden = net.hidden(tokens, rule=Causal())
+        hidden = net.hidden(tokens, attention_mask=Causal())
     assert torch.equal(hidden, net.vocab_embed(tokens))
 
 

@@ -23,10 +23,10 @@ def test_the_published_folder_loads_natively_and_gives_the_recorded_logits():
     net, checkpoint = golden_network()
     assert checkpoint.algo == "bamdlm"
     assert checkpoint.length == GOLDEN_CONFIG["model_length"]
-    rule = BlockCausal(checkpoint.block_size)
+    mask = BlockCausal(checkpoint.block_size)
     with torch.no_grad():
         for key in [key for key in RECORDED if key.startswith("sample.") and "input_ids" in key]:
-            found = net.logits(net.hidden(RECORDED[key], rule=rule))
+            found = net.logits(net.hidden(RECORDED[key], attention_mask=mask))
             close(found, RECORDED[key.replace("input_ids", "logits")])
 
 
@@ -40,7 +40,9 @@ def test_the_published_folder_gives_the_recorded_cached_logits():
         for k, start in enumerate(range(0, clean.shape[1], size)):
             block = slice(start, start + size)
             for kind, tokens in (("query", noisy), ("store", clean)):
-                found = net.logits(net.hidden(tokens[:, block], rule=cache.rule, cache=cache))
+                found = net.logits(
+                    net.hidden(tokens[:, block], attention_mask=cache.attention_mask, cache=cache)
+                )
                 if f"kv.{k:02}.{kind}_logits" in RECORDED:
                     close(found, RECORDED[f"kv.{k:02}.{kind}_logits"])
             cache = cache.commit(size)

@@ -28,13 +28,13 @@ def row_format(length=8, align=4, *, eos=True, special=False):
 
 
 def rows_of(pieces, how):
-    """(ids, segments) of all rows, as arrays."""
+    """(ids, document_ids) of all rows, as arrays."""
     chunks = list(packing.packed(pieces, how))
     for chunk in chunks:
-        found = packing.segments(chunk.marks, how.length)
+        found = packing.document_ids(chunk.marks, how.length)
         assert (chunk.counts == (found > 0).sum(1)).all()
     ids = np.concatenate([chunk.ids for chunk in chunks])
-    return ids, np.concatenate([packing.segments(chunk.marks, how.length) for chunk in chunks])
+    return ids, np.concatenate([packing.document_ids(chunk.marks, how.length) for chunk in chunks])
 
 
 def whole(documents):
@@ -42,9 +42,9 @@ def whole(documents):
 
 
 def test_documents_begin_at_blocks_and_go_on_in_the_next_row():
-    ids, segments = rows_of(whole([[5, 6, 7, 8], [9], [3] * 6, []]), row_format())
+    ids, document_ids = rows_of(whole([[5, 6, 7, 8], [9], [3] * 6, []]), row_format())
     assert ids.tolist() == [[5, 6, 7, 8, 2, 0, 0, 0], [9, 2, 0, 0, 3, 3, 3, 3], [3, 3, 2] + [0] * 5]
-    assert segments.tolist() == [
+    assert document_ids.tolist() == [
         [1, 1, 1, 1, 1, 0, 0, 0],
         [1, 1, 0, 0, 2, 2, 2, 2],
         [1, 1, 1, 0, 0, 0, 0, 0],
@@ -81,9 +81,9 @@ def test_every_document_can_be_read_back(align, at_once, monkeypatch):
         cut = chance.randrange(len(document) + 1)
         pieces += [(document[:cut], False), (document[cut:], True)]
     how = row_format(12, align)
-    ids, segments = rows_of(pieces, how)
+    ids, document_ids = rows_of(pieces, how)
     found, open_end = [], []
-    for row, numbers in zip(ids, segments, strict=True):
+    for row, numbers in zip(ids, document_ids, strict=True):
         for number in range(1, numbers.max() + 1):
             places = np.flatnonzero(numbers == number)
             assert (np.diff(places) == 1).all()
@@ -94,10 +94,10 @@ def test_every_document_can_be_read_back(align, at_once, monkeypatch):
                 open_end = []
     assert not open_end
     assert found == [document for document in documents if document]
-    gaps = (segments == 0)[:-1].sum() + (segments[-1] == 0).sum()
-    assert (ids[segments == 0] == PAD).all()
+    gaps = (document_ids == 0)[:-1].sum() + (document_ids[-1] == 0).sum()
+    assert (ids[document_ids == 0] == PAD).all()
     if align == 1:
-        assert gaps == (segments[-1] == 0).sum()
+        assert gaps == (document_ids[-1] == 0).sum()
 
 
 @pytest.mark.parametrize(("length", "wrap", "align"), [(8, True, 3), (8, False, 4)])
@@ -131,9 +131,9 @@ def test_batches_tell_documents_apart(prepare):
     made = pickle.loads(pickle.dumps(prepare()))
     data = DataModule(train=made, valid=made, length=16, batch_size=2, eval_batch_size=len(made))
     for batch in (next(iter(data.val_dataloader())), next(iter(data.train_dataloader()))):
-        assert set(batch) == {"input_ids", "attention_mask", "row", "segments"}
-        assert (batch["attention_mask"] == (batch["segments"] > 0)).all()
-        assert batch["segments"].dtype == batch["input_ids"].dtype
+        assert set(batch) == {"input_ids", "attention_mask", "row", "document_ids"}
+        assert (batch["attention_mask"] == (batch["document_ids"] > 0)).all()
+        assert batch["document_ids"].dtype == batch["input_ids"].dtype
     whole = next(iter(data.val_dataloader()))
     real = whole["input_ids"][whole["attention_mask"] > 0]
     assert made.about["documents"] == 4
@@ -141,10 +141,10 @@ def test_batches_tell_documents_apart(prepare):
     assert made.counts.sum() == len(real)
 
 
-def test_rows_of_one_text_carry_no_segments(prepare):
+def test_rows_of_one_text_carry_no_document_ids(prepare):
     made = prepare(align=None)
     data = DataModule(train=None, valid=made, length=16, batch_size=1, eval_batch_size=1)
-    assert "segments" not in next(iter(data.val_dataloader()))
+    assert "document_ids" not in next(iter(data.val_dataloader()))
     assert sorted(path.name for path in made.folder.glob("*.bin")) == ["counts.bin", "ids.bin"]
 
 
@@ -226,7 +226,7 @@ def test_windows_of_one_document_cannot_be_packed(tmp_path):
         )
 
 
-def test_flash_attention_has_no_segments(monkeypatch):
+def test_flash_attention_has_no_document_ids(monkeypatch):
     assert any("flash_attn cannot keep" in p for p in problems("model.attn_backend=flash_attn"))
     for name in ("settings.defaults", "settings.rules"):
         monkeypatch.setattr(f"{name}.visible_gpus", lambda: 1)
@@ -274,5 +274,5 @@ def test_training_and_perplexity_count_real_tokens_alone(algo, tmp_path):
     real = sum(len(text) + 2 for text in texts if text)
     prepared = {p.parent.name: token_rows.TokenRows(p.parent) for p in tmp_path.rglob("marks.bin")}
     (valid,) = [made for name, made in prepared.items() if "-valid-" in name]
-    firsts = valid.segments(range(len(valid))).max(1).sum()
+    firsts = valid.document_ids(range(len(valid))).max(1).sum()
     assert found["tokens"] == real - firsts

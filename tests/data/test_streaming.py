@@ -224,10 +224,10 @@ def test_padding_and_segments_reach_the_batch(workers):
     data = module(text(wrap=False), num_workers=workers)
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch["attention_mask"], (batch["input_ids"] != 0).long())
-    assert "segments" not in batch
+    assert "document_ids" not in batch
     data = module(text(align=4), num_workers=workers)
     batch = next(iter(data.train_dataloader()))
-    assert torch.equal(batch["attention_mask"], (batch["segments"] > 0).long())
+    assert torch.equal(batch["attention_mask"], (batch["document_ids"] > 0).long())
     assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == 0)
 
 

@@ -33,9 +33,9 @@ def test_the_standard_error_is_the_spread_of_repeated_estimates():
     for _ in range(400):
         meter = LikelihoodMeter()
         rows = torch.rand(50, 1, generator=generator) * 2  # what the tokens of a row share
-        nats = rows + torch.rand(50, 8, generator=generator)
-        counted = (torch.rand(50, 8, generator=generator) < 0.7).float()
-        meter.update(nats * counted, counted)
+        nll = rows + torch.rand(50, 8, generator=generator)
+        loss_mask = (torch.rand(50, 8, generator=generator) < 0.7).float()
+        meter.update(nll * loss_mask, loss_mask)
         estimates.append(meter.compute().nll)
         errors.append(meter.compute().nll_error)
     spread = torch.tensor(estimates).std().item()

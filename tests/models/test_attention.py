@@ -28,45 +28,45 @@ def queries_keys_values(queries, keys, seed=0, batch=2, requires_grad=False):
     return [torch.randn(s, generator=generator).requires_grad_(requires_grad) for s in shapes]
 
 
-def by_hand(rule, q, k, v, segments=None):
+def by_hand(mask, q, k, v, document_ids=None):
     """Attention as a sum over the tokens seen, in float64."""
     keys = k.shape[2]
-    allowed = rule.allowed(torch.arange(q.shape[2])[:, None], torch.arange(keys)[None], keys)
+    allowed = mask.allowed(torch.arange(q.shape[2])[:, None], torch.arange(keys)[None], keys)
     allowed = allowed.expand(len(q), -1, -1)
-    if segments is not None:
-        allowed = allowed & (segments[:, : q.shape[2], None] == segments[:, None, :])
+    if document_ids is not None:
+        allowed = allowed & (document_ids[:, : q.shape[2], None] == document_ids[:, None, :])
     scores = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
     weights = scores.exp() * allowed[:, None]
     return (weights / weights.sum(-1, keepdim=True)) @ v.double()
 
 
-def asked_rows(rule, keys):
+def asked_rows(mask, keys):
     """Under the training rule either both halves ask or the noised one alone."""
-    return (keys, keys // 2) if isinstance(rule, BlockDiffusion) else (keys,)
+    return (keys, keys // 2) if isinstance(mask, BlockDiffusion) else (keys,)
 
 
-def packed(rule, keys, batch=2):
+def packed(mask, keys, batch=2):
     """Three texts of uneven length in a row, other borders in each row; twice for [x_t ; x0]."""
-    length = keys // 2 if isinstance(rule, BlockDiffusion) else keys
+    length = keys // 2 if isinstance(mask, BlockDiffusion) else keys
     ids = torch.stack([(torch.arange(length) * 3 + 2 * row) // length for row in range(batch)])
-    return torch.cat([ids, ids], 1) if isinstance(rule, BlockDiffusion) else ids
+    return torch.cat([ids, ids], 1) if isinstance(mask, BlockDiffusion) else ids
 
 
-@pytest.mark.parametrize("with_segments", [False, True], ids=["one text", "packed"])
+@pytest.mark.parametrize("with_documents", [False, True], ids=["one text", "packed"])
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("mask", RULES, ids=repr)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_every_backend_computes_what_the_rule_says(rule, backend, with_segments):
+def test_every_backend_computes_what_the_rule_says(mask, backend, with_documents):
     keys = 24
-    segments = packed(rule, keys) if with_segments else None
-    for queries in asked_rows(rule, keys):
+    document_ids = packed(mask, keys) if with_documents else None
+    for queries in asked_rows(mask, keys):
         q, k, v = queries_keys_values(queries, keys)
-        attend = get_backend(backend)(rule, queries, keys, segments, CPU)
-        expected = by_hand(rule, q, k, v, segments).float()
+        attend = get_backend(backend)(mask, queries, keys, document_ids, CPU)
+        expected = by_hand(mask, q, k, v, document_ids).float()
         torch.testing.assert_close(attend(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("with_segments", [False, True], ids=["one text", "packed"])
+@pytest.mark.parametrize("with_documents", [False, True], ids=["one text", "packed"])
 @pytest.mark.parametrize(
     ("length", "block_size", "chunk"),
     [
@@ -81,16 +81,16 @@ def test_every_backend_computes_what_the_rule_says(rule, backend, with_segments)
     ],
 )
 def test_split_attention_equals_dense_forward_and_backward(
-    length, block_size, chunk, with_segments, monkeypatch
+    length, block_size, chunk, with_documents, monkeypatch
 ):
     monkeypatch.setattr(attention, "CHUNK_TOKENS", chunk)
-    rule, keys = BlockDiffusion(block_size), 2 * length
-    segments = packed(rule, keys) if with_segments else None
-    for queries in asked_rows(rule, keys):
+    mask, keys = BlockDiffusion(block_size), 2 * length
+    document_ids = packed(mask, keys) if with_documents else None
+    for queries in asked_rows(mask, keys):
         results = []
         for prepare in (dense, sdpa):
             tensors = queries_keys_values(queries, keys, requires_grad=True)
-            out = prepare(rule, queries, keys, segments, CPU)(*tensors)
+            out = prepare(mask, queries, keys, document_ids, CPU)(*tensors)
             generator = torch.Generator().manual_seed(1)
             out.backward(torch.randn(out.shape, generator=generator))
             results.append([out.detach(), *(x.grad for x in tensors)])
@@ -115,18 +115,20 @@ def test_split_attention_computes_about_a_quarter(monkeypatch):
     assert sum(pairs) < 0.31 * 128**2
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("mask", RULES, ids=repr)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
-def test_the_network_gives_the_same_with_flex_and_sdpa(rule):
+def test_the_network_gives_the_same_with_flex_and_sdpa(mask):
     one, other = small(attn_backend="flex"), small(attn_backend="sdpa")
     tokens = texts(2, 24, 7)
-    assert_within(one.hidden(tokens, rule=rule), other.hidden(tokens, rule=rule), 1e-5)
+    assert_within(
+        one.hidden(tokens, attention_mask=mask), other.hidden(tokens, attention_mask=mask), 1e-5
+    )
 
 
-@pytest.mark.parametrize("rule", [Full(), Causal(), BlockCausal(4), BlockDiffusion(4)], ids=repr)
+@pytest.mark.parametrize("mask", [Full(), Causal(), BlockCausal(4), BlockDiffusion(4)], ids=repr)
 @torch.no_grad()
-def test_packed_texts_do_not_leak_into_each_other(rule):
+def test_packed_texts_do_not_leak_into_each_other(mask):
     """Whatever stands in another segment (a second document, padding), a text's states stay."""
     net, length = small(), 12
     ids = torch.tensor([[0] * 5 + [1] * 7, [3] * 9 + [0] * 3])
@@ -134,33 +136,33 @@ def test_packed_texts_do_not_leak_into_each_other(rule):
     mine = ids == ids[:, :1]
     changed = torch.where(mine, tokens, other)
     assert (changed != tokens).any()
-    if isinstance(rule, BlockDiffusion):
+    if isinstance(mask, BlockDiffusion):
         noised, ids = texts(2, length, 7, seed=3), torch.cat([ids, ids], 1)
         noised_changed = torch.where(mine, noised, texts(2, length, 7, seed=4))
         tokens, changed = torch.cat([noised, tokens], 1), torch.cat([noised_changed, changed], 1)
-    before = net.hidden(tokens, rule=rule, segments=ids)
-    after = net.hidden(changed, rule=rule, segments=ids)
+    before = net.hidden(tokens, attention_mask=mask, document_ids=ids)
+    after = net.hidden(changed, attention_mask=mask, document_ids=ids)
     assert_within(after[mine], before[mine], 1e-6)
-    leaking = net.hidden(changed, rule=rule)
-    if rule != Causal():
+    leaking = net.hidden(changed, attention_mask=mask)
+    if mask != Causal():
         assert not torch.allclose(before[mine], leaking[mine])
 
 
-@pytest.mark.parametrize("rule", [Full(), Causal()], ids=repr)
+@pytest.mark.parametrize("mask", [Full(), Causal()], ids=repr)
 @torch.no_grad()
-def test_a_packed_text_is_the_text_alone(rule):
+def test_a_packed_text_is_the_text_alone(mask):
     """Positions differ by a shift, which rotary attention does not see."""
     net, tokens = small(), texts(1, 12, 7)
     ids = torch.tensor([[0] * 5 + [1] * 7])
-    together = net.hidden(tokens, rule=rule, segments=ids)
-    apart = [net.hidden(part, rule=rule) for part in (tokens[:, :5], tokens[:, 5:])]
+    together = net.hidden(tokens, attention_mask=mask, document_ids=ids)
+    apart = [net.hidden(part, attention_mask=mask) for part in (tokens[:, :5], tokens[:, 5:])]
     torch.testing.assert_close(together, torch.cat(apart, 1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [BlockCausal(4), BlockCausal(1, 8), BlockDiffusion(4)], ids=repr)
-def test_flash_attention_refuses_what_it_cannot_mask(rule):
+@pytest.mark.parametrize("mask", [BlockCausal(4), BlockCausal(1, 8), BlockDiffusion(4)], ids=repr)
+def test_flash_attention_refuses_what_it_cannot_mask(mask):
     with pytest.raises(ValueError, match=r"flash_attn cannot apply .* use model.attn_backend=sdpa"):
-        get_backend("flash_attn")(rule, 8, 8, None, CPU)
+        get_backend("flash_attn")(mask, 8, 8, None, CPU)
 
 
 def test_flash_attention_refuses_packed_texts():

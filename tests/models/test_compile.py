@@ -37,20 +37,20 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-def both(rule, traced, **kwargs):
+def both(mask, traced, **kwargs):
     """Hidden states and a gradient, plain and compiled."""
     results = []
     for compiled in (False, True):
         net = small(compile=compiled, n_blocks=3)
-        hidden = net.hidden(texts(2, 24, 7), rule=rule, **kwargs)
+        hidden = net.hidden(texts(2, 24, 7), attention_mask=mask, **kwargs)
         hidden.square().sum().backward()
         results.append((hidden.detach(), net.blocks[0].attn_qkv.weight.grad))
     return results
 
 
-@pytest.mark.parametrize("rule", [Full(), Causal(), BlockDiffusion(4)], ids=repr)
-def test_compiled_blocks_give_equal_results(rule, traced):
-    (plain, plain_gradient), (ours, gradient) = both(rule, traced, read=torch.arange(5))
+@pytest.mark.parametrize("mask", [Full(), Causal(), BlockDiffusion(4)], ids=repr)
+def test_compiled_blocks_give_equal_results(mask, traced):
+    (plain, plain_gradient), (ours, gradient) = both(mask, traced, read=torch.arange(5))
     assert traced
     assert_within(ours, plain, 1e-5)
     assert (gradient - plain_gradient).norm() <= GRADIENTS * plain_gradient.norm()
@@ -67,7 +67,7 @@ def test_ddp_leaves_blocks_whole(traced, tmp_path):
     torch.distributed.init_process_group("gloo", store=group, rank=0, world_size=1)
     try:
         net = small(compile=True, n_blocks=3, hidden_size=512).train()
-        net.forward = functools.partial(net.hidden, rule=Full())
+        net.forward = functools.partial(net.hidden, attention_mask=Full())
         shared = torch.nn.parallel.DistributedDataParallel(
             net, bucket_cap_mb=1, find_unused_parameters=True
         )
@@ -80,7 +80,7 @@ def test_ddp_leaves_blocks_whole(traced, tmp_path):
 def test_another_number_of_rows_read_compiles_nothing(traced):
     net, tokens = small(compile=True, n_blocks=3), texts(2, 24, 7)
     for rows in (5, 6, 9):
-        net.hidden(tokens, rule=BlockDiffusion(4), read=torch.arange(rows))
+        net.hidden(tokens, attention_mask=BlockDiffusion(4), read=torch.arange(rows))
     assert len(traced) == 2  # the last block has its own
 
 
@@ -105,7 +105,7 @@ def test_passes_with_a_cache_are_not_compiled(traced):
     net = small(compile=True)
     cache = net.new_cache(2, 8, 4)
     with torch.no_grad():
-        net.hidden(texts(2, 4, 7), rule=BlockCausal(4, 8), cache=cache)
+        net.hidden(texts(2, 4, 7), attention_mask=BlockCausal(4, 8), cache=cache)
     assert not traced
 
 
@@ -126,20 +126,20 @@ def test_compiled_draws_are_the_plain_ones(monkeypatch):
 
 def test_what_stands_around_the_blocks_is_the_same_compiled(traced):
     net, tokens = small(), texts(3, 4, 7)
-    rule = BlockCausal(4, 16)
+    mask = BlockCausal(4, 16)
     with torch.inference_mode():
         compiled = cache._compiled_places.__wrapped__()
         for committed in ([0, 4, 12], [8, 20, 36]):
             for reach in (12, 20):
-                given = (torch.tensor(committed), 4, 20, reach, rule, torch.float32)
+                given = (torch.tensor(committed), 4, 20, reach, mask, torch.float32)
                 for ours, plain in zip(compiled(*given), cache._places(*given), strict=True):
                     assert torch.equal(ours, plain)
         begin = (net.vocab_embed, net.rotary_emb, tokens, torch.arange(4)[None] + 8)
-        ours, tables = dit._compiled_begin.__wrapped__()(*begin)
-        plain, wanted = dit._begin(*begin)
+        ours, *angles = dit._compiled_begin.__wrapped__()(*begin)
+        plain, *wanted = dit._begin(*begin)
         assert torch.equal(ours, plain)
-        assert_within(torch.stack(tables), torch.stack(wanted), 1e-6)
-        hidden = net.hidden(tokens, rule=Full()).flatten(0, 1)
+        assert_within(torch.stack(angles), torch.stack(wanted), 1e-6)
+        hidden = net.hidden(tokens, attention_mask=Full()).flatten(0, 1)
         ours = denoiser._compiled_log_probs.__wrapped__()(net, hidden, 3)
         plain = denoiser._log_probs(net, hidden, 3)
     assert torch.equal(ours[:, 3], plain[:, 3])

@@ -29,14 +29,14 @@ PASSES = [
 ]
 
 
-def step_by_step(qkv, tables, keys, values, committed, block_size, window):
+def step_by_step(qkv, cos, sin, keys, values, committed, block_size, window):
     """The same by rotating, writing, masking and torch's attention, in float32."""
     slots, heads = keys.shape[1:3]
-    rule = BlockCausal(block_size, window)
-    places = cache_module._places(committed, qkv.shape[1], slots, slots, rule, dtype=torch.float32)
+    mask = BlockCausal(block_size, window)
+    places = cache_module._places(committed, qkv.shape[1], slots, slots, mask, dtype=torch.float32)
     _, slot, rows, visible = places
     parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k = rotate(parts[:2], tables).unbind()
+    q, k = rotate(parts[:2], cos, sin).unbind()
     for store, new in ((keys, k), (values, parts[2])):
         store.index_put_((rows, slot), new.transpose(1, 2).to(store.dtype))
     q, k, v = q.float(), keys.transpose(1, 2).float(), values.transpose(1, 2).float()
@@ -44,9 +44,9 @@ def step_by_step(qkv, tables, keys, values, committed, block_size, window):
     return answer.transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
-def question(committed, tokens, block_size, window, head_width, dtype, device, kept):
-    """qkv, tables, and a ring (of dtype `kept`) that is full of numbers nobody may see. Rows that
-    stand at the same place share their tables."""
+def inputs(committed, tokens, block_size, window, head_width, dtype, device, kept):
+    """qkv, cos, sin, and a ring (of dtype `kept`) that is full of numbers nobody may see. Rows that
+    stand at the same place share their cos and sin."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, dtype=kept):
@@ -56,19 +56,19 @@ def question(committed, tokens, block_size, window, head_width, dtype, device, k
     committed = torch.tensor(committed, device=device)
     places = committed[:1] if len(committed.unique()) == 1 else committed
     positions = places[:, None] + torch.arange(tokens, device=device)
-    tables = Rotary(head_width).to(device)(positions)
+    cos, sin = Rotary(head_width).to(device)(positions)
     qkv = random(len(committed), tokens, 3 * 3 * head_width, dtype=dtype)
-    return qkv, tables, random(*ring), random(*ring), committed
+    return qkv, cos, sin, random(*ring), random(*ring), committed
 
 
 def compare(committed, tokens, block_size, window, head_width, dtype, device, tolerance, kept=None):
     with torch.inference_mode():
         case = committed, tokens, block_size, window, head_width, dtype, device
-        asked = question(*case, kept or dtype)
-        qkv, tables, keys, values, counts = asked
+        asked = inputs(*case, kept or dtype)
+        qkv, cos, sin, keys, values, counts = asked
         copies = keys.clone(), values.clone()
-        found = decode.decode(qkv, tables, keys, values, counts, block_size, window)
-        wanted = step_by_step(qkv, tables, *copies, counts, block_size, window)
+        found = decode.decode(qkv, cos, sin, keys, values, counts, block_size, window)
+        wanted = step_by_step(qkv, cos, sin, *copies, counts, block_size, window)
     assert found.dtype == dtype
     assert_within(found.float(), wanted.float(), tolerance, "answer")
     assert_within(keys.float(), copies[0].float(), tolerance, "keys")  # rotated: one rounding
@@ -140,10 +140,14 @@ def test_a_network_with_the_kernel_is_the_network(stand_in, known):
     net, tokens = small(), texts(2, 40, 7)
     cache = net.new_cache(2, 8, 4)
     assert cache.begin(4).visible is None  # no mask is made
-    wanted, found = net.hidden(tokens, rule=cache.rule), []
+    wanted, found = net.hidden(tokens, attention_mask=cache.attention_mask), []
     for start in range(0, 40, 4):
         given = cache if known else cache.at(cache.committed, cache.reach_of(start, 4))
-        found.append(net.hidden(tokens[:, start : start + 4], rule=cache.rule, cache=given))
+        found.append(
+            net.hidden(
+                tokens[:, start : start + 4], attention_mask=cache.attention_mask, cache=given
+            )
+        )
         cache = cache.commit(4)
     assert_within(torch.cat(found, 1), wanted, 1e-5)
     assert stand_in == [4] * 10 * len(net.blocks)
@@ -153,10 +157,10 @@ def test_a_network_with_the_kernel_is_the_network(stand_in, known):
 def test_long_passes_go_step_by_step(stand_in):
     net, tokens = small(), texts(2, 16, 7)
     cache = net.new_cache(2, 16, 4)
-    net.hidden(tokens[:, :12], rule=cache.rule, cache=cache)
+    net.hidden(tokens[:, :12], attention_mask=cache.attention_mask, cache=cache)
     assert not stand_in
-    hidden = net.hidden(tokens[:, 12:], rule=cache.rule, cache=cache.commit(12))
-    assert_within(hidden, net.hidden(tokens, rule=cache.rule)[:, 12:], 1e-5)
+    hidden = net.hidden(tokens[:, 12:], attention_mask=cache.attention_mask, cache=cache.commit(12))
+    assert_within(hidden, net.hidden(tokens, attention_mask=cache.attention_mask)[:, 12:], 1e-5)
     assert stand_in
 
 

@@ -58,7 +58,7 @@ def test_logits_are_the_recorded_ones(name):
     golden, net = load(f"forward/{name}.safetensors"), recorded(name)
     tokens = golden.get("input_ids", golden["x0"])
     sigma = sigma_of(name, golden)
-    hidden = net.hidden(tokens, sigma, rule=rule_of(name))
+    hidden = net.hidden(tokens, sigma, attention_mask=rule_of(name))
     assert_within(net.logits(hidden, sigma), golden["backbone_logits"], LOGITS, name)
 
 
@@ -72,7 +72,7 @@ def test_logits_on_a_gpu_are_the_recorded_ones(cuda, name, record_property):
     tokens = golden.get("input_ids", golden["x0"])
     for dtype, limit in ((torch.float32, LOGITS), (torch.bfloat16, 0.03)):
         with torch.autocast(cuda.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = net.logits(net.hidden(tokens, sigma, rule=rule_of(name)), sigma)
+            logits = net.logits(net.hidden(tokens, sigma, attention_mask=rule_of(name)), sigma)
         gap = assert_within(logits.float(), golden["backbone_logits"], limit, name)
         record_property(f"recorded logits in {str(dtype).removeprefix('torch.')}", gap)
 
@@ -85,7 +85,9 @@ def test_log_probabilities_are_the_recorded_ones(name):
     golden, net = load(f"forward/{name}.safetensors"), recorded(name)
     answered = golden["diffusion_out"]
     shown = answered.shape[1]
-    logits = net.logits(net.hidden(golden.get("input_ids", golden["x0"]), rule=rule_of(name)))
+    logits = net.logits(
+        net.hidden(golden.get("input_ids", golden["x0"]), attention_mask=rule_of(name))
+    )
     logits[..., MASK] = -torch.inf
     ours = logits.log_softmax(-1)[:, :shown]
     if CHECKPOINTS[name]["algo"] == "ar":
@@ -109,7 +111,7 @@ def test_the_sampling_form_is_the_recorded_one(name):
     for case in cases:
         tokens = golden[f"sample.{case}.input_ids"]
         last = slice(tokens.shape[1] - block_size, None)
-        logits = net.logits(net.hidden(tokens, rule=BlockCausal(block_size)))[:, last]
+        logits = net.logits(net.hidden(tokens, attention_mask=BlockCausal(block_size)))[:, last]
         assert_within(logits, golden[f"sample.{case}.backbone_last_block"], LOGITS, case)
         hidden = tokens[:, last] == MASK
         answered = golden[f"sample.{case}.last_block_out"]
@@ -134,8 +136,8 @@ def test_a_batch_of_one_gets_the_recorded_answer_and_that_of_its_batch(name):
     golden, net = load(f"forward/{name}.safetensors"), recorded(name)
     tokens, sigma = golden["input_ids"], sigma_of(name, golden)
     first = None if sigma is None else sigma[:1]
-    one = net.hidden(tokens[:1], first, rule=rule_of(name))
-    assert_within(one, net.hidden(tokens, sigma, rule=rule_of(name))[:1], LOGITS)
+    one = net.hidden(tokens[:1], first, attention_mask=rule_of(name))
+    assert_within(one, net.hidden(tokens, sigma, attention_mask=rule_of(name))[:1], LOGITS)
     answered = golden["one.diffusion_out"]
     shown = answered.shape[1]
     asked = golden["xt"][:1, :shown] == MASK
@@ -169,14 +171,14 @@ def test_the_exported_model_gives_the_recorded_hidden_states_and_logits():
     for part in (net.vocab_embed, *net.blocks):
         part.register_forward_hook(lambda module, args, output: seen.append(output))
     tokens = torch.cat([golden["xt"], golden["x0"]], 1)
-    hidden = net.hidden(tokens, rule=BlockDiffusion(config["block_size"]))
+    hidden = net.hidden(tokens, attention_mask=BlockDiffusion(config["block_size"]))
     assert_within(net.logits(hidden), golden["train.logits"], LOGITS)
     length = golden["xt"].shape[1]
     for i, state in enumerate(seen):
         assert_within(state[:, :length], golden[f"train.hidden.{i}"], LOGITS, f"hidden {i}")
     for case in {key.split(".")[1] for key in golden if key.startswith("sample.")}:
         tokens = golden[f"sample.{case}.input_ids"]
-        logits = net.logits(net.hidden(tokens, rule=BlockCausal(config["block_size"])))
+        logits = net.logits(net.hidden(tokens, attention_mask=BlockCausal(config["block_size"])))
         assert_within(logits, golden[f"sample.{case}.logits"], LOGITS, case)
 
 
@@ -194,17 +196,17 @@ def test_parameters_have_the_published_names_shapes_and_order(name):
 
 
 @pytest.mark.parametrize(
-    "rule", [Full(), Causal(), BlockCausal(4), BlockCausal(4, 8), BlockDiffusion(4)], ids=repr
+    "mask", [Full(), Causal(), BlockCausal(4), BlockCausal(4, 8), BlockDiffusion(4)], ids=repr
 )
 @torch.no_grad()
-def test_reading_some_rows_gives_what_reading_all_gives(rule):
+def test_reading_some_rows_gives_what_reading_all_gives(mask):
     net, tokens = small(), texts(3, 24, 7)
     sigma = torch.tensor([0.1, 1.0, 3.0])
-    full = net.hidden(tokens, sigma, rule=rule)
+    full = net.hidden(tokens, sigma, attention_mask=mask)
     rows = full.shape[1]
-    assert rows == (12 if isinstance(rule, BlockDiffusion) else 24)
+    assert rows == (12 if isinstance(mask, BlockDiffusion) else 24)
     read = torch.tensor([0, 5, rows - 1, rows, 2 * rows + 3, 1])
-    some = net.hidden(tokens, sigma, rule=rule, read=read)
+    some = net.hidden(tokens, sigma, attention_mask=mask, read=read)
     assert_within(some, full.flatten(0, 1)[read], LOGITS)
     logits = net.logits(some, sigma, row=read // rows)
     assert_within(logits, net.logits(full, sigma).flatten(0, 1)[read], LOGITS)
@@ -214,26 +216,26 @@ def test_reading_some_rows_gives_what_reading_all_gives(rule):
 def test_reading_nothing_is_allowed():
     net = small()
     nothing = torch.empty(0, dtype=torch.int64)
-    hidden = net.hidden(texts(2, 8, 7), rule=BlockDiffusion(2), read=nothing)
+    hidden = net.hidden(texts(2, 8, 7), attention_mask=BlockDiffusion(2), read=nothing)
     assert net.logits(hidden).shape == (0, 7)
 
 
 @torch.no_grad()
 def test_no_noise_level_means_zero_everywhere():
     net, tokens = small(), texts(3, 8, 7)
-    left_out = net.hidden(tokens, rule=Full())
-    assert_within(left_out, net.hidden(tokens, torch.zeros(3), rule=Full()), LOGITS)
-    assert not torch.allclose(left_out, net.hidden(tokens, torch.ones(3), rule=Full()))
+    left_out = net.hidden(tokens, attention_mask=Full())
+    assert_within(left_out, net.hidden(tokens, torch.zeros(3), attention_mask=Full()), LOGITS)
+    assert not torch.allclose(left_out, net.hidden(tokens, torch.ones(3), attention_mask=Full()))
 
 
 @torch.no_grad()
 def test_rows_have_noise_levels_of_their_own():
     net, tokens = small(), texts(2, 8, 7)
     sigma = torch.tensor([0.2, 2.0])
-    both = net.logits(net.hidden(tokens, sigma, rule=Full()), sigma)
+    both = net.logits(net.hidden(tokens, sigma, attention_mask=Full()), sigma)
     for i in range(2):
         one = net.logits(
-            net.hidden(tokens[i : i + 1], sigma[i : i + 1], rule=Full()), sigma[i : i + 1]
+            net.hidden(tokens[i : i + 1], sigma[i : i + 1], attention_mask=Full()), sigma[i : i + 1]
         )
         assert_within(one, both[i : i + 1], LOGITS)
 
@@ -242,7 +244,7 @@ def test_a_fresh_network_says_nothing():
     """The output layer and every modulation start at zero: uniform predictions, closed gates."""
     torch.manual_seed(0)
     net = DiT(vocab_size=7, hidden_size=16, cond_dim=8, n_blocks=2, n_heads=2)
-    hidden = net.hidden(texts(2, 8, 7), rule=Full())
+    hidden = net.hidden(texts(2, 8, 7), attention_mask=Full())
     torch.testing.assert_close(hidden, net.vocab_embed(texts(2, 8, 7)))
     assert (net.logits(hidden) == 0).all()
 
@@ -253,10 +255,10 @@ def test_dropout_acts_in_training_only():
     for block in net.blocks:
         block.dropout = 0.5
     tokens = texts(2, 8, 7)
-    plain = net.hidden(tokens, rule=Full())
-    torch.testing.assert_close(net.hidden(tokens, rule=Full()), plain)
+    plain = net.hidden(tokens, attention_mask=Full())
+    torch.testing.assert_close(net.hidden(tokens, attention_mask=Full()), plain)
     net.train()
-    assert not torch.allclose(net.hidden(tokens, rule=Full()), plain)
+    assert not torch.allclose(net.hidden(tokens, attention_mask=Full()), plain)
 
 
 @torch.no_grad()
@@ -264,10 +266,10 @@ def test_the_causal_network_has_no_noise_level():
     net = small(adaln=False)
     assert not [name for name in net.state_dict() if "sigma" in name or "adaLN" in name]
     tokens = texts(2, 8, 7)
-    hidden = net.hidden(tokens, rule=Causal())
+    hidden = net.hidden(tokens, attention_mask=Causal())
     changed = tokens.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 7
-    after = net.hidden(changed, rule=Causal())
+    after = net.hidden(changed, attention_mask=Causal())
     assert_within(hidden[:, :5], after[:, :5], LOGITS)
     assert not torch.allclose(hidden[:, 5:], after[:, 5:])
 
@@ -275,8 +277,8 @@ def test_the_causal_network_has_no_noise_level():
 @torch.no_grad()
 def test_attention_knows_differences_of_positions_only():
     net, tokens = small(), texts(2, 12, 7)
-    here = net.hidden(tokens, rule=BlockCausal(4))
-    far = net.hidden(tokens, rule=BlockCausal(4), positions=torch.arange(12) + 500)
+    here = net.hidden(tokens, attention_mask=BlockCausal(4))
+    far = net.hidden(tokens, attention_mask=BlockCausal(4), positions=torch.arange(12) + 500)
     assert_within(far, here, LOGITS)
 
 

@@ -11,9 +11,9 @@ from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 RECORDED = load("forward/masks.safetensors")
 
 
-def table(rule, queries, keys=None):
+def table(mask, queries, keys=None):
     keys = queries if keys is None else keys
-    return rule.allowed(torch.arange(queries)[:, None], torch.arange(keys)[None], keys)
+    return mask.allowed(torch.arange(queries)[:, None], torch.arange(keys)[None], keys)
 
 
 @pytest.mark.parametrize("key", sorted(RECORDED))

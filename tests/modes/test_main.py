@@ -21,7 +21,7 @@ from data.tokenizer import get_tokenizer
 from diffusion import VALIDATION_SEED, Diffusion
 from models.dit import DiT
 from models.masks import BlockDiffusion, Causal, Full
-from objectives.corruption import draw_examples
+from objectives.corruption import draw_example_noise
 from training.csv_log import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -223,10 +223,10 @@ def log_softmax(logits):
 def nats_per_token(net, algo, x0) -> float:
     """The NELBO under the run's own draws of times and masks, formula by formula."""
     if algo == "ar":
-        logits = net.logits(net.hidden(x0[:, :-1], None, rule=Causal()))
+        logits = net.logits(net.hidden(x0[:, :-1], None, attention_mask=Causal()))
         return -float(log_softmax(logits).gather(-1, x0[:, 1:, None]).mean())
     size = BLOCK if algo == "bamdlm" else LENGTH
-    draws = draw_examples(
+    noise = draw_example_noise(
         1 + VALIDATION_SEED,
         torch.arange(len(x0)),
         global_batch=8,
@@ -234,15 +234,15 @@ def nats_per_token(net, algo, x0) -> float:
         block_size=size,
         antithetic=True,
     )
-    t = (1e-3 + draws.time * (1 - 1e-3)).repeat_interleave(size, 1)  # loglinear: p = t
-    hidden = draws.token <= t
+    t = (1e-3 + noise.time * (1 - 1e-3)).repeat_interleave(size, 1)  # loglinear: p = t
+    hidden = noise.token <= t
     hidden[:, 0] = False
     x_t = torch.where(hidden, TOKENIZER.mask_id, x0)
     if algo == "bamdlm":
-        states = net.hidden(torch.cat([x_t, x0], 1), None, rule=BlockDiffusion(BLOCK))
+        states = net.hidden(torch.cat([x_t, x0], 1), None, attention_mask=BlockDiffusion(BLOCK))
         logits = net.logits(states[:, :LENGTH])
     elif algo == "mdlm":
-        logits = net.logits(net.hidden(x_t, None, rule=Full()))
+        logits = net.logits(net.hidden(x_t, None, attention_mask=Full()))
     else:
         return score_entropy(net, x_t, x0, t[:, 0], hidden)
     nll = -log_softmax(logits).gather(-1, x0[..., None])[..., 0]
@@ -251,7 +251,7 @@ def nats_per_token(net, algo, x0) -> float:
 
 def score_entropy(net, x_t, x0, t, hidden) -> float:
     sigma = -torch.log1p(-t)
-    logits = net.logits(net.hidden(x_t, sigma, rule=Full()), sigma)
+    logits = net.logits(net.hidden(x_t, sigma, attention_mask=Full()), sigma)
     expm1 = (1 / (1 / t.double() - 1))[:, None]  # e^sigma = 1 / (1 - t)
     log_score = logits.double() - expm1[..., None].log() - math.log(TOKENIZER.vocab_size - 1)
     picked = log_score.gather(-1, x0[..., None])[..., 0]

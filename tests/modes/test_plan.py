@@ -16,10 +16,10 @@ from modes.plan import plan, report
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import draw_examples
+from objectives.corruption import draw_example_noise
+from scripts.show_mask import document_ids_of
 from scripts.show_mask import main as show_mask
 from scripts.show_mask import seen_pairs as drawn_pairs
-from scripts.show_mask import segments_of
 from training.csv_log import CSVLog, read_log
 from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
 from training.throughput import Throughput
@@ -60,12 +60,12 @@ def test_the_flop_model_counts_what_torch_counts(algo):
     else:
         objective = MaskedDiffusion(vocab - 1, size, get_schedule("loglinear"), ignore_bos=False)
         settings = {"length": length, "block_size": size, "antithetic": True}
-        draws = draw_examples(1, torch.arange(rows), global_batch=rows, **settings)
-        x_t, _ = objective.corrupt(x0, draws, (1e-3, 1.0))
+        noise = draw_example_noise(1, torch.arange(rows), global_batch=rows, **settings)
+        x_t, _ = objective.corrupt(x0, noise, (1e-3, 1.0))
         share = float((x_t == vocab - 1).float().mean())
 
         def run():
-            return objective.loss(net, x0, ones, draws, interval=(1e-3, 1.0), training=True)
+            return objective.loss(net, x0, ones, noise, interval=(1e-3, 1.0), training=True)
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
@@ -174,7 +174,7 @@ def test_the_mask_is_drawn(tmp_path, capsys):
 
 def test_the_picture_of_the_mask_shows_documents(tmp_path, capsys):
     """Pairs of one document alone; padding is a text of its own."""
-    row = segments_of([3, 4], 8, 4)
+    row = document_ids_of([3, 4], 8, 4)
     assert row.tolist() == [[1, 1, 1, 0, 2, 2, 2, 2] * 2]
     seen = drawn_pairs(8, 4, row)
     assert (seen == (row[0][:, None] == row[0]) & drawn_pairs(8, 4)).all()

@@ -13,12 +13,12 @@ from objectives import corruption
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import (
     EXACT,
-    Draws,
-    draw,
-    draw_examples,
-    hidden_independently,
-    hidden_within_bounds,
-    hide,
+    Noise,
+    draw_example_noise,
+    draw_noise,
+    mask_tokens,
+    masked_independently,
+    masked_within_bounds,
     per_token,
     shares_within,
     times,
@@ -28,9 +28,9 @@ INDEX = load_json("loss/index.json")
 FALSE_ALARM = 1e-6  # of every chi-square test here; the seeds are fixed all the same
 
 
-def draws(step=0, rows=None, *, seed=1, batch=6, length=12, block_size=3, antithetic=True):
+def noise(step=0, rows=None, *, seed=1, batch=6, length=12, block_size=3, antithetic=True):
     rows = torch.arange(batch) if rows is None else rows
-    return draw(
+    return draw_noise(
         seed,
         step,
         rows,
@@ -55,14 +55,14 @@ def test_recorded_draws_give_the_recorded_times_as_a_set(case, monkeypatch):
     settings["antithetic"] = info["antithetic"]
     fed = torch.zeros_like(u)
     monkeypatch.setattr(corruption, "uniform", lambda *a, **kw: fed.double())
-    strata = (draws(**settings).time * u.numel()).round().long()
+    strata = (noise(**settings).time * u.numel()).round().long()
     if info["antithetic"]:
         assert sorted(strata.flatten().tolist()) == list(range(u.numel()))
         fed = u.flatten()[strata]
     else:
         fed = u
     interval = (info["eps_min"], info["eps_max"])
-    ours = times(draws(**settings).time, interval).flatten().sort().values
+    ours = times(noise(**settings).time, interval).flatten().sort().values
     theirs = golden[f"{case}.t"]
     theirs = theirs[:, ::size] if theirs.shape[1] > 1 else theirs
     torch.testing.assert_close(ours, theirs.flatten().sort().values, rtol=1e-6, atol=1e-6)
@@ -70,21 +70,21 @@ def test_recorded_draws_give_the_recorded_times_as_a_set(case, monkeypatch):
 
 @pytest.mark.parametrize("step", range(5))
 def test_every_stratum_of_the_global_batch_is_used_once(step):
-    time = draws(step).time
+    time = noise(step).time
     assert sorted((time * time.numel()).long().flatten().tolist()) == list(range(time.numel()))
 
 
 def test_every_position_sees_the_whole_range_over_the_steps():
     """The reference gives block 0 of row 0 the lowest stratum for ever."""
     steps = 1200
-    strata = torch.stack([(draws(s).time * 24).long() for s in range(steps)])  # [steps, B, N]
+    strata = torch.stack([(noise(s).time * 24).long() for s in range(steps)])  # [steps, B, N]
     for row, block in itertools.product(range(6), range(4)):
         counts = strata[:, row, block].bincount(minlength=24)
         assert chi_square_p(counts, torch.full((24,), steps / 24)) > FALSE_ALARM
 
 
 def test_inside_a_stratum_times_are_uniform():
-    time = torch.cat([draws(s).time.flatten() for s in range(200)]).double()
+    time = torch.cat([noise(s).time.flatten() for s in range(200)]).double()
     inside = (time * 24) % 1
     counts = (inside * 10).long().bincount(minlength=10)
     assert chi_square_p(counts, torch.full((10,), len(time) / 10)) > FALSE_ALARM
@@ -94,7 +94,7 @@ def test_without_strata_times_are_independent():
     """Two blocks of a step: every cell of a 6 x 6 table equally likely. Strata would avoid the
     diagonal."""
     pairs = torch.stack(
-        [draws(s, batch=1, length=6, antithetic=False).time.flatten() for s in range(3000)]
+        [noise(s, batch=1, length=6, antithetic=False).time.flatten() for s in range(3000)]
     )
     cells = (pairs * 6).long()
     counts = (cells[:, 0] * 6 + cells[:, 1]).bincount(minlength=36)
@@ -105,29 +105,29 @@ def test_without_strata_times_are_independent():
 @pytest.mark.parametrize("split", [[6], [3, 3], [1, 1, 1, 1, 1, 1], [2, 4]])
 def test_draws_do_not_depend_on_how_the_batch_is_split(split, antithetic):
     """Devices and micro-batches take their own rows of the same noise."""
-    whole = draws(7, antithetic=antithetic)
-    parts = [draws(7, rows, antithetic=antithetic) for rows in torch.arange(6).split(split)]
+    whole = noise(7, antithetic=antithetic)
+    parts = [noise(7, rows, antithetic=antithetic) for rows in torch.arange(6).split(split)]
     for name in ("time", "token", "count"):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(joined, getattr(whole, name))
 
 
 def test_another_step_or_seed_gives_other_noise():
-    one = draws(3)
-    for other in (draws(4), draws(3, seed=2)):
+    one = noise(3)
+    for other in (noise(4), noise(3, seed=2)):
         for name in ("time", "token", "count"):
             assert not torch.equal(getattr(one, name), getattr(other, name))
 
 
 def test_examples_of_the_stream_have_the_noise_of_their_step():
     settings = {"global_batch": 6, "length": 12, "block_size": 3, "antithetic": True}
-    found = draw_examples(1, torch.arange(18, 24), **settings)
-    assert torch.equal(found.time, draws(3).time)
-    across = draw_examples(1, torch.tensor([5, 6, 19]), **settings)
+    found = draw_example_noise(1, torch.arange(18, 24), **settings)
+    assert torch.equal(found.time, noise(3).time)
+    across = draw_example_noise(1, torch.tensor([5, 6, 19]), **settings)
     for i, (step, row) in enumerate([(0, 5), (1, 0), (3, 1)]):
-        assert torch.equal(across.time[i], draws(step).time[row])
-        assert torch.equal(across.token[i], draws(step).token[row])
-        assert torch.equal(across.count[i], draws(step).count[row])
+        assert torch.equal(across.time[i], noise(step).time[row])
+        assert torch.equal(across.token[i], noise(step).token[row])
+        assert torch.equal(across.count[i], noise(step).count[row])
 
 
 def test_times_stay_inside_the_interval():
@@ -147,7 +147,7 @@ def test_a_draw_is_below_one_also_where_float32_would_round_up(monkeypatch):
 
     monkeypatch.setattr(corruption, "uniform", ones)
     for antithetic in (True, False):
-        assert (draws(antithetic=antithetic).time < 1).all()
+        assert (noise(antithetic=antithetic).time < 1).all()
 
 
 # ---- masks
@@ -156,17 +156,17 @@ def test_a_draw_is_below_one_also_where_float32_would_round_up(monkeypatch):
 def test_each_token_is_hidden_with_probability_p():
     p = torch.tensor([[0.1, 0.5], [0.9, 1.0]])
     steps = 800
-    hidden = sum(
-        hidden_independently(draws(s, batch=2, length=8, block_size=4).token, p).long()
+    masked = sum(
+        masked_independently(noise(s, batch=2, length=8, block_size=4).token, p).long()
         for s in range(steps)
     )
     for row in range(2):
         for token in range(8):
             chance = float(p[row, token // 4])
             if chance == 1:
-                assert hidden[row, token] == steps
+                assert masked[row, token] == steps
                 continue
-            counts = torch.tensor([hidden[row, token], steps - hidden[row, token]])
+            counts = torch.tensor([masked[row, token], steps - masked[row, token]])
             expected = torch.tensor([chance * steps, (1 - chance) * steps])
             assert chi_square_p(counts, expected) > FALSE_ALARM
 
@@ -174,12 +174,12 @@ def test_each_token_is_hidden_with_probability_p():
 def test_a_number_equal_to_p_hides_as_published():
     p = torch.tensor([[0.25]])
     token = torch.tensor([[0.25, 0.25 + 1e-6]])
-    assert hidden_independently(token, p).tolist() == [[True, False]]
+    assert masked_independently(token, p).tolist() == [[True, False]]
 
 
 def test_times_tokens_and_counts_are_independent():
     """With blocks of one the three have the same coordinates but for their stream."""
-    found = [draws(s, length=400, block_size=1, antithetic=False) for s in range(5)]
+    found = [noise(s, length=400, block_size=1, antithetic=False) for s in range(5)]
     streams = {
         name: (torch.cat([getattr(d, name).flatten() for d in found]) * 8).long()
         for name in ("time", "token", "count")
@@ -195,8 +195,8 @@ def test_a_block_shares_its_time():
 
 def test_the_first_token_stays_visible_where_bos_is_ignored():
     x0, everything = torch.arange(6).view(1, 6), torch.ones(1, 6, dtype=torch.bool)
-    assert hide(x0, everything, 9, ignore_bos=True).tolist() == [[0, 9, 9, 9, 9, 9]]
-    assert hide(x0, everything, 9, ignore_bos=False).tolist() == [[9] * 6]
+    assert mask_tokens(x0, everything, 9, ignore_bos=True).tolist() == [[0, 9, 9, 9, 9, 9]]
+    assert mask_tokens(x0, everything, 9, ignore_bos=False).tolist() == [[9] * 6]
     assert everything.all(), "the caller's tensor was changed"
 
 
@@ -209,9 +209,9 @@ def conditional_law(size, p, interval):
     lo, hi = interval
     law = {}
     for mask in itertools.product([False, True], repeat=size):
-        hidden = sum(mask)
-        if lo - 1e-6 <= hidden / size <= hi + 1e-6:
-            law[mask] = p**hidden * (1 - p) ** (size - hidden)
+        masked = sum(mask)
+        if lo - 1e-6 <= masked / size <= hi + 1e-6:
+            law[mask] = p**masked * (1 - p) ** (size - masked)
     total = sum(law.values())
     return {mask: chance / total for mask, chance in law.items()}
 
@@ -235,8 +235,8 @@ def test_bounded_masks_have_the_law_of_redrawing_until_they_fit(size, p, interva
     law = conditional_law(size, p, interval)
     count = (torch.arange(grid) + 0.5)[:, None] / grid
     token = torch.rand(1, size, generator=torch.Generator().manual_seed(0)).expand(grid, size)
-    hidden = hidden_within_bounds(token, count, torch.full((grid, 1), p), interval)
-    number = hidden.sum(1).bincount(minlength=size + 1).double() / grid
+    masked = masked_within_bounds(token, count, torch.full((grid, 1), p), interval)
+    number = masked.sum(1).bincount(minlength=size + 1).double() / grid
     expected = torch.zeros(size + 1, dtype=torch.float64)
     for mask, chance in law.items():
         expected[sum(mask)] += chance
@@ -246,7 +246,7 @@ def test_bounded_masks_have_the_law_of_redrawing_until_they_fit(size, p, interva
     for k in expected.nonzero()[:, 0].tolist():
         below = float(expected[:k].sum() + expected[k] / 2)  # a `count` that hides k tokens
         counts = torch.full((len(orders), 1), below)
-        masks = hidden_within_bounds(
+        masks = masked_within_bounds(
             orders / size, counts, torch.full((len(orders), 1), p), interval
         )
         assert (masks.sum(1) == k).all()
@@ -257,13 +257,15 @@ def test_bounded_masks_have_the_law_of_redrawing_until_they_fit(size, p, interva
 def test_bounded_masks_have_that_law_with_the_real_draws_too():
     size, p, interval = 4, 0.4, (0.25, 0.75)
     law = conditional_law(size, p, interval)
-    found = [draws(s, batch=64, length=4, block_size=4, antithetic=False) for s in range(100)]
+    found = [noise(s, batch=64, length=4, block_size=4, antithetic=False) for s in range(100)]
     token, count = (torch.cat([getattr(d, n) for d in found]) for n in ("token", "count"))
-    hidden = hidden_within_bounds(token, count, torch.full((len(token), 1), p), interval)
-    cells = (hidden * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
+    masked = masked_within_bounds(token, count, torch.full((len(token), 1), p), interval)
+    cells = (masked * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
     expected = torch.zeros(16, dtype=torch.float64)
     for mask, chance in law.items():
-        expected[sum(hide << (3 - i) for i, hide in enumerate(mask))] = chance * len(token)
+        expected[sum(mask_tokens << (3 - i) for i, mask_tokens in enumerate(mask))] = chance * len(
+            token
+        )
     possible = expected > 0
     assert cells[~possible].sum() == 0
     assert chi_square_p(cells[possible], expected[possible]) > FALSE_ALARM
@@ -288,7 +290,7 @@ def test_bounded_masks_lie_where_the_recorded_ones_lie(case):
         shapes = (p.shape, golden[f"{case}.x"].shape, p.shape)
         _, token, count = (torch.rand(s, generator=generator) for s in shapes)
         u = ((p - lo) / (hi - lo)).clamp(0, 1 - 2.0**-24)
-        found, _ = objective.corrupt(golden[f"{case}.x"], Draws(u, token, count), interval)
+        found, _ = objective.corrupt(golden[f"{case}.x"], Noise(u, token, count), interval)
         ours = (found == MASK).unflatten(1, (-1, size)).sum(-1)
         assert fits[ours].all()
         assert torch.equal(torch.where(found == MASK, MASK, golden[f"{case}.x"]), found)
@@ -307,7 +309,7 @@ def test_the_full_interval_forces_no_mask():
         objective = MaskedDiffusion(
             1, 4, LogLinear(), ignore_bos=False, resample=True, full_from=full_from
         )
-        drawn = Draws(time=torch.zeros_like(t), token=token, count=count)
+        drawn = Noise(time=torch.zeros_like(t), token=token, count=count)
         x_t, _ = objective.corrupt(x0, drawn, (full_from, 1.0))
         assert (x_t == 1).float().mean() < 4 * full_from
         bounded, _ = objective.corrupt(x0, drawn, (0.25, 1.0))

@@ -15,7 +15,7 @@ from models.masks import BlockCausal, BlockDiffusion, Full
 from noise_schedule import EPS, SCHEDULES, LogLinear, get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import EXACT, Draws, draw
+from objectives.corruption import EXACT, Noise, draw_noise
 from objectives.sedd import ScoreEntropy, score_entropy
 
 WORDS, MASK, LENGTH = 3, 3, 4
@@ -41,11 +41,13 @@ def objective_with(block_size, schedule=None, **kwargs):
 def log_p(net, visible, block_size):
     """log p(x0 | what is visible) of the last block of `visible` [1, n], by the sampling form:
     [K, words]."""
-    logits = net.logits(net.hidden(visible, rule=BlockCausal(block_size)))[0, -block_size:]
+    logits = net.logits(net.hidden(visible, attention_mask=BlockCausal(block_size)))[
+        0, -block_size:
+    ]
     return logits[:, :WORDS].double().log_softmax(-1)
 
 
-def hidden_nats(net, text, block, mask, block_size):
+def masked_nll(net, text, block, mask, block_size):
     """Cross-entropy of the hidden tokens of a block, given its visible ones and the earlier
     blocks."""
     start = block * block_size
@@ -71,7 +73,7 @@ def enumerated_nelbo(net, text, block_size, lowest=0.0):
             m = sum(mask)
             if m:
                 factor = incomplete_beta(m, block_size - m + 1, lowest)
-                total += factor * hidden_nats(net, text, block, mask, block_size)
+                total += factor * masked_nll(net, text, block, mask, block_size)
     return total
 
 
@@ -99,7 +101,7 @@ def expected_loss(net, text, objective, nodes, weights, interval=FULL):
         row = text.clone().unflatten(1, (blocks, size))
         row = torch.where(torch.tensor(mask), MASK, row).flatten(1)  # the same mask in every block
         for t, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
-            p = float(objective.noise(torch.tensor(t, dtype=torch.float64), interval).p)
+            p = float(objective.noise_level(torch.tensor(t, dtype=torch.float64), interval).p)
             rows.append(row)
             times.append(t)
             chances.append(weight * p ** sum(mask) * (1 - p) ** (size - sum(mask)))
@@ -108,7 +110,7 @@ def expected_loss(net, text, objective, nodes, weights, interval=FULL):
     x0 = text.expand(len(x_t), -1)
     with torch.no_grad():
         loss = objective.loss_at(net, x0, x_t, t, torch.ones(x0.shape), interval=interval)
-    return float((loss.nats.double().sum(1) * torch.tensor(chances)).sum())
+    return float((loss.nll.double().sum(1) * torch.tensor(chances)).sum())
 
 
 # ---- the bound
@@ -131,12 +133,12 @@ def test_the_bound_is_the_average_over_orders_of_revealing(net, block_size):
         for order in itertools.permutations(range(block_size)):
             for step, token in enumerate(order):
                 mask = [i not in order[:step] for i in range(block_size)]
-                alone = hidden_nats_of(net, block, mask, token, block_size)
+                alone = masked_nll_of(net, block, mask, token, block_size)
                 total += alone / math.factorial(block_size)
     assert total == pytest.approx(enumerated_nelbo(net, TEXT, block_size), rel=1e-6)
 
 
-def hidden_nats_of(net, block, mask, token, block_size):
+def masked_nll_of(net, block, mask, token, block_size):
     start = block * block_size
     x0 = TEXT[:, start : start + block_size]
     x_t = torch.where(torch.tensor(mask), MASK, x0)
@@ -169,7 +171,7 @@ def test_real_draws_estimate_the_bound_without_bias(net, block_size, resample):
     expected = expected_loss(net, TEXT, objective, *gauss_legendre(8, *FULL)) / (1 - EPS) / LENGTH
     batch, means = 256, []
     for step in range(60):
-        draws = draw(
+        noise = draw_noise(
             1,
             step,
             torch.arange(batch),
@@ -179,7 +181,7 @@ def test_real_draws_estimate_the_bound_without_bias(net, block_size, resample):
             antithetic=True,
         )
         x0 = TEXT.expand(batch, -1)
-        loss = objective.loss(net, x0, torch.ones_like(x0), draws, interval=FULL, training=True)
+        loss = objective.loss(net, x0, torch.ones_like(x0), noise, interval=FULL, training=True)
         means.append(loss.mean)
     means = torch.stack(means).double()
     error = means.std() / len(means) ** 0.5
@@ -211,8 +213,8 @@ def corrupted(seed=0, rows=5, length=12, block_size=12):
 @torch.no_grad()
 def test_with_one_block_the_clean_half_is_read_by_nobody(net):
     x0, x_t, _ = corrupted()
-    both = net.hidden(torch.cat([x_t, x0], 1), rule=BlockDiffusion(12))
-    assert_within(both, net.hidden(x_t, rule=Full()), 1e-5)
+    both = net.hidden(torch.cat([x_t, x0], 1), attention_mask=BlockDiffusion(12))
+    assert_within(both, net.hidden(x_t, attention_mask=Full()), 1e-5)
 
 
 def test_one_block_gives_mdlms_loss_and_gradients(net):
@@ -222,9 +224,9 @@ def test_one_block_gives_mdlms_loss_and_gradients(net):
     results = []
     loss = objective_with(12).loss_at(net, x0, x_t, t, torch.ones(x0.shape), interval=FULL)
     results.append((loss.mean, torch.autograd.grad(loss.mean, list(net.parameters()))))
-    logits = net.logits(net.hidden(x_t, rule=Full()))[..., :WORDS]
-    nats = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
-    mean = ((x_t == MASK) * nats / t).mean()
+    logits = net.logits(net.hidden(x_t, attention_mask=Full()))[..., :WORDS]
+    nll = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
+    mean = ((x_t == MASK) * nll / t).mean()
     results.append((mean, torch.autograd.grad(mean, list(net.parameters()))))
     assert_within(results[0][0].detach(), results[1][0].detach(), 1e-5)
     for ours, theirs in zip(results[0][1], results[1][1], strict=True):
@@ -245,7 +247,7 @@ def test_the_training_loss_asks_what_the_sampler_asks(net, block_size):
         positions = torch.arange(now.start, now.stop).expand(len(x0), -1)
         found = -denoise(tokens, positions).gather(-1, x0[:, now, None])[..., 0]
         expected = (x_t[:, now] == MASK) * found / t[:, block, None]
-        torch.testing.assert_close(loss.nats[:, now], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss.nll[:, now], expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- blocks of one: the chain rule
@@ -254,9 +256,9 @@ def test_the_training_loss_asks_what_the_sampler_asks(net, block_size):
 def exact_nats(net, x0):
     """The loss of blocks of one at the interval (1, 1), per text."""
     objective = objective_with(1)
-    drawn = Draws(*(torch.rand(x0.shape) for _ in range(3)))
+    drawn = Noise(*(torch.rand(x0.shape) for _ in range(3)))
     loss = objective.loss(net, x0, torch.ones_like(x0), drawn, interval=EXACT, training=False)
-    return loss.nats.double().sum(1)
+    return loss.nll.double().sum(1)
 
 
 @torch.no_grad()
@@ -284,7 +286,7 @@ def test_the_causal_network_is_a_normalised_distribution_given_its_first_token(c
     rest = torch.tensor(list(itertools.product(range(WORDS), repeat=LENGTH - 1)))
     x0 = torch.cat([torch.full((len(rest), 1), 2), rest], 1)
     loss = Autoregressive(MASK).loss(causal, x0, torch.ones_like(x0), training=False)
-    assert float((-loss.nats.double().sum(1)).exp().sum()) == pytest.approx(1, rel=1e-5)
+    assert float((-loss.nll.double().sum(1)).exp().sum()) == pytest.approx(1, rel=1e-5)
 
 
 @torch.no_grad()
@@ -310,16 +312,16 @@ def test_score_entropy_is_zero_at_the_true_score():
     for x0 in range(WORDS):
         log_score = torch.full((len(EXPM1), WORDS + 1), -1e9, dtype=torch.float64)
         log_score[:, x0] = -EXPM1.log()
-        nats = kernel(log_score, torch.full((len(EXPM1),), x0), EXPM1)
-        torch.testing.assert_close(nats, torch.zeros_like(nats), rtol=0, atol=1e-9)
+        nll = kernel(log_score, torch.full((len(EXPM1),), x0), EXPM1)
+        torch.testing.assert_close(nll, torch.zeros_like(nll), rtol=0, atol=1e-9)
 
 
 def test_score_entropy_is_never_negative():
     generator = torch.Generator().manual_seed(0)
     for scale in (0.1, 1, 5):
         log_score = torch.randn(5, WORDS + 1, generator=generator, dtype=torch.float64) * scale
-        nats = kernel(log_score - EXPM1.log()[:, None], torch.tensor([0, 1, 2, 0, 1]), EXPM1)
-        assert (nats >= 0).all()
+        nll = kernel(log_score - EXPM1.log()[:, None], torch.tensor([0, 1, 2, 0, 1]), EXPM1)
+        assert (nll >= 0).all()
 
 
 def test_the_expected_score_entropy_is_least_at_the_marginal_ratios():
@@ -329,8 +331,8 @@ def test_the_expected_score_entropy_is_least_at_the_marginal_ratios():
 
     def expected(free, expm1):
         log_score = torch.cat([free, free.new_zeros(1)])[None].expand(WORDS, -1)
-        nats = score_entropy_plain(log_score, torch.arange(WORDS), expm1.expand(WORDS))
-        return (q * nats).sum()
+        nll = score_entropy_plain(log_score, torch.arange(WORDS), expm1.expand(WORDS))
+        return (q * nll).sum()
 
     for expm1 in EXPM1:
         best = (q.log() - expm1.log()).requires_grad_()
@@ -382,9 +384,9 @@ def test_the_loss_of_sedd_is_its_formula_on_the_score_that_samplers_get(net):
     ratio = 1 / expm1
     positive = log_score[..., :WORDS].exp().sum(-1)
     negative = ratio * log_score.gather(-1, x0[..., None])[..., 0]
-    nats = dsigma * (positive - negative + ratio * (ratio.log() - 1)) * (x_t == MASK)
-    assert_within(loss.nats, nats, 1e-5)
-    assert (loss.nats >= 0).all()
+    nll = dsigma * (positive - negative + ratio * (ratio.log() - 1)) * (x_t == MASK)
+    assert_within(loss.nll, nll, 1e-5)
+    assert (loss.nll >= 0).all()
 
 
 # ---- the same loss whatever the batch
@@ -397,17 +399,17 @@ def example_losses(split):
     x0, objective = texts(8, 12, WORDS), objective_with(4)
     found = []
     for rows in torch.arange(8).split(split):
-        draws = draw(3, 11, rows, global_batch=8, length=12, block_size=4, antithetic=True)
+        noise = draw_noise(3, 11, rows, global_batch=8, length=12, block_size=4, antithetic=True)
         with torch.no_grad():
             loss = objective.loss(
                 net,
                 x0[rows],
                 torch.ones(len(rows), 12),
-                draws,
+                noise,
                 interval=FULL,
                 training=True,
             )
-        found.append(loss.nats)
+        found.append(loss.nll)
     return torch.cat(found)
 
 

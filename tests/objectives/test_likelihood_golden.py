@@ -47,14 +47,14 @@ def evaluate(name, net, batch):
     x_t[:, 0] = batch["x0"][:, 0]
     if entry["algo"] == "sedd":
         objective = ScoreEntropy(MASK, LogLinear())
-        counted = objective.counted(everything, training=False)
-        return objective.loss_at(net, batch["x0"], x_t, t, counted)
+        loss_mask = objective.loss_mask(everything, training=False)
+        return objective.loss_at(net, batch["x0"], x_t, t, loss_mask)
     size = entry["block_size"]
     objective = MaskedDiffusion(MASK, size, LogLinear())
-    counted = objective.counted(everything, training=False)
+    loss_mask = objective.loss_mask(everything, training=False)
     t = t if size == LENGTH else t[:, ::size]
     interval = EXACT if (t == 1).all() else (EPS, 1.0)
-    return objective.loss_at(net, batch["x0"], x_t, t, counted, interval=interval)
+    return objective.loss_at(net, batch["x0"], x_t, t, loss_mask, interval=interval)
 
 
 @pytest.mark.parametrize("run", RECORDED)
@@ -64,9 +64,9 @@ def test_evaluation_gives_the_recorded_likelihood(run):
     net = averaged(name)
     for batch in batches_of(run):
         loss = evaluate(name, net, batch)
-        assert_within(loss.nats, batch["nlls"], LOGITS, run)
-        assert torch.equal(loss.counted, batch["token_mask"])
-        meter.update(loss.nats, loss.counted)
+        assert_within(loss.nll, batch["nlls"], LOGITS, run)
+        assert torch.equal(loss.loss_mask, batch["token_mask"])
+        meter.update(loss.nll, loss.loss_mask)
     found, result = meter.compute(), RUNS[run]["result"]
     assert found.nll == pytest.approx(result["val/nll"], rel=LOGITS)
     assert found.bpd == pytest.approx(result["val/bpd"], rel=LOGITS)

@@ -22,11 +22,11 @@ from networks import (
     texts,
 )
 
-from noise_schedule import EPS, LogLinear, Noise, ScaledLogLinear
+from noise_schedule import EPS, LogLinear, NoiseLevel, ScaledLogLinear
 from objectives import head
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import Draws, shares_within
+from objectives.corruption import Noise, shares_within
 from objectives.head import cross_entropy, head_loss
 from objectives.sedd import ScoreEntropy, score_entropy
 
@@ -50,7 +50,7 @@ class ConstantWeight:
     """p = t with weight 1: the recorded, faulty weight of intervals that begin above 1/2."""
 
     def __call__(self, t):
-        return Noise(p=t, weight=torch.ones_like(t))
+        return NoiseLevel(p=t, weight=torch.ones_like(t))
 
 
 def jumps(case):
@@ -100,12 +100,12 @@ def loss_of(case, golden, net):
         return objective.loss(net, golden["x0"], golden["attention_mask_in"], training=training)
     x0 = clean(golden)
     mask = golden["attention_mask_in"][:, : x0.shape[1]]
-    counted = objective.counted(mask, training)
+    loss_mask = objective.loss_mask(mask, training)
     x_t = golden["model_input"][:, : x0.shape[1]]
     t = times_of(golden, getattr(objective, "block_size", LENGTH))
     if isinstance(objective, ScoreEntropy):
-        return objective.loss_at(net, x0, x_t, t, counted)
-    return objective.loss_at(net, x0, x_t, t, counted, interval=interval_of(case))
+        return objective.loss_at(net, x0, x_t, t, loss_mask)
+    return objective.loss_at(net, x0, x_t, t, loss_mask, interval=interval_of(case))
 
 
 # ---- recordings
@@ -118,8 +118,8 @@ def test_loss_and_gradients_are_the_recorded_ones(case):
     golden = load(f"loss/{case}.safetensors")
     net = recorded(CASES[case]["checkpoint"])
     loss = loss_of(case, golden, net)
-    assert_within(loss.nats, golden["nlls"], LOGITS, "nats")
-    assert torch.equal(loss.counted, golden["token_mask"])
+    assert_within(loss.nll, golden["nlls"], LOGITS, "nats")
+    assert torch.equal(loss.loss_mask, golden["token_mask"])
     assert_within(loss.mean, golden["loss"], LOGITS, "mean")
     if not CASES[case].get("has_grads"):
         return
@@ -140,20 +140,20 @@ def test_the_weight_does_not_jump_above_one_half(case):
     net, objective = recorded(CASES[case]["checkpoint"]), objective_of(case)
     mended = dataclasses.replace(objective, schedule=LogLinear())
     size = golden["x0"].shape[1]
-    counted = objective.counted(golden["attention_mask_in"], CASES[case]["training"])
+    loss_mask = objective.loss_mask(golden["attention_mask_in"], CASES[case]["training"])
     t = times_of(golden, objective.block_size)
-    arguments = (net, golden["x0"], golden["model_input"][:, :size], t, counted)
+    arguments = (net, golden["x0"], golden["model_input"][:, :size], t, loss_mask)
     loss = mended.loss_at(*arguments, interval=interval_of(case))
-    assert_within(loss.nats * golden["t"], golden["nlls"], LOGITS)
+    assert_within(loss.nll * golden["t"], golden["nlls"], LOGITS)
 
 
 @pytest.mark.parametrize("case", DIFFUSION)
 def test_recorded_draws_give_the_recorded_corruption(case):
-    """The draws of the recording, fed as `Draws`, give its x_t. With resampling only the law is the
-    same (test_corruption): here every block's share lies inside the bounds, theirs and ours."""
+    """The noise of the recording, fed as `Noise`, gives its x_t. With resampling only the law is
+    the same (test_corruption): here every block's share lies inside the bounds, theirs and ours."""
     golden, objective = load(f"loss/{case}.safetensors"), objective_of(case)
-    draws = [golden[key] for key in sorted(golden) if key.startswith("draw.") and "rand" in key]
-    token = draws[1]  # the first are the times, any further ones rounds of resampling
+    noise = [golden[key] for key in sorted(golden) if key.startswith("draw.") and "rand" in key]
+    token = noise[1]  # the first are the times, any further ones rounds of resampling
     x0 = clean(golden)
     lo, hi = interval_of(case)
     t = times_of(golden, getattr(objective, "block_size", LENGTH))
@@ -161,8 +161,8 @@ def test_recorded_draws_give_the_recorded_corruption(case):
     plain = objective
     if isinstance(objective, MaskedDiffusion):
         plain = dataclasses.replace(objective, resample=False)
-    draws = Draws(time=u, token=token, count=torch.full_like(t, 0.5))
-    x_t, t_again = plain.corrupt(x0, draws, (lo, hi))
+    noise = Noise(time=u, token=token, count=torch.full_like(t, 0.5))
+    x_t, t_again = plain.corrupt(x0, noise, (lo, hi))
     torch.testing.assert_close(t_again, t)
     if plain == objective:
         assert torch.equal(x_t, golden["model_input"][:, : x0.shape[1]])
@@ -170,7 +170,7 @@ def test_recorded_draws_give_the_recorded_corruption(case):
     lo = 0.0 if lo == EPS else lo
     fits = shares_within(objective.block_size, (lo, hi))
     bounded = dataclasses.replace(objective, ignore_bos=False)
-    for hidden in (golden["xt_from_q"], bounded.corrupt(x0, draws, interval_of(case))[0]):
+    for hidden in (golden["xt_from_q"], bounded.corrupt(x0, noise, interval_of(case))[0]):
         per_block = (hidden == MASK).unflatten(1, (-1, objective.block_size)).sum(-1)
         assert fits[per_block].all()
 
@@ -222,11 +222,11 @@ def test_a_kernel_knows_its_own_gradient(name):
     expected = plain(logits, target, *rows, mask_id=8)
     (slope,) = torch.autograd.grad(expected.sum(), logits)
     overwritten = logits.detach().clone()
-    nats = kernel(overwritten, target, True, *rows, mask_id=8)
-    torch.testing.assert_close(nats, expected.detach())
+    nll = kernel(overwritten, target, True, *rows, mask_id=8)
+    torch.testing.assert_close(nll, expected.detach())
     torch.testing.assert_close(overwritten, slope)
     quiet = kernel(logits.detach().clone(), target, False, *rows, mask_id=8)
-    torch.testing.assert_close(quiet, nats)
+    torch.testing.assert_close(quiet, nll)
 
 
 def through_head(net, name, chunk, monkeypatch, autocast=False):
@@ -269,11 +269,11 @@ def test_the_fused_head_is_the_plain_one_forward_and_backward(name, chunk, monke
     net.zero_grad()
     hidden = hidden.detach().requires_grad_()
     logits = net.logits(hidden)
-    nats = plain(logits, target, *extra_rows(50)[:extras], mask_id=6)
-    total = (nats * factors).sum()
+    losses = plain(logits, target, *extra_rows(50)[:extras], mask_id=6)
+    total = (losses * factors).sum()
     (3 * total).backward()
     linear, scale = net.output_layer.linear, net.output_layer.norm_final.weight
-    assert_within(loss.nats, nats.detach(), LOGITS)
+    assert_within(loss.losses, losses.detach(), LOGITS)
     assert_within(loss.total.detach(), total.detach(), LOGITS)
     expected = [hidden.grad, linear.weight.grad, linear.bias.grad, scale.grad]
     for ours, theirs in zip(gradients, expected, strict=True):
@@ -284,8 +284,8 @@ def test_the_fused_head_is_the_plain_one_forward_and_backward(name, chunk, monke
 def test_the_fused_head_in_bfloat16_is_close_to_float32(name, monkeypatch):
     exact, gradients, _ = through_head(small(), name, 91, monkeypatch)
     half, rough, _ = through_head(small(), name, 91, monkeypatch, autocast=True)
-    assert half.nats.dtype == torch.float32
-    assert_within(half.nats, exact.nats, 0.03)
+    assert half.losses.dtype == torch.float32
+    assert_within(half.losses, exact.losses, 0.03)
     for ours, theirs in zip(rough, gradients, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() <= 0.03 * theirs.norm()
@@ -295,12 +295,12 @@ def test_a_training_step_in_bfloat16_is_close_to_float32():
     x0 = texts(4, 16, 6)
     objective = MaskedDiffusion(6, 4, LogLinear())
     generator = torch.Generator().manual_seed(0)
-    draws = Draws(*(torch.rand(s, generator=generator) for s in ((4, 4), (4, 16), (4, 4))))
+    noise = Noise(*(torch.rand(s, generator=generator) for s in ((4, 4), (4, 16), (4, 4))))
     results = []
     for autocast in (False, True):
         net = small()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = objective.loss(net, x0, torch.ones_like(x0), draws, interval=FULL, training=True)
+            loss = objective.loss(net, x0, torch.ones_like(x0), noise, interval=FULL, training=True)
         loss.mean.backward()
         gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
         results.append((loss.mean.detach(), gradient))
@@ -332,15 +332,15 @@ OBJECTIVES = {
 }
 
 
-def any_loss(objective, net, x0, mask, *, training=True, segments=None):
+def any_loss(objective, net, x0, mask, *, training=True, document_ids=None):
     if isinstance(objective, Autoregressive):
-        return objective.loss(net, x0, mask, training=training, segments=segments)
+        return objective.loss(net, x0, mask, training=training, document_ids=document_ids)
     blocks = x0.shape[1] // getattr(objective, "block_size", x0.shape[1])
     generator = torch.Generator().manual_seed(5)
     shapes = ((len(x0), blocks), x0.shape, (len(x0), blocks))
-    draws = Draws(*(torch.rand(s, generator=generator) for s in shapes))
-    arguments = {"interval": FULL, "training": training, "segments": segments}
-    return objective.loss(net, x0, mask, draws, **arguments)
+    noise = Noise(*(torch.rand(s, generator=generator) for s in shapes))
+    arguments = {"interval": FULL, "training": training, "document_ids": document_ids}
+    return objective.loss(net, x0, mask, noise, **arguments)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -355,11 +355,11 @@ def test_padding_changes_nothing_whatever_its_id(name):
     for padding in (0, 6):
         padded = torch.where(mask == 1, x0, padding)
         net.zero_grad()
-        loss = any_loss(objective, net, padded, mask, segments=mask)
+        loss = any_loss(objective, net, padded, mask, document_ids=mask)
         loss.mean.backward()
         gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
         assert gradient.isfinite().all()
-        found.append((loss.nats, loss.mean.detach(), gradient))
+        found.append((loss.nll, loss.mean.detach(), gradient))
     for one, other in zip(*found, strict=True):
         assert_within(one, other, LOGITS)
     assert (found[0][0] * (1 - mask[:, -found[0][0].shape[1] :]) == 0).all()
@@ -372,17 +372,21 @@ def test_the_mean_is_over_counted_tokens(name):
     mask = torch.ones_like(x0)
     mask[1, 5:] = 0
     loss = any_loss(objective, net, x0, mask)
-    assert_within(loss.mean.detach(), loss.nats.sum() / loss.counted.sum(), LOGITS)
-    assert (loss.nats[loss.counted == 0] == 0).all()
+    assert_within(loss.mean.detach(), loss.nll.sum() / loss.loss_mask.sum(), LOGITS)
+    assert (loss.nll[loss.loss_mask == 0] == 0).all()
 
 
 @torch.no_grad()
 def test_the_causal_loss_leaves_its_first_target_out_in_evaluation_only():
     net, x0 = small(adaln=False), texts(2, 12, 6)
-    for ignore_bos, training, counted in ((True, True, 22), (True, False, 20), (False, False, 22)):
+    for ignore_bos, training, loss_mask in (
+        (True, True, 22),
+        (True, False, 20),
+        (False, False, 22),
+    ):
         objective = Autoregressive(6, ignore_bos)
         loss = objective.loss(net, x0, torch.ones_like(x0), training=training)
-        assert loss.counted.sum() == counted
+        assert loss.loss_mask.sum() == loss_mask
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -391,8 +395,8 @@ def test_one_segment_is_no_segment(name):
     net, objective = small(adaln=name != "ar"), OBJECTIVES[name]
     x0, mask = texts(3, 12, 6), torch.ones(3, 12)
     plain = any_loss(objective, net, x0, mask)
-    same = any_loss(objective, net, x0, mask, segments=torch.full_like(x0, 5))
-    assert_within(same.nats, plain.nats, LOGITS)
+    same = any_loss(objective, net, x0, mask, document_ids=torch.full_like(x0, 5))
+    assert_within(same.nll, plain.nll, LOGITS)
 
 
 @torch.no_grad()
@@ -400,31 +404,33 @@ def test_a_packed_document_costs_what_it_costs_alone():
     """Two documents of two blocks each in a row, each of its own segment."""
     net, objective = small(), OBJECTIVES["bamdlm"]
     x0, x_t, t = texts(3, 16, 6), texts(3, 16, 7, seed=1), torch.linspace(0.1, 1, 12).view(3, 4)
-    segments = torch.arange(16).expand(3, -1) // 8
+    document_ids = torch.arange(16).expand(3, -1) // 8
     settings = {"interval": FULL}
-    packed = objective.loss_at(net, x0, x_t, t, torch.ones(3, 16), segments=segments, **settings)
+    packed = objective.loss_at(
+        net, x0, x_t, t, torch.ones(3, 16), document_ids=document_ids, **settings
+    )
     for first, blocks in ((0, slice(0, 2)), (8, slice(2, 4))):
         part = slice(first, first + 8)
         alone = objective.loss_at(
             net, x0[:, part], x_t[:, part], t[:, blocks], torch.ones(3, 8), **settings
         )
-        assert_within(packed.nats[:, part], alone.nats, LOGITS)
+        assert_within(packed.nll[:, part], alone.nll, LOGITS)
 
 
 def test_position_zero_counts_in_training_and_not_in_evaluation():
     mask = torch.ones(2, 12)
     for objective in (MaskedDiffusion(6, 4, LogLinear()), ScoreEntropy(6, LogLinear())):
-        assert objective.counted(mask, training=True).sum() == 24
-        assert objective.counted(mask, training=False).sum() == 22
+        assert objective.loss_mask(mask, training=True).sum() == 24
+        assert objective.loss_mask(mask, training=False).sum() == 22
         counting = dataclasses.replace(objective, ignore_bos=False)
-        assert counting.counted(mask, training=False).sum() == 24
+        assert counting.loss_mask(mask, training=False).sum() == 24
 
 
 def test_block_means_are_means_over_the_tokens_of_a_block():
     net = small()
     loss = any_loss(MaskedDiffusion(6, 4, LogLinear()), net, texts(2, 12, 6), torch.ones(2, 12))
     means = loss.block_means(4)
-    by_hand = [[float(row[start : start + 4].mean()) for start in (0, 4, 8)] for row in loss.nats]
+    by_hand = [[float(row[start : start + 4].mean()) for start in (0, 4, 8)] for row in loss.nll]
     assert_within(means, torch.tensor(by_hand), LOGITS)
     assert (means > 0).any()
 

@@ -244,7 +244,7 @@ def test_cached_answers_are_those_of_one_full_pass_over_40_blocks(algo):
         context_size=window,
         kv_cache=True,
     )
-    net, rule = denoise.denoise.backbone, BlockCausal(block, window)
+    net, mask = denoise.denoise.backbone, BlockCausal(block, window)
     final = [s.tokens for s in samples]
     checked = 0
     for i, (committed, tokens, positions, answer) in enumerate(denoise.answers):
@@ -252,7 +252,7 @@ def test_cached_answers_are_those_of_one_full_pass_over_40_blocks(algo):
         if committed + positions[0] >= length or i % 7:
             continue  # a seventh of them
         with torch.inference_mode():
-            hidden = net.hidden(text, rule=rule)[:, committed + positions[0]]
+            hidden = net.hidden(text, attention_mask=mask)[:, committed + positions[0]]
             logits = net.logits(hidden).float()
             logits[:, MASK] = -torch.inf
         full, seen = logits.log_softmax(-1)[:, :MASK], answer[:, :MASK]

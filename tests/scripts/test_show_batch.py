@@ -30,13 +30,13 @@ def shown(words, capsys, *options):
     return capsys.readouterr().out
 
 
-def painted(ids, mask=None, segments=None, *, terminal=False):
+def painted(ids, mask=None, document_ids=None, *, terminal=False):
     """Lines as they are printed. Letters of text8 are 8 (a), 9 ..., its [EOS] is 3."""
     painter = show_batch.Painter(get_tokenizer("text8"), block_size=4)
     mask = [1] * len(ids) if mask is None else mask
-    segments = None if segments is None else np.array(segments)
+    document_ids = None if document_ids is None else np.array(document_ids)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200, highlight=False)
-    for line in painter.lines(np.array(ids), np.array(mask), segments):
+    for line in painter.lines(np.array(ids), np.array(mask), document_ids):
         console.print(line)
     return console.file.getvalue().splitlines()
 
@@ -47,8 +47,8 @@ def test_a_row_has_its_blocks_and_special_tokens():
 
 def test_each_document_has_its_line_and_padding_shows():
     ids, mask = [8, 9, 3, 5, 10, 10, 10, 10, 10, 5, 5, 5], [1, 1, 1, 0] + [1] * 5 + [0] * 3
-    segments = [1, 1, 1, 0, 2, 2, 2, 2, 2, 0, 0, 0]
-    assert painted(ids, mask, segments) == ["[document 1] ab[EOS]▒", "[document 2] cccc│c▒▒▒"]
+    document_ids = [1, 1, 1, 0, 2, 2, 2, 2, 2, 0, 0, 0]
+    assert painted(ids, mask, document_ids) == ["[document 1] ab[EOS]▒", "[document 2] cccc│c▒▒▒"]
 
 
 def test_a_terminal_gets_colours_that_alternate():

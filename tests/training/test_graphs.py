@@ -1,4 +1,4 @@
-"""Steps that wait for no device: questions with rows to spare, CUDA graphs, late judgements."""
+"""Steps that wait for no device: inputs with rows to spare, CUDA graphs, late judgements."""
 
 import lightning as L
 import pytest
@@ -8,7 +8,7 @@ from test_training import ALGORITHMS, GLOBAL, LENGTH, MASK, module, trainer
 
 from models.masks import Full
 from objectives.graphs import ROWS, GraphedLoss, rows_for
-from objectives.question import Question
+from objectives.loss_inputs import LossInputs
 
 
 def batch(step):
@@ -19,7 +19,7 @@ def batch(step):
 
 def asked(m, step):
     given = batch(step)
-    return m.question(given, (1e-3, 1.0), m._draws(given, 1, GLOBAL), training=True)
+    return m.loss_inputs(given, (1e-3, 1.0), m._noise(given, 1, GLOBAL), training=True)
 
 
 def gradients(m, loss):
@@ -36,19 +36,19 @@ def assert_same(ours, plain):
 @pytest.mark.parametrize("more", [0, 5, 10**6])
 def test_rows_to_spare_change_no_loss_and_no_gradient(algo, more):
     m = module(algo)
-    question = asked(m, 0)
-    padded = question.padded(len(question.read) + more)
-    assert len(padded.read) == min(len(question.read) + more, GLOBAL * LENGTH)
-    assert len(padded.read.unique()) == len(padded.read)
-    plain, ours = (m.objective.answer(m.backbone, q) for q in (question, padded))
+    inputs = asked(m, 0)
+    padded = inputs.padded(len(inputs.loss_positions) + more)
+    assert len(padded.loss_positions) == min(len(inputs.loss_positions) + more, GLOBAL * LENGTH)
+    assert len(padded.loss_positions.unique()) == len(padded.loss_positions)
+    plain, ours = (m.objective.compute_loss(m.backbone, q) for q in (inputs, padded))
     torch.testing.assert_close(ours.mean, plain.mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours.nats, plain.nats, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours.nll, plain.nll, rtol=1e-5, atol=1e-7)
     assert_same(gradients(m, ours.mean), gradients(m, plain.mean))
 
 
 def test_all_rows_read_leave_nothing_to_spare():
-    question = asked(module("ar"), 0)
-    assert question.padded(10**6) is question
+    inputs = asked(module("ar"), 0)
+    assert inputs.padded(10**6) is inputs
 
 
 def test_the_rows_of_a_graph():
@@ -59,12 +59,12 @@ def test_the_rows_of_a_graph():
     assert rows_for(100, 120) == 120
 
 
-def test_documents_and_empty_questions_are_answered_as_they_are():
+def test_documents_and_empty_inputs_are_computed_as_they_are():
     """The graph would need a CUDA device, of which there is none here."""
     ids, none = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    empty = Question(ids, Full(), torch.ones(1, 4), none, none, none.float())
-    documents = Question(
-        ids, Full(), torch.ones(1, 4), none[:0], ids[0], torch.ones(4), segments=ids
+    empty = LossInputs(ids, Full(), torch.ones(1, 4), none, none, none.float())
+    documents = LossInputs(
+        ids, Full(), torch.ones(1, 4), none[:0], ids[0], torch.ones(4), document_ids=ids
     )
     graphed = GraphedLoss(torch.nn.Module(), lambda net, q: q.tokens.sum(), lambda q: q, False)
     for _ in range(4):
@@ -81,10 +81,10 @@ def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, d
     m = module(algo, dropout=dropout).to(cuda).train()
 
     def loss(*asked):
-        return m.objective.answer(*asked).mean
+        return m.objective.compute_loss(*asked).mean
 
-    def plain(question):
-        return loss(m.backbone, question.to(cuda))
+    def plain(inputs):
+        return loss(m.backbone, inputs.to(cuda))
 
     graphed = GraphedLoss(m.backbone, loss, lambda q: q.to(cuda), shared=False)
     spare = 0
@@ -92,12 +92,12 @@ def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, d
         # without the memory of casts, in which the gradients of two uses are added up in bf16
         with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
             results = []
-            question = asked(m, step)
-            if len(question.targets) > spare:
-                spare = rows_for(len(question.targets), question.counted.numel())
+            inputs = asked(m, step)
+            if len(inputs.targets) > spare:
+                spare = rows_for(len(inputs.targets), inputs.loss_mask.numel())
             for graphs in (False, True):
                 torch.manual_seed(step)
-                value = graphed(question) if graphs else plain(question.padded(spare))
+                value = graphed(inputs) if graphs else plain(inputs.padded(spare))
                 results.append((value.detach(), gradients(m, value)))
             (value, wanted), (ours, found) = results
             torch.testing.assert_close(ours, value, rtol=1e-6, atol=0)
@@ -130,12 +130,12 @@ class Poison(L.Callback):
     """In one step a weight's gradient is not a number. After it: what a checkpoint counts."""
 
     def __init__(self, step=4):
-        self.step, self.counted = step, None
+        self.step, self.loss_mask = step, None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step and self.counted is None:
+        if trainer.global_step == self.step and self.loss_mask is None:
             checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-            self.counted = checkpoint["ema"]["num_updates"]
+            self.loss_mask = checkpoint["ema"]["num_updates"]
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_step == self.step - 1:
@@ -181,7 +181,7 @@ def test_late_judgement_makes_the_same_run(bad):
     for late in (False, True):
         callbacks = [] if bad is None else [Poison(bad)]
         runs.append(fitted("bamdlm", cpu, late=late, callbacks=callbacks))
-        assert all(poison.counted == bad - 1 for poison in callbacks)
+        assert all(poison.loss_mask == bad - 1 for poison in callbacks)
         assert (runs[-1].health.found is not None) == late
         assert runs[-1].health.bad_steps == len(callbacks)
         assert runs[-1].ema.num_updates == 9 - len(callbacks)

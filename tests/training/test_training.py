@@ -201,10 +201,10 @@ def test_blocks_of_one_validate_the_exact_likelihood():
     m = module("bamdlm", block=1, exact=True)
     batch = {"input_ids": torch.tensor(data().valid.ids), "row": torch.arange(10)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    draws = m._draws(batch, 1, 4)
+    noise = m._noise(batch, 1, 4)
     m.ema = None
-    exact = m.eval().token_loss(batch, EXACT, draws, False)
-    expected = float(exact.nats.sum() / exact.counted.sum())
+    exact = m.eval().token_loss(batch, EXACT, noise, False)
+    expected = float(exact.nll.sum() / exact.loss_mask.sum())
     assert validated(m).nll == pytest.approx(expected, rel=1e-6)
 
 
@@ -280,10 +280,10 @@ def test_a_mask_token_in_the_text_is_seen_and_not_predicted(algo, training):
         "attention_mask": torch.ones_like(ids),
         "row": torch.arange(GLOBAL),
     }
-    draws = m._draws(batch, 1, GLOBAL)
-    loss = m.token_loss(batch, (1e-3, 1.0), draws, training)
+    noise = m._noise(batch, 1, GLOBAL)
+    loss = m.token_loss(batch, (1e-3, 1.0), noise, training)
     assert loss.mean.isfinite()
     first = 0 if algo != "ar" else 1
-    assert (loss.counted == 0)[1, 5 - first]
-    assert (loss.counted == 0)[2, 9 - first]
-    assert (loss.nats[ids[:, first:] == MASK] == 0).all()
+    assert (loss.loss_mask == 0)[1, 5 - first]
+    assert (loss.loss_mask == 0)[2, 9 - first]
+    assert (loss.nll[ids[:, first:] == MASK] == 0).all()

@@ -30,16 +30,16 @@ class Replay(Diffusion):
         self.steps = []
         self.micro_losses = []
 
-    def token_loss(self, batch, interval, draws, training):
+    def token_loss(self, batch, interval, noise, training):
         x0, mask = batch["x0"], batch["attention_mask"]
         if isinstance(self.objective, Autoregressive):
             return self.objective.loss(self.backbone, x0, mask, training=training)
         x_t, t = batch["model_input"][:, : x0.shape[1]], batch["t"]
-        counted = self.objective.counted(mask, training)
+        loss_mask = self.objective.loss_mask(mask, training)
         if isinstance(self.objective, ScoreEntropy):
-            return self.objective.loss_at(self.backbone, x0, x_t, t, counted)
+            return self.objective.loss_at(self.backbone, x0, x_t, t, loss_mask)
         t = t[:, :: self.objective.block_size]
-        return self.objective.loss_at(self.backbone, x0, x_t, t, counted, interval=interval)
+        return self.objective.loss_at(self.backbone, x0, x_t, t, loss_mask, interval=interval)
 
     def training_step(self, batch, batch_idx):
         loss = self.token_loss(batch, self.interval, None, True).mean
