@@ -4,9 +4,8 @@ import textwrap
 
 from omegaconf import OmegaConf
 
-from settings.compose import composed_yaml
-from settings.limits import CHOICES
-from settings.overrides import LEAVES, choices, groups
+from settings.composing import composed_yaml
+from settings.keys import LEAVES, choices, groups
 from settings.schema import Config
 from settings.tables import modes
 
@@ -44,8 +43,9 @@ def _mode_lines() -> list[str]:
 
 def described(key: str) -> str:
     """What a setting means, and what it may name."""
-    listed = CHOICES.get(key, ())
-    return LEAVES[key].doc + f" ({', '.join(listed)})" * bool(listed)
+    leaf = LEAVES[key]
+    named = leaf.limit is not None and leaf.limit.names
+    return f"{leaf.doc} ({', '.join(leaf.limit.names)})" if named else leaf.doc
 
 
 def _group_lines() -> list[str]:

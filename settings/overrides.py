@@ -3,21 +3,14 @@
 Every problem becomes one sentence; nothing here raises for what a user got wrong.
 """
 
-import dataclasses
 import difflib
 import re
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from settings.schema import Config
-
-CONFIGS = Path(__file__).parent.parent / "configs"
+from settings.keys import LEAVES, SCHEMA, choices, groups
 
 # Keys of the authors' configs that nothing in their code read.
 DEAD = {
@@ -44,51 +37,6 @@ INSTEAD = {
     "tokenizer": "data.tokenizer_name_or_path",
 }
 PROSE = {"sampling.prompt", "wandb.notes", "data.tokenizer_name_or_path"}
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One setting of the schema."""
-
-    section: type
-    name: str
-    hint: object
-    doc: str
-
-
-def unwrap(hint) -> tuple[object, bool]:
-    """X | None -> (X, True); X -> (X, False); int | float | None -> (int | float, True)."""
-    if not isinstance(hint, types.UnionType):
-        return hint, False
-    members = [member for member in typing.get_args(hint) if member is not type(None)]
-    bare = members[0] if len(members) == 1 else typing.Union[tuple(members)]  # noqa: UP007
-    return bare, len(members) < len(typing.get_args(hint))
-
-
-def walk(section: type = Config, prefix: str = "") -> Iterator[tuple[str, type | Leaf]]:
-    """Every key of the schema in order: ("loader", Loader), ("loader.batch_size", Leaf(...)) ..."""
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        key, (bare, _) = prefix + field.name, unwrap(hints[field.name])
-        if dataclasses.is_dataclass(bare):
-            yield key, bare
-            yield from walk(bare, key + ".")
-        else:
-            doc = field.metadata["doc"]
-            yield key, Leaf(section, field.name, hints[field.name], doc)
-
-
-SCHEMA = dict(walk())
-LEAVES = {key: entry for key, entry in SCHEMA.items() if isinstance(entry, Leaf)}
-
-
-def choices(group: str) -> list[str]:
-    """What may stand behind `group=`, in alphabetical order."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if path.stem[0] != "_")
-
-
-def groups() -> list[str]:
-    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 
 def nearest(word: str, candidates, before: str = " Did you mean ", after: str = "?") -> str:
@@ -128,17 +76,18 @@ def _group_problem(group: str, value) -> str | None:
 
 @dataclass
 class ParsedOverrides:
-    """A command line in parts: what Hydra gets, by the key that each part concerns."""
+    """A command line in parts: what Hydra gets, and what cannot be read."""
 
-    groups: dict[str, str]
+    groups: dict[str, str]  # {group: override}
     values: list[tuple[str, object]]  # (key, value), in the order given
+    problems: list[str]
 
     def without(self, keys) -> "ParsedOverrides":
         def concerned(key):
             return any(f"{bad}.".startswith(f"{key}.") for bad in keys)
 
         values = [entry for entry in self.values if not concerned(entry[0])]
-        return ParsedOverrides(self.groups, values)
+        return ParsedOverrides(self.groups, values, self.problems)
 
 
 @dataclass
@@ -194,19 +143,19 @@ def _value_problem(word: Word, nulled: set[str]) -> str | None:
     return None
 
 
-def parse(overrides: list[str]) -> tuple[ParsedOverrides, list[str]]:
+def parse(overrides: list[str]) -> ParsedOverrides:
     """Sorts a command line into groups and values; a leading + or ++ makes no difference."""
     parser, known_groups = OverridesParser.create(), groups()
-    parsed, problems, nulled = ParsedOverrides({}, []), [], set()
+    parsed, nulled = ParsedOverrides({}, [], []), set()
     for argument in overrides:
         word = _read(argument, parser)
         if isinstance(word, str):
-            problems.append(word)
+            parsed.problems.append(word)
             continue
         group = word.key in known_groups and not isinstance(word.value, dict)
         problem = _group_problem(word.key, word.value) if group else _value_problem(word, nulled)
         if problem is not None:
-            problems.append(problem)
+            parsed.problems.append(problem)
         elif group and word.value is None:
             parsed.groups.pop(word.key, None)  # experiment=null takes an earlier choice back
         elif group:
@@ -215,4 +164,4 @@ def parse(overrides: list[str]) -> tuple[ParsedOverrides, list[str]]:
             parsed.values.append((word.key, word.value))
             if word.key not in LEAVES:
                 (nulled.add if word.value is None else nulled.discard)(word.key)
-    return parsed, problems
+    return parsed

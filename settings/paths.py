@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from settings.defaults import local_folder
 from settings.overrides import nearest
+from settings.run_folder import local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
 

@@ -10,7 +10,8 @@ lie.
     objectives
     data
     samplers
-    models       noise_schedule       settings       utils
+    models       noise_schedule       settings
+    utils
 
 A folder or a module of the root imports only from the lines below its own. Two of one line know
 nothing of each other.
@@ -34,7 +35,8 @@ LAYERS = [
     {"objectives"},
     {"data"},
     {"samplers"},
-    {"models", "noise_schedule", "settings", "utils"},
+    {"models", "noise_schedule", "settings"},
+    {"utils"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # programs and tests beside the framework; they may import all of it

@@ -13,7 +13,7 @@ from data.hub_tables import CONVERTED
 from data.sources import Hub, Plays, Text8
 from data.tokenizer import get_tokenizer
 from dataloader import get_rows
-from settings.overrides import CONFIGS
+from settings.keys import CONFIGS
 
 
 @pytest.fixture(scope="module")

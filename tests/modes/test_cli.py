@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from modes import cli
-from settings.overrides import CONFIGS, DEAD
+from settings.keys import CONFIGS
+from settings.overrides import DEAD
 
 MAIN = CONFIGS.parent / "main.py"
 TRAIN = ["data=shakespeare", "wandb=null"]
@@ -109,8 +110,8 @@ WRONG = [
     ),
     (TRAIN, ["training.sampling_eps_max=1.2"], "training.sampling_eps_max=1.2 must be in (0, 1]"),
     (TRAIN, ["algo.T=-1"], "algo.T=-1 must be at least 0"),
-    (TRAIN, [f"{CLIP}=[0.5,1.5]"], f"{CLIP}: [1.5] must be in (0, 1]"),
-    (TRAIN, [f"{CLIP}=[0]"], f"{CLIP}: [0.0] must be in (0, 1]"),
+    (TRAIN, [f"{CLIP}=[0.5,1.5]"], f"{CLIP}=[0.5, 1.5] must be a list of numbers in (0, 1]"),
+    (TRAIN, [f"{CLIP}=[0]"], f"{CLIP}=[0.0] must be a list of numbers in (0, 1]"),
     (SAMPLE, ["sampling.nucleus_p=0"], "sampling.nucleus_p=0.0 must be in (0, 1]"),
     (SAMPLE, ["sampling.threshold=0"], "sampling.threshold=0.0 must be in (0, 1]"),
     (SAMPLE, ["sampling.remask_eta=2"], "sampling.remask_eta=2.0 must be in [0, 1]"),
@@ -334,7 +335,7 @@ WRONG += [
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """A launch folder with a few files, on a machine without a GPU."""
-    for module in ("settings.defaults", "settings.rules"):
+    for module in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text")
@@ -390,7 +391,7 @@ def test_all_problems_are_listed_at_once(capsys):
 
 
 def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
-    for module in ("settings.defaults", "settings.rules"):
+    for module in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 2)
         monkeypatch.setattr(f"{module}.has_flash_attn", lambda: False)
     for wrong, message in (
@@ -411,7 +412,7 @@ def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
     ],
 )
 def test_flash_attention_is_refused_where_it_cannot_serve(monkeypatch, capsys, wrong, message):
-    for module in ("settings.defaults", "settings.rules"):
+    for module in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
         monkeypatch.setattr(f"{module}.has_flash_attn", lambda: True)
     (_, problem) = refused([*TRAIN, "model.attn_backend=flash_attn", *wrong], capsys)

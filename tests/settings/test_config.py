@@ -12,9 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import settings
-from settings.compose import flatten
 from settings.defaults import visible_gpus
-from settings.overrides import CONFIGS, LEAVES, SCHEMA, choices, groups
+from settings.keys import CONFIGS, LEAVES, SCHEMA, choices, get, groups
 from settings.schema import Config
 from tests.published import commands
 
@@ -29,13 +28,14 @@ def _cpu(monkeypatch, tmp_path):
 
 
 def gpus(monkeypatch, count, *, flash_attn=False):
-    for module in ("settings.defaults", "settings.rules"):
+    for module in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: count)
         monkeypatch.setattr(f"{module}.has_flash_attn", lambda: flash_attn)
 
 
 def values(*overrides):
-    return flatten(settings.load(list(overrides)))
+    config = settings.load(list(overrides))
+    return {key: get(config, key) for key in LEAVES}
 
 
 # ---- the table of the specification -----------------------------------------------------------

@@ -9,8 +9,7 @@ from models.attention import BACKENDS
 from noise_schedule import SCHEDULES
 from samplers.steps import CONFIDENCES, STEPS
 from settings import tables
-from settings.limits import CHOICES
-from settings.overrides import choices
+from settings.keys import LEAVES, choices
 
 TABLES = [
     (tables.schedules, SCHEDULES),
@@ -48,11 +47,11 @@ def test_a_mode_is_a_file_with_a_function_prepare():
 
 
 def test_what_is_no_literal_table_is_refused():
-    with pytest.raises(ValueError, match=r"settings/limits.py: RANGES must be a literal dict"):
-        tables.table("settings/limits.py", "RANGES")
+    with pytest.raises(ValueError, match=r"settings/limits.py: SEED must be a literal dict"):
+        tables.table("settings/limits.py", "SEED")
     with pytest.raises(ValueError, match=r"settings/limits.py: NOWHERE must be a literal dict"):
         tables.table("settings/limits.py", "NOWHERE")
 
 
 def test_every_schedule_has_its_file_of_settings():
-    assert set(choices("noise")) == set(CHOICES["noise.type"])
+    assert set(choices("noise")) == set(LEAVES["noise.type"].limit.names)

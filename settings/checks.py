@@ -3,13 +3,14 @@
 Each rule is a generator of sentences that name the setting as typed, its value and the way out.
 """
 
+import copy
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.util import find_spec
 
-from settings.compose import build, flatten
+from settings.composing import read
 from settings.defaults import (
     FLEX_HEAD_WIDTH,
     flex_takes,
@@ -19,11 +20,13 @@ from settings.defaults import (
     visible_gpus,
 )
 from settings.effects import without_effect
-from settings.limits import limits
+from settings.keys import LEAVES, get, put
+from settings.overrides import nearest, parse
 from settings.paths import checkpoints, corpora, results, sampling_files
 from settings.schema import Config
 from settings.tables import known_corpora
 
+Rule = Callable[[Config], Iterator[str]]
 # algorithm: (parameterization, sampler) that belong to it
 BELONGS = {
     "bamdlm": ("subs", "semi_ar"),
@@ -35,20 +38,51 @@ DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out 
 SPECIAL_TOKENS = 2  # BOS and EOS of a chunk
 
 
-def check(config: Config, typed: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """(problems, warnings): why the run cannot start, and what is set without effect. typed: the
-    settings that stand on the command line."""
-    outside = list(limits(flatten(config)))
-    problems = [entry.problem for entry in outside]
+def examine(
+    overrides: list[str], rules: Iterable[Rule] = ()
+) -> tuple[Config | None, list[str], list[str]]:
+    """The settings of a command line, everything that is wrong with them, and warnings. The Config
+    is None where it cannot be made; never raises ConfigError. rules: as in check."""
+    parsed = parse(overrides)
+    config, problems, notes = read(parsed)
+    if config is None:
+        return None, problems, notes
+    more, warnings = check(config, {key for key, _ in parsed.values}, rules)
+    return config, problems + more, notes + warnings
+
+
+def check(
+    config: Config, typed: Collection[str] = (), rules: Iterable[Rule] = ()
+) -> tuple[list[str], list[str]]:
+    """(problems, warnings): why the run cannot start, and what is set without effect.
+
+    typed: the settings that stand on the command line. rules: beside those of this file.
+    """
+    outside = {key: _outside(key, get(config, key)) for key in LEAVES}
+    outside = {key: problem for key, problem in outside.items() if problem is not None}
     # The rules between settings go on with stand-ins; what they say about those is not repeated.
-    possible = build(flatten(config) | {entry.key: entry.stand_in for entry in outside})
-    for rule in RULES:
+    possible = copy.deepcopy(config)
+    for key in outside:
+        put(possible, key, LEAVES[key].limit.stand_in)
+    problems = list(outside.values())
+    for rule in (*RULES, *rules):
         problems += [
             problem
             for problem in rule(possible)
-            if not any(re.search(rf"\b{entry.key}\b", problem) for entry in outside)
+            if not any(re.search(rf"\b{key}\b", problem) for key in outside)
         ]
     return problems, list(without_effect(config, typed))
+
+
+def _outside(key: str, value) -> str | None:
+    """The problem of a setting that its limit does not allow. Null is always allowed here."""
+    limit = LEAVES[key].limit
+    if limit is None or value is None or limit.holds(value):
+        return None
+    problem = f"{key}={value} must be {limit.words}"
+    return (
+        problem + nearest(value, limit.names, before=". Did you mean ") if limit.names else problem
+    )
 
 
 def network(config: Config) -> Iterator[str]:

@@ -1,0 +1,180 @@
+"""From a command line to the settings of a run, in one path.
+
+    parse          the words become groups and values (overrides.py)
+    _hydra         Hydra puts configs/ and the values together
+    _read          each setting gets the type that the schema has for it
+    _build         the dataclasses
+    fill           null and auto are replaced (defaults.py)
+    place          ${cwd:} becomes the run folder (run_folder.py)
+
+Every problem becomes one sentence, and composing goes on without the override that caused it, so
+that one run of the command shows them all. Only this file sees Hydra's composed objects.
+"""
+
+import copy
+import dataclasses
+import typing
+from functools import cache
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from settings.defaults import CHOSEN, fill
+from settings.keys import CONFIGS, LEAVES, SCHEMA, Leaf, unwrap
+from settings.overrides import ParsedOverrides, parse, unknown_key
+from settings.run_folder import RUN_FOLDER, place, take_newest_checkpoint
+from settings.schema import Config
+
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+class ConfigError(ValueError):
+    """A run that cannot start; .problems holds one sentence for each reason."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(["this run cannot start:", *(f"  - {p}" for p in problems)]))
+
+
+def load(overrides: list[str]) -> Config:
+    """The settings of a command line, every null filled in; ConfigError for what cannot be read.
+
+    Whether the settings fit together is for check() to say.
+    """
+    config, problems, _ = read(parse(overrides))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read(parsed: ParsedOverrides) -> tuple[Config | None, list[str], list[str]]:
+    """The Config (None where it cannot be made), the problems of composing, and notes."""
+    problems = list(parsed.problems)
+    try:
+        values, wrong = _read(_hydra(parsed))
+        problems += wrong.values()
+        if wrong:
+            values, wrong = _read(_hydra(parsed.without(wrong)))
+    except (HydraException, OmegaConfBaseException) as error:
+        return None, [*problems, str(error).splitlines()[0]], []
+    if wrong:
+        return None, problems, []
+    config = _build(values)
+    fill(config)
+    place(config)
+    return config, problems, _forced(parsed, config) + take_newest_checkpoint(config)
+
+
+def composed_yaml(overrides: list[str]) -> str:
+    """What --cfg job prints: the composed settings before null is filled in."""
+    return OmegaConf.to_yaml(_hydra(parse(overrides)))
+
+
+def _hydra(parsed: ParsedOverrides) -> DictConfig:
+    OmegaConf.register_new_resolver("cwd", lambda: RUN_FOLDER, replace=True)
+    cfg = copy.deepcopy(_chosen(tuple(parsed.groups.values())))
+    for key, value in parsed.values:
+        OmegaConf.update(cfg, key, value, force_add=True)
+    if OmegaConf.select(cfg, "algo.name") == "ar":
+        cfg.block_size = 1
+    return cfg
+
+
+@cache
+def _chosen(groups: tuple[str, ...]) -> DictConfig:
+    """The configuration of these groups, before any single setting is changed."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", list(groups))
+
+
+def _read(cfg: DictConfig) -> tuple[dict, dict[str, str]]:
+    """Flat {key: typed value} and {key: problem} of a composed configuration."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    values, problems, absent = {}, dict(_unknown(raw)), []
+    for key, entry in SCHEMA.items():
+        if any(key.startswith(f"{section}.") for section in absent):
+            continue
+        try:
+            value = OmegaConf.select(cfg, key)
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            problems[key] = f"{key}: {str(error).splitlines()[0]}"
+            continue
+        if isinstance(entry, Leaf):
+            try:
+                values[key] = None if _left_open(key, value) else _convert(entry, value)
+            except (ValidationError, ValueError):
+                problems[key] = _type_problem(key, entry, value)
+        elif not isinstance(value, dict):
+            absent.append(key)
+            if value is None and (key == "wandb" or key.startswith("callbacks.")):
+                values[key] = None
+            else:
+                names = ", ".join(field.name for field in dataclasses.fields(entry))
+                problems[key] = f"{key}={value} must be a section; its settings are {names}"
+    return values, problems
+
+
+def _unknown(node: dict, prefix: str = ""):
+    """(key, problem) of what the schema does not have."""
+    for name, child in node.items():
+        if prefix + name not in SCHEMA:
+            yield prefix + name, unknown_key(prefix + name)
+        elif isinstance(child, dict) and prefix + name not in LEAVES:
+            yield from _unknown(child, f"{prefix}{name}.")
+
+
+def _left_open(key: str, value) -> bool:
+    return (value is None and key in CHOSEN) or (key, value) == ("trainer.devices", "auto")
+
+
+def _convert(leaf: Leaf, value):
+    """The value in the type of the schema; raises ValidationError."""
+    bare, _ = unwrap(leaf.hint)
+    whole = isinstance(value, float) and value.is_integer()  # 1e6 steps
+    if whole and (bare is int or (int in typing.get_args(bare) and abs(value) > 1)):
+        value = int(value)
+    node = _typed(leaf.section)
+    node[leaf.name] = value
+    converted = node[leaf.name]
+    return OmegaConf.to_object(converted) if OmegaConf.is_config(converted) else converted
+
+
+@cache
+def _typed(section: type) -> DictConfig:
+    """A node of the section's types; what is assigned to it is checked and converted."""
+    return OmegaConf.structured(section)
+
+
+def _type_problem(key: str, leaf: Leaf, value) -> str:
+    bare, optional = unwrap(leaf.hint)
+    optional = optional or key in CHOSEN
+    if typing.get_origin(bare) is list:
+        wanted = "a list like [0.5,0.6]" if float in typing.get_args(bare) else "a list like [a,b]"
+    else:
+        wanted = TYPE_NAMES.get(bare, "a number")
+    return f"{key}={value} must be {wanted}{' or null' if optional else ''}"
+
+
+def _build(values: dict, section: type = Config, prefix: str = ""):
+    """The dataclasses from flat values."""
+    hints = typing.get_type_hints(section)
+
+    def entry(name):
+        key, (bare, _) = prefix + name, unwrap(hints[name])
+        if dataclasses.is_dataclass(bare) and not (key in values and values[key] is None):
+            return _build(values, bare, key + ".")
+        return values[key]
+
+    return section(**{field.name: entry(field.name) for field in dataclasses.fields(section)})
+
+
+def _forced(parsed: ParsedOverrides, config: Config) -> list[str]:
+    """The note that the block size asked for is not that of the run, or none."""
+    asked = dict(parsed.values).get("block_size", 1)
+    same = str(asked).startswith("$") or asked in (1, config.model.length)
+    forced = config.algo.name == "ar" and not same
+    return [f"block_size={asked} has no effect: ar has blocks of 1"] * forced

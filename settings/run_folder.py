@@ -1,0 +1,153 @@
+"""Where a run lives: one folder for all commands whose settings give the same trained weights."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from settings.defaults import PRECISIONS, WARMUP, default_warmup
+from settings.keys import LEAVES, get, put
+from settings.schema import Config
+from utils import write_json
+
+OUTPUTS = Path("outputs")
+SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
+RUN_FOLDER = "<run folder>"  # stands for ${cwd:} until place(), since it depends on other settings
+# What else a value is called in the authors' checkpoints.
+SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
+    ("trainer.precision", name): full for name, full in PRECISIONS.items()
+}
+ABSENT = object()
+SHAPING_SECTIONS = ("algo", "data", "model", "noise", "lr_scheduler", "optim", "training")
+SHAPING_KEYS = (
+    "seed",
+    "block_size",
+    "loader.global_batch_size",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+)
+# Settings of SHAPING_SECTIONS that leave the trained weights as they are, rounding apart.
+NOT_SHAPING = {
+    "algo.T",
+    "algo.sampler",
+    "data.cache_dir",
+    "model.attn_backend",
+    "model.compile",
+    "training.eval_nll",
+    "training.max_bad_steps",
+}
+# They decide which intervals the clip search compares, and when.
+SEARCH_KEYS = (
+    "loader.eval_global_batch_size",
+    "trainer.val_check_interval",
+    "trainer.limit_val_batches",
+)
+
+
+def shaping(config: Config) -> dict:
+    """{dotted key: value} of the settings that shape training; runs that agree in them are one run.
+
+    Left out: devices, workers, logging, checkpoints, evaluation, sampling. trainer.max_steps
+    counts only where the learning rate depends on it, so that a run can be made longer; validation
+    settings only where the clip search uses them.
+    """
+    keys = [key for key in LEAVES if key.split(".")[0] in SHAPING_SECTIONS]
+    keys = [*SHAPING_KEYS, *(key for key in keys if key not in NOT_SHAPING)]
+    if config.lr_scheduler.name == "cosine_decay_warmup":
+        keys.append("trainer.max_steps")
+    if config.algo.clip_search_widths and not config.algo.fix_clipping:
+        keys.extend(SEARCH_KEYS)
+    return {key: get(config, key) for key in sorted(keys)}
+
+
+def differences(config: Config, recorded: dict | None) -> list[str]:
+    """How the shaping settings differ from those recorded in a checkpoint (nested, may be partial).
+
+    Settings that the record does not have are not compared: the authors' checkpoints have others.
+    """
+    found = []
+    for key, value in shaping(config).items():
+        node = recorded or {}
+        for part in key.split("."):
+            node = node.get(part, ABSENT) if isinstance(node, dict) else ABSENT
+        if node is ABSENT:
+            continue
+        node = SAME_NAME.get((key, str(node)), node)
+        if node != value:
+            theirs = f"the checkpoint has {node}"
+            if key == WARMUP and value == default_warmup(config):
+                theirs += f"; null is a tenth of trainer.max_steps: set {WARMUP}={node} to go on"
+            found.append(f"{key}={value} ({theirs})")
+    return found
+
+
+def run_dir(config: Config) -> Path:
+    """outputs/<data.train>/<wandb.name, else algo-length-block>-<8 hex digits of shaping>."""
+    name = get(config, "wandb.name")
+    name = name or f"{config.algo.name}-{config.model.length}-{config.block_size}"
+    digest = hashlib.sha256(json.dumps(shaping(config), sort_keys=True).encode()).hexdigest()
+    corpus = Path(config.data.train or "none")
+    corpus = corpus.stem if corpus.suffix else str(corpus)
+    return OUTPUTS / _slug(corpus) / f"{_slug(name)}-{digest[:8]}"
+
+
+def _slug(text: str) -> str:
+    """A name that is one path component."""
+    return re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "run"
+
+
+def place(config: Config) -> None:
+    """Puts the run folder where ${cwd:} stood."""
+    folder = str(run_dir(config))
+    for key in LEAVES:
+        value = get(config, key)
+        if isinstance(value, str) and RUN_FOLDER in value:
+            put(config, key, value.replace(RUN_FOLDER, folder))
+
+
+def local_folder(save_dir: str) -> Path:
+    """Where a run keeps what is no checkpoint: its folder, or if that is a URL, under outputs/."""
+    scheme, url, place = save_dir.partition("://")
+    return OUTPUTS / scheme / place.strip("/") if url else Path(save_dir)
+
+
+def write_settings(config: Config) -> Path:
+    """Puts settings.json into the run folder: what newest_checkpoint reads."""
+    path = local_folder(config.checkpointing.save_dir) / SETTINGS
+    write_json(path, shaping(config))
+    return path
+
+
+def take_newest_checkpoint(config: Config) -> list[str]:
+    """Sets eval.checkpoint_path where the mode needs one and none is given; the note that says so,
+    or none."""
+    needed = config.mode in ("ppl_eval", "sample_eval") and config.algo.backbone == "dit"
+    if not needed or config.eval.checkpoint_path is not None:
+        return []
+    config.eval.checkpoint_path = found = newest_checkpoint(config)
+    return [f"eval.checkpoint_path is not set: taking {found}"] if found else []
+
+
+def newest_checkpoint(config: Config) -> str | None:
+    """The checkpoint written last by a run of the same algorithm: in the run folder, where it is
+    another than run_dir's, or else under outputs/. None where there is none."""
+    own = local_folder(config.checkpointing.save_dir)
+    if own != run_dir(config) and (found := _newest(config.algo.name, own.glob(SETTINGS))):
+        return found
+    outputs = (*OUTPUTS.glob(f"*/{SETTINGS}"), *OUTPUTS.glob(f"*/*/{SETTINGS}"))
+    return _newest(config.algo.name, outputs)
+
+
+def _newest(algorithm: str, runs: Iterable[Path]) -> str | None:
+    """Of runs, by their settings.json."""
+    found = []
+    for path in runs:
+        try:
+            theirs = json.loads(path.read_text())["algo.name"]
+        except (ValueError, KeyError):
+            continue  # not written by write_settings
+        if theirs == algorithm:
+            found += path.parent.glob("checkpoints/*.ckpt")
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
