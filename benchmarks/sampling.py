@@ -96,7 +96,7 @@ def given(rows: int, tokens: int):
     """Requests whose text is `tokens` long already."""
     import torch
 
-    from samplers import TextRequest
+    from samplers.params import TextRequest
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY - 1, (rows, tokens), generator=generator).tolist()
@@ -106,7 +106,8 @@ def given(rows: int, tokens: int):
 def timed(denoise, rows: int, start: int, context: int, args) -> float:
     """Seconds per evaluation of a batch, `start` tokens being there: of the fastest block but the
     first, so that a machine with other work counts as little as it can."""
-    from samplers import SamplingParams, generate
+    from samplers.params import SamplingParams
+    from samplers.writing import generate
 
     params = SamplingParams(
         length=start + (1 + args.blocks) * BLOCK,

@@ -1,8 +1,8 @@
 """A checkpoint as a folder that transformers loads, with the project's own files of the network.
 
 The folder holds averaged weights under the published names, config.json, the tokenizer, a model
-card, and the sources: those of models/ and samplers/ as they are (samplers/__init__.py under the
-name samplers.py), flat, because transformers copies no packages.
+card, and the sources: those of models/ and samplers/ side by side, because transformers copies no
+packages. Only what one imports from the other is changed: `from models.x` becomes `from .x`.
 """
 
 import json
@@ -21,7 +21,7 @@ from models.dit import DiT
 ROOT = Path(__file__).parents[1]
 ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
 CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
-NETWORK = ("attention", "cache", "decode", "denoiser", "dit", "hf", "layers", "masks")
+NETWORK = ("attention", "cache", "decode", "denoiser", "dit", "hf", "layers", "masks", "randomness")
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
 
 
@@ -30,7 +30,6 @@ def sources() -> dict[str, Path]:
     files = {f"{name}.py": ROOT / "models" / f"{name}.py" for name in NETWORK}
     samplers = sorted((ROOT / "samplers").glob("[!_]*.py"))
     others = {path.name: path for path in (*samplers, ROOT / "noise_schedule.py", ENTRY)}
-    others["samplers.py"] = ROOT / "samplers" / "__init__.py"
     clash = files.keys() & others.keys()
     assert not clash, f"two files of an export would have the name {clash}"
     return files | others
@@ -70,7 +69,7 @@ def write(folder: Path, config: dict, tensors: dict, tokenizer: Tokenizer, text:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").write_text(text)
     for name, path in sources().items():
-        shutil.copyfile(path, folder / name)
+        (folder / name).write_text(path.read_text().replace("from models.", "from ."))
 
 
 def named_tensors(checkpoint: Checkpoint, config: dict, use_ema: bool) -> dict[str, torch.Tensor]:

@@ -15,9 +15,9 @@ MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 def mix(key: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 tensors (arithmetic modulo 2^64)."""
-    key = (key ^ _shift(key, 30)) * MULTIPLIERS[0]
-    key = (key ^ _shift(key, 27)) * MULTIPLIERS[1]
-    return key ^ _shift(key, 31)
+    key = (key ^ logical_shift(key, 30)) * MULTIPLIERS[0]
+    key = (key ^ logical_shift(key, 27)) * MULTIPLIERS[1]
+    return key ^ logical_shift(key, 31)
 
 
 def hashed(seed: int, *coordinates: int | Tensor, device: torch.device | None = None) -> Tensor:
@@ -41,10 +41,12 @@ def uniform(
     """Uniform on [0, 1): float32 on a grid of 2^-24, float64 of 2^-53. Coordinates as for
     `hashed`."""
     bits = 24 if dtype == torch.float32 else 53
-    return _shift(hashed(seed, *coordinates, device=device), 64 - bits).to(dtype) * 2.0**-bits
+    return (
+        logical_shift(hashed(seed, *coordinates, device=device), 64 - bits).to(dtype) * 2.0**-bits
+    )
 
 
-def _shift(key: Tensor, bits: int) -> Tensor:
+def logical_shift(key: Tensor, bits: int) -> Tensor:
     """Logical right shift: torch's own copies the sign bit."""
     return (key >> bits) & ((1 << (64 - bits)) - 1)
 

@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer
 from evaluation.judge import load_judge
 from modes.build import build_tokenizer, trained_module
 from noise_schedule import get_schedule
-from samplers import SamplingParams
+from samplers.params import SamplingParams
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import SamplingRun, questions, run_id, visible_tokens
 from sampling.sample_file import SampleFile

@@ -3,9 +3,8 @@ its tails.
 
 A stream is named by integers: `fold(fold(seed_key(seed), row), position)` is a 64-bit key, and a
 key gives as many uniform numbers as are asked for. Nothing is kept between calls, so a number does
-not depend on what was drawn before or beside it. The hash is splitmix64's finaliser (Steele, Lea,
-Flood 2014), in int64 arithmetic that wraps, which every device computes alike and without asking
-the host.
+not depend on what was drawn before or beside it. The hash (models/randomness.py) is int64
+arithmetic that wraps, which every device computes alike and without asking the host.
 
 Gumbel noise in float32 ends at 16.6, which quietly lowers the temperature of masked diffusion
 (Zheng et al. 2024, arXiv:2409.02908). `draw` in float32 therefore never makes noise in float32: the
@@ -22,30 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import nucleus as nucleus_rule
-from .nucleus import nucleus
+from models.randomness import GOLDEN_GAMMA, logical_shift, mix
+
+from .nucleus import call, nucleus
 
 CACHED = 1 << 17  # numbers that a CPU handles at once
 AT_ONCE = 1 << 26  # and another device: the nucleus takes about 40 bytes each
-GAMMA = 0x9E3779B97F4A7C15 - 2**64
-MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """z >>> bits: the sign bit is not copied."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix(z: Tensor) -> Tensor:
-    """A bijection of int64 whose every output bit depends on every input bit."""
-    z = (z ^ _shift(z, 30)) * MULTIPLIERS[0]
-    z = (z ^ _shift(z, 27)) * MULTIPLIERS[1]
-    return z ^ _shift(z, 31)
 
 
 def fold(key: Tensor, value: Tensor | int) -> Tensor:
     """The key of stream number `value` (>= 0) of the stream `key`; the two broadcast."""
-    return mix(key + (torch.as_tensor(value) + 1) * GAMMA)
+    return mix(key + (torch.as_tensor(value) + 1) * GOLDEN_GAMMA)
 
 
 def row_keys(seed: int, rows: list[int], tries: list[int]) -> Tensor:
@@ -58,12 +44,13 @@ def row_keys(seed: int, rows: list[int], tries: list[int]) -> Tensor:
 
 def uniform(key: Tensor) -> Tensor:
     """float64 in (0, 1), symmetric and never 0 or 1, one per key."""
-    return (_shift(key, 12).double() + 0.5) * 2.0**-52
+    return (logical_shift(key, 12).double() + 0.5) * 2.0**-52
 
 
-def gumbel(key: Tensor, count: int) -> Tensor:
-    """`count` independent Gumbel(0, 1) numbers per key, float64 [..., count]."""
-    lanes = _numbers(count, key.device)
+def gumbel(key: Tensor, count: int, apart: Callable = call) -> Tensor:
+    """`count` independent Gumbel(0, 1) numbers per key, float64 [..., count]. apart: see
+    `nucleus`."""
+    lanes = apart(_numbers, count, key.device)
     return -(-uniform(fold(key[..., None], lanes)).log()).log()
 
 
@@ -72,9 +59,14 @@ def _numbers(count: int, device: torch.device) -> Tensor:
 
 
 def sample(
-    log_probs: Tensor, key: Tensor, nucleus_p: float, dtype: str, search: bool = False
+    log_probs: Tensor,
+    key: Tensor,
+    nucleus_p: float,
+    dtype: str,
+    search: bool = False,
+    apart: Callable = call,
 ) -> Tensor:
-    """Nucleus (`search`: see there) and draw: [..., V] and keys [...] -> tokens [...].
+    """Nucleus (`search`, `apart`: see there) and draw: [..., V] and keys [...] -> tokens [...].
 
     A CPU takes few rows at a time, so that what is made on the way stays in its cache; another
     device takes all but where they would need gigabytes.
@@ -84,7 +76,7 @@ def sample(
         rows = rows.double()
     at_once = max(1, (CACHED if rows.device.type == "cpu" else AT_ONCE) // rows.shape[-1])
     tokens = [
-        draw(nucleus(part, nucleus_p, search), some, dtype)
+        draw(nucleus(part, nucleus_p, search, apart), some, dtype, apart)
         for part, some in zip(rows.split(at_once), keys.split(at_once), strict=True)
     ]
     return torch.cat(tokens).view(key.shape)
@@ -94,21 +86,18 @@ def sample(
 def compiled_sample() -> Callable[..., Tensor]:
     """`sample` in fewer kernels.
 
-    Two things are left out of the compiled part, here and not by decorators, which would import the
-    compiler in every process: torch 2.11 cannot join scans over long rows with other reductions,
-    and it would count _numbers, times GAMMA, in int32.
+    Two functions run apart from the compiled part: torch 2.11 cannot join scans over long rows with
+    other reductions, and it would count _numbers, times GOLDEN_GAMMA, in int32.
     """
-    global _numbers
-    _numbers = torch.compiler.disable(_numbers)
-    nucleus_rule.running_sum = torch.compiler.disable(nucleus_rule.running_sum)
-    return functools.partial(torch.compile(sample), search=True)
+    apart = torch.compiler.disable(call)  # here: this imports the compiler
+    return functools.partial(torch.compile(sample), search=True, apart=apart)
 
 
-def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32") -> Tensor:
+def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32", apart: Callable = call) -> Tensor:
     """One token per distribution, [..., V] and keys [...] -> [...]. A common factor of the
     probabilities does not matter.
     """
-    return DRAWS[dtype](log_probs, key)
+    return DRAWS[dtype](log_probs, key, apart)
 
 
 def in_groups(log_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,20 +111,20 @@ def in_groups(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     return padded, padded.exp().sum(-1).double()
 
 
-def draw_in_groups(log_probs: Tensor, key: Tensor) -> Tensor:
+def draw_in_groups(log_probs: Tensor, key: Tensor, apart: Callable = call) -> Tensor:
     """Group first, token second: float64 over about 2 sqrt(V) numbers only."""
     padded, mass = in_groups(log_probs)
     groups, width = padded.shape[-2:]
-    noise = gumbel(key, groups + width)
+    noise = gumbel(key, groups + width, apart)
     group = (mass.log() + noise[..., :groups]).argmax(-1, keepdim=True)
     inside = padded.gather(-2, group[..., None].expand(*group.shape, width)).squeeze(-2)
     token = (inside.double() + noise[..., groups:]).argmax(-1)
     return group.squeeze(-1) * width + token
 
 
-def draw_at_once(log_probs: Tensor, key: Tensor) -> Tensor:
+def draw_at_once(log_probs: Tensor, key: Tensor, apart: Callable = call) -> Tensor:
     """Gumbel-max in float64 over the whole vocabulary."""
-    return (log_probs.double() + gumbel(key, log_probs.shape[-1])).argmax(-1)
+    return (log_probs.double() + gumbel(key, log_probs.shape[-1], apart)).argmax(-1)
 
 
 DRAWS = {"float32": draw_in_groups, "float64": draw_at_once}

@@ -12,6 +12,8 @@ there a histogram is slower than the two dozen sums of a search. In float64 it i
 reference does.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,19 +24,28 @@ SEARCHED_ROWS = 64  # and searched sooner than counted, see by_search
 BITS = 2  # of the key found by each pass of by_search
 
 
-def nucleus(log_probs: Tensor, p: float, search: bool = False) -> Tensor:
+def call(function: Callable, *arguments):
+    return function(*arguments)
+
+
+def nucleus(log_probs: Tensor, p: float, search: bool = False, apart: Callable = call) -> Tensor:
     """Log-probabilities [..., V] with -inf at the dropped tokens, not renormalised; p = 1 returns
     the argument itself.
 
-    Among equal probabilities the smaller id is kept first. search: what is compiled for a GPU may
-    go a way of its own to the same result.
+    Among equal probabilities the smaller id is kept first. search: use `by_search` where there are
+    many rows; the result is the same. apart: how the functions are called that torch.compile must
+    leave alone, see `compiled_sample`.
     """
     if p >= 1:
         return log_probs
     sort = log_probs.dtype == torch.float64 or log_probs.shape[-1] <= SORTED
     rows = log_probs.numel() // log_probs.shape[-1]
-    unsorted = by_search if search and rows >= SEARCHED_ROWS else by_digits
-    kept = by_sorting(log_probs, p) if sort else unsorted(log_probs, p)
+    if sort:
+        kept = by_sorting(log_probs, p)
+    elif search and rows >= SEARCHED_ROWS:
+        kept = by_search(log_probs, p)
+    else:
+        kept = by_digits(log_probs, p, apart)
     return log_probs.masked_fill(~kept, -torch.inf)
 
 
@@ -46,33 +57,34 @@ def by_sorting(log_probs: Tensor, p: float) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
-def by_digits(log_probs: Tensor, p: float) -> Tensor:
+def by_digits(log_probs: Tensor, p: float, apart: Callable = call) -> Tensor:
     """The same without sorting; log_probs float32."""
     probs = log_probs.exp()
     bits = probs.view(torch.int32)
     mass = (probs * ONE).long()
     limit = int(p * ONE)
     upper = bits >> HALF
-    edge, above = last_that_fits(upper, mass, torch.zeros_like(mass[..., :1]), limit)
+    edge, above = last_that_fits(upper, mass, torch.zeros_like(mass[..., :1]), limit, apart)
     inside = mass * (upper == edge)
-    lower, above = last_that_fits(bits & ((1 << HALF) - 1), inside, above, limit)
+    lower, above = last_that_fits(bits & ((1 << HALF) - 1), inside, above, limit, apart)
     edge = (edge << HALF) + lower  # the greatest probability that does not fit, as bits
     at_edge = bits == edge
     each = (edge.view(torch.float32) * ONE).long().clamp(min=1)
-    kept = (bits > edge) | (
-        at_edge & (running_sum(at_edge, torch.int32) <= (limit - above) // each)
-    )
+    number = apart(running_sum, at_edge, torch.int32)
+    kept = (bits > edge) | (at_edge & (number <= (limit - above) // each))
     return kept.scatter(-1, log_probs.argmax(-1, keepdim=True), True)
 
 
-def last_that_fits(digit: Tensor, mass: Tensor, above: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def last_that_fits(
+    digit: Tensor, mass: Tensor, above: Tensor, limit: int, apart: Callable = call
+) -> tuple[Tensor, Tensor]:
     """The greatest digit whose tokens do not all fit below `limit`, and the mass above it, [...,
     1].
 
     `above`: mass that is kept whatever the digit. The digit is -1 where all fit.
     """
     counts = mass.new_zeros(*mass.shape[:-1], 1 << HALF).scatter_add_(-1, digit.long(), mass)
-    rest = counts.sum(-1, keepdim=True) - running_sum(counts)  # mass of greater digits
+    rest = counts.sum(-1, keepdim=True) - apart(running_sum, counts)  # mass of greater digits
     total = above + rest + counts
     least = (total > limit).sum(-1, keepdim=True)  # digits from it on fit
     last = (1 << HALF) - 1

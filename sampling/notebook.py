@@ -19,7 +19,8 @@ from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
-from samplers import Sample, SamplingParams, TextRequest, generate
+from samplers.params import Sample, SamplingParams, TextRequest
+from samplers.writing import generate
 from sampling.prompts import encode_prompts
 from sampling.run import questions, visible_tokens
 

@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from evaluation.judge import Judge, TextScore, describe
-from samplers import Sample, SamplingParams, TextRequest, generate
+from samplers.params import Sample, SamplingParams, TextRequest
+from samplers.writing import generate
 from sampling.report import RULES, lines, summarise, write_summary
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory

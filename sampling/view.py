@@ -22,7 +22,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import Tensor
 
-from samplers import Frame, SamplingParams
+from samplers.params import Frame, SamplingParams
 from utils import say
 
 LINE_SECONDS = 15  # between lines in a log file

@@ -7,7 +7,8 @@ from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
-from samplers import Sample, SamplingParams, TextRequest, generate
+from samplers.params import Sample, SamplingParams, TextRequest
+from samplers.writing import generate
 
 
 def denoiser(backbone, algo: str, mask_id: int, block_size: int = 1):

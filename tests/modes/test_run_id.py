@@ -6,7 +6,7 @@ import torch
 import settings
 from checkpointing.layouts import Checkpoint
 from modes.sample_eval import sampling_run_id
-from samplers import SamplingParams
+from samplers.params import SamplingParams
 
 WANTED = SamplingParams(length=8, bos_id=0, eos_id=0)
 

@@ -10,13 +10,14 @@ from networks import chi_square_p, small
 from sampling_tools import Table, denoiser, write
 
 from models.masks import BlockCausal
-from samplers import STEPS, SamplingParams, TextRequest, generate
 from samplers.analytic import write as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
-from samplers.steps import CHAIN, CONFIDENCES, remask_chances, times
+from samplers.params import SamplingParams, TextRequest
+from samplers.steps import CHAIN, CONFIDENCES, STEPS, remask_chances, times
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 from samplers.texts import ActiveTexts
+from samplers.writing import generate
 
 V, MASK = 30, 29
 ALGOS = ["bamdlm", "mdlm", "ar", "sedd"]

@@ -106,7 +106,7 @@ def inject(monkeypatch, plans):
         return RevealPlan(row, order, torch.arange(len(order)), torch.zeros_like(order))
 
     monkeypatch.setitem(STEPS, "first_hitting", Planned(recorded_order))
-    monkeypatch.setattr(draw_module, "draw", lambda lp, key, dtype: (lp + next(noise)).argmax(-1))
+    monkeypatch.setattr(draw_module, "draw", lambda lp, key, *_: (lp + next(noise)).argmax(-1))
 
 
 FIRST_HITTING = [
@@ -192,7 +192,7 @@ def test_ar_writes_the_recorded_text(monkeypatch, name, cached):
     monkeypatch.setattr(
         draw_module,
         "draw",
-        lambda log_p, key, dtype: (log_p + gumbel.sample((rows, MASK + 1))).argmax(-1),
+        lambda log_p, key, *_: (log_p + gumbel.sample((rows, MASK + 1))).argmax(-1),
     )
     samples = write(
         "ar",
@@ -283,7 +283,7 @@ def test_sedd_writes_the_recorded_text(monkeypatch, name):
     _, score = recorded_denoiser("sedd")
     torch.manual_seed(entry["seed"])
 
-    def draw(log_p, key, dtype):
+    def draw(log_p, key, *_):
         return (log_p + noise_of(torch.rand(log_p.shape, dtype=torch.float64))).argmax(-1)
 
     monkeypatch.setattr(draw_module, "draw", draw)

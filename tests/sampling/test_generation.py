@@ -22,7 +22,7 @@ from sampling_tools import denoiser
 
 from data.tokenizer import get_tokenizer
 from evaluation.judge import load_judge
-from samplers import Frame, SamplingParams
+from samplers.params import Frame, SamplingParams
 from sampling import run as generation
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import SamplingRun, run_id

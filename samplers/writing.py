@@ -1,0 +1,55 @@
+"""Writing text with a denoiser: one entry, `generate`, for the four algorithms.
+
+A sampler knows no model class, no configuration and no tokenizer: it asks a callable
+
+    denoise(tokens [B, T], read [B, R], cache=None) -> log-probabilities [B, R, V]
+
+(the mask token at -inf) and for SEDD `score(tokens [B, L], sigma [B]) -> log-score [B, L, V]`. Ten
+lines of Python can replace the network.
+
+Every random number is a function of (seed, row, try, position, draw) alone, so a row's text depends
+neither on the batch it is made in, nor on its neighbours, nor on the device count. Only rounding of
+the network can still differ.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from .analytic import generate_analytic
+from .autoregressive import generate_autoregressive
+from .blockwise import generate_blockwise
+from .params import Sample, SamplingParams, TextRequest
+from .windows import generate_windows
+
+SAMPLERS = {
+    "bamdlm": generate_blockwise,
+    "mdlm": generate_windows,
+    "sedd": generate_analytic,
+    "ar": generate_autoregressive,
+}
+
+
+def generate(
+    algo: str,
+    denoise: Callable,
+    requests: Iterable[TextRequest],
+    params: SamplingParams,
+    *,
+    device: torch.device | str = "cpu",
+    watch: Callable | None = None,
+    tick: Callable | None = None,
+) -> Iterator[list[Sample]]:
+    """Yields finished samples, those that end together in one list, in no fixed order of rows.
+
+    `requests` is drawn from as places in the batch of `params.batch_size` become free.
+    `watch(Frame)` is called after every evaluation with the texts so far (it copies them to the
+    host, so it is for looking, not for speed); `tick(tokens, evaluations)` after every block with
+    how many more were made.
+    """
+    if algo == "bd3lm":
+        algo = "bamdlm"
+    if algo not in SAMPLERS:
+        raise ValueError(f"algo must be one of {sorted(SAMPLERS)}, got {algo!r}")
+    params.check(algo)
+    return SAMPLERS[algo](denoise, iter(requests), params, device=device, watch=watch, tick=tick)
