@@ -1,0 +1,240 @@
+"""Likelihoods against the recorded toy, against each other, and against enumeration."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import load_json
+from networks import chi_square_p, small
+
+from evaluation import estimators
+from evaluation.estimators import Chance, Texts
+from samplers.steps import STEPS
+
+TOY = load_json("likelihood/toy.json")
+DETERMINISTIC = {
+    "nelbo": estimators.exact,
+    "first_hitting": estimators.first_hitting,
+    "left_to_right": estimators.left_to_right,
+    "greedy": estimators.greedy,
+    "margin": estimators.margin,
+    "threshold_06": functools.partial(estimators.threshold, number=0.6),
+    "threshold_08": functools.partial(estimators.threshold, number=0.8),
+}
+LAWS = [name for name in DETERMINISTIC if name != "nelbo"]
+
+
+def toy_log_probs(x_t, vocabulary):
+    """The recorded network without weights: x_t [B, S], `vocabulary` is the mask -> [B, S, V]."""
+    places, words = torch.arange(x_t.shape[1]).double(), torch.arange(vocabulary).double()
+    i, j, v = places[:, None, None], places[None, :, None], words[None, None, :]
+    base = torch.sin(1 + 3 * i[:, 0] + 7 * v[0])  # [S, V]
+    angle = 2 + 5 * i + 3 * j + 11 * v + 13 * x_t[:, None, :, None].double()  # [B, S, S, V]
+    seen = (x_t != vocabulary)[:, None, :, None]
+    return (base + (angle.cos() * seen).sum(2)).log_softmax(-1)
+
+
+def toy(vocabulary):
+    def ask(x_t, read, reduce):
+        log_probs = toy_log_probs(x_t, vocabulary).flatten(0, 1)[read]
+        # in pieces, as a network's head gives them
+        parts = zip(log_probs.tensor_split(3), read.tensor_split(3), strict=True)
+        return torch.cat([reduce(*part) for part in parts])
+
+    return ask
+
+
+def texts_of(x0, vocabulary, block_size=None):
+    x0 = torch.as_tensor(x0)
+    return Texts(x0, torch.ones_like(x0, dtype=torch.bool), block_size or x0.shape[1], vocabulary)
+
+
+def every_text(vocabulary, size):
+    return torch.tensor(list(itertools.product(range(vocabulary), repeat=size)))
+
+
+@pytest.mark.parametrize("case", TOY, ids=lambda c: f"V{c['V']}S{c['S']}")
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_the_toy_has_the_recorded_likelihoods(case, name):
+    texts = texts_of([case["x"]], case["V"])
+    found = DETERMINISTIC[name](toy(case["V"]), texts)
+    assert float(found.sum()) == pytest.approx(case[name], abs=1e-10)
+
+
+@pytest.mark.parametrize("case", TOY, ids=lambda c: f"V{c['V']}S{c['S']}")
+def test_the_mean_over_pairs_of_orders_is_the_recorded_one(case):
+    """iw:2 over all pairs of orders, each given through the random keys."""
+    orders = torch.tensor(list(itertools.permutations(range(case["S"]))), dtype=torch.float64)
+    pairs = torch.cartesian_prod(*[torch.arange(len(orders))] * 2)
+
+    class Given:
+        @staticmethod
+        def tokens(like, stream):
+            return orders[pairs[:, stream - 1]]
+
+    texts = texts_of(torch.tensor([case["x"]]).expand(len(pairs), -1), case["V"])
+    found = estimators.importance(toy(case["V"]), texts, Given, 2).sum(1)
+    assert float(found.mean()) == pytest.approx(case["iw2_mean"], abs=1e-10)
+
+
+@pytest.mark.parametrize("vocabulary, size", [(2, 2), (2, 3), (2, 4), (3, 3)])
+@pytest.mark.parametrize("name", LAWS)
+def test_a_law_sums_to_one_over_all_texts(vocabulary, size, name):
+    texts = texts_of(every_text(vocabulary, size), vocabulary)
+    nll = DETERMINISTIC[name](toy(vocabulary), texts).sum(1)
+    assert float((-nll).exp().sum()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("size, total", [(2, 0.946649), (3, 0.870589), (4, 0.772677)])
+def test_the_bound_sums_to_the_recorded_share(size, total):
+    texts = texts_of(every_text(2, size), 2)
+    nll = estimators.exact(toy(2), texts).sum(1)
+    assert float((-nll).exp().sum()) == pytest.approx(total, abs=1e-6)
+
+
+def test_the_bound_is_the_mean_over_all_orders():
+    texts = texts_of([[0, 1, 1, 0]], 2)
+    total = 0.0
+    for order in itertools.permutations(range(4)):
+        masked = torch.ones(1, 4, dtype=torch.bool)
+        for place in order:
+            about = torch.arange(4)[None] == place
+            total += float(texts.surprisal(toy(2), masked, about).sum()) / 24
+            masked = masked & ~about
+    assert float(estimators.exact(toy(2), texts).sum()) == pytest.approx(total, abs=1e-12)
+
+
+def repeated(x, vocabulary, times):
+    return texts_of(torch.tensor([x]).expand(times, -1), vocabulary)
+
+
+def draws(estimate, x, times, **kwargs):
+    """The values of independent draws (no strata between them) of one text, [times]."""
+    texts = repeated(x, 2, times)
+    return estimate(toy(2), texts, Chance(1, torch.arange(times), times), **kwargs).sum(1)
+
+
+def test_one_draw_by_counts_has_a_seventh_of_the_variance_of_one_by_time():
+    """5.55 by a time on (.001, 1) and .717 by counts (likelihoods.md, same x)."""
+    by_time = draws(estimators.nelbo, [0, 1, 1, 0], 100_000)
+    by_count = draws(estimators.counts, [0, 1, 1, 0], 100_000)
+    for found in (by_time, by_count):
+        error = float(found.std()) / len(found) ** 0.5
+        assert float(found.mean()) == pytest.approx(2.158915787306027, abs=4 * error)
+    assert float(by_count.var()) == pytest.approx(0.717, rel=0.02)
+    # weights reach 1000: the sample variance itself is uncertain
+    assert float(by_time.var()) == pytest.approx(5.55, rel=0.25)
+
+
+def test_more_orders_come_closer_to_the_law_from_above():
+    found = [
+        float(draws(estimators.importance, [0, 1, 1, 0], 4000, number=number).mean())
+        for number in (1, 2, 8, 64)
+    ]
+    law = float(estimators.first_hitting(toy(2), texts_of([[0, 1, 1, 0]], 2)).sum())
+    assert found == sorted(found, reverse=True)
+    assert found[0] == pytest.approx(2.1589, abs=0.05)
+    assert found[-1] == pytest.approx(law, abs=0.01)
+    assert found[-1] > law - 0.005
+
+
+def test_every_number_of_masked_tokens_comes_equally_often():
+    """In every text, and over the evaluation whatever its batches are."""
+    x0 = torch.zeros(6, 8, dtype=torch.int64)
+    masked, weight = estimators.masked_by_counts(
+        texts_of(x0, 2, block_size=2), Chance(3, torch.arange(6), 6)
+    )
+    number = masked.unflatten(1, (4, 2)).sum(-1)
+    assert (number.sort(1).values == torch.tensor([1, 1, 2, 2])).all()
+    assert torch.equal(weight.unflatten(1, (4, 2))[..., 0], 2 / number)
+    x0 = torch.zeros(12, 4, dtype=torch.int64)  # one block a text
+    found = [
+        estimators.masked_by_counts(texts_of(x0[rows], 2), Chance(3, rows, 12))[0].sum(1)
+        for rows in torch.arange(12).split(5)
+    ]
+    assert torch.cat(found).bincount().tolist() == [0, 3, 3, 3, 3]
+
+
+def test_tokens_that_are_not_scored_are_seen():
+    """A prompt, a first token: the law is that of the tokens behind them, which sums to one."""
+    x0 = every_text(2, 4)
+    x0 = x0[x0[:, 0] == 1]
+    scored = torch.ones_like(x0, dtype=torch.bool)
+    scored[:, 0] = False
+    for name in LAWS:
+        nll = DETERMINISTIC[name](toy(2), Texts(x0, scored, 4, 2))
+        assert (nll[:, 0] == 0).all()
+        assert float((-nll.sum(1)).exp().sum()) == pytest.approx(1, abs=1e-12)
+    mean = sum(
+        estimators.counts(toy(2), Texts(x0, scored, 4, 2), Chance(seed, torch.arange(8), 8))
+        for seed in range(1000)
+    )
+    bound = estimators.exact(toy(2), Texts(x0, scored, 4, 2))
+    torch.testing.assert_close(mean.sum(1) / 1000, bound.sum(1), rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("name", ["counts", "importance", *DETERMINISTIC])
+def test_a_block_of_one_has_one_likelihood(name):
+    texts = texts_of([[0], [1]], 2)
+    chance = Chance(1, torch.arange(2), 2)
+    if name == "importance":
+        found = estimators.importance(toy(2), texts, chance, 3)
+    elif name == "counts":
+        found = estimators.counts(toy(2), texts, chance)
+    else:
+        found = DETERMINISTIC[name](toy(2), texts)
+    torch.testing.assert_close(found, -toy_log_probs(torch.full((1, 1), 2), 2)[0].mT)
+
+
+# ---- the step rules of the samplers
+
+
+class Rule:
+    """The settings that a step rule reads."""
+
+    def __init__(self, k=1, confidence="probability", threshold=0.9):
+        self.k, self.confidence, self.threshold = k, confidence, threshold
+
+
+STEP_RULES = {
+    "greedy": (estimators.greedy, "confidence", Rule()),
+    "greedy:2": (functools.partial(estimators.greedy, number=2), "confidence", Rule(k=2)),
+    "margin": (estimators.margin, "confidence", Rule(confidence="margin")),
+    "threshold:.5": (
+        functools.partial(estimators.threshold, number=0.5),
+        "threshold",
+        Rule(threshold=0.5),
+    ),
+    "threshold:1": (functools.partial(estimators.threshold, number=1), "threshold", Rule(threshold=1)),
+}
+
+
+@pytest.mark.parametrize("name", STEP_RULES)
+def test_the_path_is_that_of_the_samplers_step_rule(name):
+    """The rule of samplers/steps.py chooses on the same canvas; what it reveals is the text's."""
+    estimate, rule, settings = STEP_RULES[name]
+    x0 = every_text(3, 4)
+    masked, total = torch.ones_like(x0, dtype=torch.bool), torch.zeros(len(x0)).double()
+    while masked.any():
+        log_probs = toy_log_probs(torch.where(masked, 3, x0), 3)
+        now = STEPS[rule].choose(log_probs.float(), masked, settings) & masked
+        total -= (log_probs.gather(-1, x0[..., None])[..., 0] * now).sum(1)
+        masked &= ~now
+    torch.testing.assert_close(estimate(toy(3), texts_of(x0, 3)).sum(1), total)
+
+
+def test_of_equal_scores_the_lowest_place_is_revealed():
+    def ask(x_t, read, reduce):
+        seen = (x_t != 2).sum(1, keepdim=True).expand_as(x_t).flatten()[read]
+        uneven = torch.stack([1.0 + seen, torch.ones(len(read))], -1)  # depends on how many are seen
+        return reduce(uneven.log_softmax(-1), read)
+
+    texts = texts_of([[1, 1, 1, 1]], 2)
+    expected = estimators.left_to_right(ask, texts)
+    for rule in (estimators.greedy, estimators.margin):
+        torch.testing.assert_close(rule(ask, texts), expected)
+
+
+# ---- a network: enumeration of all texts, and the samplers' own frequencies
