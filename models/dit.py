@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .attention import get_backend
 from .cache import Decode, KVCache
+from .clean_half import CleanHalf
 from .layers import Embedding, Norm, Pick, Rotary, TimestepEmbedding, rotate
 from .masks import AttentionMask, BlockCausal, BlockDiffusion
 
@@ -162,7 +163,7 @@ class DiT(nn.Module):
         attention_mask: AttentionMask,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | CleanHalf | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, E] of tokens [B, T]; under BlockDiffusion only of the noised
@@ -172,10 +173,11 @@ class DiT(nn.Module):
         twice under BlockDiffusion. document_ids [B, T]: tokens see only their own document.
         read [M]: indices into the flattened rows of the result, none twice where gradients are
         wanted; then only those are finished and [M, E] is returned. With a cache the tokens stand
-        behind the committed ones and `attention_mask` must be the cache's.
+        behind the committed ones, with a CleanHalf they are the noised half alone; `attention_mask`
+        must be the cache's.
         """
         length = tokens.shape[1]
-        noised_only = isinstance(attention_mask, BlockDiffusion)
+        noised_only = isinstance(attention_mask, BlockDiffusion) and cache is None
         if positions is None:
             period = length // 2 if noised_only else length
             positions = torch.arange(length, device=tokens.device) % period
@@ -209,7 +211,7 @@ class DiT(nn.Module):
             raise ValueError(
                 f"this cache was made for {cache.attention_mask}, the pass asks for {mask}"
             )
-        on_gpu = cache.committed.device.type != "cpu"
+        on_gpu = self.vocab_embed.embedding.device.type != "cpu"
         step = cache.begin(length, compiled=self.compiled and on_gpu)
         return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
 

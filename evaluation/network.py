@@ -1,0 +1,48 @@
+"""What the estimators ask, asked of a network: the clean half of a batch once, then one pass over
+the noised half for each question, and of the head only the rows that are read."""
+
+import torch
+from torch import Tensor
+
+from evaluation.estimators import Ask
+from models.clean_half import clean_half
+from models.dit import products_dtype
+from models.masks import Full
+from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
+from objectives.document_ids import positions
+
+
+def asker(
+    backbone, x0: Tensor, *, block_size: int, mask_id: int, document_ids: Tensor | None = None
+) -> Ask:
+    """`ask` for noised versions of x0 int64 [B, L]. With one block nobody reads the clean half: it
+    is not made. Under no_grad or inference_mode."""
+    asked = {"attention_mask": Full(), "document_ids": document_ids}
+    if document_ids is not None:
+        asked["positions"] = positions(document_ids)
+    if block_size < x0.shape[1]:
+        dtype = products_dtype(backbone.vocab_embed.embedding)
+        half = clean_half(backbone, x0, block_size, dtype, document_ids)
+        asked = {"attention_mask": half.attention_mask, "cache": half}
+
+    def ask(x_t: Tensor, read: Tensor, reduce) -> Tensor:
+        hidden = backbone.hidden(x_t, read=read, **asked)  # [M, E]
+        size = rows_at_once(backbone)
+        parts = zip(hidden.split(size), read.split(size), strict=True)
+        return torch.cat([reduce(log_probs(backbone, h, mask_id), r) for h, r in parts])
+
+    return ask
+
+
+def log_probs(backbone, hidden: Tensor, mask_id: int) -> Tensor:
+    """hidden [m, E] -> normalised log-probabilities [m, V], float32 at least, the mask's -inf."""
+    logits = backbone.logits(hidden)
+    logits[..., mask_id] = -torch.inf
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def rows_at_once(backbone) -> int:
+    """Rows whose logits fit into what the training's head holds at once."""
+    on_cpu = backbone.vocab_embed.embedding.device.type == "cpu"
+    logits = CHUNK_LOGITS if on_cpu else CHUNK_LOGITS_ACCELERATOR
+    return max(1, logits // backbone.vocab_size)

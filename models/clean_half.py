@@ -1,0 +1,83 @@
+"""Keys and values of a clean text, made once: then any number of noised versions of it are asked
+about at the price of their own tokens.
+
+Under BlockDiffusion the clean half of [x_t ; x0] does not look at x_t, so its keys and values are
+the same for every x_t. They stand behind room for those of the noised half, which every pass
+overwrites.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .masks import BlockCausal, BlockDiffusion
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CleanHalf:
+    """What `DiT.hidden` takes as a cache: with it the tokens are x_t [B, L], and the answer is that
+    for the noised half of [x_t ; x0]. Made by `clean_half`."""
+
+    keys: list[Tensor]  # per layer [B, H, 2L, D], rotated; the clean half comes second
+    values: list[Tensor]
+    positions: Tensor  # int64 [L] or [B, L]
+    attention_mask: BlockCausal | BlockDiffusion
+    attends: list[Attend | None]  # per layer; None: nobody reads what the layer answers
+
+    def begin(self, tokens: int, compiled: bool = False) -> "CleanHalf":
+        """Prepare a pass of `tokens` tokens, which must be those of the text."""
+        if tokens != self.positions.shape[-1]:
+            raise ValueError(f"the clean text has {self.positions.shape[-1]} tokens, not {tokens}")
+        return self
+
+    def attention(self, layer: int) -> Attend:
+        """attend(q, k, v), each [B, H, L, D], that writes k and v of this pass to their half."""
+        half = slice(0, self.positions.shape[-1])
+        if isinstance(self.attention_mask, BlockCausal):
+            half = slice(self.positions.shape[-1], None)
+        keys, values = self.keys[layer], self.values[layer]
+        return functools.partial(_attend, keys, values, half, self.attends[layer])
+
+
+def _attend(keys, values, half: slice, attend: Attend | None, q, k, v) -> Tensor:
+    keys[:, :, half], values[:, :, half] = k, v
+    if attend is None:
+        return q
+    return attend(q, k, v) if half.start else attend(q, keys.to(q.dtype), values.to(q.dtype))
+
+
+def clean_half(
+    backbone, x0: Tensor, block_size: int, dtype: torch.dtype, document_ids: Tensor | None = None
+) -> CleanHalf:
+    """One pass over x0 [B, L] under BlockCausal(block_size); document_ids [B, L] as for `DiT.hidden`.
+    dtype: of the keys and values."""
+    length, layers = x0.shape[1], len(backbone.blocks)
+    positions = torch.arange(length, device=x0.device)
+    both = None
+    if document_ids is not None:
+        positions, both = _positions(document_ids), torch.cat([document_ids] * 2, 1)
+    heads = backbone.blocks[0].n_heads
+    shape = (len(x0), heads, 2 * length, backbone.head_width)
+    keys, values = (
+        [torch.zeros(shape, dtype=dtype, device=x0.device) for _ in range(layers)] for _ in range(2)
+    )
+    clean, noised = BlockCausal(block_size), BlockDiffusion(block_size)
+    fill = backbone.prepare_attention(clean, length, length, document_ids, x0.device)
+    filling = CleanHalf(keys, values, positions, clean, [fill] * (layers - 1) + [None])
+    nothing = torch.zeros(0, dtype=torch.int64, device=x0.device)
+    backbone.hidden(x0, attention_mask=clean, cache=filling, read=nothing)
+    ask = backbone.prepare_attention(noised, length, 2 * length, both, x0.device)
+    return CleanHalf(keys, values, positions, noised, [ask] * layers)
+
+
+def _positions(document_ids: Tensor) -> Tensor:
+    """The place of each token in its document, int64 [B, L]."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - (index * first).cummax(1).values
