@@ -8,8 +8,8 @@ from evaluation.estimators import Ask
 from models.clean_half import clean_half
 from models.dit import products_dtype
 from models.masks import Full
-from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from objectives.document_ids import positions
+from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 
 
 def asker(

@@ -54,7 +54,7 @@ def _attend(keys, values, half: slice, attend: Attend | None, q, k, v) -> Tensor
 def clean_half(
     backbone, x0: Tensor, block_size: int, dtype: torch.dtype, document_ids: Tensor | None = None
 ) -> CleanHalf:
-    """One pass over x0 [B, L] under BlockCausal(block_size); document_ids [B, L] as for `DiT.hidden`.
+    """One pass over x0 [B, L] under BlockCausal(block_size). document_ids [B, L]: see `DiT.hidden`.
     dtype: of the keys and values."""
     length, layers = x0.shape[1], len(backbone.blocks)
     positions = torch.arange(length, device=x0.device)
