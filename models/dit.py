@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .attention import get_backend
 from .cache import Decode, KVCache
-from .clean_half import CleanHalf
 from .layers import Embedding, Norm, Pick, Rotary, TimestepEmbedding, rotate
 from .masks import AttentionMask, BlockCausal, BlockDiffusion
 
@@ -163,7 +162,7 @@ class DiT(nn.Module):
         attention_mask: AttentionMask,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | CleanHalf | None = None,
+        cache: KVCache | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, E] of tokens [B, T]; under BlockDiffusion only of the noised
@@ -173,7 +172,7 @@ class DiT(nn.Module):
         twice under BlockDiffusion. document_ids [B, T]: tokens see only their own document.
         read [M]: indices into the flattened rows of the result, none twice where gradients are
         wanted; then only those are finished and [M, E] is returned. With a cache the tokens stand
-        behind the committed ones, with a CleanHalf they are the noised half alone; `attention_mask`
+        behind the committed ones, with one of clean_half.py they are the noised half alone; `attention_mask`
         must be the cache's.
         """
         length = tokens.shape[1]

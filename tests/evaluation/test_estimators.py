@@ -17,8 +17,8 @@ from models.dit import DiT
 from models.masks import BlockDiffusion
 from noise_schedule import LogLinear
 from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import draw
-from samplers import TextRequest
+from objectives.corruption import draw_noise
+from samplers.params import TextRequest
 from samplers.steps import STEPS
 
 TOY = load_json("likelihood/toy.json")
@@ -265,7 +265,7 @@ def trained():
     for step in range(80):
         x0 = torch.randint(V - 2, (32, 1)) + torch.tensor([[0, 1, 2, 1, 0, 2]])
         x0 = torch.where(torch.rand(x0.shape) < 0.15, torch.randint(V, x0.shape), x0)
-        noise = draw(
+        noise = draw_noise(
             1, step, torch.arange(32), global_batch=32, length=L, block_size=S, antithetic=True
         )
         loss = objective.loss(
