@@ -172,8 +172,8 @@ class DiT(nn.Module):
         twice under BlockDiffusion. document_ids [B, T]: tokens see only their own document.
         read [M]: indices into the flattened rows of the result, none twice where gradients are
         wanted; then only those are finished and [M, E] is returned. With a cache the tokens stand
-        behind the committed ones, with one of clean_half.py they are the noised half alone; `attention_mask`
-        must be the cache's.
+        behind the committed ones, with one of clean_half.py they are the noised half alone;
+        `attention_mask` must be the cache's.
         """
         length = tokens.shape[1]
         noised_only = isinstance(attention_mask, BlockDiffusion) and cache is None
