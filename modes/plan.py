@@ -17,7 +17,7 @@ from settings import Config
 from training.flops import Flops, NetworkShape, flops, matmul_dtype, matmul_peak
 from utils import say
 
-MFU = 0.4  # what the hours assume
+MFU = 0.4  # share of the peak that a training run reaches: what the hours assume
 GIB = 1 << 30
 # FLOP/s of dense matrix products as their makers state them
 KNOWN = {"H100 (bf16, 989 TFLOP/s)": 989e12, "A100 (bf16, 312 TFLOP/s)": 312e12}
@@ -79,24 +79,24 @@ def plan(
     )
 
 
-def report(made: Plan, *, shape: NetworkShape, devices: int, peak: float, device: str) -> str:
-    """The plan as lines of text. peak: FLOP/s measured on `device`."""
+def report(made: Plan, *, shape: NetworkShape, devices: int, peak: float | None) -> str:
+    """The plan as lines of text. peak: FLOP/s measured on the GPU of this machine, None without."""
     part = made.sequence
     lines = [
         f"{shape.algo}: {made.parameters / 1e6:,.1f}M parameters, sequences of {shape.length}"
         + (f" in blocks of {shape.block_size}" if shape.clean_half else ""),
         f"memory per device: {made.memory / GIB:.1f} GiB"
-        f" (weights, gradients, optimizer, average {made.weights / GIB:.1f};"
+        f" (weights, gradients, optimizer and average {made.weights / GIB:.1f};"
         f" activations {made.activations / GIB:.1f}; head {made.head / GIB:.1f})",
-        f"tokens: {made.tokens:,.0f}",
-        f"FLOPs: {made.flops:.2e}, {part.step / shape.length / 1e9:.2f} G a token"
+        f"training tokens: {made.tokens:,.0f}",
+        f"FLOPs: {made.flops:.2e} in all, {part.step / shape.length / 1e9:.2f} G per token"
         f" (layers {part.layers / part.forward:.0%}, attention {part.attention / part.forward:.0%},"
         f" head {part.head / part.forward:.0%})",
     ]
-    rates = {f"this {device} (measured {peak / 1e12:.2f} TFLOP/s)": peak} | KNOWN
-    for name, rate in rates.items():
-        hours = made.hours(rate, devices)
-        lines.append(f"time at {MFU:.0%} MFU on {devices} × {name}: {duration(hours)}")
+    measured = {} if peak is None else {f"this GPU (measured {peak / 1e12:.0f} TFLOP/s)": peak}
+    lines.append(f"estimated training time, at {MFU:.0%} of the device's peak (MFU):")
+    for name, rate in (measured | KNOWN).items():
+        lines.append(f"  {devices} × {name}: {duration(made.hours(rate, devices))}")
     return "\n".join(lines)
 
 
@@ -133,9 +133,9 @@ def prepare(config: Config) -> Callable[[], None]:
     )
 
     def run() -> None:
-        accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
-        device = accelerator if trainer.accelerator == "gpu" else torch.device("cpu")
-        peak = matmul_peak(device, dtype)
-        say(report(made, shape=shape, devices=devices, peak=peak, device=device.type))
+        device = torch.accelerator.current_accelerator()
+        gpu = trainer.accelerator == "gpu" and device is not None
+        peak = matmul_peak(device, dtype) if gpu else None
+        say(report(made, shape=shape, devices=devices, peak=peak))
 
     return run

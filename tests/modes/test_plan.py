@@ -1,6 +1,7 @@
 """What a run costs: FLOPs as they are computed, the plan, the log, the picture of the mask."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from scripts.show_mask import document_ids_of
 from scripts.show_mask import main as show_mask
 from scripts.show_mask import seen_pairs as drawn_pairs
 from training.csv_log import CSVLog, read_log
-from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
+from training.flops import PEAK_SIZE, NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
 from training.throughput import Throughput
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +76,11 @@ def test_the_flop_model_counts_what_torch_counts(algo):
     assert rows * (made.layers + made.head) == pytest.approx(counted, rel=0.04)
 
 
-def test_the_peak_of_a_matrix_product_is_measured():
-    assert matmul_peak(torch.device("cpu"), torch.float32) > 1e8
+def test_the_peak_is_that_of_the_fastest_matrix_product(monkeypatch):
+    ends = itertools.cycle([0.0, 4.0, 4.0, 6.0, 6.0, 9.0])  # products of 4, 2 and 3 seconds
+    monkeypatch.setattr("training.flops.time.perf_counter", lambda: next(ends))
+    monkeypatch.setitem(PEAK_SIZE, "cpu", 8)
+    assert matmul_peak(torch.device("cpu"), torch.float32) == 2 * 8**3 / 2.0
 
 
 @pytest.mark.parametrize(
@@ -112,10 +116,12 @@ def test_a_plan_adds_up():
 
 
 def test_a_plan_reads_well():
-    text = report(planned(), shape=SMALL, devices=8, peak=4e12, device="cpu")
+    text = report(planned(), shape=SMALL, devices=8, peak=4e14)
     assert "170.0M parameters, sequences of 1024 in blocks of 16" in text
     assert "memory per device" in text
+    assert "8 × this GPU (measured 400 TFLOP/s)" in text
     assert "8 × H100" in text
+    assert "this GPU" not in report(planned(), shape=SMALL, devices=8, peak=None)
 
 
 def test_mode_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -126,7 +132,8 @@ def test_mode_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     plan_mode.prepare(made)()
     printed = capsys.readouterr().out
     assert "in blocks of 4" in printed
-    assert "time at 40% MFU" in printed
+    assert "estimated training time, at 40% of the device's peak (MFU):\n  1 × H100" in printed
+    assert "this GPU" not in printed  # there is none
     assert not list(tmp_path.iterdir())
 
 
