@@ -15,7 +15,7 @@ BAM-DLM: train, evaluate and sample block-diffusion language models (arXiv:2503.
   python main.py [key=value ...]
 """
 EXAMPLES = """\
-A few commands
+Examples
   python main.py experiment=quickstart
   python main.py experiment=quickstart mode=ppl_eval
   python main.py experiment=quickstart mode=sample_eval sampling.nucleus_p=0.9
@@ -23,10 +23,10 @@ A few commands
   python main.py mode=ppl_eval algo=bamdlm algo.backbone=hf_dit block_size=4 \\
       data=openwebtext-split data.insert_valid_special=False wandb=null \\
       eval.checkpoint_path=kuleshov-group/bamdlm-owt-block_size4
-  python main.py --cfg job experiment=quickstart    # show the composed settings, do nothing
+  python main.py --cfg job experiment=quickstart    # print the settings and stop
 
-A leading + or ++ makes no difference; wandb=null turns wandb off; ~key is key=null."""
-NAME_WIDTH = 48
+A + or ++ before a setting changes nothing. ~key means key=null. wandb=null turns Weights & Biases
+off."""
 WIDTH = 96
 
 
@@ -42,36 +42,43 @@ def _mode_lines() -> list[str]:
 
 
 def described(key: str) -> str:
-    """What a setting means, and what it may name."""
+    """What a setting means and what it may be, as sentences."""
     leaf = LEAVES[key]
-    named = leaf.limit is not None and leaf.limit.names
-    return f"{leaf.doc} ({', '.join(leaf.limit.names)})" if named else leaf.doc
+    words = "" if leaf.limit is None else f" {leaf.limit.words[0].upper()}{leaf.limit.words[1:]}."
+    return f"{leaf.doc[0].upper()}{leaf.doc[1:]}.{words}"
 
 
 def _group_lines() -> list[str]:
-    lines = []
-    for group in groups():
-        lines += textwrap.wrap(
-            f"{group}= " + " ".join(choices(group)),
-            WIDTH,
-            initial_indent="  ",
-            subsequent_indent="      ",
-            break_on_hyphens=False,
-        )
-    return lines
+    return [line for group in groups() for line in _wrapped(f"{group}= {' '.join(choices(group))}")]
 
 
 def _setting_lines() -> list[str]:
-    defaults, section, lines = OmegaConf.create(composed_yaml([])), None, []
-    raw = OmegaConf.to_container(defaults, resolve=False)
-    for key, leaf in LEAVES.items():
-        if leaf.section is not section:
-            section = leaf.section
-            if section is not Config:
-                lines.append("")
-        value = raw
-        for part in key.split("."):
-            value = value[part]
-        shown = f"{key}={'null' if value is None else value}"
-        lines.append(f"  {shown:{NAME_WIDTH}}  {described(key)}".rstrip())
+    section, lines = Config, []
+    for key, value in defaults().items():
+        if LEAVES[key].section is not section:
+            section = LEAVES[key].section
+            lines.append("")
+        lines += [f"  {key}={value}", *_wrapped(described(key), indent=6)]
     return lines
+
+
+def defaults() -> dict[str, str]:
+    """{setting: what configs/ have for it, as it would be typed}, in the order of the schema."""
+    composed = OmegaConf.to_container(OmegaConf.create(composed_yaml([])), resolve=False)
+    found = {}
+    for key in LEAVES:
+        value = composed
+        for name in key.split("."):
+            value = value[name]
+        found[key] = "null" if value is None else str(value)
+    return found
+
+
+def _wrapped(text: str, indent: int = 2) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * 6,
+        break_on_hyphens=False,
+    )

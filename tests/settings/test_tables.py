@@ -10,6 +10,7 @@ from noise_schedule import SCHEDULES
 from samplers.steps import CONFIDENCES, STEPS
 from settings import tables
 from settings.keys import LEAVES, choices
+from settings.page import PAGE, page
 
 TABLES = [
     (tables.schedules, SCHEDULES),
@@ -55,3 +56,8 @@ def test_what_is_no_literal_table_is_refused():
 
 def test_every_schedule_has_its_file_of_settings():
     assert set(choices("noise")) == set(LEAVES["noise.type"].limit.names)
+
+
+def test_the_page_of_settings_is_the_one_made_from_the_schema():
+    """Where this fails: python -m settings.page."""
+    assert PAGE.read_text(encoding="utf-8") == page()
