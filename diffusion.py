@@ -20,13 +20,10 @@ from evaluation.likelihood import Likelihood, LikelihoodMeter
 from models.ema import EMA
 from models.randomness import hashed
 from objectives import clipping
-from objectives.autoregressive import Autoregressive
-from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT, Interval, Noise, draw_example_noise
 from objectives.graphs import GraphedLoss
 from objectives.loss import TokenLoss
-from objectives.loss_inputs import LossInputs
-from objectives.sedd import ScoreEntropy
+from objectives.loss_inputs import LossInputs, Objective
 from training import distributed
 from training.health import StepHealth
 from training.state import load_state, save_state
@@ -80,7 +77,7 @@ class Diffusion(L.LightningModule):
         self,
         *,
         backbone: nn.Module,
-        objective: MaskedDiffusion | ScoreEntropy | Autoregressive,
+        objective: Objective,
         noise: NoiseSettings,
         optimizer: OptimizerSettings,
         ema_decay: float,
@@ -155,10 +152,6 @@ class Diffusion(L.LightningModule):
         # the text itself may hold mask tokens (tokenizers read the letters "[MASK]" as one), whose
         # probability is 0: they are seen, not predicted
         mask = mask * (x0 != self.objective.mask_id)
-        if isinstance(self.objective, Autoregressive):
-            return self.objective.loss_inputs(
-                x0, mask, training=training, document_ids=document_ids
-            )
         return self.objective.loss_inputs(
             x0, mask, noise, interval=interval, training=training, document_ids=document_ids
         )
@@ -193,7 +186,7 @@ class Diffusion(L.LightningModule):
 
     def _noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
         """The noise of these examples: a function of the seed and their place in the stream."""
-        if isinstance(self.objective, Autoregressive):
+        if not self.objective.draws_noise:
             return None
         x0 = batch["input_ids"]
         return draw_example_noise(
@@ -201,17 +194,13 @@ class Diffusion(L.LightningModule):
             batch["row"],
             global_batch=global_batch,
             length=x0.shape[1],
-            block_size=self._block_size(x0.shape[1]),
+            block_size=self.objective.noise_block(x0.shape[1]),
             antithetic=self.noise_settings.antithetic,
         )
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, index: int) -> dict:
         """Nothing yet: the host makes the loss inputs first, and need not wait for the device."""
         return batch
-
-    def _block_size(self, length: int) -> int:
-        """Tokens that share a time: a block, or for mdlm and sedd the sequence."""
-        return self.objective.block_size if isinstance(self.objective, MaskedDiffusion) else length
 
     def _several(self) -> bool:
         return self.trainer.world_size > 1

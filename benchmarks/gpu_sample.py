@@ -43,7 +43,7 @@ def sampler(args):
     if not args.tiny:
         net.freeze(torch.bfloat16)
     objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
-    return objective.denoiser(net, whole_window=False)
+    return objective.denoiser(net)
 
 
 def sampled(denoise, rows: int, length: int, texts: int, args) -> dict:

@@ -82,7 +82,7 @@ def network(args):
         torch.nn.init.normal_(parameter, std=0.05)
     net = net.to(args.device).eval()
     objective = MaskedDiffusion(mask_id=VOCABULARY - 1, block_size=BLOCK, schedule=None)
-    return objective.denoiser(net, whole_window=False)
+    return objective.denoiser(net)
 
 
 def synchronise(args) -> None:

@@ -22,9 +22,9 @@ from dataloader import DataModule, prepared, streamed
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from models.dit import DiT
 from noise_schedule import get_schedule
-from objectives.autoregressive import Autoregressive
-from objectives.block_diffusion import MaskedDiffusion
-from objectives.sedd import ScoreEntropy
+from objectives import algorithms
+from objectives.algorithms import ObjectiveSettings
+from objectives.loss_inputs import Objective
 from settings import Config, local_folder
 from settings.defaults import needs_block_mask
 from training.flops import NetworkShape
@@ -64,29 +64,19 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
     return DiT(**sizes, attn_backend=model.attn_backend, compile=model.compile)
 
 
-def build_objective(
-    config: Config, mask_id: int
-) -> MaskedDiffusion | ScoreEntropy | Autoregressive:
-    algo = config.algo
-    if algo.name == "ar":
-        return Autoregressive(mask_id, ignore_bos=algo.ignore_bos)
-    schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
-    if algo.name == "sedd":
-        return ScoreEntropy(
-            mask_id,
-            schedule,
-            ignore_bos=algo.ignore_bos,
-            time_conditioning=algo.time_conditioning,
-        )
-    return MaskedDiffusion(
+def build_objective(config: Config, mask_id: int) -> Objective:
+    algo, training = config.algo, config.training
+    settings = ObjectiveSettings(
         mask_id,
-        # mdlm's block_size is the window of its sampler; it is trained on whole sequences
-        config.model.length if algo.name == "mdlm" else config.block_size,
-        schedule,
+        get_schedule(config.noise.type, algo.mdlm_loss_scale),
+        config.block_size,
+        config.model.length,
         ignore_bos=algo.ignore_bos,
-        resample=config.training.resample,
-        full_from=config.training.sampling_eps,
+        time_conditioning=algo.time_conditioning,
+        resample=training.resample,
+        full_from=training.sampling_eps,
     )
+    return algorithms.build_objective(algo.name, settings)
 
 
 def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusion:

@@ -13,7 +13,7 @@ from modes.build import build_tokenizer, trained_module
 from noise_schedule import get_schedule
 from samplers.params import SamplingParams
 from sampling.prompts import encode_prompts, read_prompts
-from sampling.run import SamplingRun, questions, run_id, visible_tokens
+from sampling.run import SamplingRun, run_id, visible_tokens
 from sampling.sample_file import SampleFile
 from settings import Config
 from training.flops import matmul_dtype
@@ -49,9 +49,7 @@ def prepare(config: Config) -> Callable[[], None]:
     fabric.launch()
     job = SamplingRun(
         algo=config.algo.name,
-        denoise=questions(
-            module.objective, module.to(fabric.device).eval().backbone, config.algo.name
-        ),
+        denoise=module.objective.denoiser(module.to(fabric.device).eval().backbone),
         tokenizer=tokenizer,
         params=wanted,
         num_samples=config.sampling.num_sample_batches * config.sampling.batch_size,

@@ -7,6 +7,7 @@ from torch import Tensor
 from models.denoiser import Denoiser
 from models.masks import Causal
 
+from .algorithms import Algorithm
 from .document_ids import begins, positions
 from .loss_inputs import LossInputs, Objective
 
@@ -17,18 +18,21 @@ class Autoregressive(Objective):
 
     mask_id: int
     ignore_bos: bool = False
+    draws_noise = False
 
     def loss_inputs(
         self,
         x0: Tensor,
         valid: Tensor,
+        noise: None = None,
         *,
+        interval: object = None,
         training: bool,
         document_ids: Tensor | None = None,
     ) -> LossInputs:
         """x0, valid, document_ids [B, L] -> inputs [B, L - 1] that predict tokens 1 .. L - 1.
         valid: 1 where a token may enter the loss. A text's first token is not predicted: before it
-        stands another text."""
+        stands another text. There is no noise, and so no interval."""
         first = begins(x0, document_ids)
         loss_mask = valid[:, 1:].float().masked_fill(first[:, 1:], 0)
         if self.ignore_bos and not training:
@@ -50,3 +54,14 @@ class Autoregressive(Objective):
     def denoiser(self, backbone) -> Denoiser:
         """Row i of its output is about token i + 1."""
         return Denoiser(backbone, self.mask_id, 1, Causal())
+
+
+ALGORITHMS = {
+    "ar": Algorithm(
+        lambda s: Autoregressive(s.mask_id, s.ignore_bos),
+        parameterization="ar",
+        sampler="ar",
+        noise=False,
+        cache=True,
+    )
+}

@@ -5,7 +5,7 @@ times the cross-entropy at the masked tokens. x_t is noised block by block; a bl
 noised and the earlier ones clean, all blocks in one pass over [x_t ; x0].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from models.denoiser import Denoiser
 from models.masks import BlockCausal, BlockDiffusion, Full
 from noise_schedule import EPS, NoiseLevel, Schedule
 
+from .algorithms import Algorithm, ObjectiveSettings
 from .corruption import (
     EXACT,
     Interval,
@@ -35,7 +36,7 @@ class MaskedDiffusion(Objective):
 
     `full_from`: where the full interval begins (training.sampling_eps). There `resample` has no
     lower bound, as published: forcing a mask on blocks at t near 0, with weight 1/t, would bias the
-    NELBO.
+    NELBO. `whole_window`: samplers see their window as one block (mdlm).
     """
 
     mask_id: int
@@ -44,6 +45,11 @@ class MaskedDiffusion(Objective):
     ignore_bos: bool = True
     resample: bool = False
     full_from: float = EPS
+    whole_window: bool = False
+    clips = True
+
+    def noise_block(self, length: int) -> int:
+        return self.block_size
 
     def noise_level(self, t: Tensor, interval: Interval) -> NoiseLevel:
         """The schedule; at the exact interval (1, 1) everything is masked with weight 1."""
@@ -123,7 +129,32 @@ class MaskedDiffusion(Objective):
             positions=places,
         )
 
-    def denoiser(self, backbone, *, whole_window: bool) -> Denoiser:
-        """What samplers call. whole_window: mdlm, the visible window is one block."""
-        attention_mask = Full() if whole_window else BlockCausal(self.block_size)
+    def denoiser(self, backbone) -> Denoiser:
+        """What samplers call."""
+        attention_mask = Full() if self.whole_window else BlockCausal(self.block_size)
         return Denoiser(backbone, self.mask_id, self.block_size, attention_mask)
+
+
+def _in_blocks(s: ObjectiveSettings) -> MaskedDiffusion:
+    return MaskedDiffusion(
+        s.mask_id, s.block_size, s.schedule, s.ignore_bos, s.resample, s.full_from
+    )
+
+
+def _whole(s: ObjectiveSettings) -> MaskedDiffusion:
+    """mdlm's block_size is the window of its sampler; it is trained on whole sequences."""
+    return replace(_in_blocks(s), block_size=s.length, whole_window=True)
+
+
+ALGORITHMS = {
+    "bamdlm": Algorithm(
+        _in_blocks,
+        parameterization="subs",
+        sampler="semi_ar",
+        blocks=True,
+        cache=True,
+        infill=True,
+        steps=True,
+    ),
+    "mdlm": Algorithm(_whole, parameterization="subs", sampler="semi_ar", infill=True, steps=True),
+}

@@ -69,6 +69,13 @@ class Objective:
     """An objective defines `loss_inputs` of a batch and `kernel`, the loss on the logits; one that
     draws noise also `loss_inputs_at` of a given corruption. The rest follows."""
 
+    draws_noise = True
+    clips = False  # its interval of times may be narrowed (objectives/clipping.py)
+
+    def noise_block(self, length: int) -> int:
+        """How many tokens of a row of `length` share one time: all, unless there are blocks."""
+        return length
+
     def kernel(self, backbone) -> LossKernel:
         return cross_entropy_kernel(backbone, self.mask_id)
 

@@ -15,6 +15,7 @@ from models.denoiser import Score
 from models.masks import Full
 from noise_schedule import Schedule
 
+from .algorithms import Algorithm
 from .corruption import Interval, Noise, mask_tokens, masked_independently, times
 from .document_ids import positions
 from .head import LossKernel, wide_dtype
@@ -104,3 +105,13 @@ class ScoreEntropy(Objective):
 
     def denoiser(self, backbone) -> Score:
         return Score(backbone, self.mask_id, self.time_conditioning)
+
+
+ALGORITHMS = {
+    "sedd": Algorithm(
+        lambda s: ScoreEntropy(s.mask_id, s.schedule, s.ignore_bos, s.time_conditioning),
+        parameterization="sedd",
+        sampler="analytic",
+        time_conditioning=True,
+    )
+}

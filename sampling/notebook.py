@@ -16,13 +16,11 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from evaluation.judge import Judge, TextScore, describe
 from models.dit import DiT
 from noise_schedule import get_schedule
-from objectives.autoregressive import Autoregressive
-from objectives.block_diffusion import MaskedDiffusion
-from objectives.sedd import ScoreEntropy
+from objectives.algorithms import ObjectiveSettings, build_objective
 from samplers.params import Sample, SamplingParams, TextRequest
 from samplers.writing import generate
 from sampling.prompts import encode_prompts
-from sampling.run import questions, visible_tokens
+from sampling.run import visible_tokens
 
 CONTEXT_TOKENS = 1024  # of a checkpoint that does not say
 
@@ -113,9 +111,9 @@ def load(
         )
     averaged = use_ema and found.ema is not None
     load_into(network, found, use_ema=averaged, algo=algo)
-    schedule = get_schedule(*trained_noise(found))
-    objective = objective_of(algo, words.mask_id, block_size, schedule, found)
-    length = found.length or CONTEXT_TOKENS
+    settings = objective_settings(found, words.mask_id, block_size)
+    length, schedule = settings.length, settings.schedule
+    objective = build_objective(algo, settings)
     base = {
         "length": length,
         "bos_id": words.bos_id,
@@ -128,10 +126,21 @@ def load(
     }
     return Writer(
         algo,
-        questions(objective, network.to(device).eval(), algo),
+        objective.denoiser(network.to(device).eval()),
         words,
         SamplingParams(**base).changed(**params),
         device,
+    )
+
+
+def objective_settings(found: Checkpoint, mask_id: int, block_size: int) -> ObjectiveSettings:
+    """What decides how the network's logits are read when it samples."""
+    return ObjectiveSettings(
+        mask_id,
+        get_schedule(*trained_noise(found)),
+        block_size,
+        found.length or CONTEXT_TOKENS,
+        time_conditioning=trained_algo(found).get("time_conditioning", True),
     )
 
 
@@ -155,13 +164,3 @@ def word_list(found: Checkpoint, name: str | None, cache_dir) -> Tokenizer:
     data = section(found.config, "data")
     name = name or data.get("tokenizer_name_or_path") or "gpt2"
     return get_tokenizer(name, eos_token=data.get("eos_token"), cache_dir=cache_dir)
-
-
-def objective_of(algo: str, mask_id: int, block_size: int, schedule, found: Checkpoint):
-    """What the network's logits mean."""
-    if algo == "ar":
-        return Autoregressive(mask_id)
-    if algo == "sedd":
-        timed = trained_algo(found).get("time_conditioning", True)
-        return ScoreEntropy(mask_id, schedule, time_conditioning=timed)
-    return MaskedDiffusion(mask_id, block_size, schedule)

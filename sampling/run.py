@@ -33,13 +33,6 @@ def visible_tokens(algo: str, params: SamplingParams) -> int:
     return params.context_size if algo in ("bamdlm", "ar") else params.length
 
 
-def questions(objective, backbone, algo: str) -> Callable:
-    """What the sampler asks the network. The visible window of mdlm is one block."""
-    if algo in ("ar", "sedd"):
-        return objective.denoiser(backbone)
-    return objective.denoiser(backbone, whole_window=algo == "mdlm")
-
-
 @dataclass(frozen=True)
 class SamplingRun:
     """A sampling run that was checked; `run()` does what is missing of it."""

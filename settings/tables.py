@@ -64,6 +64,14 @@ def schedules() -> dict[str, dict]:
     return table("noise_schedule.py", "SCHEDULES")
 
 
+def algorithms() -> dict[str, dict]:
+    """The algorithms: algo.name. They stand in the files of objectives/."""
+    files = [f"objectives/{path.name}" for path in sorted((ROOT / "objectives").glob("*.py"))]
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in files}
+    found = [table(file, "ALGORITHMS") for file in files if "\nALGORITHMS = {" in texts[file]]
+    return {name: entry for entries in found for name, entry in entries.items()}
+
+
 def step_rules() -> dict[str, dict]:
     """Which tokens a step of the sampler reveals: sampling.steps."""
     return table("samplers/steps.py", "STEPS")

@@ -18,8 +18,9 @@ def denoiser(backbone, algo: str, mask_id: int, block_size: int = 1):
     schedule = get_schedule("loglinear")
     if algo == "sedd":
         return ScoreEntropy(mask_id=mask_id, schedule=schedule).denoiser(backbone)
-    objective = MaskedDiffusion(mask_id=mask_id, block_size=block_size, schedule=schedule)
-    return objective.denoiser(backbone, whole_window=algo == "mdlm")
+    whole = algo == "mdlm"
+    objective = MaskedDiffusion(mask_id, block_size, schedule, whole_window=whole)
+    return objective.denoiser(backbone)
 
 
 def recorded_denoiser(name: str):

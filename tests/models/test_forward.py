@@ -36,8 +36,8 @@ def denoiser_of(name, net):
     entry = CHECKPOINTS[name]
     if entry["algo"] == "ar":
         return Autoregressive(MASK).denoiser(net)
-    objective = MaskedDiffusion(MASK, entry["block_size"], LogLinear())
-    return objective.denoiser(net, whole_window=entry["algo"] == "mdlm")
+    whole = entry["algo"] == "mdlm"
+    return MaskedDiffusion(MASK, entry["block_size"], LogLinear(), whole_window=whole).denoiser(net)
 
 
 def sigma_of(name, golden):
@@ -286,7 +286,7 @@ def test_rotation_turns_halves_by_the_angle_of_the_position():
     """Base 10 000, pairs (i, i + D/2) as in GPT-NeoX; angles still right at position 131 000."""
     width, positions = 8, torch.tensor([0, 1, 7, 131_000])
     x = torch.randn(1, 1, 4, width, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, Rotary(width)(positions[None]))
+    turned = rotate(x, *Rotary(width)(positions[None]))
     for n, position in enumerate(positions.tolist()):
         for i in range(width // 2):
             frequency = float(Rotary(width).inv_freq[i].double())

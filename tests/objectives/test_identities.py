@@ -240,7 +240,7 @@ def test_the_training_loss_asks_what_the_sampler_asks(net, block_size):
     x0, x_t, t = corrupted(block_size=block_size)
     objective = objective_with(block_size)
     loss = objective.loss_at(net, x0, x_t, t, torch.ones(x0.shape), interval=FULL)
-    denoise = objective.denoiser(net, whole_window=False)
+    denoise = objective.denoiser(net)
     for block in range(12 // block_size):
         now = slice(block * block_size, (block + 1) * block_size)
         tokens = torch.cat([x0[:, : now.start], x_t[:, now]], 1)

@@ -326,7 +326,7 @@ def test_without_gradients_the_head_keeps_none(monkeypatch):
 
 OBJECTIVES = {
     "bamdlm": MaskedDiffusion(6, 4, LogLinear()),
-    "mdlm": MaskedDiffusion(6, 12, LogLinear()),
+    "mdlm": MaskedDiffusion(6, 12, LogLinear(), whole_window=True),
     "sedd": ScoreEntropy(6, LogLinear()),
     "ar": Autoregressive(6),
 }
@@ -439,7 +439,7 @@ def test_block_means_are_means_over_the_tokens_of_a_block():
 @torch.no_grad()
 def test_a_denoiser_answers_with_normalised_log_probabilities(name):
     net, objective = small(), OBJECTIVES[name]
-    denoise = objective.denoiser(net, whole_window=name == "mdlm")
+    denoise = objective.denoiser(net)
     tokens = texts(2, 12, 7)
     read = torch.tensor([[0, 11, 3], [7, 7, 1]])
     found = denoise(tokens, read)
@@ -455,11 +455,7 @@ def test_a_denoiser_answers_with_normalised_log_probabilities(name):
 def test_a_denoiser_answers_the_same_with_a_cache():
     for objective in (MaskedDiffusion(6, 4, LogLinear()), Autoregressive(6)):
         net = small(adaln=not isinstance(objective, Autoregressive))
-        denoise = (
-            objective.denoiser(net)
-            if isinstance(objective, Autoregressive)
-            else objective.denoiser(net, whole_window=False)
-        )
+        denoise = objective.denoiser(net)
         size = denoise.block_size
         tokens, read = texts(2, 12, 7), torch.arange(12 - size, 12).expand(2, size)
         cache = denoise.new_cache(2, 12)

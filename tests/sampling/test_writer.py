@@ -7,8 +7,8 @@ from networks import CHECKPOINTS, MANIFEST
 
 from checkpointing.layouts import Checkpoint
 from evaluation.judge import load_judge
-from noise_schedule import get_schedule
-from sampling.notebook import load, objective_of, trained_noise
+from objectives.algorithms import build_objective
+from sampling.notebook import load, objective_settings, trained_noise
 
 TOKENIZER = str(GOLDEN / "tokenizer")
 
@@ -58,7 +58,7 @@ def test_sedd_is_told_the_noise_level_as_in_its_training(timed):
     run = {"algo": {"time_conditioning": timed}}
     for layout, config in (("lightning", run), ("hub", run["algo"])):
         found = Checkpoint("here", layout, ("sedd",), config, weights={})
-        objective = objective_of("sedd", 3, 1, get_schedule("loglinear"), found)
+        objective = build_objective("sedd", objective_settings(found, 3, 1))
         assert objective.time_conditioning == timed
 
 

@@ -1,0 +1,61 @@
+"""The algorithms: which objective each trains, and what its settings may say.
+
+A module of this folder lists its algorithms in a literal dict ALGORITHMS. So a new one is a file
+here and a file in configs/algo/. settings/tables.py reads the entries without importing torch:
+write every keyword but `build` as a literal.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import objectives
+from noise_schedule import EPS, Schedule
+
+from .loss_inputs import Objective
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What objectives are built from; each takes what it needs."""
+
+    mask_id: int
+    schedule: Schedule
+    block_size: int  # tokens
+    length: int  # tokens of a row
+    ignore_bos: bool = True
+    time_conditioning: bool = True
+    resample: bool = False
+    full_from: float = EPS
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One line of a table. The defaults are those of an algorithm without blocks or extras."""
+
+    build: Callable[[ObjectiveSettings], Objective]
+    parameterization: str  # algo.parameterization
+    sampler: str  # algo.sampler
+    noise: bool = True  # draws noise, so the settings of noise and its times have an effect
+    blocks: bool = False  # trains in blocks: algo.cross_attn, algo.var_min, exact at block_size=1
+    time_conditioning: bool = False  # the network may be told the noise level
+    cache: bool = False  # sampling.kv_cache gives the same texts
+    infill: bool = False  # fills gaps of a prompt
+    steps: bool = False  # takes the step rules of samplers/steps.py
+
+
+def get_algorithm(name: str) -> Algorithm:
+    """ValueError where no module of this folder has it."""
+    known = {}
+    for module in pkgutil.iter_modules(objectives.__path__):
+        found = importlib.import_module(f"objectives.{module.name}")
+        known |= getattr(found, "ALGORITHMS", {})
+    if name not in known:
+        raise ValueError(f"algo must be one of {sorted(known)}, got {name!r}")
+    return known[name]
+
+
+def build_objective(name: str, settings: ObjectiveSettings) -> Objective:
+    """The objective of the algorithm `name`."""
+    return get_algorithm(name).build(settings)
