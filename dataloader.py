@@ -21,12 +21,15 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from data import packing, preparation, remote_cache, streaming
+from data import packing, streaming
 from data.order import ExampleIndex, InOrder, ShuffledStream, TrainBatches, ValidBatches
+from data.preparation import prepare
+from data.remote_cache import open_cache
 from data.split import Split
 from data.streaming import StreamedText
 from data.token_rows import TokenRows
 from models.randomness import uniform
+from settings.defaults import user_cache
 from training.signals import ignore_signals
 
 log = logging.getLogger("bamdlm")
@@ -37,37 +40,9 @@ BOOKMARK_EVERY = 32  # batches
 def get_rows(
     corpus: str, split: str, *, cache_dir: str | Path, processes: int = 1, **settings
 ) -> TokenRows:
-    """The rows of one split, prepared at the first call; settings: of splits.Split."""
-    return prepared(Split(corpus, split, **settings), cache_dir, processes)
-
-
-def prepared(wanted: Split, cache_dir: str | Path, processes: int) -> TokenRows:
-    """cache_dir: a folder, or a URL, of which a copy is kept here. processes: that tokenize; they
-    do not change the rows. Safe when several processes ask at once: one prepares, the others wait.
-    """
-    cache, notes = remote_cache.local(cache_dir), {}
-    return preparation.prepare(
-        cache / "rows" / wanted.folder_name,
-        lambda: wanted.pieces(cache, notes),
-        wanted.encode,
-        wanted.row_format,
-        wanted.tokenizer.vocab_size,
-        wanted.about,
-        processes=processes,
-        remote=f"{str(cache_dir).rstrip('/')}/rows/{wanted.folder_name}"
-        if remote_cache.is_url(cache_dir)
-        else None,
-        notes=notes,
-    )
-
-
-def streamed(wanted: Split, cache_dir: str | Path) -> StreamedText:
-    """The split without preparing it; its beginning is read, to find what is wrong before work."""
-    if wanted.entry.windows:
-        raise ValueError(f"data.streaming=True: {wanted.corpus} is windows of prepared rows")
-    passages = wanted.passages(remote_cache.local(cache_dir))
-    vocab_size = wanted.tokenizer.vocab_size
-    return StreamedText(passages, wanted.encode, wanted.row_format, vocab_size, wanted.about)
+    """The rows of one split, prepared at the first call; cache_dir and processes: as in
+    preparation.prepare; settings: of split.Split."""
+    return prepare(Split(corpus, split, **settings), open_cache(cache_dir, user_cache()), processes)
 
 
 class Examples(Dataset):

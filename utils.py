@@ -2,17 +2,19 @@
 learning-rate schedules."""
 
 import functools
+import glob
 import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 log = logging.getLogger("bamdlm")
 
@@ -83,18 +85,30 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, locked: bool = False
+) -> Iterator[Path]:
     """A folder that appears under its name complete or not at all. OSError: there is one already,
-    and it is not to be overwritten."""
+    and it is not to be overwritten. locked: the caller holds lock(path), so that what is left of
+    killed processes is removed first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
-        new = Path(parent) / "new"
-        new.mkdir()
-        yield new
+    prefix = f".{path.name}."
+    if locked:
+        for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+            if "." not in left.name.removeprefix(prefix):  # else it belongs to another path
+                shutil.rmtree(left)
+    made = [Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))]
+    try:
+        made[0].chmod(0o777 & ~_umask())
+        yield made[0]
         if overwrite and path.exists():
-            os.rename(path, Path(parent) / "old")
-        os.rename(new, path)
+            made.append(Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix)))
+            os.rename(path, made[1])
+        os.rename(made[0], path)
+    finally:
+        for left in made:
+            shutil.rmtree(left, ignore_errors=True)
     _sync_folder(path.parent)
 
 
@@ -112,12 +126,29 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def lock(path: str | Path, timeout: float = -1) -> FileLock:
-    """The lock of a file or folder, in PATH.lock: `with lock(path):`. It ends with its process.
-    timeout: seconds to wait; -1 for ever. filelock.Timeout where it passes."""
+@contextmanager
+def lock(path: str | Path, timeout: float = -1, *, waiting: str | None = None) -> Iterator[None]:
+    """Held by one process at a time, as the file PATH.lock; freed when the process ends.
+
+    timeout: seconds to wait; -1 for ever. filelock.Timeout where it passes. waiting: what the log
+    says where another process holds it. The file is removed where nothing exists at `path` in the
+    end; a process that waits for the lock then makes the file again.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(f"{path.name}.lock"), timeout)
+    held = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        if waiting is not None:
+            log.info(waiting)
+        held.acquire(timeout=timeout)
+    try:
+        yield
+    finally:
+        if not path.exists():
+            Path(held.lock_file).unlink(missing_ok=True)
+        held.release()
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -166,13 +166,18 @@ def split_of(path: str):
     return made
 
 
-def prepared(path: str, cores: str, clock: str, folder: str) -> float:
-    import dataloader
+def prepare(split, cache: str, processes: int):
+    from data import preparation
+    from data.remote_cache import CacheDir
 
+    return preparation.prepare(split, CacheDir(Path(cache)), processes)
+
+
+def prepared(path: str, cores: str, clock: str, folder: str) -> float:
     text = split_of(path)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         began = seconds(clock)
-        made = dataloader.prepared(text, cache, int(cores))
+        made = prepare(text, cache, int(cores))
         return per_core(clock, int(cores), made.about["tokens"], began)
 
 
@@ -180,7 +185,7 @@ def reading(path: str) -> float:
     """MB/s"""
     text = split_of(path)
     began = time.perf_counter()
-    for _ in text.pieces(Path(path).parent):
+    for _ in text.open(Path(path).parent)[1]:
         pass
     return Path(path).stat().st_size / 1e6 / (time.perf_counter() - began)
 
@@ -189,15 +194,15 @@ def loader(path: str, folder: str) -> dict:
     """tokens/s of the loaders of prepared rows and of streamed text, and of a training step."""
     import torch
 
-    import dataloader
+    from data.streaming import streamed
 
     torch.set_num_threads(CORES)
     text = split_of(path)
     found = {}
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        rows = dataloader.prepared(text, cache, CORES)
+        rows = prepare(text, cache, CORES)
         found["prepared"], _ = loaded(rows, 2000)
-        found["streamed"], found["first_batch"] = loaded(dataloader.streamed(text, cache), 200)
+        found["streamed"], found["first_batch"] = loaded(streamed(text, Path(cache)), 200)
     found["step"] = step()
     return found
 
@@ -256,11 +261,9 @@ def step(length: int = 256, batch: int = 4) -> float:
 
 def memory(path: str, folder: str) -> dict:
     """Peak resident MB."""
-    import dataloader
-
     text = split_of(path)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        dataloader.prepared(text, cache, max(CORES, 2))
+        prepare(text, cache, max(CORES, 2))
     here, worker = (
         resource.getrusage(kind).ru_maxrss / 1024
         for kind in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

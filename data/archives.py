@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import tarfile
 import urllib.request
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 
-from filelock import FileLock
-
 from data.readers import Piece, decoded_lines
 from data.tables import Part, count_read, size_of
+from utils import atomic_file, atomic_folder, lock
 
 log = logging.getLogger("bamdlm")
 
@@ -131,20 +129,11 @@ def unpacked(source: Path, pattern: str, cache: Path) -> Path:
     known = [str(source.resolve()), status.st_size, status.st_mtime_ns, pattern]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     folder = cache / f"unpacked-{digest}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock") as lock:
+    with lock(folder):
         if not folder.is_dir():
-            new = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(new, ignore_errors=True)  # left by a killed process
-            new.mkdir()
             log.info("unpacking %s to %s", source, folder)
-            try:
+            with atomic_folder(folder, locked=True) as new:
                 _unpack(source, pattern, new)
-                os.rename(new, folder)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
-                if not folder.is_dir():  # who waits for the lock tries anew
-                    Path(lock.lock_file).unlink(missing_ok=True)
     return folder
 
 
@@ -189,19 +178,13 @@ def fetched(url: str, folder: Path) -> Path:
     target = folder / url.rpartition("/")[2]
     if target.is_file():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     log.info("downloading %s to %s", url, target)
     try:
-        with urllib.request.urlopen(url, timeout=10) as response, part.open("wb") as file:
-            while block := response.read(1 << 20):
-                file.write(block)
+        with urllib.request.urlopen(url, timeout=10) as response, atomic_file(target, "wb") as file:
+            shutil.copyfileobj(response, file)
             length = response.headers.get("Content-Length")
-        if length is not None and part.stat().st_size != int(length):
-            raise OSError(f"the connection ended after {part.stat().st_size} of {length} bytes")
-        os.replace(part, target)
+            if length is not None and file.tell() != int(length):
+                raise OSError(f"the connection ended after {file.tell()} of {length} bytes")
     except OSError as error:
         raise OSError(f"could not download {url} ({error}); place the file at {target}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return target

@@ -13,9 +13,7 @@ there can still be read.
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +22,7 @@ from pathlib import Path
 from data import readers, tables
 from data.readers import Piece
 from data.tables import Part
-from utils import first_line
+from utils import first_line, write_json
 
 log = logging.getLogger("bamdlm")
 
@@ -69,7 +67,7 @@ def parts(table: Table, split: str, cache: Path, *, download: bool = True) -> li
             log.warning("%s; using what was downloaded before", error)
             found = json.loads(note.read_text())
         else:
-            _keep(note, found)
+            write_json(note, found)
     commit, names = found["commit"], found["files"]
     return [_part(table.repo, commit, name, cache, download) for name in names]
 
@@ -132,13 +130,6 @@ def _note(table: Table, split: str, cache: Path) -> Path:
     key = json.dumps([asdict(table), split], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     return cache / "downloads" / "listings" / f"{table.repo.replace('/', '--')}-{digest}.json"
-
-
-def _keep(note: Path, found: dict) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=note.parent, suffix=".tmp", delete=False) as file:
-        json.dump(found, file, indent=1)
-    os.replace(file.name, note)
 
 
 def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Part:

@@ -10,62 +10,51 @@ on interruptions: parts are cut by the text alone and packed in its order.
 
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from data import packing, remote_cache, shards, token_rows
 from data.packing import RowFormat
 from data.readers import Piece
-from data.shards import Encode, Tokens
+from data.remote_cache import CacheDir
+from data.shards import Tokens
+from data.split import Split
 from data.token_rows import TokenRows
+from utils import atomic_file, atomic_folder, lock
 
 log = logging.getLogger("bamdlm")
 
 SECONDS_BETWEEN_REPORTS = 10
 
 
-def prepare(
-    folder: Path,
-    pieces: Callable[[], Iterable[Piece]],
-    encode: Encode,
-    row_format: RowFormat,
-    vocab_size: int,
-    about: dict,
-    *,
-    processes: int = 1,
-    remote: str | None = None,
-    notes: dict | None = None,
-) -> TokenRows:
-    """The rows in folder, made where they are missing: by one process, while others wait.
+def prepare(split: Split, cache: CacheDir, processes: int = 1) -> TokenRows:
+    """The rows of a split, made where they are missing.
 
-    pieces: called where rows must be made. encode: texts -> their ids. processes: that tokenize;
-    with 0 or 1 it is this one. remote: URL of a copy of the folder, which is fetched instead where
-    it is complete, and is made where it is not. notes: what calling `pieces` puts in there is kept
-    with `about`, and parts made under other notes are not used.
+    Several processes may ask at once: one makes the rows, the others wait. processes: how many
+    tokenize (0 or 1: this one does); the rows do not depend on it. With a cache behind a URL the
+    folder is copied from there where it is complete, and copied to it where it is not.
     """
+    folder = cache.folder / "rows" / split.folder_name
+    remote = cache.remote(folder)
     if is_whole(folder) and (remote is None or remote_cache.is_complete(remote)):
         return TokenRows(folder)
-    with lock(folder):
+    with lock(folder, waiting=f"another process prepares {folder}; waiting for it"):
         if folder.is_dir():  # killed, or another process's, after the folder was complete
             shutil.rmtree(work_folder(folder), ignore_errors=True)
         elif remote is None or not remote_cache.fetch(remote, folder):
-            notes = {} if notes is None else notes
-            write(folder, pieces, encode, row_format, vocab_size, about, processes, notes)
-        made = TokenRows(folder)
+            write(split, cache.folder, folder, processes)
+        rows = TokenRows(folder)
         if remote is not None and not remote_cache.is_complete(remote):
             remote_cache.publish(folder, remote)
-    return made
+    return rows
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder is there, and nothing of its making beside it."""
+    """Whether the folder is there, and no parts of its making beside it."""
     return folder.is_dir() and not work_folder(folder).exists()
 
 
@@ -73,87 +62,63 @@ def work_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.tmp")
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Held while a folder is made; freed by the system when the process dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("another process prepares %s; waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        if not folder.is_dir() and not work_folder(folder).exists():
-            # Nothing came of it. FileLock tries anew where the file that it waited for is gone.
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-def write(
-    folder: Path,
-    pieces: Callable[[], Iterable[Piece]],
-    encode: Encode,
-    row_format: RowFormat,
-    vocab_size: int,
-    about: dict,
-    processes: int,
-    notes: dict,
-) -> None:
+def write(split: Split, downloads: Path, folder: Path, processes: int) -> None:
     """Make the prepared folder. The caller holds its lock."""
     work = work_folder(folder)
-    new = work / "rows"
-    title = f"{about['corpus']} ({about['split']})"
-    text = pieces()  # before anything is kept or thrown away: it fills notes
-    start_or_go_on(work, new, notes)
+    place, text = split.open(downloads)  # before anything is kept or thrown away
+    start_or_go_on(work, place)
     try:
-        with Report(f"preparing {title}") as report:
-            found = shards.tokenized(text, encode, vocab_size, work, processes, report)
-            count = token_rows.save(
-                new, packed(found, row_format), token_rows.dtype_of(vocab_size), vocab_size
-            )
-        if count == 0 or report.tokens == 0:  # of empty documents rows would be EOS alone
-            raise ValueError(
-                f"{title} has {report.tokens} tokens in {report.documents} documents: not one row"
-                f" of model.length={row_format.length}; use a smaller model.length or more text"
-            )
-        made = {
-            "rows": count,
-            "dtype": np.dtype(token_rows.dtype_of(vocab_size)).name,
-            "tokens": report.tokens,
-            "documents": report.documents,
-            "seconds": round(time.monotonic() - report.began, 1),
-        }
-        whole = json.dumps(about | notes | made, indent=1, ensure_ascii=False)
-        with (new / "about.json").open("w", encoding="utf-8") as file:
-            file.write(whole + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(new, folder)
-    except ValueError:  # of the data: mended, they are other data, and these parts of no use
+        with atomic_folder(folder, locked=True) as new:
+            made = write_rows(split, text, new, work, processes)
+            about = split.about | {"read_from": place} | made
+            with atomic_file(new / "about.json") as file:
+                file.write(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    except ValueError:  # the text is bad: once corrected it gives other parts
         shutil.rmtree(work)
         raise
     shutil.rmtree(work)
     log.info(
         "prepared %s: %s documents, %s tokens, %s rows of %d in %.0f s -> %s",
-        title,
+        split,
         *(f"{made[key]:,}" for key in ("documents", "tokens", "rows")),
-        *(row_format.length, made["seconds"], folder),
+        *(split.row_format.length, made["seconds"], folder),
     )
 
 
-def start_or_go_on(work: Path, new: Path, notes: dict) -> None:
-    """The folder of the parts, kept where it was cut as it would be now; rows are packed anew."""
-    plan = json.dumps({"characters": shards.SHARD_CHARACTERS, "texts": shards.SHARD_TEXTS} | notes)
+def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, processes: int) -> dict:
+    """Write the rows' files to `new`; what about.json says of them."""
+    row_format, vocab_size = split.row_format, split.tokenizer.vocab_size
+    dtype = token_rows.dtype_of(vocab_size)
+    with Report(f"preparing {split}") as report:
+        found = shards.tokenized(text, split.encode, vocab_size, work, processes, report)
+        count = token_rows.save(new, packed(found, row_format), dtype, vocab_size)
+    if count == 0 or report.tokens == 0:  # rows of empty documents would hold EOS alone
+        raise ValueError(
+            f"{split} has {report.tokens} tokens in {report.documents} documents: not one row"
+            f" of model.length={row_format.length}; use a smaller model.length or more text"
+        )
+    return {
+        "rows": count,
+        "dtype": np.dtype(dtype).name,
+        "tokens": report.tokens,
+        "documents": report.documents,
+        "seconds": round(time.monotonic() - report.began, 1),
+    }
+
+
+def start_or_go_on(work: Path, place: str) -> None:
+    """The folder of the parts, kept where the same text was cut as it would be now."""
+    plan = json.dumps(
+        {
+            "characters": shards.SHARD_CHARACTERS,
+            "texts": shards.SHARD_TEXTS,
+            "read_from": place,
+        }
+    )
     note = work / "plan.json"
     if work.exists() and not (note.is_file() and note.read_text() == plan):
         shutil.rmtree(work)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    for torn in work.glob("*.part"):
-        torn.unlink()
+    work.mkdir(parents=True, exist_ok=True)
     if found := sum(1 for _ in work.glob("*.npz")):
         log.info("going on with %d finished parts in %s", found, work)
     note.write_text(plan)

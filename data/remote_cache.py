@@ -6,34 +6,42 @@ cache folder. A remote folder is complete when it has its about.json, which is w
 
 import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from settings.defaults import user_cache
-from utils import plain_errors
+from utils import atomic_folder, plain_errors
 
 log = logging.getLogger("bamdlm")
 
 LAST = "about.json"
 
 
-def is_url(cache_dir: str | Path) -> bool:
-    return "://" in str(cache_dir)
+@dataclass(frozen=True)
+class CacheDir:
+    """Where prepared data and downloads are kept."""
+
+    folder: Path  # on this machine
+    url: str | None = None  # where prepared folders are copied to, and from
+
+    def remote(self, folder: Path) -> str | None:
+        """The URL of a folder inside of `folder`; None where there is none."""
+        if self.url is None:
+            return None
+        return f"{self.url}/{folder.relative_to(self.folder).as_posix()}"
 
 
-def local(cache_dir: str | Path) -> Path:
-    """The folder on this machine that stands for data.cache_dir."""
-    if not is_url(cache_dir):
-        return Path(cache_dir).expanduser()
+def open_cache(cache_dir: str | Path, user_cache: Path) -> CacheDir:
+    """cache_dir: as in data.cache_dir, a folder or a URL. user_cache: where copies of URLs lie."""
+    if "://" not in str(cache_dir):
+        return CacheDir(Path(cache_dir).expanduser())
     url = str(cache_dir).rstrip("/")
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return user_cache() / "mirrors" / f"{url.rpartition('/')[2]}-{digest}"
+    return CacheDir(user_cache / "mirrors" / f"{url.rpartition('/')[2]}-{digest}", url)
 
 
 @contextmanager
@@ -55,20 +63,14 @@ def is_complete(url: str) -> bool:
 
 
 def fetch(url: str, folder: Path) -> bool:
-    """Copy a complete remote folder here, under its name when it is whole; False: there is none."""
+    """Copy a complete remote folder here; False: there is none. The caller holds the folder's
+    lock."""
     if not is_complete(url):
         return False
-    new = folder.with_name(f"{folder.name}.fetched")
-    shutil.rmtree(new, ignore_errors=True)  # of a killed process; the caller holds the lock
     log.info("copying %s to %s", url, folder)
-    try:
-        new.mkdir(parents=True)
-        with reached(url) as (fs, path):
-            for source in fs.ls(path, detail=False):
-                fs.get_file(source, str(new / source.rpartition("/")[2]))
-        os.rename(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with atomic_folder(folder, locked=True) as new, reached(url) as (fs, path):
+        for source in fs.ls(path, detail=False):
+            fs.get_file(source, str(new / source.rpartition("/")[2]))
     return True
 
 

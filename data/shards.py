@@ -18,6 +18,7 @@ import numpy as np
 
 from data import token_rows
 from data.readers import Piece
+from utils import atomic_file
 
 SHARD_CHARACTERS = 1 << 21  # about half a million tokens
 SHARD_TEXTS = 100_000
@@ -126,8 +127,7 @@ def tokenize(path: Path, part: Shard, encode: Encode, vocab_size: int) -> None:
             lengths.append(len(ids))
     flat = np.concatenate(arrays)
     token_rows.check_ids(flat, vocab_size)
-    torn = path.with_suffix(".part")
-    with torn.open("wb") as file:
+    with atomic_file(path, "wb") as file:
         np.savez(
             file,
             ids=flat.astype(token_rows.dtype_of(vocab_size)),
@@ -135,9 +135,6 @@ def tokenize(path: Path, part: Shard, encode: Encode, vocab_size: int) -> None:
             ends=np.array(part.ends, bool),
             characters=part.characters,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(torn, path)
 
 
 def by_size(texts: list[str]) -> Iterator[list[str]]:

@@ -33,6 +33,9 @@ class Split:
     text_column: str | None = None
     source: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.corpus} ({self.split})"
+
     @cached_property
     def entry(self) -> corpora.Corpus:
         return corpora.get_corpus(self.corpus, self.split, source=self.source)
@@ -84,12 +87,9 @@ class Split:
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
         return f"{name[:40]}-{self.split}-{self.row_format.length}-{digest}"
 
-    def pieces(self, cache: Path, notes: dict | None = None) -> Iterator[Piece]:
-        """The text; cache: where downloads lie. notes["read_from"] is set to its place."""
-        place, pieces = corpora.opened(self.entry, self.split, self.revision, self.column, cache)
-        if notes is not None:
-            notes["read_from"] = place
-        return pieces
+    def open(self, cache: Path) -> tuple[str, Iterator[Piece]]:
+        """(the place that the text is read from, the text); cache: where downloads are kept."""
+        return corpora.opened(self.entry, self.split, self.revision, self.column, cache)
 
     def passages(self, cache: Path) -> list[Callable[[], Iterator[Piece]]]:
         """The parts of the text, each a function that reads it from its beginning."""

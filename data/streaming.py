@@ -22,6 +22,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ import numpy as np
 from data import packing
 from data.packing import Chunk, RowFormat
 from data.readers import Piece
+from data.split import Split
 from data.token_rows import check_ids
 
 log = logging.getLogger("bamdlm")
@@ -37,7 +39,6 @@ LANES = 48  # a multiple of the usual numbers of devices
 UNIT_CHARACTERS = 1 << 18
 SHUFFLE_PARTS, SHUFFLE_ROWS, SHUFFLE_LANES = 1, 2, 3  # what a random order is for
 
-Encode = Callable[[list[str]], list[list[int]]]
 Part = Callable[[], Iterable[Piece]]  # reads a part of the corpus from its beginning
 
 
@@ -83,23 +84,25 @@ class Lane:
         return self.bookmark.begin + (0 if self.rows is None else len(self.rows.ids))
 
 
-@dataclass(frozen=True)
 class StreamedText:
-    """A training split to be streamed. `about`: everything that decides what its rows are."""
+    """A training split to be streamed. parts: each reads a part of the text from its beginning."""
 
-    parts: list[Part]
-    encode: Encode
-    row_format: RowFormat
-    vocab_size: int
-    about: dict
-
-    def __post_init__(self):
-        check_text(self.parts, self.encode, self.row_format)
+    def __init__(self, split: Split, parts: list[Part]):
+        """Reads the beginning of the text, to find what is wrong with it before any work."""
+        self.split, self.parts = split, parts
+        check_text(parts, split)
 
     def fingerprint(self, seed: int) -> str:
         """Of all that decides which row stands where; bookmarks of another are of no use."""
-        text = json.dumps([self.about, seed, LANES, UNIT_CHARACTERS], sort_keys=True)
+        text = json.dumps([self.split.about, seed, LANES, UNIT_CHARACTERS], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def streamed(split: Split, cache: Path) -> StreamedText:
+    """The split, not prepared. cache: where downloads are kept."""
+    if split.entry.windows:
+        raise ValueError(f"data.streaming=True: {split.corpus} is windows of prepared rows")
+    return StreamedText(split, split.passages(cache))
 
 
 class Stream:
@@ -117,7 +120,7 @@ class Stream:
         lanes: Iterable[int] = range(LANES),
         bookmarks: dict[int, Bookmark] | None = None,
     ):
-        self.text, self.row_format, self.seed = text, text.row_format, seed
+        self.split, self.row_format, self.seed = text.split, text.split.row_format, seed
         start, bookmarks = UnitStart(0, 0, 0, 0), bookmarks or {}
         lanes = list(lanes)
         if all(lane in bookmarks for lane in lanes):
@@ -156,13 +159,13 @@ class Stream:
         """To the lane's next unit."""
         unit = self.next_unit(lane)
         lane.bookmark = Bookmark(unit.start, unit.start.unit, lane.end, lane.rest)
-        ids = self.text.encode(unit.texts)
+        ids = self.split.encode(unit.texts)
         if self.wrapped:
             rows, lane.rest = self.cut(lane.rest, ids, unit.ends)
         else:
             documents = zip(ids, unit.ends, strict=True)
             rows = joined(list(packing.packed(documents, self.row_format)), self.row_format)
-        check_ids(rows.ids, self.text.vocab_size)
+        check_ids(rows.ids, self.split.tokenizer.vocab_size)
         order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.start.unit])
         order = order.permutation(len(rows.ids))
         lane.rows = Chunk(*(None if array is None else array[order] for array in rows))
@@ -228,11 +231,11 @@ def joined(chunks: list[Chunk], row_format: RowFormat) -> Chunk:
     )
 
 
-def check_text(parts: list[Part], encode: Encode, row_format: RowFormat) -> None:
+def check_text(parts: list[Part], split: Split) -> None:
     """Refuse a text of less than a row, whose rows would never come; reads the beginning."""
-    tokens = 0
+    tokens, row_format = 0, split.row_format
     for piece in itertools.chain.from_iterable(part() for part in parts):
-        tokens += sum(map(len, encode([piece.text])))
+        tokens += sum(map(len, split.encode([piece.text])))
         if tokens >= row_format.room or (
             tokens and not (row_format.wrap and row_format.align is None)
         ):

@@ -8,15 +8,13 @@ GPT-2 does, and have no mask and no padding token (tokenizer.wrap adds the mask)
 import hashlib
 import json
 import logging
-import os
 import string
-import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 from data import shakespeare
-from utils import first_line
+from utils import atomic_folder, first_line, lock
 
 log = logging.getLogger("bamdlm")
 
@@ -172,8 +170,11 @@ def shakespeare_bpe(cache_dir):
         Path(cache_dir).expanduser() / "tokenizers" / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
     )
     if not folder.is_dir():
-        log.info("training the tokenizer shakespeare-bpe on %d scenes (once)", len(texts))
-        save_atomically(train_bpe(texts, PLAYS_TOKENS), folder)
+        with lock(folder, waiting=f"another process trains {folder.name}; waiting for it"):
+            if not folder.is_dir():
+                log.info("training the tokenizer shakespeare-bpe on %d scenes (once)", len(texts))
+                with atomic_folder(folder, locked=True) as new:
+                    train_bpe(texts, PLAYS_TOKENS).save_pretrained(str(new))
     return from_folder(folder)
 
 
@@ -193,18 +194,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
     )
     backend.train_from_iterator(texts, trainer)
     return ended(backend)
-
-
-def save_atomically(hf, folder: Path) -> None:
-    """Complete or not there; when two processes finish, the first one's folder stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as parent:
-        hf.save_pretrained(str(Path(parent) / "new"))
-        try:
-            os.rename(Path(parent) / "new", folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
 
 
 BUILTIN = {

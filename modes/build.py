@@ -14,11 +14,13 @@ from checkpointing.load import (
     load_pretrained,
     read_checkpoint,
 )
-from data import remote_cache
+from data.preparation import prepare
+from data.remote_cache import CacheDir, open_cache
 from data.split import Split
+from data.streaming import streamed
 from data.token_rows import TokenRows
 from data.tokenizer import Tokenizer, get_tokenizer
-from dataloader import DataModule, prepared, streamed
+from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from models.dit import DiT
 from noise_schedule import get_schedule
@@ -26,7 +28,7 @@ from objectives import algorithms
 from objectives.algorithms import ObjectiveSettings
 from objectives.loss_inputs import Objective
 from settings import Config, local_folder
-from settings.defaults import needs_block_mask
+from settings.defaults import needs_block_mask, user_cache
 from training.flops import NetworkShape
 from training.health import StepHealth
 from utils import lr_factor, say
@@ -36,7 +38,7 @@ def build_tokenizer(config: Config) -> Tokenizer:
     return get_tokenizer(
         config.data.tokenizer_name_or_path,
         eos_token=config.data.eos_token,
-        cache_dir=remote_cache.local(config.data.cache_dir),
+        cache_dir=build_cache(config).folder,
     )
 
 
@@ -180,7 +182,7 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
     loader, length = config.loader, config.model.length
     training = None
     if train and config.data.streaming:
-        training = streamed(wanted_split(config, tokenizer, "train"), config.data.cache_dir)
+        training = streamed(build_split(config, tokenizer, "train"), build_cache(config).folder)
     elif train:
         training = build_rows(config, tokenizer, "train")
     windows = isinstance(training, TokenRows) and training.length != length
@@ -227,11 +229,16 @@ def alignment(config: Config) -> int | None:
 
 
 def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> TokenRows:
-    wanted = wanted_split(config, tokenizer, split)
-    return prepared(wanted, config.data.cache_dir, config.loader.num_workers)
+    """split: "train" or "valid"."""
+    wanted = build_split(config, tokenizer, split)
+    return prepare(wanted, build_cache(config), config.loader.num_workers)
 
 
-def wanted_split(config: Config, tokenizer: Tokenizer, split: str) -> Split:
+def build_cache(config: Config) -> CacheDir:
+    return open_cache(config.data.cache_dir, user_cache())
+
+
+def build_split(config: Config, tokenizer: Tokenizer, split: str) -> Split:
     data, train = config.data, split == "train"
     return Split(
         data.train if train else data.valid,

@@ -25,13 +25,12 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from data import remote_cache
 from data.split import Split
 from data.token_rows import TokenRows
 from data.tokenizer import Tokenizer
 from main import quiet
 from modes import cli
-from modes.build import build_data, build_tokenizer
+from modes.build import build_cache, build_data, build_split, build_tokenizer
 from settings import Config
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
@@ -130,7 +129,7 @@ class Documents:
 
     def read(self, split: Split, cache: Path, most: int) -> None:
         """Until `most` tokens are read."""
-        pieces, length = split.pieces(cache), 0
+        (_, pieces), length = split.open(cache), 0
         while self.tokens < most and (some := list(itertools.islice(pieces, PIECES_AT_ONCE))):
             for piece, ids in zip(some, split.encode([p.text for p in some]), strict=True):
                 self.tokens += len(ids)
@@ -180,18 +179,9 @@ def batches(config: Config, tokenizer: Tokenizer, split: str) -> tuple[object, I
 
 
 def whole_documents(config: Config, tokenizer: Tokenizer, options) -> Documents:
-    data = config.data
-    split = Split(
-        getattr(data, options.split),
-        options.split,
-        tokenizer=tokenizer,
-        length=config.model.length,
-        revision=getattr(data, f"{options.split}_revision"),
-        text_column=data.text_column,
-        source=data.source,
-    )
     documents = Documents()
-    documents.read(split, remote_cache.local(data.cache_dir), options.tokens)
+    split = build_split(config, tokenizer, options.split)
+    documents.read(split, build_cache(config).folder, options.tokens)
     return documents
 
 

@@ -22,8 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import settings
-from data import corpora, detokenizers, remote_cache, tokenizer, vocabularies
-from utils import say
+from data import corpora, detokenizers, tokenizer, vocabularies
+from data.remote_cache import open_cache
+from settings.defaults import user_cache
+from utils import atomic_folder, say
 
 SAMPLE_CHARACTERS = 1 << 20  # of the beginning of the text; compression is measured on them
 SECONDS_BETWEEN_REPORTS = 10
@@ -34,7 +36,7 @@ LEAST = vocabularies.BYTES + 1  # with <|endoftext|>
 
 def texts(names: list[str], data: settings.Config, done: Callable[[float], None]) -> Iterator[str]:
     """The training text of all corpora, in pieces, detokenized as for training."""
-    cache = remote_cache.local(data.cache_dir)
+    cache = open_cache(data.cache_dir, user_cache()).folder
     for number, name in enumerate(names):
         entry = corpora.get_corpus(name, "train", source=data.source)
         column = data.text_column or entry.column
@@ -90,7 +92,8 @@ def train(arguments: argparse.Namespace, data: settings.Config, out: Path) -> to
     if not reading.characters:
         raise ValueError("there is no text to train on: every document is empty")
     made = tokenizer.wrap(hf, str(out))
-    vocabularies.save_atomically(hf, out)
+    with atomic_folder(out) as new:
+        hf.save_pretrained(str(new))
     size, tokens = len(reading.sample.encode()), len(made.encode(reading.sample))
     say(f"{reading.characters:,} characters read -> {out}")
     if arguments.characters:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, load_json
 from hub_tools import in_memory
+from made_up_split import rows_of_ids
 
 from data import corpora, detokenizers, hub_tables, packing, preparation, readers, shards
 from data.packing import RowFormat
@@ -264,24 +265,14 @@ def test_a_damaged_folder_is_refused(prepare, tmp_path):
 
 
 def test_ids_that_do_not_fit_the_vocabulary_are_refused(tmp_path):
-    about = {"corpus": "x", "split": "train"}
     with pytest.raises(ValueError, match=r"gave the id 9, but its vocabulary has 9 ids"):
-        prepare_ids(tmp_path / "new", [9] * 20, 9, about)
-    assert list(tmp_path.iterdir()) == []
-
-
-def prepare_ids(folder, ids, vocab_size, about):
-    """The rows of one document whose ids are given."""
-    pieces = [readers.Piece("", True, 1.0)]
-    return preparation.prepare(
-        folder, lambda: pieces, lambda _: [ids], row_format(), vocab_size, about
-    )
+        rows_of_ids([9] * 20, row_format(), 9, tmp_path)
+    assert list((tmp_path / "rows").iterdir()) == []
 
 
 def test_large_vocabularies_keep_their_ids(tmp_path):
-    about = {"corpus": "x", "split": "train", "shape": {"length": 6}}
     ids = [70_000, 1, 2, 3, 4, 5]
-    made = prepare_ids(tmp_path / "new", ids, 80_000, about)
+    made = rows_of_ids(ids, row_format(), 80_000, tmp_path)
     assert made.read([0])[0].tolist() == [ids]
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import load_json
 from lightning import LightningModule, Trainer
+from made_up_split import rows_of_ids
 
-from data import packing, preparation, readers
 from data.order import ExampleIndex, ShuffledStream, TrainBatches, ValidBatches
+from data.packing import RowFormat
 from dataloader import DataModule, Examples
 
 LENGTH = 6
@@ -19,14 +20,9 @@ LENGTH = 6
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """29 rows; row r holds 10 r, 10 r + 1 ..."""
-    shape = packing.RowFormat(
-        LENGTH, True, insert_eos=False, insert_special=False, bos=1, eos=2, pad=0
-    )
+    how = RowFormat(LENGTH, True, insert_eos=False, insert_special=False, bos=1, eos=2, pad=0)
     ids = [10 * row + column for row in range(29) for column in range(LENGTH)]
-    about = {"corpus": "numbers", "split": "train", "shape": vars(shape)}
-    folder = tmp_path_factory.mktemp("rows") / "numbers"
-    pieces = [readers.Piece("", True, 1.0)]
-    return preparation.prepare(folder, lambda: pieces, lambda _: [ids], shape, 300, about)
+    return rows_of_ids(ids, how, 300, tmp_path_factory.mktemp("cache"))
 
 
 def module(prepared, **settings):

@@ -1,10 +1,11 @@
 """Preparation as a step of its own: parts, processes, kills, two at once, copies behind a URL."""
 
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from made_up_split import MadeUpSplit
 from processes import in_fresh_process, s3_server
 from runs import run, tiny
 
-from data import packing, preparation, remote_cache, shards
+from data import packing, preparation, remote_cache, shards, token_rows
 from data.packing import RowFormat
 from data.readers import Piece
+from data.remote_cache import CacheDir
 from data.tokenizer import get_tokenizer
 from dataloader import get_rows
 
@@ -58,17 +61,23 @@ def row_format(**changes):
     return RowFormat(**(settings | changes), bos=1, eos=2, pad=0)
 
 
-def prepare(folder, tokenizer, *, count=400, how=None, encode=None, read=None, **options):
-    how = how or row_format()
-    return preparation.prepare(
-        folder,
+@pytest.fixture
+def rows(tmp_path):
+    """Where prepared folders lie in a cache."""
+    return tmp_path / "rows"
+
+
+def prepare(folder, tokenizer, *, count=400, how=None, encode=None, read=None, processes=1):
+    split = MadeUpSplit(
         read or (lambda: pieces(count)),
         encode or tokenizer.encode_batch,
-        how,
+        how or row_format(),
         tokenizer.vocab_size,
-        {"corpus": "x", "split": "train", "shape": vars(how)},
-        **options,
+        folder_name=folder.name,
     )
+    made = preparation.prepare(split, CacheDir(folder.parents[1]), processes)
+    assert made.folder == folder
+    return made
 
 
 def content(folder):
@@ -104,7 +113,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_rows_are_those_of_one_pass_for_any_number_of_processes(changes, tokenizer, tmp_path):
+def test_rows_are_those_of_one_pass_for_any_number_of_processes(changes, tokenizer, rows):
     """Against the whole text tokenized and packed at once."""
     how = row_format(**changes)
     given = list(pieces(400))
@@ -114,7 +123,7 @@ def test_rows_are_those_of_one_pass_for_any_number_of_processes(changes, tokeniz
         strict=True,
     )
     chunks = list(packing.packed(documents, how))
-    made = {n: prepare(tmp_path / str(n), tokenizer, how=how, processes=n) for n in (0, 1, 2, 5)}
+    made = {n: prepare(rows / str(n), tokenizer, how=how, processes=n) for n in (0, 1, 2, 5)}
     np.testing.assert_array_equal(made[1].ids, np.concatenate([chunk.ids for chunk in chunks]))
     np.testing.assert_array_equal(
         made[1].counts, np.concatenate([chunk.counts for chunk in chunks])
@@ -128,30 +137,30 @@ def texts_of():
     return [piece.text for piece in pieces(400)]
 
 
-def test_several_processes_tokenize(tokenizer, tmp_path):
+def test_several_processes_tokenize(tokenizer, tmp_path, rows):
     def encode(batch):
         (tmp_path / str(os.getpid())).touch()
         return tokenizer.encode_batch(batch)
 
-    prepare(tmp_path / "rows", tokenizer, encode=encode, processes=3)
+    prepare(rows / "rows", tokenizer, encode=encode, processes=3)
     seen = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
     assert len(seen) > 1
     assert str(os.getpid()) not in seen
 
 
-def test_a_text_of_one_part_needs_no_process(tokenizer, tmp_path):
+def test_a_text_of_one_part_needs_no_process(tokenizer, rows):
     seen = []
 
     def encode(batch):
         seen.append(os.getpid())
         return tokenizer.encode_batch(batch)
 
-    prepare(tmp_path / "rows", tokenizer, count=20, encode=encode, processes=4)
+    prepare(rows / "rows", tokenizer, count=20, encode=encode, processes=4)
     assert seen == [os.getpid()]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_few_parts_are_read_ahead(processes, tokenizer, tmp_path):
+def test_few_parts_are_read_ahead(processes, tokenizer, rows):
     """Memory does not grow with the corpus: reading waits for what is under way."""
     read = furthest = 0
 
@@ -159,11 +168,11 @@ def test_few_parts_are_read_ahead(processes, tokenizer, tmp_path):
         nonlocal read, furthest
         for piece in pieces(3000):
             read += len(piece.text)
-            parts = sum(1 for _ in tmp_path.glob("rows.tmp/*.npz"))
+            parts = sum(1 for _ in rows.glob("rows.tmp/*.npz"))
             furthest = max(furthest, read // shards.SHARD_CHARACTERS - parts)
             yield piece
 
-    prepare(tmp_path / "rows", tokenizer, read=counted, processes=processes)
+    prepare(rows / "rows", tokenizer, read=counted, processes=processes)
     assert read // shards.SHARD_CHARACTERS > 50
     assert furthest <= 2 * processes + 2
 
@@ -171,11 +180,45 @@ def test_few_parts_are_read_ahead(processes, tokenizer, tmp_path):
 # Interruptions
 
 
-def test_killed_ten_times_at_random_moments_the_result_is_the_same(tokenizer, tmp_path):
+MOMENTS = {  # what the process that prepares is about to call for the n-th time
+    "in the middle of the text": (shards, "tokenize", 9),
+    "rows to be written": (token_rows, "save", 1),
+    "about.json to be written": (preparation, "atomic_file", 1),
+    "the folder has its name": (shutil, "rmtree", 1),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "number"), MOMENTS.values(), ids=MOMENTS)
+def test_after_a_kill_the_result_is_the_same_and_nothing_is_left(
+    module, name, number, tokenizer, rows
+):
+    whole, folder = prepare(rows / "whole", tokenizer), rows / "killed"
+
+    def killed():
+        original, calls = getattr(module, name), itertools.count(1)
+
+        def call(*arguments, **options):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(module, name, call)  # in this process, which ends
+        prepare(folder, tokenizer)
+
+    assert ended(forked(killed)) == -signal.SIGKILL
+    assert preparation.work_folder(folder).is_dir()
+    assert folder.exists() == (name == "rmtree")
+    assert content(prepare(folder, tokenizer).folder) == content(whole.folder)
+    left = {path.name for path in rows.iterdir()}
+    assert left == {"whole", "whole.lock", "killed", "killed.lock"}
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments_the_result_is_the_same(tokenizer, rows):
     began = time.monotonic()
-    whole = content(prepare(tmp_path / "whole", tokenizer, count=2500, processes=2).folder)
+    whole = content(prepare(rows / "whole", tokenizer, count=2500, processes=2).folder)
     seconds = time.monotonic() - began
-    folder, pick, unfinished = tmp_path / "killed", random.Random(5), 0
+    folder, pick = rows / "killed", random.Random(5)
     for _ in range(10):
         child = forked(lambda: prepare(folder, tokenizer, count=2500, processes=2))
         time.sleep(pick.uniform(0, 0.6 * seconds))
@@ -183,16 +226,13 @@ def test_killed_ten_times_at_random_moments_the_result_is_the_same(tokenizer, tm
         os.waitpid(child, 0)
         if folder.exists():
             assert content(folder) == whole
-            subprocess.run(["rm", "-r", folder], check=True)
-        else:
-            unfinished += 1
-    assert unfinished >= 3
+            shutil.rmtree(folder)
     assert content(prepare(folder, tokenizer, count=2500, processes=2).folder) == whole
-    left = {path.name for path in tmp_path.iterdir()}
+    left = {path.name for path in rows.iterdir()}
     assert left == {"whole", "whole.lock", "killed", "killed.lock"}
 
 
-def test_what_was_finished_is_not_tokenized_again(tokenizer, tmp_path):
+def test_what_was_finished_is_not_tokenized_again(tokenizer, rows):
     seen = []
 
     def encode(batch):
@@ -201,46 +241,46 @@ def test_what_was_finished_is_not_tokenized_again(tokenizer, tmp_path):
 
     options = {"encode": encode, "processes": 1}
     with pytest.raises(OSError, match="connection lost"):
-        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300), **options)
+        prepare(rows / "rows", tokenizer, read=lambda: lost(300), **options)
     before = len(seen)
     assert before > 100
-    assert not (tmp_path / "rows").exists()
-    made = prepare(tmp_path / "rows", tokenizer, **options)
+    assert not (rows / "rows").exists()
+    made = prepare(rows / "rows", tokenizer, **options)
     assert sorted(seen) == sorted(texts_of())
-    whole = prepare(tmp_path / "whole", tokenizer)
+    whole = prepare(rows / "whole", tokenizer)
     assert content(made.folder) == content(whole.folder)
     assert made.about["tokens"] == whole.about["tokens"]
 
 
-def test_a_torn_part_and_parts_cut_otherwise_are_not_taken(tokenizer, tmp_path, monkeypatch):
-    whole = prepare(tmp_path / "whole", tokenizer)
-    work = preparation.work_folder(tmp_path / "rows")
+def test_a_torn_part_and_parts_cut_otherwise_are_not_taken(tokenizer, rows, monkeypatch):
+    whole = prepare(rows / "whole", tokenizer)
+    work = preparation.work_folder(rows / "rows")
 
     with pytest.raises(OSError, match="connection lost"):
-        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300))
+        prepare(rows / "rows", tokenizer, read=lambda: lost(300))
     (work / "000001.npz").rename(work / "000001.part")
-    made = prepare(tmp_path / "rows", tokenizer)
+    made = prepare(rows / "rows", tokenizer)
     assert content(made.folder) == content(whole.folder)
 
     with pytest.raises(OSError, match="connection lost"):
-        prepare(tmp_path / "other", tokenizer, read=lambda: lost(300))
+        prepare(rows / "other", tokenizer, read=lambda: lost(300))
     monkeypatch.setattr(shards, "SHARD_CHARACTERS", 1 << 11)
-    made = prepare(tmp_path / "other", tokenizer)
+    made = prepare(rows / "other", tokenizer)
     assert content(made.folder) == content(whole.folder)
 
 
-def test_a_damaged_part_is_made_again(tokenizer, tmp_path):
-    whole = prepare(tmp_path / "whole", tokenizer)
+def test_a_damaged_part_is_made_again(tokenizer, rows):
+    whole = prepare(rows / "whole", tokenizer)
     with pytest.raises(OSError, match="connection lost"):
-        prepare(tmp_path / "rows", tokenizer, read=lambda: lost(300))
-    files = sorted(preparation.work_folder(tmp_path / "rows").glob("*.npz"))
+        prepare(rows / "rows", tokenizer, read=lambda: lost(300))
+    files = sorted(preparation.work_folder(rows / "rows").glob("*.npz"))
     assert len(files) > 3
     files[0].write_bytes(files[0].read_bytes()[:100])
     files[1].write_bytes(b"")
     damaged = bytearray(files[2].read_bytes())
     damaged[200] ^= 1
     files[2].write_bytes(damaged)
-    assert content(prepare(tmp_path / "rows", tokenizer).folder) == content(whole.folder)
+    assert content(prepare(rows / "rows", tokenizer).folder) == content(whole.folder)
 
 
 def lost(at):
@@ -248,14 +288,14 @@ def lost(at):
     raise OSError("connection lost")
 
 
-def test_a_process_that_is_ended_from_outside_is_one_message(tokenizer, tmp_path):
+def test_a_process_that_is_ended_from_outside_is_one_message(tokenizer, rows):
     def encode(batch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(OSError, match="ended from outside, perhaps for want of memory"):
-        prepare(tmp_path / "rows", tokenizer, encode=encode, processes=2)
-    assert not (tmp_path / "rows").exists()
-    prepare(tmp_path / "rows", tokenizer)
+        prepare(rows / "rows", tokenizer, encode=encode, processes=2)
+    assert not (rows / "rows").exists()
+    prepare(rows / "rows", tokenizer)
 
 
 def test_a_process_that_ended_before_a_part_was_handed_over_is_the_same_message(tmp_path):
@@ -273,12 +313,12 @@ def test_a_process_that_ended_before_a_part_was_handed_over_is_the_same_message(
         hand_over()
 
 
-def test_processes_end_with_the_one_they_work_for(tokenizer, tmp_path):
+def test_processes_end_with_the_one_they_work_for(tokenizer, tmp_path, rows):
     def encode(batch):
         (tmp_path / f"pid-{os.getpid()}").touch()
         return tokenizer.encode_batch(batch)
 
-    work = partial(prepare, tmp_path / "rows", tokenizer, encode=encode, count=20_000, processes=2)
+    work = partial(prepare, rows / "rows", tokenizer, encode=encode, count=20_000, processes=2)
     child = forked(work)
     while len(pids := list(tmp_path.glob("pid-*"))) < 2:
         time.sleep(0.01)
@@ -288,15 +328,15 @@ def test_processes_end_with_the_one_they_work_for(tokenizer, tmp_path):
     while any(Path(f"/proc/{path.name[4:]}").exists() for path in pids):
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert not (tmp_path / "rows").exists()
+    assert not (rows / "rows").exists()
 
 
-def test_of_three_processes_one_prepares_and_the_others_wait(tokenizer, tmp_path):
+def test_of_three_processes_one_prepares_and_the_others_wait(tokenizer, tmp_path, rows):
     def encode(batch):
         (tmp_path / f"tokenized-{os.getpid()}").touch()
         return tokenizer.encode_batch(batch)
 
-    work = partial(prepare, tmp_path / "rows", tokenizer, encode=encode, count=3000)
+    work = partial(prepare, rows / "rows", tokenizer, encode=encode, count=3000)
     assert [ended(child) for child in [forked(work) for _ in range(3)]] == [0, 0, 0]
     assert len(list(tmp_path.glob("tokenized-*"))) == 1
 
@@ -323,30 +363,30 @@ def test_a_bad_line_in_the_middle_leaves_nothing(tokenizer, tmp_path):
         assert list((cache / "rows").iterdir()) == []
 
 
-def test_an_error_in_a_process_is_the_callers(tokenizer, tmp_path):
+def test_an_error_in_a_process_is_the_callers(tokenizer, rows):
     def encode(batch):
         return [[tokenizer.vocab_size] for _ in batch]
 
     with pytest.raises(ValueError, match=rf"gave the id {tokenizer.vocab_size}, but"):
-        prepare(tmp_path / "rows", tokenizer, encode=encode, processes=2)
-    assert list(tmp_path.iterdir()) == []
+        prepare(rows / "rows", tokenizer, encode=encode, processes=2)
+    assert list(rows.iterdir()) == []
 
 
-def test_a_text_without_tokens_is_refused(tokenizer, tmp_path):
+def test_a_text_without_tokens_is_refused(tokenizer, rows):
     with pytest.raises(ValueError, match=r"0 tokens in 3 documents: not one row of model.length=9"):
         prepare(
-            tmp_path / "rows",
+            rows / "rows",
             tokenizer,
             read=lambda: [Piece("", True, 1.0)] * 3,
             how=row_format(length=9, insert_eos=False),
         )
-    assert list(tmp_path.iterdir()) == []
+    assert list(rows.iterdir()) == []
 
 
-def test_rows_of_empty_documents_are_refused(tokenizer, tmp_path):
+def test_rows_of_empty_documents_are_refused(tokenizer, rows):
     with pytest.raises(ValueError, match="has 0 tokens in 300 documents"):
-        prepare(tmp_path / "rows", tokenizer, read=lambda: [Piece("", True, 1.0)] * 300)
-    assert list(tmp_path.iterdir()) == []
+        prepare(rows / "rows", tokenizer, read=lambda: [Piece("", True, 1.0)] * 300)
+    assert list(rows.iterdir()) == []
 
 
 # Behind a URL

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from hub_tools import put_table, stand_in
+from made_up_split import MadeUpSplit
 from runs import Run, finish, ranks, run, tiny
 from test_hub_corpora import LAYOUTS, card, write_card
 
@@ -18,9 +19,9 @@ from data.order import InOrder, TrainBatches
 from data.packing import RowFormat
 from data.readers import Piece
 from data.split import Split
-from data.streaming import Stream, StreamedText, TextError, UnitStart
+from data.streaming import Stream, StreamedText, TextError, UnitStart, streamed
 from data.tokenizer import get_tokenizer
-from dataloader import DataModule, get_rows, streamed
+from dataloader import DataModule, get_rows
 
 SEED, VOCABULARY = 3, 0x8000
 
@@ -53,7 +54,11 @@ def write(part, documents, longest=60):
 
 def text(parts=4, documents=200, **changes):
     readers = [lambda part=part: write(part, documents) for part in range(parts)]
-    return StreamedText(readers, encode, row_format(**changes), VOCABULARY, {"corpus": "letters"})
+    return streamed_text(readers, row_format(**changes))
+
+
+def streamed_text(readers, how=None, encode=encode, vocab_size=VOCABULARY):
+    return StreamedText(MadeUpSplit(None, encode, how or row_format(), vocab_size), readers)
 
 
 def read(stream, first, last):
@@ -82,7 +87,7 @@ def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch)
     ends with a padded row, so there the tokens are the same."""
     monkeypatch.setattr(streaming, "LANES", 1)
     how = row_format(**changes)
-    given = StreamedText([lambda: write(0, 200)], encode, how, VOCABULARY, {})
+    given = streamed_text([lambda: write(0, 200)], how)
     documents = [(encode([piece.text])[0], piece.ends) for piece in write(0, 200)]
     prepared = np.concatenate([chunk.ids for chunk in packing.packed(documents, how)])
     found = in_order(Stream(given, SEED, lanes=[0]), epochs=2)
@@ -133,7 +138,7 @@ def test_no_lane_gets_more_text_than_others_in_the_long_run():
         return [[ord(text[0])] * (len(text) * (3 if text[0] == "a" else 1)) for text in texts]
 
     units = [Piece(letter * 300, True, 0.0) for letter in "ab" * (streaming.LANES // 2)]
-    stream = Stream(StreamedText([lambda: units], dense, row_format(), VOCABULARY, {}), SEED)
+    stream = Stream(streamed_text([lambda: units], encode=dense), SEED)
     stream.read(range(streaming.LANES * 75 * 40))  # 75 rows a unit, the mean: 40 epochs
     assert max(len(lane.waiting) for lane in stream.lanes.values()) < 30
 
@@ -179,7 +184,7 @@ def test_a_device_tokenizes_its_lanes_only():
         return encode(texts)
 
     given = text()
-    given = StreamedText(given.parts, counting, given.row_format, VOCABULARY, given.about)
+    given = streamed_text(given.parts, encode=counting)
     work = []
     for world_size in (1, 4):
         tokenized.clear()
@@ -302,7 +307,7 @@ def test_going_on_reads_little():
         return encode(texts)
 
     readers = [lambda number=number: part(number) for number in range(30)]
-    given = StreamedText(readers, counting, row_format(), VOCABULARY, {})
+    given = streamed_text(readers, encode=counting)
     stream = Stream(given, SEED)
     stream.read(range(10_000))
     marks = stream.bookmarks()
@@ -339,7 +344,7 @@ def test_bookmarks_of_another_text_are_not_used(caplog):
 
 def test_a_text_of_less_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"has 2 tokens: not one row of model.length=8"):
-        StreamedText([lambda: [Piece("ab", True, 1.0)]], encode, row_format(), VOCABULARY, {})
+        streamed_text([lambda: [Piece("ab", True, 1.0)]])
 
 
 def test_windows_of_prepared_rows_are_refused(tmp_path):
@@ -361,7 +366,7 @@ def test_a_text_that_breaks_off_is_one_error(workers):
         yield from write(0, 1000)
         raise ValueError("data: a.jsonl, line 1001 is not JSON")
 
-    given = StreamedText([broken], encode, row_format(), VOCABULARY, {})
+    given = streamed_text([broken])
     data = module(given, num_workers=workers)
     with pytest.raises(TextError, match="line 1001 is not JSON"):
         [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
@@ -369,7 +374,7 @@ def test_a_text_that_breaks_off_is_one_error(workers):
 
 def test_ids_that_do_not_fit_are_one_error():
     given = text()
-    given = StreamedText(given.parts, encode, given.row_format, 0x1100, given.about)
+    given = streamed_text(given.parts, vocab_size=0x1100)
     with pytest.raises(TextError, match=r"gave the id \d+, but its vocabulary has 4352 ids"):
         read(Stream(given, SEED), 0, 200)
 
