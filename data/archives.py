@@ -178,6 +178,7 @@ def fetched(url: str, folder: Path) -> Path:
     target = folder / url.rpartition("/")[2]
     if target.is_file():
         return target
+    folder.mkdir(parents=True, exist_ok=True)
     log.info("downloading %s to %s", url, target)
     try:
         with urllib.request.urlopen(url, timeout=10) as response, atomic_file(target, "wb") as file:

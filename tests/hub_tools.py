@@ -1,9 +1,12 @@
 """Repositories of data sets for the stand-in hub, and clients that ask it."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hub_server import serving
 
+from data import corpora
 from data.readers import Piece
 from data.tables import Part
 
@@ -14,6 +17,16 @@ def put_table(root, repo, revision, name, columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
+
+
+def hold_out(monkeypatch, documents):
+    """Make so many of OpenWebText's last documents its validation split."""
+    rows = {
+        "openwebtext-train": {"train": f"train[:-{documents}]"},
+        "openwebtext-valid": {"valid": f"train[-{documents}:]"},
+    }
+    for name, split in rows.items():
+        monkeypatch.setitem(corpora.CORPORA, name, replace(corpora.CORPORA[name], **split))
 
 
 def in_memory(columns):

@@ -182,7 +182,7 @@ def test_lightning_is_imported_only_where_training_is_driven():
 
 
 def test_samplers_and_objectives_know_no_configuration():
-    for name in ("objectives", "samplers", "models", "noise_schedule", "evaluation"):
+    for name in ("data", "objectives", "samplers", "models", "noise_schedule", "evaluation"):
         assert not IMPORTS[name] & {"settings", "hydra", "omegaconf"}
     for name in ("objectives", "samplers", "noise_schedule"):
         assert not IMPORTS[name] & {"data", "transformers"}

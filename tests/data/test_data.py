@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN, load_json
-from hub_tools import in_memory
+from hub_tools import hold_out, in_memory
 from made_up_split import rows_of_ids
 
-from data import corpora, detokenizers, hub_tables, packing, preparation, readers, shards
+from data import detokenizers, hub_tables, packing, preparation, readers, shards
 from data.packing import RowFormat
 from data.tokenizer import get_tokenizer
 from dataloader import get_rows
@@ -85,7 +85,7 @@ def test_prepared_rows_are_those_recorded(name, prepare, monkeypatch, tmp_path):
         return [in_memory(columns)]
 
     monkeypatch.setattr(hub_tables, "parts", parts)
-    monkeypatch.setattr(corpora, "HELD_OUT", 1)
+    hold_out(monkeypatch, 1)
     if corpus == "mydata":
         corpus = str(tmp_path / "mydata.jsonl")
         lines = (json.dumps({"text": text}) for text in case["columns"]["text"])

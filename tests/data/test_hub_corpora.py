@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 from conftest import GOLDEN
-from hub_tools import put_table, stand_in, texts
+from hub_tools import hold_out, put_table, stand_in, texts
 from huggingface_hub import constants
 
 import settings
@@ -226,7 +226,7 @@ def openwebtext(hub):
 def test_the_end_of_openwebtext_is_read_without_the_rest(
     held_out, files, footers, hub, openwebtext, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpora, "HELD_OUT", held_out)
+    hold_out(monkeypatch, held_out)
     valid = read("openwebtext-valid", "valid", tmp_path / "cache")
     assert valid == openwebtext[-held_out:]
     assert hub.files() >= {f"train-0000{i}-of-00005.parquet" for i in files}
@@ -252,7 +252,7 @@ def test_footers_of_openwebtext_cost_kilobytes(hub, openwebtext, tmp_path):
 def test_more_held_out_than_there_is_leaves_no_training_text(
     hub, openwebtext, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpora, "HELD_OUT", 1000)
+    hold_out(monkeypatch, 1000)
     assert read("openwebtext-valid", "valid", tmp_path) == openwebtext
     assert read("openwebtext-train", "train", tmp_path) == []
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import GOLDEN
-from hub_tools import put_table, stand_in, texts
+from hub_tools import hold_out, put_table, stand_in, texts
 
 from data import corpora
 from data.tokenizer import get_tokenizer
@@ -266,7 +266,7 @@ def test_a_folder_may_hold_a_folder_for_each_corpus(tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "saved"])
 @pytest.mark.parametrize("held_out", [2, 3, 5])
 def test_openwebtext_is_cut_as_on_the_hub(kind, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "HELD_OUT", held_out)
+    hold_out(monkeypatch, held_out)
     whole = [f"page {i}" for i in range(9)]
     source = tmp_path / "copy"
     if kind == "saved":
