@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set-up if it is missing, style, tests. `--slow` adds the minutes-long tests, `--gpu` runs those that need a CUDA device;
-# everything else goes to pytest: bash scripts/test.sh tests/test_data.py -x
+# everything else goes to pytest: bash scripts/test.sh tests/data/test_data.py -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 import main
+from modes import ppl_eval, sample_eval, train
 from training.signals import HEARD
 
 WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love", "war", "time")
 TIMEOUT = 120.0
+LOADED = (train, ppl_eval, sample_eval)  # main imports one when it is asked: a fork has it already
 
 
 def write_text(path, count, seed):
@@ -74,13 +76,21 @@ def take_terminal(screen: int) -> None:
 
 
 class Run:
-    """One process. `before` is called in it ahead of main; `environment` is added to its own.
+    """One process. `before` is called in it ahead of `program`; `environment` is added to its own.
 
     Without a log it runs in a terminal, of which `screen` is the other side.
     """
 
-    def __init__(self, arguments, log: Path | None, *, before=None, environment=None):
-        self.log = log
+    def __init__(
+        self,
+        arguments,
+        log: Path | None,
+        *,
+        program=main.main,
+        before=None,
+        environment=None,
+    ):
+        self.log, self.program = log, program
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid, self.screen = pty.fork() if log is None else (os.fork(), None)
@@ -102,7 +112,7 @@ class Run:
             torch.set_num_threads(1)
             if before is not None:
                 before()
-            status = main.main(arguments)
+            status = self.program(arguments)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
         except BaseException:

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,21 +12,34 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import write_text
+from runs import Run, write_text
+
+import main
 
 ROOT = Path(__file__).parents[2]
 STEPS, LENGTH = 12, 16
 HEADINGS = ["== train", "== evaluate", "== write texts", "== report"]
+# In place of Python: hands its words to the test, and ends as the test says
+STAND_IN = """#!/bin/bash
+[[ $1 == -c ]] && exit
+printf '%s\\n' "${*@Q}" >asked
+read -r status <answer
+exit "$status"
+"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A copy of the project's files, as the script writes to outputs/ beside itself."""
+    """A folder with the two shell scripts, as they work beside themselves, and a stand-in Python:
+    what it is to run is forked from this process, which has imported all of it."""
     folder = tmp_path_factory.mktemp("clone")
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    for name in ("config", "configs", "models", "objectives", "samplers", "scripts"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("quickstart.sh", "setup.sh"):
+        (folder / "scripts").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "scripts" / name, folder / "scripts")
+    (folder / "python").write_text(STAND_IN)
+    (folder / "python").chmod(0o755)
+    for name in ("asked", "answer"):
+        os.mkfifo(folder / name)
     write_text(folder / "train.txt", 2000, 1)
     write_text(folder / "valid.txt", 60, 2)
     return folder
@@ -45,34 +59,63 @@ def tiny(folder) -> list[str]:
     ]
 
 
-def start(folder) -> subprocess.Popen:
-    """A process group of its own, so that it can be killed as a whole."""
-    return subprocess.Popen(
-        ["bash", folder / "scripts/quickstart.sh", *tiny(folder)],
-        env={
-            **os.environ,
-            "BAMDLM_PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def report(arguments) -> int:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import quickstart_report
+
+    return quickstart_report.main(arguments)
+
+
+PROGRAMS = {"main.py": main.main, "scripts/quickstart_report.py": report}
+
+
+class Quickstart:
+    """The script as a process, in a group of its own so that it can be killed as a whole."""
+
+    def __init__(self, folder):
+        self.folder, self.log = folder, folder / "log"
+        self.log.write_text("")
+        with self.log.open("a") as log:
+            self.script = subprocess.Popen(
+                ["bash", folder / "scripts/quickstart.sh", *tiny(folder)],
+                env=os.environ | {"BAMDLM_PYTHON": str(folder / "python")},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def next_program(self) -> Run:
+        program, *arguments = shlex.split((self.folder / "asked").read_text())
+        return Run(
+            arguments,
+            self.log,
+            program=PROGRAMS[program],
+            before=lambda: os.chdir(self.folder),
+            environment={"CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    def kill(self) -> None:
+        if self.script.poll() is None:
+            os.killpg(self.script.pid, signal.SIGKILL)
+        self.script.wait()
 
 
 def finished(folder) -> str:
     """The output. 12 steps do not beat the unigram model, and the script says so: exit code 1."""
-    process = start(folder)
+    quickstart = Quickstart(folder)
     try:
-        out, _ = process.communicate(timeout=900)
+        for _ in HEADINGS:
+            status = quickstart.next_program().wait()
+            (folder / "answer").write_text(f"{status}\n")
+            if status:
+                break
+        code = quickstart.script.wait(60)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        quickstart.kill()
+    out = quickstart.log.read_text()
     assert "Traceback" not in out
-    assert process.returncode == 1, out
+    assert code == 1, out
     assert "NOT below half of it" in out
     assert [line for line in out.splitlines() if line.startswith("==")] == [
         next(line for line in out.splitlines() if line.startswith(h)) for h in HEADINGS
@@ -81,19 +124,20 @@ def finished(folder) -> str:
 
 
 def killed_in_training(folder) -> None:
-    process = start(folder)
+    quickstart = Quickstart(folder)
     try:
+        training = quickstart.next_program()
         first = folder / "outputs/quickstart/checkpoints/step=2.ckpt"
         end = time.monotonic() + 300
         while not first.exists():
-            assert process.poll() is None, process.communicate()[0]
+            assert training.poll() is None, training.text()
             assert time.monotonic() < end
             time.sleep(0.002)
+        training.send(signal.SIGKILL)
+        training.wait()
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    out, _ = process.communicate()
-    assert "== evaluate" not in out
+        quickstart.kill()
+    assert "== evaluate" not in quickstart.log.read_text()
 
 
 def test_killed_gone_on_with_and_run_again(place):
