@@ -5,7 +5,7 @@
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
 
 Ahead of each training its processes train alone, beside each other; that is what it is compared
-with. That devices train what one would, and that a run resumes, is tested by tests/test_gpus.py.
+with. tests/training/test_gpus.py tests that devices train what one would, and that a run resumes.
 """
 
 import argparse

@@ -12,12 +12,9 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu_network import autocast, await_turn, network, release, synchronise
 from benchmarks.gpu_table import step_speed
+from benchmarks.pair import INTERVAL, noise_of, objective_of
 from models.dit import _run_block
 from models.ema import EMA
-from noise_schedule import get_schedule
-from objectives.autoregressive import Autoregressive
-from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import draw_example_noise
 from objectives.graphs import GraphedLoss
 from training.flops import NetworkShape, flops, matmul_peak
 from utils import first_line
@@ -158,25 +155,15 @@ def stepper(kind: Kind, args, n_blocks: int | None = None):
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     ema = EMA(net.named_parameters(), 0.9999)
     mask_id, size = args.vocab - 1, kind.size or args.length
-    if kind.algo == "ar":
-        objective = Autoregressive(mask_id)
-    else:
-        objective = MaskedDiffusion(mask_id, size, get_schedule("loglinear"))
+    objective = objective_of(kind.algo, mask_id, size)
 
     def loss_inputs(step: int, batch: int):
         x0 = torch.randint(mask_id, (batch, args.length))
         ones = torch.ones_like(x0)
         if kind.algo == "ar":
             return objective.loss_inputs(x0, ones, training=True)
-        noise = draw_example_noise(
-            1,
-            torch.arange(batch) + step * batch,
-            global_batch=batch,
-            length=args.length,
-            block_size=size,
-            antithetic=True,
-        )
-        return objective.loss_inputs(x0, ones, noise, interval=(1e-3, 1.0), training=True)
+        noise = noise_of(step, batch, args.length, size)
+        return objective.loss_inputs(x0, ones, noise, interval=INTERVAL, training=True)
 
     def loss(backbone, asked):
         return objective.compute_loss(backbone, asked).mean

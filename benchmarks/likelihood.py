@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 SPEED = {"bamdlm": 3.5}  # at least
 SAME = 1e-4  # of the perplexity
 ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
-INTERVAL = (1e-3, 1.0)
 
 
 def main(argv=None) -> int:
@@ -73,7 +72,12 @@ def evaluate(algo: str, args) -> dict:
     """Tokens/s and perplexity of both, over the same batches."""
     import torch
 
-    ours, plain = ways(algo, args)
+    from benchmarks.pair import make_pair, network
+
+    net = network(algo, args).eval()
+    shape = (args.batches, args.batch, args.length)
+    ids = torch.randint(args.vocab - 1, shape, device=args.device)
+    pair = make_pair(algo, net, args.heads, ids, args.block, training=False)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
 
     def timed(way, index: int) -> tuple[float, float]:
@@ -85,10 +89,11 @@ def evaluate(algo: str, args) -> dict:
 
     def half(index: int):
         with torch.autocast(args.device, torch.bfloat16):
-            return ours(index)
+            return pair.ours(index)
 
-    ours(0), plain(0)
-    rounds = [(timed(ours, i), timed(plain, i), timed(half, i)) for i in range(args.batches)]
+    pair.ours(0), pair.plain(0)
+    ways = (pair.ours, pair.plain, half)
+    rounds = [[timed(way, i) for way in ways] for i in range(args.batches)]
     tokens = args.batch * args.length
     nll, plain_nll, half_nll = (statistics.fmean(r[way][0] for r in rounds) for way in range(3))
     return {
@@ -101,70 +106,6 @@ def evaluate(algo: str, args) -> dict:
         "gap": abs(math.expm1(nll - plain_nll)),
         "bf16_gap": abs(math.expm1(half_nll - plain_nll)),
     }
-
-
-def ways(algo: str, args):
-    """(ours, plain): functions of the batch's number, mean nats of its tokens."""
-    import plain_step
-    import torch
-
-    from models.dit import DiT
-    from noise_schedule import get_schedule
-    from objectives.autoregressive import Autoregressive
-    from objectives.block_diffusion import MaskedDiffusion
-    from objectives.corruption import draw_example_noise
-    from objectives.sedd import ScoreEntropy
-
-    torch.manual_seed(0)
-    device, mask_id, length = torch.device(args.device), args.vocab - 1, args.length
-    net = DiT(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        cond_dim=128,
-        n_blocks=args.blocks,
-        n_heads=args.heads,
-        dropout=0.0,
-        adaln=algo != "ar",
-    )
-    for name, parameter in net.named_parameters():
-        if name.startswith("output_layer") or "adaLN" in name:
-            parameter.add_(torch.randn(parameter.shape) * 0.02)
-    net = net.to(device).eval()
-    weights = dict(net.named_parameters())
-    ids = torch.randint(mask_id, (args.batches, args.batch, length), device=device)
-    ones = torch.ones(args.batch, length, device=device)
-    if algo == "ar":
-        objective = Autoregressive(mask_id)
-        return (
-            lambda i: objective.loss(net, ids[i], ones, training=False).mean,
-            lambda i: plain_step.next_token_loss(
-                weights, args.heads, ids[i], ones, mask_id=mask_id
-            ),
-        )
-    size = args.block if algo == "bamdlm" else length
-    schedule, extra = get_schedule("loglinear"), {"mask_id": mask_id}
-    if algo == "sedd":
-        objective, kind = ScoreEntropy(mask_id, schedule), plain_step.score_entropy_loss
-    else:
-        objective, kind = MaskedDiffusion(mask_id, size, schedule), plain_step.masked_loss
-        blocks = plain_step.block_diffusion_mask(length, size, device) if algo == "bamdlm" else None
-        extra |= {"block_size": size, "mask": blocks}
-    settings = {"length": length, "block_size": size, "antithetic": True}
-    rows = torch.arange(args.batch, device=device)
-
-    def noise(i: int):
-        return draw_example_noise(1, rows + i * args.batch, global_batch=args.batch, **settings)
-
-    def ours(i: int):
-        return objective.loss(net, ids[i], ones, noise(i), interval=INTERVAL, training=False).mean
-
-    loss_mask = objective.loss_mask(ones, training=False)
-    given = [objective.corrupt(ids[i], noise(i), INTERVAL) for i in range(args.batches)]
-
-    def plain(i: int):
-        return kind(weights, args.heads, ids[i], *given[i], loss_mask, **extra)
-
-    return ours, plain
 
 
 def misses(algorithms: dict):

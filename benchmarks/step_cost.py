@@ -15,11 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models.dit import DiT
-from noise_schedule import get_schedule
-from objectives.autoregressive import Autoregressive
-from objectives.block_diffusion import MaskedDiffusion
-from objectives.corruption import draw_example_noise
+from benchmarks.pair import make_pair, network
 
 
 def main() -> None:
@@ -32,11 +28,12 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
+    options.heads = options.hidden // 64
     steps = {
-        "ar": step(options, None),
-        "mdlm": step(options, options.length),
-        "bamdlm 16": step(options, 16),
-        "bamdlm 4": step(options, 4),
+        "ar": step(options, "ar"),
+        "mdlm": step(options, "mdlm"),
+        "bamdlm 16": step(options, "bamdlm", 16),
+        "bamdlm 4": step(options, "bamdlm", 4),
     }
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(options.rounds):
@@ -47,39 +44,18 @@ def main() -> None:
         print(f"{name:<12}{1000 * seconds:9.1f} ms a step   {ratio:5.2f} of mdlm")
 
 
-def step(options, block_size: int | None):
+def step(options, algo: str, block_size: int = 1):
     """A function that makes one step and returns its seconds."""
-    torch.manual_seed(0)
-    device = torch.device(options.device)
-    net = DiT(
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        cond_dim=128,
-        n_blocks=options.blocks,
-        n_heads=options.hidden // 64,
-        adaln=block_size is not None,
-    ).to(device)
-    x0 = torch.randint(options.vocab - 1, (options.batch, options.length), device=device)
-    mask, rows = torch.ones_like(x0), torch.arange(options.batch, device=device)
-
-    def loss():
-        if block_size is None:
-            return Autoregressive(options.vocab - 1).loss(net, x0, mask, training=True)
-        objective = MaskedDiffusion(options.vocab - 1, block_size, get_schedule("loglinear"))
-        noise = draw_example_noise(
-            1,
-            rows,
-            global_batch=options.batch,
-            length=options.length,
-            block_size=block_size,
-            antithetic=True,
-        )
-        return objective.loss(net, x0, mask, noise, interval=(1e-3, 1.0), training=True)
+    ids = torch.randint(
+        options.vocab - 1, (1, options.batch, options.length), device=options.device
+    )
+    net = network(algo, options)
+    pair = make_pair(algo, net, options.heads, ids, block_size, training=True)
 
     def run() -> float:
         started = time.perf_counter()
-        loss().mean.backward()
-        if device.type != "cpu":
+        pair.ours(0).backward()
+        if options.device != "cpu":
             torch.accelerator.synchronize()
         net.zero_grad()
         return time.perf_counter() - started

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 SPEED = {"bamdlm": 4.0, "mdlm": 3.0, "sedd": 2.5, "ar": 1.3}  # at least
 MEMORY = {"bamdlm": 0.4}  # at most
@@ -115,101 +115,18 @@ def parse(argv):
 # ---- the two steps ----------------------------------------------------------------------------
 
 
-@dataclass
-class Steps:
-    """Two ways to make one forward and backward pass over the same network and batch."""
-
-    net: object
-    ours: object  # step number -> loss; gradients are left in the parameters
-    plain: object
-    equal: object  # () -> both losses on the same x_t, as functions
-
-
-def make(case: Case, args) -> Steps:
-    import plain_step
+def make(case: Case, args):
+    """The Pair of a case."""
     import torch
 
-    from models.dit import DiT
-    from noise_schedule import get_schedule
-    from objectives.autoregressive import Autoregressive
-    from objectives.block_diffusion import MaskedDiffusion
-    from objectives.corruption import draw_example_noise
-    from objectives.sedd import ScoreEntropy
+    from benchmarks.pair import make_pair, network
 
-    torch.manual_seed(0)
-    device, mask_id, length = torch.device(args.device), args.vocab - 1, case.length
-    net = DiT(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        cond_dim=128,
-        n_blocks=args.blocks,
-        n_heads=args.heads,
-        dropout=0.0,
-        adaln=case.algo != "ar",
-    )
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            # those that start at zero would hide everything behind them
-            if name.startswith("output_layer") or "adaLN" in name:
-                parameter.add_(torch.randn(parameter.shape) * 0.02)
-    net = net.to(device)
-    weights, heads = dict(net.named_parameters()), args.heads
-    x0 = torch.randint(mask_id, (case.batch, length), device=device)
-    ones, rows = torch.ones_like(x0), torch.arange(case.batch, device=device)
-    if case.algo == "ar":
-        objective = Autoregressive(mask_id)
-
-        def loss(step: int):
-            return objective.loss(net, x0, ones, training=True).mean
-
-        def plain(step: int):
-            return plain_step.next_token_loss(weights, heads, x0, ones.float(), mask_id=mask_id)
-
-        return Steps(net, loss, plain, lambda: (lambda: loss(0), lambda: plain(0)))
-
-    size = case.block_size if case.algo == "bamdlm" else length
-    schedule = get_schedule("loglinear")
-    mask, kind = None, plain_step.masked_loss
-    if case.algo == "sedd":
-        objective, kind = ScoreEntropy(mask_id, schedule), plain_step.score_entropy_loss
-        extra = {"mask_id": mask_id}
-    else:
-        objective = MaskedDiffusion(mask_id, size, schedule)
-        if case.algo == "bamdlm":
-            mask = plain_step.block_diffusion_mask(length, size, device)
-        extra = {"mask_id": mask_id, "block_size": size, "mask": mask}
-    interval = (1e-3, 1.0)
-
-    def drawn(step: int):
-        return draw_example_noise(
-            1,
-            rows + step * case.batch,
-            global_batch=case.batch,
-            length=length,
-            block_size=size,
-            antithetic=True,
-        )
-
-    def loss(step: int):
-        return objective.loss(net, x0, ones, drawn(step), interval=interval, training=True).mean
-
-    given = [objective.corrupt(x0, drawn(step), interval) for step in range(3)]
-    loss_mask = ones.float()
-
-    def plain(step: int):
-        x_t, t = given[step % len(given)]
-        return kind(weights, heads, x0, x_t, t, loss_mask, **extra)
-
-    def equal():
-        x_t, t = given[0]
-        named = {} if case.algo == "sedd" else {"interval": interval}
-        ours = objective.loss_at
-        return (lambda: ours(net, x0, x_t, t, loss_mask, **named).mean, lambda: plain(0))
-
-    return Steps(net, loss, plain, equal)
+    net = network(case.algo, args)
+    ids = torch.randint(args.vocab - 1, (1, case.batch, case.length), device=args.device)
+    return make_pair(case.algo, net, args.heads, ids, case.block_size, training=True)
 
 
-def seconds(steps: Steps, loss, step: int, args) -> float:
+def seconds(steps, loss, step: int, args) -> float:
     steps.net.zero_grad()
     synchronise(args)
     started = now(args)
@@ -247,15 +164,15 @@ def compare(case: Case, args) -> dict:
     }
 
 
-def gaps(steps: Steps) -> tuple[float, float]:
+def gaps(steps) -> tuple[float, float]:
     """How far loss (relative) and gradients (largest over the tensors, of the norm) are apart.
 
     Tensors whose whole gradient is rounding (the query and key weights see almost none at the
     start) are compared at a thousandth of the largest norm."""
     found = []
-    for loss in steps.equal():
+    for loss in (steps.ours_given, steps.plain):
         steps.net.zero_grad()
-        value = loss()
+        value = loss(0)
         value.backward()
         gradients = {n: p.grad.clone() for n, p in steps.net.named_parameters()}
         found.append((float(value.detach()), gradients))
@@ -294,9 +211,9 @@ def peak(case: Case, args) -> float:
     """MiB above the imports after two steps (on an accelerator: its own peak)."""
     import torch
 
-    import objectives.sedd  # all that `make` imports, with everything torch loads at first use
+    import benchmarks.pair  # all that `make` imports, with everything torch loads at first use
 
-    assert objectives.sedd
+    assert benchmarks.pair
     torch.set_num_threads(args.threads)
     before = high_water()
     steps = make(case, args)
@@ -386,7 +303,7 @@ def slope(points: dict) -> float:
 
 def overhead(args) -> dict:
     """Shares of a whole bamdlm training step under Lightning, with all of the run's callbacks."""
-    from step_profile import profile
+    from benchmarks.step_profile import profile
 
     length, batch = args.shapes[0]
     steps = make(Case("bamdlm", length, batch, args.block), args)
@@ -418,8 +335,9 @@ def misses(figures: dict):
             for what in ("loss_gap", "gradient_gap"):
                 if not c[what] <= EQUAL:
                     yield f"{c['case']}: {what} {c[what]:.1e}, wanted {EQUAL:.0e}"
-        if "memory" in c and c["memory"] > MEMORY.get(c["algo"], 1.0):
-            yield f"{c['case']}: {c['memory']:.2f} of the memory, wanted {MEMORY[c['algo']]}"
+        most = MEMORY.get(c["algo"], 1.0)
+        if "memory" in c and c["memory"] > most:
+            yield f"{c['case']}: {c['memory']:.2f} of the memory, wanted {most}"
     for length, ratio in figures.get("bamdlm_over_mdlm", {}).items():
         if ratio > OVER_MDLM:
             yield f"bamdlm takes {ratio:.2f} of mdlm at L={length}, wanted {OVER_MDLM}"
