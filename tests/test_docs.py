@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
 
-from settings.overrides import SCHEMA, groups
+from settings.keys import SCHEMA, groups
+from settings.overrides import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -73,28 +76,33 @@ def test_every_program_of_a_command_exists(page):
             assert (ROOT / path).is_file(), path
 
 
-def words(page):
-    """Of the commands of main.py, of the variables that they use, and of the backticks."""
+def commands(page):
+    """The arguments of every call of main.py, as a shell would pass them; … is left out."""
+    variables = {}
     for block in SHELL.findall(page.read_text()):
+        variables |= re.findall(r'^ *([A-Z]+)="(.*?)"', block, re.M | re.S)
         for line in re.sub(r"\\\n", " ", block).splitlines():
-            if "main.py" in line:
-                yield from line.partition("main.py")[2].partition("#")[0].split()
-        for value in re.findall(r'^ *[A-Z]+="(.*?)"', block, re.M | re.S):
-            yield from value.split()
-    for span in spans(page):
-        if "(" not in span:
-            yield from span.split()
+            if "main.py" in line and "$@" not in line and "--help" not in line:
+                line = Template(line.partition("main.py")[2]).substitute(variables)
+                arguments = shlex.split(line, comments=True)
+                yield [word for word in arguments if "=" in word and "…" not in word]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TO_BE_WRITTEN], ids=name)
-def test_every_setting_is_one(page):
+def test_commands_give_settings_values_that_they_may_have(page):
+    for arguments in commands(page):
+        assert parse(arguments).problems == [], arguments
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TO_BE_WRITTEN], ids=name)
+def test_every_setting_in_backticks_is_one(page):
     """`a.b` without a value only where `a` is a section."""
-    known = SCHEMA.keys() | set(groups()) | {"experiment"}
+    known = SCHEMA.keys() | set(groups())
     sections = {key.partition(".")[0] for key in SCHEMA if "." in key}
-    for word in words(page):
+    for word in " ".join(span for span in spans(page) if "(" not in span).split():
         if word.endswith(FILES):
             continue
-        given = re.match(r"[\"']?([a-z_]+(?:\.[A-Za-z_]+)*)=(?!=)", word)
+        given = re.match(r"([a-z_]+(?:\.[A-Za-z_]+)*)=(?!=)", word)
         if given and given[1] != "name":
             assert given[1] in known, word
         elif re.fullmatch(r"[a-z_]+(\.[A-Za-z_]+)+", word) and word.partition(".")[0] in sections:
