@@ -8,7 +8,8 @@ import torch
 from benchmarks.gpu_network import autocast, await_turn, network, synchronise
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from samplers.params import SamplingParams, TextRequest
+from samplers.params import SamplingParams
+from samplers.request import TextRequest
 from samplers.writing import generate
 
 

@@ -96,7 +96,7 @@ def given(rows: int, tokens: int):
     """Requests whose text is `tokens` long already."""
     import torch
 
-    from samplers.params import TextRequest
+    from samplers.request import TextRequest
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY - 1, (rows, tokens), generator=generator).tolist()

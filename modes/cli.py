@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import settings
+from modes.sampling_params import sampling_problems
 from settings.help import full_help
 from utils import rank, say
 
@@ -20,7 +21,7 @@ def configure(argv: list[str]) -> settings.Config:
         say(full_help())
         sys.exit(0)
     overrides, show = split_cfg(argv)
-    config, problems, warnings = settings.examine(overrides)
+    config, problems, warnings = settings.examine(overrides, rules=[sampling_problems])
     messages = [f"note: {warning}" for warning in warnings]
     if problems:
         messages.append(str(settings.ConfigError(problems)))

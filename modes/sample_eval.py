@@ -10,8 +10,10 @@ from checkpointing.load import Checkpoint
 from data.tokenizer import Tokenizer
 from evaluation.judge import load_judge
 from modes.build import build_tokenizer, trained_module
+from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
 from samplers.params import SamplingParams
+from samplers.steps import STEPS
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import SamplingRun, run_id, visible_tokens
 from sampling.sample_file import SampleFile
@@ -32,7 +34,7 @@ def prepare(config: Config) -> Callable[[], None]:
     )
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
-    wanted = sampling_params(config, tokenizer, checkpoint)
+    wanted = checkpoint_params(config, tokenizer, checkpoint)
     if t.precision.endswith("-mixed"):
         module.backbone.freeze(matmul_dtype(t.precision))
     prompts = sampling_prompts(config, tokenizer, wanted)
@@ -83,34 +85,22 @@ def prepare(config: Config) -> Callable[[], None]:
     return run
 
 
-def sampling_params(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint) -> SamplingParams:
+def checkpoint_params(
+    config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint
+) -> SamplingParams:
     """What the sampler is asked for; what it sees at once is what the network was trained on."""
-    s, length = config.sampling, config.model.length
     window = config.block_size
-    if config.algo.name == "mdlm" and window == length and (checkpoint.length or window) < window:
+    whole = window == config.model.length
+    if config.algo.name == "mdlm" and whole and (checkpoint.length or window) < window:
         window = checkpoint.length
         say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")
     noise = get_schedule(config.noise.type, config.algo.mdlm_loss_scale)
-    return SamplingParams(
-        length=length,
+    return sampling_params(
+        config,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        seed=config.seed,
-        batch_size=s.batch_size,
-        block_size=config.block_size,
-        context_size=s.context_size or checkpoint.length or 1024,
+        context_size=config.sampling.context_size or checkpoint.length or 1024,
         window=window,
-        steps=s.steps or "first_hitting",
-        num_steps=config.algo.T,
-        k=s.k,
-        confidence=s.confidence,
-        threshold=s.threshold,
-        remask_eta=s.remask_eta,
-        nucleus_p=s.nucleus_p,
-        dtype=s.dtype,
-        kv_cache=s.kv_cache,
-        var_length=s.var_length,
-        reject_low_entropy=s.reject_low_entropy,
         move_chance=lambda t: noise(t).p,
     )
 
@@ -132,10 +122,17 @@ def sampling_prompts(
 
 
 def sampling_run_id(config: Config, checkpoint: Checkpoint, wanted: SamplingParams) -> str:
-    """Changes with whatever changes a row; the size of the batch and of the job do not."""
+    """Changes with whatever changes a row; the size of the batch and of the job do not.
+
+    A number of a step rule that has `metadata={"if_read": True}` counts only where the rule reads
+    it: so a new one leaves the names of older runs as they are.
+    """
+    reads = STEPS[wanted.steps].reads
     numbers = dataclasses.asdict(wanted)
-    for name in ("batch_size", "move_chance"):
-        del numbers[name]
+    for field in dataclasses.fields(wanted):
+        unread = field.metadata.get("if_read", False) and field.name not in reads
+        if unread or field.name in ("batch_size", "move_chance"):
+            del numbers[field.name]
     prompts = config.sampling.prompts and Path(config.sampling.prompts).read_text()
     return run_id(
         checkpoint.fingerprint,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .draw import fold, sample
 from .nucleus import nucleus
-from .params import Sample
+from .request import Sample
 from .steps import DRAW
 from .texts import ActiveTexts
 

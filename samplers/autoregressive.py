@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from .draw import fold
-from .params import Sample
+from .request import Sample
 from .steps import DRAW
 from .texts import ActiveTexts
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .countdown import Countdown
 from .draw import fold, sample
-from .params import Sample
+from .request import Sample
 from .steps import DRAW, STEPS, Adaptive, Planned, RevealPlan, rank_in_group
 from .texts import ActiveTexts
 

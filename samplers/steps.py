@@ -150,9 +150,10 @@ def above_threshold(log_probs: Tensor, hidden: Tensor, params) -> Tensor:
 @dataclass(frozen=True)
 class Planned:
     """`plan(keys, row, position, params)`: of all hidden tokens of the batch, row after row,
-    int64 [n] each."""
+    int64 [n] each. `reads`: the fields of SamplingParams that it looks at."""
 
     plan: Callable[[Tensor, Tensor, Tensor, object], RevealPlan]
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,20 @@ class Adaptive:
     any is hidden.
 
     `sequential`: exactly `k` are revealed, so the host knows how many are left
-    without asking.
+    without asking. `reads`: the fields of SamplingParams that it looks at.
     """
 
     choose: Callable[[Tensor, Tensor, object], Tensor]
     sequential: bool
+    reads: tuple[str, ...] = ()
 
 
+# settings/ reads this table without importing it: names and keywords are literals. A number that
+# `reads` names is the setting sampling.NAME; num_steps is algo.T.
 STEPS = {
     "first_hitting": Planned(first_hitting),
-    "ancestral": Planned(ancestral),
-    "remask": Planned(remask),
-    "confidence": Adaptive(most_confident, sequential=True),
-    "threshold": Adaptive(above_threshold, sequential=False),
+    "ancestral": Planned(ancestral, reads=("num_steps",)),
+    "remask": Planned(remask, reads=("num_steps", "remask_eta")),
+    "confidence": Adaptive(most_confident, sequential=True, reads=("k", "confidence")),
+    "threshold": Adaptive(above_threshold, sequential=False, reads=("threshold",)),
 }

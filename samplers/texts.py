@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .draw import compiled_sample, fold, row_keys, sample
-from .params import Frame, Sample, SamplingParams, TextRequest
+from .params import SamplingParams
 from .replay import Replay
+from .request import Frame, Sample, TextRequest
 from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
 
 

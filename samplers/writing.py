@@ -19,7 +19,10 @@ import torch
 from .analytic import generate_analytic
 from .autoregressive import generate_autoregressive
 from .blockwise import generate_blockwise
-from .params import Sample, SamplingParams, TextRequest
+from .draw import DRAWS
+from .params import SamplingParams
+from .request import Sample, TextRequest
+from .steps import CONFIDENCES, STEPS
 from .windows import generate_windows
 
 SAMPLERS = {
@@ -47,9 +50,21 @@ def generate(
     host, so it is for looking, not for speed); `tick(tokens, evaluations)` after every block with
     how many more were made.
     """
-    if algo == "bd3lm":
-        algo = "bamdlm"
+    algo = {"bd3lm": "bamdlm"}.get(algo, algo)
+    check(params, algo)
+    return SAMPLERS[algo](denoise, iter(requests), params, device=device, watch=watch, tick=tick)
+
+
+def check(params: SamplingParams, algo: str, infill: bool = False) -> None:
+    """ValueError with a sentence for each value that cannot be."""
     if algo not in SAMPLERS:
         raise ValueError(f"algo must be one of {sorted(SAMPLERS)}, got {algo!r}")
-    params.check(algo)
-    return SAMPLERS[algo](denoise, iter(requests), params, device=device, watch=watch, tick=tick)
+    problems = [
+        f"sampling.{name}={getattr(params, name)!r} must be one of {sorted(table)}"
+        for name, table in (("steps", STEPS), ("confidence", CONFIDENCES), ("dtype", DRAWS))
+        if getattr(params, name) not in table
+    ]
+    reads = STEPS[params.steps].reads if params.steps in STEPS else ()
+    problems += params.problems(algo, reads, infill)
+    if problems:
+        raise ValueError("; ".join(problems))

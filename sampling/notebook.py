@@ -17,8 +17,9 @@ from evaluation.judge import Judge, TextScore, describe
 from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.algorithms import ObjectiveSettings, build_objective
-from samplers.params import Sample, SamplingParams, TextRequest
-from samplers.writing import generate
+from samplers.params import SamplingParams
+from samplers.request import Sample, TextRequest
+from samplers.writing import check, generate
 from sampling.prompts import encode_prompts
 from sampling.run import visible_tokens
 
@@ -57,7 +58,7 @@ class Writer:
         ValueError where one is unknown or cannot be."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         params = self.params.changed(**({"batch_size": max(1, len(prompts))} | changes))
-        params.check(self.algo, infill)
+        check(params, self.algo, infill)
         found = encode_prompts(
             prompts,
             self.tokenizer,

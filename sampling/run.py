@@ -15,8 +15,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from evaluation.judge import Judge, TextScore, describe
-from samplers.params import Sample, SamplingParams, TextRequest
-from samplers.writing import generate
+from samplers.params import BLOCKWISE, SamplingParams
+from samplers.request import Sample, TextRequest
+from samplers.steps import STEPS
+from samplers.writing import check, generate
 from sampling.report import RULES, lines, summarise, write_summary
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory
@@ -57,7 +59,7 @@ class SamplingRun:
     trajectory: str | None = None
 
     def __post_init__(self):
-        self.params.check(self.algo, self.infill)
+        check(self.params, self.algo, self.infill)
         if self.num_samples < 1:
             raise ValueError(
                 f"sampling.num_sample_batches leaves {self.num_samples} texts to write"
@@ -171,6 +173,7 @@ class SamplingRun:
 
     def report_facts(self) -> dict:
         s = self.params
+        reads = STEPS[s.steps].reads if self.algo in BLOCKWISE else ()
         return {
             "algo": self.algo,
             "run": self.run_name,
@@ -179,8 +182,8 @@ class SamplingRun:
             "block_size": s.block_size if self.algo == "bamdlm" else None,
             "window": s.window if self.algo == "mdlm" else None,
             "context_size": s.context_size if self.algo in ("bamdlm", "ar") else None,
-            "steps": s.steps if self.algo in ("bamdlm", "mdlm") else self.algo,
-            **(s.of_steps() if self.algo in ("bamdlm", "mdlm") else {}),
+            "steps": s.steps if self.algo in BLOCKWISE else self.algo,
+            **{name: getattr(s, name) for name in reads if name != "num_steps"},
             "T": s.num_steps,
             "nucleus_p": s.nucleus_p,
             "nucleus": RULES["nucleus"] if s.nucleus_p < 1 else "none",

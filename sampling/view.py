@@ -22,7 +22,8 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import Tensor
 
-from samplers.params import Frame, SamplingParams
+from samplers.params import SamplingParams
+from samplers.request import Frame
 from utils import say
 
 LINE_SECONDS = 15  # between lines in a log file

@@ -7,7 +7,8 @@ from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
-from samplers.params import Sample, SamplingParams, TextRequest
+from samplers.params import SamplingParams
+from samplers.request import Sample, TextRequest
 from samplers.writing import generate
 
 

@@ -11,7 +11,8 @@ from .hf import BD3LM as Network
 from .hf import BD3LMConfig
 from .masks import BlockCausal, Causal, Full
 from .noise_schedule import get_schedule
-from .params import SamplingParams, TextRequest
+from .params import SamplingParams
+from .request import TextRequest
 from .writing import generate
 
 __all__ = ["BD3LM", "BD3LMConfig"]

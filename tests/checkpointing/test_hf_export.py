@@ -19,7 +19,8 @@ from checkpointing.load import CheckpointError, load_into, read_checkpoint
 from data.tokenizer import get_tokenizer
 from models.denoiser import Denoiser, Score
 from models.masks import BlockCausal, Causal, Full
-from samplers.params import SamplingParams, TextRequest
+from samplers.params import SamplingParams
+from samplers.request import TextRequest
 from samplers.writing import generate
 from scripts import export_hf
 

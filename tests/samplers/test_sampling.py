@@ -13,7 +13,8 @@ from models.masks import BlockCausal
 from samplers.analytic import write as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
-from samplers.params import SamplingParams, TextRequest
+from samplers.params import SamplingParams
+from samplers.request import TextRequest
 from samplers.steps import CHAIN, CONFIDENCES, STEPS, remask_chances, times
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 from samplers.texts import ActiveTexts
@@ -605,7 +606,7 @@ def test_a_watcher_sees_every_evaluation():
 
 
 WRONG = [
-    ("bamdlm", {"length": 22}, "model.length=22 is not a multiple of block_size=4"),
+    ("bamdlm", {"length": 22}, "block_size=4 does not divide model.length=22"),
     ("bamdlm", {"context_size": 13}, "sampling.context_size=13 is not a multiple of block_size=4"),
     ("bamdlm", {"nucleus_p": 0}, r"sampling.nucleus_p=0 must be in \(0, 1\]"),
     ("bamdlm", {"nucleus_p": 1.5}, r"sampling.nucleus_p=1.5 must be in \(0, 1\]"),
@@ -613,13 +614,17 @@ WRONG = [
     ("bamdlm", {"confidence": "luck"}, "sampling.confidence='luck' must be one of"),
     ("bamdlm", {"threshold": 0}, "sampling.threshold=0 must be in"),
     ("bamdlm", {"remask_eta": -1}, "sampling.remask_eta=-1 must be in"),
-    ("bamdlm", {"dtype": "bf16"}, "sampling.dtype='bf16' must be float32 or float64"),
+    ("bamdlm", {"dtype": "bf16"}, "sampling.dtype='bf16' must be one of"),
     ("bamdlm", {"batch_size": 0}, "sampling.batch_size=0 must be at least 1"),
     ("bamdlm", {"k": 0}, "sampling.k=0 must be at least 1"),
-    ("bamdlm", {"steps": "ancestral", "num_steps": 0}, "algo.T=0 gives no sampling steps"),
-    ("sedd", {"num_steps": 0}, "algo.T=0 gives no sampling steps"),
-    ("mdlm", {"kv_cache": True}, "sampling.kv_cache=true is exact for bamdlm and ar only"),
-    ("mdlm", {"window": 1}, "set block_size"),
+    (
+        "bamdlm",
+        {"steps": "ancestral", "num_steps": 0},
+        "algo.T=0: sampling.steps=ancestral takes algo.T steps",
+    ),
+    ("sedd", {"num_steps": 0}, "algo.T=0: algo=sedd takes algo.T steps"),
+    ("mdlm", {"kv_cache": True}, "sampling.kv_cache=True is exact for bamdlm and ar only"),
+    ("mdlm", {"window": 1}, "need at least 2 tokens"),
     ("bamdlm", {"var_length": True, "reject_low_entropy": True}, "choose one"),
     ("gpt", {}, "algo must be one of"),
 ]

@@ -22,7 +22,8 @@ from sampling_tools import denoiser
 
 from data.tokenizer import get_tokenizer
 from evaluation.judge import load_judge
-from samplers.params import Frame, SamplingParams
+from samplers.params import SamplingParams
+from samplers.request import Frame
 from sampling import run as generation
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import SamplingRun, run_id

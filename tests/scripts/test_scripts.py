@@ -65,12 +65,13 @@ def test_a_script_is_short_has_the_one_header_and_names_no_site(script):
 @pytest.fixture(scope="module")
 def configs():
     """{script: its Config}, all composed and checked as they stand."""
+    from modes.sampling_params import sampling_problems
     from settings import check, load
 
     made = {}
     for script in SINGLE:
         config = load(overrides(script))
-        problems, _ = check(config)
+        problems, _ = check(config, rules=[sampling_problems])
         assert [p for p in problems if "eval.checkpoint_path is not set" not in p] == [], script
         made[script] = config
     return made
@@ -153,10 +154,11 @@ def test_each_seed_and_length_has_a_folder_of_its_own():
 
 @pytest.mark.parametrize("data", ["ptb", "lm1b-gpt2", "scientific_papers_arxiv"])
 def test_zero_shot_data_is_chosen_on_the_command_line(data):
+    from modes.sampling_params import sampling_problems
     from settings import check, load
 
     config = load(overrides("zs_ppl/zs_ppl_bamdlm.sh", f"data={data}"))
-    assert check(config)[0] == []
+    assert check(config, rules=[sampling_problems])[0] == []
     assert config.data.valid == load([f"data={data}"]).data.valid
 
 
