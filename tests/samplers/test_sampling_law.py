@@ -14,8 +14,9 @@ from networks import chi_square_p, small
 from sampling_tools import Table, denoiser, write
 
 from samplers.analytic import LAST_TIME, next_log_probs, reverse_chances, total_noise
+from samplers.draw import fold, row_keys
 from samplers.nucleus import nucleus
-from samplers.steps import CONFIDENCES, remask_chances, times
+from samplers.steps import CONFIDENCES, STEPS, remask_chances, times
 
 MASK, LENGTH, ROWS = 3, 4, 1500
 FALSE_ALARM = 1e-4
@@ -154,11 +155,13 @@ def stepwise_law(denoise, block, law, reveals, hides):
 
 
 class ThreeSteps:
+    """p(1) is below 1: the first step starts from p(1), not from 1."""
+
     num_steps = 3
 
     @staticmethod
     def move_chance(t):
-        return t**2
+        return 0.8 * t**2
 
 
 @pytest.mark.parametrize("cap", [None, 0.3])
@@ -191,6 +194,19 @@ def test_ancestral_and_remasking(cap, cached):
     for block in blocks(2):
         law = stepwise_law(denoise, block, law, reveals, hides)
     assert_samples_follow(law, samples)
+
+
+def test_a_token_is_hidden_after_a_step_as_often_as_the_schedule_says():
+    """Given that it was hidden at the first time, whose p is 0.8."""
+    n = 20_000
+    position = torch.arange(n)
+    row = torch.zeros_like(position)
+    keys = fold(row_keys(1, [0], [1]), position)
+    plan = STEPS["ancestral"].plan(keys, row, position, ThreeSteps)
+    p = times(ThreeSteps)
+    for step in range(2):
+        hidden = (plan.evaluation > step).double().mean()
+        assert hidden.item() == pytest.approx((p[step + 1] / p[0]).item(), abs=4 / n**0.5 / 2)
 
 
 @pytest.mark.parametrize("cap", [None, 0.3])
