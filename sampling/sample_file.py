@@ -10,14 +10,14 @@ unfinished is cut off by the next one that writes.
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from utils import lock
 
 COLUMNS = ("gen_ppl", "gen_nfes", "gen_entropy", "gen_lengths", "samples", "seed", "row", "run")
 
@@ -75,8 +75,8 @@ class SampleFile:
         """Adds what is not there yet. `note` goes to the log with the run's name."""
         if not rows:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as file:
+        with lock(self.path), open(self.path, "a+b", buffering=0) as file:
+            file.seek(0)
             content = file.read()
             whole = complete(content)
             there = {(r["run"], int(r["row"])) for r in self._records(content)}
@@ -89,7 +89,7 @@ class SampleFile:
                 values = [getattr(row, name) for name in COLUMNS]
                 writer.writerow(["" if value is None else value for value in values])
             file.truncate(whole)
-            os.pwrite(file.fileno(), text.getvalue().encode(), whole)
+            file.write(text.getvalue().encode())
             os.fsync(file.fileno())
             with open(self.log, "a+b") as log:
                 log.seek(0)
@@ -107,13 +107,6 @@ class SampleFile:
             except json.JSONDecodeError:
                 continue  # its writer was killed
         return [note for note in found if isinstance(note, dict) and note.get("run") == run]
-
-    @contextmanager
-    def _locked(self) -> Iterator:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        with os.fdopen(descriptor, "r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
 
     def _records(self, content: bytes) -> list[dict]:
         text = content[: complete(content)].decode("utf-8", errors="replace")

@@ -4,10 +4,10 @@ replays it.
 
 import html
 import json
-import os
 import sys
 import time
 from pathlib import Path
+from string import Template
 
 from rich.console import Console
 from rich.live import Live
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from samplers.params import SamplingParams
 from samplers.request import Frame
-from utils import say
+from utils import atomic_file, say
 
+PAGE = Path(__file__).with_name("page.html")
 LINE_SECONDS = 15  # between lines in a log file
 SHOWN_TOKENS = 600  # of a text in the terminal
 SHOWN_ROWS = 3
@@ -183,76 +184,8 @@ class Trajectory:
         facts = ", ".join(
             f"{k} {v}" for k, v in self.about.items() if v not in (None, False, "none")
         )
-        page = PAGE.replace("{{title}}", html.escape(f"text {self.row}"))
-        page = page.replace("{{facts}}", html.escape(facts)).replace("{{data}}", data)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, self.path)
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{{title}}</title>
-<style>
-  body { font: 16px/1.6 Georgia, serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }
-  header { position: sticky; top: 0; background: white; padding: .5rem 0; }
-  #bar { width: 100%; }
-  #facts { color: #666; font: 12px/1.4 sans-serif; }
-  #text { white-space: pre-wrap; overflow-wrap: anywhere; }
-  .hidden { color: #bbb; }
-  .fresh { background: #fd4; }
-  .given { color: #06c; }
-</style>
-<header>
-  <button id="play">play</button> <span id="step"></span>
-  <input id="bar" type="range" min="0" value="0">
-</header>
-<div id="text"></div>
-<p id="facts">{{facts}}</p>
-<script type="application/json" id="data">{{data}}</script>
-<script>
-  const data = JSON.parse(document.getElementById('data').textContent);
-  const bar = document.getElementById('bar'), label = document.getElementById('step');
-  const box = document.getElementById('text'), play = document.getElementById('play');
-  const spans = [];
-  for (let i = 0; i < data.length; i++) spans.push(box.appendChild(document.createElement('span')));
-  bar.max = data.steps.length;
-  let at = 0, timer = null;
-  function clear() {
-    for (const span of spans) { span.textContent = '\\u2591'; span.className = 'hidden'; }
-    for (const [i, piece] of data.given) {
-      spans[i].textContent = piece;
-      spans[i].className = 'given';
-    }
-    at = 0;
-  }
-  function apply(step) {
-    for (const span of box.querySelectorAll('.fresh')) span.className = '';
-    for (const [i, piece] of data.steps[step]) {
-      spans[i].textContent = piece === null ? '\\u2591' : piece;
-      spans[i].className = piece === null ? 'hidden' : 'fresh';
-    }
-  }
-  function go(to) {
-    if (to < at) clear();
-    while (at < to) apply(at++);
-    const hidden = box.querySelectorAll('.hidden').length;
-    label.textContent = `evaluation ${at} of ${data.steps.length}, ${hidden} tokens hidden`;
-    bar.value = at;
-  }
-  bar.addEventListener('input', () => go(Number(bar.value)));
-  play.addEventListener('click', () => {
-    if (timer) { clearInterval(timer); timer = null; play.textContent = 'play'; return; }
-    if (at === data.steps.length) go(0);
-    play.textContent = 'pause';
-    timer = setInterval(() => {
-      if (at === data.steps.length) play.click(); else go(at + 1);
-    }, 80);
-  });
-  clear();
-  go(data.steps.length);
-</script>
-</html>
-"""
+        page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+            title=html.escape(f"text {self.row}"), facts=html.escape(facts), data=data
+        )
+        with atomic_file(self.path) as file:
+            file.write(page)

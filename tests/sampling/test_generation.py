@@ -425,9 +425,9 @@ def test_prompts_that_cannot_be_used_are_named(prompt, infill, change, message):
     [
         ({"num_samples": 0}, "leaves 0 texts"),
         ({"rank": 2, "ranks": 2}, "rank 2 is not one of 2"),
-        ({"infill": True, "changes": {"var_length": True}}, "has no place in infilling"),
+        ({"infill": True, "changes": {"var_length": True}}, "has no place beside sampling.infill"),
         ({"changes": {"nucleus_p": 0}}, "sampling.nucleus_p=0"),
-        ({"changes": {"length": 18}}, "not a multiple of block_size"),
+        ({"changes": {"length": 18}}, "block_size=4 does not divide"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(tmp_path, change, message):
