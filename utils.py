@@ -1,5 +1,5 @@
-"""Small things with several callers: files written whole, locks, messages from one process,
-learning-rate schedules."""
+"""Small things with several callers: files written whole, locks, errors of the hub, messages from
+one process, learning-rate schedules."""
 
 import functools
 import glob
@@ -17,6 +17,8 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 log = logging.getLogger("bamdlm")
+
+CONNECT_SECONDS = 10  # to the hub; its own client would try for half a minute
 
 
 @contextmanager
@@ -59,6 +61,33 @@ def unread(descriptor: int) -> None:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class HubUnreachable(OSError):
+    """The hub does not answer; this says nothing about what it was asked for."""
+
+
+@contextmanager
+def hub_errors(what: str, *, absent: str) -> Iterator[None]:
+    """The errors of huggingface_hub as OSErrors of one sentence about `what`.
+
+    FileNotFoundError: it is not there, or not for this user; absent: what is said where there is no
+    such repository. HubUnreachable: no answer.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{what} asks for an agreement: accept it on its page, then `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{what}{absent}") from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{what}: no such branch, tag or commit") from error
+    except (errors.HTTPError, OSError) as error:
+        raise HubUnreachable(f"{what}: the hub cannot be reached ({first_line(error)})") from error
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import os
 import re
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from utils import CONNECT_SECONDS, HubUnreachable, hub_errors
 
-CONNECT_SECONDS = 10
+log = logging.getLogger(__name__)
 
 # The first name of each pair is looked for; an index also names the shards that belong to it.
 WEIGHT_FILES = (
@@ -98,26 +98,16 @@ def _listing(repo_id: str, revision: str | None) -> tuple[set[str] | None, str]:
 
     One question first: downloads would retry for half a minute before reporting a missing network.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
-    where = f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
     if constants.is_offline_mode():
         return None, " in the cache (HF_HUB_OFFLINE is set)"
+    absent = f" does not exist (or is private: `hf auth login`), and {_no_local_path(repo_id)}"
     try:
-        info = HfApi().model_info(repo_id, revision=revision, timeout=CONNECT_SECONDS)
-    except errors.GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{where} asks for an agreement: accept it on its page, then `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where} does not exist (or is private: `hf auth login`), and there is no local path"
-            f" {Path(repo_id).absolute()}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{where} does not exist: no such branch, tag or commit") from error
-    except errors.HTTPError as error:
-        log.warning("the hub cannot be reached (%s); looking for %s in its cache", error, repo_id)
+        with hub_errors(_named(repo_id, revision), absent=absent):
+            info = HfApi().model_info(repo_id, revision=revision, timeout=CONNECT_SECONDS)
+    except HubUnreachable as error:
+        log.warning("%s; looking in its cache", error)
         return None, " in the cache, and the hub cannot be reached"
     return {file.rfilename for file in info.siblings or ()}, ""
 
@@ -136,8 +126,15 @@ def _file(repo_id, name, revision, present: set[str] | None, note: str) -> Path 
     except errors.LocalEntryNotFoundError as error:
         if name != "config.json":
             return None
-        where = f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
         raise FileNotFoundError(
-            f"{where} is not{note}, and there is no local path {Path(repo_id).absolute()}."
+            f"{_named(repo_id, revision)} is not{note}, and {_no_local_path(repo_id)}."
             f" With a connection: hf download {repo_id}"
         ) from error
+
+
+def _named(repo_id: str, revision: str | None) -> str:
+    return f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
+
+
+def _no_local_path(repo_id: str) -> str:
+    return f"there is no local path {Path(repo_id).absolute()}"

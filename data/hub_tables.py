@@ -15,6 +15,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,10 @@ from pathlib import Path
 from data import readers, tables
 from data.readers import Piece
 from data.tables import Part
-from utils import first_line, write_json
+from utils import CONNECT_SECONDS, HubUnreachable, first_line, hub_errors, write_json
 
 log = logging.getLogger("bamdlm")
 
-CONNECT_SECONDS = 10
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of repositories that held a script
 KINDS = (".parquet", ".jsonl")
 
@@ -61,7 +61,7 @@ def parts(table: Table, split: str, cache: Path, *, download: bool = True) -> li
     else:
         try:
             found = _ask(table, split, cache)
-        except Unreachable as error:
+        except HubUnreachable as error:
             if not note.is_file():
                 raise
             log.warning("%s; using what was downloaded before", error)
@@ -72,29 +72,22 @@ def parts(table: Table, split: str, cache: Path, *, download: bool = True) -> li
     return [_part(table.repo, commit, name, cache, download) for name in names]
 
 
-class Unreachable(OSError):
-    """The hub does not answer; nothing is said about the data set."""
-
-
 def _ask(table: Table, split: str, cache: Path) -> dict:
-    """{"commit", "files": names in the repository}. One question first: the clients would try for
-    half a minute before they report a missing network."""
-    import datasets
-    from huggingface_hub import HfApi, errors
+    """{"table", "split", "commit", "files": names in the repository}."""
+    from huggingface_hub import HfApi
 
-    asked = partial(HfApi().dataset_info, table.repo, revision=table.revision)
-    try:
-        commit = asked(timeout=CONNECT_SECONDS).sha
-    except errors.GatedRepoError as error:
-        raise OSError(
-            f"{table} asks for an agreement: accept it on its page, then log in"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise OSError(f"{table}: no such data set on the hub, or a private one") from error
-    except errors.RevisionNotFoundError as error:
-        raise OSError(f"{table}: no such branch, tag or commit") from error
-    except (errors.HTTPError, OSError) as error:
-        raise Unreachable(f"{table}: the hub cannot be reached ({first_line(error)})") from error
+    with hub_errors(str(table), absent=": no such data set on the hub, or a private one"):
+        info = HfApi().dataset_info(table.repo, revision=table.revision, timeout=CONNECT_SECONDS)
+    names = _files(table, split, info.sha, cache)
+    _check_files(table, split, names)
+    return {"table": asdict(table), "split": split, "commit": info.sha, "files": names}
+
+
+def _files(table: Table, split: str, commit: str, cache: Path) -> list[str]:
+    """Which files of the repository hold the split."""
+    import datasets
+    from huggingface_hub import errors
+
     where = {"name": table.name, "data_dir": table.data_dir}
     try:
         builder = datasets.load_dataset_builder(
@@ -109,7 +102,11 @@ def _ask(table: Table, split: str, cache: Path) -> dict:
     if split not in splits:
         raise OSError(f"{table} has no split {split}, only {', '.join(splits)}")
     prefix = f"hf://datasets/{table.repo}@{commit}/"
-    names = [address.removeprefix(prefix) for address in splits[split]]
+    return [address.removeprefix(prefix) for address in splits[split]]
+
+
+def _check_files(table: Table, split: str, names: list[str]) -> None:
+    """Refuse files that are not all of one table, or of no known kind."""
     if len({_shardless(name) for name in names}) > 1:
         some = ", ".join(names[:4])
         raise OSError(f"{table}: the files of {split} are of several tables ({some})")
@@ -118,7 +115,6 @@ def _ask(table: Table, split: str, cache: Path) -> dict:
             raise OSError(f"{table}: the hub has converted only the first part of {split} ({name})")
         if not name.endswith(KINDS):
             raise OSError(f"{table}: {name} is none of {', '.join(KINDS)}")
-    return {"table": asdict(table), "split": split, "commit": commit, "files": names}
 
 
 def _shardless(name: str) -> str:
@@ -158,7 +154,7 @@ def _downloaded(
     repo: str, commit: str, name: str, cache: Path, place: str, *, ask: bool = True
 ) -> Path | None:
     """The file in the cache, downloaded if need be; None where it is missing and ask is False."""
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     folder = str(cache / "downloads")
     where = {"repo_id": repo, "filename": name, "repo_type": "dataset", "revision": commit}
@@ -167,46 +163,43 @@ def _downloaded(
         return Path(found)
     if not ask:
         return None
-    try:
+    with _reading(place):
         return Path(hf_hub_download(cache_dir=folder, **where))
-    except (errors.HTTPError, OSError) as error:
-        raise OSError(_lost(place, error)) from error
 
 
 def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:
-    import pyarrow
     import pyarrow.parquet
-    from huggingface_hub import HfFileSystem, errors
+    from huggingface_hub import HfFileSystem
 
-    try:
-        with (
-            HfFileSystem().open(address, "rb") as file,
-            pyarrow.parquet.ParquetFile(file, **readers.BIT_BY_BIT) as table,
-        ):
-            yield from readers.parquet_rows(table, column, place)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(readers.broken_parquet(place, error)) from error
-    except (errors.HTTPError, OSError) as error:
-        raise OSError(_lost(place, error)) from error
+    with (
+        _reading(place),
+        HfFileSystem().open(address, "rb") as file,
+        pyarrow.parquet.ParquetFile(file, **readers.BIT_BY_BIT) as table,
+    ):
+        yield from readers.parquet_rows(table, column, place)
 
 
 def _footer_rows(address: str, place: str) -> int:
     """Rows of a parquet file on the hub: its last kilobytes are asked for."""
-    import pyarrow
     import pyarrow.parquet
-    from huggingface_hub import HfFileSystem, errors
+    from huggingface_hub import HfFileSystem
+
+    with _reading(place), HfFileSystem().open(address, "rb", cache_type="none") as file:
+        return pyarrow.parquet.read_metadata(file).num_rows
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """While a file on the hub is read. ValueError: it is damaged. OSError: the connection."""
+    import pyarrow
+    from huggingface_hub import errors
 
     try:
-        with HfFileSystem().open(address, "rb", cache_type="none") as file:
-            return pyarrow.parquet.read_metadata(file).num_rows
+        yield
     except pyarrow.ArrowInvalid as error:
         raise ValueError(readers.broken_parquet(place, error)) from error
     except (errors.HTTPError, OSError) as error:
-        raise OSError(_lost(place, error)) from error
-
-
-def _lost(place: str, error: Exception) -> str:
-    return (
-        f"{place} could not be read from the hub ({first_line(error)}); run it again (whole files"
-        " are kept), or give a local copy with data.source=PATH"
-    )
+        raise OSError(
+            f"{place} could not be read from the hub ({first_line(error)}); run it again (whole"
+            " files are kept), or give a local copy with data.source=PATH"
+        ) from error

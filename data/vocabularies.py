@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import shakespeare
-from utils import atomic_folder, first_line, lock
+from utils import CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock
 
 log = logging.getLogger("bamdlm")
 
@@ -67,15 +67,11 @@ def from_hub(name: str):
 
 
 def download(name: str) -> str:
-    """The folder of a hub model's tokenizer files. One quick question first: without a network the
-    hub's client would retry for a minute."""
+    """The folder of a hub model's tokenizer files."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError
 
-    try:
-        HfApi().model_info(name, timeout=10)
-    except HTTPError as error:
-        raise OSError(f"no connection: {first_line(error)}") from error
+    with hub_errors(name, absent=": no such model on the hub, or a private one"):
+        HfApi().model_info(name, timeout=CONNECT_SECONDS)
     return snapshot_download(name, allow_patterns=["*token*", "vocab*", "merges*", "config.json"])
 
 

@@ -9,6 +9,8 @@ import json
 import os
 from pathlib import Path
 
+from utils import first_line
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 LAYERS_TOGETHER = "extra_layers.safetensors"
 LAYER_FILES = ("embed_sum_layer.pt", "timestep_layer.pt")
@@ -37,10 +39,9 @@ def find_folder(path_or_id: str) -> Path:
     try:
         return Path(snapshot_download(path_or_id, allow_patterns=list(HUB_FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{path_or_id}: there is no such folder, and the hub did not give it ({lines[0]});"
-            " download it where there is a network and pass the folder"
+            f"{path_or_id}: there is no such folder, and the hub did not give it"
+            f" ({first_line(error)}); download it where there is a network and pass the folder"
         ) from error
 
 

@@ -1,0 +1,154 @@
+"""Files and folders that appear whole, locks, and the errors of the hub."""
+
+import os
+import signal
+
+import filelock
+import httpx
+import pytest
+from huggingface_hub import errors
+
+from utils import HubUnreachable, atomic_file, atomic_folder, hub_errors, lock
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def killed(work):
+    """Do the work in another process, which then kills itself."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def kill_me():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Files and folders
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+
+    def broken_off(mode, text):
+        with atomic_file(path, mode) as file:
+            file.write(text)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off("w", "half")
+    assert names(path.parent) == set()
+    with atomic_file(path) as file:
+        file.write("whole é")
+        assert not path.exists()
+    assert path.read_text(encoding="utf-8") == "whole é"
+    with pytest.raises(KeyboardInterrupt):
+        broken_off("wb", b"half")
+    assert path.read_text(encoding="utf-8") == "whole é"
+    assert names(path.parent) == {"a.txt"}
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "a"
+
+    def make(name, *, end=True, **options):
+        with atomic_folder(path, **options) as new:
+            (new / name).touch()
+            assert path.exists() == (name != "first")
+            if not end:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make("first", end=False)
+    assert names(tmp_path) == set()
+    make("first")
+    with pytest.raises(OSError, match=r"-> .*/a'"):
+        make("second")
+    with pytest.raises(KeyboardInterrupt):
+        make("third", end=False, overwrite=True)
+    assert names(path) == {"first"}
+    make("fourth", overwrite=True)
+    assert names(path) == {"fourth"}
+    assert names(tmp_path) == {"a"}
+
+
+def test_what_a_killed_process_left_goes_where_the_lock_is_held(tmp_path):
+    def begin(name):
+        with atomic_folder(tmp_path / name):
+            kill_me()
+
+    killed(lambda: begin("a"))
+    killed(lambda: begin("a.b"))
+    assert len(names(tmp_path)) == 2
+    with atomic_folder(tmp_path / "a", locked=True):
+        pass
+    left = names(tmp_path) - {"a"}
+    assert [name.startswith(".a.b.") for name in left] == [True]
+
+
+# Locks
+
+
+def test_a_lock_goes_with_its_process_and_says_that_it_is_waited_for(tmp_path, caplog):
+    caplog.set_level("INFO", "bamdlm")
+    path = tmp_path / "a"
+    with lock(path, waiting="waiting for a"):
+        assert names(tmp_path) == {"a.lock"}
+        with pytest.raises(filelock.Timeout), lock(path, 0, waiting="waiting for a"):
+            pass
+    assert caplog.messages == ["waiting for a"]
+    assert names(tmp_path) == set()
+
+    def hold():
+        with lock(path):
+            kill_me()
+
+    killed(hold)
+    with lock(path, 0):
+        path.touch()
+    assert names(tmp_path) == {"a", "a.lock"}
+    assert caplog.messages == ["waiting for a"]
+
+
+# The hub
+
+
+def response(status):
+    return httpx.Response(status, request=httpx.Request("GET", "http://hub"))
+
+
+ANSWERS = {
+    "gated": (errors.GatedRepoError("403", response=response(403)), "accept it on its page"),
+    "no repository": (errors.RepositoryNotFoundError("404", response=response(404)), "not there"),
+    "no revision": (errors.RevisionNotFoundError("404", response=response(404)), "no such branch"),
+}
+SILENCES = {
+    "no network": errors.HTTPError("no route\nto host"),
+    "an ill server": errors.HfHubHTTPError("no route", response=response(503)),
+    "a broken socket": OSError("no route"),
+}
+
+
+@pytest.mark.parametrize(("error", "message"), ANSWERS.values(), ids=ANSWERS)
+def test_what_the_hub_answers_is_one_sentence(error, message):
+    with (
+        pytest.raises(FileNotFoundError, match=f"^me/x.*{message}.*$") as raised,
+        hub_errors("me/x", absent=" is not there"),
+    ):
+        raise error
+    assert not isinstance(raised.value, HubUnreachable)
+
+
+@pytest.mark.parametrize("error", SILENCES.values(), ids=SILENCES)
+def test_a_hub_that_does_not_answer_is_told_apart(error):
+    with (
+        pytest.raises(HubUnreachable, match=r"^me/x: the hub cannot be reached \(no route\)$"),
+        hub_errors("me/x", absent=" is not there"),
+    ):
+        raise error
