@@ -24,16 +24,9 @@ from settings.keys import LEAVES, get, put
 from settings.overrides import nearest, parse
 from settings.paths import checkpoints, corpora, results, sampling_files
 from settings.schema import Config
-from settings.tables import known_corpora
+from settings.tables import algorithms, known_corpora
 
 Rule = Callable[[Config], Iterator[str]]
-# algorithm: (parameterization, sampler) that belong to it
-BELONGS = {
-    "bamdlm": ("subs", "semi_ar"),
-    "mdlm": ("subs", "semi_ar"),
-    "sedd": ("sedd", "analytic"),
-    "ar": ("ar", "ar"),
-}
 DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
 SPECIAL_TOKENS = 2  # BOS and EOS of a chunk
 
@@ -64,15 +57,15 @@ def check(
     possible = copy.deepcopy(config)
     for key in outside:
         put(possible, key, LEAVES[key].limit.stand_in)
-    problems = list(outside.values())
-    for rule in (*RULES, *rules):
-        problems += [
-            problem
-            for problem in rule(possible)
-            if problem not in problems
-            and not any(re.search(rf"\b{key}\b", problem) for key in outside)
-        ]
-    return problems, list(without_effect(config, typed))
+    said = [problem for rule in (*RULES, *rules) for problem in rule(possible)]
+    problems = [*outside.values(), *_without(outside, said)]
+    return problems, _without(outside, without_effect(possible, typed))
+
+
+def _without(keys: Iterable[str], sentences: Iterable[str]) -> list[str]:
+    """The sentences that are about none of these settings, each once."""
+    found = re.compile("|".join(rf"\b{re.escape(key)}\b" for key in keys) or "(?!)")
+    return [sentence for sentence in dict.fromkeys(sentences) if not found.search(sentence)]
 
 
 def _outside(key: str, value) -> str | None:
@@ -104,37 +97,49 @@ def network(config: Config) -> Iterator[str]:
 
 def algorithm(config: Config) -> Iterator[str]:
     algo, blocks = config.algo, config.block_size < config.model.length
-    for key, value, wanted in zip(
-        ("parameterization", "sampler"),
-        (algo.parameterization, algo.sampler),
-        BELONGS[algo.name],
-        strict=True,
-    ):
-        if value != wanted:
-            yield f"algo.{key}={value} does not fit algo={algo.name}, which needs {wanted}"
-    windows = algo.name == "mdlm" and config.mode == "sample_eval"
-    if algo.name in ("mdlm", "sedd") and blocks and not windows:
+    entry = algorithms()[algo.name]
+    for key in ("parameterization", "sampler"):
+        if getattr(algo, key) != entry[key]:
+            yield (
+                f"algo.{key}={getattr(algo, key)} does not fit algo={algo.name}, which needs"
+                f" {entry[key]}"
+            )
+    whole = entry["noise"] and not entry["blocks"]
+    windows = whole and entry["steps"] and config.mode == "sample_eval"
+    if whole and blocks and not windows:
         yield (
             f"block_size={config.block_size}: algo={algo.name} is one block of"
             f" model.length={config.model.length}; blocks are algo=bamdlm"
         )
-    if algo.time_conditioning and algo.name != "sedd":
+    if algo.time_conditioning and not entry["time_conditioning"]:
         yield (
             f"algo.time_conditioning=True: algo={algo.name} does not tell its network the noise"
-            " level, only sedd does; set it to False"
+            f" level, only {_names('time_conditioning')} does; set it to False"
         )
-    if algo.name == "bamdlm" and blocks and not algo.cross_attn:
-        yield "algo.cross_attn=False: algo=bamdlm with block_size < model.length needs it"
-    if algo.name != "bamdlm" and algo.cross_attn:
-        yield f"algo.cross_attn=True does not fit algo={algo.name}: only bamdlm has blocks to cross"
+    if entry["blocks"] and blocks and not algo.cross_attn:
+        yield f"algo.cross_attn=False: algo={algo.name} with block_size < model.length needs it"
+    if algo.cross_attn and not entry["blocks"]:
+        yield (
+            f"algo.cross_attn=True does not fit algo={algo.name}: only {_names('blocks')} has"
+            " blocks to cross"
+        )
     if algo.mdlm_loss_scale and config.noise.type != "loglinear":
         yield f"algo.mdlm_loss_scale=True is defined for noise=loglinear, not {config.noise.type}"
 
 
+def _names(field: str) -> str:
+    """The algorithms whose entry says that they have it."""
+    return " and ".join(name for name, entry in algorithms().items() if entry[field])
+
+
 def clipping(config: Config) -> Iterator[str]:
     algo, training = config.algo, config.training
-    if algo.var_min and algo.name != "bamdlm":
-        yield f"algo.var_min=True does not fit algo={algo.name}: only bamdlm clips its schedule"
+    entry = algorithms()[algo.name]
+    if algo.var_min and not entry["blocks"]:
+        yield (
+            f"algo.var_min=True does not fit algo={algo.name}: only {_names('blocks')} clips its"
+            " schedule"
+        )
     if algo.clip_search_widths and not algo.var_min:
         yield (
             f"algo.clip_search_widths={algo.clip_search_widths} needs algo.var_min=True;"
@@ -143,7 +148,7 @@ def clipping(config: Config) -> Iterator[str]:
     low, high = training.sampling_eps_min, training.sampling_eps_max
     if low > high:
         yield f"training.sampling_eps_min={low} is above training.sampling_eps_max={high}"
-    elif training.resample and algo.name != "ar":
+    elif training.resample and entry["noise"]:
         yield from _impossible_shares(config, low, high)
 
 
@@ -240,7 +245,7 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
         return
     if needs_block_mask(config.algo.name, config.block_size, config.model.length):
         yield (
-            "model.attn_backend=flash_attn cannot apply the block mask of algo=bamdlm;"
+            f"model.attn_backend=flash_attn cannot apply the block mask of algo={config.algo.name};"
             " use model.attn_backend=flex, sdpa or auto"
         )
     if not gpu:
@@ -332,7 +337,7 @@ def sampling(config: Config) -> Iterator[str]:
 
 def _steps(config: Config) -> Iterator[str]:
     sampling, name = config.sampling, config.algo.name
-    if name in ("ar", "sedd") and sampling.steps is not None:
+    if not algorithms()[name]["steps"] and sampling.steps is not None:
         yield f"sampling.steps={sampling.steps} does not fit algo={name}, which has its own"
     if not sampling.first_hitting and sampling.steps == "first_hitting":
         yield "sampling.first_hitting=False contradicts sampling.steps=first_hitting"

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from settings.schema import Config
+from settings.tables import algorithms
 
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 WARMUP = "lr_scheduler.num_warmup_steps"
@@ -116,7 +117,8 @@ def has_flash_attn() -> bool:
 
 def needs_block_mask(algo: str, block_size: int, length: int) -> bool:
     """Whether attention is more than full or causal."""
-    return algo == "bamdlm" and block_size < length
+    entry = algorithms().get(algo)  # None: the checks will say so
+    return entry is not None and entry["blocks"] and block_size < length
 
 
 def flex_takes(hidden_size: int, n_heads: int) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from settings.schema import Config
+from settings.tables import algorithms, class_defaults, step_rules
 
 
 def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
@@ -21,7 +22,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
     if config.mode in ("train", "plan", "ppl_eval"):
         yield from _exact(config)
-    if config.mode == "ppl_eval" and config.algo.name != "ar":
+    if config.mode == "ppl_eval" and algorithms()[config.algo.name]["noise"]:
         for key in ("sampling_eps_min", "sampling_eps_max", "resample"):
             if f"training.{key}" in typed:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
@@ -45,7 +46,7 @@ def _training(config: Config) -> Iterator[str]:
 
 
 def _exact(config: Config) -> Iterator[str]:
-    has_choice = config.algo.name == "bamdlm" and config.block_size == 1
+    has_choice = algorithms()[config.algo.name]["blocks"] and config.block_size == 1
     if not config.training.eval_nll and not has_choice:
         yield (
             "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
@@ -59,7 +60,7 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield f"model.adaln=True has no effect: algo={algo.name} always modulates"
     if algo.fix_clipping and not algo.clip_search_widths:
         yield "algo.fix_clipping=True has no effect: algo.clip_search_widths is empty"
-    if algo.name != "ar":
+    if algorithms()[algo.name]["noise"]:
         return
     changed = {
         "noise": config.noise.type != "loglinear",
@@ -73,27 +74,27 @@ def _algorithm(config: Config) -> Iterator[str]:
     }
     for key, differs in changed.items():
         if differs:
-            yield f"{key} has no effect: algo=ar has no noise"
+            yield f"{key} has no effect: algo={algo.name} has no noise"
 
 
 def _sampling(config: Config) -> Iterator[str]:
     sampling, algo = config.sampling, config.algo
-    if algo.T and algo.name == "ar":
-        yield f"algo.T={algo.T} has no effect: ar takes one step per token"
-    elif algo.T and sampling.steps in ("first_hitting", "confidence", "threshold"):
+    entry = algorithms()[algo.name]
+    rules = step_rules()
+    reads = rules[sampling.steps].get("reads", ()) if sampling.steps else ()
+    if algo.T and not entry["noise"]:
+        yield f"algo.T={algo.T} has no effect: {algo.name} takes one step per token"
+    elif algo.T and sampling.steps and "num_steps" not in reads:
         yield f"algo.T={algo.T} has no effect: steps={sampling.steps} ends when nothing is masked"
-    if algo.name in ("ar", "sedd") and not sampling.first_hitting:
+    if not entry["steps"] and not sampling.first_hitting:
         yield f"sampling.first_hitting=False has no effect: algo={algo.name} has its own steps"
-    if algo.name in ("mdlm", "sedd") and sampling.context_size is not None:
+    if not entry["cache"] and sampling.context_size is not None:
         yield f"sampling.context_size has no effect: algo={algo.name} has no blocks to look back on"
-    for key, changed, steps in (
-        ("k", sampling.k != 1, ("confidence",)),
-        ("confidence", sampling.confidence != "probability", ("confidence",)),
-        ("threshold", sampling.threshold != 0.9, ("threshold",)),
-        ("remask_eta", sampling.remask_eta != 0.02, ("remask",)),
-    ):
-        if changed and sampling.steps not in steps:
-            yield f"sampling.{key} has no effect without sampling.steps={steps[0]}"
+    defaults = class_defaults("samplers/params.py", "SamplingParams")
+    for key, value in vars(sampling).items():
+        readers = [name for name, rule in rules.items() if key in rule.get("reads", ())]
+        if readers and key not in reads and value != defaults[key]:
+            yield f"sampling.{key} has no effect without sampling.steps={' or '.join(readers)}"
 
 
 def _data(config: Config) -> Iterator[str]:

