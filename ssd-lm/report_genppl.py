@@ -10,9 +10,7 @@ or without a judge of the model's.
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +18,8 @@ from statistics import fmean
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # generative
 
 from ssd_samples import SamplesError, read
+
+from utils import write_json
 
 COLUMNS = {
     "gen_ppl": "gen_ppl",
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(table(rows, args.judge))
     if args.out:
-        write(args, rows)
+        write_json(Path(args.out).expanduser(), {"judge": args.judge, "files": rows})
     return 0
 
 
@@ -173,14 +173,6 @@ def table(rows: list[dict], judge: str) -> str:
         shown = "".join(f"{figure:>10}" for figure in (row["samples"], *figures))
         lines.append(f"{shown}  {row['file']}")
     return "\n".join([*lines, f"entropy in nats and length are over {tokens}; EOS is not counted"])
-
-
-def write(args, rows: list[dict]) -> None:
-    """Whole or not at all."""
-    path = Path(args.out).expanduser()
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps({"judge": args.judge, "files": rows}, indent=1) + "\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ dropped when the file is opened again, and the run goes on. The blocks of an unf
 beside it, in .<name>.part.
 """
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from filelock import Timeout
+
+from utils import atomic_file, lock
 
 
 class SamplesError(ValueError):
@@ -32,20 +34,22 @@ class SampleStream:
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, settings
         self.part = path.with_name(f".{path.name}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = path.open("a+b")
-        try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.stream.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise SamplesError(f"{path}: another process is writing samples into it") from error
-        try:
+
+    def __enter__(self):
+        with ExitStack() as opened:
+            try:
+                opened.enter_context(lock(self.part, timeout=0))
+            except Timeout as error:
+                raise SamplesError(
+                    f"{self.path}: another process is writing samples into it"
+                ) from error
+            self.stream = opened.enter_context(self.path.open("a+b"))
             self.done = self._resume()
-        except BaseException:
-            self.stream.close()
-            raise
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self._opened.close()
 
     def _resume(self) -> set[int]:
         """Indices that exist; cuts a torn last line off."""
@@ -68,10 +72,8 @@ class SampleStream:
     def keep(self, rows: list[int], blocks: list) -> None:
         """The finished blocks of an unfinished batch, until it is appended; whole or not at all."""
         content = {"settings": self.settings, "rows": rows, "blocks": blocks}
-        new = self.part.with_name(self.part.name + ".new")
-        with naming(new):
-            new.write_text(json.dumps(content))
-            os.replace(new, self.part)
+        with naming(self.part), atomic_file(self.part) as file:
+            json.dump(content, file)
 
     def append(self, records: list[dict]) -> None:
         """On the disk when this returns."""
@@ -82,12 +84,6 @@ class SampleStream:
             os.fsync(self.stream.fileno())
         self.done.update(record["index"] for record in records)
         self.part.unlink(missing_ok=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stream.close()
 
 
 @contextmanager
