@@ -1,4 +1,4 @@
-"""Draws and tabulates the learning check of docs/results.md from what its runs left behind.
+"""Draw and tabulate the learning check of docs/results.md from what its runs left behind.
 
     python scripts/plot_results.py [FOLDER] [OUT.png]
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.picture import picture
 from training.csv_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,34 +56,32 @@ def table(runs: dict) -> str:
 
 
 def plot(runs: dict, target: Path) -> None:
-    """Validation perplexity by step, one line a run; needs no display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for name, (ppl, found) in runs.items():
-        steps, values = zip(*sorted(ppl.items()), strict=True)
-        (line,) = axes.plot(steps, values, "o-", ms=4, label=f"{LABELS[name]}: {found['ppl']:.1f}")
-        error = found["ppl_error"]
-        axes.errorbar(steps[-1], found["ppl"], error, color=line.get_color(), capsize=4)
+    """Validation perplexity by step, one line a run."""
     ticks = [30, 40, 50, 60, 80, 100, 140]
-    axes.set(yscale="log", xlabel="optimizer steps", ylabel="validation perplexity")
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_title("Shakespeare's held-out plays (AR exact, the others upper bounds)", fontsize=10)
-    axes.grid(True, alpha=0.2)
-    axes.legend(fontsize=9)
-    unfinished = target.with_suffix(".tmp.png")
-    figure.savefig(unfinished, dpi=100)
-    plt.close(figure)
-    unfinished.replace(target)
+    with picture(target, 7.5, 4.2, dpi=100) as axes:
+        for name, (ppl, found) in runs.items():
+            steps, values = zip(*sorted(ppl.items()), strict=True)
+            label = f"{LABELS[name]}: {found['ppl']:.1f}"
+            (line,) = axes.plot(steps, values, "o-", ms=4, label=label)
+            error = found["ppl_error"]
+            axes.errorbar(steps[-1], found["ppl"], error, color=line.get_color(), capsize=4)
+        axes.set(yscale="log", xlabel="optimizer steps", ylabel="validation perplexity")
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(
+            "Shakespeare's held-out plays (AR exact, the others upper bounds)", fontsize=10
+        )
+        axes.grid(True, alpha=0.2)
+        axes.legend(fontsize=9)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "docs/results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=ROOT / "docs/results", help="docs/results"
+    )
     parser.add_argument(
         "out", type=Path, nargs="?", default=ROOT / "docs/images/learning_check.png"
     )

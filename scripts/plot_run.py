@@ -1,4 +1,8 @@
-"""Draws the curves of a training run: python scripts/plot_run.py RUN_FOLDER [OUT.png]"""
+"""Draw the perplexity of a training run, step by step, from its metrics.csv.
+
+    python scripts/plot_run.py outputs/quickstart
+    python scripts/plot_run.py outputs/quickstart curve.png
+"""
 
 import argparse
 import math
@@ -7,11 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.picture import picture
 from training.csv_log import read_log
 
-SMOOTHING = (
-    0.95  # of the training loss, which is noisy: its noise level is drawn anew for every block
-)
+SMOOTHING = 0.95  # of the training loss: the noise level of every block is drawn anew
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -24,7 +27,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def plot(folder: Path, target: Path) -> Path:
-    """Perplexity per step, from the folder's metrics.csv; needs no display."""
+    """Perplexity per step, from the folder's metrics.csv."""
     log = folder / "metrics.csv"
     if not log.is_file():
         raise ValueError(f"{log} does not exist: give the folder of a training run (outputs/…/…)")
@@ -33,35 +36,26 @@ def plot(folder: Path, target: Path) -> Path:
         raise ValueError(
             f"{log} holds no trainer/loss yet; train for trainer.log_every_n_steps steps"
         )
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     steps, losses = zip(*sorted(series["trainer/loss"].items()), strict=True)
-    axes.plot(steps, [math.exp(min(x, 30)) for x in losses], color="tab:blue", alpha=0.2, lw=0.8)
-    axes.plot(
-        steps,
-        [math.exp(min(x, 30)) for x in smoothed(list(losses))],
-        color="tab:blue",
-        label="training, smoothed",
-    )
-    if valid := series.get("val/ppl"):
-        steps, ppl = zip(*sorted(valid.items()), strict=True)
-        axes.plot(steps, ppl, "o-", color="tab:red", label=f"validation (last {ppl[-1]:.1f})")
-    axes.set(yscale="log", xlabel="optimizer steps", ylabel="perplexity", title=folder.name)
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend()
-    unfinished = target.with_suffix(".tmp.png")
-    figure.savefig(unfinished, dpi=120)
-    plt.close(figure)
-    unfinished.replace(target)
+    with picture(target, 8, 4.5) as axes:
+        for values, look in (
+            (losses, {"alpha": 0.2, "lw": 0.8}),
+            (smoothed(list(losses)), {"label": "training, smoothed"}),
+        ):
+            axes.plot(steps, [math.exp(min(x, 30)) for x in values], color="tab:blue", **look)
+        if valid := series.get("val/ppl"):
+            steps, ppl = zip(*sorted(valid.items()), strict=True)
+            axes.plot(steps, ppl, "o-", color="tab:red", label=f"validation (last {ppl[-1]:.1f})")
+        axes.set(yscale="log", xlabel="optimizer steps", ylabel="perplexity", title=folder.name)
+        axes.grid(True, which="both", alpha=0.2)
+        axes.legend()
     return target
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="run folder, outputs/<data>/<name>-<hash>")
     parser.add_argument("out", type=Path, nargs="?", help="default: curve.png in the folder")
     arguments = parser.parse_args()

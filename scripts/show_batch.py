@@ -12,7 +12,6 @@ are of the rows from there on and of the split's first documents, --tokens token
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from data.tokenizer import Tokenizer
 from main import quiet
 from modes import cli
 from modes.build import build_cache, build_data, build_split, build_tokenizer
+from scripts.picture import picture
 from settings import Config
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
@@ -151,23 +151,14 @@ class Documents:
 
 
 def histogram(lengths: list[int], title: str, target: Path) -> None:
-    """Of the lengths in tokens, as a PNG; needs no display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.hist(lengths, bins=min(60, max(lengths) + 1), color="tab:blue")
+    """Of the lengths in tokens, as a PNG."""
     middle = statistics.median_low(lengths)
-    axes.axvline(middle, color="tab:red", label=f"median {middle:,}")
-    axes.set(xlabel="tokens of a document", ylabel="documents", title=title)
-    axes.grid(True, alpha=0.2)
-    axes.legend()
-    unfinished = target.with_suffix(f".{os.getpid()}.tmp.png")
-    figure.savefig(unfinished, dpi=120)
-    plt.close(figure)
-    unfinished.replace(target)
+    with picture(target, 8, 4.5) as axes:
+        axes.hist(lengths, bins=min(60, max(lengths) + 1), color="tab:blue")
+        axes.axvline(middle, color="tab:red", label=f"median {middle:,}")
+        axes.set(xlabel="tokens of a document", ylabel="documents", title=title)
+        axes.grid(True, alpha=0.2)
+        axes.legend()
 
 
 def batches(config: Config, tokenizer: Tokenizer, split: str) -> tuple[object, Iterator[dict]]:

@@ -21,6 +21,7 @@ import torch
 
 from models.attention import CHUNK_TOKENS, dense_mask
 from models.masks import BlockDiffusion
+from scripts.picture import picture
 
 LONGEST = 4096  # a picture of 8192 x 8192 pairs
 
@@ -76,11 +77,6 @@ def draw(
     length: int, block_size: int, tile: int, path: Path, document_ids: torch.Tensor | None = None
 ) -> dict[str, float]:
     """Writes the picture; the share of the dense (2L)^2 that each form computes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     seen = seen_pairs(length, block_size, document_ids)
     computed = {
         "seen": seen,
@@ -89,18 +85,16 @@ def draw(
         "flex": flex_pairs(seen, tile),
     }
     shares = {name: float(pairs.float().mean()) for name, pairs in computed.items()}
-    figure, axes = pyplot.subplots(1, len(computed), figsize=(4 * len(computed), 4.4))
-    for axis, (name, pairs) in zip(axes, computed.items(), strict=True):
-        axis.imshow(pairs.float() + seen.float(), cmap="Greys", vmin=0, vmax=2)
-        axis.axhline(length - 0.5, color="tab:red", linewidth=0.8)
-        axis.axvline(length - 0.5, color="tab:red", linewidth=0.8)
-        axis.set_title(f"{name}: {shares[name]:.1%} of (2L)²")
-        axis.set_xticks([length // 2, length + length // 2], ["x_t", "x0"])
-        axis.set_yticks([length // 2, length + length // 2], ["x_t", "x0"])
-    figure.suptitle(f"L = {length}, S = {block_size}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    ticks = ([length // 2, length + length // 2], ["x_t", "x0"])
+    with picture(path, 4 * len(computed), 4.4, columns=len(computed)) as axes:
+        for axis, (name, pairs) in zip(axes, computed.items(), strict=True):
+            axis.imshow(pairs.float() + seen.float(), cmap="Greys", vmin=0, vmax=2)
+            axis.axhline(length - 0.5, color="tab:red", linewidth=0.8)
+            axis.axvline(length - 0.5, color="tab:red", linewidth=0.8)
+            axis.set_title(f"{name}: {shares[name]:.1%} of (2L)²")
+            axis.set_xticks(*ticks)
+            axis.set_yticks(*ticks)
+        axes[0].figure.suptitle(f"L = {length}, S = {block_size}")
     return shares
 
 

@@ -1,0 +1,21 @@
+"""Pictures as files: no display is needed, and a picture appears whole or not at all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils import atomic_file
+
+
+@contextmanager
+def picture(
+    target: Path, width: float, height: float, *, columns: int = 1, dpi: int = 120
+) -> Iterator:
+    """`with picture(…) as axes:` draws on matplotlib's Axes, an array of them if `columns` is more
+    than one; then `target` is written as a PNG. Sizes in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure.subplots(1, columns)
+    with atomic_file(target, "wb") as file:
+        figure.savefig(file, format="png", dpi=dpi)
