@@ -25,7 +25,7 @@ from training.csv_log import read_log
 SAMPLE_LINES = 16
 
 
-def unigram_nats(train: np.ndarray, valid: np.ndarray, vocab_size: int) -> float:
+def unigram_nll(train: np.ndarray, valid: np.ndarray, vocab_size: int) -> float:
     """Nats per validation token under the training frequencies, every id counted once more."""
     counts = np.bincount(train.ravel(), minlength=vocab_size) + 1.0
     return float(-np.log(counts / counts.sum())[valid.ravel()].mean())
@@ -44,47 +44,61 @@ def tokens_per_second(log: Path, tokens_per_step: int) -> float:
     return float(np.median(rates)) if rates else math.nan
 
 
-def main(arguments: list[str]) -> int:
-    cut = arguments.index("--")
-    run = settings.load(arguments[:cut])
-    sampling = settings.load(arguments[cut + 1 :])
-    folder = Path(run.checkpointing.save_dir)
-    results = folder.glob(f"ppl_{Path(run.data.valid).stem}-*.json")
-    found = json.loads(max(results, key=lambda path: path.stat().st_mtime).read_text())
-    samples = json.loads(Path(sampling.sampling.logdir).with_suffix(".json").read_text())
-    tokenizer = build_tokenizer(run)
-    train, valid = (build_rows(run, tokenizer, split).ids for split in ("train", "valid"))
-    unigram = math.exp(unigram_nats(train, valid, tokenizer.vocab_size))
+def bits_per_character(found: dict, valid: np.ndarray, tokenizer) -> float:
+    """From the nll per token of `found`; ends of documents are no characters."""
     text = "".join(tokenizer.decode(row.tolist()) for row in valid)
     characters = len(text.replace(tokenizer.decode([tokenizer.eos_id]), ""))
-    bits = found["nll"] * found["tokens"] / math.log(2) / characters
-    rate = tokens_per_second(
-        folder / "metrics.csv", run.loader.global_batch_size * run.model.length
-    )
-    steps = max(read_log(folder / "metrics.csv")["trainer/loss"]) + 1
-    with Path(sampling.sampling.logdir).open(newline="") as file:
-        sample = next(csv.DictReader(file))["samples"]
-    picture = plot(folder, folder / "curve.png")
-    length, trained = sampling.model.length, run.model.length
+    return found["nll"] * found["tokens"] / math.log(2) / characters
+
+
+def newest_perplexity(run: settings.Config) -> dict:
+    """What the last mode=ppl_eval wrote into the run's folder."""
+    results = Path(run.checkpointing.save_dir).glob(f"ppl_{Path(run.data.valid).stem}-*.json")
+    return json.loads(max(results, key=lambda path: path.stat().st_mtime).read_text())
+
+
+def page(run: settings.Config, sampling: settings.Config, found: dict, unigram: float, bits: float):
+    """{what: its value}, one line each."""
+    folder, texts = Path(run.checkpointing.save_dir), Path(sampling.sampling.logdir)
+    samples = json.loads(texts.with_suffix(".json").read_text())
+    tokens_per_step = run.loader.global_batch_size * run.model.length
+    rate = tokens_per_second(folder / "metrics.csv", tokens_per_step)
+    length = sampling.model.length
     verdict = "below half of it" if found["ppl"] < unigram / 2 else "NOT below half of it"
-    page = {
+    return {
         "validation perplexity": f"{found['ppl']:.1f} ± {found['ppl_error']:.1f}, {found['bound']}",
         "unigram model": f"{unigram:.1f}; the model is {verdict}",
         "bits per character": f"{bits:.3f}",
         "training": f"{rate:,.0f} tokens/s",
         "sampling": f"{samples['gen_nfes']:.0f} network evaluations (NFE) per text,"
         f" {samples['tokens_per_second']:,.0f} tokens/s",
-        "text length": f"{length} tokens, {length / trained:g} x the training context",
-        "curves": picture,
-        "texts": sampling.sampling.logdir,
+        "text length": f"{length} tokens, {length / run.model.length:g} x the training context",
+        "curves": plot(folder, folder / "curve.png"),
+        "texts": texts,
     }
-    batch = f"{run.loader.global_batch_size} x {trained} tokens"
+
+
+def main(arguments: list[str]) -> int:
+    if "--" not in arguments:
+        print(__doc__)
+        return 0 if arguments == ["--help"] else 2
+    cut = arguments.index("--")
+    run, sampling = settings.load(arguments[:cut]), settings.load(arguments[cut + 1 :])
+    tokenizer = build_tokenizer(run)
+    train, valid = (build_rows(run, tokenizer, split).ids for split in ("train", "valid"))
+    unigram = math.exp(unigram_nll(train, valid, tokenizer.vocab_size))
+    found = newest_perplexity(run)
+    lines = page(run, sampling, found, unigram, bits_per_character(found, valid, tokenizer))
+    steps = max(read_log(Path(run.checkpointing.save_dir) / "metrics.csv")["trainer/loss"]) + 1
+    batch = f"{run.loader.global_batch_size} x {run.model.length} tokens"
     print(f"\nBAM-DLM, block size {run.block_size}: {steps:,} steps of {batch}\n")
-    for name, value in page.items():
+    for name, value in lines.items():
         print(f"  {name:22} {value}")
+    with Path(sampling.sampling.logdir).open(newline="") as file:
+        sample = next(csv.DictReader(file))["samples"]
     print("\nThe first lines of a text:\n")
-    lines = [line for line in sample.splitlines() if line.strip()][:SAMPLE_LINES]
-    print("\n".join(f"  | {line}" for line in lines))
+    shown = [line for line in sample.splitlines() if line.strip()][:SAMPLE_LINES]
+    print("\n".join(f"  | {line}" for line in shown))
     return 0 if found["ppl"] < unigram / 2 else 1
 
 
