@@ -30,6 +30,12 @@ if [[ -n ${SLURM_JOB_ID:-} && $here/ != "$root"/* ]]; then in_job=1; fi
 
 dry=
 for argument in "$@"; do
+  if [[ $argument == --help ]]; then
+    sed -n '/^#SBATCH/d; 2,/^[^#]/s/^# //p' "$0"
+    echo
+    sed -n '3,/^set/s/^# \{0,1\}//p' scripts/job.sh
+    exit
+  fi
   if [[ $argument == --dry-run ]]; then dry=1; fi
 done
 
@@ -92,6 +98,19 @@ checkpoint() {
   local path=${CHECKPOINT:-$1}
   echo "eval.checkpoint_path=$path"
   if [[ $path == *.ckpt ]]; then echo algo.backbone=dit; else echo algo.backbone=hf_dit; fi
+}
+
+# texts EXPERIMENT ARGUMENTS: samples, in a file that is named after what they are.
+texts() {
+  run main.py "experiment=$1" \
+    "sampling.logdir=sample_logs/$1_len\${model.length}_bs\${block_size}_seed\${seed}" "${@:2}"
+}
+
+# texts_of_published EXPERIMENT BLOCK_SIZE ARGUMENTS: the same of bamdlm; the block size is the default one.
+texts_of_published() {
+  local size=${BLOCK_SIZE:-$2} weights
+  mapfile -t weights < <(checkpoint "kuleshov-group/bamdlm-owt-block_size$size")
+  texts "$1" "block_size=$size" "${weights[@]}" "${@:3}"
 }
 
 # From here on a signal is kept and passed on to what runs.

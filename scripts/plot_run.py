@@ -2,6 +2,8 @@
 
     python scripts/plot_run.py outputs/quickstart
     python scripts/plot_run.py outputs/quickstart curve.png
+
+Without a second argument the picture is curve.png in the folder.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="run folder, outputs/<data>/<name>-<hash>")
-    parser.add_argument("out", type=Path, nargs="?", help="default: curve.png in the folder")
+    parser.add_argument("out", type=Path, nargs="?", help="PNG to write")
     arguments = parser.parse_args()
     try:
         print(plot(arguments.folder, arguments.out or arguments.folder / "curve.png"))

@@ -3,6 +3,7 @@
 #   bash scripts/quickstart.sh
 # Run again after an interruption it goes on where it was; run again after the end it does nothing twice.
 set -euo pipefail
+if [[ ${1:-} == --help ]]; then sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh

@@ -4,6 +4,7 @@
 #   BAMDLM_PYTHON=/path/to/python   use that environment as it is (it must have torch); nothing is installed
 #   BAMDLM_TORCH_INDEX=URL          one more package index, e.g. PyTorch's own for CPU builds
 set -euo pipefail
+if [[ ${1:-} == --help ]]; then sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "setup: $*" >&2; exit 1; }

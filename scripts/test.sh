@@ -2,6 +2,7 @@
 # Set-up if it is missing, style, tests. `--slow` adds the minutes-long tests, `--gpu` runs those that need a CUDA device;
 # everything else goes to pytest: bash scripts/test.sh tests/data/test_data.py -x
 set -euo pipefail
+if [[ ${1:-} == --help ]]; then sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 slow="not slow" gpu="not gpu" rest=()

@@ -4,7 +4,4 @@
 # else the published one; $BLOCK_SIZE is 4, 8 or 16.
 root=$(dirname "$0")/../..; [[ -f $root/scripts/job.sh ]] || root=$SLURM_SUBMIT_DIR
 source "$root/scripts/job.sh"
-S=${BLOCK_SIZE:-4}
-mapfile -t weights < <(checkpoint kuleshov-group/bamdlm-owt-block_size$S)
-run main.py experiment=gen_ppl_bamdlm block_size=$S "${weights[@]}" \
-  'sampling.logdir=sample_logs/gen_ppl_bamdlm_len${model.length}_bs${block_size}_seed${seed}' "$@"
+texts_of_published gen_ppl_bamdlm 4 "$@"

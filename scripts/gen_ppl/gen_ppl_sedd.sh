@@ -4,5 +4,4 @@
 # else the newest under outputs/.
 root=$(dirname "$0")/../..; [[ -f $root/scripts/job.sh ]] || root=$SLURM_SUBMIT_DIR
 source "$root/scripts/job.sh"
-run main.py experiment=gen_ppl_sedd \
-  'sampling.logdir=sample_logs/gen_ppl_sedd_len${model.length}_bs${block_size}_seed${seed}' "$@"
+texts gen_ppl_sedd "$@"

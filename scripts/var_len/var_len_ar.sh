@@ -3,5 +3,4 @@
 # Texts of any length by AR: var_len_ar.sh seed=3; $CHECKPOINT, else the newest under outputs/.
 root=$(dirname "$0")/../..; [[ -f $root/scripts/job.sh ]] || root=$SLURM_SUBMIT_DIR
 source "$root/scripts/job.sh"
-run main.py experiment=var_len_ar \
-  'sampling.logdir=sample_logs/var_len_ar_len${model.length}_bs${block_size}_seed${seed}' "$@"
+texts var_len_ar "$@"

@@ -4,7 +4,4 @@
 # $BLOCK_SIZE is 4, 8 or 16.
 root=$(dirname "$0")/../..; [[ -f $root/scripts/job.sh ]] || root=$SLURM_SUBMIT_DIR
 source "$root/scripts/job.sh"
-S=${BLOCK_SIZE:-16}
-mapfile -t weights < <(checkpoint kuleshov-group/bamdlm-owt-block_size$S)
-run main.py experiment=var_len_bamdlm block_size=$S "${weights[@]}" \
-  'sampling.logdir=sample_logs/var_len_bamdlm_len${model.length}_bs${block_size}_seed${seed}' "$@"
+texts_of_published var_len_bamdlm 16 "$@"
