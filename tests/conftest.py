@@ -51,3 +51,14 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """The environment with which clients reach an S3 server; each test has its own buckets."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from processes import s3_server
+
+    with s3_server() as environment:
+        yield environment

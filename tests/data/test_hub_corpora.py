@@ -5,13 +5,13 @@ shards, cards, the branch of converted files.
 """
 
 import json
-import time
 from functools import partial
 
+import datasets
 import pytest
 from conftest import GOLDEN
 from hub_tools import hold_out, put_table, stand_in, texts
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 import settings
 from data import corpora, hub_tables, shards
@@ -19,6 +19,7 @@ from data.hub_tables import CONVERTED, Table
 from data.tokenizer import get_tokenizer
 from dataloader import get_rows
 from modes.build import build_data, build_tokenizer
+from utils import CONNECT_SECONDS
 
 WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 OPENWEBTEXT = "79d93d786212f7344586290adb811d4ae6a1762c"
@@ -365,18 +366,27 @@ def test_what_was_downloaded_serves_without_a_network(hub, tmp_path, monkeypatch
     assert read("wikitext103", "valid", tmp_path) == expected
 
 
-def test_without_a_network_the_error_comes_at_once_and_names_the_way_out(
+def test_without_a_network_each_source_is_asked_once_and_the_way_out_is_named(
     hub, tmp_path, monkeypatch
 ):
+    """Nothing that tries again is called: huggingface_hub's downloads, datasets' own questions."""
+    asked, ask = [], HfApi.dataset_info
+
+    def dataset_info(api, repo, **options):
+        asked.append((repo, options["timeout"]))
+        return ask(api, repo, **options)
+
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
     tokenizer = get_tokenizer(str(GOLDEN / "tokenizer"))
     prepare = partial(get_rows, tokenizer=tokenizer, length=16, cache_dir=tmp_path / "cache")
-    began = time.monotonic()
     with pytest.raises(
         ValueError, match=r"(?s)data.source=PATH\n.*hub cannot be reached"
     ) as raised:
         prepare("scientific_papers_arxiv", "valid")
-    assert time.monotonic() - began < 5
+    repos = "armanc/scientific_papers", "ccdv/arxiv-summarization"
+    assert asked == [(repo, CONNECT_SECONDS) for repo in repos]
     assert len(str(raised.value).splitlines()) == 3  # one for each source
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 

@@ -363,12 +363,12 @@ def test_windows_of_prepared_rows_are_refused(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_text_that_breaks_off_is_one_error(workers):
     def broken():
-        yield from write(0, 1000)
-        raise ValueError("data: a.jsonl, line 1001 is not JSON")
+        yield from write(0, 200)
+        raise ValueError("data: a.jsonl, line 201 is not JSON")
 
     given = streamed_text([broken])
     data = module(given, num_workers=workers)
-    with pytest.raises(TextError, match="line 1001 is not JSON"):
+    with pytest.raises(TextError, match="line 201 is not JSON"):
         [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
 
 
@@ -454,44 +454,49 @@ def weights(folder):
     return {name: tensor for name, tensor in state.items() if name.startswith("backbone")}
 
 
-def test_a_killed_run_goes_on_with_the_rows_of_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 2000)
-    results = []
-    for name in ("whole", "killed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        given = [*arguments(tmp_path), "loader.num_workers=1"]
-        if name == "killed":
-            process = Run(given, folder / "log")
-            while not list(folder.glob("outputs/*/*/checkpoints/step=4.ckpt")):
-                assert process.poll() is None, process.text()
-            process.send(9)
-            assert process.wait() == -9
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """(arguments, weights at the end) of a run on one device."""
+    files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "UNIT_CHARACTERS", 2000)
+        patch.chdir(folder)
+        given = [*arguments(files), "model.dropout=0", "loader.num_workers=1"]
         code, said = run(given, folder / "log")
-        assert code == 0, said
-        if name == "killed":
-            assert "going on from step" in said
-            assert "no bookmark" not in said
-        results.append(weights(folder))
-    assert results[0].keys() == results[1].keys()
-    for name, tensor in results[0].items():
-        assert torch.equal(tensor, results[1][name]), name
-    assert not list(tmp_path.glob("cache/rows/train*"))
-
-
-def test_two_devices_train_on_the_rows_of_one(tmp_path, monkeypatch):
-    given = arguments(tmp_path)
-    folders = tmp_path / "one", tmp_path / "two"
-    for folder in folders:
-        folder.mkdir()
-    monkeypatch.chdir(folders[0])
-    code, said = run([*given, "model.dropout=0"], folders[0] / "log")
     assert code == 0, said
-    monkeypatch.chdir(folders[1])
-    both = ranks(2, [*given, "model.dropout=0", "trainer.devices=2"], folders[1] / "log")
+    assert not list(files.glob("cache/rows/train*"))
+    return given, weights(folder)
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 2000)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_killed_run_goes_on_with_the_rows_of_an_uninterrupted_one(uninterrupted, run_folder):
+    given, whole = uninterrupted
+    process = Run(given, run_folder / "log")
+    while not list(run_folder.glob("outputs/*/*/checkpoints/step=4.ckpt")):
+        assert process.poll() is None, process.text()
+    process.send(9)
+    assert process.wait() == -9
+    code, said = run(given, run_folder / "log")
+    assert code == 0, said
+    assert "going on from step" in said
+    assert "no bookmark" not in said
+    found = weights(run_folder)
+    assert found.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_two_devices_train_on_the_rows_of_one(uninterrupted, run_folder):
+    given, one = uninterrupted
+    both = ranks(2, [*given, "trainer.devices=2"], run_folder / "log")
     assert finish(both) == [0, 0], both[0].text() + both[1].text()
-    one, two = weights(folders[0]), weights(folders[1])
+    two = weights(run_folder)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)
 

@@ -220,30 +220,22 @@ def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
         get_tokenizer("bert-base-uncased")
 
 
-def test_a_hub_tokenizer_is_taken_from_the_local_cache(tmp_path, golden):
+def test_a_hub_tokenizer_is_taken_from_the_local_cache(tmp_path, golden, monkeypatch):
     """As huggingface_hub lays its cache out; nothing is asked of a network."""
-    import os
-    import subprocess
-    import sys
+    from huggingface_hub import constants
+    from transformers.utils import hub
 
-    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     golden.save(snapshot)
     (snapshot / "config.json").write_text('{"model_type": "gpt2"}')
-    refs = tmp_path / "hub" / "models--some--model" / "refs"
+    refs = tmp_path / "models--some--model" / "refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    code = (
-        "from data.tokenizer import get_tokenizer; print(get_tokenizer('some/model').fingerprint)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")},
-        cwd=GOLDEN.parent.parent if GOLDEN.parent.name == "tests" else None,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert found.stdout.strip() == golden.fingerprint
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    if "TRANSFORMERS_CACHE" in vars(hub):
+        monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path))
+    monkeypatch.setattr(vocabularies, "download", None)
+    assert get_tokenizer("some/model").fingerprint == golden.fingerprint
 
 
 def test_fingerprint_is_short_and_stable(golden):
