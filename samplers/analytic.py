@@ -2,12 +2,11 @@
 section 4).
 
 A step from time t to s < t takes the ratios p_t(y) / p_t(x) that the network gives and moves every
-position at once: a hidden token becomes y, or stays hidden. The nucleus acts on the chances of the
-tokens among each other; the chance to stay hidden is not touched.
+position at once: a masked token becomes y, or stays masked. The nucleus acts on the chances of the
+tokens among each other; the chance to stay masked is not touched.
 """
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -48,7 +47,7 @@ def transition(tokens: Tensor, dsigma: Tensor, vocab_size: int, mask_id: int) ->
 def reverse_chances(
     log_score: Tensor, tokens: Tensor, dsigma: Tensor, mask_id: int, last: bool
 ) -> Tensor:
-    """What each position becomes, unnormalised [B, L, V]; the last step leaves nothing hidden."""
+    """What each position becomes, unnormalised [B, L, V]; the last step leaves nothing masked."""
     chances = staggered(log_score.exp(), dsigma, mask_id)
     chances = chances * transition(tokens, dsigma, log_score.shape[-1], mask_id)
     if last:
@@ -57,7 +56,7 @@ def reverse_chances(
 
 
 def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
-    """Normalised log-probabilities; an imperfect score may make staying hidden negative, which
+    """Normalised log-probabilities; an imperfect score may make staying masked negative, which
     counts as 0.
     """
     log = chances.clamp(min=0).log()
@@ -71,32 +70,32 @@ def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
     return log.log_softmax(-1)
 
 
-def generate_analytic(score, requests, params, *, device, watch, tick) -> Iterator[list[Sample]]:
-    rows = ActiveTexts(score, requests, params, device, watch, tick)
-    while len(rows):
-        for slot in rows.slots:
-            slot.filled = params.length
-            slot.nfe = params.num_steps + 1
-        write(rows)
-        if rows.tick is not None:
-            rows.tick(len(rows) * params.length, params.num_steps + 1)
-        yield rows.settle([0] * len(rows))
+def one_round(texts: ActiveTexts) -> list[Sample]:
+    """Every text from its first step to its last."""
+    params = texts.params
+    for slot in texts.slots:
+        slot.filled = params.length
+        slot.nfe = params.num_steps + 1
+    write(texts)
+    if texts.tick is not None:
+        texts.tick(len(texts) * params.length, params.num_steps + 1)
+    return texts.settle([0] * len(texts))
 
 
-def write(rows: ActiveTexts) -> None:
-    """Fill all hidden tokens of all rows."""
-    params = rows.params
+def write(texts: ActiveTexts) -> None:
+    """Fill all masked tokens of all texts."""
+    params, canvas = texts.params, texts.canvas
     t = torch.linspace(1, LAST_TIME, params.num_steps + 1, dtype=torch.float64)
     sigma = total_noise(params.move_chance(t)).float().tolist()
     steps = [*pairwise(sigma), (sigma[-1], 0.0)]
-    row, position = torch.arange(len(rows)), torch.arange(params.length)
-    keys = rows.tensor(rows.keys(row[:, None], position))
+    row, position = torch.arange(len(texts)), torch.arange(params.length)
+    keys = canvas.tensor(texts.keys(row[:, None], position))
     for number, (now, then) in enumerate(steps):
-        tokens = rows.x[:, :-1]
-        level = torch.full((len(rows),), now, device=rows.device)
-        last = number == len(steps) - 1
-        chances = reverse_chances(rows.ask(tokens, level), tokens, level - then, rows.mask_id, last)
-        log_probs = next_log_probs(chances, params.nucleus_p, rows.mask_id)
+        tokens = canvas.x[:, :-1]
+        level = torch.full((len(texts),), now, device=canvas.device)
+        log_score, last = canvas.ask(tokens, level), number == len(steps) - 1
+        chances = reverse_chances(log_score, tokens, level - then, canvas.mask_id, last)
+        log_probs = next_log_probs(chances, params.nucleus_p, canvas.mask_id)
         new = sample(log_probs, fold(keys, DRAW + number), 1.0, params.dtype)
-        rows.x[:, :-1] = new.where(tokens == rows.mask_id, tokens)
-        rows.show()
+        canvas.x[:, :-1] = new.where(tokens == canvas.mask_id, tokens)
+        texts.show()

@@ -1,4 +1,4 @@
-"""How many positions are still hidden, where only the device knows: read when the numbers arrive.
+"""How many positions are still masked, where only the device knows: read when the numbers arrive.
 
 A rule that looks at the network decides on the device how many positions it reveals. To ask for
 that number would empty the device's queue before every evaluation. So it is sent to pinned memory

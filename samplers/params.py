@@ -29,7 +29,7 @@ class SamplingParams:
     k: int = 1  # confidence: k
     confidence: str = "probability"  # confidence and threshold: a name of steps.CONFIDENCES
     threshold: float = 0.9
-    remask_eta: float = 0.02  # remask: largest chance that a token seen is hidden again in one step
+    remask_eta: float = 0.02  # remask: largest chance that a token seen is masked again in one step
     nucleus_p: float = 1.0
     dtype: str = "float32"  # of the draw: float32 (right in the tails) or float64 (all V numbers)
     kv_cache: bool = False

@@ -6,7 +6,7 @@ than its neighbours waits for the round to end. With a cache the finished block 
 same pass that asks the first question about the next one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,52 +14,46 @@ from torch import Tensor
 
 from .countdown import Countdown
 from .draw import fold, sample
+from .params import SamplingParams
 from .request import Sample
 from .steps import DRAW, STEPS, Adaptive, Planned, RevealPlan, rank_in_group
 from .texts import ActiveTexts
 
-# (a hidden position, params) -> (start, stop): what is visible while it is filled
-Span = Callable[[int, object], tuple[int, int]]
+# (a masked position, params) -> (start, stop): what is visible while it is filled
+Span = Callable[[int, SamplingParams], tuple[int, int]]
 
 
-def generate_rounds(
-    span: Span, denoise, requests, params, *, device, watch, tick
-) -> Iterator[list[Sample]]:
-    rows = ActiveTexts(denoise, requests, params, device, watch, tick)
-    while len(rows):
-        yield from_round(rows, span)
-
-
-def from_round(rows: ActiveTexts, span: Span) -> list[Sample]:
+def one_round(texts: ActiveTexts, span: Span) -> list[Sample]:
+    """One block or window of each text; the texts that ended with it."""
     spans, fills = [], []
-    for slot in rows.slots:
-        first = slot.next_hidden()
-        start, stop = span(slot.total - 1 if first is None else first, rows.params)
+    for slot in texts.slots:
+        first = slot.next_masked()
+        start, stop = span(slot.total - 1 if first is None else first, texts.params)
         spans.append((start, stop))
-        fills.append(slot.hidden(start, stop))
-    before = [min(slot.filled, slot.total) for slot in rows.slots]
-    evaluations = rows.evaluations
-    rule = STEPS[rows.params.steps]
+        fills.append(slot.masked(start, stop))
+    before = [min(slot.filled, slot.total) for slot in texts.slots]
+    evaluations = texts.canvas.evaluations
+    rule = STEPS[texts.params.steps]
     if any(fills):
-        (planned if isinstance(rule, Planned) else adaptive)(rows, rule, spans, fills)
-    for slot, (_, stop) in zip(rows.slots, spans, strict=True):
+        (planned if isinstance(rule, Planned) else adaptive)(texts, rule, spans, fills)
+    for slot, (_, stop) in zip(texts.slots, spans, strict=True):
         slot.filled = stop
-    if rows.tick is not None:
-        rows.tick(sum(map(len, fills)), rows.evaluations - evaluations)
-    return rows.settle(before)
+    if texts.tick is not None:
+        texts.tick(sum(map(len, fills)), texts.canvas.evaluations - evaluations)
+    return texts.settle(before)
 
 
 class View:
     """What the network is fed: row b's tokens from starts[b] on. `later`: from the second
     evaluation on, when the finished block is in the cache."""
 
-    def __init__(self, rows: ActiveTexts, spans: list[tuple[int, int]]):
-        self.rows = rows
-        if rows.params.kv_cache:
-            size = rows.params.block_size
+    def __init__(self, texts: ActiveTexts, spans: list[tuple[int, int]]):
+        self.texts = texts
+        if texts.params.kv_cache:
+            size = texts.params.block_size
             self.later = [stop - size for _, stop in spans]
-            rows.catch_up([block - size for block in self.later], spare=2 * size)
-            self.starts = [slot.committed for slot in rows.slots]
+            texts.canvas.catch_up([block - size for block in self.later], spare=2 * size)
+            self.starts = texts.canvas.committed
             self.pending = [b - start for b, start in zip(self.later, self.starts, strict=True)]
             self.width, self.later_width = size + max(self.pending), size
         else:
@@ -69,19 +63,19 @@ class View:
 
     def ask(self, read: Tensor) -> Tensor:
         """log-probabilities at read [B, R], positions in the view."""
-        rows = self.rows
-        answer = rows.ask(rows.window(self.starts, self.width), read, rows.cache)
+        canvas = self.texts.canvas
+        answer = canvas.ask(canvas.window(self.starts, self.width), read, canvas.cache)
         self._asked()
         return answer
 
     def reveal(self, step: "Step") -> None:
         """Draw what is read and write it."""
-        self.rows.reveal(self.starts, self.width, step.numbers)
+        self.texts.canvas.reveal(self.starts, self.width, step.numbers)
         self._asked()
 
     def _asked(self) -> None:
         if any(self.pending):
-            self.rows.commit(self.pending)
+            self.texts.canvas.commit(self.pending)
             self.pending = []
         self.starts, self.width = self.later, self.later_width
 
@@ -106,71 +100,71 @@ class Step:
         return self.numbers[2]
 
 
-def planned(rows: ActiveTexts, rule: Planned, spans, fills) -> None:
+def planned(texts: ActiveTexts, rule: Planned, spans, fills) -> None:
     """Everything about the round but the tokens is known beforehand: the device is never waited
     for."""
     row, position = listed(fills)
-    plan = rule.plan(rows.keys(row, position), row, position, rows.params)
-    for slot, evaluations in zip(rows.slots, plan.evaluations(len(rows)), strict=True):
+    plan = rule.plan(texts.keys(row, position), row, position, texts.params)
+    for slot, evaluations in zip(texts.slots, plan.evaluations(len(texts)), strict=True):
         slot.nfe += evaluations
-    view = View(rows, spans)
-    for step in make_steps(rows, view, plan):
+    view = View(texts, spans)
+    for step in make_steps(texts, view, plan):
         if step.hide is not None:
-            rows.x.scatter_(1, step.hide, rows.mask_id)
+            texts.canvas.x.scatter_(1, step.hide, texts.canvas.mask_id)
         view.reveal(step)
-        rows.show()
+        texts.show()
 
 
 def listed(fills: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Row and position of every hidden token, int64 [n]."""
+    """Row and position of every masked token, int64 [n]."""
     row = torch.arange(len(fills)).repeat_interleave(torch.tensor([len(fill) for fill in fills]))
     return row, torch.tensor([position for fill in fills for position in fill])
 
 
-def make_steps(rows: ActiveTexts, view: View, plan: RevealPlan) -> list[Step]:
+def make_steps(texts: ActiveTexts, view: View, plan: RevealPlan) -> list[Step]:
     """All evaluations of a round, brought to the device together.
 
     Rows with fewer positions than others read something and write it where it concerns nobody.
     """
     evaluations = int(plan.evaluation.max()) + 1
     starts = torch.tensor([view.starts, view.later])[plan.evaluation.clamp(max=1), plan.row]
-    key = fold(rows.keys(plan.row, plan.position), plan.drawn + DRAW)
+    key = fold(texts.keys(plan.row, plan.position), plan.drawn + DRAW)
     given = torch.stack([plan.position - starts, plan.position, key])
-    nobody = torch.tensor([[0], [rows.dump], [0]])
-    numbers = tables(rows, given, nobody, plan.evaluation, plan.row, evaluations)
+    nobody = torch.tensor([[0], [texts.canvas.dump], [0]])
+    numbers = laid_out(texts, given, nobody, plan.evaluation, plan.row, evaluations)
     if plan.hide is None:
         return [Step(part, None) for part in numbers]
     row, position, evaluation = plan.hide
-    hidden = tables(rows, position[None], nobody[1:2], evaluation, row, evaluations)
-    pairs = zip(numbers, hidden, strict=True)
+    masked = laid_out(texts, position[None], nobody[1:2], evaluation, row, evaluations)
+    pairs = zip(numbers, masked, strict=True)
     return [Step(part, hide[0] if hide.numel() else None) for part, hide in pairs]
 
 
-def tables(rows: ActiveTexts, given, nobody, evaluation, row, evaluations: int) -> list[Tensor]:
+def laid_out(texts: ActiveTexts, given, nobody, evaluation, row, evaluations: int) -> list[Tensor]:
     """given [k, n], a column of k numbers for each evaluation [n] and row [n], as one table [k, B,
     R] per evaluation, on the device. R is what its busiest row has; the others get `nobody` [k, 1]
     for the rest."""
-    name = evaluation * len(rows) + row
-    widths = name.bincount(minlength=evaluations * len(rows)).view(evaluations, -1).amax(1)
-    sizes = widths * len(rows)
+    name = evaluation * len(texts) + row
+    widths = name.bincount(minlength=evaluations * len(texts)).view(evaluations, -1).amax(1)
+    sizes = widths * len(texts)
     name, order = name.sort(stable=True)
     evaluation, row = evaluation[order], row[order]
     at = (sizes.cumsum(0) - sizes)[evaluation] + row * widths[evaluation] + rank_in_group(name)
     laid = nobody.repeat(1, int(sizes.sum()))
     laid[:, at] = given[:, order]
-    parts = rows.tensor(laid).split(sizes.tolist(), dim=1)
-    shapes = [(len(rows), width) for width in widths.tolist()]
+    parts = texts.canvas.tensor(laid).split(sizes.tolist(), dim=1)
+    shapes = [(len(texts), width) for width in widths.tolist()]
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def adaptive(rows: ActiveTexts, rule: Adaptive, spans, fills) -> None:
-    """The network decides what is revealed, so all that was hidden at first is read each time.
+def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
+    """The network decides what is revealed, so all that was masked at first is read each time.
 
     Of a rule that is not `sequential` the host learns late how many are left (countdown.py): a pass
     that turns out to ask nothing may follow the last one, and changes nothing.
     """
-    params = rows.params
-    view = View(rows, spans)
+    params, canvas = texts.params, texts.canvas
+    view = View(texts, spans)
     row, position = listed(fills)
     twice = RevealPlan(
         row.repeat(2),
@@ -178,17 +172,17 @@ def adaptive(rows: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         torch.arange(2).repeat_interleave(len(row)),
         torch.zeros(2 * len(row), dtype=torch.int64),
     )
-    first, later = make_steps(rows, view, twice)
+    first, later = make_steps(texts, view, twice)
     step = first  # of a cached round it starts a block earlier
     left = Countdown([len(fill) for fill in fills])
     while before := left.most():
-        hidden = (rows.x.gather(1, step.write) == rows.mask_id) & (step.write != rows.dump)
+        masked = (canvas.x.gather(1, step.write) == canvas.mask_id) & (step.write != canvas.dump)
         log_probs = view.ask(step.read)
-        reveal = rule.choose(log_probs, hidden, params)
+        reveal = rule.choose(log_probs, masked, params)
         if rule.sequential:
             left.tell([max(0, n - params.k) for n in left.known[-1]])
         else:
-            left.send((hidden & ~reveal).sum(1))
+            left.send((masked & ~reveal).sum(1))
         most = left.shown(before)
         if most == 0:
             break
@@ -196,9 +190,9 @@ def adaptive(rows: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         chosen = log_probs.gather(1, picked[..., None].expand(-1, -1, log_probs.shape[-1]))
         key = step.key.gather(1, picked)
         token = sample(chosen, key, params.nucleus_p, params.dtype)
-        target = step.write.gather(1, picked).where(reveal.gather(1, picked), rows.dump)
-        rows.x.scatter_(1, target, token)
+        target = step.write.gather(1, picked).where(reveal.gather(1, picked), canvas.dump)
+        canvas.x.scatter_(1, target, token)
         step = later
-        rows.show()
-    for slot, asked in zip(rows.slots, left.evaluations(), strict=True):
+        texts.show()
+    for slot, asked in zip(texts.slots, left.evaluations(), strict=True):
         slot.nfe += asked

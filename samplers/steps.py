@@ -1,15 +1,15 @@
-"""Which hidden tokens are revealed by which evaluation: the step rules, one table.
+"""Which masked tokens are revealed by which evaluation: the step rules, one table.
 
 A *planned* rule does not look at the network: its whole plan for a block follows from the random
 numbers of the positions, so it is made on the host before the block begins, a step knows the
 positions it reveals before the head runs, and nothing has to be asked back from the device. An
-*adaptive* rule looks at the distributions of all hidden positions and chooses.
+*adaptive* rule looks at the distributions of all masked positions and chooses.
 
     first_hitting  one position per evaluation, uniformly chosen (arXiv:2409.02908)
-    ancestral      T steps from t = 1 to 1e-3: a hidden token stays hidden with chance p(s) / p(t);
+    ancestral      T steps from t = 1 to 1e-3: a masked token stays masked with chance p(s) / p(t);
                    the last step reveals all that is left. Steps that reveal nothing ask nothing:
                    the input is unchanged
-    remask         ancestral, and in each step a token seen is hidden again with chance sigma
+    remask         ancestral, and in each step a token seen is masked again with chance sigma
                    (ReMDM-cap, arXiv:2503.00307)
     confidence     the k positions of greatest confidence
     threshold      all positions whose greatest probability reaches a threshold, at least one
@@ -37,7 +37,7 @@ class RevealPlan:
     position: Tensor
     evaluation: Tensor
     drawn: Tensor  # how often the token was drawn before
-    hide: tuple[Tensor, Tensor, Tensor] | None = None  # row, position, evaluation it is hidden for
+    hide: tuple[Tensor, Tensor, Tensor] | None = None  # row, position, evaluation it is masked for
 
     def evaluations(self, rows: int) -> list[int]:
         """How many each of `rows` rows is asked in."""
@@ -65,13 +65,13 @@ def first_hitting(keys: Tensor, row: Tensor, position: Tensor, params) -> Reveal
 
 
 def times(params) -> Tensor:
-    """Chance to be hidden at the T + 1 times of the ancestral rule, float64 [T + 1], decreasing."""
+    """Chance to be masked at the T + 1 times of the ancestral rule, float64 [T + 1], decreasing."""
     t = torch.linspace(1, LAST_TIME, params.num_steps + 1, dtype=torch.float64)
     return params.move_chance(t)
 
 
 def ancestral(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
-    """A token is still hidden after step i with chance p(t_i) / p(t_0): one number decides when it
+    """A token is still masked after step i with chance p(t_i) / p(t_0): one number decides when it
     is revealed, and the last step reveals the rest."""
     p = times(params)
     stay = p[1:-1] / p[0]  # [T - 1], decreasing
@@ -82,19 +82,19 @@ def ancestral(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan
 
 
 def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
-    """The chain of one position (hidden or seen) does not depend on the tokens, so it is run
+    """The chain of one position (masked or seen) does not depend on the tokens, so it is run
     ahead."""
     p, steps = times(params), params.num_steps
-    hidden = torch.ones(len(keys), dtype=torch.bool)
+    masked = torch.ones(len(keys), dtype=torch.bool)
     drawn = torch.zeros_like(position)
     revealed, hidden_again = [], []  # (index, step, drawn before), (index, step)
     for i in range(steps):
         chances = remask_chances(p[i], p[i + 1], params.remask_eta)
         reveal_chance, hide_chance = (1, 0) if i == steps - 1 else chances
         u = uniform(fold(fold(keys, CHAIN), i))
-        shown = hidden & (u < reveal_chance)
-        again = ~hidden & (u < hide_chance)
-        hidden = (hidden & ~shown) | again
+        shown = masked & (u < reveal_chance)
+        again = ~masked & (u < hide_chance)
+        masked = (masked & ~shown) | again
         index, back = shown.nonzero()[:, 0], again.nonzero()[:, 0]
         revealed.append(torch.stack([index, torch.full_like(index, i), drawn[index]]))
         hidden_again.append(torch.stack([back, torch.full_like(back, i)]))
@@ -109,7 +109,7 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(chance that a hidden token is revealed, chance that one seen is hidden) in the step from t
+    """(chance that a masked token is revealed, chance that one seen is masked) in the step from t
     to s < t.
     """
     sigma = torch.clamp(p_s / (1 - p_t).clamp(min=1e-12), max=1.0).clamp(max=cap)
@@ -133,23 +133,23 @@ def by_entropy(log_probs: Tensor) -> Tensor:
 CONFIDENCES = {"probability": by_probability, "margin": by_margin, "entropy": by_entropy}
 
 
-def most_confident(log_probs: Tensor, hidden: Tensor, params) -> Tensor:
-    score = CONFIDENCES[params.confidence](log_probs).masked_fill(~hidden, -torch.inf)
+def most_confident(log_probs: Tensor, masked: Tensor, params) -> Tensor:
+    score = CONFIDENCES[params.confidence](log_probs).masked_fill(~masked, -torch.inf)
     best = score.argsort(dim=-1, descending=True, stable=True)[:, : params.k]
-    return torch.zeros_like(hidden).scatter(1, best, True) & hidden
+    return torch.zeros_like(masked).scatter(1, best, True) & masked
 
 
-def above_threshold(log_probs: Tensor, hidden: Tensor, params) -> Tensor:
-    score = by_probability(log_probs).masked_fill(~hidden, -torch.inf)
-    first = torch.zeros_like(hidden).scatter(1, score.argmax(1, keepdim=True), True)
+def above_threshold(log_probs: Tensor, masked: Tensor, params) -> Tensor:
+    score = by_probability(log_probs).masked_fill(~masked, -torch.inf)
+    first = torch.zeros_like(masked).scatter(1, score.argmax(1, keepdim=True), True)
     if params.threshold >= 1:  # rounding may turn a chance just below 1 into 1: stay sequential
-        return first & hidden
-    return (first | (score.exp() >= params.threshold)) & hidden
+        return first & masked
+    return (first | (score.exp() >= params.threshold)) & masked
 
 
 @dataclass(frozen=True)
 class Planned:
-    """`plan(keys, row, position, params)`: of all hidden tokens of the batch, row after row,
+    """`plan(keys, row, position, params)`: of all masked tokens of the batch, row after row,
     int64 [n] each. `reads`: the fields of SamplingParams that it looks at."""
 
     plan: Callable[[Tensor, Tensor, Tensor, object], RevealPlan]
@@ -158,8 +158,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """`choose(log_probs [B, R, V], hidden [B, R], params) -> reveal [B, R]`, at least one where
-    any is hidden.
+    """`choose(log_probs [B, R, V], masked [B, R], params) -> reveal [B, R]`, at least one where
+    any is masked.
 
     `sequential`: exactly `k` are revealed, so the host knows how many are left
     without asking. `reads`: the fields of SamplingParams that it looks at.

@@ -13,23 +13,26 @@ the network can still differ.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
-from .analytic import generate_analytic
-from .autoregressive import generate_autoregressive
-from .blockwise import generate_blockwise
+from .analytic import one_round as analytic_round
+from .autoregressive import one_round as ar_round
 from .draw import DRAWS
 from .params import SamplingParams
 from .request import Sample, TextRequest
+from .rounds import one_round
+from .spans import block_span, window_span
 from .steps import CONFIDENCES, STEPS
-from .windows import generate_windows
+from .texts import ActiveTexts
 
+# algorithm: a function that brings all texts one round further and returns those that ended
 SAMPLERS = {
-    "bamdlm": generate_blockwise,
-    "mdlm": generate_windows,
-    "sedd": generate_analytic,
-    "ar": generate_autoregressive,
+    "bamdlm": partial(one_round, span=block_span),
+    "mdlm": partial(one_round, span=window_span),
+    "sedd": analytic_round,
+    "ar": ar_round,
 }
 
 
@@ -52,7 +55,13 @@ def generate(
     """
     algo = {"bd3lm": "bamdlm"}.get(algo, algo)
     check(params, algo)
-    return SAMPLERS[algo](denoise, iter(requests), params, device=device, watch=watch, tick=tick)
+    return _rounds(SAMPLERS[algo], denoise, iter(requests), params, device, watch, tick)
+
+
+def _rounds(sampler, *arguments) -> Iterator[list[Sample]]:
+    texts = ActiveTexts(*arguments)
+    while len(texts):
+        yield sampler(texts)
 
 
 def check(params: SamplingParams, algo: str, infill: bool = False) -> None:

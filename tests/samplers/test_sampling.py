@@ -730,4 +730,4 @@ def test_nor_in_the_steps_of_sedd(cuda):
         rows = ActiveTexts(denoise, requests, params, cuda, None, None)
         with waiting():
             write_analytically(rows)
-        assert (rows.x[:, :-1] != MASK).all()
+        assert (rows.canvas.x[:, :-1] != MASK).all()

@@ -1,0 +1,176 @@
+"""The tokens that are written side by side, and the network that is asked about them.
+
+`x` int64 [B, length + 1] holds the texts; writes that concern nobody go to the last column. The
+cache, its recordings and what is committed to it follow the rows when they come and go.
+"""
+
+import torch
+from torch import Tensor
+
+from .draw import compiled_sample, sample
+from .params import SamplingParams
+from .replay import Replay
+from .request import Frame
+
+
+class Canvas:
+    def __init__(self, denoise, params: SamplingParams, rows: int, device, watch):
+        self.denoise, self.params, self.device = denoise, params, device
+        self.mask_id, self.watch = denoise.mask_id, watch
+        self.x = torch.full((rows, params.length + 1), self.mask_id, device=device)
+        self.cache = None
+        self.committed = [0] * rows  # tokens of each row that the cache holds for good
+        cuda = torch.device(device).type == "cuda"
+        self.replay = Replay() if cuda and denoise.recordable else None
+        compiled = self.replay is not None and denoise.compiled
+        self.sample = compiled_sample() if compiled else sample
+        self.before: Tensor | None = None  # for who watches: the texts of the last question
+        self.evaluations = 0
+        if rows:
+            self._fresh_cache()
+
+    def __len__(self) -> int:
+        return len(self.committed)
+
+    @property
+    def dump(self) -> int:
+        """The column for writes that concern nobody."""
+        return self.params.length
+
+    def tensor(self, values, dtype=torch.int64) -> Tensor:
+        """Numbers of the host on the device, without waiting for it."""
+        values = torch.as_tensor(values, dtype=dtype)
+        if torch.device(self.device).type != "cpu":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
+
+    def write(self, row: int, tokens) -> None:
+        """A new text in this row: `tokens` are given, the rest is masked."""
+        self.x[row] = self.mask_id
+        self.x[row, : len(tokens)] = self.tensor(tokens)
+
+    def ask(self, *question) -> Tensor:
+        """The denoiser's answer; counted as one evaluation of the batch."""
+        self._count()
+        with torch.inference_mode():
+            return self.denoise(*question)
+
+    def reveal(self, starts: list[int], width: int, step: Tensor) -> None:
+        """Write tokens: step int64 [3, B, R] says where to read in tokens starts[b] .. starts[b] +
+        width - 1, where in row b to write, and with which key. With a cache the rows start behind
+        what is committed."""
+        self._count()
+        cache = self.cache
+        with torch.inference_mode():
+            if self.replay is None:
+                self._reveal(self.window(starts, width), step, cache)
+            elif cache is None:
+                self.replay(
+                    None, lambda *q: self._reveal(*q, None), self.window(starts, width), step
+                )
+            else:
+                reach = cache.reach_of(max(self.committed), width)
+                self.replay(
+                    (reach, width),
+                    lambda step, committed: self._reveal(
+                        self._behind(committed, width), step, cache.at(committed, reach)
+                    ),
+                    step,
+                    cache.committed,
+                )
+
+    def _reveal(self, tokens: Tensor, step: Tensor, cache) -> None:
+        read, write, key = step
+        log_probs = self.denoise(tokens, read, cache)
+        drawn = self.sample(log_probs, key, self.params.nucleus_p, self.params.dtype)
+        self.x.scatter_(1, write, drawn)
+
+    def _count(self) -> None:
+        """One more evaluation of the batch; who watches will see what it was asked about."""
+        self.evaluations += 1
+        if self.watch is not None:
+            self.before = self._copy()
+
+    def _copy(self) -> Tensor:
+        return self.x[:, :-1].to("cpu", copy=True)
+
+    def show(self, names: list[int]) -> None:
+        """Let who watches see what was written; names: the row number of each text."""
+        if self.watch is not None:
+            self.watch(Frame(names, self.before, self._copy(), self.evaluations))
+
+    def _fresh_cache(self) -> None:
+        if self.replay is not None:
+            self.replay.forget()
+        if self.params.kv_cache:
+            self.cache = self.denoise.new_cache(len(self), self.params.context_size)
+
+    def commit(self, tokens: list[int]) -> None:
+        """Keep tokens[b] more of what the last pass gave row b."""
+        same = len(set(tokens)) == 1
+        self.cache = self.cache.commit(tokens[0] if same else self.tensor(tokens))
+        self.committed = [c + n for c, n in zip(self.committed, tokens, strict=True)]
+
+    def catch_up(self, targets: list[int], spare: int) -> None:
+        """Commit tokens until row b holds targets[b] of them.
+
+        A pass of more tokens than the ring has free would overwrite what other rows still see, so
+        it is cut to what every row has room for; `spare` tokens fit always.
+        """
+        slots = self.params.context_size + self.denoise.block_size
+        while True:
+            missing = [max(0, t - c) for t, c in zip(targets, self.committed, strict=True)]
+            if not any(missing):
+                return
+            room = slots - max(self.committed)
+            size = self.denoise.block_size
+            width = min(max(missing), max(spare, room // size * size))
+            tokens = self.window(self.committed, width)
+            self.ask(tokens, self.tensor([[0]] * len(self)), self.cache)
+            self.evaluations -= 1  # it asks nothing
+            self.commit([min(n, width) for n in missing])
+
+    def turn_over(self, new: list[int], empty: list[int]) -> None:
+        """Rows `new` hold other texts from now on, rows `empty` are taken away."""
+        before = len(self)
+        for row in new:
+            self.committed[row] = 0
+        keep = [row for row in range(before) if row not in empty]
+        self.committed = [self.committed[row] for row in keep]
+        if len(new) + len(empty) == before:  # nobody stays
+            if empty:
+                self.x = self.x[keep]
+            if self.replay is not None and self.cache is not None and not empty:
+                self.cache = self.cache.restarted()  # recordings stay, with all they know
+            elif keep:
+                self._fresh_cache()
+            return
+        if new and self.cache is not None:
+            self.cache = self.cache.reset(
+                self.tensor([row in new for row in range(before)], torch.bool)
+            )
+        if empty:
+            rows = self.tensor(keep)
+            self.x = self.x[rows]
+            if self.cache is not None:
+                self.cache = self.cache.select(rows)
+            if self.replay is not None:
+                self.replay.forget()
+
+    def window(self, starts: list[int], width: int) -> Tensor:
+        """Tokens starts[b] .. starts[b] + width - 1 of row b, [B, width]; any token past the
+        end.
+        """
+        if len(set(starts)) == 1 and starts[0] + width <= self.x.shape[1]:
+            return self.x[:, starts[0] : starts[0] + width]
+        return self._behind(self.tensor(starts), width)
+
+    def _behind(self, starts: Tensor, width: int) -> Tensor:
+        places = starts[:, None] + torch.arange(width, device=self.device)
+        return self.x.gather(1, places.clamp(max=self.x.shape[1] - 1))
+
+    def tails(self, width: int, ends: list[int]) -> list[Tensor]:
+        """The last (at most) `width` tokens of the first ends[b] of row b. Waits for the device."""
+        starts = [max(0, end - width) for end in ends]
+        tails = self.window(starts, max(e - s for e, s in zip(ends, starts, strict=True))).cpu()
+        return [t[: e - s] for t, e, s in zip(tails, ends, starts, strict=True)]
