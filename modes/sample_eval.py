@@ -8,7 +8,7 @@ import lightning as L
 
 from checkpointing.load import Checkpoint
 from data.tokenizer import Tokenizer
-from evaluation.judge import load_judge
+from evaluation.judge import Judge, load_judge
 from modes.build import build_tokenizer, trained_module
 from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
@@ -24,32 +24,17 @@ from utils import say
 
 def prepare(config: Config) -> Callable[[], None]:
     """Rows are shared out over the processes of srun, torchrun, or trainer.devices of this one."""
-    t = config.trainer
-    fabric = L.Fabric(
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy="ddp" if t.devices * t.num_nodes > 1 else "auto",
-        precision=t.precision,
-    )
-    tokenizer = build_tokenizer(config)
+    fabric, tokenizer = build_fabric(config), build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
     wanted = checkpoint_params(config, tokenizer, checkpoint)
-    if t.precision.endswith("-mixed"):
-        module.backbone.freeze(matmul_dtype(t.precision))
+    if config.trainer.precision.endswith("-mixed"):
+        module.backbone.freeze(matmul_dtype(config.trainer.precision))
     prompts = sampling_prompts(config, tokenizer, wanted)
     file = SampleFile(config.sampling.logdir)
     file.check()
-    path_or_id = config.eval.gen_ppl_eval_model_name_or_path
-    judge = None
-    if path_or_id is not None:
-        judge = load_judge(
-            path_or_id,
-            batch_size=config.eval.perplexity_batch_size,
-            foreign=tokenizer.hf.all_special_tokens,
-        )
+    judge = build_judge(config, tokenizer)
     fabric.launch()
-    job = SamplingRun(
+    made = SamplingRun(
         algo=config.algo.name,
         denoise=module.objective.denoiser(module.to(fabric.device).eval().backbone),
         tokenizer=tokenizer,
@@ -66,8 +51,8 @@ def prepare(config: Config) -> Callable[[], None]:
         about={
             "checkpoint": config.eval.checkpoint_path,
             "ema": not config.eval.disable_ema,
-            "precision": t.precision,
-            "judge": path_or_id,
+            "precision": config.trainer.precision,
+            "judge": config.eval.gen_ppl_eval_model_name_or_path,
         },
         show=config.sampling.show,
         trajectory=config.sampling.trajectory,
@@ -77,12 +62,35 @@ def prepare(config: Config) -> Callable[[], None]:
         if judge is not None:
             judge.model.to(fabric.device)
         with fabric.autocast():
-            job.run()
+            made.run()
         # the last one to be done reports; the command ends when all that it started have ended
         for process in getattr(fabric.strategy.launcher, "procs", ()):
             process.wait()
 
     return run
+
+
+def build_fabric(config: Config) -> L.Fabric:
+    t = config.trainer
+    return L.Fabric(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy="ddp" if t.devices * t.num_nodes > 1 else "auto",
+        precision=t.precision,
+    )
+
+
+def build_judge(config: Config, tokenizer: Tokenizer) -> Judge | None:
+    """On the CPU; its special tokens are told apart from those of the writer."""
+    path_or_id = config.eval.gen_ppl_eval_model_name_or_path
+    if path_or_id is None:
+        return None
+    return load_judge(
+        path_or_id,
+        batch_size=config.eval.perplexity_batch_size,
+        foreign=tokenizer.hf.all_special_tokens,
+    )
 
 
 def checkpoint_params(

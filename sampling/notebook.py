@@ -104,34 +104,39 @@ def load(
     if block_size is None:
         raise ValueError(f"{found.source} does not say its block size: give block_size=")
     words = word_list(found, tokenizer, cache_dir)
+    network = loaded_network(found, words, algo, use_ema)
+    settings = objective_settings(found, words.mask_id, block_size)
+    length, schedule = settings.length, settings.schedule
+    objective = build_objective(algo, settings)
+    base = SamplingParams(
+        length=length,
+        bos_id=words.bos_id,
+        eos_id=words.eos_id,
+        block_size=block_size,
+        context_size=length,
+        window=length,
+        kv_cache=algo in ("bamdlm", "ar"),
+        move_chance=lambda t: schedule(t).p,
+    )
+    return Writer(
+        algo,
+        objective.denoiser(network.to(device).eval()),
+        words,
+        base.changed(**params),
+        device,
+    )
+
+
+def loaded_network(found: Checkpoint, words: Tokenizer, algo: str, use_ema: bool) -> DiT:
+    """With the averaged weights where they are wanted and there are some."""
     network = DiT(**build_backbone_args(found), attn_backend="sdpa")
     if network.vocab_size != words.vocab_size:
         raise ValueError(
             f"{found.source} has {network.vocab_size} ids, the tokenizer {words.vocab_size}:"
             " give the one it was trained with as tokenizer="
         )
-    averaged = use_ema and found.ema is not None
-    load_into(network, found, use_ema=averaged, algo=algo)
-    settings = objective_settings(found, words.mask_id, block_size)
-    length, schedule = settings.length, settings.schedule
-    objective = build_objective(algo, settings)
-    base = {
-        "length": length,
-        "bos_id": words.bos_id,
-        "eos_id": words.eos_id,
-        "block_size": block_size,
-        "context_size": length,
-        "window": length,
-        "kv_cache": algo in ("bamdlm", "ar"),
-        "move_chance": lambda t: schedule(t).p,
-    }
-    return Writer(
-        algo,
-        objective.denoiser(network.to(device).eval()),
-        words,
-        SamplingParams(**base).changed(**params),
-        device,
-    )
+    load_into(network, found, use_ema=use_ema and found.ema is not None, algo=algo)
+    return network
 
 
 def objective_settings(found: Checkpoint, mask_id: int, block_size: int) -> ObjectiveSettings:

@@ -1,6 +1,7 @@
 """What a sampling run reports: its figures over all rows, and how they were come by."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,54 +17,44 @@ RULES = {
 
 def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> dict:
     """rows: all of the run. notes: what was logged when they were added (may be incomplete)."""
-    scores = [
-        TextScore(
-            None
-            if r.gen_ppl is None
-            else math.log(r.gen_ppl) * r.gen_lengths
-            if r.gen_lengths
-            else 0.0,
-            r.gen_lengths,
-            r.gen_entropy,
-        )
-        for r in rows
-    ]
-    tries = sum(note["tries"] for note in notes)
-    logged = sum(note["rows"] for note in notes)
-    tokens = sum(note["tokens"] for note in notes)
-    nfes = sum(note["nfes"] for note in notes)
-    spent = {}
-    for note in notes:
-        name = (note["process"], note["rank"])
-        spent[name] = max(spent.get(name, 0.0), note["seconds"])
-    seconds = sum_by_rank(spent)
-    stopped = {}
-    for note in notes:
-        for reason, count in note["stopped"].items():
-            stopped[reason] = stopped.get(reason, 0) + count
+    tries, logged, rejected, tokens, nfes = (
+        sum(note[name] for note in notes)
+        for name in ("tries", "rows", "rejected", "tokens", "nfes")
+    )
+    seconds = _seconds(notes)
     return {
         "rows": len(rows),
-        "gen_ppl": _figure(corpus_perplexity(scores)),
+        "gen_ppl": _figure(corpus_perplexity([_score(r) for r in rows])),
         "gen_ppl_mean": _figure(_mean([r.gen_ppl for r in rows if r.gen_ppl is not None])),
         "gen_entropy": _figure(_mean([r.gen_entropy for r in rows])),
         "gen_lengths": _figure(_mean([r.gen_lengths for r in rows])),
         "gen_nfes": _figure(_mean([r.gen_nfes for r in rows])),
         "tokens_per_evaluation": _figure(tokens / nfes if nfes else math.nan),
-        "acceptance": _figure(
-            (logged - sum(n["rejected"] for n in notes)) / tries if tries else math.nan
-        ),
-        "stopped": stopped,
+        "acceptance": _figure((logged - rejected) / tries if tries else math.nan),
+        "stopped": dict(sum((Counter(note["stopped"]) for note in notes), Counter())),
         "seconds": _figure(round(seconds, 2)),
         "tokens_per_second": _figure(tokens / seconds if seconds else math.nan),
         **about,
     }
 
 
-def sum_by_rank(spent: dict[tuple[str, int], float]) -> float:
+def _score(row: SampleRow) -> TextScore:
+    """What the judge said of a row; a text of no tokens has no nats."""
+    nats = None
+    if row.gen_ppl is not None:
+        nats = math.log(row.gen_ppl) * row.gen_lengths if row.gen_lengths else 0.0
+    return TextScore(nats, row.gen_lengths, row.gen_entropy)
+
+
+def _seconds(notes: Sequence[dict]) -> float:
     """Processes of one rank came one after the other, ranks worked side by side."""
-    totals = {}
+    spent = {}
+    for note in notes:
+        name = (note["process"], note["rank"])
+        spent[name] = max(spent.get(name, 0.0), note["seconds"])
+    totals = Counter()
     for (_, rank), seconds in spent.items():
-        totals[rank] = totals.get(rank, 0.0) + seconds
+        totals[rank] += seconds
     return max(totals.values(), default=0.0)
 
 
