@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
+from settings.run_folder import EVALUATES
 from settings.schema import Config
 from settings.tables import algorithms, class_defaults, step_rules
 
@@ -11,7 +12,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     for all modes only if it is typed."""
     if config.mode in ("train", "plan"):
         yield from _training(config)
-    elif config.mode != "prepare" and config.training.from_pretrained is not None:
+    elif config.mode in EVALUATES and config.training.from_pretrained is not None:
         yield (
             f"training.from_pretrained={config.training.from_pretrained} has no effect:"
             f" mode={config.mode} reads eval.checkpoint_path"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from settings.overrides import nearest
-from settings.run_folder import local_folder
+from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
 
@@ -41,10 +41,10 @@ def _is_lost(name: str) -> bool:
 
 def checkpoints(config: Config) -> Iterator[str]:
     path = config.eval.checkpoint_path
-    if config.mode == "prepare":
-        return
     if config.mode in ("train", "plan"):
         yield from _training_start(config)
+    elif config.mode not in EVALUATES:
+        return
     elif path is None and config.algo.backbone == "hf_dit":
         yield f"eval.checkpoint_path is not set: {HF_DIT}"
     elif path is None:

@@ -13,6 +13,7 @@ from utils import write_json
 
 OUTPUTS = Path("outputs")
 SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
+EVALUATES = ("ppl_eval", "sample_eval")  # modes that read eval.checkpoint_path
 RUN_FOLDER = "<run folder>"  # stands for ${cwd:} until place(), since it depends on other settings
 # What else a value is called in the authors' checkpoints.
 SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
@@ -123,7 +124,7 @@ def write_settings(config: Config) -> Path:
 def take_newest_checkpoint(config: Config) -> list[str]:
     """Sets eval.checkpoint_path where the mode needs one and none is given; the note that says so,
     or none."""
-    needed = config.mode in ("ppl_eval", "sample_eval") and config.algo.backbone == "dit"
+    needed = config.mode in EVALUATES and config.algo.backbone == "dit"
     if not needed or config.eval.checkpoint_path is not None:
         return []
     config.eval.checkpoint_path = found = newest_checkpoint(config)

@@ -17,6 +17,7 @@ from noise_schedule import (
 
 ALL = {**SCHEDULES, "mdlm_loss_scale": ScaledLogLinear()}
 CLAMPED = ("square", "square_root")
+RECORDED = ("loglinear", "cosine", "square", "square_root", "log")
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +60,14 @@ def test_p_rises_to_one_and_weight_is_never_negative(name):
     assert (level.weight >= 0).all()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", RECORDED)
 def test_p_is_as_recorded(golden, name):
     torch.testing.assert_close(
         SCHEDULES[name](golden["t"]).p, golden[f"{name}.move_chance"], rtol=1e-5, atol=1e-7
     )
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "cosine"])
+@pytest.mark.parametrize("name", [name for name in RECORDED if name != "cosine"])
 def test_weight_is_the_recorded_one_without_its_sign(golden, name):
     """Left out are the mended faults: t = 0 (inf in the reference), cosine everywhere (next test)
     and the clamped points of `square`, whose slope the reference does not clamp."""
@@ -113,8 +114,8 @@ def test_sigma_turns_back_into_p_up_to_its_limit(name):
 
 
 def test_an_unknown_schedule_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"noise must be one of .*cosine.*got 'sine'"):
-        get_schedule("sine")
+    with pytest.raises(ValueError, match=r"noise must be one of .*cosine.*got 'cos'"):
+        get_schedule("cos")
 
 
 def test_the_scale_of_mdlm_belongs_to_the_loglinear_schedule():

@@ -1,0 +1,117 @@
+"""The diffs of docs/extending.md, applied to a copy of the tree and run there."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import tiny
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "extending.md"
+DIFFS = re.findall(r"^## (.*?)\n(?:.*?)```diff\n(.*?)```", PAGE.read_text(), re.M | re.S)
+KINDS = {title.removeprefix("A ").removeprefix("An ") for title, _ in DIFFS}
+TESTS = re.findall(r"^\+\+\+ b/(tests/\S+)", PAGE.read_text(), re.M)
+# The golden and other tests of a kind, which must not fail for an entry without a recording.
+OF_THE_KINDS = ["tests/test_noise.py", "tests/objectives/test_algorithms.py"]
+# In the copy: the help, runs of main.py and pytest, all in one interpreter.
+DRIVER = """
+import json, sys
+import pytest, torch
+import main
+from settings.help import full_help
+torch.set_num_threads(1)
+runs, tests, result = json.loads(sys.argv[1])
+done = {"help": full_help(), "codes": [main.main(words) for words in runs]}
+done["tests"] = int(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))
+open(result, "w").write(json.dumps(done))
+"""
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """(what the driver found, the folder of its runs, what it printed)"""
+    folder = tmp_path_factory.mktemp("extending")
+    copy = folder / "copy"
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(needed, listed.stdout.splitlines()):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "tests/golden").symlink_to(ROOT / "tests/golden")
+    for _, diff in DIFFS:
+        subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
+    stories = folder / "stories"
+    stories.mkdir()
+    for split in ("train", "validation"):
+        (stories / f"{split}.txt").write_text("once upon a time there was a dog " * 20)
+    asked = json.dumps([runs(folder, stories), [*TESTS, *OF_THE_KINDS], str(folder / "result")])
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, asked],
+        cwd=copy,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{copy}:{copy / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "result").read_text()), folder, done.stdout + done.stderr
+
+
+def needed(name: str) -> bool:
+    beside = name.startswith(("tests/golden/", "docs/", "benchmarks/", "ssd-lm/"))
+    return (ROOT / name).is_file() and not beside
+
+
+def runs(folder: Path, stories: Path) -> list[list[str]]:
+    """One run of each new thing."""
+    words = [*tiny(folder), "trainer.max_steps=2", "algo=mdlm"]
+    trained = folder / "trained"
+    checkpoint = trained / "checkpoints/last.ckpt"
+    sample = ["mode=sample_eval", f"eval.checkpoint_path={checkpoint}", "algo.T=0"]
+    sample += ["eval.gen_ppl_eval_model_name_or_path=null", f"sampling.logdir={folder / 'texts'}"]
+    others = [word for word in words if not word.startswith(("data.train", "data.valid"))]
+    corpus = ["data=tinystories", f"data.source={stories}", "data.tokenizer_name_or_path=text8"]
+    return [
+        [*words, "noise=sine", f"checkpointing.save_dir={trained}"],
+        [*words, "algo=unweighted", "model.attn_backend=plain", f"checkpointing.save_dir={folder}"],
+        [*words, *sample, "sampling.steps=surest_half", "sampling.batch_size=1"],
+        [*others, *corpus, "mode=prepare"],
+        [*words, "mode=count"],
+    ]
+
+
+def test_the_page_shows_every_kind():
+    kinds = {"noise schedule", "step rule", "objective", "corpus", "attention backend", "mode"}
+    assert kinds <= KINDS
+
+
+def test_each_thing_takes_two_files_and_a_test():
+    for title, diff in DIFFS:
+        files = re.findall(r"^\+\+\+ b/(\S+)", diff, re.M)
+        assert sum(name.startswith("tests/") for name in files) == 1, title
+        assert len(files) <= 3, title
+
+
+def test_every_new_setting_is_in_the_help(extended):
+    text = " ".join(extended[0]["help"].split())
+    for part in (" sine", " surest_half", " unweighted", " tinystories", " plain", "mode=count"):
+        assert part in text, part
+
+
+def test_every_new_thing_runs(extended):
+    found, folder, printed = extended
+    assert found["codes"] == [0] * len(found["codes"]), printed
+    assert (folder / "texts").is_file()
+    assert re.search(r"^train: tinystories, 1 documents", printed, re.M)
+    assert re.search(r"^[\d,]+ parameters$", printed, re.M)
+
+
+def test_the_tests_of_the_diffs_pass_and_those_of_their_kinds(extended):
+    found, _, printed = extended
+    assert found["tests"] == 0, printed
