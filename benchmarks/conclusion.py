@@ -1,9 +1,20 @@
-"""How a benchmark with targets ends."""
+"""How a benchmark with targets begins and ends."""
 
+import argparse
 import json
 from pathlib import Path
 
 from utils import write_json
+
+
+def options(doc: str, *, threads: int, **numbers: int) -> argparse.ArgumentParser:
+    """--check, --device, --threads, and an option of a whole number for each of `numbers`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a bound is missed")
+    parser.add_argument("--device", default="cpu", help="of torch (%(default)s)")
+    for name, default in {"threads": threads, **numbers}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
+    return parser
 
 
 def conclude(figures: dict, missed, *, check: bool, out: Path | None = None) -> int:

@@ -9,7 +9,6 @@ once more in bf16, with the error that makes. They take turns, batch by batch; t
 median over the batches.
 """
 
-import argparse
 import math
 import os
 import platform
@@ -18,10 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.conclusion import conclude, options
 
 SPEED = {"bamdlm": 3.5}  # at least
+NETWORK = {"hidden": 256, "blocks": 4, "heads": 4, "vocab": 50_258}
 SAME = 1e-4  # of the perplexity
 ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
 
@@ -29,8 +30,6 @@ ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
 def main(argv=None) -> int:
     args = parse(argv)
     import torch
-
-    from benchmarks.conclusion import conclude
 
     torch.set_num_threads(args.threads)
     figures = {"load_before": os.getloadavg()[0], "algorithms": {}}
@@ -49,22 +48,9 @@ def main(argv=None) -> int:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = options(__doc__, threads=2, batches=10, batch=4, length=256, block=16, **NETWORK)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--only", default=",".join(ALGORITHMS))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--block", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=50_258)
     return parser.parse_args(argv)
 
 

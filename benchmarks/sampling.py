@@ -14,7 +14,6 @@ model=tiny with random weights, vocabulary 50 258, S = 16. (b) and (c) have a co
 is full when time is taken. The sampler draws with --nucleus (0.9); the bare loop draws nothing.
 """
 
-import argparse
 import os
 import platform
 import resource
@@ -23,8 +22,9 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.conclusion import conclude, options
 
 SLOWDOWN, OF_BARE, OVER_PUBLISHED = 1.10, 0.7, 8.0
 VOCABULARY, BLOCK, CONTEXT, LONG_CONTEXT = 50_258, 16, 256, 1024
@@ -35,8 +35,6 @@ BATCHES = (1, 8, 64)
 def main(argv=None) -> int:
     args = parse(argv)
     import torch
-
-    from benchmarks.conclusion import conclude
 
     torch.manual_seed(0)
     if args.device == "cpu":
@@ -57,12 +55,7 @@ def main(argv=None) -> int:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser = options(__doc__, threads=len(os.sched_getaffinity(0)))
     parser.add_argument("--nucleus", type=float, default=0.9)
     parser.add_argument(
         "--blocks", type=int, default=2, help="blocks timed in each repetition; the fastest counts"

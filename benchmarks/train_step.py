@@ -22,8 +22,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.conclusion import conclude, options
 
 SPEED = {"bamdlm": 4.0, "mdlm": 3.0, "sedd": 2.5, "ar": 1.3}  # at least
 MEMORY = {"bamdlm": 0.4}  # at most
@@ -32,6 +33,7 @@ OVER_MDLM = 1.75  # bamdlm / mdlm, time per token, at most
 ATTENTION = 1.4  # split over dense sdpa at n = 1024, at least
 GROWTH = 1.1  # exponent of the cost without attention, at most
 OVERHEAD = 0.05  # data, logging, EMA, checks of a whole step, at most
+NETWORK = {"hidden": 256, "blocks": 4, "heads": 4, "vocab": 50_258}
 LENGTHS = (256, 512, 1024, 2048)
 ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
 PARTS = ("speed", "memory", "attention", "growth", "overhead")
@@ -54,8 +56,6 @@ def main(argv=None) -> int:
         print(json.dumps(peak(case_of(args.measure, args), args)))
         return 0
     import torch
-
-    from benchmarks.conclusion import conclude
 
     torch.set_num_threads(args.threads)
     cases = [Case(algo, n, b, args.block) for n, b in args.shapes for algo in args.only]
@@ -81,28 +81,17 @@ def main(argv=None) -> int:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = options(__doc__, threads=2, rounds=10, block=16, **NETWORK)
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
         help="cpu: processor time, for machines with other work on them (use --threads 1)",
     )
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", default=",".join(ALGORITHMS), help="algorithms")
     parser.add_argument("--skip", default="", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--shapes", default="256x4,1024x2", help="length x batch, several")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="of the growth fit")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=50_258)
-    parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a process of its own: algo:LxB:who
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
