@@ -69,7 +69,7 @@ def assert_within(ours, recorded, tolerance: float, what: str = "") -> float:
     """The largest difference is at most `tolerance` of the largest recorded value. Returns that
     share."""
     assert ours.shape == recorded.shape, f"{what}: {ours.shape} is not {recorded.shape}"
-    gap, scale = (ours - recorded).abs().max(), recorded.abs().max()
+    gap, scale = (ours.detach() - recorded).abs().max(), recorded.abs().max()
     assert gap <= tolerance * scale, f"{what}: off by {gap:.2e} at a scale of {scale:.2e}"
     return float(gap / scale) if gap else 0.0
 
