@@ -11,17 +11,18 @@ The boxes of the block at work are darker.
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from scripts.picture import picture
 
 COLUMNS, LINES = 46, 10  # of a panel, in characters
 START = "<|endoftext|>"  # stands before every text and says nothing
 BOX = 3  # characters that a masked token takes
 COLOURS = {"given": "#06c", "new": "#d60", "old": "black", "block": "#888", "later": "#ddd"}
+MASKED = ("block", "later")
 
 
 def read(page: Path) -> dict:
@@ -44,33 +45,25 @@ def panel(record: dict, evaluation: int, tokens: int, block_size: int) -> list[t
 
 
 def draw(axes, pieces: list[tuple[str, str]]) -> None:
-    """The pieces in lines of COLUMNS characters; a word is not broken, except by a box."""
+    """The pieces in lines of COLUMNS characters; a line ends at a piece, not at a word."""
+    from matplotlib.patches import Rectangle
+
     line = column = 0
     for piece, kind in pieces:
-        boxed = kind in ("block", "later")
+        colour = COLOURS[kind]
+        masked = kind in MASKED
         for part in re.findall(r"\n|[^\n]+", piece) or [""]:
-            width = BOX if boxed else len(part)
+            width = BOX if masked else len(part)
             if part == "\n" or column + width > COLUMNS:
                 line, column = line + 1, 0
-                part = part.strip("\n")
-                if not part and not boxed:
-                    continue
-            if boxed:
-                box = plt.Rectangle(
-                    (column + 0.2, line - 0.7), BOX - 0.4, 0.75, color=COLOURS[kind]
-                )
-                axes.add_patch(box)
-            for place, letter in enumerate(part):
-                axes.text(
-                    column + place,
-                    line,
-                    letter,
-                    family="monospace",
-                    color=COLOURS[kind],
-                    fontsize=11,
-                )
+            if part == "\n":
+                continue
+            if masked:
+                axes.add_patch(Rectangle((column + 0.2, line - 0.7), BOX - 0.4, 0.75, color=colour))
+            for place, letter in enumerate(part, column):
+                axes.text(place, line, letter, family="monospace", color=colour, fontsize=11)
             column += width
-    axes.set(xlim=(0, COLUMNS), ylim=(LINES, -1))
+    axes.set(xlim=(0, COLUMNS + 2), ylim=(LINES, -1))
     axes.axis("off")
 
 
@@ -83,16 +76,16 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 22, 38, 61])
     arguments = parser.parse_args()
     record = read(arguments.page)
-    rows = (len(arguments.evaluations) + 1) // 2
-    figure, panels = plt.subplots(rows, 2, figsize=(10.4, 2.3 * rows), squeeze=False)
-    for axes, evaluation in zip(panels.flat, arguments.evaluations, strict=False):
-        pieces = panel(record, evaluation, arguments.tokens, arguments.block_size)
-        draw(axes, pieces)
-        left = sum(kind in ("block", "later") for _, kind in pieces)
-        title = f"after evaluation {evaluation}: {left} of {arguments.tokens} tokens masked"
-        axes.set_title(title, loc="left", fontsize=9, color="#666")
-    figure.tight_layout()
-    figure.savefig(arguments.out, dpi=100)
+    rows = -(-len(arguments.evaluations) // 2)
+    with picture(arguments.out, 10.8, 2.3 * rows, rows=rows, columns=2, dpi=100) as panels:
+        for axes in panels.flat:
+            axes.axis("off")
+        for axes, evaluation in zip(panels.flat, arguments.evaluations, strict=False):
+            pieces = panel(record, evaluation, arguments.tokens, arguments.block_size)
+            draw(axes, pieces)
+            left = sum(kind in MASKED for _, kind in pieces)
+            title = f"after evaluation {evaluation}: {left} of {arguments.tokens} tokens masked"
+            axes.set_title(title, loc="left", fontsize=9, color="#666")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from utils import atomic_file
 
 @contextmanager
 def picture(
-    target: Path, width: float, height: float, *, columns: int = 1, dpi: int = 120
+    target: Path, width: float, height: float, *, rows: int = 1, columns: int = 1, dpi: int = 120
 ) -> Iterator:
-    """`with picture(…) as axes:` draws on matplotlib's Axes, an array of them if `columns` is more
+    """`with picture(…) as axes:` draws on matplotlib's Axes, an array of them if there is more
     than one; then `target` is written as a PNG. Sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure.subplots(1, columns)
+    yield figure.subplots(rows, columns)
     with atomic_file(target, "wb") as file:
         figure.savefig(file, format="png", dpi=dpi)
