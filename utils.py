@@ -9,8 +9,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -206,28 +207,50 @@ def cosine_decay_warmup(
     return value / lr
 
 
-def lr_factor(
-    name: str,
-    *,
-    lr: float,
-    max_steps: int,
-    warmup_steps: int,
-    lr_init: float | None,
-    lr_min: float | None,
-):
-    """step -> factor on the learning rate, for a choice of the group lr_scheduler.
+@dataclass(frozen=True)
+class LearningRate:
+    """What the schedules are made from; steps are optimizer steps."""
 
-    A functools.partial: LambdaLR saves its (empty) __dict__, as the published checkpoints have it.
-    """
-    if name == "constant":
-        return functools.partial(constant_warmup, warmup_steps=0)
-    if name == "constant_warmup":
-        return functools.partial(constant_warmup, warmup_steps=warmup_steps)
+    lr: float
+    max_steps: int
+    warmup_steps: int
+    lr_init: float | None = None
+    lr_min: float | None = None
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """`make(numbers) -> (step -> factor on lr)`. `reads`: what it needs of lr_scheduler."""
+
+    make: Callable[[LearningRate], functools.partial]
+    reads: tuple[str, ...] = ()
+
+
+def _cosine(numbers: LearningRate) -> functools.partial:
     return functools.partial(
         cosine_decay_warmup,
-        lr=lr,
-        warmup_steps=warmup_steps,
-        decay_steps=max_steps - warmup_steps,
-        lr_init=lr_init,
-        lr_min=lr_min,
+        lr=numbers.lr,
+        warmup_steps=numbers.warmup_steps,
+        decay_steps=numbers.max_steps - numbers.warmup_steps,
+        lr_init=numbers.lr_init,
+        lr_min=numbers.lr_min,
     )
+
+
+# They are functools.partials: LambdaLR saves their (empty) __dict__, as the published checkpoints
+# have it.
+LR_SCHEDULES = {
+    "constant_warmup": LRSchedule(
+        lambda numbers: functools.partial(constant_warmup, warmup_steps=numbers.warmup_steps),
+        reads=("num_warmup_steps",),
+    ),
+    "constant": LRSchedule(lambda numbers: functools.partial(constant_warmup, warmup_steps=0)),
+    "cosine_decay_warmup": LRSchedule(
+        _cosine, reads=("num_warmup_steps", "warmup_lr_init", "lr_min")
+    ),
+}
+
+
+def lr_factor(name: str, **numbers) -> functools.partial:
+    """step -> factor on the learning rate, for a choice of lr_scheduler. numbers: LearningRate."""
+    return LR_SCHEDULES[name].make(LearningRate(**numbers))

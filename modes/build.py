@@ -60,7 +60,7 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
             "cond_dim": model.cond_dim,
             "n_blocks": model.n_blocks,
             "n_heads": model.n_heads,
-            "adaln": config.algo.name != "ar" or model.adaln,
+            "adaln": algorithms.get_algorithm(config.algo.name).noise or model.adaln,
         }
     sizes["dropout"] = model.dropout
     return DiT(**sizes, attn_backend=model.attn_backend, compile=model.compile)
@@ -82,8 +82,11 @@ def build_objective(config: Config, mask_id: int) -> Objective:
 
 
 def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusion:
-    algo, training, optim = config.algo, config.training, config.optim
-    schedule = config.lr_scheduler
+    algo, training = config.algo, config.training
+    blocks = algorithms.get_algorithm(algo.name).blocks
+    searched = ClippingSettings(
+        tuple(algo.clip_search_widths), algo.clip_search_delta, algo.fix_clipping
+    )
     return Diffusion(
         backbone=backbone,
         objective=build_objective(config, tokenizer.mask_id),
@@ -95,40 +98,44 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
             global_batch=config.loader.global_batch_size,
             eval_global_batch=config.loader.eval_global_batch_size,
         ),
-        optimizer=OptimizerSettings(
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            lr_factor=lr_factor(
-                schedule.name,
-                lr=optim.lr,
-                max_steps=config.trainer.max_steps,
-                warmup_steps=schedule.num_warmup_steps,
-                lr_init=schedule.warmup_lr_init,
-                lr_min=schedule.lr_min,
-            ),
-        ),
+        optimizer=build_optimizer_settings(config),
         ema_decay=training.ema,
-        clip=ClippingSettings(
-            tuple(algo.clip_search_widths), algo.clip_search_delta, algo.fix_clipping
-        )
-        if algo.var_min
-        else None,
-        exact_nll=algo.name == "bamdlm" and config.block_size == 1 and training.eval_nll,
+        clip=searched if algo.var_min else None,
+        exact_nll=blocks and config.block_size == 1 and training.eval_nll,
         pad_apart=not config.data.wrap,
         pin_memory=config.loader.pin_memory,
         health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
-        description={
-            "config": dataclasses.asdict(config),
-            "tokenizer": {
-                "name_or_path": config.data.tokenizer_name_or_path,
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "mask_id": tokenizer.mask_id,
-            },
-        },
+        description=description(config, tokenizer),
     )
+
+
+def build_optimizer_settings(config: Config) -> OptimizerSettings:
+    optim, schedule = config.optim, config.lr_scheduler
+    return OptimizerSettings(
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        lr_factor=lr_factor(
+            schedule.name,
+            lr=optim.lr,
+            max_steps=config.trainer.max_steps,
+            warmup_steps=schedule.num_warmup_steps,
+            lr_init=schedule.warmup_lr_init,
+            lr_min=schedule.lr_min,
+        ),
+    )
+
+
+def description(config: Config, tokenizer: Tokenizer) -> dict:
+    """What a checkpoint says about the run beside its weights."""
+    about = {
+        "name_or_path": config.data.tokenizer_name_or_path,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "mask_id": tokenizer.mask_id,
+    }
+    return {"config": dataclasses.asdict(config), "tokenizer": about}
 
 
 def start_from(module: Diffusion, checkpoint: Checkpoint, config: Config) -> None:
@@ -162,7 +169,7 @@ def build_shape(config: Config, backbone: DiT) -> NetworkShape:
     algo, training = config.algo, config.training
     lo, hi = training.sampling_eps_min, training.sampling_eps_max
     share = 1.0
-    if algo.name != "ar":
+    if algorithms.get_algorithm(algo.name).noise:
         times = torch.linspace(lo, hi, 1001, dtype=torch.float64)
         schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
         share = float(schedule(times).p.mean())

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 from settings.run_folder import EVALUATES
 from settings.schema import Config
-from settings.tables import algorithms, class_defaults, step_rules
+from settings.tables import algorithms, class_defaults, lr_schedules, step_rules
 
 
 def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
@@ -33,12 +33,11 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
 
 def _training(config: Config) -> Iterator[str]:
     schedule, trainer = config.lr_scheduler, config.trainer
-    if schedule.name != "cosine_decay_warmup":
-        for key in ("warmup_lr_init", "lr_min"):
-            if getattr(schedule, key) is not None:
-                yield f"lr_scheduler.{key} has no effect: lr_scheduler={schedule.name}"
-    if schedule.name == "constant" and schedule.num_warmup_steps:
-        yield "lr_scheduler.num_warmup_steps has no effect: lr_scheduler=constant"
+    reads = lr_schedules()[schedule.name].get("reads", ())
+    unset = {"num_warmup_steps": 0, "warmup_lr_init": None, "lr_min": None}
+    for key, nothing in unset.items():
+        if key not in reads and getattr(schedule, key) != nothing:
+            yield f"lr_scheduler.{key} has no effect: lr_scheduler={schedule.name}"
     if schedule.name == "constant_warmup" and schedule.num_warmup_steps >= trainer.max_steps:
         yield (
             f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"

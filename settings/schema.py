@@ -30,6 +30,7 @@ from settings.tables import (
     algorithms,
     attention_backends,
     confidences,
+    lr_schedules,
     modes,
     schedules,
     step_rules,
@@ -323,7 +324,7 @@ class Noise:
 class LRScheduler:
     name: str = doc(
         "schedule of the learning rate; choose it with lr_scheduler=NAME",
-        one_of("constant_warmup", "constant", "cosine_decay_warmup"),
+        one_of(*lr_schedules()),
     )
     num_warmup_steps: int = doc(
         "optimizer steps until the learning rate is optim.lr; null: a tenth of trainer.max_steps",

@@ -90,6 +90,11 @@ def schedules() -> dict[str, dict]:
     return table("noise_schedule.py", "SCHEDULES")
 
 
+def lr_schedules() -> dict[str, dict]:
+    """lr_scheduler.name."""
+    return table("utils.py", "LR_SCHEDULES")
+
+
 def step_rules() -> dict[str, dict]:
     """Which tokens a step of the sampler reveals: sampling.steps."""
     return table("samplers/steps.py", "STEPS")

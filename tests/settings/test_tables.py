@@ -12,12 +12,14 @@ from samplers.steps import CONFIDENCES, STEPS
 from settings import tables
 from settings.keys import LEAVES, choices
 from settings.page import PAGE, page
+from utils import LR_SCHEDULES
 
 TABLES = [
     (tables.schedules, SCHEDULES),
     (tables.step_rules, STEPS),
     (tables.confidences, CONFIDENCES),
     (tables.attention_backends, BACKENDS),
+    (tables.lr_schedules, LR_SCHEDULES),
     (tables.known_corpora, CORPORA),
 ]
 
