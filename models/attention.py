@@ -13,6 +13,7 @@ the noised half is read).
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor
 from .masks import AttentionMask, BlockCausal, BlockDiffusion, Full
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Prepare = Callable[[AttentionMask, int, int, Tensor | None, torch.device], Attend]
 
 # Queries taken at a time by the split form: smaller wastes calls, larger computes what is masked.
 CHUNK_TOKENS = 128
@@ -204,10 +206,39 @@ def flash_attn(
     return attend
 
 
-BACKENDS = {"sdpa": sdpa, "flex": flex, "flash_attn": flash_attn}
+@dataclass(frozen=True)
+class Backend:
+    """`prepare` and what it can do. settings/tables.py reads the keywords of an entry without
+    importing torch: write them as literals."""
+
+    prepare: Prepare
+    block_masks: bool = True  # masks other than full and causal
+    document_ids: bool = True
+    cache: bool = True  # passes with a cache (models/cache.py)
+    cpu: bool = True
+    cpu_backward: bool = True
+    full_precision: bool = True  # float32, not only half precision
+    least_head_width: int = 1  # on a GPU
+    package: str | None = None  # that it needs
 
 
-def get_backend(name: str):
+BACKENDS = {
+    "sdpa": Backend(sdpa),
+    "flex": Backend(flex, cpu_backward=False, least_head_width=16),
+    "flash_attn": Backend(
+        flash_attn,
+        block_masks=False,
+        document_ids=False,
+        cache=False,
+        cpu=False,
+        cpu_backward=False,
+        full_precision=False,
+        package="flash_attn",
+    ),
+}
+
+
+def get_backend(name: str) -> Prepare:
     if name not in BACKENDS:
         raise ValueError(f"model.attn_backend must be one of {sorted(BACKENDS)}, got {name!r}")
-    return BACKENDS[name]
+    return BACKENDS[name].prepare

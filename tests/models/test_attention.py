@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from networks import GRADIENTS, assert_within, small, texts
 
 from models import attention
-from models.attention import CHUNK_TOKENS, dense, get_backend, sdpa
+from models.attention import BACKENDS, CHUNK_TOKENS, dense, get_backend, sdpa
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 
 CPU = torch.device("cpu")
@@ -159,15 +159,24 @@ def test_a_packed_text_is_the_text_alone(mask):
     torch.testing.assert_close(together, torch.cat(apart, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_refuses_what_its_entry_denies(name):
+    backend, ids = BACKENDS[name], torch.zeros(1, 8, dtype=torch.int64)
+    for can, given in (
+        (backend.block_masks, (BlockCausal(4), 8, 8, None, CPU)),
+        (backend.document_ids, (Full(), 8, 8, ids, CPU)),
+    ):
+        if can:
+            backend.prepare(*given)
+            continue
+        with pytest.raises(ValueError, match=f"attn_backend={name} cannot apply"):
+            backend.prepare(*given)
+
+
 @pytest.mark.parametrize("mask", [BlockCausal(4), BlockCausal(1, 8), BlockDiffusion(4)], ids=repr)
 def test_flash_attention_refuses_what_it_cannot_mask(mask):
     with pytest.raises(ValueError, match=r"flash_attn cannot apply .* use model.attn_backend=sdpa"):
         get_backend("flash_attn")(mask, 8, 8, None, CPU)
-
-
-def test_flash_attention_refuses_packed_texts():
-    with pytest.raises(ValueError, match="flash_attn cannot apply"):
-        get_backend("flash_attn")(Full(), 8, 8, torch.zeros(1, 8, dtype=torch.int64), CPU)
 
 
 def test_an_unknown_backend_is_refused_by_name():
