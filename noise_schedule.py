@@ -9,6 +9,7 @@ The reference's `loss_scaling` is -weight. Total noise sigma = -ln(1 - p) (MDLM,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ class Logarithmic:
         return NoiseLevel(p=free / math.log(2), weight=1 / (free * (1 + t)))
 
 
-Schedule = LogLinear | ScaledLogLinear | Cosine | Power | Logarithmic
+Schedule = Callable[[Tensor], NoiseLevel]
 
 SCHEDULES = {
     "loglinear": LogLinear(),

@@ -1,4 +1,4 @@
-"""The five masking schedules: recordings, and the relations between their three quantities."""
+"""The masking schedules: recordings, and the relations between their three quantities."""
 
 import math
 
@@ -11,12 +11,13 @@ from noise_schedule import (
     SCHEDULES,
     SIGMA_MAX,
     NoiseLevel,
+    Power,
     ScaledLogLinear,
     get_schedule,
 )
 
 ALL = {**SCHEDULES, "mdlm_loss_scale": ScaledLogLinear()}
-CLAMPED = ("square", "square_root")
+CLAMPED = [name for name in ALL if isinstance(ALL[name], Power)]
 RECORDED = ("loglinear", "cosine", "square", "square_root", "log")
 
 
