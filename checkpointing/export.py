@@ -21,7 +21,19 @@ from models.dit import DiT
 ROOT = Path(__file__).parents[1]
 ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
 CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
-NETWORK = ("attention", "cache", "decode", "denoiser", "dit", "hf", "layers", "masks", "randomness")
+NETWORK = (
+    "attention",
+    "block",
+    "cache",
+    "compiling",
+    "decode",
+    "denoiser",
+    "dit",
+    "hf",
+    "layers",
+    "masks",
+    "randomness",
+)
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .compiling import compiling
 from .masks import AttentionMask, Full
 
 
@@ -42,7 +43,8 @@ class Denoiser:
         hidden = self.backbone.hidden(tokens, attention_mask=mask, cache=cache, read=read_rows)
         on_gpu = self.compiled and tokens.device.type == "cuda"
         finish = _compiled_log_probs() if on_gpu else _log_probs
-        return finish(self.backbone, hidden, self.mask_id).unflatten(0, read.shape)
+        with compiling(on_gpu):
+            return finish(self.backbone, hidden, self.mask_id).unflatten(0, read.shape)
 
     def new_cache(self, batch: int, window: int) -> KVCache:
         return self.backbone.new_cache(batch, window, self.block_size)

@@ -15,97 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import get_backend
-from .cache import Decode, KVCache
-from .layers import Embedding, Norm, Pick, Rotary, TimestepEmbedding, rotate
+from .block import Block, OutputLayer, modulate, modulation, of_rows
+from .cache import KVCache
+from .compiling import compiling
+from .layers import Embedding, Rotary, TimestepEmbedding
 from .masks import AttentionMask, BlockCausal, BlockDiffusion
 
 TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
-
-
-class Block(nn.Module):
-    """Attention and MLP, each normalised, modulated by the noise level, gated and added."""
-
-    def __init__(self, width: int, cond_dim: int, n_heads: int, dropout: float, adaln: bool):
-        super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.norm1 = Norm(width)
-        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
-        self.norm2 = Norm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
-        self.gelu_inside = False  # see freeze
-        self.register_buffer("cached_modulation", None, persistent=False)
-        if adaln:
-            self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
-
-    def queries_keys_values(
-        self, x: Tensor, num_queries: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, E] -> q of the first `num_queries` rows, k, v of all rows, each [B, H, ., D]; q, k
-        rotated."""
-        if num_queries == x.shape[1]:
-            qkv = self._heads(self.attn_qkv(x), 3)  # [3, B, H, T, D]
-            qk, v = qkv.split((2, 1))
-            return *rotate(qk, cos, sin).unbind(), v[0]
-        width = x.shape[-1]
-        weights = self.attn_qkv.weight.split((width, 2 * width))
-        q = self._heads(F.linear(x[:, :num_queries], weights[0]), 1)
-        k, v = self._heads(F.linear(x, weights[1]), 2).unbind()
-        q_cos, q_sin = (t[..., :num_queries, :] for t in (cos, sin))
-        return rotate(q[0], q_cos, q_sin), rotate(k, cos, sin), v
-
-    def _heads(self, x: Tensor, parts: int) -> Tensor:
-        """[B, T, parts * E] -> [parts, B, H, T, D]."""
-        return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def forward(self, x, c, attend, cos, sin, num_queries, read):
-        """x [B, T, E] -> [B, num_queries, E], or [M, E] where `read` picks rows of the flattened
-        B * num_queries."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(self, c, 6)
-        y = _modulate(self.norm1(x), shift, scale)
-        if isinstance(attend, Decode):
-            a = attend(self.attn_qkv(y), cos, sin)
-        else:
-            a = attend(*self.queries_keys_values(y, num_queries, cos, sin))
-            a = a.transpose(1, 2).flatten(2)  # [B, num_queries, E]
-        x = x[:, :num_queries]
-        if read is not None:
-            row = read // num_queries
-            parts = [gate, mlp_shift, mlp_scale, mlp_gate]
-            gate, mlp_shift, mlp_scale, mlp_gate = (_of_rows(part, row) for part in parts)
-            x, a = (Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
-        x = _added(x, gate, self._drop(self.attn_out(a)))
-        y = self._mlp(_modulate(self.norm2(x), mlp_shift, mlp_scale))
-        return _added(x, mlp_gate, self._drop(y))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        if not self.gelu_inside or x.device.type != "cuda":
-            return self.mlp(x)
-        first, _, second = self.mlp
-        rows = x.to(first.weight.dtype).flatten(0, -2)
-        rows = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
-        return second(rows).view_as(x)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-
-class OutputLayer(nn.Module):
-    def __init__(self, vocab_size: int, width: int, cond_dim: int, adaln: bool):
-        super().__init__()
-        self.norm_final = Norm(width)
-        self.linear = _zero(nn.Linear(width, vocab_size))
-        for name in ("cached_modulation", "wide_weight", "wide_bias"):
-            self.register_buffer(name, None, persistent=False)
-        if adaln:
-            self.adaLN_modulation = _zero(nn.Linear(cond_dim, 2 * width))
-
-    def logits(self, features: Tensor) -> Tensor:
-        if self.wide_weight is None:
-            return self.linear(features)
-        return F.linear(features, self.wide_weight, self.wide_bias)[..., : len(self.linear.weight)]
 
 
 class DiT(nn.Module):
@@ -136,10 +52,6 @@ class DiT(nn.Module):
         self.prepare_attention = get_backend(attn_backend)
         self.compiled = compile
         self.run_block = torch.compile(_run_block) if compile else _run_block
-        if compile:  # training, validation, sampling; with and without read, cache, full windows
-            torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-            # a block ends where gradients are exchanged; ddp would have it in pieces of a bucket
-            torch._dynamo.config.optimize_ddp = False
         self.adaln, self.head_width = adaln, hidden_size // n_heads
         self.vocab_embed = Embedding(vocab_size, hidden_size)
         if adaln:
@@ -175,27 +87,27 @@ class DiT(nn.Module):
         behind the committed ones, with one of clean_half.py they are the noised half alone;
         `attention_mask` must be the cache's.
         """
-        length = tokens.shape[1]
-        noised_only = isinstance(attention_mask, BlockDiffusion) and cache is None
-        if positions is None:
-            period = length // 2 if noised_only else length
-            positions = torch.arange(length, device=tokens.device) % period
-        if cache is None:
-            attends = self._uncached(attention_mask, length, document_ids, tokens.device)
-        else:
-            attends, positions = self._cached(attention_mask, cache, length)
         # sampling on a CPU is not worth the compiler's minutes
         compiled = self.compiled and (cache is None or tokens.device.type != "cpu")
-        begin = _compiled_begin() if compiled and cache is not None else _begin
-        x, cos, sin = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
-        c = self.conditioning(sigma)
-        run = self.run_block if compiled else _run_block
-        for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
-            x = run(block, x, c, attend, cos, sin, length, None)
+        length = tokens.shape[1]
+        noised_only = isinstance(attention_mask, BlockDiffusion) and cache is None
         num_queries = length // 2 if noised_only else length
-        if read is not None and self.compiled:
-            torch._dynamo.maybe_mark_dynamic(read, 0)
-        return run(self.blocks[-1], x, c, attends[-1], cos, sin, num_queries, read)
+        with compiling(compiled):
+            if cache is not None:
+                attends, positions = self._cached(attention_mask, cache, length, compiled)
+            else:
+                attends = self._uncached(attention_mask, length, document_ids, tokens.device)
+                if positions is None:
+                    positions = torch.arange(length, device=tokens.device) % num_queries
+            begin = _compiled_begin() if compiled and cache is not None else _begin
+            x, *angles = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
+            c = self.conditioning(sigma)
+            run = self.run_block if compiled else _run_block
+            for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
+                x = run(block, x, c, attend, *angles, length, None)
+            if read is not None and self.compiled:
+                torch._dynamo.maybe_mark_dynamic(read, 0)
+            return run(self.blocks[-1], x, c, attends[-1], *angles, num_queries, read)
 
     def _uncached(self, mask, length, document_ids, device) -> list:
         """The attention of each layer: all alike but the last, which may ask for fewer rows."""
@@ -205,13 +117,12 @@ class DiT(nn.Module):
             final = self.prepare_attention(mask, length // 2, length, document_ids, device)
         return [inner] * (len(self.blocks) - 1) + [final]
 
-    def _cached(self, mask, cache, length) -> tuple[list, Tensor]:
+    def _cached(self, mask, cache, length, compiled: bool) -> tuple[list, Tensor]:
         if mask != cache.attention_mask:
             raise ValueError(
                 f"this cache was made for {cache.attention_mask}, the pass asks for {mask}"
             )
-        on_gpu = self.vocab_embed.embedding.device.type != "cpu"
-        step = cache.begin(length, compiled=self.compiled and on_gpu)
+        step = cache.begin(length, compiled=compiled)
         return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
@@ -232,10 +143,10 @@ class DiT(nn.Module):
         is given.
         """
         x = self.output_layer.norm_final(hidden)
-        shift, scale = _modulation(self.output_layer, self.conditioning(sigma), 2)
+        shift, scale = modulation(self.output_layer, self.conditioning(sigma), 2)
         if hidden.dim() == 2:
-            shift, scale = _of_rows(shift, row), _of_rows(scale, row)
-        return _modulate(x, shift, scale)
+            shift, scale = of_rows(shift, row), of_rows(scale, row)
+        return modulate(x, shift, scale)
 
     def logits(
         self, hidden: Tensor, sigma: Tensor | None = None, row: Tensor | None = None
@@ -308,35 +219,3 @@ def _begin(embed: Embedding, rotary: Rotary, tokens: Tensor, positions: Tensor) 
 @functools.cache
 def _compiled_begin() -> Callable[..., tuple]:
     return torch.compile(_begin)
-
-
-def _zero(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _modulation(layer: Block | OutputLayer, c: Tensor | None, parts: int) -> list[Tensor | None]:
-    """shift, scale, gate of a block's attention, then of its MLP; shift, scale of the head: each [B
-    or 1, 1, E]. c None: no modulation, or the cached one (`DiT.freeze`)."""
-    if c is None and layer.cached_modulation is None:
-        return [None] * parts
-    made = layer.cached_modulation if c is None else layer.adaLN_modulation(c)[:, None]
-    return list(made.chunk(parts, -1))
-
-
-def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x if shift is None else torch.addcmul(shift, x, 1 + scale)
-
-
-def _added(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
-    """The residual stream x and what a layer adds to it, gated."""
-    return x + y if gate is None else torch.addcmul(x, gate, y)
-
-
-def _of_rows(part: Tensor | None, row: Tensor | None) -> Tensor | None:
-    """A modulation [B or 1, 1, E] for M rows picked from the batch: [M, E], or [1, E] if all rows
-    share it."""
-    if part is None:
-        return None
-    return part[:, 0] if len(part) == 1 else part[row, 0]

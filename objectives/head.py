@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.compiling import compiling
 from models.dit import products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
@@ -51,7 +52,8 @@ def fused_cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_
     """`cross_entropy` in two passes over the logits, by torch.compile."""
     for x in (logits, target):  # the last chunk and the next step must not compile anew
         torch._dynamo.maybe_mark_dynamic(x, 0)
-    return _compiled_cross_entropy()(logits, target, gradient, mask_id)
+    with compiling():
+        return _compiled_cross_entropy()(logits, target, gradient, mask_id)
 
 
 @functools.cache

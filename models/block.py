@@ -1,0 +1,129 @@
+"""A block of the transformer and the layer behind the last one, each modulated by the noise level.
+
+Parameter names are those of the published checkpoints.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import Decode
+from .layers import Norm, Pick, rotate
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised, modulated by the noise level, gated and added."""
+
+    def __init__(self, width: int, cond_dim: int, n_heads: int, dropout: float, adaln: bool):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.norm1 = Norm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = Norm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+        self.gelu_inside = False  # see freeze
+        self.register_buffer("cached_modulation", None, persistent=False)
+        if adaln:
+            self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
+
+    def queries_keys_values(
+        self, x: Tensor, num_queries: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, E] -> q of the first `num_queries` rows, k, v of all rows, each [B, H, ., D]; q, k
+        rotated."""
+        if num_queries == x.shape[1]:
+            qkv = self._heads(self.attn_qkv(x), 3)  # [3, B, H, T, D]
+            qk, v = qkv.split((2, 1))
+            return *rotate(qk, cos, sin).unbind(), v[0]
+        width = x.shape[-1]
+        weights = self.attn_qkv.weight.split((width, 2 * width))
+        q = self._heads(F.linear(x[:, :num_queries], weights[0]), 1)
+        k, v = self._heads(F.linear(x, weights[1]), 2).unbind()
+        q_cos, q_sin = (t[..., :num_queries, :] for t in (cos, sin))
+        return rotate(q[0], q_cos, q_sin), rotate(k, cos, sin), v
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """[B, T, parts * E] -> [parts, B, H, T, D]."""
+        return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, c, attend, cos, sin, num_queries, read):
+        """x [B, T, E] -> [B, num_queries, E], or [M, E] where `read` picks rows of the flattened
+        B * num_queries."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self, c, 6)
+        y = modulate(self.norm1(x), shift, scale)
+        if isinstance(attend, Decode):
+            a = attend(self.attn_qkv(y), cos, sin)
+        else:
+            a = attend(*self.queries_keys_values(y, num_queries, cos, sin))
+            a = a.transpose(1, 2).flatten(2)  # [B, num_queries, E]
+        x = x[:, :num_queries]
+        if read is not None:
+            row = read // num_queries
+            parts = [gate, mlp_shift, mlp_scale, mlp_gate]
+            gate, mlp_shift, mlp_scale, mlp_gate = (of_rows(part, row) for part in parts)
+            x, a = (Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
+        x = _added(x, gate, self._drop(self.attn_out(a)))
+        y = self._mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
+        return _added(x, mlp_gate, self._drop(y))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if not self.gelu_inside or x.device.type != "cuda":
+            return self.mlp(x)
+        first, _, second = self.mlp
+        rows = x.to(first.weight.dtype).flatten(0, -2)
+        rows = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
+        return second(rows).view_as(x)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class OutputLayer(nn.Module):
+    def __init__(self, vocab_size: int, width: int, cond_dim: int, adaln: bool):
+        super().__init__()
+        self.norm_final = Norm(width)
+        self.linear = _zero(nn.Linear(width, vocab_size))
+        for name in ("cached_modulation", "wide_weight", "wide_bias"):
+            self.register_buffer(name, None, persistent=False)
+        if adaln:
+            self.adaLN_modulation = _zero(nn.Linear(cond_dim, 2 * width))
+
+    def logits(self, features: Tensor) -> Tensor:
+        if self.wide_weight is None:
+            return self.linear(features)
+        return F.linear(features, self.wide_weight, self.wide_bias)[..., : len(self.linear.weight)]
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def modulation(layer: Block | OutputLayer, c: Tensor | None, parts: int) -> list[Tensor | None]:
+    """shift, scale, gate of a block's attention, then of its MLP; shift, scale of the head: each [B
+    or 1, 1, E]. c None: no modulation, or the cached one (`DiT.freeze`)."""
+    if c is None and layer.cached_modulation is None:
+        return [None] * parts
+    made = layer.cached_modulation if c is None else layer.adaLN_modulation(c)[:, None]
+    return list(made.chunk(parts, -1))
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    return x if shift is None else torch.addcmul(shift, x, 1 + scale)
+
+
+def _added(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
+    """The residual stream x and what a layer adds to it, gated."""
+    return x + y if gate is None else torch.addcmul(x, gate, y)
+
+
+def of_rows(part: Tensor | None, row: Tensor | None) -> Tensor | None:
+    """A modulation [B or 1, 1, E] for M rows picked from the batch: [M, E], or [1, E] if all rows
+    share it."""
+    if part is None:
+        return None
+    return part[:, 0] if len(part) == 1 else part[row, 0]
