@@ -13,20 +13,19 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from evaluation.likelihood import Likelihood, LikelihoodMeter
+from evaluation.likelihood import Likelihood
 from models.ema import EMA
 from models.randomness import hashed
-from objectives import clipping
-from objectives.corruption import EXACT, Interval, Noise, draw_example_noise
+from objectives.corruption import Interval, Noise, draw_example_noise
 from objectives.graphs import GraphedLoss
 from objectives.loss import TokenLoss
 from objectives.loss_inputs import LossInputs, Objective
-from training import distributed
+from training import averaging, distributed
 from training.health import StepHealth
 from training.state import load_state, save_state
+from training.validation import Validation
 
 VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
 DROPOUT_SEED = 0xD20  # the same for what torch's generator gives
@@ -104,8 +103,7 @@ class Diffusion(L.LightningModule):
             self.register_buffer("sampling_eps_max", torch.tensor(float(self.interval[1])))
         self.ema = EMA(self.named_weights(), ema_decay) if ema_decay else None
         self.averaged = False  # whether the EMA weights are in place of the raw ones
-        self.meter = LikelihoodMeter()
-        self.search: clipping.Search | None = None
+        self.validation = Validation(self)
         self.graphed: GraphedLoss | None = None
         self.validated: Likelihood | None = None  # the result of the last validation
         self.validated_at = 0  # and its step
@@ -113,22 +111,8 @@ class Diffusion(L.LightningModule):
     def named_weights(self):
         return self.backbone.named_parameters()
 
-    def averaged_weights(self):
-        """What the EMA follows: with fsdp this rank's part of every weight."""
-        return [(name, distributed.part(p)) for name, p in self.named_weights()]
-
     def configure_model(self) -> None:
-        """With strategy=fsdp: share the network out, and its average in the same way."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, distributed.Sharded) or distributed.is_sharded(self.backbone):
-            return
-        distributed.shard(self.backbone, strategy.device_mesh["data_parallel"])
-        if self.ema is not None:
-            like = dict(self.named_weights())
-            self.ema.shadow = {
-                name: distributed.part_of(average, like[name]).clone()
-                for name, average in self.ema.shadow.items()
-            }
+        averaging.share_out(self)
 
     # ---- one step -----------------------------------------------------------------------------
 
@@ -137,10 +121,7 @@ class Diffusion(L.LightningModule):
     ) -> TokenLoss:
         """The loss of a batch under given noise (None: ar, nothing is drawn)."""
         inputs = self.loss_inputs(batch, interval, noise, training)
-        return self.objective.compute_loss(self.backbone, self._sent(inputs))
-
-    def _sent(self, inputs: LossInputs) -> LossInputs:
-        return inputs.to(self.device, self.pin_memory)
+        return self.objective.compute_loss(self.backbone, inputs.to(self.device, self.pin_memory))
 
     def loss_inputs(
         self, batch: dict, interval: Interval, noise: Noise | None, training: bool
@@ -164,7 +145,7 @@ class Diffusion(L.LightningModule):
         noise = self._noise(batch, self.noise_settings.seed, self.noise_settings.global_batch)
         loss = self.training_loss(batch, noise)
         self.health.saw(batch, loss)
-        self.log("trainer/loss", self._mean_of_all(loss.detach()), on_step=True)
+        self.log("trainer/loss", distributed.mean_of_all(loss.detach()), on_step=True)
         if self.health.bad_steps:
             # a number would be brought to the device, and waited for
             self.log("trainer/bad_steps", torch.tensor(float(self.health.bad_steps)))
@@ -175,14 +156,6 @@ class Diffusion(L.LightningModule):
             return self.token_loss(batch, self.interval, noise, training=True).mean
         inputs = self.loss_inputs(batch, self.interval, noise, training=True)
         return self.graphed(inputs)
-
-    def _mean_of_all(self, value: Tensor) -> Tensor:
-        """Over the devices, which do not wait for their hosts (as sync_dist of `log` would)."""
-        if not self._several():
-            return value
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        return value / self.trainer.world_size
 
     def _noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
         """The noise of these examples: a function of the seed and their place in the stream."""
@@ -202,60 +175,24 @@ class Diffusion(L.LightningModule):
         """Nothing yet: the host makes the loss inputs first, and need not wait for the device."""
         return batch
 
-    def _several(self) -> bool:
-        return self.trainer.world_size > 1
-
     # ---- validation ---------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.average(True)
-        self.meter = LikelihoodMeter()
-        self.search = None
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if self.clip is not None and fitting:
-            grid = clipping.candidates(
-                self.objective.block_size,
-                list(self.clip.widths),
-                self.clip.delta,
-                self.noise_settings.sampling_eps,
-            )
-            if len(grid) > 1:  # with the full interval alone there is nothing to choose
-                self.search = clipping.Search(grid)
+        averaging.put_average(self, True)
+        self.validation = Validation(self)
+        self.validation.begin_search()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         seed = self.noise_settings.seed + VALIDATION_SEED
         noise = self._noise(batch, seed, self.noise_settings.eval_global_batch)
-        full = (self.noise_settings.sampling_eps, 1.0)
-        reported = EXACT if self.exact_nll else full
-        loss = self.token_loss(batch, reported, noise, training=False)
-        self.meter.update(loss.nll, loss.loss_mask)
-        if self.search is not None and self.search.wants_more():
-            real = batch["attention_mask"].to(self.device)
-            found = {reported: self._variance(loss, real)}
-            for interval in self.search.grid:
-                if interval not in found:
-                    other = self.token_loss(batch, interval, noise, training=False)
-                    found[interval] = self._variance(other, real)
-            self.search.add([found[interval] for interval in self.search.grid])
-
-    def _variance(self, loss: TokenLoss, real: Tensor) -> Tensor:
-        means = loss.block_means(self.objective.block_size, real)
-        return clipping.variance(self._of_all(means) if self._several() else means)
-
-    def _of_all(self, rows: Tensor) -> Tensor:
-        """The rows [B, N] of all devices; the last batches of a split differ in B."""
-        counts = self.all_gather(torch.tensor(len(rows), device=rows.device))
-        padded = rows.new_zeros(int(counts.max()), rows.shape[1])
-        padded[: len(rows)] = rows
-        gathered = zip(self.all_gather(padded), counts.tolist(), strict=True)
-        return torch.cat([part[:count] for part, count in gathered])
+        self.validation.add(batch, noise)
 
     def on_validation_epoch_end(self) -> None:
-        self.average(False)
+        averaging.put_average(self, False)
         if not self.trainer.sanity_checking:
             self.validated_at = self.trainer.global_step
         # now: when validation has ended, the module may be on another device than the group's
-        self.validated = result = self.likelihood()
+        self.validated = result = self.validation.likelihood()
         self.log_dict(
             {
                 "val/nll": result.nll,
@@ -265,40 +202,10 @@ class Diffusion(L.LightningModule):
             },
             prog_bar=False,
         )
-        if self.search is not None:
-            self._adopt(self.search)
-
-    def likelihood(self) -> Likelihood:
-        """What validation has measured so far, over all devices; every rank must call it."""
-        sums = self.meter.sums
-        if self._several():
-            mine = torch.zeros(6, dtype=torch.float64) if sums is None else sums
-            sums = self.all_gather(mine.to(self.device)).sum(0)
-        return self.meter.compute(sums)
-
-    def _adopt(self, search: clipping.Search) -> None:
-        """Log every candidate's variance and train on the best interval from here on."""
-        means = search.means()
-        self.log_dict({clipping.name(i): mean for i, mean in zip(search.grid, means, strict=True)})
-        if not self.clip.fix:
-            self.set_interval(search.best())
-        self.log_dict({"sampling_eps_min": self.interval[0], "sampling_eps_max": self.interval[1]})
-
-    def set_interval(self, interval: Interval) -> None:
-        self.interval = interval
-        self.sampling_eps_min.fill_(interval[0])
-        self.sampling_eps_max.fill_(interval[1])
-
-    def average(self, on: bool) -> None:
-        """Put the EMA weights in place, or the raw ones back."""
-        if self.ema is not None and on != self.averaged:
-            if distributed.is_sharded(self.backbone):
-                self.backbone.reshard()  # what is put together would not see the exchange
-            self.ema.swap(self.averaged_weights())
-            self.averaged = on
+        self.validation.adopt()
 
     def on_exception(self, exception: BaseException) -> None:
-        self.average(False)
+        averaging.put_average(self, False)
 
     # ---- optimizer ----------------------------------------------------------------------------
 
@@ -321,27 +228,17 @@ class Diffusion(L.LightningModule):
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None and not self.health.skipped:
-            self.ema.update(self.averaged_weights(), unless=self.health.found)
+        averaging.update(self)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Clip, or where loss or gradient are not finite leave the step out."""
         named = [(name, p) for name, p in self.named_weights() if p.grad is not None]
-        self._uncount(self.health.inspect(self.trainer, named))
+        averaging.uncount(self, self.health.inspect(self.trainer, named))
         self.trainer.optimizers[0].found_inf = self.health.found  # AdamW reads it if fused
         if not self.health.skipped:
             self.health.clip(named, gradient_clip_val, gradient_clip_algorithm)
-
-    def settle(self) -> None:
-        """Wait for what the host does not know yet of the steps that were made."""
-        self._uncount(self.health.settle(self.trainer))
-
-    def _uncount(self, steps: int) -> None:
-        """Steps that turn out to have been left out were no updates of the average."""
-        if self.ema is not None:
-            self.ema.num_updates -= steps
 
     def on_fit_start(self) -> None:
         if self.ema is not None:
@@ -356,12 +253,12 @@ class Diffusion(L.LightningModule):
             self.graphed = GraphedLoss(
                 self.backbone,
                 lambda *asked: self.objective.compute_loss(*asked).mean,
-                self._sent,
+                lambda inputs: inputs.to(self.device, self.pin_memory),
                 shared=self.trainer.accumulate_grad_batches > 1,
             )
 
     def on_train_end(self) -> None:
-        self.settle()
+        averaging.settle(self)
         self.graphed = None
 
     # ---- checkpoints --------------------------------------------------------------------------

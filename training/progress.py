@@ -106,7 +106,7 @@ class RunProgress(ProgressBar):
     ) -> None:
         if not self._due():
             return
-        so_far = pl_module.meter.compute()
+        so_far = pl_module.validation.meter.compute()
         figures = f"ppl {so_far.ppl:.2f} ± {so_far.ppl_error:.2f}  {so_far.tokens:,} tokens"
         if self._bar:
             self._bar.update(self._valid, completed=batch_idx + 1, figures=figures)

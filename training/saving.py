@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from checkpointing.lightning_io import SafeCheckpointIO
+from training.averaging import put_average
 from training.distributed import Poll
 from training.signals import BY_HAND, GO_ON, Signals, Stopped
 from utils import plain_errors, say
@@ -83,7 +84,7 @@ class Stopping(L.Callback):
     ) -> None:
         """A validation that is broken off begins anew when the run goes on."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self.stop_if_told(trainer, before=lambda: pl_module.average(False))
+            self.stop_if_told(trainer, before=lambda: put_average(pl_module, False))
 
     def after_step(self, trainer) -> None:
         """What comes ahead of the question."""

@@ -5,14 +5,15 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from training import distributed, loop_state
+from training import averaging, distributed, loop_state
+from training.validation import set_interval
 from utils import say
 
 
 def save_state(module: L.LightningModule, checkpoint: dict) -> None:
     """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask."""
     trainer = module.trainer
-    module.settle()
+    averaging.settle(module)
     checkpoint["hparams_name"] = "kwargs"
     checkpoint["hyper_parameters"] = module.description
     distributed.set_fused(checkpoint, None)  # says how a step is computed here, not what it is
@@ -61,7 +62,7 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
     if module.clip is not None:
         bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
         # float32 buffers: 0.45 is stored as 0.44999999
-        module.set_interval((round(float(bounds[0]), 6), round(float(bounds[1]), 6)))
+        set_interval(module, (round(float(bounds[0]), 6), round(float(bounds[1]), 6)))
     if module.ema is not None:
         _load_average(module, checkpoint)
 

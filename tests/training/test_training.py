@@ -166,7 +166,7 @@ def test_the_split_into_micro_batches_does_not_change_a_run(algo, tmp_path):
 def validated(m, **kwargs):
     t = trainer(None, 1, validate=1)
     t.validate(m, datamodule=data(**kwargs), verbose=False)
-    return m.likelihood()
+    return m.validation.likelihood()
 
 
 def test_validation_uses_the_averaged_weights_and_gives_the_raw_ones_back():
@@ -194,7 +194,7 @@ def test_the_validation_noise_of_a_row_does_not_depend_on_the_batches():
     t = trainer(None, 1, validate=1)
     d.eval_batch_size = 3  # batches across the borders of the global batches of 4
     t.validate(m, datamodule=d, verbose=False)
-    assert m.likelihood().nll == pytest.approx(whole.nll, rel=1e-5)
+    assert m.validation.likelihood().nll == pytest.approx(whole.nll, rel=1e-5)
 
 
 def test_blocks_of_one_validate_the_exact_likelihood():

@@ -1,0 +1,52 @@
+"""The average of a Diffusion's weights during a run: shared out with fsdp, exchanged with the
+weights for validation, kept in step with optimizer steps that turn out to have been left out."""
+
+import lightning as L
+from torch import Tensor
+
+from training import distributed
+
+
+def averaged_weights(module: L.LightningModule) -> list[tuple[str, Tensor]]:
+    """What the average follows: with fsdp this rank's part of every weight."""
+    return [(name, distributed.part(p)) for name, p in module.named_weights()]
+
+
+def share_out(module: L.LightningModule) -> None:
+    """With strategy=fsdp: share the network out, and its average in the same way."""
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, distributed.Sharded) or distributed.is_sharded(module.backbone):
+        return
+    distributed.shard(module.backbone, strategy.device_mesh["data_parallel"])
+    if module.ema is not None:
+        like = dict(module.named_weights())
+        module.ema.shadow = {
+            name: distributed.part_of(average, like[name]).clone()
+            for name, average in module.ema.shadow.items()
+        }
+
+
+def put_average(module: L.LightningModule, on: bool) -> None:
+    """Put the averaged weights in place, or the raw ones back."""
+    if module.ema is not None and on != module.averaged:
+        if distributed.is_sharded(module.backbone):
+            module.backbone.reshard()  # what is put together would not see the exchange
+        module.ema.swap(averaged_weights(module))
+        module.averaged = on
+
+
+def update(module: L.LightningModule) -> None:
+    """After an optimizer step."""
+    if module.ema is not None and not module.health.skipped:
+        module.ema.update(averaged_weights(module), unless=module.health.found)
+
+
+def uncount(module: L.LightningModule, steps: int) -> None:
+    """Steps that turn out to have been left out were no updates of the average."""
+    if module.ema is not None:
+        module.ema.num_updates -= steps
+
+
+def settle(module: L.LightningModule) -> None:
+    """Wait for what the host does not know yet of the steps that were made."""
+    uncount(module, module.health.settle(module.trainer))
