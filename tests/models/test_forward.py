@@ -304,3 +304,12 @@ def test_rotation_turns_halves_by_the_angle_of_the_position():
 def test_a_width_that_heads_cannot_share_is_refused(width, heads):
     with pytest.raises(ValueError, match=f"model.hidden_size={width} must be an even multiple"):
         DiT(vocab_size=5, hidden_size=width, cond_dim=4, n_blocks=1, n_heads=heads)
+
+
+@pytest.mark.parametrize("adaln", [True, False])
+def test_everything_that_a_block_adds_is_dropped_out(adaln):
+    net, tokens = small(adaln=adaln), texts(2, 8, 7)
+    for block in net.train().blocks:
+        block.dropout = 1.0
+    hidden = net.hidden(tokens, attention_mask=Full())
+    assert torch.equal(hidden, net.vocab_embed(tokens))

@@ -15,6 +15,7 @@ from checkpointing.load import read_checkpoint
 from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
+from objectives import clipping
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT
@@ -216,15 +217,41 @@ def fitted_with_search(tmp_path, fix):
     return m, logged
 
 
-def test_the_interval_of_least_variance_becomes_the_training_interval(tmp_path):
-    m, logged = fitted_with_search(tmp_path, fix=False)
-    assert len(logged) == 1 + 3 + 2  # the full interval, then the starts of each width
-    best = min(logged, key=logged.get)
-    lo, hi = (float(x) for x in best.removeprefix("valid_var_").split(" - "))
-    assert m.interval[0] == pytest.approx(max(lo, 1e-3), abs=5e-3)
-    assert m.interval[1] == pytest.approx(hi, abs=5e-3)
+def test_the_interval_of_least_variance_becomes_the_training_interval(tmp_path, monkeypatch):
+    """Two validations that choose differently, after steps 1 and 2. The checkpoint of step 2 comes
+    ahead of the second."""
+    m = module("bamdlm", widths=(0.5, 0.75))
+    grid = clipping.candidates(4, [0.5, 0.75], 0.25, 1e-3)
+    batches, chosen, asked = 3, [grid[3], grid[5]], []  # rows of validation: 10, 4 at a time
+    validations = [[float(each != best) for each in grid] * batches for best in chosen]
+    variances = iter([each for validation in validations for each in validation])
+    monkeypatch.setattr(clipping, "variance", lambda means: torch.tensor(next(variances)).double())
+    token_loss = m.token_loss
+
+    def watched(batch, interval, noise, training):
+        asked.extend([interval] * training)
+        return token_loss(batch, interval, noise, training)
+
+    m.token_loss = watched
+    t = trainer(tmp_path, 2, validate=2, callbacks=[saver(tmp_path, 2)])
+    t.fit(m, datamodule=data())
+    assert next(variances, None) is None
+    assert asked == [(1e-3, 1)] * 2 + [chosen[0]] * 2  # two micro-batches a step
+    logged = {k: float(v) for k, v in t.callback_metrics.items() if k.startswith("valid_var")}
+    assert logged == {clipping.name(each): float(each != chosen[1]) for each in grid}
+    assert m.interval == chosen[1]
     saved = read_checkpoint(str(next(tmp_path.glob("*.ckpt"))))
-    assert saved.interval == pytest.approx(m.interval, abs=1e-6)
+    assert saved.interval == pytest.approx(chosen[0], abs=1e-6)
+
+
+def test_dropout_is_a_function_of_the_place_in_the_stream(monkeypatch):
+    m = module("ar", dropout=0.5).train()
+    monkeypatch.setattr(m, "log", lambda *args, **kwargs: None)
+    batch = {"input_ids": torch.tensor(MemoryRows(4, 3).ids)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    rows = (0, 0, 8)
+    losses = [float(m.training_step({**batch, "row": torch.arange(4) + r}, 0)) for r in rows]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_without_widths_the_interval_stays_as_it_was_set(tmp_path):
