@@ -1,12 +1,16 @@
 """A row of the CSV belongs to the weights, settings and judge it was made with."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 import settings
 from checkpointing.layouts import Checkpoint
 from modes.sample_eval import sampling_run_id
+from modes.sampling_params import sampling_params
 from samplers.params import SamplingParams
+from samplers.steps import STEPS
 
 WANTED = SamplingParams(length=8, bos_id=0, eos_id=0)
 
@@ -47,3 +51,19 @@ def test_another_row_has_another_run(change):
 )
 def test_the_same_rows_belong_to_one_run(same):
     assert name(**same) == name()
+
+
+def test_a_step_rule_reads_numbers_that_are_settings():
+    """The command line, the report and the run id find them by name."""
+    known = {field.name for field in fields(SamplingParams)}
+    config = settings.load(["mode=sample_eval", "sampling.k=3", "algo.T=5"])
+    params = sampling_params(config, bos_id=0, eos_id=0)
+    assert (params.k, params.num_steps) == (3, 5)
+    for rule in STEPS.values():
+        assert set(rule.reads) <= known
+        assert set(rule.reads) - {"num_steps"} <= vars(config.sampling).keys()
+
+
+def test_the_name_of_a_run_stays_over_versions_of_the_code():
+    """A CSV that an older version began is completed, not begun again."""
+    assert name(words=["trainer.precision=32"]) == "b602e53edc9d"

@@ -111,7 +111,7 @@ def test_the_nucleus_keeps_at_most_p_and_always_the_first(p):
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
 def test_the_nuclei_without_sorting_are_the_sorted_one(vocabulary, scale):
     generator = torch.Generator().manual_seed(2)
-    log_p = (torch.randn(30, vocabulary, generator=generator) * scale).log_softmax(-1)
+    log_p = (torch.randn(12, vocabulary, generator=generator) * scale).log_softmax(-1)
     for p in (0.01, 0.3, 0.75, 0.9, 0.99):
         kept = by_sorting(log_p.double(), p)
         assert torch.equal(by_digits(log_p, p), kept)
@@ -523,17 +523,16 @@ def test_rows_that_end_leave_and_others_take_their_place(algo, cached):
     denoise = network(algo)
     alone = write(algo, denoise, 12, batch_size=1, **params)
     assert len({len(s.tokens) for s in alone}) > 3
-    for batch in (4, 12):
-        together = write(algo, denoise, 12, batch_size=batch, **params)
-        assert texts(together) == texts(alone)
-        assert [s.nfe for s in together] == [s.nfe for s in alone]
+    together = write(algo, denoise, 12, batch_size=5, **params)  # places change hands and go
+    assert texts(together) == texts(alone)
+    assert [s.nfe for s in together] == [s.nfe for s in alone]
     for sample in alone:
         ids = sample.tokens.tolist()
         assert 3 not in ids[1:-1]
         assert (sample.stopped == "eos") == (ids[-1] == 3 and len(ids) > 1)
         if algo == "ar":
             assert sample.nfe == len(ids) - 1
-    free = write(algo, denoise, 12, **params | {"var_length": False})
+    free = write(algo, denoise, 12, **params | {"var_length": False, "batch_size": 12})
     for long, short in zip(free, alone, strict=True):
         assert long.tokens[: len(short.tokens)].tolist() == short.tokens.tolist()
 

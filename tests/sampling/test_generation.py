@@ -332,7 +332,7 @@ def test_a_complete_run_says_that_nothing_is_recorded(tmp_path, capsys):
 
 
 def test_variable_lengths_are_reported(tmp_path):
-    changes = {"var_length": True, "eos_id": 5, "length": 256}
+    changes = {"var_length": True, "eos_id": 5, "length": 256, "batch_size": 12}
     report = job(tmp_path, changes=changes, num_samples=12).run()
     assert sum(report["stopped"].values()) == 12
     assert report["stopped"]["eos"] > 0
