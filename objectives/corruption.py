@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from models.randomness import uniform
@@ -97,7 +98,7 @@ def times(u: Tensor, interval: Interval) -> Tensor:
 
 def per_token(blocks: Tensor, length: int) -> Tensor:
     """A value per block [B, N] -> the same per token [B, L]."""
-    return blocks.repeat_interleave(length // blocks.shape[1], 1)
+    return repeat(blocks, "b n -> b (n k)", k=length // blocks.shape[1])
 
 
 def mask_tokens(
@@ -136,8 +137,9 @@ def masked_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Inte
     # smallest k whose cdf exceeds u; never one outside the bounds, whatever the rounding
     drawn = (cdf <= count.double()[..., None]).sum(-1)
     drawn = drawn.clamp(max=most)
-    rank = token.unflatten(1, (p.shape[1], size)).argsort(dim=-1, stable=True).argsort(-1)
-    return (rank < drawn[..., None]).flatten(1)
+    in_blocks = rearrange(token, "b (n k) -> b n k", k=size)
+    rank = in_blocks.argsort(dim=-1, stable=True).argsort(-1)
+    return rearrange(rank < drawn[..., None], "b n k -> b (n k)")
 
 
 def shares_within(block_size: int, interval: Interval) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from .document_ids import begins
@@ -21,10 +22,10 @@ class TokenLoss:
     def block_means(self, block_size: int, real: Tensor | None = None) -> Tensor:
         """Mean nats of each block, [B, N]: what the clipped-schedule search compares. real [B, L]:
         1 where a token is no padding; the means are over these, and nan where there are none."""
-        sums = self.nll.unflatten(1, (-1, block_size)).sum(-1)
+        sums = reduce(self.nll, "b (n k) -> b n", "sum", k=block_size)
         if real is None:
             return sums / block_size
-        return sums / real.unflatten(1, (-1, block_size)).sum(-1)
+        return sums / reduce(real, "b (n k) -> b n", "sum", k=block_size)
 
 
 def scattered(nll: Tensor, positions: Tensor, like: Tensor) -> Tensor:
