@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import main
 from modes import cli
 from settings.keys import CONFIGS
 from settings.overrides import DEAD
@@ -550,16 +551,17 @@ def command(*arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["block_size=12", "sampling.nucleus_p=1.5"],
-        ["modle=small"],
-        ["mode=ppl_eval", "data=shakespeare"],
-        ["a b c"],
-    ],
+    [["block_size=12", "sampling.nucleus_p=1.5"], ["modle=small"], ["a b c"]],
 )
-def test_wrong_command_ends_at_once_without_a_traceback(arguments, folder):
+def test_main_ends_with_2_for_a_wrong_command(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(arguments)
+    assert capsys.readouterr().err.startswith("this run cannot start:\n  - ")
+
+
+def test_wrong_command_ends_at_once_without_a_traceback(folder):
     before = sorted(folder.rglob("*"))
-    done = command(*arguments)
+    done = command("mode=ppl_eval", "data=shakespeare")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("this run cannot start:\n  - ")
