@@ -8,13 +8,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
-from importlib.util import find_spec
 
 from settings.composing import read
 from settings.defaults import (
-    FLEX_HEAD_WIDTH,
-    flex_takes,
-    has_flash_attn,
+    has_package,
     needs_block_mask,
     started_by_torchrun,
     visible_gpus,
@@ -24,7 +21,7 @@ from settings.keys import LEAVES, get, put
 from settings.overrides import nearest, parse
 from settings.paths import checkpoints, corpora, results, sampling_files
 from settings.schema import Config
-from settings.tables import algorithms, known_corpora
+from settings.tables import algorithms, attention_backends, known_corpora
 
 Rule = Callable[[Config], Iterator[str]]
 DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
@@ -232,37 +229,37 @@ def machine(config: Config) -> Iterator[str]:
 
 
 def _attention(config: Config, gpu: bool) -> Iterator[str]:
-    backend, way_out = config.model.attn_backend, "use model.attn_backend=sdpa or auto"
-    if backend == "flex" and not gpu and config.mode == "train":
-        yield f"model.attn_backend=flex cannot train on a CPU (no backward pass); {way_out}"
-    sizes = config.model.hidden_size, config.model.n_heads
-    if backend == "flex" and gpu and not flex_takes(*sizes):
-        yield (
-            f"model.attn_backend=flex needs heads of at least {FLEX_HEAD_WIDTH} on a GPU, but"
-            f" model.hidden_size / model.n_heads is {sizes[0] // sizes[1]}; {way_out}"
-        )
-    if backend != "flash_attn":
+    """What the entry of the backend says it cannot do, and this run needs."""
+    backend, model = config.model.attn_backend, config.model
+    entry = attention_backends().get(backend)
+    if entry is None:  # auto, a stand-in
         return
-    if needs_block_mask(config.algo.name, config.block_size, config.model.length):
+    needed, way_out = f"model.attn_backend={backend}", "use model.attn_backend=sdpa or auto"
+    if not gpu and not entry["cpu"]:
+        yield f"{needed} needs a GPU; {way_out}"
+    elif not gpu and not entry["cpu_backward"] and config.mode == "train":
+        yield f"{needed} cannot train on a CPU (no backward pass); {way_out}"
+    elif gpu and entry["package"] and not has_package(entry["package"]):
+        yield f"{needed}: the package {entry['package']} is not installed; {way_out}"
+    elif not entry["full_precision"] and not config.trainer.precision.startswith(("bf16", "16")):
+        yield f"{needed} needs trainer.precision=bf16; or {way_out}"
+    if gpu and model.hidden_size < entry["least_head_width"] * model.n_heads:
         yield (
-            f"model.attn_backend=flash_attn cannot apply the block mask of algo={config.algo.name};"
+            f"{needed} needs heads of at least {entry['least_head_width']} on a GPU, but"
+            f" model.hidden_size / model.n_heads is {model.hidden_size // model.n_heads}; {way_out}"
+        )
+    masked = needs_block_mask(config.algo.name, config.block_size, model.length)
+    if masked and not entry["block_masks"]:
+        yield (
+            f"{needed} cannot apply the block mask of algo={config.algo.name};"
             " use model.attn_backend=flex, sdpa or auto"
         )
-    if not gpu:
-        yield f"model.attn_backend=flash_attn needs a GPU; {way_out}"
-    elif not has_flash_attn():
-        yield f"model.attn_backend=flash_attn: the package flash_attn is not installed; {way_out}"
-    elif not config.trainer.precision.startswith(("bf16", "16")):
-        yield f"model.attn_backend=flash_attn needs trainer.precision=bf16; or {way_out}"
-    if not config.data.wrap:
-        yield f"model.attn_backend=flash_attn cannot hide padding (data.wrap=False); {way_out}"
-    if config.data.pack == "documents":
-        yield (
-            "model.attn_backend=flash_attn cannot keep documents apart (data.pack=documents);"
-            f" {way_out}"
-        )
-    if config.mode == "sample_eval" and config.sampling.kv_cache:
-        yield f"model.attn_backend=flash_attn does not serve sampling.kv_cache=True; {way_out}"
+    if not entry["document_ids"] and not config.data.wrap:
+        yield f"{needed} cannot hide padding (data.wrap=False); {way_out}"
+    if not entry["document_ids"] and config.data.pack == "documents":
+        yield f"{needed} cannot keep documents apart (data.pack=documents); {way_out}"
+    if config.mode == "sample_eval" and config.sampling.kv_cache and not entry["cache"]:
+        yield f"{needed} does not serve sampling.kv_cache=True; {way_out}"
 
 
 def _compiled(config: Config, gpu: bool) -> Iterator[str]:
@@ -270,7 +267,7 @@ def _compiled(config: Config, gpu: bool) -> Iterator[str]:
         return
     if config.strategy.name == "fsdp":
         yield "model.compile=True does not go with strategy=fsdp, which hooks into every block"
-    if gpu and find_spec("triton") is None:
+    if gpu and not has_package("triton"):
         yield "model.compile=True: the package triton is not installed; use model.compile=False"
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         yield "model.compile=True needs a C++ compiler (g++, or $CXX); use model.compile=False"

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from settings.schema import Config
-from settings.tables import algorithms
+from settings.tables import algorithms, attention_backends
 
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 WARMUP = "lr_scheduler.num_warmup_steps"
@@ -24,7 +24,6 @@ CHOSEN = {
 # Other names for the same, as Lightning has them.
 ACCELERATORS = {"cuda": "gpu"}
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
-FLEX_HEAD_WIDTH = 16  # the narrowest heads that FlexAttention's kernel takes on a GPU
 
 
 def fill(config: Config) -> None:
@@ -83,13 +82,14 @@ def _share(total: int, parts: int) -> int:
 
 def _attn_backend(config: Config) -> str:
     """The fastest on a GPU that can do what the algorithm needs."""
-    if needs_block_mask(config.algo.name, config.block_size, config.model.length):
-        taken = flex_takes(config.model.hidden_size, config.model.n_heads)
-        return "flex" if taken else "sdpa"
+    backends, model = attention_backends(), config.model
+    if needs_block_mask(config.algo.name, config.block_size, model.length):
+        wide = model.hidden_size >= backends["flex"]["least_head_width"] * model.n_heads
+        return "flex" if wide else "sdpa"
     half = config.trainer.precision.startswith(("bf16", "16"))
     one_text = config.data.wrap and config.data.pack == "wrap"
     plain = half and one_text and config.mode != "sample_eval"
-    return "flash_attn" if plain and has_flash_attn() else "sdpa"
+    return "flash_attn" if plain and has_package("flash_attn") else "sdpa"
 
 
 def visible_gpus() -> int:
@@ -111,16 +111,11 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bamdlm"
 
 
-def has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def needs_block_mask(algo: str, block_size: int, length: int) -> bool:
     """Whether attention is more than full or causal."""
     entry = algorithms().get(algo)  # None: the checks will say so
     return entry is not None and entry["blocks"] and block_size < length
-
-
-def flex_takes(hidden_size: int, n_heads: int) -> bool:
-    """Whether heads are wide enough for FlexAttention's kernel on a GPU."""
-    return hidden_size >= FLEX_HEAD_WIDTH * n_heads

@@ -106,8 +106,10 @@ def confidences() -> dict[str, dict]:
 
 
 def attention_backends() -> dict[str, dict]:
-    """model.attn_backend, beside auto."""
-    return table("models/attention.py", "BACKENDS")
+    """{backend: all literal fields of its entry}: model.attn_backend, beside auto."""
+    defaults = class_defaults("models/attention.py", "Backend")
+    entries = table("models/attention.py", "BACKENDS")
+    return {name: defaults | keywords for name, keywords in entries.items()}
 
 
 def known_corpora() -> dict[str, dict]:

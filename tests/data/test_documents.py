@@ -230,7 +230,7 @@ def test_flash_attention_has_no_document_ids(monkeypatch):
     assert any("flash_attn cannot keep" in p for p in problems("model.attn_backend=flash_attn"))
     for name in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{name}.visible_gpus", lambda: 1)
-        monkeypatch.setattr(f"{name}.has_flash_attn", lambda: True)
+        monkeypatch.setattr(f"{name}.has_package", lambda name: True)
     assert composed("algo=mdlm").model.attn_backend == "sdpa"
     assert composed("algo=mdlm", "data.pack=wrap").model.attn_backend == "flash_attn"
 

@@ -395,7 +395,7 @@ def test_all_problems_are_listed_at_once(capsys):
 def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
     for module in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 2)
-        monkeypatch.setattr(f"{module}.has_flash_attn", lambda: False)
+        monkeypatch.setattr(f"{module}.has_package", lambda name: False)
     for wrong, message in (
         (["trainer.devices=4"], "trainer.devices=4: this machine has 2"),
         (["strategy=fsdp", "trainer.devices=1"], "strategy=fsdp has nothing to share out"),
@@ -416,7 +416,7 @@ def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
 def test_flash_attention_is_refused_where_it_cannot_serve(monkeypatch, capsys, wrong, message):
     for module in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
-        monkeypatch.setattr(f"{module}.has_flash_attn", lambda: True)
+        monkeypatch.setattr(f"{module}.has_package", lambda name: True)
     (_, problem) = refused([*TRAIN, "model.attn_backend=flash_attn", *wrong], capsys)
     assert message in problem
 

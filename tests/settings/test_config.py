@@ -30,7 +30,7 @@ def _cpu(monkeypatch, tmp_path):
 def gpus(monkeypatch, count, *, flash_attn=False):
     for module in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: count)
-        monkeypatch.setattr(f"{module}.has_flash_attn", lambda: flash_attn)
+        monkeypatch.setattr(f"{module}.has_package", lambda name: flash_attn)
 
 
 def values(*overrides):
