@@ -1,7 +1,7 @@
 """Load -> detokenize -> tokenize -> wrap -> save -> batches.
 
-get_rows prepares one split of a corpus, once: the result lies under data.cache_dir in a folder
-named by a hash of every setting that shapes it. DataModule serves prepared rows to Lightning.
+get_rows prepares one split of a corpus, once. The rows are kept under data.cache_dir, in a folder
+whose name holds a hash of every setting that shapes them. DataModule serves rows to Lightning.
 
 A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}, with
 data.pack=documents also "document_ids" int64 [B, L] (data/packing.py). In training "row" is the
@@ -74,11 +74,12 @@ class Examples(Dataset):
 
 
 class StreamedExamples(Dataset):
-    """Whole batches straight from the text, read forwards by the process that asks. Asked for what
-    has gone by, as at a new epoch after some were fetched ahead, it reads from a bookmark again.
+    """Whole batches straight from the text. The process that asks reads the text forwards.
 
-    Some batches have a "bookmark", where to read on (streaming.to_text). Where the text cannot be
-    read a batch is {"error": why}: an exception would come out of a worker as a traceback.
+    When an earlier batch is asked for, it reads again from a bookmark. This happens at a new epoch,
+    when workers had fetched batches ahead. Some batches hold a "bookmark", which says where to read
+    on (streaming.to_text). When the text cannot be read, the batch is {"error": why}: an exception
+    would leave a worker as a traceback.
     """
 
     def __init__(
@@ -130,11 +131,11 @@ class StreamedExamples(Dataset):
 
 
 class DataModule(LightningDataModule):
-    """Rows as loaders. Set Trainer(use_distributed_sampler=False): the samplers here know
-    their rank.
+    """The loaders of training and validation. Set Trainer(use_distributed_sampler=False): the
+    samplers here know their rank.
 
-    The position in the stream is the number of examples trained on, optimizer steps times the
-    global batch, so that what workers fetched ahead does not count. Checkpoints hold it
+    The position in the stream is the number of examples trained on: optimizer steps times the
+    global batch. Batches that workers fetched ahead do not count. Checkpoints hold the position
     (diffusion.py), and a resumed run sets it with `start_at`.
     """
 
@@ -236,8 +237,8 @@ class DataModule(LightningDataModule):
         return self.loader(Examples(self.valid), batches)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Lets the workers end. Lightning tears down the loop at hand alone: after a validation the
-        workers of training would be left, and the process would wait for them at its end."""
+        """End the workers of training. Lightning ends only those of the loop that runs: after an
+        error in validation the process would wait for the others for ever."""
         self.trainer.fit_loop.teardown()
 
     @property
@@ -262,8 +263,8 @@ class DataModule(LightningDataModule):
 
 
 def _prepare_worker(worker: int) -> None:
-    """A signal to the whole job must not end the workers while the last steps are made. The threads
-    of `tokenizers` did not survive the fork."""
+    """Ignore signals: one that is sent to the whole job must not end the workers before the last
+    steps are made. And use no threads in `tokenizers`: they do not survive a fork."""
     ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -124,7 +124,7 @@ def _damaged(place: str, error: Exception | str) -> str:
 
 
 def unpacked(source: Path, pattern: str, cache: Path) -> Path:
-    """A folder with those files of a tar, unpacked once: a tar has no order and no index."""
+    """A folder with those files of a tar, unpacked once: a tar has no index to read them by."""
     status = source.stat()
     known = [str(source.resolve()), status.st_size, status.st_mtime_ns, pattern]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
@@ -138,7 +138,7 @@ def unpacked(source: Path, pattern: str, cache: Path) -> Path:
 
 
 def _unpack(source: Path, pattern: str, folder: Path) -> None:
-    """Regular files only, under their own names: what else an archive asks for is not done."""
+    """Write the regular files only, under their names without folders, whatever a tar says."""
     names = []
     with tarfile.open(source) as archive:
         for member in archive:
@@ -174,7 +174,7 @@ def text8(path: Path) -> str:
 
 
 def fetched(url: str, folder: Path) -> Path:
-    """The local copy of a file on the web, downloaded once; a killed download leaves none."""
+    """The local copy of a file on the web, downloaded once and complete."""
     target = folder / url.rpartition("/")[2]
     if target.is_file():
         return target

@@ -1,4 +1,4 @@
-"""The corpora: one row of a table each, and what data.train and data.valid may name beside.
+"""The corpora: a table with one entry each. data.train and data.valid may also name own files.
 
 No source on the hub could be reached from the machine this was written on. Repositories, revisions,
 splits and columns are those known to work in 2025 or to have been published so; the tests read

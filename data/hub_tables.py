@@ -1,13 +1,13 @@
 """Data sets on the Hugging Face hub: which files hold a split, and reading those alone.
 
 `datasets` says which files of a revision belong to which split (its rules, and the repository's
-card). Of these only what is read is downloaded, one file after the other, into the cache: another
-split never, and where only the end of a split is wanted, the footers of the parquet files tell
-which files hold it. Footers are read by range requests.
+card). Only files that are read are downloaded, one after the other, into the cache; never those of
+another split. Where only the end of a split is read, the footers of the parquet files tell which
+files hold it. Footers are read by range requests.
 
 Only huggingface_hub talks to the hub, so its own settings hold (HF_ENDPOINT, HF_TOKEN, and
-HF_HUB_OFFLINE). What was found is noted beside the downloads: without a network the files that are
-there can still be read.
+HF_HUB_OFFLINE). The list of files is kept beside the downloads: without a network, downloaded
+files can still be read.
 """
 
 import hashlib

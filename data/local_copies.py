@@ -1,4 +1,4 @@
-"""data.source=PATH: a local copy of a corpus in place of the hub, in whichever form it is kept.
+"""data.source=PATH: a local copy of a corpus, read instead of the hub. It may be one of these:
 
     folder of .parquet, .jsonl or .txt files   those whose names, or folders' names, name the split
     folder that `datasets` has saved           Dataset or DatasetDict
@@ -107,7 +107,7 @@ class LocalCopy:
     # files
 
     def files(self, split: str) -> list[Path]:
-        """What holds the split: the archive, or tables of one kind."""
+        """The files that hold the split: those of the archive, or tables of one kind."""
         if not self.path.is_dir():
             return [self.file(split)]
         found = sorted(visible(self.path))
@@ -166,12 +166,12 @@ class LocalCopy:
         return self.is_one_table()
 
     def is_one_table(self) -> bool:
-        """Whether there is nothing that the split could be confused with."""
+        """Whether the corpus has one split only, so that none needs to be named."""
         return len(self.splits) == 1
 
 
 def _own_name(folder: Path) -> str:
-    """Also where the path ends in . or .."""
+    """The name of a folder, also where its path ends in . or .."""
     return os.path.basename(os.path.abspath(folder))
 
 

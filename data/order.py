@@ -22,7 +22,8 @@ class ExampleIndex(NamedTuple):
 
 
 class ShuffledStream:
-    """n rows in a new order every epoch; to read anywhere costs one permutation per epoch."""
+    """n rows in a new order every epoch. Reading at any position costs one permutation per
+    epoch."""
 
     def __init__(self, rows: int, seed: int):
         if rows < 1:
@@ -49,8 +50,8 @@ class InOrder:
 class TrainBatches:
     """Batch sampler without end; `start` tells the position at which an iterator begins.
 
-    in_turn: a slice is dealt out row by row, not cut into contiguous parts, so that a rank's
-    positions are the same modulo the world size; which examples make up a step does not change.
+    in_turn: the ranks take the rows of a slice in turn instead of a contiguous part each, so that
+    a rank's positions are all equal modulo the world size. The examples of a step are the same.
 
     With accumulation over k micro-batches a step's global batch is k whole slices, so any number of
     devices that gives the same global batch gives the same steps.

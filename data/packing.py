@@ -49,12 +49,17 @@ class RowFormat:
         return self.align is None and (self.insert_special or not self.wrap)
 
     @property
+    def one_stream(self) -> bool:
+        """Whether rows are cut from a single stream, wherever documents end."""
+        return self.wrap and self.align is None
+
+    @property
     def room(self) -> int:
         return self.length - 2 * self.framed
 
     def settings(self) -> dict:
-        """What the name of a prepared folder depends on; as it was before `align` where that is
-        None."""
+        """What the name of a prepared folder depends on. `align` is left out where it is None, so
+        that folders prepared before there was this setting keep their names."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
@@ -74,7 +79,7 @@ def packed(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -
 
 
 def wrapped(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
-    """The stream in rows."""
+    """All documents as one stream, cut into rows."""
     streams = (
         np.fromiter(
             itertools.chain.from_iterable(
@@ -89,7 +94,7 @@ def wrapped(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) 
 
 
 def in_rows(streams: Iterable[np.ndarray], row_format: RowFormat) -> Iterator[Chunk]:
-    """The parts of a stream, end to end, in rows."""
+    """The parts of a stream, joined and cut into rows."""
     rest = np.empty(0, np.int64)
     for part in streams:
         stream = np.concatenate([rest, part])
@@ -133,8 +138,9 @@ def apart(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) ->
     """[BOS] + ids + [EOS] of each document and padding up to the next multiple of `align`, cut into
     rows of L; the last row is padded. Documents without a token are left out.
 
-    A row is not closed early where a document does not fit: each row would lose the rest, here at
-    most one document of a row loses the sight of its beginning, as when wrapped.
+    A document that does not fit into the rest of a row is cut there. To begin it in a new row
+    would waste the rest of each row; cut, at most one document of a row is seen without its
+    beginning, as with wrapped rows.
     """
     length = row_format.length
     stream = _Stream(row_format)
@@ -178,7 +184,7 @@ class _Stream:
         self.ids += [self.row_format.pad] * count
 
     def cut(self, rows: int) -> Chunk:
-        """The first rows, which leave the stream."""
+        """Take the first rows out of the stream."""
         length = self.row_format.length
         end = rows * length
         marks = np.zeros((2, len(self.ids)), bool)

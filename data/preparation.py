@@ -2,10 +2,10 @@
 
     read -> parts -> processes tokenize, one file a part (shards.py) -> packed in order
 
-The parts lie in FOLDER.tmp until the rows are whole. A part's file appears under its name when it
-is complete, so a killed preparation goes on with those that are there: it reads the text again,
+The parts lie in FOLDER.tmp until the rows are whole. The file of a part has its name once it is
+complete. So a killed preparation goes on with the parts that are finished: it reads the text again,
 which is quick, and tokenizes what is missing. The rows do not depend on the number of processes or
-on interruptions: parts are cut by the text alone and packed in its order.
+on interruptions: the text alone decides where parts end, and they are packed in its order.
 """
 
 import json
@@ -125,7 +125,7 @@ def start_or_go_on(work: Path, place: str) -> None:
 
 
 def packed(found: Iterable[Tokens], row_format: RowFormat) -> Iterator[packing.Chunk]:
-    if row_format.wrap and row_format.align is None:
+    if row_format.one_stream:
         return packing.in_rows((stream(part, row_format) for part in found), row_format)
     return packing.packed((document for part in found for document in documents(part)), row_format)
 
@@ -145,16 +145,16 @@ def documents(part: Tokens) -> Iterator[tuple[list[int], bool]]:
 
 
 class Report:
-    """Says how preparation goes: a bar on a terminal, else a log line every few seconds."""
+    """Shows the progress: a bar on a terminal, else a log line every few seconds."""
 
     def __init__(self, title: str):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.title = title
         self.tokens = self.documents = 0
-        self.fresh = 0  # tokens that were not there from an earlier attempt
+        self.fresh = 0  # tokens that no earlier attempt had made
         self.began = self.said = time.monotonic()
-        self.reused = 0.0  # share of the text that was there
+        self.reused = 0.0  # share of the text that an earlier attempt had tokenized
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, transient=True)
         self.bar = self.progress.add_task(title, total=1.0)

@@ -12,13 +12,13 @@ from typing import BinaryIO, NamedTuple
 
 PIECE_CHARACTERS = 1 << 18
 ROWS_AT_ONCE = 1000
-BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # else row groups are read whole
+BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
 
 # Where a text may be cut so that its tokens do not change: word tokenizers and byte-level BPEs
 # split there anyway, after a single line break and before a single space.
 SEAM = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
 
-# JSON can write what is no text: the two, as written and as read.
+# Half of a surrogate pair, which JSON can write but is no text: as written, and as read.
 HALF_A_PAIR, HALF_A_PAIR_DECODED = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 
 

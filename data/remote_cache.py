@@ -52,7 +52,7 @@ def reached(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
             yield url_to_fs(url)
     except (ImportError, ValueError, OSError) as error:
         raise OSError(
-            f"data.cache_dir: {url} cannot be used ({error}); see to it, or give a folder of this"
+            f"data.cache_dir: {url} cannot be used ({error}); correct it, or give a folder of this"
             " machine"
         ) from error
 
@@ -75,7 +75,7 @@ def fetch(url: str, folder: Path) -> bool:
 
 
 def publish(folder: Path, url: str) -> None:
-    """Copy a prepared folder there. Two machines that do it at once write the same files."""
+    """Copy a prepared folder to the URL. Two machines may do it at once: their files are equal."""
     log.info("copying %s to %s", folder, url)
     files = sorted(folder.iterdir(), key=lambda file: file.name == LAST)
     with reached(url) as (fs, path):

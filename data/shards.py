@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
 
 
 def cut(pieces: Iterable[Piece]) -> Iterator[Shard]:
-    """The text in parts, which depend on nothing but the text."""
+    """The text in parts. Where they end depends on the text alone."""
     number, batch, characters = 0, [], 0
     for piece in pieces:
         batch.append(piece)
@@ -89,7 +89,7 @@ def tokenized(
         for part in itertools.chain(first, parts):
             path = work / f"{part.number:06}.npz"
             future = None if is_finished(path, part) else workers.submit(path, part)
-            # the text itself is not needed any more
+            # its text is not needed any more
             under_way.append((part._replace(texts=[]), path, future))
             if len(under_way) > workers.ahead:
                 yield taken(*under_way.popleft(), report)
@@ -138,7 +138,7 @@ def tokenize(path: Path, part: Shard, encode: Encode, vocab_size: int) -> None:
 
 
 def by_size(texts: list[str]) -> Iterator[list[str]]:
-    """In batches that the tokenizer takes at once: what it returns is large."""
+    """The texts in batches for the tokenizer, small enough for the memory that its result takes."""
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
@@ -157,8 +157,8 @@ class Workers:
     """Processes that tokenize parts; with 0 or 1, this one does it when asked.
 
     Processes, not threads: reading ids out of the tokenizer and detokenizing hold the interpreter's
-    lock. They are forked, so that they have the tokenizer, and they end with this process, however
-    it ends.
+    lock. They are forked, so that they have the tokenizer. They end when this process ends, also
+    when it is killed.
     """
 
     def __init__(self, count: int, encode: Encode, vocab_size: int):
@@ -204,13 +204,13 @@ class Workers:
 
 
 class _Worker:
-    """What a worker process was given when it was forked."""
+    """What a worker process got when it was forked."""
 
     encode: Encode
 
 
 def _begin(encode: Encode, reading: int, writing: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     os.close(writing)
     threading.Thread(target=_end_with_parent, args=(reading,), daemon=True).start()
@@ -218,7 +218,7 @@ def _begin(encode: Encode, reading: int, writing: int) -> None:
 
 
 def _end_with_parent(reading: int) -> None:
-    """Nobody writes to this pipe: it ends when the process that holds its other end does."""
+    """Wait until the main process has ended: then this pipe ends, to which nobody writes."""
     os.read(reading, 1)
     os._exit(1)
 

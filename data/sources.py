@@ -1,7 +1,8 @@
 """Where a corpus is read from: the hub, the plays, text8, own files (local_copies.py has one more).
 
 A source yields parts of a table, whose documents tables.read gives as pieces. `identity` says,
-without reading, all that decides which text comes out: it goes into the name of the prepared data.
+without reading, everything that decides which text it gives: the name of the prepared data depends
+on it.
 """
 
 import logging

@@ -3,11 +3,11 @@
     text -> units of UNIT_CHARACTERS -> dealt out to LANES lanes -> tokenized and packed in each
 
 The training stream takes its rows from the lanes in turn: position p is row p // LANES of lane
-p % LANES. Of every LANES units each lane gets one, in random order: none gets more text than others
-in the long run. The rows of one unit come in random order, and neighbours in the stream from units
-far apart: the shuffled buffer is one unit a lane, about 12 million characters. The parts of the
-corpus (files) are read in another order in every epoch. So the row at a position depends on the
-text and the seed alone, on however many devices.
+p % LANES. Of every LANES units each lane gets one, in random order, so that in the long run all
+lanes get equally much text. The rows of a unit come in random order. Neighbours in the stream come
+from units that are far apart: the shuffled buffer is one unit per lane, about 12 million
+characters. Each epoch reads the parts of the corpus (files) in another order. So the row at a
+position depends on the text and the seed alone, not on the number of devices.
 
 A device tokenizes the lanes that it is asked for, and only reads the text of the others. A bookmark
 says where to read on: without one, all text up to the position is tokenized again.
@@ -129,8 +129,8 @@ class Stream:
             none = np.empty(0, np.int64)
             bookmarks = {lane: Bookmark(start, 0, 0, none) for lane in lanes}
         self.lanes = {lane: Lane(bookmarks[lane], rest=bookmarks[lane].rest) for lane in lanes}
-        # Wrapped text may be cut anywhere: the lane goes on with it. Other rows hold documents.
-        self.wrapped = self.row_format.wrap and self.row_format.align is None
+        # Units of wrapped text may end inside a document; the lane goes on with the rest.
+        self.wrapped = self.row_format.one_stream
         self.units = units(text.parts, seed, start, anywhere=self.wrapped)
 
     def read(self, positions: Iterable[int]) -> Chunk:
@@ -232,13 +232,11 @@ def joined(chunks: list[Chunk], row_format: RowFormat) -> Chunk:
 
 
 def check_text(parts: list[Part], split: Split) -> None:
-    """Refuse a text of less than a row, whose rows would never come; reads the beginning."""
+    """Refuse a text that is shorter than one row; reads the beginning alone."""
     tokens, row_format = 0, split.row_format
     for piece in itertools.chain.from_iterable(part() for part in parts):
         tokens += sum(map(len, split.encode([piece.text])))
-        if tokens >= row_format.room or (
-            tokens and not (row_format.wrap and row_format.align is None)
-        ):
+        if tokens >= (row_format.room if row_format.one_stream else 1):
             return
     raise ValueError(
         f"the training text has {tokens} tokens: not one row of model.length={row_format.length};"

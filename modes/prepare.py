@@ -9,8 +9,8 @@ from utils import say
 
 
 def prepare(config: Config) -> Callable[[], None]:
-    """Prepares the splits that are set; what is returned says where they lie. The training split of
-    a streaming run is not prepared."""
+    """Prepare the splits that are set; the function returned says where they are. The training
+    split of a streaming run is not prepared."""
     data = config.data
     wanted = {"train": None if data.streaming else data.train, "valid": data.valid}
     tokenizer = build_tokenizer(config)
