@@ -27,8 +27,7 @@ from training.health import StepHealth
 from training.state import load_state, save_state
 from training.validation import Validation
 
-VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
-DROPOUT_SEED = 0xD20  # the same for what torch's generator gives
+DROPOUT_SEED = 0xD20  # added to the seed, for what torch's generator gives
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,9 @@ class Diffusion(L.LightningModule):
     either.
 
     `exact_nll`: validate at the interval (1, 1), which for blocks of one token is the exact
-    likelihood. `pad_apart`: rows may end in padding, which nobody attends to. `description`: plain
-    containers kept in checkpoints. `pin_memory`: what is sent to a device lies in pinned memory.
+    likelihood; else `validate_by` says by which draw, nelbo or counts. `pad_apart`: rows may end in
+    padding, which nobody attends to. `description`: plain containers kept in checkpoints.
+    `pin_memory`: what is sent to a device lies in pinned memory.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Diffusion(L.LightningModule):
         ema_decay: float,
         clip: ClippingSettings | None = None,
         exact_nll: bool = False,
+        validate_by: str = "nelbo",
         pad_apart: bool = False,
         pin_memory: bool = True,
         health: StepHealth | None = None,
@@ -93,7 +94,7 @@ class Diffusion(L.LightningModule):
         self.noise_settings = noise
         self.optimizer_settings = optimizer
         self.clip = clip
-        self.exact_nll = exact_nll
+        self.exact_nll, self.validate_by = exact_nll, validate_by
         self.pad_apart, self.pin_memory = pad_apart, pin_memory
         self.health = health or StepHealth()
         self.description = description or {}
@@ -103,6 +104,7 @@ class Diffusion(L.LightningModule):
             self.register_buffer("sampling_eps_max", torch.tensor(float(self.interval[1])))
         self.ema = EMA(self.named_weights(), ema_decay) if ema_decay else None
         self.averaged = False  # whether the EMA weights are in place of the raw ones
+        self.validation_rows: int | None = None  # how many there are, where that is known
         self.validation = Validation(self)
         self.graphed: GraphedLoss | None = None
         self.validated: Likelihood | None = None  # the result of the last validation
@@ -127,22 +129,26 @@ class Diffusion(L.LightningModule):
         self, batch: dict, interval: Interval, noise: Noise | None, training: bool
     ) -> LossInputs:
         """What the loss is computed from, made on the host."""
+        x0, mask, document_ids = self.documents(batch)
+        return self.objective.loss_inputs(
+            x0, mask, noise, interval=interval, training=training, document_ids=document_ids
+        )
+
+    def documents(self, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids, 1 where a token may be predicted, and which document it belongs to: each [B, L]."""
         x0, mask = batch["input_ids"], batch["attention_mask"]
         # padding forms a document of its own, so it is neither attended to nor attends
         document_ids = mask.long() if self.pad_apart else batch.get("document_ids")
         # the text itself may hold mask tokens (tokenizers read the letters "[MASK]" as one), whose
         # probability is 0: they are seen, not predicted
-        mask = mask * (x0 != self.objective.mask_id)
-        return self.objective.loss_inputs(
-            x0, mask, noise, interval=interval, training=training, document_ids=document_ids
-        )
+        return x0, mask * (x0 != self.objective.mask_id), document_ids
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         # dropout, too, is a function of the place in the stream
         torch.manual_seed(
             int(hashed(self.noise_settings.seed + DROPOUT_SEED, int(batch["row"][0])))
         )
-        noise = self._noise(batch, self.noise_settings.seed, self.noise_settings.global_batch)
+        noise = self.noise(batch, self.noise_settings.seed, self.noise_settings.global_batch)
         loss = self.training_loss(batch, noise)
         self.health.saw(batch, loss)
         self.log("trainer/loss", distributed.mean_of_all(loss.detach()), on_step=True)
@@ -157,7 +163,7 @@ class Diffusion(L.LightningModule):
         inputs = self.loss_inputs(batch, self.interval, noise, training=True)
         return self.graphed(inputs)
 
-    def _noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
+    def noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
         """The noise of these examples: a function of the seed and their place in the stream."""
         if not self.objective.draws_noise:
             return None
@@ -183,9 +189,7 @@ class Diffusion(L.LightningModule):
         self.validation.begin_search()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        seed = self.noise_settings.seed + VALIDATION_SEED
-        noise = self._noise(batch, seed, self.noise_settings.eval_global_batch)
-        self.validation.add(batch, noise)
+        self.validation.add(batch)
 
     def on_validation_epoch_end(self) -> None:
         averaging.put_average(self, False)

@@ -74,8 +74,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Chance:
-    """The random numbers of one draw: functions of the seed and of a text's number `rows` int64 [B]
-    among the `total` texts of the evaluation, so they do not depend on the batch."""
+    """The random numbers of one draw: functions of the seed and of a text's number `rows` int64
+    [B], so they do not depend on the batch. `total`: texts of the evaluation, or of a group of them
+    that shares its strata."""
 
     seed: int
     rows: Tensor
@@ -98,8 +99,10 @@ class Chance:
         number = blocks.shape[1]
         place = self.rows[:, None] * number + torch.arange(number)
         part = uniform(self.seed, BLOCKS, place, dtype=torch.float64).argsort(1).argsort(1)
-        every = torch.arange(self.total)
-        piece = uniform(self.seed, ROWS, every, dtype=torch.float64).argsort().argsort()[self.rows]
+        group, every = self.rows // self.total, torch.arange(self.total)
+        dealt = uniform(self.seed, ROWS, group.unique()[:, None], every, dtype=torch.float64)
+        which = torch.searchsorted(group.unique(), group)
+        piece = dealt.argsort(1).argsort(1)[which, self.rows % self.total]
         inside = uniform(self.seed, TIMES, place, dtype=torch.float64)
         found = (part + (piece[:, None] + inside) / self.total) / number
         return found.to(blocks.device)

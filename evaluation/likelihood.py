@@ -3,11 +3,13 @@ estimate.
 
 Tokens of one row are not independent (they share context and, in diffusion, noise levels), rows
 are. So the standard error is that of a ratio estimator over rows: nll = sum_r s_r / sum_r c_r with
-s_r the nats and c_r the tokens of row r.
+s_r the nll of row r, summed over its c_r tokens. Where s_r is a mean of draws, a part of that error
+is the noise of the draws; how much is told by how the draws of one row differ.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,13 +19,14 @@ LN2 = math.log(2)
 
 @dataclass(frozen=True)
 class Likelihood:
-    """nll in nats per token; bpd in bits per token; the errors are one standard error, nan for one
-    row."""
+    """nll in nats per token; bpd in bits per token; the errors are one standard error, nan where it
+    cannot be told: nll_error of one row, draw_error of one draw. nll_error holds draw_error."""
 
     nll: float
     nll_error: float
     tokens: int
     rows: int
+    draw_error: float = 0.0
 
     @property
     def bpd(self) -> float:
@@ -38,8 +41,9 @@ class Likelihood:
         return self.ppl * self.nll_error
 
     def __str__(self) -> str:
+        drawn = f", of which the draws {self.ppl * self.draw_error:.3f}" * (self.draw_error > 0)
         return (
-            f"perplexity {self.ppl:.3f} ± {self.ppl_error:.3f}"
+            f"perplexity {self.ppl:.3f} ± {self.ppl_error:.3f}{drawn}"
             f" ({self.nll:.4f} nats, {self.bpd:.4f} bits per token; {self.tokens:,} tokens)"
         )
 
@@ -54,7 +58,10 @@ class LikelihoodMeter:
     def update(self, nll: Tensor, loss_mask: Tensor) -> None:
         """nll, loss_mask [B, L]; nll is already 0 outside the mask. Rows without a token in it are
         left out."""
-        s, c = nll.double().sum(1), loss_mask.double().sum(1)
+        self.add(nll.double().sum(1), loss_mask.double().sum(1))
+
+    def add(self, s: Tensor, c: Tensor) -> None:
+        """Sums of rows, float64 [B] each."""
         sums = torch.stack([x.sum() for x in (s, c, s * s, s * c, c * c, c > 0)])
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -69,3 +76,49 @@ class LikelihoodMeter:
             return Likelihood(nll, math.nan, int(c), int(rows))
         residual = max(ss - 2 * nll * sc + nll * nll * cc, 0.0) * rows / (rows - 1)
         return Likelihood(nll, math.sqrt(residual) / c, int(c), int(rows))
+
+
+def of_rows(nll: Tensor, tokens: Tensor, sampled: bool) -> Likelihood:
+    """nll float64 [R, K]: of each row in each of K draws, summed over its tokens [R]."""
+    meter = LikelihoodMeter()
+    meter.add(nll.mean(1), tokens.double())
+    found = meter.compute()
+    return Likelihood(
+        found.nll,
+        found.nll_error,
+        found.tokens,
+        found.rows,
+        draw_error(nll) / found.tokens if sampled else 0.0,
+    )
+
+
+def draw_error(nll: Tensor) -> float:
+    """The standard error that the draws alone give to the sum over rows of the mean over draws, of
+    nll [R, K]: nan for one draw."""
+    draws = nll.shape[1]
+    if draws < 2:
+        return math.nan
+    spread = (nll - nll.mean(1, keepdim=True)).square().sum(1) / (draws - 1)
+    return math.sqrt(float(spread.sum()) / draws)
+
+
+@dataclass
+class RowResults:
+    """What is known of the rows of an evaluation, for one likelihood: {row: (tokens, nll of each
+    draw, summed over them)}, and the seconds it took."""
+
+    sampled: bool
+    rows: dict[int, tuple[int, list[float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, rows: list[int], tokens: list[int], nll: list[list[float]]) -> None:
+        self.rows |= dict(zip(rows, zip(tokens, nll, strict=True), strict=True))
+
+    def likelihood(self, rows: Collection[int] | None = None) -> Likelihood:
+        """Of these rows, or of all; in their order, so that the same rows give the same number to
+        the last bit whoever measured them."""
+        found = [self.rows[row] for row in sorted(self.rows if rows is None else rows)]
+        if not any(tokens for tokens, _ in found):
+            raise ValueError("no token to evaluate: the validation split is empty or all padding")
+        tokens, nll = zip(*found, strict=True)
+        return of_rows(torch.tensor(nll).double(), torch.tensor(tokens), self.sampled)

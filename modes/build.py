@@ -102,6 +102,7 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
         ema_decay=training.ema,
         clip=searched if algo.var_min else None,
         exact_nll=blocks and config.block_size == 1 and training.eval_nll,
+        validate_by=config.eval.likelihood[0],
         pad_apart=not config.data.wrap,
         pin_memory=config.loader.pin_memory,
         health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),

@@ -1,64 +1,250 @@
 """mode=ppl_eval: measure the perplexity of a checkpoint on the validation split."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+import torch
+from torch import Tensor
 
 import settings
 from checkpointing.load import Checkpoint
-from evaluation.likelihood import Likelihood
+from diffusion import Diffusion
+from evaluation.estimators import Ask, Texts
+from evaluation.journal import Journal
+from evaluation.likelihood import Likelihood, RowResults
+from evaluation.network import asker
+from evaluation.table import BOUND, Chosen, check, choose
 from modes.build import build_data, build_tokenizer, trained_module
+from objectives.block_diffusion import MaskedDiffusion
 from settings import Config
+from training.flops import matmul_dtype
 from training.trainer import build_trainer
+from training.validation import chance, masked_by_times, one_pass, texts_of
 from utils import rank, say, write_json
 
 
 def prepare(config: Config) -> Callable[[], None]:
     L.seed_everything(config.seed, workers=True, verbose=False)
+    wanted = [choose(label) for label in config.eval.likelihood]
+    size = config.model.length if config.algo.name == "mdlm" else config.block_size
+    limits = {"algo": config.algo.name, "draws": config.eval.draws, "most": config.eval.max_passes}
+    check(wanted, block_size=size, **limits)
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
     data = build_data(config, tokenizer, train=False)
+    module.validation_rows = len(data.valid)
+    place = result_path(config, checkpoint, wanted)
+    facts = journal_facts(config, checkpoint, data.valid.about)
+    journals = {
+        each: Journal(place.with_suffix(".rows"), {"likelihood": each.label, **facts}, rank())
+        for each in wanted
+    }
+    evaluator = Evaluator(module, journals, config.eval.draws)
+    precision = config.trainer.precision
+    if not evaluator.at_once and precision.endswith("-mixed"):
+        module.backbone.freeze(matmul_dtype(precision))
     trainer = build_trainer(config, loggers=[])
 
     def run() -> None:
-        started = time.monotonic()
-        trainer.validate(module, datamodule=data, verbose=False)
-        report_likelihood(config, checkpoint, module.validated, time.monotonic() - started)
+        rows = f"{len(data.valid):,} rows of {config.model.length:,} tokens"
+        for each in wanted:
+            passes = 1 if evaluator.at_once else each.passes(size, config.eval.draws)
+            word = "pass" if passes == 1 else "passes"
+            say(f"eval.likelihood={each.label}: {passes:,} {word} over {rows}")
+        trainer.validate(evaluator, datamodule=data, verbose=False)
+        report(config, evaluator.found, place)
+        for journal in journals.values() if rank() == 0 else ():
+            journal.remove()
 
     return run
 
 
-def report_likelihood(
-    config: Config, checkpoint: Checkpoint, found: Likelihood, seconds: float
-) -> None:
-    """The result as lines and, beside the run, as JSON."""
-    exact = config.algo.name == "ar" or (config.block_size == 1 and config.training.eval_nll)
-    summary = {
+class Evaluator(L.LightningModule):
+    """Every batch by every likelihood that its rows do not have yet. `found` in the end: of each
+    likelihood its result and the seconds it took."""
+
+    def __init__(self, module: Diffusion, journals: dict[Chosen, Journal], draws: int):
+        super().__init__()
+        self.module, self.journals = module, journals
+        self.draws = {each: draws if each.kind.sampled else 1 for each in journals}
+        self.results = {each: RowResults(each.kind.sampled) for each in journals}
+        self.seen: list[int] = []  # rows of this run
+        self.found: dict[Chosen, tuple[Likelihood, float]] = {}
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one pass over both halves gives everything that is asked for."""
+        objective, chosen = self.module.objective, list(self.journals)
+        if not isinstance(objective, MaskedDiffusion) or self.module.exact_nll:
+            return True
+        passes = sum(each.passes(objective.block_size, self.draws[each]) for each in chosen)
+        return passes == 1 and chosen[0].kind.law == BOUND
+
+    @property
+    def meter(self) -> "Evaluator":
+        return self
+
+    validation = meter  # what the progress bar asks for
+
+    def compute(self) -> Likelihood:
+        """The running estimate, of the first likelihood and this process's rows."""
+        return next(iter(self.results.values())).likelihood(self.seen)
+
+    def on_validation_start(self) -> None:
+        for each, journal in self.journals.items():
+            journal.read(self.results[each])
+            if done := len(self.results[each].rows):
+                say(f"eval.likelihood={each.label}: {done:,} rows were measured before")
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, index: int) -> dict:
+        return batch
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        rows, asks = batch["row"].tolist(), {}
+        self.seen += rows
+        for each, results in self.results.items():
+            places = tuple(i for i, row in enumerate(rows) if row not in results.rows)
+            if not places:
+                continue
+            started = time.monotonic()
+            part = {name: value[list(places)] for name, value in batch.items()}
+            if not self.at_once and places not in asks:
+                asks[places] = self._ask(part)
+            nll, tokens = self._measure(part, each, asks.get(places))
+            measured = [rows[i] for i in places], tokens.tolist(), nll.tolist()
+            seconds = time.monotonic() - started
+            results.add(*measured)
+            results.seconds += seconds
+            self.journals[each].write(*measured, seconds)
+
+    def _measure(self, batch: dict, each: Chosen, given) -> tuple[Tensor, Tensor]:
+        """nll [B, K] of each draw, and the number of tokens [B]."""
+        draws = range(self.draws[each])
+        if self.at_once:
+            losses = [one_pass(self.module, batch, each.name, draw) for draw in draws]
+            nll = [loss.nll.double().sum(1) for loss in losses]
+            return torch.stack(nll, 1), losses[0].loss_mask.sum(1).long()
+        texts, ask = given
+        nll = [self._draw(batch, each, texts, ask, draw).sum(1) for draw in draws]
+        return torch.stack(nll, 1), texts.scored.sum(1)
+
+    def _ask(self, batch: dict) -> tuple[Texts, Ask]:
+        texts, _ = texts_of(self.module, batch)
+        x0, scored = texts.x0.to(self.device), texts.scored.to(self.device)
+        ids = self.module.documents(batch)[2]
+        ask = asker(
+            self.module.backbone,
+            x0,
+            block_size=texts.block_size,
+            mask_id=texts.mask_id,
+            document_ids=None if ids is None else ids.to(self.device),
+        )
+        return dataclasses.replace(texts, x0=x0, scored=scored), ask
+
+    def _draw(self, batch: dict, each: Chosen, texts: Texts, ask: Ask, draw: int) -> Tensor:
+        """Nats per token, [B, L]."""
+        if each.name != "nelbo":
+            return each.estimate(ask, texts, chance(self.module, batch, draw))
+        masked, weight = masked_by_times(self.module, batch, draw)
+        masked, weight = masked.to(self.device) & texts.scored, weight.to(self.device)
+        return weight * texts.surprisal(ask, masked)
+
+    def on_validation_epoch_end(self) -> None:
+        mine = self.seen, {each.label: results for each, results in self.results.items()}
+        of_all = [mine]
+        if self.trainer.world_size > 1:
+            of_all = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(of_all, mine)
+        rows = {row for seen, _ in of_all for row in seen}
+        for each in self.results:
+            parts = [results[each.label] for _, results in of_all]
+            joined = RowResults(each.kind.sampled)
+            for part in parts:
+                joined.rows |= part.rows
+            seconds = max(part.seconds for part in parts)
+            self.found[each] = joined.likelihood(rows), seconds
+
+
+def journal_facts(config: Config, checkpoint: Checkpoint, rows: dict) -> dict:
+    """All that shapes the nll of a row. rows: what the validation split was made from."""
+    return {
+        "weights": [checkpoint.fingerprint, config.eval.disable_ema],
+        "data": rows,
+        "algo": dataclasses.asdict(config.algo),
+        "block_size": config.block_size,
+        "noise": [config.noise.type, config.training.sampling_eps, config.training.eval_nll],
+        "antithetic": [config.training.antithetic_sampling, config.loader.eval_global_batch_size],
+        "resample": config.training.resample,
+        "draws": config.eval.draws,
+        "seed": config.seed,
+        "precision": config.trainer.precision,
+    }
+
+
+def result_path(config: Config, checkpoint: Checkpoint, wanted: list[Chosen]) -> Path:
+    """ppl_DATA-WEIGHTS.json in the run folder; the bound of one draw needs no name of its own."""
+    weights = checkpoint.fingerprint[:8] + ("-raw" if config.eval.disable_ema else "")
+    labels = [each.label.replace(":", "_") for each in wanted]
+    if len(wanted) == 1 and wanted[0].kind.law == BOUND:
+        labels = [name for name in labels if name == "exact" and config.algo.name != "ar"]
+    name = "-".join([f"ppl_{Path(str(config.data.valid)).stem}", weights, *labels])
+    return settings.local_folder(config.checkpointing.save_dir) / f"{name}.json"
+
+
+def report(config: Config, found: dict[Chosen, tuple[Likelihood, float]], path: Path) -> None:
+    """The results as lines and, beside the run, as JSON; of several the first stands on top."""
+    if rank() != 0:
+        return
+    about = {
         "mode": "ppl_eval",
         "algo": config.algo.name,
         "block_size": config.block_size,
         "data": config.data.valid,
         "checkpoint": config.eval.checkpoint_path,
         "ema": not config.eval.disable_ema,
-        "bound": "exact" if exact else "upper bound (NELBO)",
+        "precision": config.trainer.precision,
+        "seed": config.seed,
+    }
+    exact = config.algo.name == "ar" or (config.block_size == 1 and config.training.eval_nll)
+    entries = [
+        likelihood_entry(each, result, seconds, config.eval.draws, exact)
+        for each, (result, seconds) in found.items()
+    ]
+    several = {"likelihoods": entries} if len(entries) > 1 else {}
+    for entry, (result, _) in zip(entries, found.values(), strict=True):
+        name = f"{entry['likelihood']}, {entry['bound']}"
+        say(f"{config.algo.name} on {config.data.valid} ({name}): {result}")
+    write_json(path, {**about, **entries[0], **several})
+    seconds = sum(entry["seconds"] for entry in entries)
+    say(f"{entries[0]['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
+
+
+def likelihood_entry(
+    each: Chosen, found: Likelihood, seconds: float, draws: int, exact: bool
+) -> dict:
+    """One likelihood in the JSON file. Errors are one standard error, null where one row or one
+    draw cannot tell; draw_error is the part of nll_error that more draws would lower."""
+
+    def known(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    draw_error = 0.0 if exact else found.draw_error
+    return {
+        "likelihood": each.label,
+        "bound": "exact" if exact else each.kind.law,
+        "draws": draws if each.kind.sampled else 1,
         "ppl": found.ppl,
         "ppl_error": found.ppl_error,
         "nll": found.nll,
+        "nll_error": known(found.nll_error),
+        "draw_error": known(draw_error),
         "bpd": found.bpd,
         "tokens": found.tokens,
         "rows": found.rows,
-        "precision": config.trainer.precision,
-        "seed": config.seed,
         "seconds": round(seconds, 1),
-        "tokens_per_second": found.tokens / seconds,
+        "tokens_per_second": found.tokens / max(seconds, 1e-9),
     }
-    if rank() != 0:
-        return
-    weights = checkpoint.fingerprint[:8] + ("-raw" if config.eval.disable_ema else "")
-    name = f"ppl_{Path(str(config.data.valid)).stem}-{weights}.json"
-    path = settings.local_folder(config.checkpointing.save_dir) / name
-    say(f"{config.algo.name} on {config.data.valid} ({summary['bound']}): {found}")
-    write_json(path, summary)
-    say(f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")

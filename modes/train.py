@@ -5,7 +5,8 @@ from collections.abc import Callable
 import lightning as L
 
 import settings
-from checkpointing.load import read_checkpoint
+from checkpointing.load import read_checkpoint, section
+from evaluation.table import check, check_training, choose
 from modes.build import (
     build_backbone,
     build_data,
@@ -15,6 +16,7 @@ from modes.build import (
     start_from,
 )
 from settings import Config
+from settings.defaults import default_likelihood
 from training.flops import flops, matmul_dtype
 from training.signals import Signals
 from training.throughput import Throughput
@@ -24,6 +26,9 @@ from utils import rank, say
 
 def prepare(config: Config) -> Callable[[], None]:
     L.seed_everything(config.seed, workers=True, verbose=False)
+    wanted = [choose(label) for label in config.eval.likelihood]
+    check(wanted, algo=config.algo.name, block_size=1, draws=1, most=config.eval.max_passes)
+    check_training(wanted, exact=default_likelihood(config) == "exact")
     resume = resume_point(config)
     pretrained = None
     if config.training.from_pretrained and resume is None:
@@ -34,6 +39,7 @@ def prepare(config: Config) -> Callable[[], None]:
     if pretrained is not None:
         start_from(module, pretrained, config)
     data = build_data(config, tokenizer, train=True)
+    module.validation_rows = len(data.valid)
     run_folder = config.checkpointing.save_dir
     own = settings.local_folder(run_folder)
     signals = Signals()
@@ -51,6 +57,7 @@ def prepare(config: Config) -> Callable[[], None]:
         if resume is not None:
             data.start_at(examples_seen(resume, config), resume.step)
             say(f"going on from step {resume.step:,} of {resume.source}")
+            say_measure(config, section(resume.config, "eval").get("likelihood"))
         steps = config.trainer.max_steps
         finished = resume is not None and resume.step >= steps
         if finished:
@@ -64,3 +71,15 @@ def prepare(config: Config) -> Callable[[], None]:
             say(f"trained to step {steps:,}; checkpoints: {run_folder}/checkpoints")
 
     return run
+
+
+def say_measure(config: Config, before: list[str] | None) -> None:
+    """One line where val/nll is no longer measured as it was. before: by the run so far; runs of
+    before there was a choice have None."""
+    now, before = config.eval.likelihood[0], (before or ["nelbo"])[0]
+    if now != before and default_likelihood(config) == "counts":
+        say(
+            f"val/nll was measured by {before} and is now by {now}: both estimate the same bound,"
+            " but the score of best.ckpt is of the old kind"
+            f" (eval.likelihood={before} stays with it)"
+        )

@@ -106,15 +106,26 @@ class MaskedDiffusion(Objective):
         interval: Interval,
         document_ids: Tensor | None = None,
     ) -> LossInputs:
-        """Of a given corruption: nothing random is left (but dropout). With one block nobody would
-        attend to the clean half: it is not built."""
+        """Of a given corruption: nothing random is left (but dropout)."""
+        weight = per_token(self.noise_level(t, interval).weight, x0.shape[1])
+        return self.weighted_inputs(x0, x_t, weight, loss_mask, document_ids)
+
+    def weighted_inputs(
+        self,
+        x0: Tensor,
+        x_t: Tensor,
+        weight: Tensor,
+        loss_mask: Tensor,
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """weight float32 [B, L]: of each masked token. With one block nobody would attend to the
+        clean half: it is not built."""
         places = None if document_ids is None else positions(document_ids)
         tokens, attention_mask = x_t, Full()
         if self.block_size < x_t.shape[1]:
             tokens, attention_mask = torch.cat([x_t, x0], 1), BlockDiffusion(self.block_size)
             if document_ids is not None:
                 document_ids, places = torch.cat([document_ids] * 2, 1), torch.cat([places] * 2, 1)
-        weight = per_token(self.noise_level(t, interval).weight, x0.shape[1])
         # padding may carry the mask's id (GPT-2): what is outside the loss mask is not predicted
         masked = (x_t == self.mask_id) & (loss_mask > 0)
         loss_positions = masked.flatten().nonzero()[:, 0]  # [M]

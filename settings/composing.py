@@ -137,6 +137,8 @@ def _convert(leaf: Leaf, value):
     whole = isinstance(value, float) and value.is_integer()  # 1e6 steps
     if whole and (bare is int or (int in typing.get_args(bare) and abs(value) > 1)):
         value = int(value)
+    if leaf.hint == list[str] and isinstance(value, str):
+        value = [value]
     node = _typed(leaf.section)
     node[leaf.name] = value
     converted = node[leaf.name]

@@ -30,10 +30,17 @@ from settings.tables import (
     algorithms,
     attention_backends,
     confidences,
+    likelihoods,
     lr_schedules,
     modes,
     schedules,
     step_rules,
+)
+
+LIKELIHOODS = Limit(
+    f"made of {', '.join(likelihoods())}, some with a number, such as iw:8 or threshold:0.9",
+    lambda value: bool(value) and all(name.split(":")[0] in likelihoods() for name in value),
+    ["nelbo"],
 )
 
 
@@ -163,6 +170,13 @@ class Eval:
         "null: loader.eval_batch_size rows",
         AT_LEAST_1,
     )
+    likelihood: list[str] = doc(
+        "which likelihood mode=ppl_eval reports, or a list of them; training validates by nelbo or "
+        "counts; null: counts, sedd nelbo, ar and blocks of one exact",
+        LIKELIHOODS,
+    )
+    draws: int = doc("draws of a sampled likelihood, whose mean is reported", AT_LEAST_1)
+    max_passes: int = doc("most passes over a text that a likelihood may take", AT_LEAST_1)
     perplexity_batch_size: int = doc("texts that the judge scores together", AT_LEAST_1)
     gen_ppl_eval_model_name_or_path: str | None = doc(
         "language model that judges samples (generative perplexity): folder or hub id; null: none"

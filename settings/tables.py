@@ -105,6 +105,11 @@ def confidences() -> dict[str, dict]:
     return table("samplers/steps.py", "CONFIDENCES")
 
 
+def likelihoods() -> dict[str, dict]:
+    """eval.likelihood, before a colon and a number."""
+    return table("evaluation/table.py", "LIKELIHOODS")
+
+
 def attention_backends() -> dict[str, dict]:
     """{backend: all literal fields of its entry}: model.attn_backend, beside auto."""
     defaults = class_defaults("models/attention.py", "Backend")

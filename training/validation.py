@@ -1,14 +1,21 @@
 """One validation of a Diffusion: its likelihood, and the search for the training interval."""
 
+from dataclasses import replace
+
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from evaluation.estimators import Chance, Texts, masked_by_counts
 from evaluation.likelihood import Likelihood, LikelihoodMeter
+from noise_schedule import LogLinear
 from objectives import clipping
-from objectives.corruption import EXACT, Interval, Noise
+from objectives.corruption import EXACT, Interval, Noise, per_token
 from objectives.loss import TokenLoss
+from objectives.loss_inputs import Objective
+
+VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
 
 
 class Validation:
@@ -33,15 +40,15 @@ class Validation:
             if len(grid) > 1:  # with the full interval alone there is nothing to choose
                 self.search = clipping.Search(grid)
 
-    def add(self, batch: dict, noise: Noise | None) -> None:
+    def add(self, batch: dict) -> None:
         module = self.module
-        full = (module.noise_settings.sampling_eps, 1.0)
-        reported = EXACT if module.exact_nll else full
-        loss = module.token_loss(batch, reported, noise, training=False)
+        loss = one_pass(module, batch, module.validate_by)
         self.meter.update(loss.nll, loss.loss_mask)
         if self.search is not None and self.search.wants_more():
-            real = batch["attention_mask"].to(module.device)
-            found = {reported: self._variance(loss, real)}
+            real, noise = batch["attention_mask"].to(module.device), nelbo_noise(module, batch)
+            found = {}
+            if by_time(module, module.validate_by):  # else it is no draw of an interval
+                found[reported_interval(module)] = self._variance(loss, real)
             for interval in self.search.grid:
                 if interval not in found:
                     other = module.token_loss(batch, interval, noise, training=False)
@@ -87,3 +94,80 @@ def set_interval(module: L.LightningModule, interval: Interval) -> None:
     module.interval = interval
     module.sampling_eps_min.fill_(interval[0])
     module.sampling_eps_max.fill_(interval[1])
+
+
+# ---- the draws of a validation: of a Diffusion, for a batch on the host --------------------------
+
+
+def by_time(module: L.LightningModule, likelihood: str) -> bool:
+    """Whether it is measured at times; else at numbers of masked tokens."""
+    return likelihood != "counts" or module.exact_nll or not module.objective.draws_noise
+
+
+def one_pass(module: L.LightningModule, batch: dict, likelihood: str, draw: int = 0) -> TokenLoss:
+    """A draw of `nelbo` or `counts`, by one pass over both halves; with blocks of one the
+    likelihood itself, whatever its name."""
+    if not by_time(module, likelihood):
+        texts, loss_mask = texts_of(module, batch)
+        masked, weight = masked_by_counts(texts, chance(module, batch, draw))
+        x_t = torch.where(masked, texts.mask_id, texts.x0)
+        inputs = module.objective.weighted_inputs(
+            texts.x0, x_t, weight.float(), loss_mask, module.documents(batch)[2]
+        )
+    else:
+        objective = even_in_p(module.objective, module.noise_settings.sampling_eps)
+        x0, valid, document_ids = module.documents(batch)
+        inputs = objective.loss_inputs(
+            x0,
+            valid,
+            nelbo_noise(module, batch, draw),
+            interval=reported_interval(module),
+            training=False,
+            document_ids=document_ids,
+        )
+    return module.objective.compute_loss(
+        module.backbone, inputs.to(module.device, module.pin_memory)
+    )
+
+
+def reported_interval(module: L.LightningModule) -> Interval:
+    return EXACT if module.exact_nll else (module.noise_settings.sampling_eps, 1.0)
+
+
+def even_in_p(objective: Objective, eps: float) -> Objective:
+    """What bounds the likelihood over times from eps on. A schedule that masks much more than eps
+    at eps (square_root: 3.1 %) would leave that share out of the bound, which does not depend on
+    the schedule: then times are those at which p is uniform."""
+    if not objective.draws_noise or float(objective.schedule(torch.tensor(eps)).p) <= 1.01 * eps:
+        return objective
+    return replace(objective, schedule=LogLinear())
+
+
+def nelbo_noise(module: L.LightningModule, batch: dict, draw: int = 0) -> Noise | None:
+    settings = module.noise_settings
+    seed = settings.seed + VALIDATION_SEED + (draw << 32)
+    return module.noise(batch, seed, settings.eval_global_batch)
+
+
+def masked_by_times(module: L.LightningModule, batch: dict, draw: int) -> tuple[Tensor, Tensor]:
+    """Which tokens a draw of `nelbo` masks, and the weights of their nll: each [B, L]."""
+    objective = even_in_p(module.objective, module.noise_settings.sampling_eps)
+    x0, _, document_ids = module.documents(batch)
+    interval, noise = reported_interval(module), nelbo_noise(module, batch, draw)
+    x_t, t = objective.corrupt(x0, noise, interval, document_ids)
+    return x_t != x0, per_token(objective.noise_level(t, interval).weight, x0.shape[1])
+
+
+def texts_of(module: L.LightningModule, batch: dict) -> tuple[Texts, Tensor]:
+    """The batch as the estimators take it, and its loss mask float32 [B, L]."""
+    x0, valid, document_ids = module.documents(batch)
+    objective = module.objective
+    loss_mask = objective.loss_mask(valid, False, document_ids)
+    return Texts(x0, loss_mask > 0, objective.block_size, objective.mask_id), loss_mask
+
+
+def chance(module: L.LightningModule, batch: dict, draw: int = 0) -> Chance:
+    """The random numbers of sampled likelihoods but `nelbo`."""
+    settings = module.noise_settings
+    seed = settings.seed + VALIDATION_SEED + (draw << 32)
+    return Chance(seed, batch["row"], module.validation_rows or settings.eval_global_batch)

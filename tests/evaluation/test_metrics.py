@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import load_json
 
-from evaluation.likelihood import LikelihoodMeter
+from evaluation.likelihood import LikelihoodMeter, draw_error, of_rows
 
 
 def test_nll_bpd_and_ppl_are_the_recorded_ones():
@@ -48,3 +48,26 @@ def test_nothing_to_evaluate_is_an_error():
     meter.update(torch.zeros(1, 4), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="no token to evaluate"):
         meter.compute()
+
+
+@pytest.mark.parametrize("draws", [2, 3, 8])
+def test_the_draws_own_error_is_the_spread_of_repeated_draws(draws):
+    """Also with two: the spread is over n - 1. The data are the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(40, 1, generator=generator, dtype=torch.float64) * 9
+    drawn = torch.randn(2000, 40, draws, generator=generator, dtype=torch.float64) * 2
+    found = torch.tensor([draw_error(rows + noise) for noise in drawn]).square().mean().sqrt()
+    assert float(found) == pytest.approx(2 * math.sqrt(40 / draws), rel=0.02)
+    spread = (rows + drawn).mean(2).sum(1).std()
+    assert float(found) == pytest.approx(float(spread), rel=0.07)
+
+
+def test_the_error_over_rows_holds_that_of_the_draws():
+    """No data differ: all that is left is the draws."""
+    generator = torch.Generator().manual_seed(0)
+    nll = 5 + torch.randn(4000, 2, generator=generator, dtype=torch.float64)
+    found = of_rows(nll, torch.full((4000,), 7), sampled=True)
+    assert found.nll_error == pytest.approx(math.sqrt(1 / 2 / 4000) / 7, rel=0.05)
+    assert found.draw_error == pytest.approx(found.nll_error, rel=0.05)
+    assert of_rows(nll, torch.full((4000,), 7), sampled=False).draw_error == 0
+    assert math.isnan(of_rows(nll[:, :1], torch.full((4000,), 7), sampled=True).draw_error)

@@ -96,6 +96,7 @@ def test_two_processes_evaluate_every_row_once(one, tmp_path):
     """21 rows in batches of 8: the last batch of the two processes has 3 rows and 2."""
     overrides, alone = one
     words = [*overrides, "mode=ppl_eval", f"eval.checkpoint_path={alone / LAST}"]
+    words += ["eval.likelihood=[counts,exact,iw:2,greedy]", "eval.draws=2"]
     found = []
     for name, more in (("one", BY_ONE), ("two", TWO)):
         arguments = [*words, *more, f"checkpointing.save_dir={tmp_path / name}"]
@@ -108,6 +109,9 @@ def test_two_processes_evaluate_every_row_once(one, tmp_path):
     assert ours["tokens"] == theirs["tokens"]
     assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=TOLERANCE)
     assert ours["ppl_error"] == pytest.approx(theirs["ppl_error"], rel=TOLERANCE)
+    for one, two in zip(ours["likelihoods"], theirs["likelihoods"], strict=True):
+        assert one["nll"] == pytest.approx(two["nll"], rel=TOLERANCE)
+        assert one["draw_error"] == pytest.approx(two["draw_error"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -1,0 +1,153 @@
+"""Which likelihoods there are, what each is, and how many passes over a text it takes.
+
+A name may carry a number: iw:8 (orders), threshold:0.9, greedy:4 (positions revealed at a time).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from evaluation import estimators
+
+BOUND = "upper bound (NELBO)"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`estimate(ask, texts, chance, number)` -> nats per token float64 [B, L]; `law`: whose
+    likelihood that is. `passes(S, number)`: over the noised half, for each draw. `number`: what the
+    name may carry, with its default; None in `default`: it must be given."""
+
+    estimate: Callable
+    passes: Callable[[int, float | None], int]
+    law: str
+    sampled: bool = False
+    number: str = ""
+    default: float | None = None
+
+
+def one(size: int, number) -> int:
+    return 1
+
+
+def sets(size: int, number) -> int:
+    return (1 << size) - 1
+
+
+def steps(size: int, number) -> int:
+    return -(-size // int(number))
+
+
+def orders(size: int, number) -> int:
+    return size * int(number)
+
+
+def at_most(size: int, number) -> int:
+    return size
+
+
+LIKELIHOODS = {
+    "nelbo": Kind(estimators.nelbo, one, BOUND, sampled=True),
+    "counts": Kind(estimators.counts, one, BOUND, sampled=True),
+    "exact": Kind(estimators.exact, sets, BOUND),
+    "first_hitting": Kind(estimators.first_hitting, sets, "exact for steps=first_hitting"),
+    "iw": Kind(
+        estimators.importance, orders, "upper bound (IW)", sampled=True, number="orders drawn"
+    ),
+    "left_to_right": Kind(
+        estimators.left_to_right,
+        steps,
+        "exact for revealing from the left",
+        number="positions at a time",
+        default=1,
+    ),
+    "greedy": Kind(
+        estimators.greedy,
+        steps,
+        "exact for steps=confidence by probability",
+        number="positions at a time",
+        default=1,
+    ),
+    "margin": Kind(
+        estimators.margin,
+        steps,
+        "exact for steps=confidence by margin",
+        number="positions at a time",
+        default=1,
+    ),
+    "threshold": Kind(
+        estimators.threshold, at_most, "exact for steps=threshold", number="a probability"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A likelihood as it was asked for."""
+
+    name: str
+    number: float | None
+    label: str  # as typed
+
+    @property
+    def kind(self) -> Kind:
+        return LIKELIHOODS[self.name]
+
+    def passes(self, block_size: int, draws: int = 1) -> int:
+        """Over the noised half of a text; the clean half is one more, for all together."""
+        return self.kind.passes(block_size, self.number) * (draws if self.kind.sampled else 1)
+
+    def estimate(self, ask, texts, chance=None):
+        return self.kind.estimate(ask, texts, chance, self.number)
+
+
+def choose(label: str) -> Chosen:
+    """The likelihood of a name, such as iw:8. ValueError says what is wrong with it."""
+    name, colon, text = label.partition(":")
+    if name not in LIKELIHOODS:
+        raise ValueError(f"eval.likelihood={label} must be one of {', '.join(LIKELIHOODS)}")
+    kind = LIKELIHOODS[name]
+    if colon and not kind.number:
+        raise ValueError(f"eval.likelihood={label}: {name} takes no number")
+    if not colon and kind.number and kind.default is None:
+        raise ValueError(f"eval.likelihood={label} needs a number, {kind.number}: {name}:NUMBER")
+    if not colon:
+        return Chosen(name, kind.default, label)
+    chance = name == "threshold"
+    try:
+        number = float(text) if chance else int(text)
+    except ValueError:
+        number = 0
+    if number <= 0 or (chance and number > 1):
+        allowed = "in (0, 1]" if chance else "a whole number, at least 1"
+        raise ValueError(f"eval.likelihood={label}: {kind.number} must be {allowed}, got {text!r}")
+    return Chosen(name, number, label)
+
+
+def check_training(wanted: list[Chosen], *, exact: bool) -> None:
+    """ValueError where training cannot validate by it. exact: one pass gives every likelihood."""
+    single = [each for each in wanted if each.kind.passes is one]
+    if len(wanted) > 1 or (not single and not exact):
+        names = ",".join(each.label for each in wanted)
+        raise ValueError(
+            f"eval.likelihood={names}: training validates by one likelihood that takes one pass,"
+            " nelbo or counts; the others are for mode=ppl_eval"
+        )
+
+
+def check(wanted: list[Chosen], *, algo: str, block_size: int, draws: int, most: int) -> None:
+    """ValueError where the algorithm has no such likelihood, or where it would take too long.
+    block_size: L for mdlm, 1 for ar. most: passes over a text that are allowed."""
+    for each in wanted:
+        if algo == "sedd" and each.name != "nelbo":
+            raise ValueError(
+                f"eval.likelihood={each.label}: algo=sedd tells its network the noise level, so a"
+                " set of masked tokens has no probability of its own: only nelbo is defined"
+            )
+        passes = 1 if algo in ("ar", "sedd") else each.passes(block_size, draws)
+        if passes > most:
+            endless = each.kind.passes is sets and passes > 10**12
+            many = f"2^{block_size} - 1" if endless else f"{passes:,}"
+            raise ValueError(
+                f"eval.likelihood={each.label} takes {many} passes over every text, more than"
+                f" eval.max_passes={most:,}; counts takes one"
+            )
