@@ -84,26 +84,26 @@ class Chance:
 
     def tokens(self, like: Tensor, *stream: int) -> Tensor:
         """One per token of like [B, L]; `stream` tells draws apart."""
-        place = self.rows[:, None] * like.shape[1] + torch.arange(like.shape[1])
-        return uniform(self.seed, TOKENS, *stream, place, dtype=torch.float64).to(like.device)
+        place = self.rows[:, None], torch.arange(like.shape[1])
+        return uniform(self.seed, TOKENS, *stream, *place, dtype=torch.float64).to(like.device)
 
     def times(self, blocks: Tensor) -> Tensor:
         """One per block, [B, N], of blocks [B, N, S]: independent."""
-        place = self.rows[:, None] * blocks.shape[1] + torch.arange(blocks.shape[1])
-        return uniform(self.seed, TIMES, place, dtype=torch.float64).to(blocks.device)
+        place = self.rows[:, None], torch.arange(blocks.shape[1])
+        return uniform(self.seed, TIMES, *place, dtype=torch.float64).to(blocks.device)
 
     def strata(self, blocks: Tensor) -> Tensor:
         """One per block, [B, N], of blocks [B, N, S]. [0, 1) is cut into N parts and these into
         `total` each: every text has all N parts, one for each of its blocks, and over the whole
         evaluation every piece is met once."""
         number = blocks.shape[1]
-        place = self.rows[:, None] * number + torch.arange(number)
-        part = uniform(self.seed, BLOCKS, place, dtype=torch.float64).argsort(1).argsort(1)
+        place = self.rows[:, None], torch.arange(number)
+        part = uniform(self.seed, BLOCKS, *place, dtype=torch.float64).argsort(1).argsort(1)
         group, every = self.rows // self.total, torch.arange(self.total)
         dealt = uniform(self.seed, ROWS, group.unique()[:, None], every, dtype=torch.float64)
         which = torch.searchsorted(group.unique(), group)
         piece = dealt.argsort(1).argsort(1)[which, self.rows % self.total]
-        inside = uniform(self.seed, TIMES, place, dtype=torch.float64)
+        inside = uniform(self.seed, TIMES, *place, dtype=torch.float64)
         found = (part + (piece[:, None] + inside) / self.total) / number
         return found.to(blocks.device)
 

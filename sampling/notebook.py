@@ -4,6 +4,10 @@
     writer = load("outputs/…/checkpoints/last.ckpt")
     out = writer.generate(["To be, or", "My lord,"], length=256, nucleus_p=0.9)
 
+    writer.nll(["To be, or not to be"], likelihood="exact")[0].total  # nats
+    writer.log_probs(ids)  # at the masks of ids
+    writer.hidden_states(ids)
+
 `out.texts`, `out.samples` and `out.scores` are in the order of the prompts.
 """
 
@@ -21,6 +25,7 @@ from samplers.params import SamplingParams
 from samplers.request import Sample, TextRequest
 from samplers.writing import check, generate
 from sampling.prompts import encode_prompts
+from sampling.reading import Reading
 from sampling.run import visible_tokens
 
 CONTEXT_TOKENS = 1024  # of a checkpoint that does not say
@@ -36,7 +41,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Writer:
+class Writer(Reading):
     """A loaded model. `params` are what `generate` starts from."""
 
     algo: str

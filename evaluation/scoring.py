@@ -1,0 +1,145 @@
+"""Likelihoods of given texts: for notebooks and lm-eval.
+
+A text is a list of ids, of which the first ones may be given (a prompt, BOS). It need not fill its
+last block: the places behind it are masked and stay so, as for a sampler that has not come so far.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaluation.estimators import Chance, Path, Texts, greedy_path
+from evaluation.network import asker, log_probs, rows_at_once
+from evaluation.table import Chosen, check, choose
+from models.masks import Causal
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """`nll` float64 [n] of each token in nats, 0 where it was given; blocks whose likelihood has no
+    parts (first_hitting, iw) share it out equally. `greedy`: whether the greedy rule would have
+    written all that was not given; None where nobody asked."""
+
+    nll: Tensor
+    tokens: int  # that were scored
+    greedy: bool | None = None
+
+    @property
+    def total(self) -> float:
+        return float(self.nll.sum())
+
+
+class Alone(Chance):
+    """The blocks of a text share no strata, so that its padding does not matter."""
+
+    def strata(self, blocks: Tensor) -> Tensor:
+        return self.times(blocks)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """`block_size`: 1 for ar, the whole length for mdlm. `length`: tokens the network was trained
+    on, which no text may exceed."""
+
+    algo: str
+    backbone: torch.nn.Module
+    mask_id: int
+    block_size: int
+    length: int
+    device: torch.device | str = "cpu"
+    seed: int = 1
+
+    def choose(self, label: str, draws: int = 1, most: int = 1024) -> Chosen:
+        """ValueError where the model has no such likelihood, or it takes too many passes."""
+        chosen = choose(label)
+        if self.algo == "sedd":
+            raise ValueError(
+                "the likelihood of given texts is not defined for sedd, whose network is told the"
+                " noise level: mode=ppl_eval has its bound"
+            )
+        check([chosen], algo=self.algo, block_size=self.block_size, draws=draws, most=most)
+        return chosen
+
+    def score(
+        self,
+        texts: Sequence[Sequence[int]],
+        given: Sequence[int],
+        chosen: Chosen,
+        *,
+        draws: int = 1,
+        greedy: bool = False,
+    ) -> list[ScoredText]:
+        """`given`: how many tokens of each text are not scored, at least 1. One batch: the caller
+        puts texts of similar length together."""
+        longest = max(map(len, texts))
+        room = self.length + (self.algo == "ar")  # whose last token is only predicted
+        if longest > room:
+            raise ValueError(f"a text has {longest} tokens with BOS, the model takes {room}")
+        if self.algo == "ar":
+            path = self._next_tokens(texts, given)
+            nll = path.nll
+        else:
+            nll, path = self._in_blocks(texts, given, chosen, draws, greedy)
+        written = path and path.likeliest.all(1).tolist()
+        return [
+            ScoredText(
+                nll[i, : len(text)].cpu(), len(text) - given[i], written[i] if greedy else None
+            )
+            for i, text in enumerate(texts)
+        ]
+
+    def _padded(self, texts, given, width: int) -> tuple[Tensor, Tensor]:
+        """Ids with masks behind them, and which are scored: [B, width] each."""
+        x0 = torch.full((len(texts), width), self.mask_id)
+        scored = torch.zeros_like(x0, dtype=torch.bool)
+        for i, text in enumerate(texts):
+            x0[i, : len(text)] = torch.tensor(text)
+            scored[i, given[i] : len(text)] = True
+        return x0.to(self.device), scored.to(self.device)
+
+    @torch.no_grad()
+    def _in_blocks(self, texts, given, chosen: Chosen, draws: int, greedy: bool):
+        longest = max(map(len, texts))
+        x0, scored = self._padded(texts, given, -(-longest // self.block_size) * self.block_size)
+        asked = Texts(x0, scored & (x0 != self.mask_id), self.block_size, self.mask_id)
+        ask = asker(self.backbone, x0, block_size=self.block_size, mask_id=self.mask_id)
+        greedy = greedy or chosen.label == "greedy"
+        path = greedy_path(ask, asked) if greedy else None
+        if chosen.label == "greedy":
+            return path.nll, path
+        if not chosen.kind.sampled:
+            return chosen.estimate(ask, asked), path
+        rows = torch.tensor([_number(text) for text in texts])
+        chances = [Alone(self.seed + (draw << 32), rows, 1) for draw in range(draws)]
+        return sum(chosen.estimate(ask, asked, each) for each in chances) / draws, path
+
+    @torch.no_grad()
+    def _next_tokens(self, texts, given) -> Path:
+        x0, scored = self._padded(texts, given, max(map(len, texts)))
+        scored = scored & (x0 != self.mask_id)
+        hidden = self.backbone.hidden(x0[:, :-1], attention_mask=Causal())
+        read = scored[:, 1:].flatten().nonzero()[:, 0]
+        targets, states = x0[:, 1:].flatten()[read], hidden.flatten(0, 1)[read]
+        nll = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
+        likeliest = torch.ones_like(scored)
+        size = rows_at_once(self.backbone)
+        parts = zip(states.split(size), targets.split(size), strict=True)
+        found = [_picked(log_probs(self.backbone, h, self.mask_id), t) for h, t in parts]
+        picked, best = (torch.cat(each) for each in zip(*found, strict=True))
+        where = (read // (x0.shape[1] - 1), read % (x0.shape[1] - 1) + 1)
+        nll[where], likeliest[where] = -picked.double(), picked == best
+        return Path(nll, likeliest)
+
+
+def _picked(log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets, and the greatest: [m] each."""
+    return log_p.gather(1, targets[:, None])[:, 0], log_p.amax(1)
+
+
+def _number(text: Sequence[int]) -> int:
+    """Of a text, whatever the batch: its random numbers follow from it."""
+    digest = hashlib.sha256(str(list(text)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")

@@ -1,0 +1,96 @@
+"""What a loaded model thinks of given texts: likelihoods, probabilities, hidden states."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evaluation.scoring import ScoredText, Scorer
+from models.masks import Full
+
+EXACT_TOKENS = 10  # of a block: 1 023 passes
+
+
+class Reading:
+    """The methods that `Writer` has beside `generate`."""
+
+    @property
+    def scorer(self) -> Scorer:
+        denoise = self.denoise
+        size = 1 if self.algo in ("ar", "sedd") else denoise.block_size
+        length = self.params.context_size if self.algo != "mdlm" else size
+        seed = self.params.seed
+        return Scorer(self.algo, denoise.backbone, denoise.mask_id, size, length, self.device, seed)
+
+    def nll(
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        *,
+        likelihood: str | None = None,
+        draws: int = 1,
+        max_passes: int = 1024,
+        batch_size: int = 16,
+    ) -> list[ScoredText]:
+        """One result per text: `.nll` per token, `.total` and `.tokens` per text, in nats.
+
+        texts: words, or ids that begin with BOS; the first token is never scored. likelihood: a
+        name that mode=ppl_eval knows, such as exact, counts, greedy or iw:8; None: exact in blocks
+        of at most 10 tokens, else counts. ValueError where the model has none of that name or it
+        takes more than `max_passes` passes.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        bos = self.tokenizer.bos_id
+        ids = [[bos, *self.tokenizer.encode(t)] if isinstance(t, str) else list(t) for t in texts]
+        usual = "exact" if self.scorer.block_size <= EXACT_TOKENS else "counts"
+        chosen = self.scorer.choose(likelihood or usual, draws, max_passes)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        found = {}
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            given = [1] * len(part)
+            scored = self.scorer.score([ids[i] for i in part], given, chosen, draws=draws)
+            found |= dict(zip(part, scored, strict=True))
+        return [found[i] for i in range(len(ids))]
+
+    @torch.no_grad()
+    def log_probs(self, ids, positions: Sequence[int] | None = None) -> Tensor:
+        """Log-probabilities float32 [B, R, V] of what may stand at `positions` (R of them; None:
+        all masked ones, as many in each row). ids [B, T] or [T]; [MASK] is tokenizer.mask_id, seen
+        as such. Of ar: given the tokens to the left, so position 0 has none."""
+        tokens = torch.as_tensor(ids, device=self.device)
+        tokens = tokens[None] if tokens.dim() == 1 else tokens
+        if self.algo == "sedd":
+            raise ValueError("sedd has scores at a noise level, no probabilities of tokens")
+        if positions is None:
+            masked = tokens == self.tokenizer.mask_id
+            if len(masked.sum(1).unique()) > 1:
+                raise ValueError("the rows have different numbers of masks: give positions")
+            read = masked.nonzero()[:, 1].view(len(tokens), -1)
+        else:
+            read = torch.as_tensor(positions, device=tokens.device).expand(len(tokens), -1)
+        if self.algo == "ar":
+            if bool((read < 1).any()):
+                raise ValueError("ar predicts no token at position 0")
+            read = read - 1
+        return self.denoise(tokens, read)
+
+    @torch.no_grad()
+    def hidden_states(self, ids) -> list[Tensor]:
+        """[B, T, E] each: the embedding of ids [B, T] or [T] and what every block adds up to, the
+        last being what the head normalises. Blocks see themselves and those before; of mdlm and
+        sedd all is seen, of sedd at noise level 0."""
+        tokens = torch.as_tensor(ids, device=self.device)
+        tokens = tokens[None] if tokens.dim() == 1 else tokens
+        states, backbone = [], self.denoise.backbone
+        watched = [backbone.vocab_embed, *backbone.blocks]
+        hooks = [
+            module.register_forward_hook(lambda _, __, output: states.append(output))
+            for module in watched
+        ]
+        mask = Full() if self.algo == "sedd" else self.denoise.attention_mask
+        try:
+            backbone.hidden(tokens, attention_mask=mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
