@@ -18,7 +18,7 @@ from models.masks import BlockDiffusion
 from noise_schedule import LogLinear
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import draw_noise
-from samplers.params import TextRequest
+from samplers.request import TextRequest
 from samplers.steps import STEPS
 
 TOY = load_json("likelihood/toy.json")
