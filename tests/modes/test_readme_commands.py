@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, load_json
 from published import PAGE
+from runs import run as forked
 from runs import write_text
 
 from checkpointing import export
@@ -71,12 +72,12 @@ def bash(launch, tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
 
-    def run(number, **settings):
+    def ask(number, settings, path):
         more = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
         done = subprocess.run(
             ["bash", "-c", f'{BLOCKS[number].rstrip()} "$@"', "bash", *corpus, *more],
             cwd=launch,
-            env=environment,
+            env=environment | {"PATH": f"{path}:{environment['PATH']}"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -86,6 +87,27 @@ def bash(launch, tmp_path_factory):
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout, done.stderr
+
+    def run(number, **settings):
+        """Training in an interpreter of its own. Else bash hands its words to a `python` that notes
+        them, a fork of this process runs them, and bash is asked again with what that said."""
+        if number == TRAIN:
+            return ask(number, settings, ".")
+        place = tmp_path_factory.mktemp("python")
+        python, said = place / "python", place / "out"
+        python.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" > {place}/words\n")
+        python.chmod(0o755)
+        ask(number, settings, place)
+        option, script, *words = (place / "words").read_text().split("\0")[:-1]
+        assert (option, script) == ("-u", "main.py")
+
+        def before():
+            os.chdir(launch)
+            os.dup2(os.open(place / "err", os.O_WRONLY | os.O_CREAT), 2)
+
+        code = forked(words, said, before=before, environment={"HOME": environment["HOME"]})[0]
+        python.write_text(f"#!/bin/bash\ncat {said}\ncat {place}/err >&2\nexit {code}\n")
+        return ask(number, settings, place)
 
     return run
 
