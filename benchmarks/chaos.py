@@ -17,44 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from checkpointing import torch_file  # noqa: E402  needs the path
-from tests.runs import ALGORITHMS, Run, run, tiny  # noqa: E402  needs the path
+from tests.runs import ALGORITHMS, Run, differences, read, run, tiny  # noqa: E402  needs the path
 
 EVERY = 2  # steps from one checkpoint to the next
 SAVE_SECONDS = 0.008  # about, from the first byte of a save to the last
-
-
-def differences(ours, theirs, path: str = "") -> list[str]:
-    """Where two checkpoints, as plain containers, are not the same bit for bit."""
-    if type(ours) is not type(theirs):
-        return [f"{path}: {type(ours).__name__}, {type(theirs).__name__}"]
-    if isinstance(ours, dict):
-        if list(ours) != list(theirs):
-            return [f"{path}: keys {list(ours)}, {list(theirs)}"]
-        pairs = [(key, ours[key], theirs[key]) for key in ours]
-    elif isinstance(ours, list | tuple):
-        if len(ours) != len(theirs):
-            return [f"{path}: {len(ours)} entries, {len(theirs)}"]
-        pairs = [(i, ours[i], theirs[i]) for i in range(len(ours))]
-    elif isinstance(ours, torch.Tensor):
-        same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        if same and ours.numel():
-            bits = (x.contiguous().flatten().view(torch.uint8) for x in (ours, theirs))
-            same = torch.equal(*bits)
-        return [] if same else [f"{path}: tensors"]
-    else:
-        return [] if ours == theirs else [f"{path}: {ours}, {theirs}"]
-    return [line for key, a, b in pairs for line in differences(a, b, f"{path}/{key}")]
-
-
-def read(path: Path) -> dict:
-    with open(path, "rb") as file:
-        return torch_file.load(file, str(path))
 
 
 def overrides(folder: Path, steps: int) -> list[str]:

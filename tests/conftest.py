@@ -31,6 +31,14 @@ def _single_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def wholes(tmp_path_factory):
+    """algorithm -> (overrides, folder, last checkpoint) of a run that nothing disturbed."""
+    from runs import Wholes
+
+    return Wholes(tmp_path_factory.mktemp("wholes"))
+
+
 @pytest.fixture
 def _launch_folder(tmp_path, monkeypatch):
     """An empty one to run main in; which listens to signals, and pytest has its own."""

@@ -1,8 +1,11 @@
 """Runs of main.py as processes of their own: forked, so that nothing has to be imported again."""
 
 import fcntl
+import functools
+import importlib
 import os
 import pty
+import shutil
 import signal
 import socket
 import sys
@@ -14,12 +17,13 @@ from pathlib import Path
 import torch
 
 import main
-from modes import ppl_eval, sample_eval, train
+import settings
+from checkpointing import torch_file
+from training import flops
 from training.signals import HEARD
 
 WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love", "war", "time")
 TIMEOUT = 120.0
-LOADED = (train, ppl_eval, sample_eval)  # main imports one when it is asked: a fork has it already
 
 
 def write_text(path, count, seed):
@@ -34,7 +38,7 @@ def tiny(folder: Path) -> list[str]:
     return [
         "data=files",
         f"data.train={write_text(folder / 'train.txt', 2000, 1)}",
-        f"data.valid={write_text(folder / 'valid.txt', 60, 2)}",
+        f"data.valid={write_text(folder / 'valid.txt', 32, 2)}",
         "data.tokenizer_name_or_path=text8",
         f"data.cache_dir={folder / 'cache'}",
         "model=tiny",
@@ -61,12 +65,24 @@ def tiny(folder: Path) -> list[str]:
     ]
 
 
+LAST = "run/checkpoints/last.ckpt"
 ALGORITHMS = {
     "ar": ["algo=ar"],
     "bamdlm": ["algo=bamdlm", "block_size=4", "algo.clip_search_widths=[0.5]"],
     "mdlm": ["algo=mdlm"],
     "sedd": ["algo=sedd"],
 }
+
+
+@functools.cache
+def prepare_forks(groups: tuple[str, ...]) -> None:
+    """Do once, here, what every run would do anew: import, and compose these groups of settings."""
+    for name in ("modes.train", "modes.ppl_eval", "modes.sample_eval", "torch._dynamo", "s3fs"):
+        try:  # Lightning imports s3fs where it is installed
+            importlib.import_module(name)
+        except ImportError:
+            assert name == "s3fs"
+    settings.examine(list(groups))
 
 
 def take_terminal(screen: int) -> None:
@@ -91,6 +107,7 @@ class Run:
         environment=None,
     ):
         self.log, self.program = log, program
+        prepare_forks(tuple(word for word in arguments if "." not in word.partition("=")[0]))
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid, self.screen = pty.fork() if log is None else (os.fork(), None)
@@ -104,12 +121,13 @@ class Run:
                 output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
-            sys.stdout = os.fdopen(1, "w", buffering=1)
-            sys.stderr = os.fdopen(2, "w", buffering=1)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             for number in HEARD:
                 signal.signal(number, signal.SIG_DFL)
             os.environ.update(environment)
             torch.set_num_threads(1)
+            flops.PEAK_TRIES = 1  # nobody reads the share of the peak
             if before is not None:
                 before()
             status = self.program(arguments)
@@ -184,3 +202,89 @@ def ranks(count: int, arguments, log: Path, *, before=None) -> list[Run]:
 
 def finish(runs: list[Run], timeout=TIMEOUT) -> list[int]:
     return [each.wait(timeout) for each in runs]
+
+
+class Wholes:
+    """Runs that nothing disturbed, each made once: what runs that were stopped are compared with.
+
+    The run folder is gone again when a test gets one, so that others train in the same place.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.base, self.made = folder, tiny(folder), {}
+
+    def __call__(self, algo: str) -> tuple[list[str], Path, dict]:
+        """(overrides, folder of run/ and log, the last checkpoint)."""
+        folder = self.folder / algo
+        overrides = [
+            *self.base,
+            *ALGORITHMS[algo],
+            f"checkpointing.save_dir={folder / 'run'}",
+        ]
+        if algo not in self.made:
+            folder.mkdir()
+            code, text = run(overrides, folder / "log")
+            assert code == 0, text
+            self.made[algo] = read(folder / LAST)
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        return overrides, folder, self.made[algo]
+
+
+def read(path: Path) -> dict:
+    """A checkpoint as plain containers."""
+    with path.open("rb") as file:
+        return torch_file.load(file, str(path))
+
+
+def differences(ours, theirs, path: str = "") -> list[str]:
+    """Where two checkpoints, as plain containers, are not the same bit for bit."""
+    if type(ours) is not type(theirs):
+        return [f"{path}: {type(ours).__name__}, {type(theirs).__name__}"]
+    if isinstance(ours, dict):
+        if list(ours) != list(theirs):
+            return [f"{path}: keys {list(ours)}, {list(theirs)}"]
+        pairs = [(key, ours[key], theirs[key]) for key in ours]
+    elif isinstance(ours, list | tuple):
+        if len(ours) != len(theirs):
+            return [f"{path}: {len(ours)} entries, {len(theirs)}"]
+        pairs = [(i, ours[i], theirs[i]) for i in range(len(ours))]
+    elif isinstance(ours, torch.Tensor):
+        same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        if same and ours.numel():
+            bits = (x.contiguous().flatten().view(torch.uint8) for x in (ours, theirs))
+            same = torch.equal(*bits)
+        return [] if same else [f"{path}: tensors"]
+    else:
+        return [] if ours == theirs else [f"{path}: {ours}, {theirs}"]
+    return [line for key, a, b in pairs for line in differences(a, b, f"{path}/{key}")]
+
+
+def goes_on_to_the_same_end(overrides: list[str], folder: Path, expected: dict) -> str:
+    """Asserts it of a run that was stopped; what the rest of it printed."""
+    code, text = run(overrides, folder / "log")
+    assert code == 0, text
+    assert differences(read(folder / LAST), expected) == []
+    return text
+
+
+def at_call(owner, name: str, number: int, act):
+    """Patch for a new process: `act` happens as call `number` of owner.name begins."""
+    real, calls = getattr(owner, name), [0]
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == number:
+            act()
+        return real(*args, **kwargs)
+
+    return lambda: setattr(owner, name, counting)
+
+
+def tell(number: int, times: int = 1):
+    """The process sends itself a signal."""
+
+    def act():
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+    return act

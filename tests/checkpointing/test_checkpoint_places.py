@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import fsspec
@@ -19,9 +20,11 @@ from hub_folders import (
     same_weights,
     shard,
 )
-from processes import in_fresh_process, process, s3_server
+from processes import in_fresh_process, process
+from runs import differences, run
 from safetensors.torch import save_file
 
+from checkpointing.lightning_io import SafeCheckpointIO
 from checkpointing.load import CheckpointError, read_checkpoint
 
 TESTS = Path(__file__).parents[1]
@@ -178,41 +181,31 @@ def test_an_unreachable_hub_is_named(tmp_path):
 
 # S3, through a server process
 
-S3_CLIENT = """
-    import json, sys
-    import fsspec, torch
-    from checkpointing import torch_file
-    from checkpointing.lightning_io import SafeCheckpointIO
-    from checkpointing.load import read_checkpoint
-    fs = fsspec.filesystem("s3")
-    fs.mkdir("bucket")
-    fs.put(%r, "bucket/runs/last.ckpt")
-    fs.put(%r, "bucket/hub", recursive=True)
-    io = SafeCheckpointIO()
-    whole = io.load_checkpoint("s3://bucket/runs/last.ckpt")
-    io.save_checkpoint(whole, "s3://bucket/runs/again.ckpt")
-    again = read_checkpoint("s3://bucket/runs/again.ckpt")
-    files = sorted(fs.ls("bucket/runs", detail=False))
-    hub = read_checkpoint("s3://bucket/hub")
-    try:
-        read_checkpoint("s3://bucket/none.ckpt")
-        missing = ""
-    except ValueError as error:
-        missing = str(error)
-    first = [float(c.weights["vocab_embed.embedding"][0, 0]) for c in (again, hub)]
-    print(json.dumps([first, files, missing]))
-"""
 
+def test_checkpoints_live_in_s3_as_well(s3, tmp_path):
+    source = path(BY_ALGO["mdlm"])
 
-def test_checkpoints_live_in_s3_as_well(tmp_path):
-    pytest.importorskip("moto")
-    pytest.importorskip("s3fs")
-    name = BY_ALGO["mdlm"]
-    with s3_server() as environment:
-        first, files, missing = in_fresh_process(
-            S3_CLIENT % (str(path(name)), str(HUB_FOLDER)), **environment
-        )
-    weights = read_checkpoint(path(name)).weights, read_checkpoint(HUB_FOLDER).weights
-    assert first == [float(w["vocab_embed.embedding"][0, 0]) for w in weights]
-    assert files == ["bucket/runs/again.ckpt", "bucket/runs/last.ckpt"]
-    assert "s3://bucket/none.ckpt does not exist" in missing
+    def client():
+        """In a process of its own, as it keeps connections and a thread."""
+        fs = fsspec.filesystem("s3")
+        fs.mkdir("bucket")
+        fs.put(str(source), "bucket/runs/last.ckpt")
+        fs.put(str(HUB_FOLDER), "bucket/hub", recursive=True)
+        io = SafeCheckpointIO()
+        whole = io.load_checkpoint("s3://bucket/runs/last.ckpt")
+        io.save_checkpoint(whole, "s3://bucket/runs/again.ckpt")
+        for url, local in (("runs/again.ckpt", source), ("hub", HUB_FOLDER)):
+            found = read_checkpoint(f"s3://bucket/{url}")
+            expected = read_checkpoint(local).weights
+            assert (
+                differences(dict(sorted(found.weights.items())), dict(sorted(expected.items())))
+                == []
+            )
+        files = sorted(fs.ls("bucket/runs", detail=False))
+        assert files == ["bucket/runs/again.ckpt", "bucket/runs/last.ckpt"]
+        with pytest.raises(CheckpointError, match=r"s3://bucket/none\.ckpt does not exist"):
+            read_checkpoint("s3://bucket/none.ckpt")
+        sys.exit(0)
+
+    code, text = run([], tmp_path / "log", before=client, environment=s3)
+    assert code == 0, text

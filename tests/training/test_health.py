@@ -3,21 +3,16 @@
 import errno
 import functools
 import os
-import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from runs import ALGORITHMS, run, tiny
-from test_resume import at_call
+from runs import ALGORITHMS, LAST, TIMEOUT, Run, at_call, differences, read, run, tell, tiny
 
-from benchmarks.chaos import differences, read
 from checkpointing import torch_file
 from diffusion import Diffusion
 from training import health
@@ -25,12 +20,15 @@ from training.csv_log import read_log
 from training.health import StallWatch
 from training.saving import CarefulIO
 
-LAST = "run/checkpoints/last.ckpt"
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return [*tiny(tmp_path_factory.mktemp("data")), *ALGORITHMS["ar"]]
+    """Of runs without a validation."""
+    return [
+        *tiny(tmp_path_factory.mktemp("data")),
+        *ALGORITHMS["ar"],
+        "trainer.limit_val_batches=0",
+    ]
 
 
 def disk_full_after(saves):
@@ -50,7 +48,7 @@ def disk_full_after(saves):
 @pytest.mark.parametrize(("policy", "code", "last"), [("continue", 0, 9), ("stop", 1, 6)])
 def test_a_full_disk_leaves_the_checkpoint_before_it(policy, code, last, base, tmp_path):
     save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
-    more = [save_dir, f"checkpointing.on_save_error={policy}", "trainer.limit_val_batches=0"]
+    more = [save_dir, f"checkpointing.on_save_error={policy}"]
     ended, text = run(
         [*base, *more], tmp_path / "log", before=lambda: disk_full_after(1)
     )  # the save of step 4 succeeds
@@ -148,23 +146,25 @@ def overflow():
     Diffusion.configure_gradient_clipping = clip
 
 
-@pytest.mark.parametrize(
-    ("what", "patch"),
-    [("loss", lambda: poisoned({4})), ("gradient", overflow)],
-    ids=["loss", "grad"],
-)
-def test_a_step_that_is_not_finite_is_left_out_and_counted(what, patch, base, tmp_path):
+def test_steps_that_are_not_finite_are_left_out_and_counted(base, tmp_path):
+    """In step 2 a gradient is infinite, in step 4 a loss."""
+
+    def patch():
+        overflow()
+        poisoned({8})
+
     arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}"]
     code, text = run(arguments, tmp_path / "log", before=patch)
     assert code == 0, text
-    assert f"step 2 left out: its {what} is not finite" in text
-    kept = torch.load(tmp_path / "run/bad_steps/step=2-rank=0.pt", weights_only=True)
-    assert kept["batches"][0]["input_ids"].shape == (4, 16)
-    assert kept["parameters"]
+    for step, what in ((2, "gradient"), (4, "loss")):
+        assert f"step {step} left out: its {what} is not finite" in text
+        kept = torch.load(tmp_path / f"run/bad_steps/step={step}-rank=0.pt", weights_only=True)
+        assert kept["batches"][0]["input_ids"].shape == (4, 16)
+        assert kept["parameters"]
     last = read(tmp_path / LAST)
     assert last["global_step"] == 10
-    assert last["ema"]["num_updates"] == 9
-    assert float(last["optimizer_states"][0]["state"][0]["step"]) == 9
+    assert last["ema"]["num_updates"] == 8
+    assert float(last["optimizer_states"][0]["state"][0]["step"]) == 8
     assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
@@ -179,8 +179,18 @@ def judged_late():
     Diffusion.on_fit_start = on_fit_start
 
 
+@pytest.fixture(scope="module")
+def fourth(base, tmp_path_factory):
+    """The checkpoint of step 4 of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("fourth")
+    words = [f"checkpointing.save_dir={folder / 'run'}", "trainer.max_steps=4"]
+    code, text = run([*base, *words], folder / "log")
+    assert code == 0, text
+    return read(folder / LAST)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["at_once", "late"])
-def test_too_many_of_them_in_a_row_end_the_run(late, base, tmp_path):
+def test_too_many_of_them_in_a_row_end_the_run(late, base, fourth, tmp_path):
     arguments = [*base, f"checkpointing.save_dir={tmp_path / 'run'}", "training.max_bad_steps=2"]
     calls = set(range(11, 100))
 
@@ -195,9 +205,7 @@ def test_too_many_of_them_in_a_row_end_the_run(late, base, tmp_path):
     assert "training.max_bad_steps=2" in text
     last = read(tmp_path / LAST)
     assert last["global_step"] == 4
-    shutil.rmtree(tmp_path / "run")
-    code, text = run([*arguments, "trainer.max_steps=4"], tmp_path / "log2")
-    assert differences(last["state_dict"], read(tmp_path / LAST)["state_dict"]) == []
+    assert differences(last["state_dict"], fourth["state_dict"]) == []
 
 
 def test_waiting_for_data_is_said(capsys):
@@ -206,45 +214,48 @@ def test_waiting_for_data_is_said(capsys):
     )
     watch = StallWatch(seconds=0.05)
     watch.on_train_start(trainer, None)
-    time.sleep(0.3)
+    text, end = "", time.monotonic() + TIMEOUT
+    while "step 7: no batch from the 2 data workers" not in text:
+        assert time.monotonic() < end, text
+        time.sleep(0.01)
+        text += capsys.readouterr().err
     watch.on_train_end(trainer, None)
-    assert "step 7: no batch from the 2 data workers" in capsys.readouterr().err
-
-
-FOLLOWERS = """
-import os, subprocess, sys, time
-from training import health
-health.TIDY_SECONDS = 0.2
-health.follow_launcher()
-if "LOCAL_RANK" not in os.environ:
-    for rank in "12":
-        subprocess.Popen([sys.executable, __file__], env=os.environ | {"LOCAL_RANK": rank})
-    if sys.argv[1:]:
-        os.kill(os.getpid(), 9)
-print("ready", flush=True)
-time.sleep(150)
-"""
 
 
 @pytest.mark.parametrize("when", ["at once", "later"])
-def test_processes_end_with_the_one_that_started_them(when, tmp_path):
-    """Killed, it cannot tell them."""
-    program = tmp_path / "program.py"
-    program.write_text(FOLLOWERS)
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", health.LAUNCHER)}
-    environment["PYTHONPATH"] = str(Path(health.__file__).parents[1])
-    first = subprocess.Popen(
-        [sys.executable, program, *(["now"] if when == "at once" else [])],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    if when == "later":
-        assert [first.stdout.readline() for _ in range(3)] == ["ready\n"] * 3
-        first.kill()
-    _, text = first.communicate(timeout=100)  # until the children have closed it
-    assert text.count(f"the first process ({first.pid}) is gone: ending") == 2
+def test_processes_end_with_the_one_that_started_them(when, tmp_path, monkeypatch):
+    """Killed, it cannot tell them: they see it, or that it had gone before they looked."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv(health.LAUNCHER, raising=False)
+    logs = [tmp_path / f"{rank}.txt" for rank in "12"]
+    for log in logs:
+        log.touch()
+
+    def follow():
+        launcher = int(os.environ[health.LAUNCHER])
+        while when == "at once" and os.getppid() == launcher:
+            time.sleep(0.01)
+        health.TIDY_SECONDS = 0.1
+        health.follow_launcher()
+        print("ready")
+        time.sleep(TIMEOUT)
+
+    def launch():
+        health.follow_launcher()  # as the first process
+        for rank, log in zip("12", logs, strict=True):
+            Run([], log, before=follow, environment={"LOCAL_RANK": rank})
+        while when == "later" and not all("ready" in log.read_text() for log in logs):
+            time.sleep(0.01)
+        tell(signal.SIGKILL)()
+
+    first = Run([], tmp_path / "first.txt", before=launch)
+    assert first.wait() == -signal.SIGKILL, first.text()
+    end = time.monotonic() + TIMEOUT
+    while not all("is gone" in log.read_text() for log in logs):
+        assert time.monotonic() < end, [log.read_text() for log in logs]
+        time.sleep(0.01)
+    for log in logs:
+        assert log.read_text() == f"ready\nthe first process ({first.pid}) is gone: ending\n"
 
 
 @pytest.mark.parametrize("launcher", ["nobody", "another", "torchrun"])

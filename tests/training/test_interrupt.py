@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import runs
-from runs import ALGORITHMS, TIMEOUT, Run, run, tiny
+from runs import ALGORITHMS, TIMEOUT, Run, differences, read, run, tiny
 from test_resume import at_call
 
-from benchmarks.chaos import differences, read
 from checkpointing import torch_file
 from diffusion import Diffusion
 from training import signals

@@ -1,81 +1,30 @@
 """Two processes, started by torchrun or by Lightning: equal, and none waits for a dead one."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
+from types import SimpleNamespace
 
+import launched as program
 import pytest
-from runs import ALGORITHMS, finish, ranks, tiny
+from lightning.fabric.strategies.launchers import subprocess_script as fabric_script
+from lightning.pytorch.strategies.launchers import subprocess_script as trainer_script
+from runs import ALGORITHMS, LAST, Run, differences, finish, ranks, read, run, tiny
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from benchmarks.chaos import differences, read
+from training import health
 
-LAST = "run/checkpoints/last.ckpt"
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     "lightning": [],
 }
 FEW = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-PROGRAM = f"""\
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-import main
-from diffusion import Diffusion
-
-real, calls = Diffusion.training_step, []
-
-def step(self, batch, index):
-    calls.append(index)
-    if len(calls) == 3 and os.environ.get("LOCAL_RANK", "0") == os.environ["FAULT_RANK"]:
-        if os.environ["FAULT"] == "raises":
-            raise ZeroDivisionError("a fault of one rank")
-        os.kill(os.getpid(), getattr(signal, os.environ["FAULT"]))
-    return real(self, batch, index)
-
-Diffusion.training_step = step
-if os.environ["FAULT"] == "late" and os.environ.get("LOCAL_RANK", "0") == os.environ["FAULT_RANK"]:
-    import time
-    from sampling import run as generation
-    from training import health
-    health.TIDY_SECONDS = 1
-    real_write = generation.SamplingRun._write
-    generation.SamplingRun._write = lambda self, rows: (time.sleep(5), real_write(self, rows))
-if os.environ["FAULT"] == "waits":
-    import torch
-    real_start, real_validation, real_end = (
-        Diffusion.on_fit_start, Diffusion.on_validation_start, Diffusion.on_train_end
-    )
-
-    def start(self): # recorded without the compiler, which takes long
-        self.backbone.compiled = True
-        real_start(self)
-        self.backbone.compiled = False
-
-    def step(self, batch, index): # the last one ends with a checkpoint
-        polls = [each._poll for each in self.trainer.callbacks if hasattr(each, "_poll")]
-        assert polls and all((each.coming is None) == (index == 0) for each in polls)
-        torch.cuda.set_sync_debug_mode("error" if 4 < index < 9 else "default")
-        return real(self, batch, index)
-
-    def validation(self):
-        torch.cuda.set_sync_debug_mode("default")
-        real_validation(self)
-
-    def end(self):
-        recorded = str(self.graphed.graph is not None)
-        print("its steps were recorded: " + recorded + "\\n", end="", flush=True) # in one piece
-        real_end(self)
-
-    Diffusion.on_fit_start, Diffusion.training_step = start, step
-    Diffusion.on_validation_start, Diffusion.on_train_end = validation, end
-code = main.main(sys.argv[1:])
-if os.environ["FAULT"] == "late" and os.environ.get("LOCAL_RANK", "0") == "0":
-    print("at the end the report is", "there" if os.path.exists("texts.json") else "missing")
-sys.exit(code)
-"""
+OTHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "NODE_RANK", "PL_", "BAMDLM_")
 
 
 @pytest.fixture(scope="module")
@@ -84,28 +33,12 @@ def overrides(tmp_path_factory):
     return [*tiny(folder), *ALGORITHMS["bamdlm"], "trainer.devices=2"]
 
 
-def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeout=60):
-    """(exit code, output) of two processes started by the launcher.
-
-    In its third step `rank` raises an error or sends itself the signal that `fault` names; or it is
-    late with its texts. With the fault "waits" all record their steps as CUDA graphs, and asking
-    the device for anything is an error from the sixth to the last but one.
-    """
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    dropped = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "MASTER_",
-        "SLURM_",
-        "NODE_RANK",
-        "PL_",
-        "BAMDLM_",
-    )
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeout=150):
+    """(exit code, output) of two processes started by the launcher, of which `rank` has the fault
+    (see the program, tests/launched.py)."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(OTHERS)}
     process = subprocess.Popen(
-        [sys.executable, *LAUNCHERS[launcher], program, *arguments],
+        [sys.executable, *LAUNCHERS[launcher], program.__file__, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -126,8 +59,67 @@ def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeou
     return process.returncode, text
 
 
+class Forked(Run):
+    """What a launcher takes for a subprocess.Popen of the same program."""
+
+    returncode = None
+
+    def __init__(self, command, env, cwd=None, *, arguments, log):
+        super().__init__(arguments, log, before=program.patch, environment=env)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = super().poll()
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            self.send(number)
+
+
+def forked(launcher, arguments, folder, *, rank="none", fault="raises", timeout=150):
+    """As `launched`, without new interpreters: the launchers' own code forks this process, and
+    nobody takes time to tidy up."""
+    log = folder / "log.txt"
+
+    def begin():
+        os.chdir(folder)
+        for name in [name for name in os.environ if name.startswith(OTHERS)]:
+            del os.environ[name]
+        health.TIDY_SECONDS = 1.0
+        if launcher == "torchrun":
+            sys.exit(by_torchrun(arguments))
+        popen = functools.partial(Forked, arguments=arguments, log=log)
+        for script in (trainer_script, fabric_script):
+            script.subprocess = SimpleNamespace(Popen=popen)
+        fabric_script._ChildProcessObserver.__init__.__defaults__ = (
+            0.2,
+        )  # seconds between two looks
+        program.patch()
+        sys.exit(program.run(arguments))
+
+    environment = {**FEW, "FAULT_RANK": rank, "FAULT": fault}
+    return run(arguments, log, timeout, before=begin, environment=environment)
+
+
+def by_torchrun(arguments) -> int:
+    def work():
+        program.patch()
+        sys.exit(program.run(arguments))
+
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
+    config = LaunchConfig(1, 1, 2, start_method="fork", monitor_interval=0.1, **rendezvous)
+    try:
+        elastic_launch(config, work)()
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def test_both_launchers_train_the_same(overrides, tmp_path):
-    arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
+    few = ["trainer.max_steps=4", "trainer.limit_val_batches=1"]
+    arguments = [*overrides, *few, f"checkpointing.save_dir={tmp_path / 'run'}"]
     code, text = launched("lightning", arguments, tmp_path)
     assert code == 0, text
     assert "Warning" not in text
@@ -140,13 +132,14 @@ def test_both_launchers_train_the_same(overrides, tmp_path):
 
 def test_who_is_done_with_its_texts_ends_nobody(overrides, tmp_path):
     """The first process may be the first one to be done; it waits for the others."""
-    run = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
-    code, text = launched("lightning", run, tmp_path)
+    save = ["trainer.devices=1", "trainer.max_steps=1", "trainer.limit_val_batches=0"]
+    save.append(f"checkpointing.save_dir={tmp_path / 'run'}")
+    code, text = run([*overrides, *save], tmp_path / "trained.txt")
     assert code == 0, text
     words = [*overrides, "mode=sample_eval", f"eval.checkpoint_path={tmp_path / LAST}"]
     words += ["eval.gen_ppl_eval_model_name_or_path=null", "sampling.batch_size=4"]
     words += ["sampling.logdir=texts.csv"]
-    code, text = launched("lightning", words, tmp_path, rank="1", fault="late")
+    code, text = forked("lightning", words, tmp_path, rank="1", fault="late")
     assert code == 0, text
     assert "at the end the report is there" in text
     assert json.loads((tmp_path / "texts.json").read_text())["rows"] == 4
@@ -164,13 +157,15 @@ DEATHS = [
 @pytest.mark.parametrize(("launcher", "rank", "fault"), DEATHS)
 def test_a_rank_that_dies_brings_the_job_down(launcher, rank, fault, overrides, tmp_path):
     arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
-    dies(launcher, arguments, tmp_path, rank=rank, fault=fault)
+    dies(forked, launcher, arguments, tmp_path, rank=rank, fault=fault)
 
 
-def dies(launcher, arguments, folder, *, rank, fault, timeout=60):
-    code, text = launched(launcher, arguments, folder, rank=rank, fault=fault, timeout=timeout)
+def dies(start, launcher, arguments, folder, *, rank, fault, timeout=150):
+    """start: `launched` or `forked`."""
+    code, text = start(launcher, arguments, folder, rank=rank, fault=fault, timeout=timeout)
     assert code, text
+    assert "the fault" in text
     if fault == "raises":  # the traceback of the fault comes before those of its consequences
-        begun, told = text.index("Traceback"), text.index("a fault of one rank")
+        begun, told = text.index("Traceback"), text.index("the fault of one rank")
         assert text.index("rank 1 failed in step 3") < begun < told
         assert text.count("Traceback", 0, told) == 1

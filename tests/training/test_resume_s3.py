@@ -5,17 +5,14 @@ import os
 import signal
 
 import pytest
-from processes import s3_server
-from runs import ALGORITHMS, run, tiny
+from runs import ALGORITHMS, differences, run, tiny
 
-from benchmarks.chaos import differences
 from checkpointing import torch_file
 
-pytest.importorskip("moto")
 boto3 = pytest.importorskip("boto3")
 s3fs = pytest.importorskip("s3fs")
 
-BUCKET, FOLDER = "bucket", "runs/a"
+BUCKET, FOLDER = "resumed", "runs/a"
 MOMENTS = (  # (what is about to be called in the save of step 4, the files that are there by then)
     ("mv", ["step=4.ckpt.partial"]),
     ("cp_file", ["step=4.ckpt"]),  # to last.ckpt
@@ -23,19 +20,18 @@ MOMENTS = (  # (what is about to be called in the save of step 4, the files that
 FEW = ["trainer.max_steps=6", "callbacks.checkpoint_monitor=null"]  # each request takes its time
 
 
-@pytest.fixture(scope="module")
-def server():
-    """(environment that finds the server, client). Runs have a client of their own."""
-    with s3_server() as environment:
-        client = boto3.client(
-            "s3",
-            endpoint_url=environment["AWS_ENDPOINT_URL"],
-            region_name=environment["AWS_DEFAULT_REGION"],
-            aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        )
-        client.create_bucket(Bucket=BUCKET)
-        yield environment, client
+@pytest.fixture
+def client(s3):
+    """Runs have a client of their own."""
+    made = boto3.client(
+        "s3",
+        endpoint_url=s3["AWS_ENDPOINT_URL"],
+        region_name=s3["AWS_DEFAULT_REGION"],
+        aws_access_key_id=s3["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=s3["AWS_SECRET_ACCESS_KEY"],
+    )
+    made.create_bucket(Bucket=BUCKET)
+    return made
 
 
 def names(client) -> list[str]:
@@ -57,9 +53,8 @@ def killed_in(name):
     return lambda: setattr(s3fs.S3FileSystem, name, deadly)
 
 
-def test_killed_while_saving_it_goes_on_to_the_same_end(server, tmp_path, monkeypatch):
+def test_killed_while_saving_it_goes_on_to_the_same_end(s3, client, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # its log lies under outputs/
-    s3, client = server
     place = f"{BUCKET}/{FOLDER}"
     save_dir = f"checkpointing.save_dir=s3://{place}"
     overrides = [*tiny(tmp_path), *ALGORITHMS["bamdlm"], *FEW, save_dir]

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from runs import ALGORITHMS, run, tiny
+from runs import ALGORITHMS, differences, read, run, tiny
 from test_ranks import BY_ONE, equal_states
-
-from benchmarks.chaos import differences, read
 
 pytestmark = pytest.mark.slurm
 
