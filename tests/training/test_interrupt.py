@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
-from runs import ALGORITHMS, TIMEOUT, Run, differences, read, run, tiny
-from test_resume import at_call
+from runs import ALGORITHMS, TIMEOUT, Run, at_call, differences, read, run, tiny
 
 from checkpointing import torch_file
 from diffusion import Diffusion
