@@ -92,14 +92,18 @@ def hub_errors(what: str, *, absent: str) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+def atomic_file(path: str | Path, mode: str = "w", *, alone: bool = False) -> Iterator[IO]:
     """A file that appears under its name complete or not at all, whenever the process dies.
 
     It is written beside `path`, brought to the disk and renamed; the folder is made if need be.
-    mode: "w" (text, UTF-8) or "wb".
+    mode: "w" (text, UTF-8) or "wb". alone: no other process writes to `path`, so that what killed
+    writers have left is removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if alone:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            left.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         os.fchmod(handle, 0o666 & ~_umask())

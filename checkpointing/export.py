@@ -6,9 +6,6 @@ packages. Only what one imports from the other is changed: `from models.x` becom
 """
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from string import Template
 
@@ -17,6 +14,7 @@ import torch
 from checkpointing.load import Checkpoint, CheckpointError, build_backbone_args, load_into, section
 from data.tokenizer import Tokenizer
 from models.dit import DiT
+from utils import atomic_folder
 
 ROOT = Path(__file__).parents[1]
 ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
@@ -62,14 +60,8 @@ def export(
         raise CheckpointError(f"{folder} is not empty: name another folder, or give --overwrite")
     config = hub_config(checkpoint, tokenizer, algo)
     tensors = named_tensors(checkpoint, config, use_ema)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
-        made = Path(made) / "export"
-        made.mkdir()
+    with atomic_folder(folder, overwrite=True) as made:
         write(made, config, tensors, tokenizer, card(checkpoint, config, use_ema))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(made, folder)
     return folder
 
 
@@ -98,52 +90,65 @@ def named_tensors(checkpoint: Checkpoint, config: dict, use_ema: bool) -> dict[s
 def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = None) -> dict:
     """config.json: the published keys, and those that `generate` needs."""
     algo = algo or checkpoint.algo
-    if algo not in checkpoint.algorithms:
-        choice = ", ".join(checkpoint.algorithms)
-        raise CheckpointError(f"{checkpoint.source} may be {choice}: give --algo, got {algo}")
     sizes = build_backbone_args(checkpoint)
-    if sizes["vocab_size"] != tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.source} has {sizes['vocab_size']} ids, the tokenizer"
-            f" {tokenizer.vocab_size} (mask included): give the right one with --tokenizer"
-        )
+    _check(checkpoint, algo, sizes["vocab_size"], tokenizer.vocab_size)
     length = checkpoint.length
-    if length is None:
-        raise CheckpointError(f"{checkpoint.source} does not tell the length it was trained at")
-    settings, noise = checkpoint.config, checkpoint.config.get("noise", "loglinear")
-    if checkpoint.layout == "lightning":
-        settings = section(checkpoint.config, "algo")
-        noise = section(checkpoint.config, "noise").get("type", "loglinear")
-    low, high = checkpoint.interval or (1e-3, 1.0)
-    return {
-        "algo": algo,
+    config = {
         "adaln": sizes["adaln"],
         "architectures": ["BD3LM"],
         "attn_backend": "sdpa",
         "auto_map": {auto: f"{ENTRY.stem}.{name}" for auto, name in CLASSES.items()},
-        "block_size": checkpoint.block_size if algo == "bamdlm" else 1 if algo == "ar" else length,
         "bos_token_id": tokenizer.bos_id,
-        "causal": algo == "ar",
         "cond_dim": sizes["cond_dim"],
-        "cross_attn": algo == "bamdlm",
         "dropout": sizes["dropout"],
         "dtype": "float32",
         "eos_token_id": tokenizer.eos_id,
         "hidden_dim": sizes["hidden_size"],
         "mask_token_id": tokenizer.mask_id,
-        "mdlm_loss_scale": settings.get("mdlm_loss_scale", False),
         "model_length": length,
         "model_type": "bd3lm",
         "n_blocks": sizes["n_blocks"],
         "n_heads": sizes["n_heads"],
-        "noise": noise,
         "pad_token_id": tokenizer.pad_id,
         "return_dict": True,
+        "vocab_size": sizes["vocab_size"],
+    }
+    return dict(sorted({**config, **_algorithm(checkpoint, algo, length)}.items()))
+
+
+def _check(checkpoint: Checkpoint, algo: str | None, ids: int, known: int) -> None:
+    """ids: of the weights; known: of the tokenizer."""
+    if algo not in checkpoint.algorithms:
+        choice = ", ".join(checkpoint.algorithms)
+        raise CheckpointError(f"{checkpoint.source} may be {choice}: give --algo, got {algo}")
+    if ids != known:
+        raise CheckpointError(
+            f"{checkpoint.source} has {ids} ids, the tokenizer {known} (mask included): give the"
+            " right one with --tokenizer"
+        )
+    if checkpoint.length is None:
+        raise CheckpointError(f"{checkpoint.source} does not tell the length it was trained at")
+
+
+def _algorithm(checkpoint: Checkpoint, algo: str, length: int) -> dict:
+    """The keys of config.json that follow from the algorithm and its settings."""
+    settings, noise = checkpoint.config, checkpoint.config.get("noise", "loglinear")
+    if checkpoint.layout == "lightning":
+        settings = section(checkpoint.config, "algo")
+        noise = section(checkpoint.config, "noise").get("type", "loglinear")
+    low, high = checkpoint.interval or (1e-3, 1.0)
+    blocks = algo == "bamdlm"
+    return {
+        "algo": algo,
+        "block_size": checkpoint.block_size if blocks else 1 if algo == "ar" else length,
+        "causal": algo == "ar",
+        "cross_attn": blocks,
+        "mdlm_loss_scale": settings.get("mdlm_loss_scale", False),
+        "noise": noise,
         "sampling_eps_max": high,
         "sampling_eps_min": low,
         "time_conditioning": settings.get("time_conditioning", algo == "sedd"),
-        "var_min": algo == "bamdlm",
-        "vocab_size": sizes["vocab_size"],
+        "var_min": blocks,
     }
 
 

@@ -4,12 +4,8 @@ Read through `zipfile`, which checks every record's checksum, and `restricted_pi
 nothing. Tensors land on the CPU.
 """
 
-import glob
-import os
-import tempfile
 import zipfile
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -17,6 +13,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from checkpointing.restricted_pickle import FAILURES, CheckpointError, unpickle
+from utils import atomic_file
 
 DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -94,40 +91,16 @@ def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
 
 
 def save(checkpoint: dict, path: str) -> None:
-    """torch.save under a temporary name, then a rename: `path` is never half a file."""
+    """torch.save under a temporary name, then a rename: `path` is never half a file.
+
+    One process at a time writes to a path: what a killed one has left is removed first.
+    """
     fs, target = url_to_fs(path)
     if isinstance(fs, LocalFileSystem):
-        _save_local(checkpoint, Path(target))
+        with atomic_file(target, "wb", alone=True) as file:
+            torch.save(checkpoint, file)
     else:
         _save_remote(checkpoint, fs, target)
-
-
-def _save_local(checkpoint, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        unfinished.unlink(missing_ok=True)  # its writer was killed
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
-    try:
-        os.fchmod(handle, 0o666 & ~_umask())
-        with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _save_remote(checkpoint, fs, target: str) -> None:

@@ -142,7 +142,7 @@ def test_a_save_that_fails_leaves_the_last_good_file(moment, tmp_path, monkeypat
     def fail(*arguments):
         raise Interrupted
 
-    place = torch_file.torch if moment == "save" else torch_file.os
+    place = torch_file.torch if moment == "save" else os
     monkeypatch.setattr(place, moment, fail)
     with pytest.raises(Interrupted):
         SafeCheckpointIO().save_checkpoint({"state_dict": {"a": torch.zeros(3)}}, target)
