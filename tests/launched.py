@@ -25,12 +25,12 @@ from training import health  # noqa: E402
 
 def patch() -> None:
     fault = os.environ["FAULT"]
+    health.TIDY_SECONDS = 1
     if fault == "waits":
         record_and_wait_for_nothing()
     elif os.environ.get("LOCAL_RANK", "0") != os.environ["FAULT_RANK"]:
         return
     elif fault == "late":
-        health.TIDY_SECONDS = 1
         write = SamplingRun._write
         SamplingRun._write = lambda self, rows: (time.sleep(3), write(self, rows))
     else:

@@ -1,6 +1,7 @@
 """Two GPUs and NCCL: equal to one, resumed to the bit, and no process waits for a dead one."""
 
 import csv
+import functools
 import json
 import shutil
 
@@ -135,4 +136,5 @@ def test_two_gpus_write_the_texts_of_one(base, alone, tmp_path):
 @pytest.mark.parametrize(("launcher", "rank", "fault"), DEATHS)
 def test_a_rank_that_dies_brings_the_job_down(launcher, rank, fault, base, tmp_path):
     words = [*base, f"checkpointing.save_dir={tmp_path / 'run'}"]
-    dies(launched, launcher, words, tmp_path, rank=rank, fault=fault, timeout=SECONDS)
+    start = functools.partial(launched, launcher)
+    dies(start, words, tmp_path, rank=rank, fault=fault, timeout=SECONDS)

@@ -14,10 +14,6 @@ import pytest
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_script
 from lightning.pytorch.strategies.launchers import subprocess_script as trainer_script
 from runs import ALGORITHMS, LAST, Run, differences, finish, ranks, read, run, tiny
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from training import health
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
@@ -77,44 +73,24 @@ class Forked(Run):
             self.send(number)
 
 
-def forked(launcher, arguments, folder, *, rank="none", fault="raises", timeout=150):
-    """As `launched`, without new interpreters: the launchers' own code forks this process, and
-    nobody takes time to tidy up."""
+def forked(arguments, folder, *, rank="none", fault="raises", timeout=150):
+    """As `launched` by Lightning, whose own code forks this process instead of starting Python."""
     log = folder / "log.txt"
 
     def begin():
         os.chdir(folder)
         for name in [name for name in os.environ if name.startswith(OTHERS)]:
             del os.environ[name]
-        health.TIDY_SECONDS = 1.0
-        if launcher == "torchrun":
-            sys.exit(by_torchrun(arguments))
         popen = functools.partial(Forked, arguments=arguments, log=log)
         for script in (trainer_script, fabric_script):
             script.subprocess = SimpleNamespace(Popen=popen)
-        fabric_script._ChildProcessObserver.__init__.__defaults__ = (
-            0.2,
-        )  # seconds between two looks
+        seconds = 0.2  # from one look at the others to the next
+        fabric_script._ChildProcessObserver.__init__.__defaults__ = (seconds,)
         program.patch()
         sys.exit(program.run(arguments))
 
     environment = {**FEW, "FAULT_RANK": rank, "FAULT": fault}
     return run(arguments, log, timeout, before=begin, environment=environment)
-
-
-def by_torchrun(arguments) -> int:
-    def work():
-        program.patch()
-        sys.exit(program.run(arguments))
-
-    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
-    config = LaunchConfig(1, 1, 2, start_method="fork", monitor_interval=0.1, **rendezvous)
-    try:
-        elastic_launch(config, work)()
-    except ChildFailedError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
 
 
 def test_both_launchers_train_the_same(overrides, tmp_path):
@@ -139,7 +115,7 @@ def test_who_is_done_with_its_texts_ends_nobody(overrides, tmp_path):
     words = [*overrides, "mode=sample_eval", f"eval.checkpoint_path={tmp_path / LAST}"]
     words += ["eval.gen_ppl_eval_model_name_or_path=null", "sampling.batch_size=4"]
     words += ["sampling.logdir=texts.csv"]
-    code, text = forked("lightning", words, tmp_path, rank="1", fault="late")
+    code, text = forked(words, tmp_path, rank="1", fault="late")
     assert code == 0, text
     assert "at the end the report is there" in text
     assert json.loads((tmp_path / "texts.json").read_text())["rows"] == 4
@@ -157,12 +133,13 @@ DEATHS = [
 @pytest.mark.parametrize(("launcher", "rank", "fault"), DEATHS)
 def test_a_rank_that_dies_brings_the_job_down(launcher, rank, fault, overrides, tmp_path):
     arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
-    dies(forked, launcher, arguments, tmp_path, rank=rank, fault=fault)
+    start = functools.partial(launched, launcher) if launcher == "torchrun" else forked
+    dies(start, arguments, tmp_path, rank=rank, fault=fault)
 
 
-def dies(start, launcher, arguments, folder, *, rank, fault, timeout=150):
-    """start: `launched` or `forked`."""
-    code, text = start(launcher, arguments, folder, rank=rank, fault=fault, timeout=timeout)
+def dies(start, arguments, folder, *, rank, fault, timeout=150):
+    """start: `forked`, or `launched` by one of the launchers."""
+    code, text = start(arguments, folder, rank=rank, fault=fault, timeout=timeout)
     assert code, text
     assert "the fault" in text
     if fault == "raises":  # the traceback of the fault comes before those of its consequences
