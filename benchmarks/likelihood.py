@@ -2,11 +2,14 @@
 
     python benchmarks/likelihood.py             a table, then one line of JSON
     python benchmarks/likelihood.py --check     exit 1 where a bound is missed
+    python benchmarks/likelihood.py --corpus 16 --device cuda
+                                                time of AG News' size alone, in batches of 16
 
 The plain evaluation is the published step (plain_step.py) without gradients: logits of all 2L rows,
 log-softmax over the vocabulary. Both see the same masks of the same random ids, in float32; ours
 once more in bf16, with the error that makes. They take turns, batch by batch; the ratio is the
-median over the batches.
+median over the batches. Then `exact` and `left_to_right` beside their bare matrix products
+(likelihood_cost.py).
 """
 
 import math
@@ -32,8 +35,21 @@ def main(argv=None) -> int:
     import torch
 
     torch.set_num_threads(args.threads)
-    figures = {"load_before": os.getloadavg()[0], "algorithms": {}}
+    from benchmarks import likelihood_cost
+
+    figures = {"load_before": os.getloadavg()[0], "algorithms": {}, "costs": {}}
+    if args.corpus:
+        return conclude(figures, corpus_misses(figures, args), check=args.check)
     with torch.inference_mode():
+        if args.rounds:
+            clock = time.process_time if args.clock == "cpu" else time.perf_counter
+            figures["costs"] = likelihood_cost.costs(args, clock)
+        for name, cost in figures["costs"].items():
+            print(
+                f"{name}: {cost['over_products']:.2f} x its products,"
+                f" {cost['nelbo_passes']:.1f} x one nelbo pass",
+                flush=True,
+            )
         for algo in args.only.split(","):
             figures["algorithms"][algo] = found = evaluate(algo, args)
             print(
@@ -44,12 +60,15 @@ def main(argv=None) -> int:
             )
     figures["machine"] = f"{platform.machine()}, {args.threads} threads, {args.device}"
     figures["torch"], figures["load_after"] = torch.__version__, os.getloadavg()[0]
-    return conclude(figures, misses(figures["algorithms"]), check=args.check)
+    missed = [*misses(figures["algorithms"]), *likelihood_cost.misses(figures["costs"])]
+    return conclude(figures, missed, check=args.check)
 
 
 def parse(argv):
     parser = options(__doc__, threads=2, batches=10, batch=4, length=256, block=16, **NETWORK)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--rounds", type=int, default=3, help="of exact and left_to_right")
+    parser.add_argument("--corpus", type=int, default=0, help="rows of a batch; see above")
     parser.add_argument("--only", default=",".join(ALGORITHMS))
     return parser.parse_args(argv)
 
@@ -92,6 +111,20 @@ def evaluate(algo: str, args) -> dict:
         "gap": abs(math.expm1(nll - plain_nll)),
         "bf16_gap": abs(math.expm1(half_nll - plain_nll)),
     }
+
+
+def corpus_misses(figures: dict, args) -> list[str]:
+    """Adds the times to the figures; the bound is one for an H100."""
+    import torch
+
+    from benchmarks import likelihood_cost
+
+    figures["corpus"] = found = likelihood_cost.corpus(args.device, args.corpus)
+    figures["torch"] = torch.__version__
+    for name, time_of in found.items():
+        print(f"{name}: {time_of['seconds']:.1f} s", flush=True)
+    most, seconds = likelihood_cost.CORPUS_SECONDS, found["exact"]["seconds"]
+    return [f"exact: {seconds:.0f} s, wanted {most}"] if seconds > most else []
 
 
 def misses(algorithms: dict):

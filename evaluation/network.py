@@ -27,18 +27,31 @@ def asker(
 
     def ask(x_t: Tensor, read: Tensor, reduce) -> Tensor:
         hidden = backbone.hidden(x_t, read=read, **asked)  # [M, E]
-        size = rows_at_once(backbone)
-        parts = zip(hidden.split(size), read.split(size), strict=True)
-        return torch.cat([reduce(log_probs(backbone, h, mask_id), r) for h, r in parts])
+        return reduced(backbone, hidden, read, mask_id, reduce)
 
     return ask
 
 
-def log_probs(backbone, hidden: Tensor, mask_id: int) -> Tensor:
-    """hidden [m, E] -> normalised log-probabilities [m, V], float32 at least, the mask's -inf."""
-    logits = backbone.logits(hidden)
-    logits[..., mask_id] = -torch.inf
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def reduced(backbone, hidden: Tensor, read: Tensor, mask_id: int, reduce) -> Tensor:
+    """`reduce` of the log-probabilities of hidden [M, E], joined; float32 at least, the mask's
+    -inf. They are made a few at a time, and in float32 all in the same memory."""
+    size, linear = rows_at_once(backbone), backbone.output_layer.linear
+    half = products_dtype(linear.weight).itemsize == 2
+    memory = None
+    if not half:
+        memory = linear.weight.new_empty(min(size, len(hidden)), len(linear.weight))
+    answers = []
+    for states, rows in zip(hidden.split(size), read.split(size), strict=True):
+        if half:
+            logits, wide = backbone.logits(states), None
+        else:
+            features = backbone.features(states).to(memory.dtype)
+            logits = wide = memory[: len(states)]
+            torch.addmm(linear.bias, features, linear.weight.t(), out=logits)
+        logits[:, mask_id] = -torch.inf
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        answers.append(reduce(torch.log_softmax(logits, -1, dtype=dtype, out=wide), rows))
+    return torch.cat(answers)
 
 
 def rows_at_once(backbone) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluation.estimators import Chance, Path, Texts, greedy_path
-from evaluation.network import asker, log_probs, rows_at_once
+from evaluation.network import asker, reduced
 from evaluation.table import Chosen, check, choose
 from models.masks import Causal
 
@@ -125,18 +125,16 @@ class Scorer:
         targets, states = x0[:, 1:].flatten()[read], hidden.flatten(0, 1)[read]
         nll = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
         likeliest = torch.ones_like(scored)
-        size = rows_at_once(self.backbone)
-        parts = zip(states.split(size), targets.split(size), strict=True)
-        found = [_picked(log_probs(self.backbone, h, self.mask_id), t) for h, t in parts]
-        picked, best = (torch.cat(each) for each in zip(*found, strict=True))
+        found = reduced(self.backbone, states, targets, self.mask_id, _picked)
+        picked, best = found.unbind(-1)
         where = (read // (x0.shape[1] - 1), read % (x0.shape[1] - 1) + 1)
         nll[where], likeliest[where] = -picked.double(), picked == best
         return Path(nll, likeliest)
 
 
-def _picked(log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the targets, and the greatest: [m] each."""
-    return log_p.gather(1, targets[:, None])[:, 0], log_p.amax(1)
+def _picked(log_p: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of the targets, and the greatest: [m, 2]."""
+    return torch.stack([log_p.gather(1, targets[:, None])[:, 0], log_p.amax(1)], -1)
 
 
 def _number(text: Sequence[int]) -> int:
