@@ -49,10 +49,10 @@ def products(net: DiT, rows: int, passes: int, head_rows: int):
         for _ in range(passes + 1):
             for layer in linears:
                 for linear in layer:
-                    states[linear.in_features] @ linear.weight.t()
+                    linear(states[linear.in_features])
         left = rows * head_rows
         while left > 0:
-            head[:left] @ weight.t()
+            net.output_layer.linear(head[:left])
             left -= size
 
     return make

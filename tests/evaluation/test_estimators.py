@@ -1,5 +1,6 @@
 """Likelihoods against the recorded toy, against each other, and against enumeration."""
 
+import copy
 import functools
 import itertools
 import math
@@ -13,6 +14,7 @@ from sampling_tools import denoiser, write
 from evaluation import estimators
 from evaluation.estimators import Chance, Texts
 from evaluation.network import asker
+from models.attention import get_backend
 from models.dit import DiT
 from models.masks import BlockDiffusion
 from noise_schedule import LogLinear
@@ -317,6 +319,15 @@ def test_a_trained_networks_law_sums_to_one_over_all_texts_of_a_block(name):
     nll = DETERMINISTIC[name](ask, Texts(x0, scored, S, V)).sum(1)
     assert float((-nll).exp().sum()) == pytest.approx(1, abs=1e-5)
     assert float(nll.min()) < 2 * math.log(V), "nothing was learned"
+
+
+def test_flex_attention_gives_the_same():
+    net, x0 = trained(), blocks_of_all_texts()[:6]
+    flex = copy.copy(net)
+    flex.prepare_attention = get_backend("flex")
+    texts = Texts(x0, torch.ones_like(x0, dtype=torch.bool), S, V)
+    found = [estimators.exact(asker(n, x0, block_size=S, mask_id=V), texts) for n in (flex, net)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_documents_of_one_row_are_texts_of_their_own():

@@ -1,0 +1,176 @@
+"""One table of perplexities: checkpoints x corpora x likelihoods.
+
+    python scripts/evaluate_all.py last.ckpt other.ckpt --data wikitext103,ptb \\
+        --likelihood counts,exact --out table -- data.source=/corpora loader.eval_batch_size=16
+
+Each pair of a checkpoint and a corpus is one mode=ppl_eval, in OUT.runs; what is there already is
+not measured again, and a stopped one goes on. What stands behind -- is for every run. The table is
+printed and written to OUT.txt, OUT.csv and OUT.md.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpointing.load import (  # noqa: E402
+    Checkpoint,
+    build_backbone_args,
+    read_checkpoint,
+    section,
+)
+from utils import atomic_file, say  # noqa: E402
+
+COLUMNS = (
+    *("corpus", "model", "likelihood", "ppl", "ppl_error", "bits_per_byte", "tokens", "seconds"),
+    "bound",
+)
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, more = parse(argv[:end]), argv[end + 1 :]
+    table = []
+    for name in args.checkpoints:
+        try:
+            checkpoint = read_checkpoint(name)
+            words = [*model_words(name, checkpoint, args), *more]
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        for corpus in args.data.split(","):
+            run = [*words, f"data={corpus}" if known(corpus) else f"data.valid={corpus}"]
+            folder = Path(f"{args.out}.runs") / f"{checkpoint.fingerprint[:8]}-{Path(corpus).stem}"
+            found = evaluate(run, folder, args.likelihood)
+            if found is None:
+                return 1
+            size = bytes_per_row(run) * found["rows"]
+            table += [row(each, name, corpus, size) for each in found.get("likelihoods", [found])]
+            write(args.out, table)
+    print(as_text(table))
+    say(f"written to {args.out}.txt, {args.out}.csv and {args.out}.md")
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="+", help=".ckpt, exported folder or hub id")
+    parser.add_argument("--data", required=True, help="corpora or files, separated by commas")
+    parser.add_argument("--likelihood", default="counts", help="separated by commas")
+    parser.add_argument("--algo", help="where a checkpoint does not say")
+    parser.add_argument("--block-size", type=int, help="the same")
+    parser.add_argument("--out", default="evaluation", help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def known(corpus: str) -> bool:
+    return (ROOT / "configs" / "data" / f"{corpus}.yaml").exists()
+
+
+def model_words(name: str, checkpoint: Checkpoint, args) -> list[str]:
+    """What a command line must say of the checkpoint. ValueError where it does not tell."""
+    algo = args.algo or checkpoint.algo
+    if algo is None:
+        raise ValueError(f"{name} fits {' and '.join(checkpoint.algorithms)}: give --algo")
+    size = args.block_size or checkpoint.block_size
+    if algo == "bamdlm" and size is None:
+        raise ValueError(f"{name} does not say its block size: give --block-size")
+    words = [f"algo={algo}", f"eval.checkpoint_path={name}", "mode=ppl_eval", "wandb=null"]
+    if algo == "bamdlm":
+        words.append(f"block_size={size}")
+    if checkpoint.length is not None:
+        words.append(f"model.length={checkpoint.length}")
+    sizes = build_backbone_args(checkpoint)
+    words += [f"model.{key}={sizes[key]}" for key in ("hidden_size", "n_blocks", "n_heads")]
+    if algo == "ar":
+        words.append(f"model.adaln={sizes['adaln']}")
+    if sizes.get("adaln"):
+        words.append(f"model.cond_dim={sizes['cond_dim']}")
+    data = section(checkpoint.config, "data")
+    keys = ("tokenizer_name_or_path", "eos_token")
+    return words + [f"data.{key}={data[key]}" for key in keys if data.get(key) is not None]
+
+
+def evaluate(words: list[str], folder: Path, likelihoods: str) -> dict | None:
+    """What mode=ppl_eval reports; None where it failed."""
+    for path in sorted(folder.glob("ppl_*.json")):
+        found = json.loads(path.read_text())
+        entries = found.get("likelihoods", [found])
+        if ",".join(each["likelihood"] for each in entries) == likelihoods:
+            return found
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    command += [f"eval.likelihood=[{likelihoods}]", f"checkpointing.save_dir={folder}"]
+    if subprocess.run(command, check=False).returncode != 0:
+        return None
+    newest = max(folder.glob("ppl_*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())
+
+
+def bytes_per_row(words: list[str]) -> float:
+    """Of the text that the rows of the validation split hold, without special tokens."""
+    import settings
+    from modes.build import build_rows, build_tokenizer
+
+    config = settings.load(words)
+    tokenizer = build_tokenizer(config)
+    rows, special = build_rows(config, tokenizer, "valid"), set(tokenizer.hf.all_special_ids)
+    total = 0
+    for number in range(len(rows)):
+        ids, mask = rows.read([number])
+        kept = [i for i in ids[0][mask[0] > 0].tolist() if i not in special]
+        total += len(tokenizer.decode(kept).encode())
+    return total / len(rows)
+
+
+def row(entry: dict, model: str, corpus: str, size: float) -> dict:
+    bits = entry["nll"] * entry["tokens"] / math.log(2) / size if size else math.nan
+    named = {"corpus": corpus, "model": model, "bits_per_byte": bits}
+    return {key: named.get(key, entry.get(key)) for key in COLUMNS}
+
+
+def shown(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 1000 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def as_text(table: list[dict]) -> str:
+    lines = [list(COLUMNS), *([shown(each[key]) for key in COLUMNS] for each in table)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def as_markdown(table: list[dict]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([shown(e[key]) for key in COLUMNS] for e in table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def as_csv(table: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue().rstrip("\n")
+
+
+def write(out: str, table: list[dict]) -> None:
+    for suffix, made in (("txt", as_text), ("csv", as_csv), ("md", as_markdown)):
+        with atomic_file(f"{out}.{suffix}") as file:
+            file.write(made(table) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
