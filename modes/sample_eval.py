@@ -12,7 +12,7 @@ from evaluation.judge import Judge, load_judge
 from modes.build import build_tokenizer, trained_module
 from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
-from samplers.params import SamplingParams
+from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
 from samplers.steps import STEPS
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import SamplingRun, run_id, visible_tokens
@@ -102,12 +102,15 @@ def checkpoint_params(
     if config.algo.name == "mdlm" and whole and (checkpoint.length or window) < window:
         window = checkpoint.length
         say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")
+    trained = checkpoint.length or CONTEXT_TOKENS
+    if config.algo.name == "bamdlm" and config.model.length > trained:
+        trained = whole_blocks(trained, config.block_size)
     noise = get_schedule(config.noise.type, config.algo.mdlm_loss_scale)
     return sampling_params(
         config,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        context_size=config.sampling.context_size or checkpoint.length or 1024,
+        context_size=config.sampling.context_size or trained,
         window=window,
         move_chance=lambda t: noise(t).p,
     )

@@ -103,7 +103,9 @@ class Canvas:
         if self.replay is not None:
             self.replay.forget()
         if self.params.kv_cache:
-            self.cache = self.denoise.new_cache(len(self), self.params.context_size)
+            size = self.denoise.block_size
+            blocks = -(-self.params.context_size // size)  # rounded up, where a text fits into it
+            self.cache = self.denoise.new_cache(len(self), blocks * size)
 
     def commit(self, tokens: list[int]) -> None:
         """Keep tokens[b] more of what the last pass gave row b."""

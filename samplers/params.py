@@ -5,6 +5,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 BLOCKWISE = ("bamdlm", "mdlm")  # algorithms that follow a step rule
+CONTEXT_TOKENS = 1024  # that a sampler sees, where the checkpoint does not say its length
+
+
+def whole_blocks(tokens: int, size: int) -> int:
+    """The largest multiple of `size` up to `tokens`, but one block at least."""
+    return max(tokens - tokens % size, size)
 
 
 def linear(t):
@@ -22,7 +28,8 @@ class SamplingParams:
     seed: int = 1
     batch_size: int = 1  # texts made side by side
     block_size: int = 1  # bamdlm: S
-    context_size: int = 1024  # bamdlm (a multiple of S), ar: visible tokens, the block included
+    # bamdlm: a multiple of S where it is less than `length`
+    context_size: int = CONTEXT_TOKENS  # bamdlm, ar: visible tokens, the block included
     window: int = 1024  # mdlm: tokens of a window
     steps: str = "first_hitting"  # the rule: a name of steps.STEPS
     num_steps: int = 0  # T, per block or window: ancestral, remask and sedd
@@ -86,7 +93,7 @@ class SamplingParams:
         if algo == "bamdlm" and self.block_size > 0:
             if self.length % self.block_size:
                 yield f"block_size={self.block_size} does not divide model.length={self.length}"
-            if self.context_size % self.block_size:
+            if self.length > self.context_size and self.context_size % self.block_size:
                 yield (
                     f"sampling.context_size={self.context_size} is not a multiple of"
                     f" block_size={self.block_size}"

@@ -21,14 +21,12 @@ from evaluation.judge import Judge, TextScore, describe
 from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.algorithms import ObjectiveSettings, build_objective
-from samplers.params import SamplingParams
+from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
 from samplers.request import Sample, TextRequest
 from samplers.writing import check, generate
 from sampling.prompts import encode_prompts
 from sampling.reading import Reading
 from sampling.run import visible_tokens
-
-CONTEXT_TOKENS = 1024  # of a checkpoint that does not say
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def objective_settings(found: Checkpoint, mask_id: int, block_size: int) -> Obje
         mask_id,
         get_schedule(*trained_noise(found)),
         block_size,
-        found.length or CONTEXT_TOKENS,
+        whole_blocks(found.length or CONTEXT_TOKENS, block_size),
         time_conditioning=trained_algo(found).get("time_conditioning", True),
     )
 

@@ -107,8 +107,8 @@ class Sampling:
     )
     kv_cache: bool = doc("keep keys and values of earlier blocks; exact, for algo=bamdlm and ar")
     context_size: int | None = doc(
-        "tokens that a block sees, itself included; a multiple of block_size; null: length of "
-        "training if known, else 1024",
+        "tokens that a block sees, itself included; a multiple of block_size if a text is longer; "
+        "null: length of training if known, else 1024",
         AT_LEAST_1,
     )
     dtype: str = doc(

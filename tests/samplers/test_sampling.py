@@ -635,6 +635,14 @@ def test_settings_that_cannot_be_are_named(algo, change, message):
         write(algo, None, 1, **SMALL | change)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_block_size_need_not_divide_the_context_of_a_text_that_fits_into_it(cached):
+    params = SMALL | {"kv_cache": cached, "batch_size": 3}
+    wide = write("bamdlm", network("bamdlm"), ragged(), **params | {"context_size": 25})
+    just = write("bamdlm", network("bamdlm"), ragged(), **params | {"context_size": 24})
+    assert texts(wide) == texts(just)
+
+
 @pytest.mark.parametrize("tokens", [(), tuple(range(25))])
 def test_a_prompt_must_fit(tokens):
     with pytest.raises(ValueError, match="of a text of 24"):

@@ -31,6 +31,14 @@ def test_an_exported_folder_writes_longer_than_it_was_trained():
     assert writer.params.kv_cache
 
 
+def test_a_block_size_may_divide_neither_the_length_of_training_nor_1024():
+    made = load(GOLDEN / "hf_export", tokenizer=TOKENIZER, block_size=3)
+    (sample,) = made.generate(length=MANIFEST["length"] // 3 * 6).samples
+    assert made.params.context_size % 3 == 0
+    assert made.params.context_size > MANIFEST["length"] - 3
+    assert (sample.tokens != made.tokenizer.mask_id).all()
+
+
 def test_gaps_are_filled_and_a_judge_may_be_asked():
     writer = load(GOLDEN / CHECKPOINTS["mdlm"]["file"], tokenizer=TOKENIZER)
     judge = load_judge(str(GOLDEN / "judge"))
