@@ -78,12 +78,15 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same for the same mapping from text to ids, 16 hex digits."""
+        """The same for the same mapping from text to ids, 16 hex digits. Tokenizers made here had
+        <|endoftext|> outside of their model once; it is left out, so that names made of it stay."""
         if self.hf.is_fast:
             mapping = json.loads(self.hf.backend_tokenizer.to_str())
             mapping = {
                 k: mapping[k] for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")
             }
+            if self.hf.init_kwargs.get(vocabularies.END_INSIDE):
+                del mapping["model"]["vocab"][vocabularies.END_OF_TEXT]
         else:
             mapping = [type(self.hf).__name__, self.hf.get_vocab()]
         ids = [self.vocab_size, self.mask_id, self.bos_id, self.eos_id, self.pad_id]

@@ -20,6 +20,8 @@ log = logging.getLogger("bamdlm")
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for AutoTokenizer
 END_OF_TEXT = "<|endoftext|>"
+# A mark of the tokenizers made here since <|endoftext|> is in the vocabulary of their model.
+END_INSIDE = "bamdlm_end_of_text"
 TEXT8_SPECIALS = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 TEXT8_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 ALPHABET = "characters:"  # begins a name that lists the characters
@@ -144,15 +146,22 @@ def character_set(alphabet: Iterable[str]):
 
 
 def ended(backend):
-    """For transformers, with <|endoftext|> as the last id."""
+    """For transformers, with <|endoftext|> as the last id, in the vocabulary of the model itself:
+    else `vocab_size` would not count it, and code that takes that for the mask would mask with
+    EOS."""
+    from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
+    made = json.loads(backend.to_str())
+    made["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
+    backend = Backend.from_str(json.dumps(made))
     backend.add_special_tokens([END_OF_TEXT])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        **{END_INSIDE: True},
     )
 
 

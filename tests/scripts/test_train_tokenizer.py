@@ -38,6 +38,7 @@ def test_a_bpe_of_own_files_follows_the_rules_of_the_specification(files, tmp_pa
     assert (len(made.hf), made.vocab_size, made.mask_id, made.pad_id) == (300, 301, 300, 300)
     assert made.bos_id == made.eos_id == 299
     assert made.encode("<|endoftext|>") == [299]
+    assert made.hf.vocab_size == 300  # as with GPT-2, <|endoftext|> counts
     unseen = "Übung: 漢字 🙂 the king"
     assert made.decode(made.encode(unseen)) == unseen
     assert len(made.encode(WORDS)) < len(WORDS) / 2
@@ -131,6 +132,30 @@ def test_a_folder_that_exists_is_not_written_over(files, tmp_path, capsys):
     assert train_tokenizer.main(words) == 2
     assert "made exists: name a new folder, or remove it" in capsys.readouterr().err
     assert not list((tmp_path / "made").iterdir())
+
+
+def test_tokenizers_made_before_are_the_same_to_caches_and_checkpoints(tmp_path):
+    """In older ones <|endoftext|> is an added token that the model's own vocabulary lacks."""
+    vocabularies.train_bpe([WORDS], 270).save_pretrained(str(tmp_path / "new"))
+    vocabularies.character_set("ACGT").save_pretrained(str(tmp_path / "letters"))
+    for name in ("new", "letters"):
+        made = get_tokenizer(str(tmp_path / name))
+        saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        assert saved["model"]["vocab"].pop("<|endoftext|>") == made.eos_id
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(saved))
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        del config[vocabularies.END_INSIDE]
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+        old = get_tokenizer(str(tmp_path / name))
+        assert (old.hf.vocab_size, made.hf.vocab_size) == (made.eos_id, made.eos_id + 1)
+        assert [old.vocab_size, old.mask_id, old.eos_id] == [
+            *(made.vocab_size, made.mask_id, made.eos_id)
+        ]
+        assert old.fingerprint == made.fingerprint
+    assert old.encode("GATT<|endoftext|>") == made.encode("GATT<|endoftext|>") == [2, 0, 3, 3, 4]
+    recorded = {"characters": "d4f18336ef85d341", "characters:ACGT": "314e8947de36e0ea"}
+    for name, fingerprint in recorded.items():  # of the code before
+        assert get_tokenizer(name).fingerprint == fingerprint
 
 
 # ---- sets of characters -----------------------------------------------------------------------
