@@ -135,8 +135,8 @@ def sampling_prompts(
 def sampling_run_id(config: Config, checkpoint: Checkpoint, wanted: SamplingParams) -> str:
     """Changes with whatever changes a row; the size of the batch and of the job do not.
 
-    A number of a step rule that has `metadata={"if_read": True}` counts only where the rule reads
-    it: so a new one leaves the names of older runs as they are.
+    The number of a step rule that has `if_read` (see rule_number) counts only where the rule reads
+    it.
     """
     reads = STEPS[wanted.steps].reads
     numbers = dataclasses.asdict(wanted)

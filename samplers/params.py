@@ -2,7 +2,7 @@
 command line is checked with it at once."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 BLOCKWISE = ("bamdlm", "mdlm")  # algorithms that follow a step rule
 CONTEXT_TOKENS = 1024  # that a sampler sees, where the checkpoint does not say its length
@@ -11,6 +11,23 @@ CONTEXT_TOKENS = 1024  # that a sampler sees, where the checkpoint does not say 
 def whole_blocks(tokens: int, size: int) -> int:
     """The largest multiple of `size` up to `tokens`, but one block at least."""
     return max(tokens - tokens % size, size)
+
+
+RANGES = {
+    "at least 1": lambda value: value >= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+}
+
+
+def rule_number(*, default: float, limit: str, doc: str, if_read: bool = True):
+    """A field for a number that a step rule reads; it makes the setting sampling.NAME.
+
+    settings/ reads the type and these literals from the source, for the help and the checks.
+    limit: a key of RANGES. if_read: the number is part of a run's name only where the step rule
+    reads it, so that a new number leaves the names of older runs as they are.
+    """
+    return field(default=default, metadata={"limit": limit, "doc": doc, "if_read": if_read})
 
 
 def linear(t):
@@ -33,10 +50,25 @@ class SamplingParams:
     window: int = 1024  # mdlm: tokens of a window
     steps: str = "first_hitting"  # the rule: a name of steps.STEPS
     num_steps: int = 0  # T, per block or window: ancestral, remask and sedd
-    k: int = 1  # confidence: k
-    confidence: str = "probability"  # confidence and threshold: a name of steps.CONFIDENCES
-    threshold: float = 0.9
-    remask_eta: float = 0.02  # remask: largest chance that a token seen is masked again in one step
+    k: int = rule_number(
+        default=1,
+        limit="at least 1",
+        doc="tokens that steps=confidence reveals in a step",
+        if_read=False,
+    )
+    confidence: str = "probability"  # confidence: a name of steps.CONFIDENCES
+    threshold: float = rule_number(
+        default=0.9,
+        limit="in (0, 1]",
+        doc="steps=threshold reveals all tokens at least this probable, and always one",
+        if_read=False,
+    )
+    remask_eta: float = rule_number(
+        default=0.02,
+        limit="in [0, 1]",
+        doc="steps=remask: largest probability that a revealed token is masked again",
+        if_read=False,
+    )
     nucleus_p: float = 1.0
     dtype: str = "float32"  # of the draw: float32 (right in the tails) or float64 (all V numbers)
     kv_cache: bool = False
@@ -65,20 +97,19 @@ class SamplingParams:
 
     def _outside(self) -> Iterator[str]:
         """Values that no other value makes possible."""
-        for name, value in (
-            ("model.length", self.length),
-            ("sampling.batch_size", self.batch_size),
-            ("block_size", self.block_size),
-            ("sampling.context_size", self.context_size),
-            ("sampling.k", self.k),
-        ):
-            if value < 1:
-                yield f"{name}={value} must be at least 1"
-        for name in ("nucleus_p", "threshold"):
-            if not 0 < getattr(self, name) <= 1:
-                yield f"sampling.{name}={getattr(self, name)} must be in (0, 1]"
-        if not 0 <= self.remask_eta <= 1:
-            yield f"sampling.remask_eta={self.remask_eta} must be in [0, 1]"
+        limited = [
+            ("model.length", self.length, "at least 1"),
+            ("sampling.batch_size", self.batch_size, "at least 1"),
+            ("block_size", self.block_size, "at least 1"),
+            ("sampling.context_size", self.context_size, "at least 1"),
+            ("sampling.nucleus_p", self.nucleus_p, "in (0, 1]"),
+        ]
+        for each in fields(self):
+            if limit := each.metadata.get("limit"):
+                limited.append((f"sampling.{each.name}", getattr(self, each.name), limit))
+        for name, value, limit in limited:
+            if not RANGES[limit](value):
+                yield f"{name}={value} must be {limit}"
 
     def _steps(self, algo: str, reads: Collection[str]) -> Iterator[str]:
         stepped = algo == "sedd" or (algo in BLOCKWISE and "num_steps" in reads)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.judge import TextScore, corpus_perplexity
+from samplers.steps import STEPS
 from sampling.sample_file import SampleFile, SampleRow
 from utils import write_json
 
@@ -73,6 +74,13 @@ def write_summary(file: SampleFile, summary: dict) -> Path:
     return file.summary
 
 
+def rule_numbers(rule: str) -> list[str]:
+    """The fields of SamplingParams that a step rule reads, beside num_steps; none of another way to
+    write."""
+    reads = STEPS[rule].reads if rule in STEPS else ()
+    return [name for name in reads if name != "num_steps"]
+
+
 def lines(summary: dict) -> list[str]:
     """The report as text."""
 
@@ -95,7 +103,7 @@ def lines(summary: dict) -> list[str]:
         )
     facts = {
         "steps": summary["steps"],
-        **{name: summary.get(name) for name in ("k", "confidence", "threshold", "remask_eta")},
+        **{name: summary.get(name) for name in rule_numbers(summary["steps"])},
         "nucleus": summary["nucleus_p"],
         "precision": summary.get("precision"),
         "draws": summary["dtype"],

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from evaluation.judge import Judge, TextScore, describe
 from samplers.params import BLOCKWISE, SamplingParams
 from samplers.request import Sample, TextRequest
-from samplers.steps import STEPS
 from samplers.writing import check, generate
-from sampling.report import RULES, lines, summarise, write_summary
+from sampling.report import RULES, lines, rule_numbers, summarise, write_summary
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory
 from utils import say
@@ -173,7 +172,7 @@ class SamplingRun:
 
     def report_facts(self) -> dict:
         s = self.params
-        reads = STEPS[s.steps].reads if self.algo in BLOCKWISE else ()
+        steps = s.steps if self.algo in BLOCKWISE else self.algo
         return {
             "algo": self.algo,
             "run": self.run_name,
@@ -182,8 +181,8 @@ class SamplingRun:
             "block_size": s.block_size if self.algo == "bamdlm" else None,
             "window": s.window if self.algo == "mdlm" else None,
             "context_size": s.context_size if self.algo in ("bamdlm", "ar") else None,
-            "steps": s.steps if self.algo in BLOCKWISE else self.algo,
-            **{name: getattr(s, name) for name in reads if name != "num_steps"},
+            "steps": steps,
+            **{name: getattr(s, name) for name in rule_numbers(steps)},
             "T": s.num_steps,
             "nucleus_p": s.nucleus_p,
             "nucleus": RULES["nucleus"] if s.nucleus_p < 1 else "none",

@@ -86,7 +86,11 @@ def _hydra(parsed: ParsedOverrides) -> DictConfig:
 def _chosen(groups: tuple[str, ...]) -> DictConfig:
     """The configuration of these groups, before any single setting is changed."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", list(groups))
+        cfg = compose("config", list(groups))
+    for key, leaf in LEAVES.items():
+        if leaf.default is not None and OmegaConf.select(cfg, key) is None:
+            OmegaConf.update(cfg, key, leaf.default, force_add=True)
+    return cfg
 
 
 def _read(cfg: DictConfig) -> tuple[dict, dict[str, str]]:

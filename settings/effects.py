@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 from settings.run_folder import EVALUATES
 from settings.schema import Config
-from settings.tables import algorithms, class_defaults, lr_schedules, step_rules
+from settings.tables import algorithms, class_defaults, lr_schedules, step_numbers, step_rules
 
 
 def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
@@ -91,6 +91,7 @@ def _sampling(config: Config) -> Iterator[str]:
     if not entry["cache"] and sampling.context_size is not None:
         yield f"sampling.context_size has no effect: algo={algo.name} has no blocks to look back on"
     defaults = class_defaults("samplers/params.py", "SamplingParams")
+    defaults |= {name: number["default"] for name, number in step_numbers().items()}
     for key, value in vars(sampling).items():
         readers = [name for name, rule in rules.items() if key in rule.get("reads", ())]
         if readers and key not in reads and value != defaults[key]:

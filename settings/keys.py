@@ -22,6 +22,7 @@ class Leaf:
     hint: object
     doc: str
     limit: Limit | None
+    default: object  # None: configs/ have it
 
 
 def unwrap(hint) -> tuple[object, bool]:

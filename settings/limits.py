@@ -29,6 +29,7 @@ ABOVE_0_UP_TO_1 = Limit("in (0, 1]", lambda value: 0 < value <= 1, 1.0)
 BETWEEN_0_AND_1 = Limit("in (0, 1)", lambda value: 0 < value < 1, 0.5)
 FROM_0_BELOW_1 = Limit("in [0, 1)", lambda value: 0 <= value < 1, 0.0)
 FROM_0_TO_1 = Limit("in [0, 1]", lambda value: 0 <= value <= 1, 0.0)
+BY_WORDS = {limit.words: limit for limit in (AT_LEAST_1, ABOVE_0_UP_TO_1, FROM_0_TO_1)}
 SHARES = Limit("a list of numbers in (0, 1]", lambda value: all(0 < x <= 1 for x in value), [])
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(

@@ -7,7 +7,7 @@ None, settings.load has chosen. A device is a GPU, or a process on a CPU.
 
 # ruff: noqa: RUF009  doc() is dataclasses.field
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 
 from settings.limits import (
     ABOVE_0,
@@ -18,9 +18,9 @@ from settings.limits import (
     BATCHES,
     BATCHES_OR_SHARE,
     BETWEEN_0_AND_1,
+    BY_WORDS,
     DURATION,
     FROM_0_BELOW_1,
-    FROM_0_TO_1,
     SEED,
     SHARES,
     Limit,
@@ -34,9 +34,11 @@ from settings.tables import (
     lr_schedules,
     modes,
     schedules,
+    step_numbers,
     step_rules,
 )
 
+TYPES = {"int": int, "float": float}
 LIKELIHOODS = Limit(
     f"made of {', '.join(likelihoods())}, some with a number, such as iw:8 or threshold:0.9",
     lambda value: bool(value) and all(name.split(":")[0] in likelihoods() for name in value),
@@ -44,9 +46,10 @@ LIKELIHOODS = Limit(
 )
 
 
-def doc(text: str, limit: Limit | None = None):
-    """A required setting: what --help says about it, and what it may be beside its type."""
-    return field(metadata={"doc": text, "limit": limit})
+def doc(text: str, limit: Limit | None = None, default: object = None):
+    """A required setting: what --help says about it, and what it may be beside its type. With
+    `default` it needs no line in configs/."""
+    return field(metadata={"doc": text, "limit": limit, "default": default})
 
 
 def _values(field: str) -> list[str]:
@@ -77,7 +80,7 @@ class Loader:
 
 
 @dataclass
-class Sampling:
+class _Texts:
     num_sample_batches: int = doc(
         "number of batches to sample, of sampling.batch_size texts each", AT_LEAST_1
     )
@@ -98,13 +101,21 @@ class Sampling:
         one_of(*step_rules()),
     )
     confidence: str = doc("how steps=confidence ranks positions", one_of(*confidences()))
-    k: int = doc("tokens that steps=confidence reveals in a step", AT_LEAST_1)
-    threshold: float = doc(
-        "steps=threshold reveals all tokens at least this probable, and always one", ABOVE_0_UP_TO_1
-    )
-    remask_eta: float = doc(
-        "steps=remask: largest probability that a revealed token is masked again", FROM_0_TO_1
-    )
+
+
+_StepNumbers = make_dataclass(  # of the step rules, as samplers/params.py has them
+    "_StepNumbers",
+    [
+        (name, TYPES[n["type"]], doc(n["doc"], BY_WORDS[n["limit"]], n["default"]))
+        for name, n in step_numbers().items()
+    ],
+    bases=(_Texts,),
+    namespace={"__module__": __name__},
+)
+
+
+@dataclass
+class Sampling(_StepNumbers):
     kv_cache: bool = doc("keep keys and values of earlier blocks; exact, for algo=bamdlm and ar")
     context_size: int | None = doc(
         "tokens that a block sees, itself included; a multiple of block_size if a text is longer; "

@@ -6,6 +6,7 @@ takes seconds; a wrong command line is answered before that.
 """
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -44,13 +45,27 @@ def _keywords(entry: ast.expr) -> dict:
     return found
 
 
+def _fields(file: str, name: str) -> Iterator[ast.AnnAssign]:
+    """The annotated fields of the class `name` in `file`."""
+    (found,) = (n for n in _module(file).body if isinstance(n, ast.ClassDef) and n.name == name)
+    return (field for field in found.body if isinstance(field, ast.AnnAssign))
+
+
 def class_defaults(file: str, name: str) -> dict:
     """{field: its literal default} of the class `name` in `file`."""
-    (found,) = (n for n in _module(file).body if isinstance(n, ast.ClassDef) and n.name == name)
     return {
         field.target.id: ast.literal_eval(field.value)
-        for field in found.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant)
+        for field in _fields(file, name)
+        if isinstance(field.value, ast.Constant)
+    }
+
+
+def step_numbers() -> dict[str, dict]:
+    """{field: its type, default, limit and doc} of the numbers of step rules: sampling.NAME."""
+    return {
+        field.target.id: {"type": ast.unparse(field.annotation)} | _keywords(field.value)
+        for field in _fields("samplers/params.py", "SamplingParams")
+        if isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "rule_number"
     }
 
 

@@ -80,7 +80,7 @@ def runs(folder: Path, stories: Path) -> list[list[str]]:
     return [
         [*words, "noise=sine", f"checkpointing.save_dir={trained}"],
         [*words, "algo=unweighted", "model.attn_backend=plain", f"checkpointing.save_dir={folder}"],
-        [*words, *sample, "sampling.steps=surest_half", "sampling.batch_size=1"],
+        [*words, *sample, "sampling.steps=surest", "sampling.share=0.3", "sampling.batch_size=1"],
         [*others, *corpus, "mode=prepare"],
         [*words, "mode=count"],
     ]
@@ -100,7 +100,15 @@ def test_each_thing_takes_two_files_and_a_test():
 
 def test_every_new_setting_is_in_the_help(extended):
     text = " ".join(extended[0]["help"].split())
-    for part in (" sine", " surest_half", " unweighted", " tinystories", " plain", "mode=count"):
+    for part in (
+        " sine",
+        " surest",
+        " sampling.share=0.5",
+        " unweighted",
+        " tinystories",
+        " plain",
+        "mode=count",
+    ):
         assert part in text, part
 
 

@@ -1,6 +1,6 @@
 """A row of the CSV belongs to the weights, settings and judge it was made with."""
 
-from dataclasses import fields
+from dataclasses import fields, make_dataclass, replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import settings
 from checkpointing.layouts import Checkpoint
 from modes.sample_eval import sampling_run_id
 from modes.sampling_params import sampling_params
-from samplers.params import SamplingParams
+from samplers.params import SamplingParams, rule_number
 from samplers.steps import STEPS
 
 WANTED = SamplingParams(length=8, bos_id=0, eos_id=0)
@@ -62,6 +62,21 @@ def test_a_step_rule_reads_numbers_that_are_settings():
     for rule in STEPS.values():
         assert set(rule.reads) <= known
         assert set(rule.reads) - {"num_steps"} <= vars(config.sampling).keys()
+
+
+def test_a_new_number_leaves_the_names_of_older_runs(monkeypatch):
+    """It is part of the name only where the step rule reads it."""
+    jump = rule_number(default=3, limit="at least 1", doc="tokens passed over")
+    later = make_dataclass("Later", [("jump", int, jump)], bases=(SamplingParams,), frozen=True)
+    wanted = later(length=8, bos_id=0, eos_id=0)
+    assert name(wanted=wanted) == name(wanted=replace(wanted, jump=4)) == name()
+    monkeypatch.setitem(STEPS, wanted.steps, replace(STEPS[wanted.steps], reads=("jump",)))
+    names = {name(wanted=wanted), name(wanted=replace(wanted, jump=4)), name()}
+    assert len(names) == 3
+    assert list(wanted.problems("bamdlm", ())) == []
+    assert list(replace(wanted, jump=0).problems("bamdlm", ())) == [
+        "sampling.jump=0 must be at least 1"
+    ]
 
 
 def test_the_name_of_a_run_stays_over_versions_of_the_code():

@@ -1,6 +1,7 @@
 """The tables that the settings read from source are those that the code uses."""
 
 import importlib
+from dataclasses import fields
 
 import pytest
 
@@ -8,6 +9,7 @@ from data.corpora import CORPORA
 from models.attention import BACKENDS
 from noise_schedule import SCHEDULES
 from objectives.algorithms import get_algorithm
+from samplers.params import RANGES, SamplingParams
 from samplers.steps import CONFIDENCES, STEPS
 from settings import tables
 from settings.keys import LEAVES, choices
@@ -33,6 +35,21 @@ def test_a_table_read_from_source_is_the_one_imported(read, imported):
         for keyword, value in keywords.items():
             if keyword in vars(imported[name]):  # else the entry is made by a function
                 assert getattr(imported[name], keyword) == value
+
+
+def test_the_numbers_of_step_rules_are_the_settings_of_that_name():
+    found = {field.name: field for field in fields(SamplingParams) if field.metadata}
+    assert tables.step_numbers().keys() == found.keys() >= {"k", "threshold", "remask_eta"}
+    for name, field in found.items():
+        leaf = LEAVES[f"sampling.{name}"]
+        assert (leaf.hint, leaf.default, leaf.doc, leaf.limit.words) == (
+            field.type,
+            field.default,
+            field.metadata["doc"],
+            field.metadata["limit"],
+        )
+        for value in (-1, 0, 0.5, 1, 1.5, 2):
+            assert leaf.limit.holds(value) == RANGES[leaf.limit.words](value)
 
 
 def test_literal_keywords_are_read_and_others_left_out():
