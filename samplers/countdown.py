@@ -16,7 +16,7 @@ AHEAD = 1  # evaluations that may be queued behind the last one whose numbers ha
 
 
 class Countdown:
-    """Hidden positions of each row after 0, 1, 2 … evaluations."""
+    """Masked positions of each row after 0, 1, 2 … evaluations."""
 
     def __init__(self, left: list[int]):
         self.known = [left]

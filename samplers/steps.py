@@ -87,7 +87,7 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
     p, steps = times(params), params.num_steps
     masked = torch.ones(len(keys), dtype=torch.bool)
     drawn = torch.zeros_like(position)
-    revealed, hidden_again = [], []  # (index, step, drawn before), (index, step)
+    revealed, masked_again = [], []  # (index, step, drawn before), (index, step)
     for i in range(steps):
         chances = remask_chances(p[i], p[i + 1], params.remask_eta)
         reveal_chance, hide_chance = (1, 0) if i == steps - 1 else chances
@@ -97,10 +97,10 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
         masked = (masked & ~shown) | again
         index, back = shown.nonzero()[:, 0], again.nonzero()[:, 0]
         revealed.append(torch.stack([index, torch.full_like(index, i), drawn[index]]))
-        hidden_again.append(torch.stack([back, torch.full_like(back, i)]))
+        masked_again.append(torch.stack([back, torch.full_like(back, i)]))
         drawn = drawn + shown
     index, step, before = torch.cat(revealed, 1)
-    back, back_step = torch.cat(hidden_again, 1)
+    back, back_step = torch.cat(masked_again, 1)
     shown_row, back_row = row[index], row[back]
     asked = (shown_row * steps + step).unique()
     evaluation = asked_until(shown_row, step, asked, steps) - 1

@@ -1,6 +1,6 @@
 """Prompts: from a file or a line to the ids that a text begins with.
 
-BOS comes first. Where gaps are to be filled, `[MASK]` stands for one hidden token, `[MASK][MASK]`
+BOS comes first. Where gaps are to be filled, `[MASK]` stands for one masked token, `[MASK][MASK]`
 (with or without spaces between) for two; the space before a run belongs to the run, as in GPT-2's
 words.
 """
@@ -49,7 +49,7 @@ def _record(line: str, path: Path, number: int) -> str:
 def encode_prompts(
     prompts: Sequence[str], tokenizer, *, infill: bool, length: int, context_size: int
 ) -> list[tuple[int, ...]]:
-    """Ids of each prompt, BOS first; with `infill` hidden tokens where `[MASK]` stands.
+    """Ids of each prompt, BOS first; with `infill` masked tokens where `[MASK]` stands.
 
     length: tokens of a text; context_size: tokens that are visible at once.
     """

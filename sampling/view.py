@@ -30,8 +30,8 @@ PAGE = Path(__file__).with_name("page.html")
 LINE_SECONDS = 15  # between lines in a log file
 SHOWN_TOKENS = 600  # of a text in the terminal
 SHOWN_ROWS = 3
-HIDDEN, FRESH, SETTLED = "hidden", "fresh", "settled"
-STYLES = {HIDDEN: "dim", FRESH: "bold black on yellow", SETTLED: ""}
+MASKED, FRESH, SETTLED = "masked", "fresh", "settled"
+STYLES = {MASKED: "dim", FRESH: "bold black on yellow", SETTLED: ""}
 
 
 class Progress:
@@ -85,11 +85,11 @@ class Progress:
 def pieces(
     tokens: list[int], before: list[int] | None, mask_id: int
 ) -> list[tuple[str, list[int]]]:
-    """Runs of (state, ids): hidden, fresh since `before`, settled."""
+    """Runs of (state, ids): masked, fresh since `before`, settled."""
     runs = []
     for i, token in enumerate(tokens):
         if token == mask_id:
-            state = HIDDEN
+            state = MASKED
         elif before is not None and before[i] != token:
             state = FRESH
         else:
@@ -135,7 +135,7 @@ class Show:
         before = None if before is None else before[start:stop]
         text = Text()
         for state, ids in pieces(tokens[start:stop], before, mask):
-            shown = "░" * len(ids) if state == HIDDEN else self.tokenizer.decode(ids)
+            shown = "░" * len(ids) if state == MASKED else self.tokenizer.decode(ids)
             text.append(shown, style=STYLES[state])
         return text
 
@@ -148,7 +148,7 @@ class Trajectory:
         self.row, self.about = row, about
         self.given: list[list] = []  # [position, piece] that were there before the first evaluation
         self.last: list[int] | None = None
-        self.steps: list[list[list]] = []  # per evaluation: [position, piece or None for hidden]
+        self.steps: list[list[list]] = []  # per evaluation: [position, piece or None for masked]
 
     def __enter__(self):
         return self

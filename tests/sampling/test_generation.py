@@ -28,7 +28,7 @@ from sampling import run as generation
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import SamplingRun, run_id
 from sampling.sample_file import COLUMNS, SampleFile, SampleRow, complete
-from sampling.view import FRESH, HIDDEN, SETTLED, Progress, Show, Trajectory, pieces
+from sampling.view import FRESH, MASKED, SETTLED, Progress, Show, Trajectory, pieces
 
 TOKENIZER = get_tokenizer(str(GOLDEN / "tokenizer"))
 BOS, EOS, MASK = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.mask_id
@@ -450,11 +450,11 @@ def test_a_file_of_something_else_is_not_touched(tmp_path):
 # looking on
 
 
-def test_runs_of_tokens_are_hidden_fresh_or_settled():
+def test_runs_of_tokens_are_masked_fresh_or_settled():
     assert pieces([5, 6, MASK, 7], [5, MASK, MASK, MASK], MASK) == [
         (SETTLED, [5]),
         (FRESH, [6]),
-        (HIDDEN, [MASK]),
+        (MASKED, [MASK]),
         (FRESH, [7]),
     ]
 
@@ -548,15 +548,15 @@ def test_the_page_replays_in_a_browser(tmp_path):
         check=True,
     ).stdout
     body = found.split("<body>")[1].split("</body>")[0].strip()
-    end, whole, third, start, hidden = json.loads(base64.b64decode(body))
+    end, whole, third, start, masked = json.loads(base64.b64decode(body))
     steps = end.split(" of ")[1].split(",")[0]
-    assert end == f"evaluation {steps} of {steps}, 0 tokens hidden"
+    assert end == f"evaluation {steps} of {steps}, 0 tokens masked"
     # a character spread over two tokens shows as two unknown ones
     assert whole.encode("ascii", "ignore") == text.encode("ascii", "ignore")
     assert third.startswith(f"evaluation 3 of {steps}, ")
-    assert start == f"evaluation 0 of {steps}, {steps} tokens hidden"
-    assert hidden.startswith("<|endoftext|>the </script> work")
-    assert hidden.count("░") == int(steps)
+    assert start == f"evaluation 0 of {steps}, {steps} tokens masked"
+    assert masked.startswith("<|endoftext|>the </script> work")
+    assert masked.count("░") == int(steps)
 
 
 def test_a_trajectory_can_be_recorded_by_hand(tmp_path):
