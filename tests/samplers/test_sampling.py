@@ -128,19 +128,21 @@ def texts(samples):
 @pytest.mark.parametrize("steps", list(STEPS))
 @pytest.mark.parametrize(("algo", "cached"), [("bamdlm", False), ("bamdlm", True), ("mdlm", False)])
 def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
-    params = SMALL | {"kv_cache": cached, "steps": steps, "k": 2, "threshold": 0.3}
-    runs = [write(algo, network(algo), 8, batch_size=b, **params) for b in (1, 3, 8)]
+    params = SMALL | {"length": 16, "kv_cache": cached, "steps": steps, "k": 2, "threshold": 0.3}
+    denoise = network(algo)
+    runs = [write(algo, denoise, 5, batch_size=b, **params) for b in (1, 2, 5)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
-    assert len({tuple(text) for text in texts(runs[0])}) == 8
+    assert len({tuple(text) for text in texts(runs[0])}) == 5
     assert [s.nfe for s in runs[0]] == [s.nfe for s in runs[1]] == [s.nfe for s in runs[2]]
 
 
 @pytest.mark.parametrize(("algo", "cached"), [("ar", False), ("ar", True), ("sedd", False)])
 def test_nor_with_ar_and_sedd(algo, cached):
-    params = SMALL | {"kv_cache": cached}
-    runs = [write(algo, network(algo), 8, batch_size=b, **params) for b in (1, 3, 8)]
+    params = SMALL | {"length": 16, "kv_cache": cached}
+    denoise = network(algo)
+    runs = [write(algo, denoise, 5, batch_size=b, **params) for b in (1, 2, 5)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
-    assert len({tuple(text) for text in texts(runs[0])}) == 8
+    assert len({tuple(text) for text in texts(runs[0])}) == 5
 
 
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
@@ -172,18 +174,17 @@ def ragged(seed=0, longest=22):
     ]
 
 
-@pytest.mark.parametrize("batch", [2, 7])
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("algo", ALGOS)
-def test_prompts_of_any_length_share_a_batch_and_never_change(algo, cached, batch):
-    if cached and algo in ("mdlm", "sedd"):
-        pytest.skip("no cache")
+@pytest.mark.parametrize(
+    ("algo", "cached"), [*((algo, False) for algo in ALGOS), ("bamdlm", True), ("ar", True)]
+)
+def test_prompts_of_any_length_share_a_batch_and_never_change(algo, cached):
     params = SMALL | {"kv_cache": cached, "context_size": 24}
-    requests = ragged()
-    together = write(algo, network(algo), requests, batch_size=batch, **params)
-    alone = write(algo, network(algo), requests, batch_size=1, **params)
-    assert texts(together) == texts(alone)
-    for sample, request in zip(together, requests, strict=True):
+    requests, denoise = ragged(), network(algo)
+    alone = write(algo, denoise, requests, batch_size=1, **params)
+    for batch in (2, 7):
+        together = write(algo, denoise, requests, batch_size=batch, **params)
+        assert texts(together) == texts(alone)
+    for sample, request in zip(alone, requests, strict=True):
         assert tuple(sample.tokens[: len(request.tokens)].tolist()) == request.tokens
         assert len(sample.tokens) == SMALL["length"]
         assert (sample.tokens != MASK).all()
@@ -200,12 +201,10 @@ def test_with_a_cache_the_text_is_the_same(algo):
 def test_cached_rows_that_come_late_see_no_trace_of_others_past_the_window(algo):
     """Prompts longer than two blocks enter while others are far past the window of 12."""
     requests = [*ragged(longest=12), TextRequest(9, ragged(1)[5].tokens[:11])]
-    params = SMALL | {"length": 40, "kv_cache": True}
-    alone = write(algo, network(algo), requests, batch_size=1, **params)
+    params, denoise = SMALL | {"length": 28, "kv_cache": True}, network(algo)
+    alone = texts(write(algo, denoise, requests, batch_size=1, **params))
     for batch in (2, 3):
-        assert texts(write(algo, network(algo), requests, batch_size=batch, **params)) == texts(
-            alone
-        )
+        assert texts(write(algo, denoise, requests, batch_size=batch, **params)) == alone
 
 
 class Recording:
@@ -373,7 +372,7 @@ def test_a_perfect_next_token_denoiser_returns_its_text(cached):
     assert texts(write("ar", table, 2, **params)) == [GOOD_TEXT] * 2
 
 
-@pytest.mark.parametrize("length", [4, 8, 20, 52])
+@pytest.mark.parametrize("length", [4, 8, 28])
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
 def test_any_length_is_written_exactly(algo, length):
     samples = write(algo, network(algo), 2, **SMALL | {"length": length})
@@ -425,7 +424,7 @@ def test_the_plan_of_remasking_is_its_chain():
     row = torch.tensor([0] * 4 + [2] * 7)
     position = torch.cat([torch.arange(8, 12), torch.arange(20, 27)])
     most = 0
-    for seed in range(20):
+    for seed in range(8):
         keys = fold(row_keys(seed, [0, 1, 2], [1] * 3)[row], position)
         plan = STEPS["remask"].plan(keys, row, position, params)
         wanted = remasked_step_by_step(keys, row, position, params)
@@ -514,16 +513,16 @@ def test_ar_cannot_fill_gaps():
 # stopping
 
 
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
+@pytest.mark.parametrize(
+    ("algo", "cached"),
+    [("bamdlm", False), ("bamdlm", True), ("mdlm", False), ("ar", False), ("ar", True)],
+)
 def test_rows_that_end_leave_and_others_take_their_place(algo, cached):
-    if cached and algo == "mdlm":
-        pytest.skip("no cache")
-    params = SMALL | {"length": 60, "var_length": True, "eos_id": 3, "kv_cache": cached}
+    params = SMALL | {"length": 40, "var_length": True, "eos_id": 3, "kv_cache": cached}
     denoise = network(algo)
-    alone = write(algo, denoise, 12, batch_size=1, **params)
+    alone = write(algo, denoise, 8, batch_size=1, **params)
     assert len({len(s.tokens) for s in alone}) > 3
-    together = write(algo, denoise, 12, batch_size=5, **params)  # places change hands and go
+    together = write(algo, denoise, 8, batch_size=3, **params)  # places change hands and go
     assert texts(together) == texts(alone)
     assert [s.nfe for s in together] == [s.nfe for s in alone]
     for sample in alone:
@@ -532,7 +531,7 @@ def test_rows_that_end_leave_and_others_take_their_place(algo, cached):
         assert (sample.stopped == "eos") == (ids[-1] == 3 and len(ids) > 1)
         if algo == "ar":
             assert sample.nfe == len(ids) - 1
-    free = write(algo, denoise, 12, **params | {"var_length": False, "batch_size": 12})
+    free = write(algo, denoise, 8, **params | {"var_length": False, "batch_size": 8})
     for long, short in zip(free, alone, strict=True):
         assert long.tokens[: len(short.tokens)].tolist() == short.tokens.tolist()
 
