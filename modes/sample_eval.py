@@ -15,7 +15,7 @@ from noise_schedule import get_schedule
 from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
 from samplers.steps import STEPS
 from sampling.prompts import encode_prompts, read_prompts
-from sampling.run import SamplingRun, run_id, visible_tokens
+from sampling.run import Model, Output, SamplingRun, Texts, run_id, visible_tokens
 from sampling.sample_file import SampleFile
 from settings import Config
 from training.flops import matmul_dtype
@@ -30,32 +30,35 @@ def prepare(config: Config) -> Callable[[], None]:
     if config.trainer.precision.endswith("-mixed"):
         module.backbone.freeze(matmul_dtype(config.trainer.precision))
     prompts = sampling_prompts(config, tokenizer, wanted)
-    file = SampleFile(config.sampling.logdir)
+    sampling = config.sampling
+    file = SampleFile(sampling.logdir)
     file.check()
     judge = build_judge(config, tokenizer)
     fabric.launch()
     made = SamplingRun(
-        algo=config.algo.name,
-        denoise=module.objective.denoiser(module.to(fabric.device).eval().backbone),
-        tokenizer=tokenizer,
-        params=wanted,
-        num_samples=config.sampling.num_sample_batches * config.sampling.batch_size,
-        file=file,
-        run_name=sampling_run_id(config, checkpoint, wanted),
-        prompts=prompts,
-        infill=config.sampling.infill,
+        Model(
+            config.algo.name,
+            module.objective.denoiser(module.to(fabric.device).eval().backbone),
+            tokenizer,
+            wanted,
+            fabric.device,
+        ),
+        Texts(sampling.num_sample_batches * sampling.batch_size, prompts, sampling.infill),
+        Output(
+            file,
+            sampling_run_id(config, checkpoint, wanted),
+            show=sampling.show,
+            trajectory=sampling.trajectory,
+            about={
+                "checkpoint": config.eval.checkpoint_path,
+                "ema": not config.eval.disable_ema,
+                "precision": config.trainer.precision,
+                "judge": config.eval.gen_ppl_eval_model_name_or_path,
+            },
+        ),
         judge=judge,
-        device=fabric.device,
         rank=fabric.global_rank,
         ranks=fabric.world_size,
-        about={
-            "checkpoint": config.eval.checkpoint_path,
-            "ema": not config.eval.disable_ema,
-            "precision": config.trainer.precision,
-            "judge": config.eval.gen_ppl_eval_model_name_or_path,
-        },
-        show=config.sampling.show,
-        trajectory=config.sampling.trajectory,
     )
 
     def run() -> None:

@@ -22,11 +22,11 @@ from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.algorithms import ObjectiveSettings, build_objective
 from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
-from samplers.request import Sample, TextRequest
+from samplers.request import Sample
 from samplers.writing import check, generate
 from sampling.prompts import encode_prompts
 from sampling.reading import Reading
-from sampling.run import visible_tokens
+from sampling.run import Model, Texts, visible_tokens
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,8 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Writer(Reading):
+class Writer(Model, Reading):
     """A loaded model. `params` are what `generate` starts from."""
-
-    algo: str
-    denoise: object
-    tokenizer: Tokenizer
-    params: SamplingParams
-    device: object = "cpu"
 
     def generate(
         self,
@@ -69,9 +63,8 @@ class Writer(Reading):
             length=params.length,
             context_size=visible_tokens(self.algo, params),
         )
-        requests = [
-            TextRequest(i, ids, len(ids) if infill else None) for i, ids in enumerate(found)
-        ]
+        texts = Texts(len(found), found, infill)
+        requests = [texts.request(row, params.bos_id) for row in range(texts.count)]
         groups = generate(
             self.algo, self.denoise, requests, params, device=self.device, watch=watch
         )

@@ -3,12 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from evaluation.judge import TextScore, corpus_perplexity
 from samplers.steps import STEPS
-from sampling.sample_file import SampleFile, SampleRow
-from utils import write_json
+from sampling.sample_file import SampleRow
 
 RULES = {
     "nucleus": "tokens whose cumulative probability including their own is <= p, always the first",
@@ -67,11 +65,6 @@ def _mean(values: Sequence[float]) -> float:
 def _figure(value: float) -> float | None:
     """JSON has no nan."""
     return None if math.isnan(value) else value
-
-
-def write_summary(file: SampleFile, summary: dict) -> Path:
-    write_json(file.summary, summary)
-    return file.summary
 
 
 def rule_numbers(rule: str) -> list[str]:

@@ -12,16 +12,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from evaluation.judge import Judge, TextScore, describe
+from data.tokenizer import Tokenizer
+from evaluation.judge import Judge, describe
 from samplers.params import BLOCKWISE, SamplingParams
 from samplers.request import Sample, TextRequest
 from samplers.writing import check, generate
-from sampling.report import RULES, lines, rule_numbers, summarise, write_summary
+from sampling.report import RULES, lines, rule_numbers, summarise
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory
-from utils import say
+from utils import say, write_json
 
 
 def run_id(*parts: object) -> str:
@@ -35,152 +36,171 @@ def visible_tokens(algo: str, params: SamplingParams) -> int:
 
 
 @dataclass(frozen=True)
-class SamplingRun:
-    """A sampling run that was checked; `run()` does what is missing of it."""
+class Model:
+    """What writes: a denoiser with its tokenizer, and how it is asked."""
 
     algo: str
-    denoise: Callable
-    tokenizer: object  # decode, bos_id, eos_id, mask_id
+    denoise: Callable  # see samplers/writing.py
+    tokenizer: Tokenizer
     params: SamplingParams
-    num_samples: int
-    file: SampleFile
-    run_name: str
+    device: object = "cpu"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to write: texts number 0 .. count - 1."""
+
+    count: int
     prompts: Sequence[
         tuple[int, ...]
-    ] = ()  # ids, BOS first; row r has prompt r modulo their number
-    infill: bool = False
-    judge: Judge | None = None
-    device: object = "cpu"
-    rank: int = 0
-    ranks: int = 1
-    about: dict | None = None  # more for the report: checkpoint, precision …
-    show: bool = False
-    trajectory: str | None = None
+    ] = ()  # ids, BOS first; text r has prompt r modulo their number
+    infill: bool = False  # fill the gaps of the prompts
 
-    def __post_init__(self):
-        check(self.params, self.algo, self.infill)
-        if self.num_samples < 1:
-            raise ValueError(
-                f"sampling.num_sample_batches leaves {self.num_samples} texts to write"
-            )
-        if not 0 <= self.rank < self.ranks:
-            raise ValueError(f"rank {self.rank} is not one of {self.ranks} processes")
-        self.file.check()
-
-    def request(self, row: int) -> TextRequest:
+    def request(self, row: int, bos_id: int) -> TextRequest:
+        """What the sampler is given for text `row`; without prompts BOS alone."""
         if not self.prompts:
-            return TextRequest(row, (self.params.bos_id,))
+            return TextRequest(row, (bos_id,))
         tokens = self.prompts[row % len(self.prompts)]
         return TextRequest(row, tokens, total=len(tokens) if self.infill else None)
 
+
+@dataclass(frozen=True)
+class Output:
+    """Where the texts go, and what is shown of them on the way."""
+
+    file: SampleFile
+    run: str  # name of the run, see run_id
+    show: bool = False  # in the terminal, as they are denoised
+    trajectory: str | None = None  # a page that replays the first of them
+    about: dict = field(default_factory=dict)  # more for the report: checkpoint, precision …
+
+
+@dataclass(frozen=True)
+class SamplingRun:
+    """A sampling run that was checked; `run()` does what is missing of it."""
+
+    model: Model
+    texts: Texts
+    output: Output
+    judge: Judge | None = None
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self):
+        check(self.model.params, self.model.algo, self.texts.infill)
+        if self.texts.count < 1:
+            raise ValueError(
+                f"sampling.num_sample_batches leaves {self.texts.count} texts to write"
+            )
+        if not 0 <= self.rank < self.ranks:
+            raise ValueError(f"rank {self.rank} is not one of {self.ranks} processes")
+        self.output.file.check()
+
     def missing(self) -> list[int]:
         """Rows of this process that are not in the file."""
-        done = self.file.rows(self.run_name)
-        return [r for r in range(self.rank, self.num_samples, self.ranks) if r not in done]
+        done = self.output.file.rows(self.output.run)
+        return [r for r in range(self.rank, self.texts.count, self.ranks) if r not in done]
 
     def run(self) -> dict | None:
         """Write the missing texts. Returns the report if all rows of the run are there, else
         None.
         """
-        missing = self.missing()
+        missing, path = self.missing(), self.output.file.path
         if missing:
             self._write(missing)
         else:
-            say(f"{self.file.path} has all {self.num_samples} texts of this run: nothing to do")
-            if self.show or self.trajectory is not None:
-                say("nothing is shown or recorded either: name another sampling.logdir or seed")
+            say(f"{path} has all {self.texts.count} texts of this run: nothing to do")
+            if self.output.show or self.output.trajectory is not None:
+                say(
+                    "nothing is shown or recorded: choose another sampling.logdir or seed to write"
+                    " new texts"
+                )
         return self._report()
 
     def cache_bytes(self) -> int:
         """Memory of the cache, known before the run: a ring of context + one block per text."""
-        if not self.params.kv_cache:
+        params, denoise = self.model.params, self.model.denoise
+        if not params.kv_cache:
             return 0
-        size = self.denoise.block_size
-        slots = self.params.context_size + size
-        texts = min(self.params.batch_size, self.num_samples)
-        return self.denoise.new_cache(1, size).bytes // (2 * size) * slots * texts
+        size = denoise.block_size
+        texts = min(params.batch_size, self.texts.count)
+        return denoise.new_cache(1, size).bytes // (2 * size) * (params.context_size + size) * texts
 
     def _write(self, missing: list[int]) -> None:
-        if self.params.kv_cache:
+        """From prompts to rows of the file: generate, judge, add."""
+        model, params = self.model, self.model.params
+        if params.kv_cache:
             say(
-                f"cache: {self.cache_bytes() / 2**20:,.1f} MiB for {self.params.batch_size} texts"
-                f" of {self.params.context_size} visible tokens"
+                f"the cache takes {self.cache_bytes() / 2**20:,.1f} MiB for {params.batch_size}"
+                f" texts of {params.context_size} visible tokens"
             )
         started, process = time.monotonic(), f"{os.getpid()}-{time.time_ns()}"
         with ExitStack() as stack:
-            shown = self.rank == 0 and not self.show
-            progress = stack.enter_context(Progress(len(missing), self.params, enabled=shown))
+            shown = self.rank == 0 and not self.output.show
+            progress = stack.enter_context(Progress(len(missing), params, enabled=shown))
             watchers = [stack.enter_context(view) for view in self._views(missing)]
             groups = generate(
-                self.algo,
-                self.denoise,
-                map(self.request, missing),
-                self.params,
-                device=self.device,
+                model.algo,
+                model.denoise,
+                (self.texts.request(row, params.bos_id) for row in missing),
+                params,
+                device=model.device,
                 watch=(lambda frame: [w(frame) for w in watchers]) if watchers else None,
                 tick=progress.tick,
             )
             for samples in groups:
-                if not samples:
-                    continue
-                for rows, part in self._scored(samples):
-                    note = {
-                        "process": process,
-                        "rank": self.rank,
-                        "seconds": time.monotonic() - started,
-                        "rows": len(rows),
-                        "tokens": sum(s.written for s in part),
-                        "nfes": sum(s.nfe for s in part),
-                        "tries": sum(s.tries for s in part),
-                        "rejected": sum(s.rejected for s in part),
-                        "stopped": Counter(s.stopped for s in part),
-                    }
-                    self.file.add(rows, note)
+                size = self.judge.batch_size if self.judge else len(samples)
+                for first in range(0, len(samples), max(1, size)):
+                    part = samples[first : first + size]
+                    rows = self._rows(part)
+                    seconds = time.monotonic() - started
+                    note = {"process": process, "rank": self.rank, "seconds": seconds}
+                    self.output.file.add(rows, note | totals(part))
                     progress.done(len(rows))
 
-    def _views(self, missing: list[int]) -> Iterator:
-        if self.show and self.rank == 0:
-            yield Show(self.tokenizer)
-        if self.trajectory is not None and self.rank == 0:
+    def _views(self, missing: list[int]) -> Iterator[Show | Trajectory]:
+        output, tokenizer = self.output, self.model.tokenizer
+        if output.show and self.rank == 0:
+            yield Show(tokenizer)
+        if output.trajectory is not None and self.rank == 0:
             yield Trajectory(
-                self.trajectory, self.tokenizer, row=missing[0], about=self.report_facts()
+                output.trajectory, tokenizer, row=missing[0], about=self.report_facts()
             )
 
-    def _scored(self, samples: list[Sample]) -> Iterator[tuple[list[SampleRow], list[Sample]]]:
-        """Rows as soon as they are judged, in groups of the judge's batch."""
-        size = self.judge.batch_size if self.judge else len(samples)
-        for first in range(0, len(samples), size):
-            part = samples[first : first + size]
-            texts = [self.tokenizer.decode(s.tokens.tolist()) for s in part]
-            if self.judge is None:
-                scores = [describe(s.tokens, self.params.eos_id) for s in part]
-            else:
-                scores = self.judge.score(texts)
-            yield [self._row(*found) for found in zip(part, texts, scores, strict=True)], part
-
-    def _row(self, sample: Sample, text: str, score: TextScore) -> SampleRow:
-        return SampleRow(
-            gen_ppl=None if self.judge is None else score.perplexity,
-            gen_nfes=sample.nfe,
-            gen_entropy=score.entropy,
-            gen_lengths=score.tokens,
-            samples=text,
-            seed=self.params.seed,
-            row=sample.row,
-            run=self.run_name,
-        )
+    def _rows(self, samples: list[Sample]) -> list[SampleRow]:
+        """One row of the file for each sample, with the figures of its text."""
+        params = self.model.params
+        texts = [self.model.tokenizer.decode(s.tokens.tolist()) for s in samples]
+        if self.judge is None:
+            scores = [describe(s.tokens, params.eos_id) for s in samples]
+        else:
+            scores = self.judge.score(texts)
+        return [
+            SampleRow(
+                gen_ppl=None if self.judge is None else score.perplexity,
+                gen_nfes=sample.nfe,
+                gen_entropy=score.entropy,
+                gen_lengths=score.tokens,
+                samples=text,
+                seed=params.seed,
+                row=sample.row,
+                run=self.output.run,
+            )
+            for sample, text, score in zip(samples, texts, scores, strict=True)
+        ]
 
     def report_facts(self) -> dict:
-        s = self.params
-        steps = s.steps if self.algo in BLOCKWISE else self.algo
+        """The settings that decide the texts, as the report has them."""
+        algo, s = self.model.algo, self.model.params
+        steps = s.steps if algo in BLOCKWISE else algo
         return {
-            "algo": self.algo,
-            "run": self.run_name,
+            "algo": algo,
+            "run": self.output.run,
             "seed": s.seed,
             "length": s.length,
-            "block_size": s.block_size if self.algo == "bamdlm" else None,
-            "window": s.window if self.algo == "mdlm" else None,
-            "context_size": s.context_size if self.algo in ("bamdlm", "ar") else None,
+            "block_size": s.block_size if algo == "bamdlm" else None,
+            "window": s.window if algo == "mdlm" else None,
+            "context_size": s.context_size if algo in ("bamdlm", "ar") else None,
             "steps": steps,
             **{name: getattr(s, name) for name in rule_numbers(steps)},
             "T": s.num_steps,
@@ -190,20 +210,33 @@ class SamplingRun:
             "kv_cache": s.kv_cache,
             "var_length": s.var_length,
             "reject_low_entropy": s.reject_low_entropy,
-            "prompts": len(self.prompts),
-            "infill": self.infill,
+            "prompts": len(self.texts.prompts),
+            "infill": self.texts.infill,
             "ranks": self.ranks,
-            **(self.about or {}),
+            **self.output.about,
         }
 
     def _report(self) -> dict | None:
-        rows = self.file.rows(self.run_name)
-        rows = [rows[r] for r in range(self.num_samples) if r in rows]
-        if len(rows) < self.num_samples:
+        file = self.output.file
+        rows = file.rows(self.output.run)
+        rows = [rows[r] for r in range(self.texts.count) if r in rows]
+        if len(rows) < self.texts.count:
             return None  # another process is still writing; the last one reports
-        summary = summarise(rows, self.file.notes(self.run_name), self.report_facts())
-        path = write_summary(self.file, summary)
+        summary = summarise(rows, file.notes(self.output.run), self.report_facts())
+        write_json(file.summary, summary)
         for line in lines(summary):
             print(line, flush=True)
-        print(f"texts: {self.file.path}; report: {path}", flush=True)
+        print(f"texts: {file.path}; report: {file.summary}", flush=True)
         return summary
+
+
+def totals(samples: Sequence[Sample]) -> dict:
+    """What the columns of the file cannot hold of these samples, summed over them."""
+    return {
+        "rows": len(samples),
+        "tokens": sum(s.written for s in samples),
+        "nfes": sum(s.nfe for s in samples),
+        "tries": sum(s.tries for s in samples),
+        "rejected": sum(s.rejected for s in samples),
+        "stopped": Counter(s.stopped for s in samples),
+    }

@@ -4,7 +4,6 @@ command.
 
 import base64
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -26,7 +25,7 @@ from samplers.params import SamplingParams
 from samplers.request import Frame
 from sampling import run as generation
 from sampling.prompts import encode_prompts, read_prompts
-from sampling.run import SamplingRun, run_id
+from sampling.run import Model, Output, SamplingRun, Texts, run_id
 from sampling.sample_file import COLUMNS, SampleFile, SampleRow, complete
 from sampling.view import FRESH, MASKED, SETTLED, Progress, Show, Trajectory, pieces
 
@@ -44,21 +43,33 @@ def params(**changes):
     return SamplingParams(**{"bos_id": BOS, "eos_id": EOS, **base, **changes})
 
 
-def job(folder, *, run="a", num_samples=5, algo="bamdlm", changes=None, **more):
+def job(
+    folder,
+    *,
+    run="a",
+    num_samples=5,
+    algo="bamdlm",
+    changes=None,
+    denoise=None,
+    prompts=(),
+    infill=False,
+    judge=None,
+    rank=0,
+    ranks=1,
+    **output,
+):
     return SamplingRun(
-        algo=algo,
-        denoise=model(algo),
-        tokenizer=TOKENIZER,
-        params=params(**(changes or {})),
-        num_samples=num_samples,
-        file=SampleFile(Path(folder) / "samples"),
-        run_name=run,
-        **more,
+        Model(algo, denoise or model(algo), TOKENIZER, params(**(changes or {}))),
+        Texts(num_samples, prompts, infill),
+        Output(SampleFile(Path(folder) / "samples"), run, **output),
+        judge,
+        rank,
+        ranks,
     )
 
 
 def read(job):
-    with open(job.file.path, newline="") as file:
+    with open(job.output.file.path, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -68,7 +79,7 @@ def finished(job):
 
 
 def by_row(job):
-    return sorted((int(r["row"]), r["samples"]) for r in read(job) if r["run"] == job.run_name)
+    return sorted((int(r["row"]), r["samples"]) for r in read(job) if r["run"] == job.output.run)
 
 
 # the file
@@ -148,19 +159,19 @@ def test_an_interrupted_run_is_completed_by_the_same_command(tmp_path, monkeypat
     assert one.missing() == [2, 3, 4]
     assert one.run() is not None
     assert by_row(one) == by_row(whole)
-    before = one.file.path.read_bytes()
+    before = one.output.file.path.read_bytes()
     assert one.run()["rows"] == 5
-    assert one.file.path.read_bytes() == before
+    assert one.output.file.path.read_bytes() == before
 
 
 def test_what_a_killed_process_left_unfinished_is_cut_off(tmp_path):
     whole = job(tmp_path / "whole")
     whole.run()
-    content = whole.file.path.read_bytes()
+    content = whole.output.file.path.read_bytes()
     one = job(tmp_path / "one")
     for cut in (len(content) - 1, len(content) - 9, content.rindex(b"\r\n", 0, -2) + 7, 5, 0):
-        one.file.path.parent.mkdir(exist_ok=True)
-        one.file.path.write_bytes(content[:cut])
+        one.output.file.path.parent.mkdir(exist_ok=True)
+        one.output.file.path.write_bytes(content[:cut])
         one.run()
         assert by_row(one) == by_row(whole)
         assert len(read(one)) == 5
@@ -169,11 +180,11 @@ def test_what_a_killed_process_left_unfinished_is_cut_off(tmp_path):
 def test_a_torn_line_of_the_log_is_passed_over(tmp_path):
     one = job(tmp_path, num_samples=3)
     one.run()
-    with one.file.log.open("a") as log:
+    with one.output.file.log.open("a") as log:
         log.write('{"run": "r", "stopped": {"length": 1}')  # killed here
     more = job(tmp_path, num_samples=5)
     assert more.run()["rows"] == 5
-    assert sum(note["rows"] for note in more.file.notes(more.run_name)) == 5
+    assert sum(note["rows"] for note in more.output.file.notes(more.output.run)) == 5
 
 
 def test_another_run_is_added_and_each_reports_its_own(tmp_path):
@@ -239,9 +250,9 @@ def test_a_run_is_named_by_all_that_decides_its_texts():
 
 def test_the_memory_of_the_cache_is_said_before_the_run(tmp_path, capsys):
     one = job(tmp_path, changes={"kv_cache": True, "batch_size": 3})
-    assert one.cache_bytes() == one.denoise.new_cache(3, 16).bytes
+    assert one.cache_bytes() == one.model.denoise.new_cache(3, 16).bytes
     one.run()
-    assert "cache: 0.0 MiB for 3 texts of 16 visible tokens" in capsys.readouterr().out
+    assert "the cache takes 0.0 MiB for 3 texts of 16 visible tokens" in capsys.readouterr().out
     assert by_row(one) == by_row(finished(job(tmp_path / "plain")))
 
 
@@ -295,8 +306,7 @@ def test_rejection_is_reported(tmp_path):
         "num_steps": 1,
         "reject_low_entropy": True,
     }
-    one = job(tmp_path, algo="mdlm", num_samples=2, changes=changes)
-    report = dataclasses.replace(one, denoise=stuck).run()
+    report = job(tmp_path, algo="mdlm", num_samples=2, changes=changes, denoise=stuck).run()
     assert report["acceptance"] == 0
     assert report["reject_low_entropy"] is True
 
@@ -327,7 +337,7 @@ def test_a_complete_run_says_that_nothing_is_recorded(tmp_path, capsys):
     assert f"text 0 replays in {page}" in capsys.readouterr().out
     page.unlink()
     one.run()
-    assert "nothing is shown or recorded either" in capsys.readouterr().out
+    assert "nothing is shown or recorded: choose" in capsys.readouterr().out
     assert not page.exists()
 
 
