@@ -16,15 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.picture import picture
 from training.csv_log import read_log
 
-SMOOTHING = 0.95  # of the training loss: the noise level of every block is drawn anew
+SMOOTHING = 0.02  # of the run: what the training loss is averaged over
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    out, average = [], 0.0
-    for n, value in enumerate(values, 1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        out.append(average / (1 - SMOOTHING**n))
+def smoothed(steps: list[int], values: list[float]) -> list[float]:
+    """Exponential moving average over SMOOTHING of the steps, without the bias of its start."""
+    width = SMOOTHING * steps[-1]
+    out, total, weight, before = [], 0.0, 0.0, steps[0]
+    for step, value in zip(steps, values, strict=True):
+        kept = math.exp((before - step) / width)
+        total, weight, before = kept * total + value, kept * weight + 1, step
+        out.append(total / weight)
     return out
 
 
@@ -34,15 +36,17 @@ def plot(folder: Path, target: Path) -> Path:
     if not log.is_file():
         raise ValueError(f"{log} does not exist: give the folder of a training run (outputs/…/…)")
     series = read_log(log)
-    if not series.get("trainer/loss"):
+    loss = series.get("trainer/loss", {})
+    loss = {step: value for step, value in loss.items() if math.isfinite(value)}
+    if not loss:
         raise ValueError(
             f"{log} holds no trainer/loss yet; train for trainer.log_every_n_steps steps"
         )
-    steps, losses = zip(*sorted(series["trainer/loss"].items()), strict=True)
+    steps, losses = zip(*sorted(loss.items()), strict=True)
     with picture(target, 8, 4.5) as axes:
         for values, look in (
             (losses, {"alpha": 0.2, "lw": 0.8}),
-            (smoothed(list(losses)), {"label": "training, smoothed"}),
+            (smoothed(steps, losses), {"label": "training, smoothed"}),
         ):
             axes.plot(steps, [math.exp(min(x, 30)) for x in values], color="tab:blue", **look)
         if valid := series.get("val/ppl"):
