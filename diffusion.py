@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from evaluation.likelihood import Likelihood
@@ -23,6 +24,7 @@ from objectives.graphs import GraphedLoss
 from objectives.loss import TokenLoss
 from objectives.loss_inputs import LossInputs, Objective
 from training import averaging, distributed
+from training.csv_log import record
 from training.health import StepHealth
 from training.state import load_state, save_state
 from training.validation import Validation
@@ -149,19 +151,17 @@ class Diffusion(L.LightningModule):
             int(hashed(self.noise_settings.seed + DROPOUT_SEED, int(batch["row"][0])))
         )
         noise = self.noise(batch, self.noise_settings.seed, self.noise_settings.global_batch)
-        loss = self.training_loss(batch, noise)
-        self.health.saw(batch, loss)
-        self.log("trainer/loss", distributed.mean_of_all(loss.detach()), on_step=True)
-        if self.health.bad_steps:
-            # a number would be brought to the device, and waited for
-            self.log("trainer/bad_steps", torch.tensor(float(self.health.bad_steps)))
+        inputs = self.loss_inputs(batch, self.interval, noise, training=True)
+        loss = self.training_loss(inputs)
+        self.health.saw(batch, loss, inputs.loss_mask)
         return loss
 
-    def training_loss(self, batch: dict, noise: Noise | None) -> Tensor:
-        if self.graphed is None:
-            return self.token_loss(batch, self.interval, noise, training=True).mean
-        inputs = self.loss_inputs(batch, self.interval, noise, training=True)
-        return self.graphed(inputs)
+    def training_loss(self, inputs: LossInputs) -> Tensor:
+        """Of a micro-batch: nats per token, counted or not (TokenLoss.per_place)."""
+        if self.graphed is not None:
+            return self.graphed(inputs)
+        inputs = inputs.to(self.device, self.pin_memory)
+        return self.objective.compute_loss(self.backbone, inputs).per_place
 
     def noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
         """The noise of these examples: a function of the seed and their place in the stream."""
@@ -197,16 +197,16 @@ class Diffusion(L.LightningModule):
             self.validated_at = self.trainer.global_step
         # now: when validation has ended, the module may be on another device than the group's
         self.validated = result = self.validation.likelihood()
-        self.log_dict(
-            {
-                "val/nll": result.nll,
-                "val/bpd": result.bpd,
-                "val/ppl": result.ppl,
-                "val/nll_error": result.nll_error,
-            },
-            prog_bar=False,
-        )
-        self.validation.adopt()
+        figures = {
+            "val/nll": result.nll,
+            "val/bpd": result.bpd,
+            "val/ppl": result.ppl,
+            "val/nll_error": result.nll_error,
+            **self.validation.adopt(),
+        }
+        self.log_dict(figures, logger=False)  # for best.ckpt; Lightning's steps begin at 0
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            record(self.trainer, figures)
 
     def on_exception(self, exception: BaseException) -> None:
         averaging.put_average(self, False)
@@ -237,12 +237,13 @@ class Diffusion(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clip, or where loss or gradient are not finite leave the step out."""
+        """Make the gradient that of the global batch's mean and clip it, or where loss or gradient
+        are not finite leave the step out."""
         named = [(name, p) for name, p in self.named_weights() if p.grad is not None]
         averaging.uncount(self, self.health.inspect(self.trainer, named))
         self.trainer.optimizers[0].found_inf = self.health.found  # AdamW reads it if fused
         if not self.health.skipped:
-            self.health.clip(named, gradient_clip_val, gradient_clip_algorithm)
+            self.health.scale(named, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         if self.ema is not None:
@@ -256,7 +257,7 @@ class Diffusion(L.LightningModule):
         if self.backbone.compiled and self.device.type == "cuda" and one_host:
             self.graphed = GraphedLoss(
                 self.backbone,
-                lambda *asked: self.objective.compute_loss(*asked).mean,
+                lambda *asked: self.objective.compute_loss(*asked).per_place,
                 lambda inputs: inputs.to(self.device, self.pin_memory),
                 shared=self.trainer.accumulate_grad_batches > 1,
             )

@@ -77,10 +77,11 @@ class Watch(L.Callback):
 def watch(module: Diffusion, clock) -> Watch:
     watched = Watch(clock)
     module.training_loss = watched.timed("loss", module.training_loss)
-    module._noise = watched.timed("draws", module._noise)
+    module.noise = watched.timed("draws", module.noise)
+    module.loss_inputs = watched.timed("loss", module.loss_inputs)
     module.log = watched.timed("logging", module.log)
     module.health.inspect = watched.timed("checks", module.health.inspect)
-    module.health.clip = watched.timed("clip", module.health.clip)
+    module.health.scale = watched.timed("clip", module.health.scale)
     module.ema.update = watched.timed("ema", module.ema.update)
     step = module.optimizer_step
 

@@ -113,7 +113,7 @@ class _ChunkedHead(torch.autograd.Function):
         gradients = None
         # what an input needs is also true under no_grad, and grad mode is always off in here
         if training and any(ctx.needs_input_grad[:3]):
-            # times a constant near 1, so that 1 / sum(loss_mask) is not lost in half precision
+            # times a constant near 1, so that 1 / (B L) is not lost in half precision
             unit = factors.sum().clamp_min(torch.finfo(torch.float32).tiny) / max(len(x), 1)
             gradients = _Gradients(x, w, (factors / unit)[:, None])
         size = _chunk_rows(len(x), w)

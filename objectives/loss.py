@@ -12,12 +12,20 @@ from .document_ids import begins
 @dataclass(frozen=True)
 class TokenLoss:
     """nll [B, L]: nats per token, or their bound; 0 where nothing was predicted or outside the loss
-    mask. loss_mask [B, L]: 1 or 0. Both without a graph. mean: the training loss, sum of nll / sum
-    of loss_mask."""
+    mask. loss_mask [B, L]: 1 or 0. Both without a graph.
+
+    per_place: sum of nll / (B L), with a graph. Training minimises this, as it can be averaged over
+    micro-batches and ranks; training/health.py then divides by the share of tokens that count.
+    """
 
     nll: Tensor
     loss_mask: Tensor
-    mean: Tensor
+    per_place: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Sum of nll / sum of loss_mask, with a graph; 0 where no token counts."""
+        return self.per_place * (self.loss_mask.numel() / self.loss_mask.sum().clamp(min=1))
 
     def block_means(self, block_size: int, real: Tensor | None = None) -> Tensor:
         """Mean nats of each block, [B, N]: what the clipped-schedule search compares. real [B, L]:

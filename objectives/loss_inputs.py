@@ -18,7 +18,7 @@ from .loss import TokenLoss, scattered
 @dataclass(frozen=True)
 class LossInputs:
     """`loss_positions`: which rows of the network's output, flattened, predict a token that enters
-    the loss; None: all. M is their number; the loss is sum(weights * nll) / sum(loss_mask)."""
+    the loss; None: all. M is their number; the training loss is sum(weights * nll) / (B L)."""
 
     tokens: Tensor  # int64 [B, T], what the network sees
     attention_mask: AttentionMask
@@ -103,11 +103,13 @@ def compute_loss(backbone, inputs: LossInputs, kernel: LossKernel) -> TokenLoss:
     )
     loss_mask, positions = inputs.loss_mask, inputs.loss_positions
     row = None if inputs.expm1 is None else positions // inputs.tokens.shape[1]
+    # a tensor: by a number, a GPU would multiply by its rounded inverse
+    places = loss_mask.new_full((), loss_mask.numel())
     head = head_loss(
         backbone,
         hidden.flatten(0, -2),
         inputs.targets,
-        inputs.weights / loss_mask.sum(),
+        inputs.weights / places,
         kernel,
         *(() if inputs.expm1 is None else (inputs.expm1[row],)),
         sigma=inputs.sigma,
@@ -115,4 +117,4 @@ def compute_loss(backbone, inputs: LossInputs, kernel: LossKernel) -> TokenLoss:
     )
     nll = head.losses * inputs.weights
     nll = nll.view_as(loss_mask) if positions is None else scattered(nll, positions, loss_mask)
-    return TokenLoss(nll=nll, loss_mask=loss_mask, mean=head.total)
+    return TokenLoss(nll=nll, loss_mask=loss_mask, per_place=head.total)

@@ -32,8 +32,7 @@ def read_runs(folder: Path) -> dict[str, tuple[dict[int, float], dict]]:
     for name in LABELS:
         log, found = folder / f"{name}.csv", folder / f"{name}.ppl.json"
         if log.is_file() and found.is_file():
-            ppl = {step + 1: value for step, value in read_log(log)["val/ppl"].items()}
-            runs[name] = (ppl, json.loads(found.read_text()))
+            runs[name] = (read_log(log)["val/ppl"], json.loads(found.read_text()))
     if not runs:
         raise ValueError(f"{folder} holds no NAME.csv with NAME.ppl.json, NAME of {list(LABELS)}")
     return runs

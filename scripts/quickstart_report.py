@@ -6,7 +6,6 @@ Reads what training, evaluation and sampling left behind; computes only the unig
 """
 
 import csv
-import itertools
 import json
 import math
 import sys
@@ -31,17 +30,10 @@ def unigram_nll(train: np.ndarray, valid: np.ndarray, vocab_size: int) -> float:
     return float(-np.log(counts / counts.sum())[valid.ravel()].mean())
 
 
-def tokens_per_second(log: Path, tokens_per_step: int) -> float:
-    """Of training alone: the median over the intervals between logged losses."""
-    steps, rates = [], []
-    with log.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["name"] == "trainer/loss":
-                steps.append((int(row["step"]), float(row["unix_time"])))
-    for (before, started), (after, ended) in itertools.pairwise(steps):
-        if after > before and ended > started:
-            rates.append((after - before) * tokens_per_step / (ended - started))
-    return float(np.median(rates)) if rates else math.nan
+def tokens_per_second(log: Path, devices: int) -> float:
+    """Of training alone: the median over the logged steps."""
+    rates = [*read_log(log)["throughput/tokens_per_second"].values()]
+    return float(np.median(rates)) * devices
 
 
 def bits_per_character(found: dict, valid: np.ndarray, tokenizer) -> float:
@@ -61,8 +53,8 @@ def page(run: settings.Config, sampling: settings.Config, found: dict, unigram: 
     """{what: its value}, one line each."""
     folder, texts = Path(run.checkpointing.save_dir), Path(sampling.sampling.logdir)
     samples = json.loads(texts.with_suffix(".json").read_text())
-    tokens_per_step = run.loader.global_batch_size * run.model.length
-    rate = tokens_per_second(folder / "metrics.csv", tokens_per_step)
+    devices = run.trainer.devices * run.trainer.num_nodes
+    rate = tokens_per_second(folder / "metrics.csv", devices)
     length = sampling.model.length
     verdict = "below half of it" if found["ppl"] < unigram / 2 else "NOT below half of it"
     return {
@@ -89,7 +81,7 @@ def main(arguments: list[str]) -> int:
     unigram = math.exp(unigram_nll(train, valid, tokenizer.vocab_size))
     found = newest_perplexity(run)
     lines = page(run, sampling, found, unigram, bits_per_character(found, valid, tokenizer))
-    steps = max(read_log(Path(run.checkpointing.save_dir) / "metrics.csv")["trainer/loss"]) + 1
+    steps = max(read_log(Path(run.checkpointing.save_dir) / "metrics.csv")["trainer/loss"])
     batch = f"{run.loader.global_batch_size} x {run.model.length} tokens"
     print(f"\nBAM-DLM, block size {run.block_size}: {steps:,} steps of {batch}\n")
     for name, value in lines.items():

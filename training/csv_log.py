@@ -1,22 +1,43 @@
-"""The run's own log: metrics.csv in its folder, one line per figure; a resumed run appends."""
+"""The run's own log: metrics.csv in its folder, one row a step.
+
+The row of step n holds what is known after n optimizer steps. Its cells are empty where a figure
+was not measured: those of a validation, but at the steps that were validated. A resumed run goes on
+where it was: rows of later steps, which it makes again, are dropped.
+"""
 
 import csv
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-HEADER = ("step", "name", "value", "unix_time")
+from utils import atomic_file
+
+OLD_HEADER = ["step", "name", "value", "unix_time"]  # of the logs that were one line a figure
+NO_FIGURES = ("step", "unix_time")
+
+
+def record(trainer: L.Trainer, figures: dict[str, float]) -> None:
+    """Figures into the row of the last optimizer step, in all logs of the run."""
+    figures = {name: float(value) for name, value in figures.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=trainer.global_step)
 
 
 class CSVLog(Logger):
-    """Long format: step, name, value, unix_time. A step logged again after a resume stands twice;
-    the later line counts."""
+    """unix_time: when a row was begun. A log in the old format is kept as metrics.old.csv, and its
+    figures go into the new one."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.path = Path(path)
+        self._columns: list[str] = []
+        self._row: dict[str, str] = {}  # the last one
+        self._begin = 0  # of the last row in the file, in bytes
 
     @property
     def name(self) -> str:
@@ -32,24 +53,77 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
-        new = not self.path.exists()
+        if not self._columns or not self.path.exists():
+            self._open()
+        figures = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
+        last = int(self._row.get("step", -1))
+        if step < last or not figures.keys() <= set(self._columns):
+            self._rewrite([*_rows(self.path)], step, [*figures])
+            last = int(self._row.get("step", -1))
+        if step != last:
+            self._begin = self.path.stat().st_size
+            self._row = {"step": str(step), "unix_time": f"{time.time():.3f}"}
+        self._row |= figures
+        with self.path.open("r+b") as file:
+            file.seek(self._begin)
+            file.write(self._line())
+            file.truncate()
+
+    def _open(self) -> None:
+        """The file of the run so far, or a new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(HEADER)
-            now = f"{time.time():.3f}"
-            writer.writerows(
-                (step, name, repr(float(value)), now)
-                for name, value in metrics.items()
-                if name != "epoch"
-            )
+        rows, last = [], 0
+        if self.path.exists():
+            rows = [*_rows(self.path)]
+            last = max((int(row["step"]) for row in rows), default=0)
+            if _is_old(self.path):
+                shutil.copyfile(self.path, self.path.with_name("metrics.old.csv"))
+        self._rewrite(rows, last, [])
+
+    def _rewrite(self, rows: list[dict], step: int, more: list[str]) -> None:
+        """With the rows up to this step, and columns for the figures `more`."""
+        rows = [row for row in rows if int(row["step"]) <= step]
+        names = [*NO_FIGURES, *self._columns, *(name for row in rows[:1] for name in row), *more]
+        self._columns = [*dict.fromkeys(names)]
+        with atomic_file(self.path, "w") as file:
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        self._row = rows[-1] if rows else {}
+        self._begin = self.path.stat().st_size - len(self._line() if rows else b"")
+
+    def _line(self) -> bytes:
+        return (",".join(self._row.get(name, "") for name in self._columns) + "\n").encode()
+
+
+def _is_old(path: Path) -> bool:
+    with path.open(newline="") as file:
+        return next(csv.reader(file), []) == OLD_HEADER
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a log as text, those of the old format put together; not one that was cut off."""
+    if not _is_old(path):
+        with path.open(newline="") as file:
+            yield from csv.DictReader(line for line in file if line.endswith("\n"))
+        return
+    rows: dict[int, dict[str, str]] = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(line for line in file if line.endswith("\n")):
+            # but for the throughput, steps were counted from 0
+            step = int(line["step"]) + (not line["name"].startswith("throughput/"))
+            row = rows.setdefault(step, {"step": str(step), "unix_time": line["unix_time"]})
+            row[line["name"]] = line["value"]
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    for step in sorted(rows):
+        yield {name: rows[step].get(name, "") for name in names}
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """{name: {step: value}} of a metrics.csv, later lines over earlier ones."""
+    """{name: {optimizer steps made: value}} of a metrics.csv of either format."""
     series: dict[str, dict[int, float]] = {}
-    with Path(path).open(newline="") as file:
-        for row in csv.DictReader(file):
-            series.setdefault(row["name"], {})[int(row["step"])] = float(row["value"])
+    for row in _rows(Path(path)):
+        for name, value in row.items():
+            if value and name not in NO_FIGURES:
+                series.setdefault(name, {})[int(row["step"])] = float(value)
     return series

@@ -114,15 +114,6 @@ def set_fused(checkpoint: dict, fused: bool | None) -> None:
             group["fused"] = fused
 
 
-def mean_of_all(value: Tensor) -> Tensor:
-    """Over the devices, which do not wait for their hosts (as sync_dist of `log` would)."""
-    if not _in_group() or torch.distributed.get_world_size() == 1:
-        return value
-    value = value.clone()
-    torch.distributed.all_reduce(value)
-    return value / torch.distributed.get_world_size()
-
-
 class Poll:
     """Questions that all ranks ask each other over and over, equally often: is it so for any?
 

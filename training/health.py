@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from samplers.sending import Here, send
+from training.distributed import part
 from training.signals import Stopped
 
 TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended
@@ -43,14 +44,20 @@ class StepHealth:
     found: Tensor | None = None  # late: 1.0 if the step at hand is left out, float32 on the device
     skipped: bool = False  # not late: whether it is
     norm: Tensor | None = None  # of its gradient
+    loss: Tensor | None = None  # its loss, over the global batch; on the device
+    factor: Tensor | None = None  # places / tokens that count in the global batch; None: 1
     _batches: list[dict] = field(default_factory=list)
     _losses: list[Tensor] = field(default_factory=list)
+    _places: int = 0  # of loss masks, on this rank; all ranks have equally many
+    _left_out: int = 0  # of these do not count
     _coming: deque = field(default_factory=deque)
 
-    def saw(self, batch: dict, loss: Tensor) -> None:
-        """A micro-batch of the step at hand."""
+    def saw(self, batch: dict, loss: Tensor, loss_mask: Tensor) -> None:
+        """A micro-batch of the step at hand. loss: TokenLoss.per_place; loss_mask on the host."""
         self._batches.append(batch)
         self._losses.append(loss.detach())
+        self._places += loss_mask.numel()
+        self._left_out += loss_mask.numel() - int(loss_mask.count_nonzero())
 
     def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> int:
         """Decide, over all devices together, whether the step is left out.
@@ -59,15 +66,14 @@ class StepHealth:
         not to use them. Returns what `settle` does.
         """
         each = torch.stack(torch._foreach_norm([p.grad for _, p in named]))
-        self.norm, norms = torch.linalg.vector_norm(each), _whole(each)
-        bad_loss = ~torch.isfinite(torch.stack(self._losses or [norms.new_zeros(())])).all()
-        bad = torch.stack([bad_loss, ~torch.isfinite(_whole(self.norm))]).float()
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(bad)
+        norm, norms = _whole(torch.linalg.vector_norm(each)), _whole(each)
+        bad = self._over_all_devices(trainer.world_size, norm)
+        self.norm = norm if self.factor is None else norm * self.factor
         names = [name for name, _ in named]
         numbers = torch.cat([bad.to(norms), norms])
         step = _Step(trainer.global_step + 1, self._batches, self._losses, names, *send(numbers))
         self._batches, self._losses = [], []
+        self._places = self._left_out = 0
         self._coming.append(step)
         self.found = bad.amax().clamp(max=1) if self.late else None
         learned = self.settle(trainer, leave=int(self.late))
@@ -75,6 +81,28 @@ class StepHealth:
             for _, p in named:
                 p.grad = None
         return learned
+
+    def _over_all_devices(self, devices: int, norm: Tensor) -> Tensor:
+        """Sets `loss` and `factor`. Returns float32 [3], > 0 where a loss or the gradient is not
+        finite, and where no token counts.
+
+        Losses and gradients are means over places: of a micro-batch, then over micro-batches and
+        devices. All micro-batches have the same size, so they are those of the global batch.
+        """
+        losses = torch.stack(self._losses or [norm.new_zeros(())]).float()
+        bad_loss, bad_norm = (~torch.isfinite(x).all() for x in (losses, norm))
+        left_out = torch.full_like(losses[0], self._left_out)  # filled there: nothing is sent
+        numbers = torch.stack([bad_loss.float(), bad_norm.float(), losses.mean(), left_out])
+        if devices > 1:
+            torch.distributed.all_reduce(numbers)
+        places, loss = devices * self._places, numbers[2] / devices
+        counted = places - numbers[3]
+        # where every token counts it is 1; one device knows that without asking
+        differs = self._left_out or (places and devices > 1)
+        self.factor = places / counted.clamp(min=1) if differs else None
+        self.loss = loss if self.factor is None else loss * self.factor
+        nothing = (counted <= 0) if places else torch.zeros_like(bad_loss)
+        return torch.cat([numbers[:2], nothing[None].float()])
 
     def settle(self, trainer: L.Trainer, leave: int = 0) -> int:
         """Judge the steps of which the host has not been told yet, but the last `leave`; how many
@@ -88,20 +116,22 @@ class StepHealth:
         return self.bad_steps - before if self.late else 0
 
     def _judge(self, trainer: L.Trainer, step: "_Step") -> None:
-        loss_is_bad, gradient_is_bad, *norms = step.numbers.tolist()
-        if not loss_is_bad and not gradient_is_bad:
+        loss_is_bad, gradient_is_bad, nothing_counts, *norms = step.numbers.tolist()
+        if not loss_is_bad and not gradient_is_bad and not nothing_counts:
             self.in_a_row = 0
             return
         self.skipped = not self.late
-        if trainer.precision == "16-mixed" and not loss_is_bad:
+        if trainer.precision == "16-mixed" and not loss_is_bad and not nothing_counts:
             return  # the scaler of float16 finds its scale this way
         odd = [
             name for name, norm in zip(step.names, norms, strict=True) if not math.isfinite(norm)
         ]
         self.bad_steps += 1
         self.in_a_row += 1
-        what = "loss" if loss_is_bad else "gradient"
-        message = f"step {step.number:,} left out: its {what} is not finite"
+        what = f"a {'loss' if loss_is_bad else 'gradient'} that is not finite"
+        if nothing_counts:
+            what = "no token that counts"
+        message = f"step {step.number:,} left out: it has {what}"
         if self.folder is not None and self.in_a_row <= self.allowed + 1:
             name = f"step={step.number}-rank={trainer.global_rank}.pt"
             message += f" (batch in {self._keep(name, step.batches, step.losses, odd)})"
@@ -109,7 +139,7 @@ class StepHealth:
             print(f"{message}; {self.bad_steps} so far", file=sys.stderr, flush=True)
         if self.in_a_row > self.allowed:
             raise BadSteps(
-                f"{self.in_a_row} steps in a row had a {what} that is not finite, more than"
+                f"{self.in_a_row} steps in a row had {what}, more than"
                 f" training.max_bad_steps={self.allowed}; first: {', '.join(odd[:3]) or what}."
                 " What was saved before holds finite weights. A lower optim.lr or"
                 " trainer.gradient_clip_val may help, in another checkpointing.save_dir"
@@ -126,19 +156,24 @@ class StepHealth:
             return f"no file: {error}"
         return str(path)
 
-    def clip(self, named: list[tuple[str, Tensor]], limit: float | None, algorithm: str) -> None:
-        """trainer.gradient_clip_val by trainer.gradient_clip_algorithm (norm: as inspected)."""
-        parameters = [p for _, p in named]
-        if limit and algorithm == "value":
-            nn.utils.clip_grad_value_(parameters, limit)
-        elif limit:
-            nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
+    def scale(self, named: list[tuple[str, Tensor]], limit: float | None, algorithm: str) -> None:
+        """The gradient of the mean over the tokens that count, clipped to trainer.gradient_clip_val
+        by trainer.gradient_clip_algorithm: by norm in the same pass."""
+        by_value = limit and algorithm == "value"
+        factor = self.factor
+        if limit and not by_value:  # as torch.nn.utils.clip_grads_with_norm_
+            clipped = (limit / (self.norm + 1e-6)).clamp(max=1)
+            factor = clipped if factor is None else clipped * factor
+        if factor is not None:
+            torch._foreach_mul_([part(p.grad) for _, p in named], factor.to(self.norm.dtype))
+        if by_value:
+            nn.utils.clip_grad_value_([p for _, p in named], limit)
 
 
 @dataclass(frozen=True)
 class _Step:
     """What is known of a step once `numbers` have arrived: whether a loss and whether the gradient
-    is not finite, and each parameter's norm."""
+    is not finite, whether no token counts, and each parameter's norm ahead of `scale`."""
 
     number: int
     batches: list[dict]

@@ -7,7 +7,9 @@ device only when they are shown, so training does not wait for them.
 import math
 import sys
 import time
+from collections import deque
 
+import torch
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich import get_console
@@ -21,12 +23,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch import Tensor
 
 from utils import say
 
 REFRESH_SECONDS = 0.5  # of the bar in a terminal
 LINE_SECONDS = 30  # between lines in a log file
-SMOOTHING = 0.9  # of the loss shown
+BAR_STEPS = 50  # whose mean loss the bar shows; a line shows that of the steps since the last line
 
 
 class RunProgress(ProgressBar):
@@ -38,7 +41,8 @@ class RunProgress(ProgressBar):
         self._bar: Progress | None = None
         self._train = self._valid = None
         self._shown = 0.0
-        self._loss: float | None = None
+        self._step = 0
+        self._losses: deque[Tensor] = deque()
         self._tokens = 0  # since _since
         self._since = 0.0
         self._rate = 0.0
@@ -61,21 +65,27 @@ class RunProgress(ProgressBar):
             self._train = self._bar.add_task(
                 "train", total=trainer.max_steps, completed=trainer.global_step, figures=""
             )
+        self._step = trainer.global_step
+        self._losses = deque(maxlen=BAR_STEPS if self._bar else None)
         self._since = self._shown = time.monotonic()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._tokens += batch["input_ids"].numel() * trainer.world_size
-        if not self._due():
+        if self._enabled and trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._losses.append(pl_module.health.loss)
+        if not self._losses or not self._due():
             return
         now = time.monotonic()
         self._rate = self._tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
-        figures = f"loss {self._loss:.3f}  ppl {_ppl(self._loss)}  {self._rate:,.0f} tokens/s"
+        losses = torch.stack([*self._losses])
+        loss = float(losses[losses.isfinite()].mean())  # without steps that were left out
+        figures = f"loss {loss:.3f}  ppl {_ppl(loss)}  {self._rate:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._train, completed=trainer.global_step, figures=figures)
         else:
+            self._losses.clear()
             place = f"step {trainer.global_step:,} of {trainer.max_steps:,}"
             say(f"{place}  {figures}  {self._left(trainer, batch)}")
 
@@ -111,7 +121,10 @@ class RunProgress(ProgressBar):
         if self._bar:
             self._bar.update(self._valid, completed=batch_idx + 1, figures=figures)
         else:
-            say(f"validation batch {batch_idx + 1:,} of {trainer.num_val_batches[0]:,}  {figures}")
+            check, batches = trainer.sanity_checking, trainer.num_val_batches[0]
+            what = "check of the validation, batch" if check else "validation batch"
+            batches = trainer.num_sanity_val_batches[0] if check else batches
+            say(f"{what} {batch_idx + 1:,} of {batches:,}  {figures}")
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if self._bar and self._valid is not None:

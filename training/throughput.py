@@ -1,6 +1,6 @@
 """How fast training is and how much of the device it uses, in the run's log.
 
-Logged at every trainer.log_every_n_steps, per device:
+Logged with the loss (step_log.py), per device, over the steps since the last time:
 
     throughput/tokens_per_second    of x0, validation left out
     throughput/tflops               those of flops.py per second
@@ -11,56 +11,53 @@ Logged at every trainer.log_every_n_steps, per device:
 import resource
 import time
 
-import lightning as L
 import torch
 
 from training.flops import matmul_peak
+from training.step_log import StepRows
 
 GIB = 1 << 30
 
 
-class Throughput(L.Callback):
+class Throughput(StepRows):
     """step_flops: of a sequence, forward and backward; dtype: of the matrix products."""
 
     def __init__(self, step_flops: float, dtype: torch.dtype):
+        super().__init__()
         self.step_flops, self.dtype = step_flops, dtype
         self._peak: float | None = None
         self._rows = self._tokens = 0
-        self._logged_at = 0  # the step
         self._since = self._paused = 0.0
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self._begin(trainer)
+        super().on_train_start(trainer, pl_module)
+        self._begin()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._rows += len(batch["input_ids"])
         self._tokens += batch["input_ids"].numel()
-        step = trainer.global_step
-        if step == self._logged_at or step % trainer.log_every_n_steps:
-            return
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        if trainer.is_global_zero:
-            figures = self._figures(seconds, pl_module.device)
-            for logger in trainer.loggers:
-                logger.log_metrics(figures, step=step)
-        self._begin(trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _begin(self, trainer) -> None:
-        self._logged_at, self._rows, self._tokens = trainer.global_step, 0, 0
+    def _begin(self) -> None:
+        self._rows = self._tokens = 0
         self._since = time.monotonic()
 
-    def _figures(self, seconds: float, device: torch.device) -> dict[str, float]:
+    def figures(self, trainer, module) -> dict[str, float]:
+        device, seconds = module.device, max(time.monotonic() - self._since, 1e-9)
         if self._peak is None:
             self._peak = matmul_peak(device, self.dtype)
         flops_per_second = self.step_flops * self._rows / seconds
-        return {
+        found = {
             "throughput/tokens_per_second": self._tokens / seconds,
             "throughput/tflops": flops_per_second / 1e12,
             "throughput/mfu": flops_per_second / self._peak,
             "throughput/memory_gib": peak_memory(device) / GIB,
         }
+        self._begin()
+        return found
 
     def on_validation_start(self, trainer, pl_module) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._paused = time.monotonic()
 
     def on_validation_end(self, trainer, pl_module) -> None:

@@ -18,6 +18,7 @@ from training.health import RankFailure, StallWatch
 from training.progress import NetworkSummary, RunProgress
 from training.saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheckpoints, steps_in
 from training.signals import Signals
+from training.step_log import TrainingFigures
 from utils import plain_errors, say
 
 
@@ -121,8 +122,11 @@ def training_callbacks(
                 enable_version_counter=False,
             )
         )
-    if loggers and (rates := wanted.learning_rate_monitor):
-        made.append(LearningRateMonitor(rates.logging_interval))
+    if loggers:
+        rates = wanted.learning_rate_monitor and wanted.learning_rate_monitor.logging_interval
+        made.append(TrainingFigures(rates=rates == "step"))
+        if rates == "epoch":
+            made.append(LearningRateMonitor(rates))
     return made
 
 

@@ -63,16 +63,16 @@ class Validation:
             sums = self.module.all_gather(mine.to(self.module.device)).sum(0)
         return self.meter.compute(sums)
 
-    def adopt(self) -> None:
-        """Log every candidate's variance and train on the best interval from here on."""
+    def adopt(self) -> dict[str, float]:
+        """Train on the best interval from here on. Every candidate's variance, for the log."""
         if self.search is None:
-            return
+            return {}
         module, grid, means = self.module, self.search.grid, self.search.means()
-        module.log_dict({clipping.name(i): mean for i, mean in zip(grid, means, strict=True)})
         if not module.clip.fix:
             set_interval(module, self.search.best())
         low, high = module.interval
-        module.log_dict({"sampling_eps_min": low, "sampling_eps_max": high})
+        found = {clipping.name(i): mean for i, mean in zip(grid, means, strict=True)}
+        return {**found, "sampling_eps_min": low, "sampling_eps_max": high}
 
     def _variance(self, loss: TokenLoss, real: Tensor) -> Tensor:
         means = loss.block_means(self.module.objective.block_size, real)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,7 @@ class StandIn:
     """As much of a trainer as the callback reads."""
 
     is_global_zero, log_every_n_steps, global_step = True, 2, 0
+    sanity_checking, state = True, SimpleNamespace(fn=None)
 
     def __init__(self, path):
         self.loggers = [CSVLog(path)]
@@ -165,7 +167,7 @@ def test_throughput_goes_to_the_log_at_its_steps(tmp_path):
         assert list(log[name]) == [2, 4]
         assert all(value > 0 for value in log[name].values())
     with (tmp_path / "metrics.csv").open() as file:
-        assert len(list(csv.reader(file))) == 1 + 2 * 4
+        assert len(list(csv.reader(file))) == 1 + 2
 
 
 def test_the_mask_is_drawn(tmp_path, capsys):

@@ -256,7 +256,7 @@ def test_the_clip_search_sees_no_padding():
     """The variance is that of the blocks alone, each a mean over its real tokens."""
     nll, real = torch.rand(2, 12), torch.ones(2, 12, dtype=torch.int64)
     real[0, 6:], real[1, 11:] = 0, 0
-    loss = TokenLoss(nll=nll * real, loss_mask=real, mean=nll.mean())
+    loss = TokenLoss(nll=nll * real, loss_mask=real, per_place=nll.mean())
     blocks = [nll[0, :4], nll[0, 4:6], nll[1, :4], nll[1, 4:8], nll[1, 8:11]]
     means = torch.stack([block.mean() for block in blocks]).double()
     found = variance(loss.block_means(4, real))

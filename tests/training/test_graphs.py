@@ -19,7 +19,7 @@ def batch(step):
 
 def asked(m, step):
     given = batch(step)
-    return m.loss_inputs(given, (1e-3, 1.0), m._noise(given, 1, GLOBAL), training=True)
+    return m.loss_inputs(given, (1e-3, 1.0), m.noise(given, 1, GLOBAL), training=True)
 
 
 def gradients(m, loss):

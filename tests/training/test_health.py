@@ -45,7 +45,7 @@ def disk_full_after(saves):
     torch_file.torch.save = save
 
 
-@pytest.mark.parametrize(("policy", "code", "last"), [("continue", 0, 9), ("stop", 1, 6)])
+@pytest.mark.parametrize(("policy", "code", "last"), [("continue", 0, 10), ("stop", 1, 7)])
 def test_a_full_disk_leaves_the_checkpoint_before_it(policy, code, last, base, tmp_path):
     save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
     more = [save_dir, f"checkpointing.on_save_error={policy}"]
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_written_is_said(patch, place, message, base, tm
     assert message in text
     assert "Traceback" not in text
     assert read(run_folder / place / "last.ckpt")["global_step"] == 4
-    assert max(read_log(run_folder / "metrics.csv")["trainer/loss"]) == 9
+    assert max(read_log(run_folder / "metrics.csv")["trainer/loss"]) == 10
 
 
 class NoRoute(Exception):
@@ -127,7 +127,7 @@ def poisoned(calls):
         loss = real(self, batch, batch_idx)
         if seen[0] not in calls:
             return loss
-        self.health.saw(batch, loss * torch.nan)
+        self.health.saw(batch, loss * torch.nan, torch.ones(1))
         return loss * torch.nan
 
     Diffusion.training_step = step
@@ -157,7 +157,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(base, tmp_path):
     code, text = run(arguments, tmp_path / "log", before=patch)
     assert code == 0, text
     for step, what in ((2, "gradient"), (4, "loss")):
-        assert f"step {step} left out: its {what} is not finite" in text
+        assert f"step {step} left out: it has a {what} that is not finite" in text
         kept = torch.load(tmp_path / f"run/bad_steps/step={step}-rank=0.pt", weights_only=True)
         assert kept["batches"][0]["input_ids"].shape == (4, 16)
         assert kept["parameters"]

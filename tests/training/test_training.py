@@ -202,7 +202,7 @@ def test_blocks_of_one_validate_the_exact_likelihood():
     m = module("bamdlm", block=1, exact=True)
     batch = {"input_ids": torch.tensor(data().valid.ids), "row": torch.arange(10)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    noise = m._noise(batch, 1, 4)
+    noise = m.noise(batch, 1, 4)
     m.ema = None
     exact = m.eval().token_loss(batch, EXACT, noise, False)
     expected = float(exact.nll.sum() / exact.loss_mask.sum())
@@ -226,13 +226,13 @@ def test_the_interval_of_least_variance_becomes_the_training_interval(tmp_path, 
     validations = [[float(each != best) for each in grid] * batches for best in chosen]
     variances = iter([each for validation in validations for each in validation])
     monkeypatch.setattr(clipping, "variance", lambda means: torch.tensor(next(variances)).double())
-    token_loss = m.token_loss
+    loss_inputs = m.loss_inputs
 
     def watched(batch, interval, noise, training):
         asked.extend([interval] * training)
-        return token_loss(batch, interval, noise, training)
+        return loss_inputs(batch, interval, noise, training)
 
-    m.token_loss = watched
+    m.loss_inputs = watched
     t = trainer(tmp_path, 2, validate=2, callbacks=[saver(tmp_path, 2)])
     t.fit(m, datamodule=data())
     assert next(variances, None) is None
@@ -307,7 +307,7 @@ def test_a_mask_token_in_the_text_is_seen_and_not_predicted(algo, training):
         "attention_mask": torch.ones_like(ids),
         "row": torch.arange(GLOBAL),
     }
-    noise = m._noise(batch, 1, GLOBAL)
+    noise = m.noise(batch, 1, GLOBAL)
     loss = m.token_loss(batch, (1e-3, 1.0), noise, training)
     assert loss.mean.isfinite()
     first = 0 if algo != "ar" else 1
