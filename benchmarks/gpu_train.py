@@ -166,7 +166,7 @@ def stepper(kind: Kind, args, n_blocks: int | None = None):
         return objective.loss_inputs(x0, ones, noise, interval=INTERVAL, training=True)
 
     def loss(backbone, asked):
-        return objective.compute_loss(backbone, asked).mean
+        return objective.compute_loss(backbone, asked).per_place
 
     def sent(asked):
         return asked.to(args.device)

@@ -81,7 +81,7 @@ def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, d
     m = module(algo, dropout=dropout).to(cuda).train()
 
     def loss(*asked):
-        return m.objective.compute_loss(*asked).mean
+        return m.objective.compute_loss(*asked).per_place
 
     def plain(inputs):
         return loss(m.backbone, inputs.to(cuda))
