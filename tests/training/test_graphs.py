@@ -14,7 +14,9 @@ from objectives.loss_inputs import LossInputs
 def batch(step):
     ids = torch.randint(0, MASK, (GLOBAL, LENGTH), generator=torch.Generator().manual_seed(step))
     rows = torch.arange(GLOBAL) + step * GLOBAL
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": rows}
+    mask = torch.ones_like(ids)
+    mask[step % 3 :, -4:] = 0  # rows differ in how many tokens count
+    return {"input_ids": ids, "attention_mask": mask, "row": rows}
 
 
 def asked(m, step):
