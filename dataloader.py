@@ -3,8 +3,8 @@
 get_rows prepares one split of a corpus, once. The rows are kept under data.cache_dir, in a folder
 whose name holds a hash of every setting that shapes them. DataModule serves rows to Lightning.
 
-A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}, with
-data.pack=documents also "document_ids" int64 [B, L] (data/packing.py). In training "row" is the
+A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}; where
+documents are apart also "document_ids" int64 [B, L] (data/packing.py). In training "row" is the
 example's position in the endless stream of the run (data/order.py): position // global batch size
 is the optimizer step, the remainder the row of the global batch. In validation it is the row of the
 split.

@@ -3,19 +3,22 @@
 Wrapped: all documents form one stream, cut into chunks; only what is left at its very end is
 dropped. Unwrapped: one document a row, cut or padded to L. Apart (data.pack=documents): one stream
 again, in which every document begins at a block border and has an id of its own; where a row
-ends inside a document, the next row goes on with it as a new document. A document comes as (ids,
-ends) pairs, one for each of its pieces (readers.Piece).
+ends inside a document, the next row goes on with it as a new document. Whole (data.pack=whole): the
+same, but documents that fit into a row are never cut. A document comes as (ids, ends) pairs, one
+for each of its pieces (readers.Piece).
 """
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
 DOCUMENTS_AT_ONCE = 1000
 IDS_AT_ONCE = 1 << 18
+ROWS_AT_ONCE = 256  # whole: at least as many are packed together
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class RowFormat:
     eos: int
     pad: int
     align: int | None = None  # documents apart: each begins at a multiple of this in its row
+    whole: bool = False  # and none is cut that fits into a row
 
     def __post_init__(self):
         if self.align is not None and (not self.wrap or self.length % self.align):
@@ -37,6 +41,8 @@ class RowFormat:
                 f"documents cannot be kept apart in rows of {self.length} at multiples of"
                 f" {self.align} with data.wrap={self.wrap}"
             )
+        if self.whole and self.align is None:
+            raise ValueError("documents stay whole only where they are kept apart: give `align`")
         if self.room < 1:
             raise ValueError(
                 f"model.length={self.length} leaves no room for text between the BOS and the EOS of"
@@ -58,9 +64,13 @@ class RowFormat:
         return self.length - 2 * self.framed
 
     def settings(self) -> dict:
-        """What the name of a prepared folder depends on. `align` is left out where it is None, so
-        that folders prepared before there was this setting keep their names."""
-        return {key: value for key, value in vars(self).items() if value is not None}
+        """What the name of a prepared folder depends on. What has its default is left out, so that
+        folders prepared before there was the setting keep their names."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
 
 
 class Chunk(NamedTuple):
@@ -74,7 +84,7 @@ class Chunk(NamedTuple):
 def packed(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
     """The rows, packed as the format says."""
     if row_format.align is not None:
-        return apart(documents, row_format)
+        return (whole if row_format.whole else apart)(documents, row_format)
     return (wrapped if row_format.wrap else unwrapped)(documents, row_format)
 
 
@@ -144,7 +154,7 @@ def apart(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) ->
     """
     length = row_format.length
     stream = _Stream(row_format)
-    for ids, ends in documents:
+    for ids, ends in bounded(documents, row_format):
         stream.add(ids, ends)
         if len(stream.ids) >= max(length, IDS_AT_ONCE):
             yield stream.cut(len(stream.ids) // length)
@@ -153,6 +163,62 @@ def apart(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) ->
     if stream.ids:
         stream.pad(-len(stream.ids) % length)
         yield stream.cut(1)
+
+
+def bounded(
+    documents: Iterable[tuple[list[int], bool]], row_format: RowFormat
+) -> Iterator[tuple[list[int], bool]]:
+    """Of documents apart: with BOS before them and EOS behind, where these are wanted; those
+    without a token are left out."""
+    inside = False
+    for ids, ends in documents:
+        if ids and not inside:
+            inside = True
+            ids = [row_format.bos, *ids] if row_format.insert_special else ids
+        if inside and ends and (row_format.insert_eos or row_format.insert_special):
+            ids = [*ids, row_format.eos]
+        if inside:
+            yield ids, ends
+        inside = inside and not ends
+
+
+def whole(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
+    """As `apart`, but each document goes whole into a row that has room for it. Documents longer
+    than a row are cut into full rows and a rest, which is packed like another document."""
+    length, rest, size = row_format.length, [], 0
+    parts: list[list[int]] = []
+    for ids, ends in bounded(documents, row_format):
+        rest += ids
+        new = [rest[i : i + length] for i in range(0, len(rest), length)]
+        rest = [] if ends else new.pop()
+        parts += new
+        size += sum(map(len, new))
+        if size >= max(IDS_AT_ONCE, ROWS_AT_ONCE * length):
+            yield fitted(parts, row_format)
+            parts, size = [], 0
+    if parts:
+        yield fitted(parts, row_format)
+
+
+def fitted(parts: list[list[int]], row_format: RowFormat) -> Chunk:
+    """Best fit decreasing (Johnson 1973): the longest part first, each in the fullest row that has
+    room. Rows, and parts in a row, stand in the order of the text."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for part in sorted(range(len(parts)), key=lambda part: -len(parts[part])):
+        size = len(parts[part]) + -len(parts[part]) % row_format.align
+        at = bisect.bisect_left(rooms, (size, 0))
+        free, row = rooms.pop(at) if at < len(rooms) else (row_format.length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(part)
+        bisect.insort(rooms, (free - size, row))
+    stream = _Stream(row_format)
+    for row in sorted(map(sorted, rows)):
+        for part in row:
+            stream.add(parts[part], ends=True)
+        stream.pad(-len(stream.ids) % row_format.length)
+    return stream.cut(len(rows))
 
 
 class _Stream:
@@ -166,18 +232,12 @@ class _Stream:
         self.gaps: list[tuple[int, int]] = []  # padding, from and to
 
     def add(self, ids: list[int], ends: bool) -> None:
-        row_format = self.row_format
-        if ids and not self.inside:
-            self.inside = True
+        if not self.inside:
             self.starts.append(len(self.ids))
-            if row_format.insert_special:
-                self.ids.append(row_format.bos)
         self.ids += ids
-        if ends and self.inside:
-            self.inside = False
-            if row_format.insert_eos or row_format.insert_special:
-                self.ids.append(row_format.eos)
-            self.pad(-len(self.ids) % row_format.align)
+        self.inside = not ends
+        if ends:
+            self.pad(-len(self.ids) % self.row_format.align)
 
     def pad(self, count: int) -> None:
         self.gaps.append((len(self.ids), len(self.ids) + count))
@@ -199,6 +259,39 @@ class _Stream:
         self.starts = [start - end for start in self.starts if start >= end]
         self.gaps = [(a - end, b - end) for a, b in self.gaps if b > end]
         return Chunk(ids, real.sum(1), np.packbits(np.stack([starts, real], 1), axis=-1))
+
+
+class CutDocuments:
+    """Counts documents that do not lie in one row, from their lengths alone: those that go on in
+    the next row, and where rows are unwrapped those that lose their end."""
+
+    def __init__(self, row_format: RowFormat):
+        self.row_format = row_format
+        self.count = 0
+        self.begin = 0  # where the next document begins, in its row
+        self.open = 0  # tokens of the document that has not ended
+
+    def add(self, lengths: np.ndarray, ends: np.ndarray) -> None:
+        """The next pieces: tokens of each, and whether its document ends with it."""
+        row_format, room = self.row_format, self.row_format.room
+        stops = (self.open + lengths.cumsum())[ends]
+        tokens = np.diff(stops, prepend=0)  # of each document
+        self.open += int(lengths.sum() - tokens.sum())
+        if row_format.align is not None:
+            tokens = tokens[tokens > 0]
+            tokens += row_format.insert_special
+            tokens += row_format.insert_eos or row_format.insert_special
+        elif row_format.wrap:
+            tokens += row_format.insert_eos
+        if row_format.whole or not row_format.wrap:
+            self.count += int((tokens > room).sum())
+            return
+        steps = tokens + -tokens % (row_format.align or 1)
+        ends_at = self.begin + steps.cumsum()
+        last = np.maximum(tokens, 1) - 1
+        begins = ends_at - steps
+        self.count += int((begins // room < (begins + last) // room).sum())
+        self.begin = int(ends_at[-1] % room) if len(ends_at) else self.begin
 
 
 def document_ids(marks: np.ndarray, length: int) -> np.ndarray:

@@ -91,7 +91,9 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
     dtype = token_rows.dtype_of(vocab_size)
     with Report(f"preparing {split}") as report:
         found = shards.tokenized(text, split.encode, vocab_size, work, processes, report)
-        count = token_rows.save(new, packed(found, row_format), dtype, vocab_size)
+        cut = packing.CutDocuments(row_format)
+        found = (cut.add(part.lengths, part.ends) or part for part in found)
+        count, real = token_rows.save(new, packed(found, row_format), dtype, vocab_size)
     if count == 0 or report.tokens == 0:  # rows of empty documents would hold EOS alone
         raise ValueError(
             f"{split} has {report.tokens} tokens in {report.documents} documents: not one row"
@@ -102,6 +104,8 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
         "dtype": np.dtype(dtype).name,
         "tokens": report.tokens,
         "documents": report.documents,
+        "cut_documents": cut.count,
+        "padding": round(1 - real / (count * row_format.length), 6),  # share of the rows
         "seconds": round(time.monotonic() - report.began, 1),
     }
 

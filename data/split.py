@@ -17,8 +17,9 @@ from data.tokenizer import Tokenizer
 class Split:
     """split is "train" or "valid"; corpus a name of corpora.CORPORA or a path or pattern of files.
 
-    length: L. Training rows of text8-crop are 2 L long; DataModule cuts the windows. align: as in
-    packing.RowFormat. The others are the settings data.* of the same name; None: the corpus's own.
+    length: L. Training rows of text8-crop are 2 L long; DataModule cuts the windows. align, whole:
+    as in packing.RowFormat. The others are the settings data.* of the same name; None: the
+    corpus's own.
     """
 
     corpus: str
@@ -27,6 +28,7 @@ class Split:
     length: int
     wrap: bool = True
     align: int | None = None
+    whole: bool = False
     insert_eos: bool = True
     insert_special: bool = True
     revision: str | None = None
@@ -49,8 +51,8 @@ class Split:
         windows = self.entry.windows and self.split == "train"
         if windows and self.align is not None:
             raise ValueError(
-                f"data.pack=documents has no meaning for {self.corpus}, windows of one document;"
-                " use data.pack=wrap"
+                f"documents cannot be kept apart in {self.corpus}, windows of one document; use"
+                " data.pack=wrap"
             )
         return RowFormat(
             length=2 * self.length if windows else self.length,
@@ -61,6 +63,7 @@ class Split:
             eos=self.tokenizer.eos_id,
             pad=self.tokenizer.pad_id,
             align=self.align,
+            whole=self.whole,
         )
 
     @cached_property

@@ -2,7 +2,7 @@
 
     ids.bin      [rows, L] uint16, or uint32 for vocabularies above 65 536
     counts.bin   [rows] uint32, real tokens of each row; what follows them is padding
-    marks.bin    [rows, 2, ceil(L / 8)] uint8, of data.pack=documents alone: two bits for a token,
+    marks.bin    [rows, 2, ceil(L / 8)] uint8, of documents apart alone: two bits for a token,
                  whether a document begins there and whether it is real (not padding)
     about.json   what the rows were made from and how many there are
 
@@ -34,9 +34,9 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
-    """The number of rows written."""
-    rows, files = 0, {}
+def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> tuple[int, int]:
+    """(rows written, real tokens in them)"""
+    rows, real, files = 0, 0, {}
     with ExitStack() as stack:
         for ids, counts, marks in chunks:
             check_ids(ids, vocab_size)
@@ -48,10 +48,11 @@ def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> int:
                     files[name] = stack.enter_context((folder / name).open("wb"))
                 files[name].write(array.tobytes())
             rows += len(ids)
+            real += int(counts.sum())
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    return rows
+    return rows, real
 
 
 class TokenRows:
@@ -73,7 +74,7 @@ class TokenRows:
 
     @property
     def apart(self) -> bool:
-        """Whether documents are kept apart (data.pack=documents)."""
+        """Whether documents are kept apart (data.pack=documents, whole)."""
         return self.about["shape"].get("align") is not None
 
     def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:

@@ -229,7 +229,7 @@ def check_share(config: Config, rows: int) -> None:
 
 
 def alignment(config: Config) -> int | None:
-    """data.pack=documents: documents begin at blocks, where the algorithm has them."""
+    """Documents that are kept apart begin at blocks, where the algorithm has them."""
     if config.data.pack == "wrap":
         return None
     blocks = needs_block_mask(config.algo.name, config.block_size, config.model.length)
@@ -255,6 +255,7 @@ def build_split(config: Config, tokenizer: Tokenizer, split: str) -> Split:
         length=config.model.length,
         wrap=data.wrap,
         align=alignment(config),
+        whole=data.pack == "whole",
         insert_eos=data.insert_train_eos if train else data.insert_valid_eos,
         insert_special=data.insert_train_special if train else data.insert_valid_special,
         revision=data.train_revision if train else data.valid_revision,

@@ -30,8 +30,10 @@ def prepare(config: Config) -> Callable[[], None]:
 
 
 def described(rows: TokenRows) -> str:
-    about = rows.about
+    about, packed = rows.about, ""
+    if "padding" in about:  # not noted of rows that were prepared earlier
+        packed = f"{about['padding']:.2%} padding, {about['cut_documents']:,} documents cut; "
     return (
         f"{about['corpus']}, {about['documents']:,} documents, {about['tokens']:,} tokens,"
-        f" {len(rows):,} rows of {rows.length} ({about['seconds']:,.1f} s) in {rows.folder}"
+        f" {len(rows):,} rows of {rows.length} ({packed}{about['seconds']:,.1f} s) in {rows.folder}"
     )

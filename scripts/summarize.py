@@ -26,6 +26,7 @@ COLUMNS = {
     "length": "gen_lengths",
     "NFEs": "gen_nfes",
     "rows": "rows",
+    "tokens": "tokens",
     "EMA": "ema",
     "seed": "seed",
     "checkpoint": "checkpoint",

@@ -256,8 +256,8 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
         )
     if not entry["document_ids"] and not config.data.wrap:
         yield f"{needed} cannot hide padding (data.wrap=False); {way_out}"
-    if not entry["document_ids"] and config.data.pack == "documents":
-        yield f"{needed} cannot keep documents apart (data.pack=documents); {way_out}"
+    if not entry["document_ids"] and config.data.pack != "wrap":
+        yield f"{needed} cannot keep documents apart (data.pack={config.data.pack}); {way_out}"
     if config.mode == "sample_eval" and config.sampling.kv_cache and not entry["cache"]:
         yield f"{needed} does not serve sampling.kv_cache=True; {way_out}"
 
@@ -304,19 +304,20 @@ def data(config: Config) -> Iterator[str]:
             f"data.streaming=True does not go with data.train={name}, random windows of prepared"
             " rows; use another corpus or data.streaming=False"
         )
-    if config.data.pack == "documents" and not config.data.wrap:
+    packed = config.data.pack != "wrap"
+    if packed and not config.data.wrap:
         yield (
-            "data.pack=documents does not go with data.wrap=False, which gives each document a row"
-            " of its own: choose one"
+            f"data.pack={config.data.pack} does not go with data.wrap=False, which gives each"
+            " document a row of its own: choose one"
         )
     windows = has_windows and config.mode in ("train", "plan")
-    if config.data.pack == "documents" and windows:
+    if packed and windows:
         yield (
-            f"data.pack=documents has no meaning for data.train={name}, windows of one document;"
-            " use another corpus or data.pack=wrap"
+            f"data.pack={config.data.pack} has no meaning for data.train={name}, windows of one"
+            " document; use another corpus or data.pack=wrap"
         )
     special = config.data.insert_train_special or config.data.insert_valid_special
-    framed = config.data.wrap and config.data.pack == "wrap" and special
+    framed = config.data.wrap and not packed and special
     if framed and config.model.length <= SPECIAL_TOKENS:
         yield (
             f"model.length={config.model.length} leaves no room between BOS and EOS;"

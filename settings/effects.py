@@ -104,7 +104,7 @@ def _data(config: Config) -> Iterator[str]:
         for key in ("train_special", "valid_special", "train_eos", "valid_eos"):
             if not getattr(data, f"insert_{key}"):
                 yield f"data.insert_{key}=False has no effect: data.wrap=False joins nothing"
-    for split in ("train", "valid") if data.pack == "documents" else ():
+    for split in ("train", "valid") if data.pack != "wrap" else ():
         special, eos = f"insert_{split}_special", f"insert_{split}_eos"
         if getattr(data, special) and not getattr(data, eos):
             yield f"data.{eos}=False has no effect: data.{special} puts EOS after each document"

@@ -274,8 +274,8 @@ class Data:
     )
     pack: str = doc(
         "with wrap, chunks are running text; with documents, each document starts at a block "
-        "and sees only itself",
-        one_of("wrap", "documents"),
+        "and sees only itself; whole is the same, but cuts no document that fits into a chunk",
+        one_of("wrap", "documents", "whole"),
     )
     streaming: bool = doc("tokenize the training text during training, not before it")
     insert_train_eos: bool = doc("put EOS after each training document")

@@ -23,8 +23,8 @@ from modes.build import alignment
 BOS, EOS, PAD = 1, 2, 0
 
 
-def row_format(length=8, align=4, *, eos=True, special=False):
-    return RowFormat(length, True, eos, special, bos=BOS, eos=EOS, pad=PAD, align=align)
+def row_format(length=8, align=4, *, eos=True, special=False, **more):
+    return RowFormat(length, True, eos, special, bos=BOS, eos=EOS, pad=PAD, align=align, **more)
 
 
 def rows_of(pieces, how):
@@ -71,17 +71,8 @@ def test_the_ends_of_documents(eos, special, wanted):
 def test_every_document_can_be_read_back(align, at_once, monkeypatch):
     """Random documents in random pieces; nothing is dropped, nothing depends on the batches."""
     monkeypatch.setattr(packing, "IDS_AT_ONCE", at_once)
-    chance = random.Random(align)
-    documents = [
-        [chance.randrange(3, 90) for _ in range(chance.choice([0, 1, 5, 12, 40]))]
-        for _ in range(60)
-    ]
-    pieces = []
-    for document in documents:
-        cut = chance.randrange(len(document) + 1)
-        pieces += [(document[:cut], False), (document[cut:], True)]
-    how = row_format(12, align)
-    ids, document_ids = rows_of(pieces, how)
+    documents = random_documents(align)
+    ids, document_ids = rows_of(in_pieces(documents, align), row_format(12, align))
     found, open_end = [], []
     for row, numbers in zip(ids, document_ids, strict=True):
         for number in range(1, numbers.max() + 1):
@@ -98,6 +89,94 @@ def test_every_document_can_be_read_back(align, at_once, monkeypatch):
     assert (ids[document_ids == 0] == PAD).all()
     if align == 1:
         assert gaps == (document_ids[-1] == 0).sum()
+
+
+def random_documents(seed, count=60, sizes=(0, 1, 5, 12, 40)):
+    chance = random.Random(seed)
+    return [[chance.randrange(3, 90) for _ in range(chance.choice(sizes))] for _ in range(count)]
+
+
+def in_pieces(documents, seed):
+    """(ids, ends) of each piece; every document is cut in two somewhere."""
+    chance, pieces = random.Random(seed), []
+    for document in documents:
+        cut = chance.randrange(len(document) + 1)
+        pieces += [(document[:cut], False), (document[cut:], True)]
+    return pieces
+
+
+# ---- none is cut that fits --------------------------------------------------------------------
+
+
+def test_whole_documents_go_where_they_fit_best():
+    """The longest first, each into the fullest row that has room; rows in the order of the text."""
+    documents = [[5] * 3, [6] * 6, [7], [8] * 4, [9] * 10]  # and EOS behind each
+    ids, document_ids = rows_of(whole(documents), row_format(align=1, whole=True))
+    assert ids.tolist() == [
+        [5, 5, 5, 2, 7, 2, 0, 0],
+        [6, 6, 6, 6, 6, 6, 2, 0],
+        [8, 8, 8, 8, 2, 9, 9, 2],
+        [9] * 8,
+    ]
+    assert document_ids[0].tolist() == [1, 1, 1, 1, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("align", [1, 2, 3, 12])
+@pytest.mark.parametrize(("special", "at_once"), [(False, 1), (True, 1 << 18)])
+def test_only_documents_longer_than_a_row_are_cut(align, special, at_once, monkeypatch):
+    monkeypatch.setattr(packing, "IDS_AT_ONCE", at_once)
+    monkeypatch.setattr(packing, "ROWS_AT_ONCE", 2)
+    documents = random_documents(align)
+    how = row_format(12, align, special=special, whole=True)
+    ids, document_ids = rows_of(in_pieces(documents, align), how)
+    found = []
+    for row, numbers in zip(ids, document_ids, strict=True):
+        for number in range(1, numbers.max() + 1):
+            places = np.flatnonzero(numbers == number)
+            assert places[0] % align == 0
+            assert (np.diff(places) == 1).all()
+            found.append(row[places].tolist())
+    wanted = []
+    for document in filter(None, documents):
+        framed = [BOS] * special + document + [EOS]
+        wanted += [framed[i : i + 12] for i in range(0, len(framed), 12)]
+    assert sorted(found) == sorted(wanted)
+    assert (ids[document_ids == 0] == PAD).all()
+
+
+def test_short_documents_leave_little_room():
+    """Lengths like those of molecules: at most 2 % more rows than blocks of text fill."""
+    documents = random_documents(0, count=3000, sizes=range(10, 70))
+    _, document_ids = rows_of(whole(documents), row_format(128, 8, whole=True))
+    blocks = sum(-(-(len(document) + 1) // 8) for document in documents)
+    assert len(document_ids) <= 1.02 * blocks / 16
+
+
+@pytest.mark.parametrize("pack", ["wrap", "documents", "whole", "rows"])
+@pytest.mark.parametrize(("eos", "special"), [(False, False), (True, False), (True, True)])
+def test_cut_documents_are_counted(pack, eos, special):
+    """Against the rows themselves, in which every document has an id of its own."""
+    documents = [[10 + number] * (number * 7 % 23) for number in range(80)] + [[90] * 40]
+    how = RowFormat(
+        *(12, pack != "rows", eos, special),
+        **{"bos": BOS, "eos": EOS, "pad": PAD, "whole": pack == "whole"},
+        align=3 if pack in ("documents", "whole") else None,
+    )
+    pieces = in_pieces(documents, 3)
+    rows = np.concatenate([chunk.ids for chunk in packing.packed(pieces, how)])
+    bodies = (rows[:, 1:-1] if how.framed else rows).tolist()
+    cut = 0
+    for document in filter(None, documents):
+        holders = [body for body in bodies if document[0] in body]
+        end = len(holders[0]) - holders[0][::-1].index(document[0])
+        no_room_for_eos = eos and pack != "rows" and end == len(holders[0])
+        seen = holders[0].count(document[0])
+        cut += len(holders) > 1 or seen < len(document) or no_room_for_eos
+    counter = packing.CutDocuments(how)
+    for part in (pieces[:31], pieces[31:32], pieces[32:]):
+        lengths, ends = zip(*((len(ids), ends) for ids, ends in part), strict=True)
+        counter.add(np.array(lengths), np.array(ends))
+    assert counter.count == cut
 
 
 @pytest.mark.parametrize(("length", "wrap", "align"), [(8, True, 3), (8, False, 4)])
@@ -166,7 +245,8 @@ def test_a_process_that_meets_an_unknown_character_says_which(prepare, monkeypat
 
 def test_each_alignment_has_its_folder_and_wrapped_rows_keep_theirs(prepare):
     folders = {prepare(align=align).folder for align in (None, 1, 4, 8)}
-    assert len(folders) == 4
+    folders.add(prepare(whole=True).folder)
+    assert len(folders) == 5
     assert set(prepare(align=None).about["shape"]) == {
         *("length", "wrap", "insert_eos", "insert_special", "bos", "eos", "pad")
     }
@@ -199,6 +279,7 @@ def problems(*overrides):
         (["algo=mdlm"], 1),
         (["algo=sedd"], 1),
         (["algo=ar"], 1),
+        (["data.pack=whole", "block_size=16"], 16),
         (["data.pack=wrap", "block_size=16"], None),
     ],
 )
@@ -216,7 +297,7 @@ def test_windows_of_one_document_cannot_be_packed(tmp_path):
     (problem,) = problems("data=text8-crop")
     assert "text8-crop" in problem
     assert problems("data=text8-crop", "mode=ppl_eval") == []
-    with pytest.raises(ValueError, match=r"data.pack=documents has no meaning for text8-crop"):
+    with pytest.raises(ValueError, match="documents cannot be kept apart in text8-crop"):
         get_rows(
             *("text8-crop", "train"),
             tokenizer=get_tokenizer("text8"),
@@ -231,7 +312,8 @@ def test_flash_attention_has_no_document_ids(monkeypatch):
     for name in ("settings.defaults", "settings.checks"):
         monkeypatch.setattr(f"{name}.visible_gpus", lambda: 1)
         monkeypatch.setattr(f"{name}.has_package", lambda name: True)
-    assert composed("algo=mdlm").model.attn_backend == "sdpa"
+    for pack in ("documents", "whole"):
+        assert composed("algo=mdlm", f"data.pack={pack}").model.attn_backend == "sdpa"
     assert composed("algo=mdlm", "data.pack=wrap").model.attn_backend == "flash_attn"
 
 
@@ -245,7 +327,9 @@ def test_an_end_that_is_there_anyway_is_told():
 
 def test_an_unknown_way_of_packing_is_refused():
     found, _ = settings.check(settings.load(["data.pack=document"]))
-    assert any("data.pack=document must be one of wrap, documents" in problem for problem in found)
+    assert any(
+        "data.pack=document must be one of wrap, documents, whole" in problem for problem in found
+    )
 
 
 # ---- a run ------------------------------------------------------------------------------------
@@ -254,15 +338,17 @@ def test_an_unknown_way_of_packing_is_refused():
 @pytest.mark.usefixtures("_launch_folder")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "algo", [["algo=bamdlm", "block_size=4"], ["algo=ar"]], ids=["bamdlm", "ar"]
+    ("algo", "pack"),
+    [(["algo=bamdlm", "block_size=4"], "documents"), (["algo=ar"], "whole")],
+    ids=["bamdlm-documents", "ar-whole"],
 )
-def test_training_and_perplexity_count_real_tokens_alone(algo, tmp_path):
+def test_training_and_perplexity_count_real_tokens_alone(algo, pack, tmp_path, capsys):
     """Both predict all but the first token of every segment."""
     texts = ["abc", "a longer text of several rows", "x", "", "to be"]
     path = tmp_path / "docs.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     words = [
-        *(*tiny(tmp_path), *algo, "data.pack=documents", "trainer.max_steps=2"),
+        *(*tiny(tmp_path), *algo, f"data.pack={pack}", "trainer.max_steps=2"),
         *(f"data.train={path}", f"data.valid={path}", f"checkpointing.save_dir={tmp_path}/run"),
     ]
     assert main.main(words) == 0
@@ -276,3 +362,10 @@ def test_training_and_perplexity_count_real_tokens_alone(algo, tmp_path):
     (valid,) = [made for name, made in prepared.items() if "-valid-" in name]
     firsts = valid.document_ids(range(len(valid))).max(1).sum()
     assert found["tokens"] == real - firsts
+    about = valid.about
+    assert about["padding"] == pytest.approx(1 - real / (len(valid) * valid.length), abs=1e-6)
+    assert about["cut_documents"] == (1 if pack == "whole" else about["cut_documents"])
+    capsys.readouterr()
+    assert main.main([*words, "mode=prepare"]) == 0
+    packed = f"({about['padding']:.2%} padding, {about['cut_documents']} documents cut; "
+    assert f"{len(valid)} rows of {valid.length} {packed}" in capsys.readouterr().out

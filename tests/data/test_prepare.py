@@ -108,6 +108,7 @@ SHAPES = {
     "bare": {"insert_special": False},
     "unwrapped": {"wrap": False},
     "apart": {"align": 4},
+    "whole": {"align": 4, "whole": True},
 }
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -99,6 +100,20 @@ def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch)
         assert found[: len(prepared)].tolist() == prepared.tolist()
 
 
+def test_documents_that_fit_into_a_row_are_streamed_whole():
+    """Each document is made of a character of its own, and has EOS behind it."""
+    readers = [lambda part=part: write(part, 200, longest=8) for part in range(4)]
+    rows = Stream(streamed_text(readers, row_format(align=2, whole=True)), SEED).read(range(480))
+    whole = Counter(letter for reader in readers for piece in reader() for letter in piece.text)
+    numbers = packing.document_ids(rows.marks, 8)
+    for ids, documents in zip(rows.ids, numbers, strict=True):
+        for number in range(1, documents.max() + 1):
+            *letters, end = ids[documents == number].tolist()
+            assert end == 2
+            assert letters == [letters[0]] * whole[chr(letters[0])]
+    assert (numbers == 0).mean() < 0.3  # S / 2 of a document is lost to the border
+
+
 def in_order(stream, epochs):
     """All rows of a stream with one lane, each unit's in the order of the text."""
     (lane,), found = stream.lanes.values(), []
@@ -143,7 +158,9 @@ def test_no_lane_gets_more_text_than_others_in_the_long_run():
     assert max(len(lane.waiting) for lane in stream.lanes.values()) < 30
 
 
-@pytest.mark.parametrize("changes", [{}, {"wrap": False}, {"align": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"wrap": False}, {"align": 4}, {"align": 4, "whole": True}], ids=str
+)
 def test_units_can_be_read_from_any_place(changes):
     anywhere = not changes
     given = text(parts=3, documents=30)
@@ -239,7 +256,9 @@ def test_padding_and_segments_reach_the_batch(workers):
 # Bookmarks
 
 
-@pytest.mark.parametrize("changes", [{}, {"wrap": False}, {"align": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"wrap": False}, {"align": 4}, {"align": 4, "whole": True}], ids=str
+)
 def test_a_stream_goes_on_from_its_bookmarks_at_any_row(changes):
     given = text(**changes)
     rows = read(Stream(given, SEED), 0, 2000)
