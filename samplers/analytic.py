@@ -77,8 +77,7 @@ def one_round(texts: ActiveTexts) -> list[Sample]:
         slot.filled = params.length
         slot.nfe = params.num_steps + 1
     write(texts)
-    if texts.tick is not None:
-        texts.tick(len(texts) * params.length, params.num_steps + 1)
+    texts.tick(len(texts) * params.length, params.num_steps + 1)
     return texts.settle([0] * len(texts))
 
 

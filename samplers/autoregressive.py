@@ -22,26 +22,25 @@ def one_round(texts: ActiveTexts) -> list[Sample]:
     count = min([ROUND_TOKENS] + [slot.total - slot.filled for slot in texts.slots])
     for _ in range(count):
         next_token(texts)
-    if texts.tick is not None:
-        texts.tick(len(texts) * count, count)
+    texts.tick(len(texts) * count, count)
     return texts.settle(before, every=True)
 
 
 def next_token(texts: ActiveTexts) -> None:
-    params = texts.params
+    params, canvas = texts.params, texts.canvas
     targets = [slot.filled for slot in texts.slots]
     target = torch.tensor(targets)
     if params.kv_cache:
-        texts.canvas.catch_up([target - 1 for target in targets], spare=2)
-        starts = texts.canvas.committed
+        canvas.catch_up([target - 1 for target in targets], spare=2)
+        starts = canvas.committed
     else:
         starts = [max(0, target - params.context_size) for target in targets]
     feed = [target - start for target, start in zip(targets, starts, strict=True)]
     key = fold(texts.keys(torch.arange(len(texts)), target), DRAW)
     step = torch.stack([torch.tensor(feed) - 1, target, key])
-    texts.canvas.reveal(starts, max(feed), texts.canvas.tensor(step)[..., None])
+    canvas.reveal(starts, max(feed), canvas.tensor(step)[..., None])
     if params.kv_cache:
-        texts.canvas.commit(feed)
+        canvas.commit(feed)
     for slot in texts.slots:
         slot.filled += 1
         slot.nfe += 1

@@ -7,7 +7,6 @@ same pass that asks the first question about the next one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ def one_round(texts: ActiveTexts, span: Span) -> list[Sample]:
         (planned if isinstance(rule, Planned) else adaptive)(texts, rule, spans, fills)
     for slot, (_, stop) in zip(texts.slots, spans, strict=True):
         slot.filled = stop
-    if texts.tick is not None:
-        texts.tick(sum(map(len, fills)), texts.canvas.evaluations - evaluations)
+    texts.tick(sum(map(len, fills)), texts.canvas.evaluations - evaluations)
     return texts.settle(before)
 
 
@@ -68,9 +66,9 @@ class View:
         self._asked()
         return answer
 
-    def reveal(self, step: "Step") -> None:
-        """Draw what is read and write it."""
-        self.texts.canvas.reveal(self.starts, self.width, step.numbers)
+    def reveal(self, step: Tensor) -> None:
+        """Draw what is read and write it; step: see make_steps."""
+        self.texts.canvas.reveal(self.starts, self.width, step)
         self._asked()
 
     def _asked(self) -> None:
@@ -78,26 +76,6 @@ class View:
             self.texts.canvas.commit(self.pending)
             self.pending = []
         self.starts, self.width = self.later, self.later_width
-
-
-@dataclass(frozen=True)
-class Step:
-    """One evaluation of the batch."""
-
-    numbers: Tensor  # int64 [3, B, R]: where to read in the view, where to write, with which key
-    hide: Tensor | None  # [B, R']: positions masked beforehand
-
-    @property
-    def read(self) -> Tensor:
-        return self.numbers[0]
-
-    @property
-    def write(self) -> Tensor:
-        return self.numbers[1]
-
-    @property
-    def key(self) -> Tensor:
-        return self.numbers[2]
 
 
 def planned(texts: ActiveTexts, rule: Planned, spans, fills) -> None:
@@ -108,9 +86,9 @@ def planned(texts: ActiveTexts, rule: Planned, spans, fills) -> None:
     for slot, evaluations in zip(texts.slots, plan.evaluations(len(texts)), strict=True):
         slot.nfe += evaluations
     view = View(texts, spans)
-    for step in make_steps(texts, view, plan):
-        if step.hide is not None:
-            texts.canvas.x.scatter_(1, step.hide, texts.canvas.mask_id)
+    for step, hide in make_steps(texts, view, plan):
+        if hide is not None:
+            texts.canvas.x.scatter_(1, hide, texts.canvas.mask_id)
         view.reveal(step)
         texts.show()
 
@@ -121,10 +99,14 @@ def listed(fills: list[list[int]]) -> tuple[Tensor, Tensor]:
     return row, torch.tensor([position for fill in fills for position in fill])
 
 
-def make_steps(texts: ActiveTexts, view: View, plan: RevealPlan) -> list[Step]:
-    """All evaluations of a round, brought to the device together.
+def make_steps(
+    texts: ActiveTexts, view: View, plan: RevealPlan
+) -> list[tuple[Tensor, Tensor | None]]:
+    """All evaluations of a round, brought to the device together: (step, hide) for each.
 
-    Rows with fewer positions than others read something and write it where it concerns nobody.
+    step int64 [3, B, R]: where to read in the view, where to write, with which key. hide [B, R']:
+    positions to mask beforehand. Rows with fewer positions than others read something and write it
+    where it concerns nobody.
     """
     evaluations = int(plan.evaluation.max()) + 1
     starts = torch.tensor([view.starts, view.later])[plan.evaluation.clamp(max=1), plan.row]
@@ -133,11 +115,11 @@ def make_steps(texts: ActiveTexts, view: View, plan: RevealPlan) -> list[Step]:
     nobody = torch.tensor([[0], [texts.canvas.dump], [0]])
     numbers = laid_out(texts, given, nobody, plan.evaluation, plan.row, evaluations)
     if plan.hide is None:
-        return [Step(part, None) for part in numbers]
+        return [(part, None) for part in numbers]
     row, position, evaluation = plan.hide
     masked = laid_out(texts, position[None], nobody[1:2], evaluation, row, evaluations)
     pairs = zip(numbers, masked, strict=True)
-    return [Step(part, hide[0] if hide.numel() else None) for part, hide in pairs]
+    return [(part, hide[0] if hide.numel() else None) for part, hide in pairs]
 
 
 def laid_out(texts: ActiveTexts, given, nobody, evaluation, row, evaluations: int) -> list[Tensor]:
@@ -172,12 +154,13 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         torch.arange(2).repeat_interleave(len(row)),
         torch.zeros(2 * len(row), dtype=torch.int64),
     )
-    first, later = make_steps(texts, view, twice)
+    (first, _), (later, _) = make_steps(texts, view, twice)
     step = first  # of a cached round it starts a block earlier
     left = Countdown([len(fill) for fill in fills])
     while before := left.most():
-        masked = (canvas.x.gather(1, step.write) == canvas.mask_id) & (step.write != canvas.dump)
-        log_probs = view.ask(step.read)
+        read, write, keys = step
+        masked = (canvas.x.gather(1, write) == canvas.mask_id) & (write != canvas.dump)
+        log_probs = view.ask(read)
         reveal = rule.choose(log_probs, masked, params)
         if rule.sequential:
             left.tell([max(0, n - params.k) for n in left.known[-1]])
@@ -188,9 +171,8 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
             break
         picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
         chosen = log_probs.gather(1, picked[..., None].expand(-1, -1, log_probs.shape[-1]))
-        key = step.key.gather(1, picked)
-        token = sample(chosen, key, params.nucleus_p, params.dtype)
-        target = step.write.gather(1, picked).where(reveal.gather(1, picked), canvas.dump)
+        token = sample(chosen, keys.gather(1, picked), params.nucleus_p, params.dtype)
+        target = write.gather(1, picked).where(reveal.gather(1, picked), canvas.dump)
         canvas.x.scatter_(1, target, token)
         step = later
         texts.show()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Here:
-    """What a CPU counts is there at once."""
+    """The event of numbers of a CPU: they need not be waited for."""
 
     def query(self) -> bool:
         return True

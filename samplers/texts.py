@@ -43,11 +43,7 @@ class Slot:
         return gaps + list(range(max(start, self.given), min(stop, self.total)))
 
     def next_masked(self) -> int | None:
-        for p in self.gaps:
-            if p >= self.filled:
-                return p
-        tail = max(self.filled, self.given)
-        return tail if tail < self.total else None
+        return next(iter(self.masked(0, self.total)), None)
 
 
 class ActiveTexts:
@@ -93,13 +89,25 @@ class ActiveTexts:
         length, or with `every` at each length on the way there.
         """
         stops: dict[int, Stop] = {}
-        again = []
+        again = []  # texts to be written once more
         if self.params.var_length or self.params.reject_low_entropy:
             ends = [min(slot.filled, slot.total) for slot in self.slots]
             new = max(end - start for end, start in zip(ends, fresh, strict=True))
             for i, tail in enumerate(self.canvas.tails(ENTROPY_TOKENS + new, ends)):
-                looks = range(fresh[i] + 1, ends[i] + 1) if every else [ends[i]]
-                self._judge(i, tail, ends[i], looks, fresh[i], stops, again)
+                slot, end = self.slots[i], ends[i]
+                looks = range(fresh[i] + 1, end + 1) if every else [end]
+                if slot.request.total is not None:
+                    continue  # infilling has a fixed length
+                if self.params.var_length:
+                    stop = find_stop(tail, end, looks, fresh[i], slot.given, self.params.eos_id)
+                    if stop is not None:
+                        stops[i] = stop
+                elif not slot.rejected and any(
+                    low_entropy(tail[: look - end + len(tail)]) for look in looks
+                ):
+                    slot.rejected = slot.tries == MOST_TRIES
+                    if not slot.rejected:
+                        again.append(i)
         done = [
             i
             for i, s in enumerate(self.slots)
@@ -109,29 +117,13 @@ class ActiveTexts:
         self._turn_over(done, again)
         return samples
 
-    def _judge(self, i, tail, end, looks, fresh, stops, again) -> None:
-        slot = self.slots[i]
-        if slot.request.total is not None:
-            return  # infilling has a fixed length
-        if self.params.var_length:
-            stop = find_stop(tail, end, looks, fresh, slot.given, self.params.eos_id)
-            if stop is not None:
-                stops[i] = stop
-        elif not slot.rejected and any(
-            low_entropy(tail[: look - end + len(tail)]) for look in looks
-        ):
-            slot.rejected = slot.tries == MOST_TRIES
-            if not slot.rejected:
-                again.append(i)
-
     def _sample(self, i: int, stop: Stop | None) -> Sample:
         slot = self.slots[i]
         stop = stop or Stop(slot.total, slot.filled, "length")
         return Sample(
             row=slot.request.row,
             tokens=self.canvas.x[i, : stop.length].to("cpu", copy=True),
-            nfe=slot.nfe
-            - (slot.filled - stop.seen),  # evaluations past the look that ended it do not count
+            nfe=slot.nfe - (slot.filled - stop.seen),  # without those past the look that ended it
             stopped=stop.reason,
             given=slot.given,
             written=len(slot.gaps) + max(0, stop.length - slot.given),

@@ -44,7 +44,7 @@ def generate(
     *,
     device: torch.device | str = "cpu",
     watch: Callable | None = None,
-    tick: Callable | None = None,
+    tick: Callable[[int, int], None] = lambda tokens, evaluations: None,
 ) -> Iterator[list[Sample]]:
     """Yields finished samples, those that end together in one list, in no fixed order of rows.
 

@@ -24,19 +24,16 @@ def read_prompts(path: str | Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"sampling.prompts={path} is not UTF-8 text ({error.reason})") from error
-    read = _line if path.suffix == ".txt" else _record
-    prompts = [read(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
+    prompts = {number: line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
         raise ValueError(f"sampling.prompts={path} is empty: write one prompt a line")
-    return prompts
+    if path.suffix == ".txt":
+        return list(prompts.values())
+    return [_record(line, f"sampling.prompts={path}, line {n}") for n, line in prompts.items()]
 
 
-def _line(line: str, path: Path, number: int) -> str:
-    return line
-
-
-def _record(line: str, path: Path, number: int) -> str:
-    where = f"sampling.prompts={path}, line {number}"
+def _record(line: str, where: str) -> str:
+    """The prompt of a line of .jsonl; `where` names the line in messages."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:

@@ -6,6 +6,8 @@ import html
 import json
 import sys
 import time
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from string import Template
 
@@ -65,19 +67,19 @@ class Progress:
     def tick(self, tokens: int, evaluations: int) -> None:
         self.tokens += tokens
         self.evaluations += evaluations
-        self._show(every=LINE_SECONDS)
+        self._show()
 
     def done(self, texts: int) -> None:
         self.written += texts
-        self._show(every=LINE_SECONDS)
+        self._show()
 
-    def _show(self, every: float) -> None:
+    def _show(self) -> None:
         now = time.monotonic()
         rate = self.tokens / max(now - self.started, 1e-9)
         figures = f"{self.tokens:,} tokens, {rate:,.0f} tokens/s, {self.evaluations:,} evaluations"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.written, figures=figures)
-        elif self.enabled and now - self.shown > every:
+        elif self.enabled and now - self.shown > LINE_SECONDS:
             self.shown = now
             say(f"{self.written} of {self.texts} texts, {figures}")
 
@@ -86,7 +88,7 @@ def pieces(
     tokens: list[int], before: list[int] | None, mask_id: int
 ) -> list[tuple[str, list[int]]]:
     """Runs of (state, ids): masked, fresh since `before`, settled."""
-    runs = []
+    states = []
     for i, token in enumerate(tokens):
         if token == mask_id:
             state = MASKED
@@ -94,11 +96,9 @@ def pieces(
             state = FRESH
         else:
             state = SETTLED
-        if runs and runs[-1][0] == state:
-            runs[-1][1].append(token)
-        else:
-            runs.append((state, [token]))
-    return runs
+        states.append(state)
+    pairs = groupby(zip(states, tokens, strict=True), key=itemgetter(0))
+    return [(state, [token for _, token in group]) for state, group in pairs]
 
 
 class Show:
