@@ -19,6 +19,7 @@ COLUMNS = {
     "algo": "algo",
     "block size": "block_size",
     "data": "data",
+    "likelihood": "likelihood",
     "PPL": "ppl",
     "±": "ppl_error",
     "gen. PPL": "gen_ppl",
@@ -46,7 +47,8 @@ def find(folders: list[Path]) -> list[tuple[Path, dict]]:
                 print(f"skipped: {path} ({error})", file=sys.stderr)
                 continue
             if isinstance(content, dict) and any(key in content for key in TELLING):
-                found.append((path, content))
+                several = content.get("likelihoods", [{}])
+                found += [(path, content | each) for each in several]
     return found
 
 

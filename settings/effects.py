@@ -21,6 +21,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
         yield from _sampling(config)
         if config.eval.tokens_per_batch is not None:
             yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
+    if config.mode != "ppl_eval" and config.eval.draws != 1:
+        yield f"eval.draws has no effect: mode={config.mode} draws once; mode=ppl_eval has draws"
     if config.mode in ("train", "plan", "ppl_eval"):
         yield from _exact(config)
     if config.mode == "ppl_eval" and algorithms()[config.algo.name]["noise"]:

@@ -71,3 +71,9 @@ def test_the_error_over_rows_holds_that_of_the_draws():
     assert found.draw_error == pytest.approx(found.nll_error, rel=0.05)
     assert of_rows(nll, torch.full((4000,), 7), sampled=False).draw_error == 0
     assert math.isnan(of_rows(nll[:, :1], torch.full((4000,), 7), sampled=True).draw_error)
+
+
+def test_the_error_of_two_rows_is_by_hand():
+    """Mean 2, deviations 1 and 1: the variance of the mean is (1 + 1) / (2 - 1) / 2."""
+    found = of_rows(torch.tensor([[1.0], [3.0]]).double(), torch.tensor([1, 1]), sampled=False)
+    assert found.nll_error == pytest.approx(1)

@@ -110,6 +110,16 @@ def test_with_blocks_of_one_there_is_one_likelihood(evaluate, algo):
     assert evaluate(algo, place="default")["exact"]["nll"] == found["exact"]["nll"]
 
 
+def test_the_estimators_give_the_chain_rule_for_blocks_of_one(evaluate):
+    """Without training.eval_nll they are asked: each is the likelihood but nelbo, whose draw at a
+    time that masks nothing says nothing."""
+    whole = evaluate("blocks_of_one", place="whole")["exact"]["nll"]
+    found = evaluate("blocks_of_one", f"eval.likelihood=[{EVERY}]", "training.eval_nll=false")
+    for name, entry in found.items():
+        tolerance = 4 * entry["nll_error"] if name == "nelbo" else 1e-6 * whole
+        assert entry["nll"] == pytest.approx(whole, abs=tolerance), name
+
+
 def test_mdlm_has_all_but_those_of_every_set(evaluate, trained, capsys):
     words = "[counts,iw:1,left_to_right:4,greedy:8,margin,threshold:0.5]"
     found = evaluate("mdlm", f"eval.likelihood={words}", "eval.draws=2")

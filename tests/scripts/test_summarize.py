@@ -40,3 +40,13 @@ def test_nothing_found_is_said(tmp_path, capsys):
     assert summarize.main([str(tmp_path)]) == 1
     assert "no finished evaluation" in capsys.readouterr().err
     assert summarize.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_every_likelihood_of_an_evaluation_is_a_row(tmp_path, capsys):
+    found = [{"likelihood": "counts", "ppl": 50.25}, {"likelihood": "exact", "ppl": 49.75}]
+    (tmp_path / "ppl_ptb.json").write_text(json.dumps(PPL | found[0] | {"likelihoods": found}))
+    assert summarize.main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [("counts" in line, "50.25" in line) for line in lines] == [(True, True), (False, False)]
+    assert "exact" in lines[1]
+    assert "49.75" in lines[1]
