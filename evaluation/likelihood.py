@@ -44,7 +44,8 @@ class Likelihood:
         drawn = f", of which the draws {self.ppl * self.draw_error:.3f}" * (self.draw_error > 0)
         return (
             f"perplexity {self.ppl:.3f} ± {self.ppl_error:.3f}{drawn}"
-            f" ({self.nll:.4f} nats, {self.bpd:.4f} bits per token; {self.tokens:,} tokens)"
+            f" ({self.nll:.4f} nats, {self.bpd:.4f} bits per token; {self.tokens:,} tokens of"
+            f" {self.rows:,} rows)"
         )
 
 

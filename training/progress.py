@@ -117,7 +117,7 @@ class RunProgress(ProgressBar):
         if not self._due():
             return
         so_far = pl_module.validation.meter.compute()
-        figures = f"ppl {so_far.ppl:.2f} ± {so_far.ppl_error:.2f}  {so_far.tokens:,} tokens"
+        figures = f"ppl {so_far.ppl:.2f} ± {so_far.ppl_error:.2f}  {so_far.rows:,} rows"
         if self._bar:
             self._bar.update(self._valid, completed=batch_idx + 1, figures=figures)
         else:
@@ -135,7 +135,8 @@ class RunProgress(ProgressBar):
             error = float(trainer.callback_metrics["val/nll_error"])
             ppl = f"{_ppl(nll)} ± {math.exp(min(nll, 700)) * error:.2f}"
             step = f"step {trainer.global_step:,}"
-            self.print(f"{step}: validation perplexity {ppl} ({nll:.4f} nats per token)")
+            rows = f"{pl_module.validated.rows:,} rows"
+            self.print(f"{step}: validation perplexity {ppl} ({nll:.4f} nats per token, {rows})")
         if trainer.state.fn != TrainerFn.FITTING:
             self._close()
         self._since += time.monotonic() - self._paused
