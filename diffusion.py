@@ -26,6 +26,7 @@ from objectives.loss_inputs import LossInputs, Objective
 from training import averaging, distributed
 from training.csv_log import record
 from training.health import StepHealth
+from training.logged import figures
 from training.state import load_state, save_state
 from training.validation import Validation
 
@@ -197,16 +198,10 @@ class Diffusion(L.LightningModule):
             self.validated_at = self.trainer.global_step
         # now: when validation has ended, the module may be on another device than the group's
         self.validated = result = self.validation.likelihood()
-        figures = {
-            "val/nll": result.nll,
-            "val/bpd": result.bpd,
-            "val/ppl": result.ppl,
-            "val/nll_error": result.nll_error,
-            **self.validation.adopt(),
-        }
-        self.log_dict(figures, logger=False)  # for best.ckpt; Lightning's steps begin at 0
+        found = {**figures(result), **self.validation.adopt()}
+        self.log_dict(found, logger=False)  # for best.ckpt; Lightning's steps begin at 0
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            record(self.trainer, figures)
+            record(self.trainer, found)
 
     def on_exception(self, exception: BaseException) -> None:
         averaging.put_average(self, False)

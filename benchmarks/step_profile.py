@@ -19,7 +19,7 @@ from diffusion import Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from training.csv_log import CSVLog
-from training.throughput import Throughput
+from training.step_log import StepLog
 from utils import constant_warmup
 
 WARM_UP = 3  # steps that are not counted: optimizer states are made, pages touched
@@ -136,7 +136,7 @@ def profile(
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=CSVLog(Path(folder) / "metrics.csv"),
-            callbacks=[watched, Throughput(1.0, torch.float32)],
+            callbacks=[watched, StepLog(1.0, torch.float32, rates=False)],
             use_distributed_sampler=False,
         )
         data = DataModule(

@@ -17,9 +17,8 @@ from modes.build import (
 )
 from settings import Config
 from settings.defaults import default_likelihood
-from training.flops import flops, matmul_dtype
+from training.flops import flops
 from training.signals import Signals
-from training.throughput import Throughput
 from training.trainer import build_trainer, examples_seen, resume_point, training_logs
 from utils import rank, say
 
@@ -43,12 +42,11 @@ def prepare(config: Config) -> Callable[[], None]:
     run_folder = config.checkpointing.save_dir
     own = settings.local_folder(run_folder)
     signals = Signals()
-    step_flops = flops(build_shape(config, backbone)).step
     trainer = build_trainer(
         config,
         loggers=training_logs(config),
         signals=signals,
-        callbacks=(Throughput(step_flops, matmul_dtype(config.trainer.precision)),),
+        step_flops=flops(build_shape(config, backbone)).step,
     )
 
     def run() -> None:

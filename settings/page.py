@@ -4,7 +4,7 @@ from pathlib import Path
 
 from settings.help import defaults, described
 from settings.keys import choices, groups
-from settings.tables import modes
+from settings.tables import logged_figures, modes
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
@@ -30,6 +30,9 @@ def page() -> str:
             lines += ["", f"## {section or 'The run'}", ""]
             lines += ["| Setting | Default | Meaning |", "|---|---|---|"]
         lines.append(f"| `{key}` | `{value}` | {described(key)} |")
+    lines += ["", "## Figures that a run logs", ""]
+    lines += ["| Name in `metrics.csv` | Meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {entry['doc']}. |" for name, entry in logged_figures().items()]
     return "\n".join(lines) + "\n"
 
 

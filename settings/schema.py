@@ -31,6 +31,7 @@ from settings.tables import (
     attention_backends,
     confidences,
     likelihoods,
+    logged_figures,
     lr_schedules,
     modes,
     schedules,
@@ -377,7 +378,8 @@ class CheckpointEveryNSteps:
 @dataclass
 class CheckpointMonitor:
     monitor: str = doc(
-        "metric that decides which checkpoint is best", one_of("val/nll", "val/bpd", "val/ppl")
+        "metric that decides which checkpoint is best",
+        one_of(*(name for name, entry in logged_figures().items() if entry.get("monitor"))),
     )
     mode: str = doc("whether the best is the smallest or the largest", one_of("min", "max"))
     save_top_k: int = doc("how many of the best are kept; -1: all", AT_LEAST_MINUS_1)

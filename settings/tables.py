@@ -132,6 +132,11 @@ def attention_backends() -> dict[str, dict]:
     return {name: defaults | keywords for name, keywords in entries.items()}
 
 
+def logged_figures() -> dict[str, dict]:
+    """What a run logs: the names in metrics.csv."""
+    return table("training/logged.py", "LOGGED")
+
+
 def known_corpora() -> dict[str, dict]:
     """The named corpora: data.train and data.valid."""
     return table("data/corpora.py", "CORPORA")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from runs import tiny
 
+from training.csv_log import read_log
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "extending.md"
 DIFFS = re.findall(r"^## (.*?)\n(?:.*?)```diff\n(.*?)```", PAGE.read_text(), re.M | re.S)
@@ -87,8 +89,8 @@ def runs(folder: Path, stories: Path) -> list[list[str]]:
 
 
 def test_the_page_shows_every_kind():
-    kinds = {"noise schedule", "step rule", "objective", "corpus", "attention backend", "mode"}
-    assert kinds <= KINDS
+    kinds = {"noise schedule", "step rule", "objective", "corpus", "logged metric", "mode"}
+    assert kinds | {"attention backend"} <= KINDS
 
 
 def test_each_thing_takes_two_files_and_a_test():
@@ -116,6 +118,7 @@ def test_every_new_thing_runs(extended):
     found, folder, printed = extended
     assert found["codes"] == [0] * len(found["codes"]), printed
     assert (folder / "texts").is_file()
+    assert len(read_log(folder / "trained/metrics.csv")["trainer/grad_norm"]) == 2
     assert re.search(r"^train: tinystories, 1 documents", printed, re.M)
     assert re.search(r"^[\d,]+ parameters$", printed, re.M)
 

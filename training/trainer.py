@@ -14,12 +14,33 @@ from checkpointing.load import Checkpoint, CheckpointError, read_checkpoint
 from settings import Config
 from training.csv_log import CSVLog
 from training.distributed import Replicated, Sharded
+from training.flops import matmul_dtype
 from training.health import RankFailure, StallWatch
 from training.progress import NetworkSummary, RunProgress
 from training.saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheckpoints, steps_in
 from training.signals import Signals
-from training.step_log import TrainingFigures
+from training.step_log import StepLog
 from utils import plain_errors, say
+
+# settings of trainer.* that Lightning takes under the same name
+AS_SET = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "precision",
+    "max_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "limit_val_batches",
+    "val_check_interval",
+    "num_sanity_val_steps",
+    "log_every_n_steps",
+    "enable_progress_bar",
+    "deterministic",
+    "benchmark",
+    "detect_anomaly",
+)
 
 
 def build_trainer(
@@ -27,41 +48,25 @@ def build_trainer(
     *,
     loggers: list,
     signals: Signals | None = None,
-    callbacks: tuple[L.Callback, ...] = (),
+    step_flops: float | None = None,
 ) -> L.Trainer:
-    """`signals`: what tells training to stop; the caller lets it listen. `callbacks`: besides those
-    that the settings ask for."""
+    """`signals`: what tells training to stop; the caller lets it listen. `step_flops`: of a
+    sequence, forward and backward. Only training needs them."""
     t, io = config.trainer, CarefulIO()
     several = t.devices * t.num_nodes > 1
-    training = config.mode == "train"
-    callbacks = [*callbacks, *([RunProgress()] if t.enable_progress_bar else [])]
-    if training and t.enable_model_summary:
-        callbacks.append(NetworkSummary())
-    if training:
-        callbacks += training_callbacks(config, loggers, io, signals or Signals())
+    callbacks = [RunProgress()] if t.enable_progress_bar else []
+    if config.mode == "train":
+        callbacks += training_callbacks(config, io, signals or Signals())
+    if step_flops is not None and loggers:
+        callbacks.insert(0, step_log(config, step_flops))
     trainer = L.Trainer(
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
+        **{name: getattr(t, name) for name in AS_SET},
         strategy=training_strategy(config) if several else "auto",
-        precision=t.precision,
-        max_steps=t.max_steps,
-        accumulate_grad_batches=t.accumulate_grad_batches,
         gradient_clip_val=t.gradient_clip_val or None,
-        gradient_clip_algorithm=t.gradient_clip_algorithm,
-        limit_train_batches=t.limit_train_batches,
-        limit_val_batches=t.limit_val_batches,
-        val_check_interval=t.val_check_interval,
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=t.num_sanity_val_steps,
-        log_every_n_steps=t.log_every_n_steps,
         # true without one of Lightning's own would make it add one
         enable_checkpointing=any(isinstance(each, BestCheckpoint) for each in callbacks),
-        enable_progress_bar=t.enable_progress_bar,
         enable_model_summary=False,  # ours is among the callbacks
-        deterministic=t.deterministic,
-        benchmark=t.benchmark,
-        detect_anomaly=t.detect_anomaly,
         callbacks=callbacks,
         logger=loggers or False,
         plugins=[io],
@@ -90,12 +95,17 @@ def training_strategy(config: Config) -> Strategy:
     return Replicated()
 
 
-def training_callbacks(
-    config: Config, loggers: list, io: CarefulIO, signals: Signals
-) -> list[L.Callback]:
+def step_log(config: Config, step_flops: float) -> StepLog:
+    rates = config.callbacks.learning_rate_monitor
+    with_steps = rates is not None and rates.logging_interval == "step"
+    return StepLog(step_flops, matmul_dtype(config.trainer.precision), rates=with_steps)
+
+
+def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[L.Callback]:
     wanted, c = config.callbacks, config.checkpointing
     folder = f"{c.save_dir.rstrip('/')}/checkpoints"
-    made = [RankFailure(), StallWatch()]
+    made = [NetworkSummary()] if config.trainer.enable_model_summary else []
+    made += [RankFailure(), StallWatch()]
     saver = None
     if config.trainer.enable_checkpointing:
         every = wanted.checkpoint_every_n_steps
@@ -122,11 +132,9 @@ def training_callbacks(
                 enable_version_counter=False,
             )
         )
-    if loggers:
-        rates = wanted.learning_rate_monitor and wanted.learning_rate_monitor.logging_interval
-        made.append(TrainingFigures(rates=rates == "step"))
-        if rates == "epoch":
-            made.append(LearningRateMonitor(rates))
+    rates = wanted.learning_rate_monitor
+    if rates is not None and rates.logging_interval == "epoch":
+        made.append(LearningRateMonitor("epoch"))
     return made
 
 

@@ -24,7 +24,8 @@ from scripts.show_mask import main as show_mask
 from scripts.show_mask import seen_pairs as drawn_pairs
 from training.csv_log import CSVLog, read_log
 from training.flops import PEAK_SIZE, NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
-from training.throughput import Throughput
+from training.logged import LOGGED
+from training.step_log import StepLog
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,20 +151,27 @@ class StandIn:
 
 class Module:
     device = torch.device("cpu")
+    health = SimpleNamespace(loss=torch.tensor(2.5), bad_steps=3)
 
 
-def test_throughput_goes_to_the_log_at_its_steps(tmp_path):
-    trainer, callback = StandIn(tmp_path / "metrics.csv"), Throughput(1e9, torch.float32)
+class Optimizer:
+    param_groups = ({"lr": 0.1},)
+
+
+def test_every_figure_of_the_steps_goes_to_the_log_at_its_steps(tmp_path):
+    trainer, callback = StandIn(tmp_path / "metrics.csv"), StepLog(1e9, torch.float32, rates=True)
     callback.on_train_start(trainer, Module)
     for step in range(1, 6):
         trainer.global_step = step
+        callback.on_before_optimizer_step(trainer, Module, Optimizer)
         callback.on_validation_start(trainer, Module)
         callback.on_validation_end(trainer, Module)
         callback.on_train_batch_end(trainer, Module, None, {"input_ids": texts(3, 8, 5)}, step - 1)
     log = read_log(tmp_path / "metrics.csv")
-    names = {f"throughput/{x}" for x in ("tokens_per_second", "tflops", "mfu", "memory_gib")}
-    assert log.keys() == names
-    for name in names:
+    assert log.keys() == {name for name, entry in LOGGED.items() if not entry.validation}
+    for name, value in (("loss", 2.5), ("lr", 0.1), ("bad_steps", 3)):
+        assert log[f"trainer/{name}"] == {2: pytest.approx(value), 4: pytest.approx(value)}
+    for name in log:
         assert list(log[name]) == [2, 4]
         assert all(value > 0 for value in log[name].values())
     with (tmp_path / "metrics.csv").open() as file:

@@ -14,6 +14,7 @@ from samplers.steps import CONFIDENCES, STEPS
 from settings import tables
 from settings.keys import LEAVES, choices
 from settings.page import PAGE, page
+from training.logged import LOGGED
 from utils import LR_SCHEDULES
 
 TABLES = [
@@ -23,6 +24,7 @@ TABLES = [
     (tables.attention_backends, BACKENDS),
     (tables.lr_schedules, LR_SCHEDULES),
     (tables.known_corpora, CORPORA),
+    (tables.logged_figures, LOGGED),
 ]
 
 

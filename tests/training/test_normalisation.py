@@ -9,7 +9,7 @@ from test_training import ALGORITHMS, LENGTH, MemoryRows, module, trainer
 
 from dataloader import DataModule
 from training.csv_log import CSVLog
-from training.step_log import TrainingFigures
+from training.step_log import StepLog
 
 ROWS, STEPS = 32, 8  # of a global batch
 
@@ -32,11 +32,11 @@ class UnevenRows(MemoryRows):
         return (1 + (torch.arange(LENGTH) >= 4)).numpy() * real
 
 
-class Watched(TrainingFigures):
+class Watched(StepLog):
     """The gradients of the first step as the optimizer gets them, the loss of every step."""
 
     def __init__(self):
-        super().__init__(rates=True)
+        super().__init__(1.0, torch.float32, rates=True)
         self.gradients, self.losses = None, []
 
     def on_fit_start(self, trainer, module):

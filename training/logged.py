@@ -1,0 +1,100 @@
+"""What a run logs: one entry for each figure of metrics.csv and wandb.
+
+A new figure takes one entry here. The search for the training interval logs its candidates as well
+(objectives/clipping.py); their names depend on the settings.
+"""
+
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from evaluation.likelihood import Likelihood
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The optimizer steps since the last row of the log, on this device."""
+
+    module: L.LightningModule  # the Diffusion; its `health` knows the last step
+    lr: float | None  # learning rate of the last step; None where another callback logs it
+    tokens: int  # of x0
+    seconds: float  # without validations
+    flops: float  # floating-point operations, forward and backward (flops.py)
+    peak: float  # FLOP/s of a large matrix product, measured on this device
+
+
+@dataclass(frozen=True)
+class Logged:
+    """`value` makes the figure from the Steps, or with `validation` from a validation's Likelihood;
+    None leaves it out.
+
+    doc: its line in docs/settings.md. monitor: checkpoint_monitor may keep the checkpoint with the
+    least value.
+    """
+
+    value: Callable[[Steps | Likelihood], float | Tensor | None]
+    doc: str
+    validation: bool = False
+    monitor: bool = False
+
+
+LOGGED = {
+    "trainer/loss": Logged(
+        lambda steps: steps.module.health.loss,
+        doc="Loss of the last step: mean over the tokens of its global batch that count",
+    ),
+    "trainer/lr": Logged(lambda steps: steps.lr, doc="Learning rate of the last step"),
+    "trainer/bad_steps": Logged(
+        lambda steps: steps.module.health.bad_steps,
+        doc="Steps that were left out since the process began",
+    ),
+    "throughput/tokens_per_second": Logged(
+        lambda steps: steps.tokens / steps.seconds,
+        doc="Tokens of text per second and device, without the time of validations",
+    ),
+    "throughput/tflops": Logged(
+        lambda steps: steps.flops / steps.seconds / 1e12,
+        doc="10^12 floating-point operations per second and device",
+    ),
+    "throughput/mfu": Logged(
+        lambda steps: steps.flops / steps.seconds / steps.peak,
+        doc="The same, as a share of the speed of a large matrix product on this device",
+    ),
+    "throughput/memory_gib": Logged(
+        lambda steps: peak_memory(steps.module.device) / GIB,
+        doc="Most memory in use so far, in GiB: of the GPU, or on a CPU of the process",
+    ),
+    "val/nll": Logged(
+        lambda found: found.nll, doc="Nats per token of validation", validation=True, monitor=True
+    ),
+    "val/bpd": Logged(
+        lambda found: found.bpd, doc="Bits per token of validation", validation=True, monitor=True
+    ),
+    "val/ppl": Logged(
+        lambda found: found.ppl, doc="Perplexity of validation", validation=True, monitor=True
+    ),
+    "val/nll_error": Logged(
+        lambda found: found.nll_error, doc="Standard error of val/nll", validation=True
+    ),
+}
+
+
+def figures(source: Steps | Likelihood) -> dict[str, float]:
+    """Those of LOGGED that are made from `source`. Reading them may wait for the device."""
+    validation = isinstance(source, Likelihood)
+    entries = {name: each for name, each in LOGGED.items() if each.validation == validation}
+    values = {name: each.value(source) for name, each in entries.items()}
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, since the process began."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated(device)
