@@ -104,13 +104,32 @@ def atomic_file(path: str | Path, mode: str = "w", *, alone: bool = False) -> It
     if alone:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             left.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        os.fchmod(handle, 0o666 & ~_umask())
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+    with _replacing(path) as new:
+        new.chmod(0o666 & ~_umask())
+        with new.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+
+def atomic_link(path: str | Path, source: str | Path) -> None:
+    """`path` becomes another name of the file `source`; a copy of it where links do not work."""
+    with _replacing(Path(path)) as new:
+        new.unlink()
+        try:
+            os.link(source, new)
+        except OSError:
+            shutil.copyfile(source, new)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new file beside `path`. It takes the place of `path` in the end, or is removed where the
+    block fails."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(handle)
+    try:
+        yield Path(name)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import filelock
 import pytest
 from huggingface_hub import errors
 
-from utils import HubUnreachable, atomic_file, atomic_folder, hub_errors, lock
+from utils import HubUnreachable, atomic_file, atomic_folder, atomic_link, hub_errors, lock
 
 
 def names(folder):
@@ -52,6 +52,25 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         broken_off("wb", b"half")
     assert path.read_text(encoding="utf-8") == "whole é"
     assert names(path.parent) == {"a.txt"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_replaces_the_file_that_had_it(links, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    source, path = tmp_path / "source", tmp_path / "path"
+    source.write_text("new")
+    path.write_text("old")
+    atomic_link(path, source)
+    assert path.read_text() == "new"
+    assert path.samefile(source) == links
+    with pytest.raises(FileNotFoundError):
+        atomic_link(path, tmp_path / "missing")
+    assert path.read_text() == "new"
+    assert {each.name for each in tmp_path.iterdir()} == {"source", "path"}
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):

@@ -1,11 +1,9 @@
 """When checkpoints are written, which are kept, and how a run stops: between optimizer steps."""
 
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import lightning as L
 from fsspec.core import url_to_fs
@@ -17,7 +15,7 @@ from checkpointing.lightning_io import SafeCheckpointIO
 from training.averaging import put_average
 from training.distributed import Poll
 from training.signals import BY_HAND, GO_ON, Signals, Stopped
-from utils import plain_errors, say
+from utils import atomic_link, plain_errors, say
 
 LAST = "last.ckpt"
 
@@ -189,7 +187,7 @@ class StepCheckpoints(Stopping):
         fs, newest = url_to_fs(path)
         folder = newest.rpartition("/")[0]
         if isinstance(fs, LocalFileSystem):
-            _point(Path(folder) / LAST, newest)
+            atomic_link(f"{folder}/{LAST}", newest)
         else:
             fs.cp_file(newest, f"{folder}/{LAST}")
         steps = sorted(steps_in(self.folder))
@@ -251,14 +249,3 @@ def steps_in(folder: str) -> list[int]:
     names = [name.rpartition("/")[2] for name in fs.ls(path, detail=False)]
     numbers = [n.removeprefix("step=").removesuffix(".ckpt") for n in names if n[:5] == "step="]
     return [int(number) for number in numbers if number.isdigit()]
-
-
-def _point(last: Path, newest: str) -> None:
-    """`last` becomes another name of the file `newest`, at once; a copy where links do not work."""
-    new_name = last.with_name(f".{last.name}.{os.getpid()}.partial")
-    new_name.unlink(missing_ok=True)
-    try:
-        os.link(newest, new_name)
-    except OSError:
-        shutil.copyfile(newest, new_name)
-    os.replace(new_name, last)

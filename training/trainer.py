@@ -54,11 +54,10 @@ def build_trainer(
     sequence, forward and backward. Only training needs them."""
     t, io = config.trainer, CarefulIO()
     several = t.devices * t.num_nodes > 1
-    callbacks = [RunProgress()] if t.enable_progress_bar else []
+    callbacks = [step_log(config, step_flops)] if step_flops is not None and loggers else []
+    callbacks += [RunProgress()] if t.enable_progress_bar else []
     if config.mode == "train":
         callbacks += training_callbacks(config, io, signals or Signals())
-    if step_flops is not None and loggers:
-        callbacks.insert(0, step_log(config, step_flops))
     trainer = L.Trainer(
         **{name: getattr(t, name) for name in AS_SET},
         strategy=training_strategy(config) if several else "auto",
@@ -78,9 +77,13 @@ def build_trainer(
 
 
 def leave_signals(trainer: L.Trainer) -> None:
-    """Signals are read between steps (saving.py). Lightning's own handlers save, requeue and talk
-    to other devices while a signal is handled; and several devices ask the first one ahead of every
-    batch whether it was told to end, and wait until it has done all that it has to do."""
+    """Keep Lightning from handling signals; saving.py reads them between steps.
+
+    Its handlers would save, requeue and talk to other devices while a signal is handled. Before
+    each batch it also asks the first of several devices whether it was told to end, and waits for
+    all the work of that device. Lightning has no setting and no hook for either, so two of its
+    private methods are replaced, here alone.
+    """
     trainer._signal_connector.register_signal_handlers = _nothing
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
 
@@ -102,40 +105,50 @@ def step_log(config: Config, step_flops: float) -> StepLog:
 
 
 def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[L.Callback]:
-    wanted, c = config.callbacks, config.checkpointing
-    folder = f"{c.save_dir.rstrip('/')}/checkpoints"
+    """The summary of the network, what watches over the run, what saves and stops it."""
     made = [NetworkSummary()] if config.trainer.enable_model_summary else []
     made += [RankFailure(), StallWatch()]
     saver = None
     if config.trainer.enable_checkpointing:
-        every = wanted.checkpoint_every_n_steps
-        saver = StepCheckpoints(
-            folder,
-            every.every_n_train_steps if every else 0,
-            keep_last=c.keep_last,
-            keep_every=c.keep_every,
-            io=io,
-            signals=signals,
-            stop_on_error=c.on_save_error == "stop",
-        )
+        saver = step_checkpoints(config, io, signals)
         made.append(saver)
     if config.trainer.max_time is not None:
         made.append(Deadline(config.trainer.max_time, saver and saver.save))
-    if config.trainer.enable_checkpointing and (best := wanted.checkpoint_monitor):
-        made.append(
-            BestCheckpoint(
-                dirpath=folder,
-                filename="best" if best.save_top_k == 1 else "best-{step}",
-                monitor=best.monitor,
-                mode=best.mode,
-                save_top_k=best.save_top_k,
-                enable_version_counter=False,
-            )
-        )
-    rates = wanted.learning_rate_monitor
+    if config.trainer.enable_checkpointing and config.callbacks.checkpoint_monitor:
+        made.append(best_checkpoint(config))
+    rates = config.callbacks.learning_rate_monitor
     if rates is not None and rates.logging_interval == "epoch":
         made.append(LearningRateMonitor("epoch"))
     return made
+
+
+def step_checkpoints(config: Config, io: CarefulIO, signals: Signals) -> StepCheckpoints:
+    c, every = config.checkpointing, config.callbacks.checkpoint_every_n_steps
+    return StepCheckpoints(
+        checkpoint_folder(c),
+        every.every_n_train_steps if every else 0,
+        keep_last=c.keep_last,
+        keep_every=c.keep_every,
+        io=io,
+        signals=signals,
+        stop_on_error=c.on_save_error == "stop",
+    )
+
+
+def best_checkpoint(config: Config) -> BestCheckpoint:
+    best = config.callbacks.checkpoint_monitor
+    return BestCheckpoint(
+        dirpath=checkpoint_folder(config.checkpointing),
+        filename="best" if best.save_top_k == 1 else "best-{step}",
+        monitor=best.monitor,
+        mode=best.mode,
+        save_top_k=best.save_top_k,
+        enable_version_counter=False,
+    )
+
+
+def checkpoint_folder(c: settings.Checkpointing) -> str:
+    return f"{c.save_dir.rstrip('/')}/checkpoints"
 
 
 def training_logs(config: Config) -> list:
@@ -194,7 +207,7 @@ def resume_point(config: Config) -> Checkpoint | None:
 def newest_complete(c: settings.Checkpointing) -> Checkpoint | None:
     """What checkpointing.resume_ckpt_path names; if that is the run's own last.ckpt and cannot be
     read or is not the newest, the newest that can. None where there is no file at all."""
-    folder = f"{c.save_dir.rstrip('/')}/checkpoints"
+    folder = checkpoint_folder(c)
     last = c.resume_ckpt_path
     if last != f"{folder}/{LAST}":
         return read_checkpoint(last) if exists(last) else None
