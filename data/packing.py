@@ -80,6 +80,10 @@ class Chunk(NamedTuple):
     counts: np.ndarray  # [n], real tokens; padding follows them, and stands between them if apart
     marks: np.ndarray | None = None  # uint8 [n, 2, ceil(L / 8)], apart: bits of `document_ids`
 
+    def pick(self, rows) -> "Chunk":
+        """rows: numbers or a slice."""
+        return Chunk(*(None if array is None else array[rows] for array in self))
+
 
 def packed(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
     """The rows, packed as the format says."""
@@ -90,43 +94,41 @@ def packed(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -
 
 def wrapped(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
     """All documents as one stream, cut into rows."""
-    streams = (
-        np.fromiter(
-            itertools.chain.from_iterable(
-                (*ids, row_format.eos) if ends and row_format.insert_eos else ids
-                for ids, ends in batch
-            ),
-            np.int64,
-        )
-        for batch in batched(documents)
-    )
-    return in_rows(streams, row_format)
+    return in_rows((joined(batch, row_format) for batch in batched(documents)), row_format)
+
+
+def joined(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> np.ndarray:
+    """The ids as one array, with EOS after each document where it is wanted."""
+    eos = [row_format.eos] * row_format.insert_eos
+    parts = ([*ids, *eos] if ends else ids for ids, ends in documents)
+    return np.fromiter(itertools.chain.from_iterable(parts), np.int64)
 
 
 def in_rows(streams: Iterable[np.ndarray], row_format: RowFormat) -> Iterator[Chunk]:
     """The parts of a stream, joined and cut into rows."""
     rest = np.empty(0, np.int64)
     for part in streams:
-        stream = np.concatenate([rest, part])
-        whole = len(stream) // row_format.room * row_format.room
-        rest = stream[whole:]
-        if whole:
-            ids = framed(stream[:whole].reshape(-1, row_format.room), row_format)
-            yield Chunk(ids, np.full(len(ids), row_format.length))
+        rows, rest = cut_rows(np.concatenate([rest, part]), row_format)
+        if len(rows.ids):
+            yield rows
 
 
-def framed(body: np.ndarray, row_format: RowFormat) -> np.ndarray:
-    if not row_format.framed:
-        return body
-    ends = np.full((len(body), 1), row_format.bos), np.full((len(body), 1), row_format.eos)
-    return np.concatenate([ends[0], body, ends[1]], axis=1)
+def cut_rows(stream: np.ndarray, row_format: RowFormat) -> tuple[Chunk, np.ndarray]:
+    """(the rows of a stream, what is left over at its end)"""
+    whole = len(stream) // row_format.room * row_format.room
+    ids = stream[:whole].reshape(-1, row_format.room)
+    if row_format.framed:
+        ends = [row_format.bos], [row_format.eos]
+        bos, eos = (np.broadcast_to(end, (len(ids), 1)) for end in ends)
+        ids = np.concatenate([bos, ids, eos], axis=1)
+    return Chunk(ids, np.full(len(ids), row_format.length)), stream[whole:]
 
 
 def unwrapped(
     documents: Iterable[tuple[list[int], bool]], row_format: RowFormat
 ) -> Iterator[Chunk]:
     """A document a row: [BOS] + at most L - 2 ids + [EOS] + padding."""
-    for batch in batched(joined(documents, row_format.room)):
+    for batch in batched(beginnings(documents, row_format.room)):
         ids = np.full((len(batch), row_format.length), row_format.pad, np.int64)
         counts = np.array([len(document) + 2 for document in batch])
         for row, document in zip(ids, batch, strict=True):
@@ -134,7 +136,7 @@ def unwrapped(
         yield Chunk(ids, counts)
 
 
-def joined(documents: Iterable[tuple[list[int], bool]], most: int) -> Iterator[list[int]]:
+def beginnings(documents: Iterable[tuple[list[int], bool]], most: int) -> Iterator[list[int]]:
     """The first ids of each document, whatever pieces it comes in."""
     document: list[int] = []
     for ids, ends in documents:

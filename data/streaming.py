@@ -139,10 +139,7 @@ class Stream:
             found = [self.row(position) for position in positions]
         except (ValueError, OSError) as error:
             raise TextError(str(error)) from error
-        marks = None if found[0].marks is None else np.stack([row.marks for row in found])
-        return Chunk(
-            np.stack([row.ids for row in found]), np.array([row.counts for row in found]), marks
-        )
+        return joined(found, self.row_format)
 
     def row(self, position: int) -> Chunk:
         index, number = divmod(position, LANES)
@@ -152,23 +149,23 @@ class Stream:
         at = index - lane.bookmark.begin
         if at < 0:
             raise IndexError(f"row {position} of the stream has gone by")
-        ids, counts, marks = lane.rows
-        return Chunk(ids[at], counts[at], None if marks is None else marks[at])
+        return lane.rows.pick(slice(at, at + 1))
 
     def advance(self, lane: Lane) -> None:
         """To the lane's next unit."""
         unit = self.next_unit(lane)
         lane.bookmark = Bookmark(unit.start, unit.start.unit, lane.end, lane.rest)
         ids = self.split.encode(unit.texts)
+        documents = zip(ids, unit.ends, strict=True)
         if self.wrapped:
-            rows, lane.rest = self.cut(lane.rest, ids, unit.ends)
+            stream = np.concatenate([lane.rest, packing.joined(documents, self.row_format)])
+            rows, lane.rest = packing.cut_rows(stream, self.row_format)
         else:
-            documents = zip(ids, unit.ends, strict=True)
             rows = joined(list(packing.packed(documents, self.row_format)), self.row_format)
         check_ids(rows.ids, self.split.tokenizer.vocab_size)
         order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.start.unit])
         order = order.permutation(len(rows.ids))
-        lane.rows = Chunk(*(None if array is None else array[order] for array in rows))
+        lane.rows = rows.pick(order)
 
     def next_unit(self, lane: Lane) -> Unit:
         while not lane.waiting:
@@ -182,18 +179,6 @@ class Stream:
         turn, at = divmod(unit, LANES)
         order = np.random.default_rng([self.seed, SHUFFLE_LANES, turn]).permutation(LANES)
         return int(order[at])
-
-    def cut(
-        self, rest: np.ndarray, ids: list[list[int]], ends: list[bool]
-    ) -> tuple[Chunk, np.ndarray]:
-        """(rows of the wrapped stream, what is left over)."""
-        documents = zip(ids, ends, strict=True)
-        eos = [self.row_format.eos] if self.row_format.insert_eos else []
-        flat = itertools.chain.from_iterable((*one, *eos) if end else one for one, end in documents)
-        stream = np.concatenate([rest, np.fromiter(flat, np.int64)])
-        whole = len(stream) // self.row_format.room * self.row_format.room
-        rows = packing.framed(stream[:whole].reshape(-1, self.row_format.room), self.row_format)
-        return Chunk(rows, np.full(len(rows), self.row_format.length)), stream[whole:]
 
     def bookmarks(self) -> dict[int, Bookmark]:
         return {number: lane.bookmark for number, lane in self.lanes.items()}
@@ -223,12 +208,8 @@ def units(parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool) -> 
 def joined(chunks: list[Chunk], row_format: RowFormat) -> Chunk:
     if not chunks:
         return Chunk(np.empty((0, row_format.length), np.int64), np.empty(0, np.int64))
-    marks = None if chunks[0].marks is None else np.concatenate([chunk.marks for chunk in chunks])
-    return Chunk(
-        np.concatenate([chunk.ids for chunk in chunks]),
-        np.concatenate([chunk.counts for chunk in chunks]),
-        marks,
-    )
+    arrays = zip(*chunks, strict=True)
+    return Chunk(*(None if array[0] is None else np.concatenate(array) for array in arrays))
 
 
 def check_text(parts: list[Part], split: Split) -> None:
