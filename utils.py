@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock, Timeout
-
 log = logging.getLogger("bamdlm")
 
 CONNECT_SECONDS = 10  # to the hub; its own client would try for half a minute
@@ -187,6 +185,8 @@ def lock(path: str | Path, timeout: float = -1, *, waiting: str | None = None) -
     says where another process holds it. The file is removed where nothing exists at `path` in the
     end; a process that waits for the lock then makes the file again.
     """
+    from filelock import FileLock, Timeout
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(path.with_name(f"{path.name}.lock"))

@@ -72,6 +72,11 @@ def composed_yaml(overrides: list[str]) -> str:
     return OmegaConf.to_yaml(_hydra(parse(overrides)))
 
 
+def composed_defaults() -> dict:
+    """The composed settings of an empty command line, nested, before null is filled in."""
+    return OmegaConf.to_container(_chosen(()), resolve=False)
+
+
 def _hydra(parsed: ParsedOverrides) -> DictConfig:
     OmegaConf.register_new_resolver("cwd", lambda: RUN_FOLDER, replace=True)
     cfg = copy.deepcopy(_chosen(tuple(parsed.groups.values())))

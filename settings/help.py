@@ -1,10 +1,9 @@
 """The text of `python main.py --help`."""
 
+import functools
 import textwrap
 
-from omegaconf import OmegaConf
-
-from settings.composing import composed_yaml
+from settings.composing import composed_defaults
 from settings.keys import LEAVES, choices, groups
 from settings.schema import Config
 from settings.tables import modes
@@ -31,14 +30,12 @@ WIDTH = 96
 
 
 def full_help() -> str:
-    parts = [TITLE, "Modes", *_mode_lines(), "", EXAMPLES, "", "Groups", *_group_lines(), ""]
-    return "\n".join([*parts, "Settings, with their defaults", *_setting_lines()])
-
-
-def _mode_lines() -> list[str]:
-    found = modes()
-    width = max(map(len, found))
-    return [f"  mode={name:{width}}  {line}" for name, line in found.items()]
+    width = max(map(len, modes()))
+    lines = [TITLE, "Modes", *(f"  mode={mode:{width}}  {does}" for mode, does in modes().items())]
+    lines += ["", EXAMPLES, "", "Groups"]
+    for group in groups():
+        lines += _wrapped(f"{group}= {' '.join(choices(group))}")
+    return "\n".join([*lines, "", "Settings, with their defaults", *_setting_lines()])
 
 
 def described(key: str) -> str:
@@ -46,10 +43,6 @@ def described(key: str) -> str:
     leaf = LEAVES[key]
     words = "" if leaf.limit is None else f" {leaf.limit.words[0].upper()}{leaf.limit.words[1:]}."
     return f"{leaf.doc[0].upper()}{leaf.doc[1:]}.{words}"
-
-
-def _group_lines() -> list[str]:
-    return [line for group in groups() for line in _wrapped(f"{group}= {' '.join(choices(group))}")]
 
 
 def _setting_lines() -> list[str]:
@@ -64,12 +57,9 @@ def _setting_lines() -> list[str]:
 
 def defaults() -> dict[str, str]:
     """{setting: what configs/ have for it, as it would be typed}, in the order of the schema."""
-    composed = OmegaConf.to_container(OmegaConf.create(composed_yaml([])), resolve=False)
-    found = {}
+    composed, found = composed_defaults(), {}
     for key in LEAVES:
-        value = composed
-        for name in key.split("."):
-            value = value[name]
+        value = functools.reduce(dict.__getitem__, key.split("."), composed)
         found[key] = "null" if value is None else str(value)
     return found
 

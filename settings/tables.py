@@ -6,33 +6,31 @@ takes seconds; a wrong command line is answered before that.
 """
 
 import ast
+import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
 
+def _source(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
 @cache
-def _module(file: str) -> ast.Module:
-    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
-
-
 def table(file: str, name: str) -> dict[str, dict]:
     """{entry: its literal keyword arguments} of the dict `name` in `file`, in the order there.
 
     file: a path from the root of the project. A keyword whose value is no literal is left out, and
     an entry that is no call has none. ValueError where there is no such literal dict.
     """
-    for node in _module(file).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            if not isinstance(node.value, ast.Dict):
-                break
-            names = [ast.literal_eval(key) for key in node.value.keys if key is not None]
-            if len(names) < len(node.value.keys):
-                break
-            return dict(zip(names, map(_keywords, node.value.values), strict=True))
-    raise ValueError(f"{file}: {name} must be a literal dict at the top level of the file")
+    found = re.search(rf"^{name} = (\{{\n(?s:.*?)^\}}|\{{.*\}}$)", _source(file), re.M)
+    entries = ast.parse(found[1], mode="eval").body if found else None
+    if not isinstance(entries, ast.Dict) or None in entries.keys:  # None: ** of another dict
+        raise ValueError(f"{file}: {name} must be a literal dict at the top level of the file")
+    names = map(ast.literal_eval, entries.keys)
+    return dict(zip(names, map(_keywords, entries.values), strict=True))
 
 
 def _keywords(entry: ast.expr) -> dict:
@@ -47,8 +45,9 @@ def _keywords(entry: ast.expr) -> dict:
 
 def _fields(file: str, name: str) -> Iterator[ast.AnnAssign]:
     """The annotated fields of the class `name` in `file`."""
-    (found,) = (n for n in _module(file).body if isinstance(n, ast.ClassDef) and n.name == name)
-    return (field for field in found.body if isinstance(field, ast.AnnAssign))
+    found = re.search(rf"^class {name}\b.*\n(?:(?: .*)?\n)*", _source(file), re.M)
+    (body,) = ast.parse(found[0]).body
+    return (field for field in body.body if isinstance(field, ast.AnnAssign))
 
 
 def class_defaults(file: str, name: str) -> dict:
@@ -73,16 +72,15 @@ def _with_first(name: str, found: dict) -> dict:
     return {key: found[key] for key in sorted(found, key=lambda key: key != name)}
 
 
+@cache
 def modes() -> dict[str, str]:
     """{mode: what it does}, train first: the files of modes/ that define prepare(config), and the
     first line of each."""
     found = {}
     for path in sorted((ROOT / "modes").glob("*.py")):
-        module = _module(f"modes/{path.name}")
-        if any(
-            isinstance(node, ast.FunctionDef) and node.name == "prepare" for node in module.body
-        ):
-            line = ast.get_docstring(module).splitlines()[0]
+        text = _source(f"modes/{path.name}")
+        if "\ndef prepare(" in text:
+            line = text.partition("\n")[0].strip('"')
             found[path.stem] = line.removeprefix(f"mode={path.stem}: ").rstrip(".")
     return _with_first("train", found)
 
@@ -100,31 +98,6 @@ def algorithms() -> dict[str, dict]:
     return _with_first("bamdlm", found)
 
 
-def schedules() -> dict[str, dict]:
-    """The noise schedules: noise.type."""
-    return table("noise_schedule.py", "SCHEDULES")
-
-
-def lr_schedules() -> dict[str, dict]:
-    """lr_scheduler.name."""
-    return table("utils.py", "LR_SCHEDULES")
-
-
-def step_rules() -> dict[str, dict]:
-    """Which tokens a step of the sampler reveals: sampling.steps."""
-    return table("samplers/steps.py", "STEPS")
-
-
-def confidences() -> dict[str, dict]:
-    """How sure the network is of a position: sampling.confidence."""
-    return table("samplers/steps.py", "CONFIDENCES")
-
-
-def likelihoods() -> dict[str, dict]:
-    """eval.likelihood, before a colon and a number."""
-    return table("evaluation/table.py", "LIKELIHOODS")
-
-
 def attention_backends() -> dict[str, dict]:
     """{backend: all literal fields of its entry}: model.attn_backend, beside auto."""
     defaults = class_defaults("models/attention.py", "Backend")
@@ -132,11 +105,11 @@ def attention_backends() -> dict[str, dict]:
     return {name: defaults | keywords for name, keywords in entries.items()}
 
 
-def logged_figures() -> dict[str, dict]:
-    """What a run logs: the names in metrics.csv."""
-    return table("training/logged.py", "LOGGED")
-
-
-def known_corpora() -> dict[str, dict]:
-    """The named corpora: data.train and data.valid."""
-    return table("data/corpora.py", "CORPORA")
+schedules = partial(table, "noise_schedule.py", "SCHEDULES")  # noise.type
+lr_schedules = partial(table, "utils.py", "LR_SCHEDULES")  # lr_scheduler.name
+step_rules = partial(table, "samplers/steps.py", "STEPS")  # sampling.steps
+confidences = partial(table, "samplers/steps.py", "CONFIDENCES")  # sampling.confidence
+known_corpora = partial(table, "data/corpora.py", "CORPORA")  # data.train, data.valid
+# eval.likelihood, before a colon and a number
+likelihoods = partial(table, "evaluation/table.py", "LIKELIHOODS")
+logged_figures = partial(table, "training/logged.py", "LOGGED")  # the names in metrics.csv
