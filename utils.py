@@ -1,17 +1,14 @@
 """Small things with several callers: files written whole, locks, errors of the hub, messages from
-one process, learning-rate schedules."""
+one process."""
 
-import functools
 import glob
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -208,72 +205,3 @@ def write_json(path: Path, content: dict) -> None:
     """All or nothing, in a folder that is made if need be."""
     with atomic_file(path) as file:
         file.write(json.dumps(content, indent=2) + "\n")
-
-
-def constant_warmup(step: int, *, warmup_steps: int) -> float:
-    """Factor on the learning rate: from 0 to 1 over `warmup_steps`, then 1."""
-    return step / warmup_steps if step < warmup_steps else 1.0
-
-
-def cosine_decay_warmup(
-    step: int, *, lr: float, warmup_steps: float, decay_steps: float, lr_init: float, lr_min: float
-) -> float:
-    """Factor on `lr`: linear from lr_init, then a half cosine over `decay_steps` to lr_min, then
-    lr_min."""
-    if step < warmup_steps:
-        value = lr_init + step * (lr - lr_init) / warmup_steps
-    elif step - warmup_steps < decay_steps:
-        phase = math.pi * (step - warmup_steps) / decay_steps
-        value = lr_min + 0.5 * (lr - lr_min) * (1 + math.cos(phase))
-    else:
-        value = lr_min
-    return value / lr
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """What the schedules are made from; steps are optimizer steps."""
-
-    lr: float
-    max_steps: int
-    warmup_steps: int
-    lr_init: float | None = None
-    lr_min: float | None = None
-
-
-@dataclass(frozen=True)
-class LRSchedule:
-    """`make(numbers) -> (step -> factor on lr)`. `reads`: what it needs of lr_scheduler."""
-
-    make: Callable[[LearningRate], functools.partial]
-    reads: tuple[str, ...] = ()
-
-
-def _cosine(numbers: LearningRate) -> functools.partial:
-    return functools.partial(
-        cosine_decay_warmup,
-        lr=numbers.lr,
-        warmup_steps=numbers.warmup_steps,
-        decay_steps=numbers.max_steps - numbers.warmup_steps,
-        lr_init=numbers.lr_init,
-        lr_min=numbers.lr_min,
-    )
-
-
-# They are functools.partials: LambdaLR saves their (empty) __dict__, as the published checkpoints
-# have it.
-LR_SCHEDULES = {
-    "constant_warmup": LRSchedule(
-        lambda numbers: functools.partial(constant_warmup, warmup_steps=numbers.warmup_steps),
-        reads=("num_warmup_steps",),
-    ),
-    "constant": LRSchedule(lambda numbers: functools.partial(constant_warmup, warmup_steps=0)),
-    "cosine_decay_warmup": LRSchedule(
-        _cosine, reads=("num_warmup_steps", "warmup_lr_init", "lr_min")
-    ),
-}
-
-
-def lr_factor(name: str, **numbers) -> functools.partial:
-    """step -> factor on the learning rate, for a choice of lr_scheduler. numbers: LearningRate."""
-    return LR_SCHEDULES[name].make(LearningRate(**numbers))

@@ -31,7 +31,8 @@ from settings import Config, local_folder
 from settings.defaults import needs_block_mask, user_cache
 from training.flops import NetworkShape
 from training.health import StepHealth
-from utils import lr_factor, say
+from training.lr_schedules import lr_factor
+from utils import say
 
 
 def build_tokenizer(config: Config) -> Tokenizer:

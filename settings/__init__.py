@@ -19,19 +19,3 @@ from settings.run_folder import (
     write_settings,
 )
 from settings.schema import Checkpointing, Config
-
-__all__ = [
-    "Checkpointing",
-    "Config",
-    "ConfigError",
-    "check",
-    "composed_yaml",
-    "differences",
-    "examine",
-    "load",
-    "local_folder",
-    "newest_checkpoint",
-    "run_dir",
-    "shaping",
-    "write_settings",
-]

@@ -10,12 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from settings.composing import read
-from settings.defaults import (
-    has_package,
-    needs_block_mask,
-    started_by_torchrun,
-    visible_gpus,
-)
+from settings.defaults import has_package, needs_block_mask, started_by_torchrun, visible_gpus
 from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
 from settings.overrides import nearest, parse
@@ -70,37 +65,27 @@ def _outside(key: str, value) -> str | None:
     limit = LEAVES[key].limit
     if limit is None or value is None or limit.holds(value):
         return None
-    problem = f"{key}={value} must be {limit.words}"
-    return (
-        problem + nearest(value, limit.names, before=". Did you mean ") if limit.names else problem
-    )
+    hint = nearest(value, limit.names) if limit.names else ""
+    return f"{key}={value} must be {limit.words}{hint and '.'}{hint}"
 
 
 def network(config: Config) -> Iterator[str]:
     model, algo = config.model, config.algo
     if model.length % config.block_size:
         yield f"block_size={config.block_size} does not divide model.length={model.length}"
+    size, heads = f"model.hidden_size={model.hidden_size}", f"model.n_heads={model.n_heads}"
     if algo.backbone == "dit" and model.hidden_size % model.n_heads:
-        yield (
-            f"model.hidden_size={model.hidden_size} is not a multiple of"
-            f" model.n_heads={model.n_heads}"
-        )
+        yield f"{size} is not a multiple of {heads}"
     elif algo.backbone == "dit" and model.hidden_size // model.n_heads % 2:
-        yield (
-            f"model.hidden_size={model.hidden_size} / model.n_heads={model.n_heads} is odd:"
-            " rotary positions need an even width per head"
-        )
+        yield f"{size} / {heads} is odd: rotary positions need an even width per head"
 
 
 def algorithm(config: Config) -> Iterator[str]:
     algo, blocks = config.algo, config.block_size < config.model.length
     entry = algorithms()[algo.name]
     for key in ("parameterization", "sampler"):
-        if getattr(algo, key) != entry[key]:
-            yield (
-                f"algo.{key}={getattr(algo, key)} does not fit algo={algo.name}, which needs"
-                f" {entry[key]}"
-            )
+        if (value := getattr(algo, key)) != entry[key]:
+            yield f"algo.{key}={value} does not fit algo={algo.name}, which needs {entry[key]}"
     whole = entry["noise"] and not entry["blocks"]
     windows = whole and entry["steps"] and config.mode == "sample_eval"
     if whole and blocks and not windows:
@@ -116,10 +101,8 @@ def algorithm(config: Config) -> Iterator[str]:
     if entry["blocks"] and blocks and not algo.cross_attn:
         yield f"algo.cross_attn=False: algo={algo.name} with block_size < model.length needs it"
     if algo.cross_attn and not entry["blocks"]:
-        yield (
-            f"algo.cross_attn=True does not fit algo={algo.name}: only {_names('blocks')} has"
-            " blocks to cross"
-        )
+        only = f"only {_names('blocks')} has blocks to cross"
+        yield f"algo.cross_attn=True does not fit algo={algo.name}: {only}"
     if algo.mdlm_loss_scale and config.noise.type != "loglinear":
         yield f"algo.mdlm_loss_scale=True is defined for noise=loglinear, not {config.noise.type}"
 
@@ -133,10 +116,8 @@ def clipping(config: Config) -> Iterator[str]:
     algo, training = config.algo, config.training
     entry = algorithms()[algo.name]
     if algo.var_min and not entry["blocks"]:
-        yield (
-            f"algo.var_min=True does not fit algo={algo.name}: only {_names('blocks')} clips its"
-            " schedule"
-        )
+        only = f"only {_names('blocks')} clips its schedule"
+        yield f"algo.var_min=True does not fit algo={algo.name}: {only}"
     if algo.clip_search_widths and not algo.var_min:
         yield (
             f"algo.clip_search_widths={algo.clip_search_widths} needs algo.var_min=True;"
@@ -176,7 +157,7 @@ def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]
 def batches(config: Config) -> Iterator[str]:
     loader, trainer = config.loader, config.trainer
     tokens, length = config.eval.tokens_per_batch, config.model.length
-    if tokens is not None and 0 < tokens < length:
+    if tokens is not None and tokens < length:
         yield f"eval.tokens_per_batch={tokens} is less than a row of model.length={length}"
     if config.mode == "ppl_eval" and trainer.limit_val_batches == 0:
         yield f"trainer.limit_val_batches={trainer.limit_val_batches} leaves nothing to evaluate"
@@ -285,9 +266,6 @@ def optimization(config: Config) -> Iterator[str]:
             value = getattr(schedule, key)
             if value is None or value > config.optim.lr:
                 yield f"lr_scheduler.{key}={value} must be at most optim.lr={config.optim.lr}"
-
-
-def best(config: Config) -> Iterator[str]:
     monitor = config.callbacks.checkpoint_monitor
     if monitor is not None and monitor.mode == "max":
         yield (
@@ -297,28 +275,25 @@ def best(config: Config) -> Iterator[str]:
 
 
 def data(config: Config) -> Iterator[str]:
-    name = config.data.train
-    has_windows = known_corpora().get(name, {}).get("windows", False)
-    if config.data.streaming and has_windows and config.mode == "train":
+    data, packed = config.data, config.data.pack != "wrap"
+    windows = known_corpora().get(data.train, {}).get("windows", False)
+    if data.streaming and windows and config.mode == "train":
         yield (
-            f"data.streaming=True does not go with data.train={name}, random windows of prepared"
-            " rows; use another corpus or data.streaming=False"
+            f"data.streaming=True does not go with data.train={data.train}, random windows of"
+            " prepared rows; use another corpus or data.streaming=False"
         )
-    packed = config.data.pack != "wrap"
-    if packed and not config.data.wrap:
+    if packed and not data.wrap:
         yield (
-            f"data.pack={config.data.pack} does not go with data.wrap=False, which gives each"
-            " document a row of its own: choose one"
+            f"data.pack={data.pack} does not go with data.wrap=False, which gives each document a"
+            " row of its own: choose one"
         )
-    windows = has_windows and config.mode in ("train", "plan")
-    if packed and windows:
+    if packed and windows and config.mode in ("train", "plan"):
         yield (
-            f"data.pack={config.data.pack} has no meaning for data.train={name}, windows of one"
+            f"data.pack={data.pack} has no meaning for data.train={data.train}, windows of one"
             " document; use another corpus or data.pack=wrap"
         )
-    special = config.data.insert_train_special or config.data.insert_valid_special
-    framed = config.data.wrap and not packed and special
-    if framed and config.model.length <= SPECIAL_TOKENS:
+    framed = (data.insert_train_special or data.insert_valid_special) and data.wrap
+    if framed and not packed and config.model.length <= SPECIAL_TOKENS:
         yield (
             f"model.length={config.model.length} leaves no room between BOS and EOS;"
             " set data.insert_train_special=False and data.insert_valid_special=False"
@@ -328,12 +303,6 @@ def data(config: Config) -> Iterator[str]:
 def sampling(config: Config) -> Iterator[str]:
     if config.mode != "sample_eval":
         return
-    yield from _steps(config)
-    yield from _prompts(config)
-    yield from sampling_files(config)
-
-
-def _steps(config: Config) -> Iterator[str]:
     sampling, name = config.sampling, config.algo.name
     if not algorithms()[name]["steps"] and sampling.steps is not None:
         yield f"sampling.steps={sampling.steps} does not fit algo={name}, which has its own"
@@ -341,27 +310,12 @@ def _steps(config: Config) -> Iterator[str]:
         yield "sampling.first_hitting=False contradicts sampling.steps=first_hitting"
     if sampling.steps == "confidence" and sampling.k > config.block_size:
         yield f"sampling.k={sampling.k} is more than the block_size={config.block_size} of a block"
-
-
-def _prompts(config: Config) -> Iterator[str]:
-    sampling = config.sampling
     if sampling.prompt is not None and sampling.prompts is not None:
         yield "sampling.prompt and sampling.prompts are both set: choose one"
     if sampling.infill and sampling.prompt is None and sampling.prompts is None:
         yield "sampling.infill=True needs sampling.prompt or sampling.prompts with [MASK] in it"
+    yield from sampling_files(config)
 
 
-RULES = (
-    network,
-    algorithm,
-    clipping,
-    batches,
-    machine,
-    optimization,
-    best,
-    data,
-    sampling,
-    checkpoints,
-    corpora,
-    results,
-)
+FILES = (checkpoints, corpora, results)
+RULES = (network, algorithm, clipping, batches, machine, optimization, data, sampling, *FILES)

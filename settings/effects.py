@@ -23,9 +23,14 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
     if config.mode != "ppl_eval" and config.eval.draws != 1:
         yield f"eval.draws has no effect: mode={config.mode} draws once; mode=ppl_eval has draws"
-    if config.mode in ("train", "plan", "ppl_eval"):
-        yield from _exact(config)
-    if config.mode == "ppl_eval" and algorithms()[config.algo.name]["noise"]:
+    entry = algorithms()[config.algo.name]
+    chosen = config.training.eval_nll or (entry["blocks"] and config.block_size == 1)
+    if config.mode in ("train", "plan", "ppl_eval") and not chosen:
+        yield (
+            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
+            " choice"
+        )
+    if config.mode == "ppl_eval" and entry["noise"]:
         for key in ("sampling_eps_min", "sampling_eps_max", "resample"):
             if f"training.{key}" in typed:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
@@ -44,15 +49,6 @@ def _training(config: Config) -> Iterator[str]:
         yield (
             f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"
             f" trainer.max_steps={trainer.max_steps}: optim.lr is never reached"
-        )
-
-
-def _exact(config: Config) -> Iterator[str]:
-    has_choice = algorithms()[config.algo.name]["blocks"] and config.block_size == 1
-    if not config.training.eval_nll and not has_choice:
-        yield (
-            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
-            " choice"
         )
 
 

@@ -66,9 +66,5 @@ def defaults() -> dict[str, str]:
 
 def _wrapped(text: str, indent: int = 2) -> list[str]:
     return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=" " * indent,
-        subsequent_indent=" " * 6,
-        break_on_hyphens=False,
+        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * 6, break_on_hyphens=False
     )

@@ -39,10 +39,10 @@ INSTEAD = {
 PROSE = {"sampling.prompt", "wandb.notes", "data.tokenizer_name_or_path"}
 
 
-def nearest(word: str, candidates, before: str = " Did you mean ", after: str = "?") -> str:
+def nearest(word: str, candidates) -> str:
     """' Did you mean X?', or '' when nothing is near."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
-    return f"{before}{found[0]}{after}" if found else ""
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 def unknown_key(key: str) -> str:

@@ -59,17 +59,13 @@ def checkpoints(config: Config) -> Iterator[str]:
 
 
 def _training_start(config: Config) -> Iterator[str]:
-    start, save_dir = config.training.from_pretrained, config.checkpointing.save_dir
+    start, checkpointing = config.training.from_pretrained, config.checkpointing
     if start is not None and is_missing(start):
         yield f"training.from_pretrained={start} does not exist (null trains from scratch)"
     if config.algo.backbone == "hf_dit" and (start is None or start.endswith(WEIGHT_SUFFIXES)):
         yield f"training.from_pretrained={start}: {HF_DIT}"
-    resume = config.checkpointing.resume_ckpt_path
-    if (
-        config.checkpointing.resume_from_ckpt
-        and resume != f"{save_dir}/checkpoints/last.ckpt"
-        and is_missing(resume)
-    ):
+    resume, own = checkpointing.resume_ckpt_path, f"{checkpointing.save_dir}/checkpoints/last.ckpt"
+    if checkpointing.resume_from_ckpt and resume != own and is_missing(resume):
         yield (
             f"checkpointing.resume_ckpt_path={resume} does not exist;"
             " checkpointing.resume_from_ckpt=False starts anew"
@@ -97,14 +93,13 @@ def results(config: Config) -> Iterator[str]:
 
 def corpora(config: Config) -> Iterator[str]:
     both = [key for key in ("train", "valid") if getattr(config.data, key) is not None]
-    wanted = {
-        "train": ("train", "valid"),
-        "ppl_eval": ("valid",),
-        "prepare": both or ("train",),
-    }
+    wanted = {"train": ("train", "valid"), "ppl_eval": ("valid",), "prepare": both or ("train",)}
     names = {f"data.{key}": getattr(config.data, key) for key in wanted.get(config.mode, ())}
     for key, name in names.items():
-        yield from _corpus(key, name)
+        if name is None:
+            yield f"{key} is not set: data=files needs a file ({', '.join(TEXT_SUFFIXES)})"
+        elif name not in known_corpora():
+            yield from _files(key, name)
     if config.data.source is not None and names:
         yield from _source(config.data.source, names)
     tokenizer = config.data.tokenizer_name_or_path
@@ -112,14 +107,6 @@ def corpora(config: Config) -> Iterator[str]:
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
     if Path(config.data.cache_dir).is_file():
         yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
-
-
-def _corpus(key: str, value: str | None) -> Iterator[str]:
-    suffixes = ", ".join(TEXT_SUFFIXES)
-    if value is None:
-        yield f"{key} is not set: data=files needs a file ({suffixes})"
-    elif value not in known_corpora():
-        yield from _files(key, value)
 
 
 def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:

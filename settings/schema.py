@@ -9,6 +9,7 @@ None, settings.load has chosen. A device is a GPU, or a process on a CPU.
 
 from dataclasses import dataclass, field, make_dataclass
 
+import settings.tables as tables
 from settings.limits import (
     ABOVE_0,
     ABOVE_0_UP_TO_1,
@@ -26,23 +27,11 @@ from settings.limits import (
     Limit,
     one_of,
 )
-from settings.tables import (
-    algorithms,
-    attention_backends,
-    confidences,
-    likelihoods,
-    logged_figures,
-    lr_schedules,
-    modes,
-    schedules,
-    step_numbers,
-    step_rules,
-)
 
 TYPES = {"int": int, "float": float}
 LIKELIHOODS = Limit(
-    f"made of {', '.join(likelihoods())}, some with a number, such as iw:8 or threshold:0.9",
-    lambda value: bool(value) and all(name.split(":")[0] in likelihoods() for name in value),
+    f"made of {', '.join(tables.likelihoods())}, some with a number, such as iw:8 or threshold:0.9",
+    lambda value: bool(value) and all(name.split(":")[0] in tables.likelihoods() for name in value),
     ["nelbo"],
 )
 
@@ -55,17 +44,13 @@ def doc(text: str, limit: Limit | None = None, default: object = None):
 
 def _values(field: str) -> list[str]:
     """Of a field of the algorithms, each once."""
-    return list(dict.fromkeys(entry[field] for entry in algorithms().values()))
+    return list(dict.fromkeys(entry[field] for entry in tables.algorithms().values()))
 
 
 @dataclass
 class Loader:
-    global_batch_size: int = doc(
-        "sequences per optimizer step, on all devices together", AT_LEAST_1
-    )
-    eval_global_batch_size: int = doc(
-        "sequences per evaluation batch, on all devices together", AT_LEAST_1
-    )
+    global_batch_size: int = doc("sequences per optimizer step, on all devices", AT_LEAST_1)
+    eval_global_batch_size: int = doc("sequences per evaluation batch, on all devices", AT_LEAST_1)
     batch_size: int = doc(
         "sequences per device and forward pass; null: global_batch_size / devices. Smaller "
         "values accumulate gradients",
@@ -74,41 +59,34 @@ class Loader:
     eval_batch_size: int = doc(
         "the same in evaluation; null: eval_global_batch_size / devices", AT_LEAST_1
     )
-    num_workers: int = doc(
-        "processes that prepare and load data; null: one per processor core", AT_LEAST_0
-    )
+    num_workers: int = doc("processes that prepare and load data; null: one per core", AT_LEAST_0)
     pin_memory: bool = doc("load batches into page-locked memory, which speeds up copies to a GPU")
 
 
 @dataclass
 class _Texts:
-    num_sample_batches: int = doc(
-        "number of batches to sample, of sampling.batch_size texts each", AT_LEAST_1
-    )
+    num_sample_batches: int = doc("batches of sampling.batch_size texts to sample", AT_LEAST_1)
     batch_size: int = doc(
         "texts sampled together on a device; null: loader.eval_batch_size", AT_LEAST_1
     )
     var_length: bool = doc("stop a text at EOS or when its entropy is low, and cut it there")
     logdir: str = doc("CSV file to which the samples are written")
     nucleus_p: float = doc(
-        "nucleus sampling: keep the most likely tokens up to this total probability; 1: all",
+        "nucleus sampling: keep the likeliest tokens up to this probability; 1: all",
         ABOVE_0_UP_TO_1,
     )
-    first_hitting: bool = doc(
-        "reveal one token per step, at its exact time; false: ancestral steps"
-    )
+    first_hitting: bool = doc("reveal one token a step, at its exact time; false: ancestral steps")
     steps: str | None = doc(
-        "rule that chooses the tokens revealed in a step; null: as sampling.first_hitting says",
-        one_of(*step_rules()),
+        "which tokens a step reveals; null: by sampling.first_hitting", one_of(*tables.step_rules())
     )
-    confidence: str = doc("how steps=confidence ranks positions", one_of(*confidences()))
+    confidence: str = doc("how steps=confidence ranks positions", one_of(*tables.confidences()))
 
 
 _StepNumbers = make_dataclass(  # of the step rules, as samplers/params.py has them
     "_StepNumbers",
     [
         (name, TYPES[n["type"]], doc(n["doc"], BY_WORDS[n["limit"]], n["default"]))
-        for name, n in step_numbers().items()
+        for name, n in tables.step_numbers().items()
     ],
     bases=(_Texts,),
     namespace={"__module__": __name__},
@@ -124,17 +102,13 @@ class Sampling(_StepNumbers):
         AT_LEAST_1,
     )
     dtype: str = doc(
-        "number format in which tokens are drawn; float32 is right for rare tokens too",
+        "format for drawing tokens; float32 is right for rare ones too",
         one_of("float32", "float64"),
     )
     prompt: str | None = doc("text with which every sample begins")
-    prompts: str | None = doc(
-        "file of prompts: .txt with one per line, or .jsonl with a field `prompt`"
-    )
+    prompts: str | None = doc("file of prompts: .txt (one per line) or .jsonl (field `prompt`)")
     infill: bool = doc("fill the [MASK] gaps of the prompts")
-    reject_low_entropy: bool = doc(
-        "sample a text of low entropy again, up to 10 times, as the authors did"
-    )
+    reject_low_entropy: bool = doc("redraw texts of low entropy up to 10 times, as the authors did")
     show: bool = doc("show the text in the terminal while it is denoised")
     trajectory: str | None = doc(".html file that replays the denoising")
 
@@ -146,35 +120,24 @@ class Training:
         "spread the noise levels evenly over the global batch, which lowers the variance"
     )
     sampling_eps: float = doc(
-        "lower end of the full interval of t, used in validation and in the clip search",
-        BETWEEN_0_AND_1,
+        "lower end of the full interval of t, of validation and the clip search", BETWEEN_0_AND_1
     )
-    sampling_eps_min: float = doc(
-        "lower end of the interval from which t is drawn in training", ABOVE_0_UP_TO_1
-    )
-    sampling_eps_max: float = doc(
-        "upper end of the interval from which t is drawn in training", ABOVE_0_UP_TO_1
-    )
+    sampling_eps_min: float = doc("lower end of the interval of t in training", ABOVE_0_UP_TO_1)
+    sampling_eps_max: float = doc("upper end of the interval of t in training", ABOVE_0_UP_TO_1)
     resample: bool = doc(
-        "draw masks again until the masked share of each block is in [sampling_eps_min, "
-        "sampling_eps_max]",
+        "redraw until each block's masked share is in [sampling_eps_min, sampling_eps_max]"
     )
-    from_pretrained: str | None = doc(
-        "start from these weights: .ckpt file, exported folder or hub id"
-    )
+    from_pretrained: str | None = doc("weights to start from: .ckpt, exported folder or hub id")
     eval_nll: bool = doc("with block_size=1, validate the exact NLL, not the bound")
     max_bad_steps: int = doc(
-        "training skips steps whose loss or gradient is not finite, and stops after this many "
-        "in a row",
-        AT_LEAST_0,
+        "skipped steps in a row (loss or gradient not finite) that stop training", AT_LEAST_0
     )
 
 
 @dataclass
 class Eval:
     checkpoint_path: str | None = doc(
-        ".ckpt file, exported folder or hub id; null: newest checkpoint of this algorithm in "
-        "save_dir or outputs/",
+        ".ckpt, exported folder or hub id; null: newest of this algorithm in save_dir or outputs/"
     )
     disable_ema: bool = doc("use the weights themselves, not their moving average")
     tokens_per_batch: int | None = doc(
@@ -208,14 +171,11 @@ class Optim:
 class Trainer:
     """Arguments of lightning.Trainer, under its own names."""
 
-    accelerator: str = doc(
-        "device to compute on; auto: a GPU where there is one", one_of("auto", "gpu", "cpu")
-    )
+    accelerator: str = doc("device; auto: a GPU where there is one", one_of("auto", "gpu", "cpu"))
     devices: int = doc("devices per machine; auto: every GPU, or one process on a CPU", AT_LEAST_1)
     num_nodes: int = doc("number of machines", AT_LEAST_1)
     precision: str = doc(
-        "number format; 32, bf16, 16 and 64 are short names; null: bf16-mixed on a GPU, "
-        "32-true on a CPU",
+        "number format; 32, bf16, 16 and 64 are short; null: bf16-mixed on a GPU, else 32-true",
         one_of("32-true", "bf16-mixed", "16-mixed", "64-true"),
     )
     max_steps: int = doc("optimizer steps of the run", AT_LEAST_1)
@@ -224,12 +184,8 @@ class Trainer:
         "forward passes per optimizer step; null: as many as the batch sizes need", AT_LEAST_1
     )
     gradient_clip_val: float | None = doc("limit of the gradient; 0 or null: none", AT_LEAST_0)
-    gradient_clip_algorithm: str = doc(
-        "whether the limit holds for the norm or for each value", one_of("norm", "value")
-    )
-    limit_train_batches: int | float | None = doc(
-        "stop after this many training batches; null: no limit", BATCHES
-    )
+    gradient_clip_algorithm: str = doc("limit the norm or each value", one_of("norm", "value"))
+    limit_train_batches: int | float | None = doc("most training batches; null: no limit", BATCHES)
     limit_val_batches: int | float | None = doc(
         "validation batches: a number, or a share such as 0.5; null: all", BATCHES_OR_SHARE
     )
@@ -263,16 +219,10 @@ class Data:
         " a folder or a hub id",
     )
     eos_token: str | None = doc("token that ends documents and chunks; null: the tokenizer's own")
-    cache_dir: str = doc(
-        "folder or URL of the prepared data; null: bamdlm/ in the user's cache folder"
-    )
-    train_revision: str | None = doc(
-        "revision of the corpus on the hub; null: the one known to work"
-    )
+    cache_dir: str = doc("folder or URL of prepared data; null: bamdlm/ in the user's cache folder")
+    train_revision: str | None = doc("revision of the corpus on the hub; null: one known to work")
     valid_revision: str | None = doc("the same for validation")
-    wrap: bool = doc(
-        "join documents and cut the text into chunks of model.length; false: one document per row"
-    )
+    wrap: bool = doc("join documents, then cut chunks of model.length; false: one document per row")
     pack: str = doc(
         "with wrap, chunks are running text; with documents, each document starts at a block "
         "and sees only itself; whole is the same, but cuts no document that fits into a chunk",
@@ -280,21 +230,16 @@ class Data:
     )
     streaming: bool = doc("tokenize the training text during training, not before it")
     insert_train_eos: bool = doc("put EOS after each training document")
-    insert_train_special: bool = doc(
-        "put BOS and EOS around each training chunk (or packed document)"
-    )
+    insert_train_special: bool = doc("put BOS and EOS round training chunks or packed documents")
     insert_valid_eos: bool = doc("put EOS after each validation document")
-    insert_valid_special: bool = doc(
-        "put BOS and EOS around each validation chunk (or packed document)"
-    )
+    insert_valid_special: bool = doc("put BOS and EOS round validation chunks or packed documents")
 
 
 @dataclass
 class Algo:
-    name: str = doc("algorithm; choose it with algo=NAME", one_of(*algorithms()))
+    name: str = doc("algorithm; choose it with algo=NAME", one_of(*tables.algorithms()))
     backbone: str = doc(
-        "network: dit is built from model.*, hf_dit is read from an exported folder or the hub",
-        one_of("dit", "hf_dit"),
+        "network: dit from model.*, hf_dit from an exported folder or hub", one_of("dit", "hf_dit")
     )
     parameterization: str = doc(
         "what the logits mean; fixed by the algorithm", one_of(*_values("parameterization"))
@@ -302,23 +247,13 @@ class Algo:
     time_conditioning: bool = doc("tell the network the noise level; fixed by the algorithm")
     T: int = doc("sampling steps per block, for the rules that need a number; 0: none", AT_LEAST_0)
     ignore_bos: bool = doc("never mask the first token of a row")
-    cross_attn: bool = doc(
-        "train on noised and clean text together, with the block-diffusion mask (bamdlm)"
-    )
+    cross_attn: bool = doc("train on noised and clean text with the block-diffusion mask (bamdlm)")
     var_min: bool = doc("allow the search for the interval of t with the least variance (bamdlm)")
-    clip_search_delta: float = doc(
-        "distance between the intervals that are searched", BETWEEN_0_AND_1
-    )
-    clip_search_widths: list[float] = doc(
-        "widths of the intervals that are searched; []: no search", SHARES
-    )
-    fix_clipping: bool = doc(
-        "search and log, but keep the interval of training.sampling_eps_min and _max"
-    )
+    clip_search_delta: float = doc("distance between the intervals searched", BETWEEN_0_AND_1)
+    clip_search_widths: list[float] = doc("widths of the intervals searched; []: no search", SHARES)
+    fix_clipping: bool = doc("search and log, but keep training.sampling_eps_min and _max")
     sampler: str = doc("how samples are drawn; fixed by the algorithm", one_of(*_values("sampler")))
-    mdlm_loss_scale: bool = doc(
-        "compute loglinear noise through its total noise, as MDLM did: p = (1 - 1e-3) t"
-    )
+    mdlm_loss_scale: bool = doc("loglinear noise by its total noise, as in MDLM: p = (1 - 1e-3) t")
 
 
 @dataclass
@@ -329,45 +264,32 @@ class Model:
     n_blocks: int = doc("number of layers", AT_LEAST_1)
     n_heads: int = doc("attention heads per layer", AT_LEAST_1)
     dropout: float = doc("dropout probability", FROM_0_BELOW_1)
-    adaln: bool = doc(
-        "for algo=ar: modulate the layers by a noise level, as the other algorithms do"
-    )
+    adaln: bool = doc("for algo=ar: modulate the layers by a noise level, as the others do")
     attn_backend: str = doc(
         "implementation of attention; auto: the fastest that suits algorithm and machine",
-        one_of("auto", *attention_backends()),
+        one_of("auto", *tables.attention_backends()),
     )
-    compile: bool = doc(
-        "compile the layers: faster, after a minute or two at the start; needs a C++ compiler"
-    )
+    compile: bool = doc("compile the layers: faster after a minute or two; needs a C++ compiler")
 
 
 @dataclass
 class Noise:
-    type: str = doc("noise schedule; choose it with noise=NAME", one_of(*schedules()))
+    type: str = doc("noise schedule; choose it with noise=NAME", one_of(*tables.schedules()))
 
 
 @dataclass
 class LRScheduler:
-    name: str = doc(
-        "schedule of the learning rate; choose it with lr_scheduler=NAME",
-        one_of(*lr_schedules()),
-    )
+    name: str = doc("learning-rate schedule; set lr_scheduler=NAME", one_of(*tables.lr_schedules()))
     num_warmup_steps: int = doc(
-        "optimizer steps until the learning rate is optim.lr; null: a tenth of trainer.max_steps",
-        AT_LEAST_0,
+        "optimizer steps until lr is optim.lr; null: a tenth of trainer.max_steps", AT_LEAST_0
     )
-    warmup_lr_init: float | None = doc(
-        "learning rate at the start (cosine_decay_warmup)", AT_LEAST_0
-    )
+    warmup_lr_init: float | None = doc("learning rate at start (cosine_decay_warmup)", AT_LEAST_0)
     lr_min: float | None = doc("learning rate at the end (cosine_decay_warmup)", AT_LEAST_0)
 
 
 @dataclass
 class Strategy:
-    name: str = doc(
-        "how devices share the work: ddp copies the weights to each, fsdp shards them",
-        one_of("ddp", "fsdp"),
-    )
+    name: str = doc("devices: ddp copies weights to each, fsdp shards them", one_of("ddp", "fsdp"))
 
 
 @dataclass
@@ -378,8 +300,8 @@ class CheckpointEveryNSteps:
 @dataclass
 class CheckpointMonitor:
     monitor: str = doc(
-        "metric that decides which checkpoint is best",
-        one_of(*(name for name, entry in logged_figures().items() if entry.get("monitor"))),
+        "metric that ranks checkpoints",
+        one_of(*(name for name, entry in tables.logged_figures().items() if entry.get("monitor"))),
     )
     mode: str = doc("whether the best is the smallest or the largest", one_of("min", "max"))
     save_top_k: int = doc("how many of the best are kept; -1: all", AT_LEAST_MINUS_1)
@@ -402,8 +324,7 @@ class Callbacks:
 @dataclass
 class Checkpointing:
     save_dir: str = doc(
-        "run folder or URL; ${cwd:} stands for outputs/DATA/NAME-HASH, the same for the same "
-        "settings",
+        "run folder or URL; ${cwd:} is outputs/DATA/NAME-HASH, the same for the same settings"
     )
     resume_from_ckpt: bool = doc("continue from resume_ckpt_path if it exists")
     resume_ckpt_path: str = doc("checkpoint to continue from")
@@ -411,9 +332,7 @@ class Checkpointing:
     keep_every: int | None = doc(
         "keep for good the checkpoints whose step is a multiple of this; null: none", AT_LEAST_1
     )
-    on_save_error: str = doc(
-        "what training does when a checkpoint cannot be written", one_of("continue", "stop")
-    )
+    on_save_error: str = doc("when a checkpoint cannot be written", one_of("continue", "stop"))
 
 
 @dataclass
@@ -430,11 +349,9 @@ class WandB:
 
 @dataclass
 class Config:
-    mode: str = doc("what the command does", one_of(*modes()))
+    mode: str = doc("what the command does", one_of(*tables.modes()))
     seed: int = doc("seed of weights, data order, noise and samples", SEED)
-    block_size: int = doc(
-        "tokens of a diffusion block; divides model.length; 1 for algo=ar", AT_LEAST_1
-    )
+    block_size: int = doc("tokens of a block; divides model.length; 1 for algo=ar", AT_LEAST_1)
     loader: Loader
     sampling: Sampling
     training: Training

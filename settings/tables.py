@@ -106,7 +106,7 @@ def attention_backends() -> dict[str, dict]:
 
 
 schedules = partial(table, "noise_schedule.py", "SCHEDULES")  # noise.type
-lr_schedules = partial(table, "utils.py", "LR_SCHEDULES")  # lr_scheduler.name
+lr_schedules = partial(table, "training/lr_schedules.py", "LR_SCHEDULES")  # lr_scheduler.name
 step_rules = partial(table, "samplers/steps.py", "STEPS")  # sampling.steps
 confidences = partial(table, "samplers/steps.py", "CONFIDENCES")  # sampling.confidence
 known_corpora = partial(table, "data/corpora.py", "CORPORA")  # data.train, data.valid

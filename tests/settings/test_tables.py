@@ -17,7 +17,7 @@ from settings import tables
 from settings.keys import LEAVES, choices, groups
 from settings.page import PAGE, page
 from training.logged import LOGGED
-from utils import LR_SCHEDULES
+from training.lr_schedules import LR_SCHEDULES
 
 TABLES = [
     (tables.schedules, SCHEDULES),

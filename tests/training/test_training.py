@@ -1,6 +1,5 @@
 """Training through Lightning: resume, independence of the batch split, validation, checkpoints."""
 
-import functools
 import math
 
 import lightning as L
@@ -20,7 +19,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT
 from objectives.sedd import ScoreEntropy
-from utils import constant_warmup
+from training.lr_schedules import lr_factor
 
 LENGTH, MASK, GLOBAL = 16, 6, 8
 ALGORITHMS = {
@@ -95,7 +94,7 @@ def module(
             betas=(0.9, 0.999),
             eps=eps,
             weight_decay=0.0,
-            lr_factor=functools.partial(constant_warmup, warmup_steps=2),
+            lr_factor=lr_factor("constant_warmup", lr=1e-3, max_steps=10, warmup_steps=2),
         ),
         ema_decay=ema,
         clip=ClippingSettings(tuple(widths), 0.25, fix) if algo == "bamdlm" else None,

@@ -17,7 +17,7 @@ from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
-from utils import lr_factor
+from training.lr_schedules import lr_factor
 
 RUNS = load_json("optim/steps.json")
 
