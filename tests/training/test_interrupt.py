@@ -3,7 +3,6 @@
 import os
 import pty
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,31 +11,18 @@ from pathlib import Path
 
 import pytest
 import runs
-from runs import ALGORITHMS, TIMEOUT, Run, at_call, differences, read, run, tiny
+from runs import LAST, TIMEOUT, Run, at_call, differences, read, run
 
 from checkpointing import torch_file
 from diffusion import Diffusion
 from training import signals
 
 ROOT = Path(__file__).parents[2]
-LAST = "run/checkpoints/last.ckpt"
+WORKERS = "loader.num_workers=2"  # they get the signals as well; the last part runs without
 CTRL_C = b"\x03"
 HERE = "the moment has come"
 FIRST = "Ctrl-C: saving between two steps, then stopping; press again to stop at once"
 AGAIN = "stopped at once; the same command goes on from the last checkpoint, if any"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(overrides, folder, last checkpoint) of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    save_dir = f"checkpointing.save_dir={folder / 'run'}"
-    overrides = [*tiny(folder), *ALGORITHMS["bamdlm"], "loader.num_workers=2", save_dir]
-    code, text = run(overrides, folder / "log")
-    assert code == 0, text
-    last = read(folder / LAST)
-    shutil.rmtree(folder / "run")
-    return overrides, folder, last
 
 
 def until(screen: int, ready) -> str:
@@ -92,10 +78,9 @@ def pressed(arguments, folder, owner, name, call, times=1):
     return process.wait(), text
 
 
-def test_a_terminal_that_is_closed_stops_the_run_as_sigterm_does(whole):
-    """Its data workers get the signal as well."""
-    overrides, folder, expected = whole
-    process, known = at_moment(overrides, folder, Diffusion, "training_step", 5)
+def test_a_terminal_that_is_closed_stops_the_run_as_sigterm_does(wholes):
+    overrides, folder, expected = wholes("bamdlm")
+    process, known = at_moment([*overrides, WORKERS], folder, Diffusion, "training_step", 5)
     os.close(process.screen)
     known.touch()
     assert process.wait() == signals.GO_ON
@@ -103,36 +88,36 @@ def test_a_terminal_that_is_closed_stops_the_run_as_sigterm_does(whole):
     code, text = run(overrides, folder / "log")
     assert code == 0, text
     assert differences(read(folder / LAST), expected) == []
-    shutil.rmtree(folder / "run")
 
 
-def test_ctrl_c_saves_stops_and_goes_on_to_the_same_end(whole):
-    """Two data workers, who get the signal as well; each time the next run goes on."""
-    overrides, folder, expected = whole
+def test_ctrl_c_saves_stops_and_goes_on_to_the_same_end(wholes):
+    """Each time the next run goes on."""
+    overrides, folder, expected = wholes("bamdlm")
+    with_workers = [*overrides, WORKERS]
 
     def step():
         return read(folder / LAST)["global_step"]
 
-    sanity = [*overrides, "trainer.num_sanity_val_steps=2"]
+    sanity = [*with_workers, "trainer.num_sanity_val_steps=2"]
     code, text = pressed(sanity, folder, Diffusion, "validation_step", 1)
     assert code == signals.BY_HAND, text
     assert text.count(FIRST) == 1
     assert "stopping at step 0 on SIGINT: nothing to save yet" in text
 
-    code, text = pressed(overrides, folder, Diffusion, "training_step", 4)  # the second half
+    code, text = pressed(with_workers, folder, Diffusion, "training_step", 4)  # the second half
     assert (code, step()) == (signals.BY_HAND, 2), text
     assert text.count(FIRST) == 1
     assert "stopping at step 2 on SIGINT: saved" in text
 
-    code, text = pressed(overrides, folder, Diffusion, "training_step", 2, times=2)
+    code, text = pressed(with_workers, folder, Diffusion, "training_step", 2, times=2)
     assert (code, step()) == (-signal.SIGINT, 2), text
     assert AGAIN in text
 
-    code, text = pressed(overrides, folder, torch_file.torch, "save", 1)  # of step 4
+    code, text = pressed(with_workers, folder, torch_file.torch, "save", 1)  # of step 4
     assert (code, step()) == (signals.BY_HAND, 4), text
     assert text.count(FIRST) == 1
 
-    code, text = pressed(overrides, folder, Diffusion, "validation_step", 1)
+    code, text = pressed(with_workers, folder, Diffusion, "validation_step", 1)
     assert (code, step()) == (signals.BY_HAND, 4), text
     assert "Traceback" not in text
 
@@ -141,9 +126,9 @@ def test_ctrl_c_saves_stops_and_goes_on_to_the_same_end(whole):
     assert differences(read(folder / LAST), expected) == []
 
 
-def test_a_reader_that_ctrl_c_ends_as_well_does_not_keep_the_run_from_saving(whole):
+def test_a_reader_that_ctrl_c_ends_as_well_does_not_keep_the_run_from_saving(wholes):
     """As in `python main.py … 2>&1 | tee log`."""
-    overrides, folder, _ = whole
+    overrides, folder, _ = wholes("bamdlm")
     save_dir = f"checkpointing.save_dir={folder / 'piped' / 'run'}"
 
     def press():
@@ -154,16 +139,22 @@ def test_a_reader_that_ctrl_c_ends_as_well_does_not_keep_the_run_from_saving(who
         os.kill(os.getpid(), signal.SIGINT)
 
     before = at_call(Diffusion, "training_step", 4, press)
-    code, text = run([*overrides, save_dir], folder / "log", before=before)
+    code, text = run([*overrides, WORKERS, save_dir], folder / "log", before=before)
     assert code == signals.BY_HAND, text
     assert read(folder / "piped" / LAST)["global_step"] == 2
 
 
-def test_ctrl_c_while_importing_ends_the_process_with_one_line(whole):
+def test_ctrl_c_while_importing_ends_the_process_with_one_line(wholes):
     """An exception could be swallowed by what is being imported, and the run would go on."""
-    overrides, folder, _ = whole
+    overrides, folder, _ = wholes("bamdlm")
     mine, screen = pty.openpty()
-    command = [sys.executable, "main.py", *overrides, f"checkpointing.save_dir={folder / 'other'}"]
+    command = [
+        sys.executable,
+        "main.py",
+        *overrides,
+        WORKERS,
+        f"checkpointing.save_dir={folder / 'other'}",
+    ]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -64,7 +64,7 @@ def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, ov
     """Once by USR1 (as ahead of the time limit), once by Slurm's own requeue (as in preemption);
     and before that by USR1 while it is importing, when nobody handles it yet."""
     save = f"checkpointing.save_dir={tmp_path / 'run'}"
-    long = ["trainer.max_steps=100000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=50"]
+    long = ["trainer.max_steps=100000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=10"]
     script = SCRIPTS / "train/train_owt_bamdlm.sh"
     arguments = [*overrides, "trainer.val_check_interval=100000", save, *long[1:]]
     stop = tmp_path / "steps"  # the last start is told where the end is
@@ -88,14 +88,16 @@ def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, ov
 
     until(goes_back, cluster, job)
     assert "run folder" not in cluster.log(job)
-    until_saved(cluster, job, 50, tmp_path)
+    until_saved(cluster, job, 10, tmp_path)
     cluster.command(f"scancel --signal=USR1 {job}")
     until(lambda: "going on from step" in cluster.log(job), cluster, job)
     reached = read(tmp_path / LAST)["global_step"]
-    until_saved(cluster, job, reached - reached % 50 + 50, tmp_path)
-    steps = read(tmp_path / LAST)["global_step"] + 100
+    until_saved(cluster, job, reached - reached % 10 + 10, tmp_path)
+    cluster.command(f"scontrol requeuehold {job}")  # held, while the end is written
+    until(lambda: cluster.state(job) == "PENDING", cluster, job)
+    steps = read(tmp_path / LAST)["global_step"] + 20
     stop.write_text(str(steps))
-    cluster.command(f"scontrol requeue {job}")
+    cluster.command(f"scontrol release {job}")
     assert "COMPLETED" in cluster.wait(job), cluster.log(job)
     log = cluster.log(job)
     assert log.count("going on from step") == 2, log
