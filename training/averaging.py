@@ -42,11 +42,11 @@ def update(module: L.LightningModule) -> None:
 
 
 def uncount(module: L.LightningModule, steps: int) -> None:
-    """Steps that turn out to have been left out were no updates of the average."""
+    """Take back the counts of steps that turn out to have been left out."""
     if module.ema is not None:
         module.ema.num_updates -= steps
 
 
 def settle(module: L.LightningModule) -> None:
-    """Wait for what the host does not know yet of the steps that were made."""
+    """Wait until the host has judged all steps."""
     uncount(module, module.health.settle(module.trainer))

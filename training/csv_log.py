@@ -1,8 +1,8 @@
 """The run's own log: metrics.csv in its folder, one row a step.
 
-The row of step n holds what is known after n optimizer steps. Its cells are empty where a figure
-was not measured: those of a validation, but at the steps that were validated. A resumed run goes on
-where it was: rows of later steps, which it makes again, are dropped.
+The row of step n holds what is known after n optimizer steps. A cell is empty where its figure was
+not measured at that step. A resumed run goes on with the same file. It drops the rows of later
+steps, because it makes those steps again.
 """
 
 import csv

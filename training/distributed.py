@@ -1,7 +1,7 @@
 """strategy=fsdp: weights, gradients, averages, optimizer state shared out over devices (FSDP2); and
 strategy=ddp: all of it on each device.
 
-A checkpoint is the same single file as on one device; either reads the other's.
+A checkpoint is one file with the same content as on one device; each reads the other's.
 """
 
 import inspect
@@ -28,8 +28,8 @@ from samplers.sending import send
 
 
 class Replicated(DDPStrategy):
-    """Lightning's strategy for ddp. What was exchanged is not copied back to the gradients. Buffers
-    are not sent around ahead of every pass: they are constants, or follow from what all devices
+    """Lightning's strategy for ddp. Gradients are views of what is exchanged, so nothing is copied.
+    Buffers are not sent before each pass: they are constants, or follow from what all devices
     know."""
 
     def __init__(self):
@@ -38,7 +38,7 @@ class Replicated(DDPStrategy):
         super().__init__(gradient_as_bucket_view=True, **{name: False})
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # told its device, it would send batches there, of which the host first makes questions
+        # if it knew its device, it would send batches there; the host needs them for loss inputs
         return DistributedDataParallel(model, **self._ddp_kwargs)
 
 
@@ -115,10 +115,10 @@ def set_fused(checkpoint: dict, fused: bool | None) -> None:
 
 
 class Poll:
-    """Questions that all ranks ask each other over and over, equally often: is it so for any?
+    """Yes-or-no questions that all ranks ask equally often: is the answer yes on any of them?
 
-    `late`: the answers are those to the questions before these (at first: no); to wait for these
-    would be to wait for all that the device has still to do. None: where there is an accelerator.
+    `late`: a call returns the answers to the call before it, and the first call returns no. Its own
+    answers would have to wait for all the work of the device. None: late on an accelerator.
     """
 
     def __init__(self, late: bool | None = None):
@@ -126,12 +126,12 @@ class Poll:
         self.coming = None  # what `send` gave for the last questions
 
     def __call__(self, device: torch.device, *mine: bool) -> list[bool]:
-        """One answer for each."""
+        """One answer for each of `mine`."""
         if not _in_group():
             return list(mine)
         counts = torch.zeros(len(mine), device=device)
         for place, yes in zip(counts, mine, strict=True):
-            place.fill_(yes)  # numbers sent from here would be waited for
+            place.fill_(yes)  # made on the device: to send numbers there would wait for it
         torch.distributed.all_reduce(counts)
         before, self.coming = self.coming, send(counts)
         late = device.type != "cpu" if self.late is None else self.late
@@ -143,8 +143,8 @@ class Poll:
 
 
 def leave_group() -> None:
-    """End the threads of the process group while the process is whole: left to its end, gloo's may
-    outlive what they use and abort it."""
+    """End the threads of the process group. At the exit of the process, those of gloo may outlive
+    what they use, and abort it."""
     if _in_group():
         torch.distributed.destroy_process_group()
 

@@ -1,10 +1,10 @@
 """What training costs: floating-point operations of the steps as this project computes them, and
 what the device can do.
 
-Counted are multiplications and additions of matrix products (2 per pair), of everything that is
-really computed: attention over the pairs that may see each other, the head at hidden positions,
-the last layer only where it is read. The backward pass costs twice the forward pass. Not counted:
-norms, rotary positions, modulation (one row per batch), the optimizer; together a few percent.
+The count is of multiplications and additions in matrix products (2 per pair) that are really made:
+attention over the pairs that may see each other, the head at masked positions, the last layer only
+where it is read. The backward pass costs twice the forward pass. Norms, rotary positions,
+modulation (one row per batch) and the optimizer are left out; together they are a few percent.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Steps that cannot be right, data that do not come: said, counted, and where asked for the end."""
+"""Reports what goes wrong in a run: bad steps, failed ranks, data that do not come."""
 
 import math
 import os
@@ -33,16 +33,17 @@ class StepHealth:
     """An optimizer step whose loss or gradient is not finite is left out: no weight, average or
     moment changes.
 
-    `allowed` of them in a row are; one more ends the run. The batches go to `folder`, for a look.
+    At most `allowed` in a row are left out; one more ends the run. Their batches are written to
+    `folder`.
     """
 
     allowed: int = 10
     folder: str | None = None
-    late: bool = False  # the host learns of a step during the next one, and waits for no device
+    late: bool = False  # the host judges a step during the next one, and waits for no device
     bad_steps: int = 0  # since the process began
     in_a_row: int = 0
     found: Tensor | None = None  # late: 1.0 if the step at hand is left out, float32 on the device
-    skipped: bool = False  # not late: whether it is
+    skipped: bool = False  # not late: whether the step at hand is left out
     norm: Tensor | None = None  # of its gradient
     loss: Tensor | None = None  # its loss, over the global batch; on the device
     factor: Tensor | None = None  # places / tokens that count in the global batch; None: 1
@@ -105,8 +106,8 @@ class StepHealth:
         return torch.cat([numbers[:2], nothing[None].float()])
 
     def settle(self, trainer: L.Trainer, leave: int = 0) -> int:
-        """Judge the steps of which the host has not been told yet, but the last `leave`; how many
-        earlier ones turn out to have been left out."""
+        """Judge the steps that are not judged yet, except the last `leave`. Returns how many
+        earlier steps turn out to have been left out."""
         self.skipped = False
         before = self.bad_steps
         while len(self._coming) > leave:
@@ -189,9 +190,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 class RankFailure(L.Callback):
-    """Of a job of several processes: the traceback comes first, and the process ends with it.
+    """Where one of several processes fails, prints its traceback first and ends it soon.
 
-    Lightning's tidying up may wait for the other processes, and they for this one.
+    Lightning's clean-up may wait for the other processes, and they may wait for this one.
     """
 
     def on_exception(self, trainer, pl_module, exception) -> None:
@@ -206,10 +207,10 @@ class RankFailure(L.Callback):
 
 
 def follow_launcher() -> None:
-    """In a process that Lightning's launcher started: be gone TIDY_SECONDS after the one that
-    started it. That one watches the others, and nothing watches it; with NCCL they would wait for
-    it in a kernel. Only for work in which all processes wait for each other."""
-    if "LOCAL_RANK" not in os.environ:  # nobody's child: ours will find us here
+    """End a process that Lightning's launcher started TIDY_SECONDS after the launcher has ended.
+    The launcher watches the other processes, but nothing watches the launcher; with NCCL they would
+    wait for it in a kernel. Only for work in which all processes wait for each other."""
+    if "LOCAL_RANK" not in os.environ:  # this is the launcher: its processes find its number here
         os.environ[LAUNCHER] = str(os.getpid())
         return
     launcher = int(os.environ.get(LAUNCHER, 0))
@@ -220,7 +221,7 @@ def follow_launcher() -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is such a process, and it has not ended and waits for its parent to notice."""
+    """Whether the process exists and is no zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -231,7 +232,7 @@ def _runs(pid: int) -> bool:
 def _follow(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(0.5)
-    time.sleep(TIDY_SECONDS)  # it may have come to its end, as this process will
+    time.sleep(TIDY_SECONDS)  # if the run is over, this process ends by itself
     print(f"the first process ({launcher}) is gone: ending", file=sys.stderr, flush=True)
     os._exit(1)
 

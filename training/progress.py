@@ -1,7 +1,7 @@
 """What a person sees while a run works: a bar with loss, perplexity, rate and time left.
 
-In a terminal a rich progress bar; in a log file a line now and then. Figures are read from the
-device only when they are shown, so training does not wait for them.
+In a terminal it is a rich progress bar, in a log file a line every LINE_SECONDS. Figures are read
+from the device only when they are shown, so training does not wait for them.
 """
 
 import math

@@ -25,9 +25,10 @@ class SaveError(RuntimeError):
 
 
 class CarefulIO(SafeCheckpointIO):
-    """A file that cannot be written is reported; `failure` tells, and the run decides.
+    """Prints why a file could not be written and keeps the line in `failure`.
 
-    Only the first rank writes. An exception there would leave the others waiting for it.
+    Only the first rank writes. If it raised an exception, the others would wait for it. So the run
+    reads `failure` and decides.
     """
 
     def __init__(self):
@@ -60,7 +61,7 @@ class CarefulIO(SafeCheckpointIO):
 
 
 class Stopping(L.Callback):
-    """When ranks ask each other whether to stop: after a step, or a batch of a validation."""
+    """The ranks ask each other whether to stop, after each step and each batch of a validation."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
@@ -85,19 +86,19 @@ class Stopping(L.Callback):
             self.stop_if_told(trainer, before=lambda: put_average(pl_module, False))
 
     def after_step(self, trainer) -> None:
-        """What comes ahead of the question."""
+        """Called before the ranks ask each other."""
 
     def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
-        """Every rank must come by here equally often; they stop together, after `before`."""
+        """Every rank must call this equally often. They stop together, after a call of `before`."""
         raise NotImplementedError
 
 
 class StepCheckpoints(Stopping):
-    """step=N.ckpt at every `every` steps (0: only at the end and when told to stop); last.ckpt is
-    the newest of them.
+    """Writes step=N.ckpt every `every` steps, at the end, and when the run is told to stop. With
+    every=0 only the last two are written. last.ckpt is the newest of these files.
 
-    Of the files step=N.ckpt stay the newest `keep_last` (-1: all) and each whose step is a multiple
-    of `keep_every`.
+    The newest `keep_last` of them are kept (-1: all), and each whose step is a multiple of
+    `keep_every`.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class StepCheckpoints(Stopping):
             self.io.attempt(self.folder, self._tidy, "tidied up")
 
     def _tidy(self) -> None:
-        """Deletes what a save left that was killed; its step may never be saved again."""
+        """Delete the unfinished files of saves that were killed. No later save may replace them."""
         fs, place = url_to_fs(self.folder)
         for path in fs.ls(place, detail=False) if fs.isdir(place) else []:
             if path.endswith(".partial"):
@@ -167,8 +168,8 @@ class StepCheckpoints(Stopping):
     # ---- files --------------------------------------------------------------------------------
 
     def save(self, trainer) -> bool:
-        """Whether the state of this step is on disk. All ranks get the same answer, though only the
-        first knows of a failure: another attempt needs them all."""
+        """Save this step unless that is done. Returns whether it is on disk. Only the first rank
+        knows of a failure, and it tells the others: another attempt needs all ranks."""
         step = trainer.global_step
         if step == self._saved:
             return True
@@ -198,11 +199,11 @@ class StepCheckpoints(Stopping):
 
 
 class Deadline(Stopping, Timer):
-    """trainer.max_time: Lightning's clock, which a checkpoint keeps; a run whose time has passed is
-    saved and ends as one that was told to, but with exit code 0.
+    """trainer.max_time, by Lightning's clock, which a checkpoint keeps. When the time has passed,
+    the run saves and stops with exit code 0.
 
-    Lightning would validate once more than the run that goes on, and ask the first rank after every
-    batch, which waits for its device.
+    Lightning's own Timer would make one validation more than a run that is not stopped. It would
+    also ask the first rank after each batch, which waits for the device.
     """
 
     state_key = Timer.__qualname__  # in checkpoints
@@ -218,7 +219,7 @@ class Deadline(Stopping, Timer):
             raise Stopped(0)
 
     def _check_time_remaining(self, trainer) -> None:
-        """Lightning's own answer: none."""
+        """Nothing: this is where Lightning's Timer would end the run."""
 
     def _over(self) -> bool:
         begun = self.start_time() is not None  # not so in the validation ahead of training

@@ -1,8 +1,8 @@
 """Being told to stop: SIGTERM, SIGUSR1, Ctrl-C (SIGINT), and a terminal that is closed (SIGHUP).
 
-Training notes them and reads the note between steps. Nothing else is done inside a handler, so a
-further signal changes nothing; but a second Ctrl-C ends the process there and then. Until `listen`,
-as in the other modes, all of them end the process: what is on disk is complete.
+The handlers note the signal, and training reads the note between steps. A further signal changes
+nothing, but a second Ctrl-C ends the process at once. Before `listen`, and in the other modes, each
+signal ends the process. Every file on disk is complete then.
 """
 
 import os
@@ -57,15 +57,15 @@ class Signals:
 
 
 def end_on_interrupt() -> None:
-    """Ctrl-C ends the process with one line. Python's own exception instead may be swallowed by a
-    library that is being imported, and the run then goes on."""
-    process = os.getpid()  # those it starts end without a word
+    """Let Ctrl-C end the process with one line. A library that is being imported may swallow
+    Python's KeyboardInterrupt, and the run would go on."""
+    process = os.getpid()  # the processes that it starts print nothing
     signal.signal(signal.SIGINT, lambda *_: end("stopped" if os.getpid() == process else ""))
 
 
 def end(line: str) -> None:
-    """The process dies of SIGINT, so that a script that started it stops as well; `line` is said
-    unless it is empty."""
+    """End the process by SIGINT, so that a script that started it stops as well. Print `line`
+    first unless it is empty."""
     if line:
         tell(line)
     if os.isatty(1):
@@ -75,7 +75,8 @@ def end(line: str) -> None:
 
 
 def tell(line: str) -> None:
-    """A line from the first process; past Python's buffers, in which a handler may have arrived."""
+    """Print a line, in the first process only. Python's buffers are not used: the handler may have
+    interrupted a write to them."""
     if rank() == 0:
         try:
             os.write(2, f"\n{line}\n\n".encode())
@@ -84,6 +85,6 @@ def tell(line: str) -> None:
 
 
 def ignore_signals() -> None:
-    """For data workers: they end with the process they work for, which still needs them."""
+    """For data workers. Training needs them until it has stopped; they end with its process."""
     for number in HEARD:
         signal.signal(number, signal.SIG_IGN)

@@ -100,13 +100,13 @@ def set_interval(module: L.LightningModule, interval: Interval) -> None:
 
 
 def by_time(module: L.LightningModule, likelihood: str) -> bool:
-    """Whether it is measured at times; else at numbers of masked tokens."""
+    """Whether a likelihood is measured at drawn times; else at drawn numbers of masked tokens."""
     return likelihood != "counts" or module.exact_nll or not module.objective.draws_noise
 
 
 def one_pass(module: L.LightningModule, batch: dict, likelihood: str, draw: int = 0) -> TokenLoss:
-    """A draw of `nelbo` or `counts`, by one pass over both halves; with blocks of one the
-    likelihood itself, whatever its name."""
+    """A draw of `nelbo` or `counts`, by one pass over both halves. With blocks of one token either
+    is the likelihood itself."""
     if not by_time(module, likelihood):
         texts, loss_mask = texts_of(module, batch)
         masked, weight = masked_by_counts(texts, chance(module, batch, draw))
@@ -135,9 +135,9 @@ def reported_interval(module: L.LightningModule) -> Interval:
 
 
 def even_in_p(objective: Objective, eps: float) -> Objective:
-    """What bounds the likelihood over times from eps on. A schedule that masks much more than eps
-    at eps (square_root: 3.1 %) would leave that share out of the bound, which does not depend on
-    the schedule: then times are those at which p is uniform."""
+    """The objective for a bound on the likelihood over times from eps on. A schedule that masks
+    much more than eps at eps (square_root: 3.1 %) would leave that share out. The bound does not
+    depend on the schedule, so LogLinear, in which p is uniform, takes the place of such a one."""
     if not objective.draws_noise or float(objective.schedule(torch.tensor(eps)).p) <= 1.01 * eps:
         return objective
     return replace(objective, schedule=LogLinear())
