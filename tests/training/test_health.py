@@ -45,7 +45,7 @@ def disk_full_after(saves):
     torch_file.torch.save = save
 
 
-@pytest.mark.parametrize(("policy", "code", "last"), [("continue", 0, 10), ("stop", 1, 7)])
+@pytest.mark.parametrize(("policy", "code", "last"), [("continue", 0, 10), ("stop", 1, 8)])
 def test_a_full_disk_leaves_the_checkpoint_before_it(policy, code, last, base, tmp_path):
     save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
     more = [save_dir, f"checkpointing.on_save_error={policy}"]
