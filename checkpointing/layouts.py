@@ -16,9 +16,9 @@ from torch import Tensor
 
 from checkpointing import hub, hub_folder, torch_file
 from checkpointing.restricted_pickle import CheckpointError
+from settings.tables import algorithms
 from utils import plain_errors
 
-ALGORITHMS = ("bamdlm", "mdlm", "sedd", "ar")
 ALIASES = {"bd3lm": "bamdlm"}
 MODEL_TYPES = ("bd3lm", "bamdlm", "mdlm")
 INTERVAL = ("sampling_eps_min", "sampling_eps_max")
@@ -170,11 +170,15 @@ def _lightning_algorithms(source, config, weights, interval) -> tuple[str, ...]:
     name = section(config, "algo").get("name")
     if name is None:
         return _from_keys(weights, interval)
-    if ALIASES.get(name, name) not in ALGORITHMS:
-        raise CheckpointError(f"{source} was trained with algo={name}; known: {ALGORITHMS}")
+    if ALIASES.get(name, name) not in algorithms():
+        raise CheckpointError(f"{source} was trained with algo={name}; known: {_known()}")
     return _one_block_is_mdlm(
         ALIASES.get(name, name), config.get("block_size"), section(config, "model").get("length")
     )
+
+
+def _known() -> str:
+    return ", ".join(algorithms())
 
 
 def _from_keys(weights, interval) -> tuple[str, ...]:
@@ -215,8 +219,8 @@ def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
 def _hub_algorithms(source, config) -> tuple[str, ...]:
     """`algo` of config.json where this project wrote it, else what its switches imply."""
     if "algo" in config:
-        if config["algo"] not in ALGORITHMS:
-            raise CheckpointError(f"{source}: algo={config['algo']!r}; known: {ALGORITHMS}")
+        if config["algo"] not in algorithms():
+            raise CheckpointError(f"{source}: algo={config['algo']!r}; known: {_known()}")
         return _one_block_is_mdlm(
             config["algo"], config.get("block_size"), config.get("model_length")
         )

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from checkpointing.layouts import (
-    ALGORITHMS,
     BUFFERS,
     INTERVAL,
     Checkpoint,
@@ -25,7 +24,6 @@ from checkpointing.layouts import (
 from checkpointing.restricted_pickle import CheckpointError
 
 __all__ = [
-    "ALGORITHMS",
     "BUFFERS",
     "Checkpoint",
     "CheckpointError",

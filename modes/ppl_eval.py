@@ -19,6 +19,7 @@ from evaluation.likelihood import Likelihood, RowResults
 from evaluation.network import asker
 from evaluation.table import BOUND, Chosen, check, choose
 from modes.build import build_data, build_tokenizer, trained_module
+from objectives.algorithms import get_algorithm
 from objectives.block_diffusion import MaskedDiffusion
 from settings import Config
 from training.flops import matmul_dtype
@@ -30,8 +31,9 @@ from utils import rank, say, write_json
 def prepare(config: Config) -> Callable[[], None]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     wanted = [choose(label) for label in config.eval.likelihood]
-    size = config.model.length if config.algo.name == "mdlm" else config.block_size
-    limits = {"algo": config.algo.name, "draws": config.eval.draws, "most": config.eval.max_passes}
+    writes = get_algorithm(config.algo.name).writes
+    size = config.model.length if writes == "mdlm" else config.block_size
+    limits = {"algo": writes, "draws": config.eval.draws, "most": config.eval.max_passes}
     check(wanted, block_size=size, **limits)
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
@@ -190,7 +192,8 @@ def result_path(config: Config, checkpoint: Checkpoint, wanted: list[Chosen]) ->
     weights = checkpoint.fingerprint[:8] + ("-raw" if config.eval.disable_ema else "")
     labels = [each.label.replace(":", "_") for each in wanted]
     if len(wanted) == 1 and wanted[0].kind.law == BOUND:
-        labels = [name for name in labels if name == "exact" and config.algo.name != "ar"]
+        writes = get_algorithm(config.algo.name).writes
+        labels = [name for name in labels if name == "exact" and writes != "ar"]
     name = "-".join([f"ppl_{Path(str(config.data.valid)).stem}", weights, *labels])
     return settings.local_folder(config.checkpointing.save_dir) / f"{name}.json"
 
@@ -209,7 +212,8 @@ def report(config: Config, found: dict[Chosen, tuple[Likelihood, float]], path: 
         "precision": config.trainer.precision,
         "seed": config.seed,
     }
-    exact = config.algo.name == "ar" or (config.block_size == 1 and config.training.eval_nll)
+    ar = get_algorithm(config.algo.name).writes == "ar"
+    exact = ar or (config.block_size == 1 and config.training.eval_nll)
     entries = [
         likelihood_entry(each, result, seconds, config.eval.draws, exact)
         for each, (result, seconds) in found.items()

@@ -12,6 +12,7 @@ from evaluation.judge import Judge, load_judge
 from modes.build import build_tokenizer, trained_module
 from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
+from objectives.algorithms import get_algorithm
 from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
 from samplers.steps import STEPS
 from sampling.prompts import encode_prompts, read_prompts
@@ -100,13 +101,13 @@ def checkpoint_params(
     config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint
 ) -> SamplingParams:
     """What the sampler is asked for; what it sees at once is what the network was trained on."""
-    window = config.block_size
+    window, writes = config.block_size, get_algorithm(config.algo.name).writes
     whole = window == config.model.length
-    if config.algo.name == "mdlm" and whole and (checkpoint.length or window) < window:
+    if writes == "mdlm" and whole and (checkpoint.length or window) < window:
         window = checkpoint.length
         say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")
     trained = checkpoint.length or CONTEXT_TOKENS
-    if config.algo.name == "bamdlm" and config.model.length > trained:
+    if writes == "bamdlm" and config.model.length > trained:
         trained = whole_blocks(trained, config.block_size)
     noise = get_schedule(config.noise.type, config.algo.mdlm_loss_scale)
     return sampling_params(

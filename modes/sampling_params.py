@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from samplers.params import SamplingParams
 from settings import Config
-from settings.tables import step_rules
+from settings.tables import algorithms, step_rules
 
 
 def sampling_params(config: Config, **known) -> SamplingParams:
@@ -30,4 +30,5 @@ def sampling_problems(config: Config) -> Iterator[str]:
     context = config.sampling.context_size or config.block_size  # the default always fits
     params = sampling_params(config, bos_id=0, eos_id=0, context_size=context)
     reads = step_rules()[params.steps].get("reads", ())
-    yield from params.problems(config.algo.name, reads, config.sampling.infill)
+    entry = algorithms()[config.algo.name]
+    yield from params.problems(entry["writes"], entry["can"], reads, config.sampling.infill)

@@ -15,6 +15,7 @@ from modes.build import (
     build_tokenizer,
     start_from,
 )
+from objectives.algorithms import get_algorithm
 from settings import Config
 from settings.defaults import default_likelihood
 from training.flops import flops
@@ -26,7 +27,8 @@ from utils import rank, say
 def prepare(config: Config) -> Callable[[], None]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     wanted = [choose(label) for label in config.eval.likelihood]
-    check(wanted, algo=config.algo.name, block_size=1, draws=1, most=config.eval.max_passes)
+    writes = get_algorithm(config.algo.name).writes
+    check(wanted, algo=writes, block_size=1, draws=1, most=config.eval.max_passes)
     check_training(wanted, exact=default_likelihood(config) == "exact")
     resume = resume_point(config)
     pretrained = None

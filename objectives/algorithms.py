@@ -37,12 +37,10 @@ class Algorithm:
     build: Callable[[ObjectiveSettings], Objective]
     parameterization: str  # algo.parameterization
     sampler: str  # algo.sampler
+    writes: str  # how its network is asked: a name of SAMPLERS in samplers/writing.py
     noise: bool = True  # draws noise, so the settings of noise and its times have an effect
     blocks: bool = False  # trains in blocks: algo.cross_attn, algo.var_min, exact at block_size=1
     time_conditioning: bool = False  # the network may be told the noise level
-    cache: bool = False  # sampling.kv_cache gives the same texts
-    infill: bool = False  # fills gaps of a prompt
-    steps: bool = False  # takes the step rules of samplers/steps.py
 
 
 def get_algorithm(name: str) -> Algorithm:

@@ -61,7 +61,7 @@ ALGORITHMS = {
         lambda s: Autoregressive(s.mask_id, s.ignore_bos),
         parameterization="ar",
         sampler="ar",
+        writes="ar",
         noise=False,
-        cache=True,
     )
 }

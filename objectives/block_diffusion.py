@@ -162,10 +162,8 @@ ALGORITHMS = {
         _in_blocks,
         parameterization="subs",
         sampler="semi_ar",
+        writes="bamdlm",
         blocks=True,
-        cache=True,
-        infill=True,
-        steps=True,
     ),
-    "mdlm": Algorithm(_whole, parameterization="subs", sampler="semi_ar", infill=True, steps=True),
+    "mdlm": Algorithm(_whole, parameterization="subs", sampler="semi_ar", writes="mdlm"),
 }

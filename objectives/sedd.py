@@ -112,6 +112,7 @@ ALGORITHMS = {
         lambda s: ScoreEntropy(s.mask_id, s.schedule, s.ignore_bos, s.time_conditioning),
         parameterization="sedd",
         sampler="analytic",
+        writes="sedd",
         time_conditioning=True,
     )
 }

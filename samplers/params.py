@@ -4,7 +4,6 @@ command line is checked with it at once."""
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
-BLOCKWISE = ("bamdlm", "mdlm")  # algorithms that follow a step rule
 CONTEXT_TOKENS = 1024  # that a sampler sees, where the checkpoint does not say its length
 
 
@@ -87,13 +86,19 @@ class SamplingParams:
             )
         return replace(self, **changes)
 
-    def problems(self, algo: str, reads: Collection[str], infill: bool = False) -> Iterator[str]:
-        """One sentence for each value that cannot be. reads: the fields that the step rule reads;
-        infill: gaps are filled."""
+    def problems(
+        self, algo: str, can: Collection[str], reads: Collection[str], infill: bool = False
+    ) -> Iterator[str]:
+        """One sentence for each value that cannot be. algo, can: the sampler's name and what it
+        can, see Sampler; reads: the fields that the step rule reads; infill: gaps are filled."""
         yield from self._outside()
-        yield from self._steps(algo, reads)
+        yield from self._steps(algo, reads if "steps" in can else ())
         yield from self._lengths(algo)
-        yield from self._endings(algo, infill)
+        if self.kv_cache and "cache" not in can:
+            yield f"sampling.kv_cache=True is exact for bamdlm and ar only, not for algo={algo}"
+        yield from self._endings(infill)
+        if infill and "infill" not in can:
+            yield f"sampling.infill=True is offered by bamdlm and mdlm, not by algo={algo}"
 
     def _outside(self) -> Iterator[str]:
         """Values that no other value makes possible."""
@@ -112,8 +117,7 @@ class SamplingParams:
                 yield f"{name}={value} must be {limit}"
 
     def _steps(self, algo: str, reads: Collection[str]) -> Iterator[str]:
-        stepped = algo == "sedd" or (algo in BLOCKWISE and "num_steps" in reads)
-        if stepped and self.num_steps < 1:
+        if (algo == "sedd" or "num_steps" in reads) and self.num_steps < 1:
             what = "algo=sedd" if algo == "sedd" else f"sampling.steps={self.steps}"
             yield (
                 f"algo.T={self.num_steps}: {what} takes algo.T steps: set algo.T=64, or more for"
@@ -131,10 +135,8 @@ class SamplingParams:
                 )
         if algo == "mdlm" and self.window < 2:
             yield f"block_size={self.window}: the windows of algo=mdlm need at least 2 tokens"
-        if self.kv_cache and algo not in ("bamdlm", "ar"):
-            yield f"sampling.kv_cache=True is exact for bamdlm and ar only, not for algo={algo}"
 
-    def _endings(self, algo: str, infill: bool) -> Iterator[str]:
+    def _endings(self, infill: bool) -> Iterator[str]:
         if self.var_length and self.reject_low_entropy:
             yield (
                 "sampling.reject_low_entropy=True draws again what sampling.var_length=True cuts:"
@@ -148,5 +150,3 @@ class SamplingParams:
                     f"sampling.{name}=True has no place beside sampling.infill=True, where the"
                     " length is given: leave one of them out"
                 )
-        if algo not in BLOCKWISE:
-            yield f"sampling.infill=True is offered by bamdlm and mdlm, not by algo={algo}"

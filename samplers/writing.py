@@ -13,6 +13,7 @@ the network can still differ.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,12 +28,22 @@ from .spans import block_span, window_span
 from .steps import CONFIDENCES, STEPS
 from .texts import ActiveTexts
 
-# algorithm: a function that brings all texts one round further and returns those that ended
+
+@dataclass(frozen=True)
+class Sampler:
+    """`one_round` brings all texts one round further and returns those that ended. `can`: steps
+    (it follows the rules of STEPS), cache (sampling.kv_cache gives the same texts), infill (it
+    fills the gaps of a prompt)."""
+
+    one_round: Callable[[ActiveTexts], list[Sample]]
+    can: tuple[str, ...] = ()
+
+
 SAMPLERS = {
-    "bamdlm": partial(one_round, span=block_span),
-    "mdlm": partial(one_round, span=window_span),
-    "sedd": analytic_round,
-    "ar": ar_round,
+    "bamdlm": Sampler(partial(one_round, span=block_span), can=("steps", "cache", "infill")),
+    "mdlm": Sampler(partial(one_round, span=window_span), can=("steps", "infill")),
+    "sedd": Sampler(analytic_round, can=()),
+    "ar": Sampler(ar_round, can=("cache",)),
 }
 
 
@@ -55,7 +66,7 @@ def generate(
     """
     algo = {"bd3lm": "bamdlm"}.get(algo, algo)
     check(params, algo)
-    return _rounds(SAMPLERS[algo], denoise, iter(requests), params, device, watch, tick)
+    return _rounds(SAMPLERS[algo].one_round, denoise, iter(requests), params, device, watch, tick)
 
 
 def _rounds(sampler, *arguments) -> Iterator[list[Sample]]:
@@ -74,6 +85,6 @@ def check(params: SamplingParams, algo: str, infill: bool = False) -> None:
         if getattr(params, name) not in table
     ]
     reads = STEPS[params.steps].reads if params.steps in STEPS else ()
-    problems += params.problems(algo, reads, infill)
+    problems += params.problems(algo, SAMPLERS[algo].can, reads, infill)
     if problems:
         raise ValueError("; ".join(problems))

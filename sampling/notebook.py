@@ -20,10 +20,10 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from evaluation.judge import Judge, TextScore, describe
 from models.dit import DiT
 from noise_schedule import get_schedule
-from objectives.algorithms import ObjectiveSettings, build_objective
+from objectives.algorithms import ObjectiveSettings, build_objective, get_algorithm
 from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
 from samplers.request import Sample
-from samplers.writing import check, generate
+from samplers.writing import SAMPLERS, check, generate
 from sampling.prompts import encode_prompts
 from sampling.reading import Reading
 from sampling.run import Model, Texts, visible_tokens
@@ -55,7 +55,7 @@ class Writer(Model, Reading):
         ValueError where one is unknown or cannot be."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         params = self.params.changed(**({"batch_size": max(1, len(prompts))} | changes))
-        check(params, self.algo, infill)
+        check(params, self.writes, infill)
         found = encode_prompts(
             prompts,
             self.tokenizer,
@@ -66,7 +66,7 @@ class Writer(Model, Reading):
         texts = Texts(len(found), found, infill)
         requests = [texts.request(row, params.bos_id) for row in range(texts.count)]
         groups = generate(
-            self.algo, self.denoise, requests, params, device=self.device, watch=watch
+            self.writes, self.denoise, requests, params, device=self.device, watch=watch
         )
         samples = sorted((s for group in groups for s in group), key=lambda s: s.row)
         texts = [self.tokenizer.decode(s.tokens.tolist()) for s in samples]
@@ -111,7 +111,7 @@ def load(
         block_size=block_size,
         context_size=length,
         window=length,
-        kv_cache=algo in ("bamdlm", "ar"),
+        kv_cache="cache" in SAMPLERS[get_algorithm(algo).writes].can,
         move_chance=lambda t: schedule(t).p,
     )
     return Writer(

@@ -16,11 +16,11 @@ class Reading:
 
     @property
     def scorer(self) -> Scorer:
-        denoise = self.denoise
-        size = 1 if self.algo in ("ar", "sedd") else denoise.block_size
-        length = self.params.context_size if self.algo != "mdlm" else size
+        denoise, writes = self.denoise, self.writes
+        size = 1 if writes in ("ar", "sedd") else denoise.block_size
+        length = self.params.context_size if writes != "mdlm" else size
         seed = self.params.seed
-        return Scorer(self.algo, denoise.backbone, denoise.mask_id, size, length, self.device, seed)
+        return Scorer(writes, denoise.backbone, denoise.mask_id, size, length, self.device, seed)
 
     def nll(
         self,
@@ -59,7 +59,7 @@ class Reading:
         as such. Of ar: given the tokens to the left, so position 0 has none."""
         tokens = torch.as_tensor(ids, device=self.device)
         tokens = tokens[None] if tokens.dim() == 1 else tokens
-        if self.algo == "sedd":
+        if self.writes == "sedd":
             raise ValueError("sedd has scores at a noise level, no probabilities of tokens")
         if positions is None:
             masked = tokens == self.tokenizer.mask_id
@@ -68,7 +68,7 @@ class Reading:
             read = masked.nonzero()[:, 1].view(len(tokens), -1)
         else:
             read = torch.as_tensor(positions, device=tokens.device).expand(len(tokens), -1)
-        if self.algo == "ar":
+        if self.writes == "ar":
             if bool((read < 1).any()):
                 raise ValueError("ar predicts no token at position 0")
             read = read - 1
@@ -87,7 +87,7 @@ class Reading:
             module.register_forward_hook(lambda _, __, output: states.append(output))
             for module in watched
         ]
-        mask = Full() if self.algo == "sedd" else self.denoise.attention_mask
+        mask = Full() if self.writes == "sedd" else self.denoise.attention_mask
         try:
             backbone.hidden(tokens, attention_mask=mask)
         finally:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, describe
-from samplers.params import BLOCKWISE, SamplingParams
+from objectives.algorithms import get_algorithm
+from samplers.params import SamplingParams
 from samplers.request import Sample, TextRequest
-from samplers.writing import check, generate
+from samplers.writing import SAMPLERS, check, generate
 from sampling.report import RULES, lines, rule_numbers, summarise
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory
@@ -32,7 +33,8 @@ def run_id(*parts: object) -> str:
 
 def visible_tokens(algo: str, params: SamplingParams) -> int:
     """Most tokens of a prompt: those that the first evaluation can see. mdlm's windows move."""
-    return params.context_size if algo in ("bamdlm", "ar") else params.length
+    looks_back = "cache" in SAMPLERS[get_algorithm(algo).writes].can
+    return params.context_size if looks_back else params.length
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Model:
     tokenizer: Tokenizer
     params: SamplingParams
     device: object = "cpu"
+
+    @property
+    def writes(self) -> str:
+        """A name of SAMPLERS."""
+        return get_algorithm(self.algo).writes
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class SamplingRun:
     ranks: int = 1
 
     def __post_init__(self):
-        check(self.model.params, self.model.algo, self.texts.infill)
+        check(self.model.params, self.model.writes, self.texts.infill)
         if self.texts.count < 1:
             raise ValueError(
                 f"sampling.num_sample_batches leaves {self.texts.count} texts to write"
@@ -140,7 +147,7 @@ class SamplingRun:
             progress = stack.enter_context(Progress(len(missing), params, enabled=shown))
             watchers = [stack.enter_context(view) for view in self._views(missing)]
             groups = generate(
-                model.algo,
+                model.writes,
                 model.denoise,
                 (self.texts.request(row, params.bos_id) for row in missing),
                 params,
@@ -191,16 +198,17 @@ class SamplingRun:
 
     def report_facts(self) -> dict:
         """The settings that decide the texts, as the report has them."""
-        algo, s = self.model.algo, self.model.params
-        steps = s.steps if algo in BLOCKWISE else algo
+        algo, writes, s = self.model.algo, self.model.writes, self.model.params
+        can = SAMPLERS[writes].can
+        steps = s.steps if "steps" in can else algo
         return {
             "algo": algo,
             "run": self.output.run,
             "seed": s.seed,
             "length": s.length,
-            "block_size": s.block_size if algo == "bamdlm" else None,
-            "window": s.window if algo == "mdlm" else None,
-            "context_size": s.context_size if algo in ("bamdlm", "ar") else None,
+            "block_size": s.block_size if writes == "bamdlm" else None,
+            "window": s.window if writes == "mdlm" else None,
+            "context_size": s.context_size if "cache" in can else None,
             "steps": steps,
             **{name: getattr(s, name) for name in rule_numbers(steps)},
             "T": s.num_steps,

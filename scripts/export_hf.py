@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpointing import export
-from checkpointing.load import ALGORITHMS, Checkpoint, read_checkpoint, section
+from checkpointing.load import Checkpoint, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
+from settings.tables import algorithms
 
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--push", metavar="ID", help="then upload it as this hub model")
     parser.add_argument("--private", action="store_true", help="make a new hub model private")
     parser.add_argument("--tokenizer", metavar="NAME", help="name or folder, if not the run's own")
-    parser.add_argument("--algo", choices=ALGORITHMS, help="if CKPT does not tell")
+    parser.add_argument("--algo", choices=list(algorithms()), help="if CKPT does not tell")
     parser.add_argument("--disable-ema", action="store_true", help="plain weights, not averages")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")
     options = parser.parse_args(arguments)

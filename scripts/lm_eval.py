@@ -60,7 +60,7 @@ class BlockDiffusionLM(TemplateLM):
         self.draws = int(draws)
         self.chosen = self.scorer.choose(str(likelihood or usual), self.draws, int(max_passes))
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
-        self.add_bos = self.model.algo != "ar" if add_bos_token is None else add_bos_token
+        self.add_bos = self.model.writes != "ar" if add_bos_token is None else add_bos_token
 
     # ---- tokens
 
@@ -87,7 +87,7 @@ class BlockDiffusionLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens of a text; ar predicts one more."""
-        return self.scorer.length + (self.model.algo == "ar")
+        return self.scorer.length + (self.model.writes == "ar")
 
     def get_model_info(self) -> dict:
         """What the report says of the model."""
@@ -97,7 +97,7 @@ class BlockDiffusionLM(TemplateLM):
             "likelihood": self.chosen.label,
             "likelihood_is": law,
             "likelihood_draws": self.draws if self.chosen.kind.sampled else 1,
-            "algo": self.model.algo,
+            "algo": self.model.writes,
             "block_size": self.scorer.block_size,
         }
 
@@ -187,7 +187,7 @@ class BlockDiffusionLM(TemplateLM):
         if sampled and temperature != 1:
             raise ValueError(f"temperature={temperature}: the samplers draw at 1, or 0 for greedy")
         wanted = int(options.get("max_gen_toks", GENERATED_TOKENS))
-        size, algo = self.scorer.block_size, self.model.algo
+        size, algo = self.scorer.block_size, self.model.writes
         room = self.scorer.length - min(wanted, self.scorer.length - 1)
         ids = self.given(self.tok_encode(prompt)) or [self.prefix_token_id]
         ids = ids[-room:]

@@ -87,7 +87,7 @@ def algorithm(config: Config) -> Iterator[str]:
         if (value := getattr(algo, key)) != entry[key]:
             yield f"algo.{key}={value} does not fit algo={algo.name}, which needs {entry[key]}"
     whole = entry["noise"] and not entry["blocks"]
-    windows = whole and entry["steps"] and config.mode == "sample_eval"
+    windows = whole and "steps" in entry["can"] and config.mode == "sample_eval"
     if whole and blocks and not windows:
         yield (
             f"block_size={config.block_size}: algo={algo.name} is one block of"
@@ -304,7 +304,7 @@ def sampling(config: Config) -> Iterator[str]:
     if config.mode != "sample_eval":
         return
     sampling, name = config.sampling, config.algo.name
-    if not algorithms()[name]["steps"] and sampling.steps is not None:
+    if "steps" not in algorithms()[name]["can"] and sampling.steps is not None:
         yield f"sampling.steps={sampling.steps} does not fit algo={name}, which has its own"
     if not sampling.first_hitting and sampling.steps == "first_hitting":
         yield "sampling.first_hitting=False contradicts sampling.steps=first_hitting"

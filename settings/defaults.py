@@ -33,7 +33,7 @@ def fill(config: Config) -> None:
     _fill_batches(config)
     if config.lr_scheduler.num_warmup_steps is None:
         config.lr_scheduler.num_warmup_steps = default_warmup(config)
-    if config.sampling.steps is None and config.algo.sampler == "semi_ar":
+    if config.sampling.steps is None and "steps" in _entry(config).get("can", ()):
         config.sampling.steps = "first_hitting" if config.sampling.first_hitting else "ancestral"
     if config.eval.likelihood is None:
         config.eval.likelihood = [default_likelihood(config)]
@@ -41,11 +41,17 @@ def fill(config: Config) -> None:
 
 def default_likelihood(config: Config) -> str:
     """Of the least variance at the cost of one pass."""
-    if config.algo.name == "ar":
+    entry = _entry(config)
+    if entry.get("writes") == "ar":
         return "exact"
-    if config.algo.name == "bamdlm" and config.block_size == 1:
+    if entry.get("blocks") and config.block_size == 1:
         return "exact" if config.training.eval_nll else "nelbo"
-    return "nelbo" if config.algo.name == "sedd" else "counts"
+    return "nelbo" if entry.get("writes") == "sedd" else "counts"
+
+
+def _entry(config: Config) -> dict:
+    """Of the algorithm; empty where there is none of its name: the checks will say so."""
+    return algorithms().get(config.algo.name, {})
 
 
 def default_warmup(config: Config) -> int:

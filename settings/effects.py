@@ -84,9 +84,9 @@ def _sampling(config: Config) -> Iterator[str]:
         yield f"algo.T={algo.T} has no effect: {algo.name} takes one step per token"
     elif algo.T and sampling.steps and "num_steps" not in reads:
         yield f"algo.T={algo.T} has no effect: steps={sampling.steps} ends when nothing is masked"
-    if not entry["steps"] and not sampling.first_hitting:
+    if "steps" not in entry["can"] and not sampling.first_hitting:
         yield f"sampling.first_hitting=False has no effect: algo={algo.name} has its own steps"
-    if not entry["cache"] and sampling.context_size is not None:
+    if "cache" not in entry["can"] and sampling.context_size is not None:
         yield f"sampling.context_size has no effect: algo={algo.name} has no blocks to look back on"
     defaults = class_defaults("samplers/params.py", "SamplingParams")
     defaults |= {name: number["default"] for name, number in step_numbers().items()}

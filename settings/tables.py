@@ -87,14 +87,22 @@ def modes() -> dict[str, str]:
 
 @cache
 def algorithms() -> dict[str, dict]:
-    """{algorithm: all literal fields of its entry}, bamdlm first: algo.name. Each file of
-    objectives/ may have a table ALGORITHMS."""
+    """{algorithm: all literal fields of its entry, and what its sampler can}, bamdlm first:
+    algo.name. Each file of objectives/ may have a table ALGORITHMS."""
+    samplers = table("samplers/writing.py", "SAMPLERS")
     defaults = class_defaults("objectives/algorithms.py", "Algorithm")
     found = {}
     for path in sorted((ROOT / "objectives").glob("*.py")):
         if "\nALGORITHMS = {" in path.read_text(encoding="utf-8"):
             entries = table(f"objectives/{path.name}", "ALGORITHMS")
             found |= {name: defaults | keywords for name, keywords in entries.items()}
+    for name, entry in found.items():
+        if entry.get("writes") not in samplers:
+            raise ValueError(
+                f"objectives/: writes of {name} must be one of {', '.join(samplers)},"
+                f" got {entry.get('writes')!r}"
+            )
+        entry["can"] = samplers[entry["writes"]].get("can", ())
     return _with_first("bamdlm", found)
 
 

@@ -72,17 +72,24 @@ def needed(name: str) -> bool:
 
 def runs(folder: Path, stories: Path) -> list[list[str]]:
     """One run of each new thing."""
-    words = [*tiny(folder), "trainer.max_steps=2", "algo=mdlm"]
+    base = [*tiny(folder), "trainer.max_steps=2"]
+    words = [*base, "algo=mdlm"]
     trained = folder / "trained"
     checkpoint = trained / "checkpoints/last.ckpt"
-    sample = ["mode=sample_eval", f"eval.checkpoint_path={checkpoint}", "algo.T=0"]
-    sample += ["eval.gen_ppl_eval_model_name_or_path=null", f"sampling.logdir={folder / 'texts'}"]
+    sample = ["mode=sample_eval", "algo.T=0", "sampling.num_sample_batches=1"]
+    sample += ["eval.gen_ppl_eval_model_name_or_path=null", "sampling.batch_size=1"]
+    surest = ["sampling.steps=surest", "sampling.share=0.3", f"sampling.logdir={folder / 'texts'}"]
+    # the new objective: trained, resumed, measured and asked for a text, in a folder of its own
+    own = [*base, "algo=unweighted", f"checkpointing.save_dir={folder / 'unweighted'}"]
     others = [word for word in words if not word.startswith(("data.train", "data.valid"))]
     corpus = ["data=tinystories", f"data.source={stories}", "data.tokenizer_name_or_path=text8"]
     return [
         [*words, "noise=sine", f"checkpointing.save_dir={trained}"],
-        [*words, "algo=unweighted", "model.attn_backend=plain", f"checkpointing.save_dir={folder}"],
-        [*words, *sample, "sampling.steps=surest", "sampling.share=0.3", "sampling.batch_size=1"],
+        [*words, *sample, *surest, f"eval.checkpoint_path={checkpoint}"],
+        [*own, "model.attn_backend=plain"],
+        [*own, "model.attn_backend=plain", "trainer.max_steps=3"],
+        [*own, "mode=ppl_eval"],
+        [*own, *sample, f"sampling.logdir={folder / 'unweighted.csv'}"],
         [*others, *corpus, "mode=prepare"],
         [*words, "mode=count"],
     ]
@@ -118,6 +125,9 @@ def test_every_new_thing_runs(extended):
     found, folder, printed = extended
     assert found["codes"] == [0] * len(found["codes"]), printed
     assert (folder / "texts").is_file()
+    assert (folder / "unweighted.csv").is_file()
+    assert len(read_log(folder / "unweighted/metrics.csv")["trainer/loss"]) == 3
+    assert re.search(r"^unweighted on .*valid.txt \(counts, ", printed, re.M)
     assert len(read_log(folder / "trained/metrics.csv")["trainer/grad_norm"]) == 2
     assert re.search(r"^train: tinystories, 1 documents", printed, re.M)
     assert re.search(r"^[\d,]+ parameters$", printed, re.M)

@@ -73,8 +73,8 @@ def test_a_new_number_leaves_the_names_of_older_runs(monkeypatch):
     monkeypatch.setitem(STEPS, wanted.steps, replace(STEPS[wanted.steps], reads=("jump",)))
     names = {name(wanted=wanted), name(wanted=replace(wanted, jump=4)), name()}
     assert len(names) == 3
-    assert list(wanted.problems("bamdlm", ())) == []
-    assert list(replace(wanted, jump=0).problems("bamdlm", ())) == [
+    assert list(wanted.problems("bamdlm", ("steps",), ())) == []
+    assert list(replace(wanted, jump=0).problems("bamdlm", ("steps",), ())) == [
         "sampling.jump=0 must be at least 1"
     ]
 

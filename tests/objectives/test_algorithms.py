@@ -19,7 +19,11 @@ NEW = '''
 
     ALGORITHMS = {
         "unigram": Algorithm(
-            lambda s: Autoregressive(s.mask_id), parameterization="ar", sampler="ar", noise=False
+            lambda s: Autoregressive(s.mask_id),
+            parameterization="ar",
+            sampler="ar",
+            writes="ar",
+            noise=False,
         )
     }
 '''
