@@ -10,24 +10,18 @@ printed and written to OUT.txt, OUT.csv and OUT.md.
 
 import argparse
 import csv
-import io
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpointing.load import Checkpoint, build_backbone_args, read_checkpoint, section
+from utils import atomic_file, say
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from checkpointing.load import (  # noqa: E402
-    Checkpoint,
-    build_backbone_args,
-    read_checkpoint,
-    section,
-)
-from utils import atomic_file, say  # noqa: E402
-
 COLUMNS = (
     *("corpus", "model", "likelihood", "ppl", "ppl_error", "bits_per_byte", "tokens", "seconds"),
     "bound",
@@ -158,18 +152,14 @@ def as_markdown(table: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def as_csv(table: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue().rstrip("\n")
-
-
 def write(out: str, table: list[dict]) -> None:
-    for suffix, made in (("txt", as_text), ("csv", as_csv), ("md", as_markdown)):
+    for suffix, made in (("txt", as_text), ("md", as_markdown)):
         with atomic_file(f"{out}.{suffix}") as file:
             file.write(made(table) + "\n")
+    with atomic_file(f"{out}.csv") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
 
 
 if __name__ == "__main__":

@@ -152,10 +152,7 @@ class BlockDiffusionLM(TemplateLM):
         windows, owners = [], []
         for number, (string,) in enumerate(request.args for request in requests):
             pairs = get_rolling_token_windows(
-                self.tok_encode(string),
-                self.prefix_token_id,
-                self.max_length - 1 - self.add_bos,
-                1,
+                self.tok_encode(string), self.prefix_token_id, self.max_length - 1 - self.add_bos, 1
             )
             for context, continuation in map(make_disjoint_window, pairs):
                 windows.append((None, context, continuation))

@@ -41,12 +41,8 @@ def read_runs(folder: Path) -> dict[str, tuple[dict[int, float], dict]]:
 def table(runs: dict) -> str:
     """Markdown: validation perplexity by step, and of the last checkpoint with its error."""
     steps = sorted({step for ppl, _ in runs.values() for step in ppl})
-    lines = [
-        "| | "
-        + " | ".join(f"{step:,}" for step in steps)
-        + " | last checkpoint | nats per token |",
-        "|---" * (len(steps) + 3) + "|",
-    ]
+    header = " | ".join([*(f"{step:,}" for step in steps), "last checkpoint", "nats per token"])
+    lines = [f"| | {header} |", "|---" * (len(steps) + 3) + "|"]
     for name, (ppl, found) in runs.items():
         values = [f"{ppl[step]:.2f}" if step in ppl else "" for step in steps]
         values += [f"{found['ppl']:.2f} ± {found['ppl_error']:.2f}", f"{found['nll']:.4f}"]

@@ -169,13 +169,6 @@ def batches(config: Config, tokenizer: Tokenizer, split: str) -> tuple[object, I
     return data.train if split == "train" else data.valid, loader
 
 
-def whole_documents(config: Config, tokenizer: Tokenizer, options) -> Documents:
-    documents = Documents()
-    split = build_split(config, tokenizer, options.split)
-    documents.read(split, build_cache(config).folder, options.tokens)
-    return documents
-
-
 def show(config: Config, options: argparse.Namespace, console: Console) -> None:
     def say(line: str | Text, **how) -> None:
         console.print(line, soft_wrap=True, **how)
@@ -191,15 +184,13 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
         document_ids = batch["document_ids"].numpy() if "document_ids" in batch else None
         for i in range(min(left, len(ids))):
             say(f"row {batch['row'][i]}", style="bold")
-            for line in painter.lines(
-                ids[i], mask[i], None if document_ids is None else document_ids[i]
-            ):
+            documents = None if document_ids is None else document_ids[i]
+            for line in painter.lines(ids[i], mask[i], documents):
                 say(line)
             left -= 1
         figures.add(ids, mask)
-        once = isinstance(source, TokenRows) and figures.rows >= len(
-            source
-        )  # training begins again
+        # then training begins again
+        once = isinstance(source, TokenRows) and figures.rows >= len(source)
         if (figures.tokens >= options.tokens or once) and not left:
             break
     if not figures.tokens:
@@ -211,7 +202,8 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
             f"{title}: {about['documents']:,} documents, {about['tokens']:,} tokens,"
             f" {len(source):,} rows of {source.length} in {source.folder}"
         )
-    documents = whole_documents(config, tokenizer, options)
+    split, documents = build_split(config, tokenizer, options.split), Documents()
+    documents.read(split, build_cache(config).folder, options.tokens)
     say(str(figures))
     say(str(documents))
     if options.histogram is not None and documents.lengths:

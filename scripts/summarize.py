@@ -3,13 +3,12 @@
     python scripts/summarize.py [FOLDER ...] [--csv FILE]
 
 FOLDER (default: outputs; samples lie in sampling.logdir) is searched for what evaluations write:
-ppl_*.json, and the .json beside a CSV of samples. A file that cannot be read is
-named on stderr and skipped.
+ppl_*.json, and the .json beside a CSV of samples. A file that cannot be read is named on stderr
+and skipped.
 """
 
 import argparse
 import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -94,9 +93,8 @@ def main(argv: list[str]) -> int:
     rows = table(summaries)
     print(markdown(rows))
     if asked.csv is not None:
-        text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        asked.csv.write_text(text.getvalue())
+        with asked.csv.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
     return 0
 
 
