@@ -4,7 +4,6 @@ import itertools
 import sys
 
 import settings
-from modes.sampling_params import sampling_problems
 from settings.help import full_help
 from utils import rank, say
 
@@ -20,6 +19,8 @@ def configure(argv: list[str]) -> settings.Config:
     if any(word in ("-h", "--help") for word in argv):
         say(full_help())
         sys.exit(0)
+    from modes.sampling_params import sampling_problems  # not for --help
+
     overrides, show = split_cfg(argv)
     config, problems, warnings = settings.examine(overrides, rules=[sampling_problems])
     messages = [f"note: {warning}" for warning in warnings]
