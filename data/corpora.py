@@ -39,6 +39,7 @@ class Corpus:
     column: str = "text"
     detokenizer: str | None = None
     windows: bool = False  # training rows are random windows of rows of 2 L
+    whole: str | None = None  # of windows: the corpus of the same text in rows of L
     archive: Archive | None = None  # how it was published before there was a hub
     unverified: str = ""
 
@@ -149,7 +150,9 @@ CORPORA = {
     "scientific_papers_arxiv": _papers("arxiv"),
     "scientific_papers_pubmed": _papers("pubmed"),
     "text8": Corpus((Text8(),), licence="CC BY-SA (Wikipedia)", valid="test"),
-    "text8-crop": Corpus((Text8(),), licence="CC BY-SA (Wikipedia)", valid="test", windows=True),
+    "text8-crop": Corpus(
+        (Text8(),), licence="CC BY-SA (Wikipedia)", valid="test", windows=True, whole="text8"
+    ),
 }
 
 

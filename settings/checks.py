@@ -276,11 +276,13 @@ def optimization(config: Config) -> Iterator[str]:
 
 def data(config: Config) -> Iterator[str]:
     data, packed = config.data, config.data.pack != "wrap"
-    windows = known_corpora().get(data.train, {}).get("windows", False)
+    entry = known_corpora().get(data.train, {})
+    windows = entry.get("windows", False)
+    other = f"data={entry['whole']}" if "whole" in entry else "another corpus"
     if data.streaming and windows and config.mode == "train":
         yield (
             f"data.streaming=True does not go with data.train={data.train}, random windows of"
-            " prepared rows; use another corpus or data.streaming=False"
+            f" prepared rows; use {other} or data.streaming=False"
         )
     if packed and not data.wrap:
         yield (
@@ -290,7 +292,7 @@ def data(config: Config) -> Iterator[str]:
     if packed and windows and config.mode in ("train", "plan"):
         yield (
             f"data.pack={data.pack} has no meaning for data.train={data.train}, windows of one"
-            " document; use another corpus or data.pack=wrap"
+            f" document; use {other} or data.pack=wrap"
         )
     framed = (data.insert_train_special or data.insert_valid_special) and data.wrap
     if framed and not packed and config.model.length <= SPECIAL_TOKENS:
@@ -308,8 +310,6 @@ def sampling(config: Config) -> Iterator[str]:
         yield f"sampling.steps={sampling.steps} does not fit algo={name}, which has its own"
     if not sampling.first_hitting and sampling.steps == "first_hitting":
         yield "sampling.first_hitting=False contradicts sampling.steps=first_hitting"
-    if sampling.steps == "confidence" and sampling.k > config.block_size:
-        yield f"sampling.k={sampling.k} is more than the block_size={config.block_size} of a block"
     if sampling.prompt is not None and sampling.prompts is not None:
         yield "sampling.prompt and sampling.prompts are both set: choose one"
     if sampling.infill and sampling.prompt is None and sampling.prompts is None:

@@ -295,7 +295,8 @@ def test_documents_in_rows_of_their_own_cannot_be_packed():
 
 def test_windows_of_one_document_cannot_be_packed(tmp_path):
     (problem,) = problems("data=text8-crop")
-    assert "text8-crop" in problem
+    assert "data.train=text8-crop" in problem
+    assert problem.endswith("use data=text8 or data.pack=wrap")
     assert problems("data=text8-crop", "mode=ppl_eval") == []
     with pytest.raises(ValueError, match="documents cannot be kept apart in text8-crop"):
         get_rows(
