@@ -94,6 +94,9 @@ class SamplingParams:
         yield from self._outside()
         yield from self._steps(algo, reads if "steps" in can else ())
         yield from self._lengths(algo)
+        size = self.window if algo == "mdlm" else self.block_size
+        if "steps" in can and "k" in reads and self.k > size:
+            yield f"sampling.k={self.k} is more than the block_size={size} of a block"
         if self.kv_cache and "cache" not in can:
             yield f"sampling.kv_cache=True is exact for bamdlm and ar only, not for algo={algo}"
         yield from self._endings(infill)

@@ -615,6 +615,7 @@ WRONG = [
     ("bamdlm", {"dtype": "bf16"}, "sampling.dtype='bf16' must be one of"),
     ("bamdlm", {"batch_size": 0}, "sampling.batch_size=0 must be at least 1"),
     ("bamdlm", {"k": 0}, "sampling.k=0 must be at least 1"),
+    ("bamdlm", {"steps": "confidence", "k": 5}, "k=5 is more than the block_size=4 of a block"),
     (
         "bamdlm",
         {"steps": "ancestral", "num_steps": 0},
