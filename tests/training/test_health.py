@@ -67,7 +67,7 @@ def read_only(folder):
 
     def mkstemp(*args, **kwargs):
         calls[0] += str(kwargs.get("dir")) == str(folder)
-        if calls[0] > 1:
+        if calls[0] > 2:  # a save makes step=N.ckpt and last.ckpt
             raise OSError(errno.EROFS, "Read-only file system")
         return real(*args, **kwargs)
 
