@@ -26,12 +26,11 @@ from .corruption import (
     times,
 )
 from .document_ids import positions
-from .loss import without_first
-from .loss_inputs import LossInputs, Objective
+from .loss_inputs import LossInputs, MaskingObjective
 
 
 @dataclass(frozen=True)
-class MaskedDiffusion(Objective):
+class MaskedDiffusion(MaskingObjective):
     """bamdlm where block_size < L, mdlm where they are equal. `block_size` tokens share one time.
 
     `full_from`: where the full interval begins (training.sampling_eps). There `resample` has no
@@ -71,31 +70,6 @@ class MaskedDiffusion(Objective):
             masked = masked_independently(noise.token, p)
         return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
 
-    def loss_mask(
-        self, valid: Tensor, training: bool, document_ids: Tensor | None = None
-    ) -> Tensor:
-        """Which tokens enter the mean. A text's position 0 stays in the training mean (as
-        published), not in evaluation."""
-        return without_first(valid, self.ignore_bos and not training, document_ids)
-
-    def loss_inputs(
-        self,
-        x0: Tensor,
-        valid: Tensor,
-        noise: Noise,
-        *,
-        interval: Interval,
-        training: bool,
-        document_ids: Tensor | None = None,
-    ) -> LossInputs:
-        """x0, valid, document_ids [B, L]; valid: 1 where a token may enter the loss. Only the full
-        interval bounds the likelihood."""
-        x_t, t = self.corrupt(x0, noise, interval, document_ids)
-        loss_mask = self.loss_mask(valid, training, document_ids)
-        return self.loss_inputs_at(
-            x0, x_t, t, loss_mask, interval=interval, document_ids=document_ids
-        )
-
     def loss_inputs_at(
         self,
         x0: Tensor,
@@ -126,16 +100,10 @@ class MaskedDiffusion(Objective):
             tokens, attention_mask = torch.cat([x_t, x0], 1), BlockDiffusion(self.block_size)
             if document_ids is not None:
                 document_ids, places = torch.cat([document_ids] * 2, 1), torch.cat([places] * 2, 1)
-        # padding may carry the mask's id (GPT-2): what is outside the loss mask is not predicted
-        masked = (x_t == self.mask_id) & (loss_mask > 0)
-        loss_positions = masked.flatten().nonzero()[:, 0]  # [M]
         return LossInputs(
+            **self.targets(x0, x_t, weight, loss_mask),
             tokens=tokens,
             attention_mask=attention_mask,
-            loss_mask=loss_mask,
-            loss_positions=loss_positions,
-            targets=x0.flatten()[loss_positions],
-            weights=(weight * loss_mask).flatten()[loss_positions],
             document_ids=document_ids,
             positions=places,
         )

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from models.masks import AttentionMask
 
+from .corruption import Interval, Noise
 from .head import LossKernel, cross_entropy_kernel, head_loss
-from .loss import TokenLoss, scattered
+from .loss import TokenLoss, scattered, without_first
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,46 @@ class Objective:
     def loss_at(self, backbone, *corrupted, **settings) -> TokenLoss:
         """The loss of a given corruption; arguments as for `loss_inputs_at`."""
         return self.compute_loss(backbone, self.loss_inputs_at(*corrupted, **settings))
+
+
+class MaskingObjective(Objective):
+    """One whose noise masks tokens. It defines `corrupt` and `loss_inputs_at`; x0, valid,
+    document_ids and x_t are [B, L]."""
+
+    def loss_mask(
+        self, valid: Tensor, training: bool, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Which tokens enter the mean. A text's position 0 stays in the training mean (as
+        published), not in evaluation."""
+        return without_first(valid, self.ignore_bos and not training, document_ids)
+
+    def loss_inputs(
+        self,
+        x0: Tensor,
+        valid: Tensor,
+        noise: Noise,
+        *,
+        interval: Interval,
+        training: bool,
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """valid: 1 where a token may enter the loss. Only the full interval bounds the
+        likelihood."""
+        x_t, t = self.corrupt(x0, noise, interval, document_ids)
+        mask = self.loss_mask(valid, training, document_ids)
+        return self.loss_inputs_at(x0, x_t, t, mask, interval=interval, document_ids=document_ids)
+
+    def targets(self, x0: Tensor, x_t: Tensor, weight: Tensor, loss_mask: Tensor) -> dict:
+        """Fields of LossInputs: the masked tokens are predicted. weight [B, L] or [B, 1]."""
+        # padding may carry the mask's id (GPT-2): what is outside the loss mask is not predicted
+        masked = (x_t == self.mask_id) & (loss_mask > 0)
+        loss_positions = masked.flatten().nonzero()[:, 0]  # [M]
+        return {
+            "loss_mask": loss_mask,
+            "loss_positions": loss_positions,
+            "targets": x0.flatten()[loss_positions],
+            "weights": (weight * loss_mask).flatten()[loss_positions],
+        }
 
 
 def compute_loss(backbone, inputs: LossInputs, kernel: LossKernel) -> TokenLoss:

@@ -19,8 +19,7 @@ from .algorithms import Algorithm
 from .corruption import Interval, Noise, mask_tokens, masked_independently, times
 from .document_ids import positions
 from .head import LossKernel, wide_dtype
-from .loss import without_first
-from .loss_inputs import LossInputs, Objective
+from .loss_inputs import LossInputs, MaskingObjective
 
 
 def score_entropy(
@@ -43,7 +42,9 @@ def score_entropy(
 
 
 @dataclass(frozen=True)
-class ScoreEntropy(Objective):
+class ScoreEntropy(MaskingObjective):
+    """One time per row."""
+
     mask_id: int
     schedule: Schedule
     ignore_bos: bool = True
@@ -57,43 +58,24 @@ class ScoreEntropy(Objective):
         masked = masked_independently(noise.token, self.schedule(t).p)
         return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
 
-    def loss_mask(
-        self, valid: Tensor, training: bool, document_ids: Tensor | None = None
-    ) -> Tensor:
-        return without_first(valid, self.ignore_bos and not training, document_ids)
-
-    def loss_inputs(
+    def loss_inputs_at(
         self,
         x0: Tensor,
-        valid: Tensor,
-        noise: Noise,
+        x_t: Tensor,
+        t: Tensor,
+        loss_mask: Tensor,
         *,
-        interval: Interval,
-        training: bool,
+        interval: object = None,
         document_ids: Tensor | None = None,
     ) -> LossInputs:
-        """x0, valid, document_ids [B, L]; one time per row. valid: 1 where a token may enter the
-        loss."""
-        x_t, t = self.corrupt(x0, noise, interval, document_ids)
-        loss_mask = self.loss_mask(valid, training, document_ids)
-        return self.loss_inputs_at(x0, x_t, t, loss_mask, document_ids=document_ids)
-
-    def loss_inputs_at(
-        self, x0: Tensor, x_t: Tensor, t: Tensor, loss_mask: Tensor, *, document_ids=None
-    ) -> LossInputs:
-        """Of a given corruption, t [B, 1]."""
+        """Of a given corruption, t [B, 1]; the interval does not matter."""
         level = self.schedule(t)
         expm1 = torch.expm1(level.sigma)  # [B, 1]
         weight = level.weight * expm1  # d sigma / d t
-        masked = (x_t == self.mask_id) & (loss_mask > 0)
-        loss_positions = masked.flatten().nonzero()[:, 0]  # [M]
         return LossInputs(
+            **self.targets(x0, x_t, weight, loss_mask),
             tokens=x_t,
             attention_mask=Full(),
-            loss_mask=loss_mask,
-            loss_positions=loss_positions,
-            targets=x0.flatten()[loss_positions],
-            weights=(weight * loss_mask).flatten()[loss_positions],
             sigma=level.sigma[:, 0] if self.time_conditioning else None,
             expm1=expm1[:, 0],
             document_ids=document_ids,
