@@ -205,41 +205,20 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
     return LocalCopy(name, path, frozenset(splits), folders, corpus.archive)
 
 
-def read(
-    corpus: Corpus,
-    split: str,
-    revision: str | None,
-    column: str,
-    cache: Path,
-    *,
-    download: bool = True,
-) -> Iterator[Piece]:
-    """The pieces of a split, from the first source that answers; ValueError where none does.
-
-    download: keep the files read in cache; False reads parquet files over the network.
-    """
-    return opened(corpus, split, revision, column, cache, download=download)[1]
-
-
 def opened(
-    corpus: Corpus,
-    split: str,
-    revision: str | None,
-    column: str,
-    cache: Path,
-    *,
-    download: bool = True,
+    corpus: Corpus, split: str, revision: str | None, column: str, cache: Path
 ) -> tuple[str, Iterator[Piece]]:
-    """(the place that the text is read from, its pieces)"""
-    parts, begin, end = _found(corpus, split, revision, cache, download)
+    """(the place that the text is read from, its pieces), from the first source that answers;
+    ValueError where none does. The files read are kept in cache."""
+    parts, begin, end = _found(corpus, split, revision, cache, download=True)
     return parts[0].place, tables.read(parts, column, begin, end)
 
 
 def passages(
     corpus: Corpus, split: str, revision: str | None, column: str, cache: Path
 ) -> list[Callable[[], Iterator[Piece]]]:
-    """The same, one function for each part, which reads it from its beginning; nothing is kept in
-    cache that can be read over the network."""
+    """The same, one function for each part, which reads it from its beginning. Parquet files are
+    read over the network and not kept in cache."""
     parts, begin, end = _found(corpus, split, revision, cache, download=False)
     return tables.passages(parts, column, begin, end)
 

@@ -54,22 +54,17 @@ def parts(table: Table, split: str, cache: Path, *, download: bool = True) -> li
     from huggingface_hub import constants
 
     note = _note(table, split, cache)
-    if constants.is_offline_mode():
-        if not note.is_file():
-            raise OSError(f"{table}, {split}: HF_HUB_OFFLINE is set, and it was not read before")
-        found = json.loads(note.read_text())
-    else:
+    if not constants.is_offline_mode():
         try:
-            found = _ask(table, split, cache)
+            write_json(note, _ask(table, split, cache))
         except HubUnreachable as error:
             if not note.is_file():
                 raise
             log.warning("%s; using what was downloaded before", error)
-            found = json.loads(note.read_text())
-        else:
-            write_json(note, found)
-    commit, names = found["commit"], found["files"]
-    return [_part(table.repo, commit, name, cache, download) for name in names]
+    elif not note.is_file():
+        raise OSError(f"{table}, {split}: HF_HUB_OFFLINE is set, and it was not read before")
+    found = json.loads(note.read_text())
+    return [_part(table.repo, found["commit"], name, cache, download) for name in found["files"]]
 
 
 def _ask(table: Table, split: str, cache: Path) -> dict:
@@ -137,9 +132,6 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
     def read(column: str) -> Iterator[Piece]:
         return reader(have(), column)
 
-    def stream(column: str) -> Iterator[Piece]:
-        return _streamed(address, place, column)
-
     def count(column: str) -> int:
         """From the footer: of the file if it is there, else over the network."""
         path = have(ask=False)
@@ -147,7 +139,7 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
 
     if not name.endswith(".parquet"):
         return Part(place, 1, read, tables.count_read(read))
-    return Part(place, 1, read if download else stream, count)
+    return Part(place, 1, read if download else partial(_streamed, address, place), count)
 
 
 def _downloaded(

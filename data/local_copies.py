@@ -197,9 +197,5 @@ def saved_part(folder: Path) -> Part:
             f"data.source={folder} is not a whole saved table ({first_line(error)}); save it again"
             " with datasets' save_to_disk"
         ) from error
-    read = partial(_saved_rows, table, f"data: {folder}")
+    read = partial(readers.table, table, name=f"data: {folder}")
     return Part(str(folder), 1, read, lambda _: len(table))
-
-
-def _saved_rows(table, place: str, column: str):
-    return readers.table(table, column, place)

@@ -4,6 +4,7 @@ import glob
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data.readers import COUNTERS, READERS, Piece
@@ -127,11 +128,7 @@ def stamp(path: Path) -> dict:
 
 def file_part(path: Path) -> Part:
     """A local file of a known kind."""
-    reader, count = READERS[path.suffix], COUNTERS.get(path.suffix)
-
-    def read(column: str) -> Iterator[Piece]:
-        return reader(path, column)
-
+    read, count = partial(READERS[path.suffix], path), COUNTERS.get(path.suffix)
     size = size_of(path)
     with path.open("rb") as file:
         begin = file.read(8)

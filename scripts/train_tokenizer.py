@@ -40,7 +40,7 @@ def texts(names: list[str], data: settings.Config, done: Callable[[float], None]
     for number, name in enumerate(names):
         entry = corpora.get_corpus(name, "train", source=data.source)
         column = data.text_column or entry.column
-        for piece in corpora.read(entry, "train", data.train_revision, column, cache):
+        for piece in corpora.opened(entry, "train", data.train_revision, column, cache)[1]:
             rules = entry.detokenizer
             yield detokenizers.detokenize(rules, piece.text) if rules else piece.text
             done((number + piece.done) / len(names))

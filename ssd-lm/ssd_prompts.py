@@ -48,7 +48,7 @@ def documents(name: str, characters: int) -> Iterator[str]:
     corpus, revision, cache = validation_corpus(name)
     text = ""
     try:
-        for piece in corpora.read(corpus, "valid", revision, corpus.column, cache):
+        for piece in corpora.opened(corpus, "valid", revision, corpus.column, cache)[1]:
             if len(text) < characters:
                 text += piece.text
             if piece.ends:

@@ -41,7 +41,7 @@ def test_text_files_are_one_document_each_in_the_order_of_their_names(tmp_path):
         (tmp_path / name).write_text(text)
     for pattern in (str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "[ab].txt")):
         corpus = corpora.get_corpus(pattern, "train")
-        pieces = list(corpora.read(corpus, "train", None, "text", tmp_path))
+        pieces = list(corpora.opened(corpus, "train", None, "text", tmp_path)[1])
         assert texts(pieces) == ["first\n", "second\n\nfile"]
         assert pieces[-1].done == 1.0
 
@@ -224,7 +224,7 @@ def test_text8_is_cut_ninety_five_five(text8_zip, tmp_path):
     for source in (path, tmp_path / "plain"):
         for split, part in (("train", text[:1800]), ("valid", text[1900:])):
             corpus = corpora.get_corpus("text8", split, source=str(source))
-            assert texts(corpora.read(corpus, split, None, "text", tmp_path)) == [part]
+            assert texts(corpora.opened(corpus, split, None, "text", tmp_path)[1]) == [part]
 
 
 def test_text8_is_downloaded_once(text8_zip, tmp_path):

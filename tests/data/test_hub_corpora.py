@@ -4,6 +4,7 @@ The layouts are those of the hub in 2025 as far as they are known here: names of
 shards, cards, the branch of converted files.
 """
 
+import itertools
 import json
 from functools import partial
 
@@ -148,9 +149,14 @@ def write_card(hub, repo, revision, text):
     (hub.root / "datasets" / repo / revision / "README.md").write_text(text)
 
 
-def read(name, split, cache, **options):
+def read(name, split, cache):
     corpus = corpora.get_corpus(name, split)
-    return texts(corpora.read(corpus, split, None, corpus.column, cache, **options))
+    return texts(corpora.opened(corpus, split, None, corpus.column, cache)[1])
+
+
+def streamed(corpus, split, cache):
+    parts = corpora.passages(corpus, split, None, corpus.column, cache)
+    return itertools.chain.from_iterable(part() for part in parts)
 
 
 CASES = [(name, split) for name in LAYOUTS for split in ("train", "valid")]
@@ -179,7 +185,8 @@ def test_a_corpus_is_read_from_its_repository_and_only_what_is_asked(name, split
 def test_a_corpus_is_streamed_without_keeping_its_files(name, hub, tmp_path):
     put(hub, name)
     split = "valid" if corpora.CORPORA[name].valid else "train"
-    assert read(name, split, tmp_path / "a", download=False) == read(name, split, tmp_path / "b")
+    over_the_network = texts(streamed(corpora.get_corpus(name, split), split, tmp_path / "a"))
+    assert over_the_network == read(name, split, tmp_path / "b")
     kept = list((tmp_path / "a").rglob("*.parquet"))
     assert not kept
 
@@ -340,13 +347,13 @@ def test_a_column_of_another_name_is_told(hub, tmp_path):
     put(hub, "ag_news")
     corpus = corpora.get_corpus("ag_news", "valid")
     with pytest.raises(ValueError, match=r"has no column 'body', only text, label; set data.text"):
-        texts(corpora.read(corpus, "valid", None, "body", tmp_path))
+        texts(corpora.opened(corpus, "valid", None, "body", tmp_path)[1])
 
 
 def test_a_revision_of_ones_own_is_asked_for(hub, tmp_path):
     put_table(hub.root, "fancyzhx/ag_news", "v2", "data/test-0.parquet", {"text": ["of v2"]})
     corpus = corpora.get_corpus("ag_news", "valid")
-    assert texts(corpora.read(corpus, "valid", "v2", "text", tmp_path)) == ["of v2"]
+    assert texts(corpora.opened(corpus, "valid", "v2", "text", tmp_path)[1]) == ["of v2"]
     one, other = (corpus.identities("valid", revision) for revision in (None, "v2"))
     assert one != other
 
@@ -411,8 +418,10 @@ def test_a_lost_connection_costs_no_finished_part(hub, tmp_path, monkeypatch, ca
 def test_a_file_that_is_lost_on_the_way_is_named(hub, tmp_path):
     put(hub, "ag_news")
     corpus = corpora.get_corpus("ag_news", "valid")
-    for path in (True, False):
-        pieces = corpora.read(corpus, "valid", None, "text", tmp_path, download=path)
+    for pieces in (
+        corpora.opened(corpus, "valid", None, "text", tmp_path)[1],
+        streamed(corpus, "valid", tmp_path),
+    ):
         for file in hub.root.rglob("test-*.parquet"):
             file.rename(file.with_suffix(".gone"))
         with pytest.raises(OSError, match=r"test-00000-of-00001.parquet could not be read from"):

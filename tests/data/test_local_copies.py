@@ -39,7 +39,7 @@ LM1B_ROWS = ["The U.S. Centers", "Having no more than six in 10", "He said so ."
 
 def read(name, split, source, cache, column=None):
     corpus = corpora.get_corpus(name, split, source=str(source))
-    return texts(corpora.read(corpus, split, None, column or corpus.column, cache))
+    return texts(corpora.opened(corpus, split, None, column or corpus.column, cache)[1])
 
 
 def zipped(path, files):
