@@ -31,12 +31,7 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
         checkpoint["sampling_eps_max"] = module.sampling_eps_max.clone()
     step = trainer.global_step
     if _endless(trainer):
-        loop_state.place(
-            checkpoint["loops"],
-            step=step,
-            accumulate=trainer.accumulate_grad_batches,
-            validation=_validation(trainer, step, pending=module.validated_at != step),
-        )
+        _set_counters(trainer, checkpoint, step, pending=module.validated_at != step)
     # The authors' code restores its data order from a generator; ours is (seed, examples seen).
     checkpoint["sampler"] = {
         "random_state": torch.Generator().manual_seed(module.noise_settings.seed).get_state(),
@@ -51,14 +46,8 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
     if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):
         step = checkpoint["global_step"]
         pending = loop_state.validation_due(checkpoint["loops"])
-        validation = _validation(trainer, step, pending=pending)
-        loop_state.place(
-            checkpoint["loops"],
-            step=step,
-            accumulate=trainer.accumulate_grad_batches,
-            validation=validation,
-        )
-        module.validated_at = -1 if validation == loop_state.DUE else step
+        due = _set_counters(trainer, checkpoint, step, pending) == loop_state.DUE
+        module.validated_at = -1 if due else step
     if module.clip is not None:
         bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
         # float32 buffers: 0.45 is stored as 0.44999999
@@ -88,10 +77,13 @@ def _endless(trainer: L.Trainer) -> bool:
     return not isinstance(trainer.limit_train_batches, int)
 
 
-def _validation(trainer: L.Trainer, step: int, *, pending: bool) -> str:
-    """What loop_state is to note of the validation after `step`."""
+def _set_counters(trainer: L.Trainer, checkpoint: dict, step: int, pending: bool) -> str:
+    """As they are after `step`; what they note of the validation that follows it."""
+    accumulate = trainer.accumulate_grad_batches
     every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
     follows = isinstance(every, int) and trainer.limit_val_batches and step
-    if not follows or step * trainer.accumulate_grad_batches % every:
-        return loop_state.NOTHING
-    return loop_state.DUE if pending else loop_state.DONE
+    validation = loop_state.DUE if pending else loop_state.DONE
+    if not follows or step * accumulate % every:
+        validation = loop_state.NOTHING
+    loop_state.place(checkpoint["loops"], step=step, accumulate=accumulate, validation=validation)
+    return validation
