@@ -121,7 +121,10 @@ def flex(
     """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    block_mask = _block_mask(mask, queries, keys, document_ids, device)
+    if document_ids is None:
+        block_mask = _shared_block_mask(mask, queries, keys, device)
+    else:
+        block_mask = _block_mask(mask, queries, keys, document_ids, device)
     if device.type == "cpu":
         return lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask)
     small = _has_little_shared_memory(device)
@@ -162,19 +165,13 @@ def _has_little_shared_memory(device: torch.device) -> bool:
     return properties.shared_memory_per_block_optin < SHARED_MEMORY
 
 
-def _block_mask(mask, queries, keys, document_ids, device):
-    if document_ids is None:
-        return _shared_block_mask(mask, queries, keys, device)
-    return _make_block_mask(mask, queries, keys, document_ids, device)
-
-
 @functools.cache  # never dropped: recordings of CUDA graphs read them
 def _shared_block_mask(mask, queries, keys, device):
     """One BlockMask per shape for the life of the process: making one costs more than a layer."""
-    return _make_block_mask(mask, queries, keys, None, device)
+    return _block_mask(mask, queries, keys, None, device)
 
 
-def _make_block_mask(mask, queries, keys, document_ids, device):
+def _block_mask(mask, queries, keys, document_ids, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
     def allowed(b, h, q, k):

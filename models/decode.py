@@ -59,7 +59,7 @@ def _processors(device: torch.device) -> int:
 
 
 @torch.library.custom_op("bamdlm::decode", mutates_args=("keys", "values"))
-def _operator(
+def decode(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -69,7 +69,14 @@ def _operator(
     block_size: int,
     window: int,
 ) -> Tensor:
-    """To the compiler one operator, which it neither looks into nor copies the cache for."""
+    """qkv [B, T, 3 H D] of T new tokens, not rotated -> what each of them sees, [B, T, H D].
+
+    cos, sin [B or 1, 1, T, D/2]: of their positions. keys, values [B, slots, H, D]: the
+    ring of one layer (cache.py), to which the new ones are written behind the `committed` [B] ones.
+    A token sees its own block and the window - block_size tokens before it. To the compiler this is
+    one operator, which it neither looks into nor copies the cache for.
+    """
+    qkv, cos, sin = (x.contiguous() for x in (qkv, cos, sin))
     rows, tokens, _ = qkv.shape
     _, slots, heads, width = keys.shape
     out = qkv.new_empty(rows, tokens, heads * width)
@@ -101,29 +108,9 @@ def _operator(
     return out
 
 
-@_operator.register_fake
+@decode.register_fake
 def _(qkv, cos, sin, keys, values, committed, block_size, window):
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], keys.shape[2] * keys.shape[3])
-
-
-def decode(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    committed: Tensor,
-    block_size: int,
-    window: int,
-) -> Tensor:
-    """qkv [B, T, 3 H D] of T new tokens, not rotated -> what each of them sees, [B, T, H D].
-
-    cos, sin [B or 1, 1, T, D/2]: of their positions. keys, values [B, slots, H, D]: the
-    ring of one layer (cache.py), to which the new ones are written behind the `committed` [B] ones.
-    A token sees its own block and the window - block_size tokens before it.
-    """
-    given = (x.contiguous() for x in (qkv, cos, sin))
-    return _operator(*given, keys, values, committed, block_size, window)
 
 
 if triton is not None:
