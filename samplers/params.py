@@ -1,6 +1,7 @@
 """Every number of a sampling run, and what must hold between them. Imports no torch, so that the
 command line is checked with it at once."""
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
@@ -12,11 +13,17 @@ def whole_blocks(tokens: int, size: int) -> int:
     return max(tokens - tokens % size, size)
 
 
+# the limits of numbers: comparisons of `operator` that must hold. settings/ reads them from here
 RANGES = {
-    "at least 1": lambda value: value >= 1,
-    "in (0, 1]": lambda value: 0 < value <= 1,
-    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "at least 1": {"ge": 1},
+    "in (0, 1]": {"gt": 0, "le": 1},
+    "in [0, 1]": {"ge": 0, "le": 1},
 }
+
+
+def in_range(limit: str, value: float) -> bool:
+    """Whether the limit, a key of RANGES, holds."""
+    return all(getattr(operator, name)(value, bound) for name, bound in RANGES[limit].items())
 
 
 def rule_number(*, default: float, limit: str, doc: str, if_read: bool = True):
@@ -116,7 +123,7 @@ class SamplingParams:
             if limit := each.metadata.get("limit"):
                 limited.append((f"sampling.{each.name}", getattr(self, each.name), limit))
         for name, value, limit in limited:
-            if not RANGES[limit](value):
+            if not in_range(limit, value):
                 yield f"{name}={value} must be {limit}"
 
     def _steps(self, algo: str, reads: Collection[str]) -> Iterator[str]:

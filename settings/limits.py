@@ -1,9 +1,12 @@
 """What a single setting may be, whatever the others are; the schema gives each its limit."""
 
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from settings.tables import sampling_ranges
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,21 @@ def one_of(*names: str) -> Limit:
     return Limit(f"one of {', '.join(names)}", names.__contains__, names[0], names)
 
 
-AT_LEAST_1 = Limit("at least 1", lambda value: value >= 1, 1)
+def _of_range(words: str, bounds: dict[str, float]) -> Limit:
+    """bounds: {a comparison of `operator`: the number to compare with}."""
+    compared = [(getattr(operator, name), bound) for name, bound in bounds.items()]
+    inside = bounds.get("le", bounds.get("ge", 1))
+    return Limit(words, lambda value: all(holds(value, bound) for holds, bound in compared), inside)
+
+
+BY_WORDS = {words: _of_range(words, bounds) for words, bounds in sampling_ranges().items()}
+AT_LEAST_1 = BY_WORDS["at least 1"]
 AT_LEAST_0 = Limit("at least 0", lambda value: 0 <= value < math.inf, 0)
 AT_LEAST_MINUS_1 = Limit("at least -1", lambda value: value >= -1, 0)
 ABOVE_0 = Limit("above 0", lambda value: 0 < value < math.inf, 1.0)
-ABOVE_0_UP_TO_1 = Limit("in (0, 1]", lambda value: 0 < value <= 1, 1.0)
+ABOVE_0_UP_TO_1 = BY_WORDS["in (0, 1]"]
 BETWEEN_0_AND_1 = Limit("in (0, 1)", lambda value: 0 < value < 1, 0.5)
 FROM_0_BELOW_1 = Limit("in [0, 1)", lambda value: 0 <= value < 1, 0.0)
-FROM_0_TO_1 = Limit("in [0, 1]", lambda value: 0 <= value <= 1, 0.0)
-BY_WORDS = {limit.words: limit for limit in (AT_LEAST_1, ABOVE_0_UP_TO_1, FROM_0_TO_1)}
 SHARES = Limit("a list of numbers in (0, 1]", lambda value: all(0 < x <= 1 for x in value), [])
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(

@@ -82,12 +82,20 @@ class _Texts:
     confidence: str = doc("how steps=confidence ranks positions", one_of(*tables.confidences()))
 
 
+def _step_number(name: str, number: dict) -> tuple:
+    for key, known in (("type", TYPES), ("limit", BY_WORDS)):
+        if number.get(key) not in known:
+            raise ValueError(
+                f"samplers/params.py: the {key} of {name} must be one of"
+                f" {', '.join(map(repr, known))}, got {number.get(key)!r}"
+            )
+    limit = BY_WORDS[number["limit"]]
+    return name, TYPES[number["type"]], doc(number["doc"], limit, number["default"])
+
+
 _StepNumbers = make_dataclass(  # of the step rules, as samplers/params.py has them
     "_StepNumbers",
-    [
-        (name, TYPES[n["type"]], doc(n["doc"], BY_WORDS[n["limit"]], n["default"]))
-        for name, n in tables.step_numbers().items()
-    ],
+    [_step_number(name, number) for name, number in tables.step_numbers().items()],
     bases=(_Texts,),
     namespace={"__module__": __name__},
 )

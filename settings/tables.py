@@ -23,7 +23,8 @@ def table(file: str, name: str) -> dict[str, dict]:
     """{entry: its literal keyword arguments} of the dict `name` in `file`, in the order there.
 
     file: a path from the root of the project. A keyword whose value is no literal is left out, and
-    an entry that is no call has none. ValueError where there is no such literal dict.
+    an entry that is a dict is its own; another that is no call has none. ValueError where there is
+    no such literal dict.
     """
     found = re.search(rf"^{name} = (\{{\n(?s:.*?)^\}}|\{{.*\}}$)", _source(file), re.M)
     entries = ast.parse(found[1], mode="eval").body if found else None
@@ -34,6 +35,8 @@ def table(file: str, name: str) -> dict[str, dict]:
 
 
 def _keywords(entry: ast.expr) -> dict:
+    if isinstance(entry, ast.Dict):
+        return ast.literal_eval(entry)
     found = {}
     for keyword in entry.keywords if isinstance(entry, ast.Call) else ():
         try:
@@ -115,6 +118,7 @@ def attention_backends() -> dict[str, dict]:
 
 schedules = partial(table, "noise_schedule.py", "SCHEDULES")  # noise.type
 lr_schedules = partial(table, "training/lr_schedules.py", "LR_SCHEDULES")  # lr_scheduler.name
+sampling_ranges = partial(table, "samplers/params.py", "RANGES")  # limit: its comparisons
 step_rules = partial(table, "samplers/steps.py", "STEPS")  # sampling.steps
 confidences = partial(table, "samplers/steps.py", "CONFIDENCES")  # sampling.confidence
 known_corpora = partial(table, "data/corpora.py", "CORPORA")  # data.train, data.valid

@@ -11,12 +11,14 @@ from data.corpora import CORPORA
 from models.attention import BACKENDS
 from noise_schedule import SCHEDULES
 from objectives.algorithms import get_algorithm
-from samplers.params import RANGES, SamplingParams
+from samplers.params import RANGES, SamplingParams, in_range
 from samplers.steps import CONFIDENCES, STEPS
 from samplers.writing import SAMPLERS
 from settings import tables
 from settings.keys import LEAVES, choices, groups
+from settings.limits import BY_WORDS
 from settings.page import PAGE, page
+from settings.schema import _step_number
 from training.logged import LOGGED
 from training.lr_schedules import LR_SCHEDULES
 
@@ -56,7 +58,18 @@ def test_the_numbers_of_step_rules_are_the_settings_of_that_name():
             field.metadata["limit"],
         )
         for value in (-1, 0, 0.5, 1, 1.5, 2):
-            assert leaf.limit.holds(value) == RANGES[leaf.limit.words](value)
+            assert leaf.limit.holds(value) == in_range(leaf.limit.words, value)
+
+
+def test_a_type_or_limit_of_a_step_number_that_is_unknown_is_named():
+    number = {"type": "int", "limit": "at least 1", "doc": "", "default": 1}
+    assert set(BY_WORDS) == set(RANGES)
+    for change, named in (
+        ({"type": "str"}, "the type of jump must be one of 'int', 'float', got 'str'"),
+        ({"limit": "odd"}, "the limit of jump must be one of 'at least 1', .* got 'odd'"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            _step_number("jump", number | change)
 
 
 def test_literal_keywords_are_read_and_others_left_out():
