@@ -136,9 +136,12 @@ def _replacing(path: Path) -> Iterator[Path]:
 def atomic_folder(
     path: str | Path, *, overwrite: bool = False, locked: bool = False
 ) -> Iterator[Path]:
-    """A folder that appears under its name complete or not at all. OSError: there is one already,
-    and it is not to be overwritten. locked: the caller holds lock(path), so that what is left of
-    killed processes is removed first."""
+    """A folder that appears under its name complete or not at all.
+
+    overwrite: a folder that exists is replaced at the end, and stays if that fails. Without it an
+    empty folder is replaced too; OSError: something else is there. locked: the caller holds
+    lock(path), so that what is left of killed processes is removed first.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}."
@@ -150,10 +153,15 @@ def atomic_folder(
     try:
         made[0].chmod(0o777 & ~_umask())
         yield made[0]
-        if overwrite and path.exists():
-            made.append(Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix)))
-            os.rename(path, made[1])
-        os.rename(made[0], path)
+        try:
+            if overwrite and path.exists():
+                made.append(Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix)))
+                os.rename(path, made[1])
+            os.rename(made[0], path)
+        except BaseException:
+            if made[1:] and not path.exists():
+                os.rename(made.pop(), path)
+            raise
     finally:
         for left in made:
             shutil.rmtree(left, ignore_errors=True)

@@ -95,6 +95,30 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     make("fourth", overwrite=True)
     assert names(path) == {"fourth"}
     assert names(tmp_path) == {"a"}
+    (path / "fourth").unlink()
+    make("fifth")  # an empty folder is replaced
+    assert names(path) == {"fifth"}
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old").touch()
+    rename = os.rename
+
+    def full(source, target):
+        if target == path and (source / "new").exists():
+            raise OSError("no space left")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with (
+        pytest.raises(OSError, match="no space left"),
+        atomic_folder(path, overwrite=True) as new,
+    ):
+        (new / "new").touch()
+    assert names(path) == {"old"}
+    assert names(tmp_path) == {"a"}
 
 
 def test_what_a_killed_process_left_goes_where_the_lock_is_held(tmp_path):
