@@ -7,6 +7,8 @@ cache, its recordings and what is committed to it follow the rows when they come
 import torch
 from torch import Tensor
 
+from models.compiling import compiling
+
 from .draw import compiled_sample, sample
 from .params import SamplingParams
 from .replay import Replay
@@ -22,8 +24,8 @@ class Canvas:
         self.committed = [0] * rows  # tokens of each row that the cache holds for good
         cuda = torch.device(device).type == "cuda"
         self.replay = Replay() if cuda and denoise.recordable else None
-        compiled = self.replay is not None and denoise.compiled
-        self.sample = compiled_sample() if compiled else sample
+        self.compiled = self.replay is not None and denoise.compiled
+        self.sample = compiled_sample() if self.compiled else sample
         self.before: Tensor | None = None  # for who watches: the texts of the last question
         self.evaluations = 0
         if rows:
@@ -82,7 +84,8 @@ class Canvas:
     def _reveal(self, tokens: Tensor, step: Tensor, cache) -> None:
         read, write, key = step
         log_probs = self.denoise(tokens, read, cache)
-        drawn = self.sample(log_probs, key, self.params.nucleus_p, self.params.dtype)
+        with compiling(self.compiled):
+            drawn = self.sample(log_probs, key, self.params.nucleus_p, self.params.dtype)
         self.x.scatter_(1, write, drawn)
 
     def _count(self) -> None:

@@ -8,6 +8,7 @@ import functools
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from networks import GRADIENTS, assert_within, small, texts
 import settings
 from models import cache, denoiser, dit
 from models.attention import LARGE_TILES, SMALL_TILES, _has_little_shared_memory, _kernel_options
+from models.compiling import GRAPHS
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
-from samplers import draw, nucleus
+from samplers import canvas, draw, nucleus
+from samplers.params import SamplingParams
 
 
 @pytest.fixture
@@ -120,6 +123,23 @@ def test_compiled_draws_are_the_plain_ones(monkeypatch):
         with torch.inference_mode():
             token = compiled(log_p, key, 0.9, "float32")
             assert torch.equal(token, draw.sample(log_p, key, 0.9, "float32"))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_only_compiled_draws_may_have_more_graphs_than_torch_allows(compiled):
+    before, found = torch._dynamo.config.recompile_limit, []
+
+    def sample(log_probs, *others):
+        found.append(torch._dynamo.config.recompile_limit)
+        return log_probs.argmax(-1)
+
+    denoise = SimpleNamespace(mask_id=2, recordable=False, compiled=False)
+    page = canvas.Canvas(denoise, SamplingParams(3, bos_id=0, eos_id=1), 0, "cpu", None)
+    page.x, page.compiled, page.sample = torch.zeros(1, 4, dtype=torch.int64), compiled, sample
+    page.denoise = lambda *asked: torch.rand(1, 1, 2)
+    page._reveal(page.x, torch.zeros(3, 1, 1, dtype=torch.int64), None)
+    assert found == [GRAPHS if compiled else before]
+    assert torch._dynamo.config.recompile_limit == before
 
 
 def test_what_stands_around_the_blocks_is_the_same_compiled(traced):
