@@ -68,7 +68,7 @@ def hub_errors(what: str, *, absent: str) -> Iterator[None]:
     """The errors of huggingface_hub as OSErrors of one sentence about `what`.
 
     FileNotFoundError: it is not there, or not for this user; absent: what is said where there is no
-    such repository. HubUnreachable: no answer.
+    such repository. HubUnreachable: no answer. Errors of the disk stay as they are.
     """
     from huggingface_hub import errors
 
@@ -82,7 +82,7 @@ def hub_errors(what: str, *, absent: str) -> Iterator[None]:
         raise FileNotFoundError(f"{what}{absent}") from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{what}: no such branch, tag or commit") from error
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise HubUnreachable(f"{what}: the hub cannot be reached ({first_line(error)})") from error
 
 

@@ -118,11 +118,11 @@ def _file(repo_id, name, revision, present: set[str] | None, note: str) -> Path 
 
     if present is not None and name not in present:
         return None
-    cached = present is None
+    if present is not None:
+        with hub_errors(f"{name} of {_named(repo_id, revision)}", absent=" does not exist"):
+            return Path(hf_hub_download(repo_id, name, revision=revision))
     try:
-        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=cached))
-    except errors.HTTPError as error:
-        raise OSError(f"download of {name} of {repo_id} failed ({error}); try again") from error
+        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=True))
     except errors.LocalEntryNotFoundError as error:
         if name != "config.json":
             return None

@@ -29,6 +29,7 @@ log = logging.getLogger("bamdlm")
 
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of repositories that held a script
 KINDS = (".parquet", ".jsonl")
+ABSENT = ": no such data set on the hub, or a private one"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _ask(table: Table, split: str, cache: Path) -> dict:
     """{"table", "split", "commit", "files": names in the repository}."""
     from huggingface_hub import HfApi
 
-    with hub_errors(str(table), absent=": no such data set on the hub, or a private one"):
+    with hub_errors(str(table), absent=ABSENT):
         info = HfApi().dataset_info(table.repo, revision=table.revision, timeout=CONNECT_SECONDS)
     names = _files(table, split, info.sha, cache)
     _check_files(table, split, names)
@@ -81,18 +82,18 @@ def _ask(table: Table, split: str, cache: Path) -> dict:
 def _files(table: Table, split: str, commit: str, cache: Path) -> list[str]:
     """Which files of the repository hold the split."""
     import datasets
-    from huggingface_hub import errors
 
     where = {"name": table.name, "data_dir": table.data_dir}
-    try:
-        builder = datasets.load_dataset_builder(
-            table.repo,
-            revision=commit,
-            cache_dir=str(cache / "downloads"),
-            **{key: value for key, value in where.items() if value is not None},
-        )
-    except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise OSError(f"{table}: {first_line(error)}") from error
+    with hub_errors(str(table), absent=ABSENT):
+        try:
+            builder = datasets.load_dataset_builder(
+                table.repo,
+                revision=commit,
+                cache_dir=str(cache / "downloads"),
+                **{key: value for key, value in where.items() if value is not None},
+            )
+        except (FileNotFoundError, ValueError, RuntimeError) as error:
+            raise OSError(f"{table}: {first_line(error)}") from error
     splits = {str(key): list(files) for key, files in builder.config.data_files.items()}
     if split not in splits:
         raise OSError(f"{table} has no split {split}, only {', '.join(splits)}")
@@ -184,14 +185,14 @@ def _footer_rows(address: str, place: str) -> int:
 def _reading(place: str) -> Iterator[None]:
     """While a file on the hub is read. ValueError: it is damaged. OSError: the connection."""
     import pyarrow
-    from huggingface_hub import errors
 
     try:
-        yield
+        with hub_errors(f"{place} could not be read from the hub", absent=ABSENT):
+            yield
     except pyarrow.ArrowInvalid as error:
         raise ValueError(readers.broken_parquet(place, error)) from error
-    except (errors.HTTPError, OSError) as error:
+    except HubUnreachable as error:
         raise OSError(
-            f"{place} could not be read from the hub ({first_line(error)}); run it again (whole"
-            " files are kept), or give a local copy with data.source=PATH"
+            f"{error}; run it again (whole files are kept), or give a local copy with"
+            " data.source=PATH"
         ) from error

@@ -174,7 +174,7 @@ ANSWERS = {
 SILENCES = {
     "no network": errors.HTTPError("no route\nto host"),
     "an ill server": errors.HfHubHTTPError("no route", response=response(503)),
-    "a broken socket": OSError("no route"),
+    "a broken socket": ConnectionError("no route"),
 }
 
 
@@ -195,3 +195,11 @@ def test_a_hub_that_does_not_answer_is_told_apart(error):
         hub_errors("me/x", absent=" is not there"),
     ):
         raise error
+
+
+def test_an_error_of_the_disk_is_not_called_a_silent_hub():
+    with (
+        pytest.raises(PermissionError, match="no right to write"),
+        hub_errors("me/x", absent=" is not there"),
+    ):
+        raise PermissionError("no right to write")
