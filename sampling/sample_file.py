@@ -5,8 +5,9 @@ Columns are those of the authors, in their order, then `row` and `run`, so that 
 share a file and each knows its own rows. Beside PATH lies PATH.log.jsonl: what the columns cannot
 hold (time, tries), one line per added group.
 
-Rows are added under a lock in one write and flushed to the disk. What a killed process left
-unfinished is cut off by the next one that writes.
+Rows are added under a lock in one write and flushed to the disk. The lock is the file PATH.lock,
+which stays: on network file systems, removing it could let two processes in at once. What a killed
+process left unfinished is cut off by the next one that writes.
 """
 
 import csv
