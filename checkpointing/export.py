@@ -6,6 +6,7 @@ packages. Only what one imports from the other is changed: `from models.x` becom
 """
 
 import json
+import re
 from pathlib import Path
 from string import Template
 
@@ -73,7 +74,8 @@ def write(folder: Path, config: dict, tensors: dict, tokenizer: Tokenizer, text:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").write_text(text)
     for name, path in sources().items():
-        (folder / name).write_text(path.read_text().replace("from models.", "from ."))
+        text = re.sub(r"^from models\.", "from .", path.read_text(), flags=re.MULTILINE)
+        (folder / name).write_text(text)
 
 
 def named_tensors(checkpoint: Checkpoint, config: dict, use_ema: bool) -> dict[str, torch.Tensor]:
