@@ -58,9 +58,11 @@ def test_told_to_stop_it_saves_between_steps_and_goes_on(wholes):
 
 def test_where_nobody_would_read_a_note_a_signal_ends_the_process(wholes):
     """Before training, and in a run without checkpoints."""
-    overrides, folder, _ = wholes("ar")
+    overrides, folder, expected = wholes("ar")
     process = Run(overrides, folder / "log", before=tell(signal.SIGUSR1))
     assert process.wait() == -signal.SIGUSR1  # 138 to a shell: scripts/job.sh requeues
+    goes_on_to_the_same_end(overrides, folder, expected)
+    shutil.rmtree(folder / "run")
     before = at_call(Diffusion, "training_step", 2, tell(signal.SIGTERM))
     none = "trainer.enable_checkpointing=false"
     code, text = run([*overrides, none], folder / "log", before=before)
