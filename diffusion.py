@@ -192,6 +192,10 @@ class Diffusion(L.LightningModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         self.validation.add(batch)
 
+    def running_likelihood(self) -> Likelihood:
+        """For the progress bar: the likelihood of this process's rows so far."""
+        return self.validation.meter.compute()
+
     def on_validation_epoch_end(self) -> None:
         averaging.put_average(self, False)
         if not self.trainer.sanity_checking:

@@ -86,14 +86,8 @@ class Evaluator(L.LightningModule):
         passes = sum(each.passes(objective.block_size, self.draws[each]) for each in chosen)
         return passes == 1 and chosen[0].kind.law == BOUND
 
-    @property
-    def meter(self) -> "Evaluator":
-        return self
-
-    validation = meter  # what the progress bar asks for
-
-    def compute(self) -> Likelihood:
-        """The running estimate, of the first likelihood and this process's rows."""
+    def running_likelihood(self) -> Likelihood:
+        """For the progress bar: that of the first kind, of this process's rows so far."""
         return next(iter(self.results.values())).likelihood(self.seen)
 
     def on_validation_start(self) -> None:

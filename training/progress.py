@@ -116,7 +116,7 @@ class RunProgress(ProgressBar):
     ) -> None:
         if not self._due():
             return
-        so_far = pl_module.validation.meter.compute()
+        so_far = pl_module.running_likelihood()
         figures = f"ppl {so_far.ppl:.2f} ± {so_far.ppl_error:.2f}  {so_far.rows:,} rows"
         if self._bar:
             self._bar.update(self._valid, completed=batch_idx + 1, figures=figures)

@@ -150,7 +150,7 @@ def test_a_line_shows_the_mean_of_the_steps_since_the_last_line(monkeypatch, cap
 def test_the_numbers_of_the_check_ahead_of_training_are_labelled(monkeypatch, capsys):
     trainer, module = stand_in()
     so_far = SimpleNamespace(ppl=9.0, ppl_error=0.5, rows=100)
-    module.validation = SimpleNamespace(meter=SimpleNamespace(compute=lambda: so_far))
+    module.running_likelihood = lambda: so_far
     monkeypatch.setattr(progress, "LINE_SECONDS", -1)
     RunProgress().on_validation_batch_end(trainer, module, None, None, 0)
     trainer.sanity_checking = False
