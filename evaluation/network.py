@@ -7,8 +7,8 @@ from torch import Tensor
 from evaluation.estimators import Ask
 from models.clean_half import clean_half
 from models.dit import products_dtype
+from models.document_ids import positions
 from models.masks import Full
-from objectives.document_ids import positions
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 
 

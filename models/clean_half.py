@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .document_ids import positions as place_in_document
 from .masks import BlockCausal, BlockDiffusion
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -60,7 +61,7 @@ def clean_half(
     positions = torch.arange(length, device=x0.device)
     both = None
     if document_ids is not None:
-        positions, both = _positions(document_ids), torch.cat([document_ids] * 2, 1)
+        positions, both = place_in_document(document_ids), torch.cat([document_ids] * 2, 1)
     heads = backbone.blocks[0].n_heads
     shape = (len(x0), heads, 2 * length, backbone.head_width)
     keys, values = (
@@ -73,11 +74,3 @@ def clean_half(
     backbone.hidden(x0, attention_mask=clean, cache=filling, read=nothing)
     ask = backbone.prepare_attention(noised, length, 2 * length, both, x0.device)
     return CleanHalf(keys, values, positions, noised, [ask] * layers)
-
-
-def _positions(document_ids: Tensor) -> Tensor:
-    """The place of each token in its document, int64 [B, L]."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    first = torch.ones_like(document_ids, dtype=torch.bool)
-    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - (index * first).cummax(1).values

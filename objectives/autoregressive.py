@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.denoiser import Denoiser
+from models.document_ids import begins, positions
 from models.masks import Causal
 
 from .algorithms import Algorithm
-from .document_ids import begins, positions
 from .loss_inputs import LossInputs, Objective
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.denoiser import Denoiser
+from models.document_ids import positions
 from models.masks import BlockCausal, BlockDiffusion, Full
 from noise_schedule import EPS, NoiseLevel, Schedule
 
@@ -25,7 +26,6 @@ from .corruption import (
     per_token,
     times,
 )
-from .document_ids import positions
 from .loss_inputs import LossInputs, MaskingObjective
 
 
@@ -45,7 +45,6 @@ class MaskedDiffusion(MaskingObjective):
     resample: bool = False
     full_from: float = EPS
     whole_window: bool = False
-    clips = True
 
     def noise_block(self, length: int) -> int:
         return self.block_size

@@ -11,9 +11,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from models.document_ids import begins
 from models.randomness import uniform
-
-from .document_ids import begins
 
 Interval = tuple[float, float]  # the times (eps_min, eps_max) that are drawn
 # Everything masked; with blocks of one token the loss is the exact NLL. Ints, as it is logged.

@@ -6,7 +6,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from .document_ids import begins
+from models.document_ids import begins
 
 
 @dataclass(frozen=True)

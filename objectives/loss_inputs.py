@@ -71,7 +71,6 @@ class Objective:
     draws noise also `loss_inputs_at` of a given corruption. The rest follows."""
 
     draws_noise = True
-    clips = False  # its interval of times may be narrowed (objectives/clipping.py)
 
     def noise_block(self, length: int) -> int:
         """How many tokens of a row of `length` share one time: all, unless there are blocks."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from models.denoiser import Score
+from models.document_ids import positions
 from models.masks import Full
 from noise_schedule import Schedule
 
 from .algorithms import Algorithm
 from .corruption import Interval, Noise, mask_tokens, masked_independently, times
-from .document_ids import positions
 from .head import LossKernel, wide_dtype
 from .loss_inputs import LossInputs, MaskingObjective
 

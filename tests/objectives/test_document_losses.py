@@ -10,13 +10,13 @@ from networks import assert_within, small, texts
 
 from models import attention
 from models.attention import dense, flex, sdpa
+from models.document_ids import begins, positions
 from models.masks import BlockDiffusion, Causal, Full
 from noise_schedule import EPS, LogLinear
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.clipping import variance
 from objectives.corruption import Noise
-from objectives.document_ids import begins, positions
 from objectives.loss import TokenLoss
 from objectives.sedd import ScoreEntropy
 
