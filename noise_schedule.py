@@ -19,6 +19,11 @@ EPS = 1e-3  # the least masking probability of the clamped schedules, and what t
 SIGMA_MAX = -math.log(EPS)
 
 
+def total_noise(p: Tensor) -> Tensor:
+    """sigma = -ln(1 - p), at most SIGMA_MAX; p of any shape."""
+    return (-torch.log1p(-p)).clamp(max=SIGMA_MAX)
+
+
 @dataclass(frozen=True)
 class NoiseLevel:
     """What a schedule says about one time. Both tensors have the shape of t."""
@@ -28,8 +33,7 @@ class NoiseLevel:
 
     @property
     def sigma(self) -> Tensor:
-        """Total noise -ln(1 - p), at most SIGMA_MAX."""
-        return (-torch.log1p(-self.p)).clamp(max=SIGMA_MAX)
+        return total_noise(self.p)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Power:
-    """p = t ** exponent, at least eps. 2 hides little early on, 0.5 hides much."""
+    """p = t ** exponent, at least eps. 2 masks little early on, 0.5 masks much."""
 
     exponent: float
 

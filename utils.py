@@ -14,6 +14,7 @@ from typing import IO
 
 log = logging.getLogger("bamdlm")
 
+ALPHABET = "characters:"  # begins the name of a tokenizer that lists its characters
 CONNECT_SECONDS = 10  # to the hub; its own client would try for half a minute
 
 

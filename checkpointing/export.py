@@ -2,7 +2,8 @@
 
 The folder holds averaged weights under the published names, config.json, the tokenizer, a model
 card, and the sources: those of models/ and samplers/ side by side, because transformers copies no
-packages. Only what one imports from the other is changed: `from models.x` becomes `from .x`.
+packages. Only what one imports from the other is changed: `from models.x` becomes `from .x`, and
+`from noise_schedule` becomes `from .noise_schedule`.
 """
 
 import json
@@ -34,6 +35,7 @@ NETWORK = (
     "randomness",
 )
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
+IMPORTS = re.compile(r"^from (models\.|(?=noise_schedule ))", re.MULTILINE)
 
 
 def sources() -> dict[str, Path]:
@@ -74,7 +76,7 @@ def write(folder: Path, config: dict, tensors: dict, tokenizer: Tokenizer, text:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").write_text(text)
     for name, path in sources().items():
-        text = re.sub(r"^from models\.", "from .", path.read_text(), flags=re.MULTILINE)
+        text = IMPORTS.sub("from .", path.read_text())
         (folder / name).write_text(text)
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data import vocabularies
+from utils import ALPHABET
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def get_tokenizer(
     name = tokenizer_name_or_path
     if name in vocabularies.BUILTIN:
         hf = vocabularies.BUILTIN[name](cache_dir)
-    elif name.startswith(vocabularies.ALPHABET):
-        hf = vocabularies.character_set(name.removeprefix(vocabularies.ALPHABET))
+    elif name.startswith(ALPHABET):
+        hf = vocabularies.character_set(name.removeprefix(ALPHABET))
     elif Path(name).expanduser().is_dir():
         hf = vocabularies.from_folder(Path(name).expanduser())
     else:

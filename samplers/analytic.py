@@ -6,11 +6,12 @@ position at once: a masked token becomes y, or stays masked. The nucleus acts on
 tokens among each other; the chance to stay masked is not touched.
 """
 
-import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from noise_schedule import total_noise
 
 from .draw import fold, sample
 from .nucleus import nucleus
@@ -19,12 +20,6 @@ from .steps import DRAW
 from .texts import ActiveTexts
 
 LAST_TIME = 1e-5
-SIGMA_MAX = -math.log(1e-3)
-
-
-def total_noise(p: Tensor) -> Tensor:
-    """sigma = min(-ln(1 - p), sigma_max)."""
-    return (-torch.log1p(-p)).clamp(max=SIGMA_MAX)
 
 
 def staggered(score: Tensor, dsigma: Tensor, mask_id: int) -> Tensor:

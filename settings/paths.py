@@ -10,11 +10,11 @@ from settings.overrides import nearest
 from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
+from utils import ALPHABET
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 HF_DIT = "algo.backbone=hf_dit needs an exported folder or a hub id"
-ALPHABET = "characters:"  # a tokenizer given by its characters
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*(@[\w./-]+)?)?")
 
 

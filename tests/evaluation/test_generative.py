@@ -16,9 +16,9 @@ from evaluation.judge import (
     corpus_perplexity,
     describe,
     load_judge,
-    unigram_entropy,
     windows,
 )
+from samplers.stopping import entropy
 
 RECORDED = load_json("metrics/gen_ppl.json")
 ONE_AT_A_TIME = [k for k, v in RECORDED.items() if v["batch_size"] == 1 and k != "truncated"]
@@ -113,7 +113,7 @@ def test_without_a_judge_the_writers_own_tokens_are_described():
     assert (score.nats, score.tokens) == (None, 4)
     assert score.entropy == pytest.approx(math.log(3))
     assert math.isnan(score.perplexity)
-    assert unigram_entropy(torch.tensor([], dtype=torch.int64)) == 0
+    assert entropy(torch.tensor([], dtype=torch.int64)) == 0
     assert math.isnan(corpus_perplexity([score]))
     assert corpus_perplexity([TextScore(2.0, 2, 0.0), TextScore(0.0, 2, 0.0)]) == math.exp(0.5)
 

@@ -7,8 +7,9 @@ from conftest import GOLDEN, load, load_json
 from networks import CHECKPOINTS, LOGITS, MASK, assert_within, recorded
 from sampling_tools import denoiser, recorded_denoiser, write
 
+from noise_schedule import total_noise
 from samplers import draw as draw_module
-from samplers.analytic import next_log_probs, reverse_chances, staggered, total_noise, transition
+from samplers.analytic import next_log_probs, reverse_chances, staggered, transition
 from samplers.nucleus import nucleus
 from samplers.steps import STEPS, Planned, RevealPlan
 from samplers.stopping import ENTROPY_TOKENS, entropy, find_stop, low_entropy

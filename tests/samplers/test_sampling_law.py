@@ -13,7 +13,8 @@ import torch
 from networks import chi_square_p, small
 from sampling_tools import Table, denoiser, write
 
-from samplers.analytic import LAST_TIME, next_log_probs, reverse_chances, total_noise
+from noise_schedule import total_noise
+from samplers.analytic import LAST_TIME, next_log_probs, reverse_chances
 from samplers.draw import fold, row_keys
 from samplers.nucleus import nucleus
 from samplers.steps import CONFIDENCES, STEPS, remask_chances, times
