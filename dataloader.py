@@ -1,7 +1,7 @@
 """Load -> detokenize -> tokenize -> wrap -> save -> batches.
 
-get_rows prepares one split of a corpus, once. The rows are kept under data.cache_dir, in a folder
-whose name holds a hash of every setting that shapes them. DataModule serves rows to Lightning.
+DataModule serves the rows of prepared splits to Lightning. They are kept under data.cache_dir, in a
+folder whose name holds a hash of every setting that shapes them.
 
 A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}; where
 documents are apart also "document_ids" int64 [B, L] (data/packing.py). In training "row" is the
@@ -14,7 +14,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,26 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import packing, streaming
 from data.order import ExampleIndex, InOrder, ShuffledStream, TrainBatches, ValidBatches
-from data.preparation import prepare
-from data.remote_cache import open_cache
-from data.split import Split
 from data.streaming import StreamedText
 from data.token_rows import TokenRows
 from models.randomness import uniform
-from settings.defaults import user_cache
 from training.signals import ignore_signals
 
 log = logging.getLogger("bamdlm")
 
 BOOKMARK_EVERY = 32  # batches
-
-
-def get_rows(
-    corpus: str, split: str, *, cache_dir: str | Path, processes: int = 1, **settings
-) -> TokenRows:
-    """The rows of one split, prepared at the first call; cache_dir and processes: as in
-    preparation.prepare; settings: of split.Split."""
-    return prepare(Split(corpus, split, **settings), open_cache(cache_dir, user_cache()), processes)
 
 
 class Examples(Dataset):
@@ -59,8 +46,8 @@ class Examples(Dataset):
         positions = torch.tensor([index.position for index in indices])
         ids, mask = map(torch.from_numpy, self.rows.read([index.row for index in indices]))
         if self.window is not None:
-            draws = uniform(self.seed, positions, dtype=torch.float64)  # [B]
-            starts = (draws * (self.rows.length // 2)).long()
+            shares = uniform(self.seed, positions, dtype=torch.float64)  # [B]
+            starts = (shares * (self.rows.length // 2)).long()
             columns = starts[:, None] + torch.arange(self.window)  # [B, L]
             ids, mask = ids.gather(1, columns), mask.gather(1, columns)
             if self.bos is not None:

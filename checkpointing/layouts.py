@@ -7,7 +7,7 @@ the names of its parameters. Other folders import these names from checkpointing
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,11 +260,6 @@ def ema_from_list(shadow: Sequence[Tensor], parameters: Mapping[str, Tensor]) ->
     if odd:
         raise ValueError(f"the EMA does not fit the parameters, first at {odd[0]}")
     return by_name
-
-
-def ema_to_list(ema: Mapping[str, Tensor], parameter_names: Iterable[str]) -> list[Tensor]:
-    """`shadow_params` of a Lightning checkpoint."""
-    return [ema[name] for name in parameter_names]
 
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")

@@ -1,14 +1,28 @@
-"""Repositories of data sets for the stand-in hub, and clients that ask it."""
+"""Repositories of data sets for the stand-in hub, clients that ask it, and the rows of a split."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hub_server import serving
 
 from data import corpora
+from data.preparation import prepare
 from data.readers import Piece
+from data.remote_cache import open_cache
+from data.split import Split
 from data.tables import Part
+from data.token_rows import TokenRows
+from settings.defaults import user_cache
+
+
+def get_rows(
+    corpus: str, split: str, *, cache_dir: str | Path, processes: int = 1, **settings
+) -> TokenRows:
+    """The rows of one split, prepared at the first call; cache_dir and processes: as in
+    preparation.prepare; settings: of split.Split."""
+    return prepare(Split(corpus, split, **settings), open_cache(cache_dir, user_cache()), processes)
 
 
 def put_table(root, repo, revision, name, columns):

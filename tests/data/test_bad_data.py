@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import GOLDEN
+from hub_tools import get_rows
 from test_local_copies import tarred, write_table, zipped
 
 import main
 from data.tokenizer import get_tokenizer
-from dataloader import get_rows
 
 ENOUGH = "the license shall be provided under the terms of this notice " * 20
 

@@ -7,13 +7,12 @@ from functools import partial
 import pytest
 import yaml
 from conftest import GOLDEN
-from hub_tools import texts
+from hub_tools import get_rows, texts
 
 from data import archives, corpora, detokenizers, readers, shakespeare, tables
 from data.hub_tables import CONVERTED
 from data.sources import Hub, Plays, Text8
 from data.tokenizer import get_tokenizer
-from dataloader import get_rows
 from settings.keys import CONFIGS
 
 

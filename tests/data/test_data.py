@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN, load_json
-from hub_tools import hold_out, in_memory
+from hub_tools import get_rows, hold_out, in_memory
 from made_up_split import rows_of_ids
 
 from data import detokenizers, hub_tables, packing, preparation, readers, shards
 from data.packing import RowFormat
 from data.tokenizer import get_tokenizer
-from dataloader import get_rows
 
 ROOT = Path(__file__).parents[2]
 VALIDATION = ("test", "validation")  # the reference's names of what is "valid" here

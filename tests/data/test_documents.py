@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from hub_tools import get_rows
 from runs import tiny
 
 import main
@@ -17,7 +18,7 @@ import settings
 from data import packing, shards, token_rows
 from data.packing import RowFormat
 from data.tokenizer import get_tokenizer
-from dataloader import DataModule, get_rows
+from dataloader import DataModule
 from modes.build import alignment
 
 BOS, EOS, PAD = 1, 2, 0

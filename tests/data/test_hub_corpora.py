@@ -11,14 +11,13 @@ from functools import partial
 import datasets
 import pytest
 from conftest import GOLDEN
-from hub_tools import hold_out, put_table, stand_in, texts
+from hub_tools import get_rows, hold_out, put_table, stand_in, texts
 from huggingface_hub import HfApi, constants
 
 import settings
 from data import corpora, hub_tables, shards
 from data.hub_tables import CONVERTED, Table
 from data.tokenizer import get_tokenizer
-from dataloader import get_rows
 from modes.build import build_data, build_tokenizer
 from utils import CONNECT_SECONDS
 

@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import GOLDEN
-from hub_tools import hold_out, put_table, stand_in, texts
+from hub_tools import get_rows, hold_out, put_table, stand_in, texts
 
 from data import corpora
 from data.tokenizer import get_tokenizer
-from dataloader import get_rows
 
 # What was published, and the rows that the hub has of it.
 WIKITEXT = " \n = Robert Boulter = \n \n Robert is an actor @,@ of film . \n He was born . \n"

@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from hub_tools import get_rows
 from made_up_split import MadeUpSplit
 from runs import run, tiny
 
@@ -22,7 +23,6 @@ from data.packing import RowFormat
 from data.readers import Piece
 from data.remote_cache import CacheDir
 from data.tokenizer import get_tokenizer
-from dataloader import get_rows
 
 FILES = ("ids.bin", "counts.bin", "marks.bin")
 WORDS = ("the", "license", "shall", "be", "provided", "under", "terms", "of", "this", "notice")

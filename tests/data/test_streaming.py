@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
-from hub_tools import put_table, stand_in
+from hub_tools import get_rows, put_table, stand_in
 from made_up_split import MadeUpSplit
 from runs import Run, finish, ranks, run, tiny
 from test_hub_corpora import LAYOUTS, card, write_card
@@ -22,7 +22,7 @@ from data.readers import Piece
 from data.split import Split
 from data.streaming import Stream, StreamedText, TextError, UnitStart, streamed
 from data.tokenizer import get_tokenizer
-from dataloader import DataModule, get_rows
+from dataloader import DataModule
 
 SEED, VOCABULARY = 3, 0x8000
 
