@@ -22,30 +22,30 @@ CONTEXT_TOKENS = 1024  # of a judge that does not say
 
 @dataclass(frozen=True)
 class TextScore:
-    """One text. `nats` is None without a judge."""
+    """One text. `nll` is None without a judge."""
 
-    nats: float | None  # summed over the tokens counted
-    tokens: int  # counted: all but the first and EOS
+    nll: float | None  # in nats, over the tokens scored
+    tokens: int  # scored: all but the first and EOS
     entropy: float  # nats
 
     @property
     def perplexity(self) -> float:
-        if self.nats is None or self.tokens == 0:
+        if self.nll is None or self.tokens == 0:
             return math.nan
-        return math.exp(min(self.nats / self.tokens, 700))
+        return math.exp(min(self.nll / self.tokens, 700))
 
 
 def corpus_perplexity(scores: Sequence[TextScore]) -> float:
     """Over the tokens of all texts."""
-    judged = [s for s in scores if s.nats is not None]
+    judged = [s for s in scores if s.nll is not None]
     tokens = sum(s.tokens for s in judged)
-    return TextScore(sum(s.nats for s in judged), tokens, 0.0).perplexity if tokens else math.nan
+    return TextScore(sum(s.nll for s in judged), tokens, 0.0).perplexity if tokens else math.nan
 
 
-def describe(ids: Sequence[int] | Tensor, eos_id: int, nats: float | None = None) -> TextScore:
+def describe(ids: Sequence[int] | Tensor, eos_id: int, nll: float | None = None) -> TextScore:
     ids = torch.as_tensor(ids, dtype=torch.int64)
-    counted = int((ids[1:] != eos_id).sum())
-    return TextScore(nats, counted, entropy(ids))
+    scored = int((ids[1:] != eos_id).sum())
+    return TextScore(nll, scored, entropy(ids))
 
 
 @dataclass(frozen=True)
@@ -113,34 +113,34 @@ class Judge:
         return self.score_tokens(self.tokenize(texts))
 
     def score_tokens(self, ids: list[Tensor]) -> list[TextScore]:
-        nats = [0.0] * len(ids)
+        nll = [0.0] * len(ids)
         todo = windows([len(x) for x in ids], self.context, self.stride)
         todo.sort(key=lambda w: w.start - w.stop)  # long ones together: little padding
         for first in range(0, len(todo), self.batch_size):
             batch = todo[first : first + self.batch_size]
-            for window, value in zip(batch, self._nats(ids, batch), strict=True):
-                nats[window.text] += value
-        return [describe(x, self.eos_id, n) for x, n in zip(ids, nats, strict=True)]
+            for window, value in zip(batch, self._nll(ids, batch), strict=True):
+                nll[window.text] += value
+        return [describe(x, self.eos_id, n) for x, n in zip(ids, nll, strict=True)]
 
     @torch.inference_mode()
-    def _nats(self, ids: list[Tensor], batch: list[Window]) -> list[float]:
-        """Nats of the tokens counted in each window."""
+    def _nll(self, ids: list[Tensor], batch: list[Window]) -> list[float]:
+        """NLL in nats of the tokens scored in each window."""
         width = max(w.stop - w.start for w in batch)
         tokens = torch.full((len(batch), width), self.eos_id)
         seen = torch.zeros(len(batch), width, dtype=torch.int64)
-        counted = torch.zeros(len(batch), width)
+        loss_mask = torch.zeros(len(batch), width)
         for row, w in enumerate(batch):
             tokens[row, : w.stop - w.start] = ids[w.text][w.start : w.stop]
             seen[row, : w.stop - w.start] = 1
-            counted[row, w.scored - w.start : w.stop - w.start] = 1
-        counted *= tokens != self.eos_id
+            loss_mask[row, w.scored - w.start : w.stop - w.start] = 1
+        loss_mask *= tokens != self.eos_id
         device = next(self.model.parameters()).device
-        tokens, seen, counted = tokens.to(device), seen.to(device), counted.to(device)
+        tokens, seen, loss_mask = tokens.to(device), seen.to(device), loss_mask.to(device)
         logits = self.model(input_ids=tokens, attention_mask=seen).logits[:, :-1]
         values = torch.stack(
             [  # row by row: a second [B, T, V] tensor would not fit beside a large judge
                 (F.cross_entropy(row.float(), after, reduction="none") * weight).double().sum()
-                for row, after, weight in zip(logits, tokens[:, 1:], counted[:, 1:], strict=True)
+                for row, after, weight in zip(logits, tokens[:, 1:], loss_mask[:, 1:], strict=True)
             ]
         )
         return values.tolist()

@@ -150,8 +150,8 @@ def _compiled_places() -> Callable[..., tuple]:
 
 @dataclass(frozen=True)
 class CachedPass:
-    """One pass over new tokens: where they stand, where they are written, what they may see. Of the
-    last two decode.py needs to be told nothing."""
+    """One pass over new tokens: where they stand, where they are written, what they may see. `rows`
+    and `visible` are None where models/decode.py makes the pass."""
 
     cache: KVCache
     positions: Tensor  # int64 [B or 1, T]

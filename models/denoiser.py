@@ -64,7 +64,7 @@ def _compiled_log_probs():
 
 @dataclass(frozen=True)
 class Score:
-    """log score(y) at every position: the ratios p_t(y) / p_t(x_t) of changing one hidden token."""
+    """log score(y) at every position: the ratios p_t(y) / p_t(x_t) of changing one masked token."""
 
     backbone: torch.nn.Module
     mask_id: int
@@ -72,7 +72,7 @@ class Score:
     recordable = False  # sigma changes from step to step: little is gained
 
     def __call__(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """tokens [B, L], sigma [B] -> log-score float32 [B, L, V], 0 at the token seen. Only hidden
+        """tokens [B, L], sigma [B] -> log-score float32 [B, L, V], 0 at the token seen. Only masked
         positions mean something: a visible token never changes."""
         seen = sigma if self.time_conditioning else None
         hidden = self.backbone.hidden(tokens, seen, attention_mask=Full())

@@ -26,7 +26,7 @@ class Canvas:
         self.replay = Replay() if cuda and denoise.recordable else None
         self.compiled = self.replay is not None and denoise.compiled
         self.sample = compiled_sample() if self.compiled else sample
-        self.before: Tensor | None = None  # for who watches: the texts of the last question
+        self.before: Tensor | None = None  # for who watches: the texts before the last evaluation
         self.evaluations = 0
         if rows:
             self._fresh_cache()
@@ -51,11 +51,11 @@ class Canvas:
         self.x[row] = self.mask_id
         self.x[row, : len(tokens)] = self.tensor(tokens)
 
-    def ask(self, *question) -> Tensor:
+    def ask(self, *arguments) -> Tensor:
         """The denoiser's answer; counted as one evaluation of the batch."""
         self._count()
         with torch.inference_mode():
-            return self.denoise(*question)
+            return self.denoise(*arguments)
 
     def reveal(self, starts: list[int], width: int, step: Tensor) -> None:
         """Write tokens: step int64 [3, B, R] says where to read in tokens starts[b] .. starts[b] +

@@ -3,7 +3,7 @@
 In one round every text of the batch gets one block (bamdlm) or one window (mdlm) filled. The step
 rule says which positions each evaluation reveals (steps.py); a text that needs fewer evaluations
 than its neighbours waits for the round to end. With a cache the finished block is committed by the
-same pass that asks the first question about the next one.
+same pass that is the first evaluation of the next one.
 """
 
 from collections.abc import Callable
@@ -86,9 +86,9 @@ def planned(texts: ActiveTexts, rule: Planned, spans, fills) -> None:
     for slot, evaluations in zip(texts.slots, plan.evaluations(len(texts)), strict=True):
         slot.nfe += evaluations
     view = View(texts, spans)
-    for step, hide in make_steps(texts, view, plan):
-        if hide is not None:
-            texts.canvas.x.scatter_(1, hide, texts.canvas.mask_id)
+    for step, again in make_steps(texts, view, plan):
+        if again is not None:
+            texts.canvas.x.scatter_(1, again, texts.canvas.mask_id)
         view.reveal(step)
         texts.show()
 
@@ -102,9 +102,9 @@ def listed(fills: list[list[int]]) -> tuple[Tensor, Tensor]:
 def make_steps(
     texts: ActiveTexts, view: View, plan: RevealPlan
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """All evaluations of a round, brought to the device together: (step, hide) for each.
+    """All evaluations of a round, brought to the device together: (step, again) for each.
 
-    step int64 [3, B, R]: where to read in the view, where to write, with which key. hide [B, R']:
+    step int64 [3, B, R]: where to read in the view, where to write, with which key. again [B, R']:
     positions to mask beforehand. Rows with fewer positions than others read something and write it
     where it concerns nobody.
     """
@@ -114,12 +114,12 @@ def make_steps(
     given = torch.stack([plan.position - starts, plan.position, key])
     nobody = torch.tensor([[0], [texts.canvas.dump], [0]])
     numbers = laid_out(texts, given, nobody, plan.evaluation, plan.row, evaluations)
-    if plan.hide is None:
+    if plan.again is None:
         return [(part, None) for part in numbers]
-    row, position, evaluation = plan.hide
+    row, position, evaluation = plan.again
     masked = laid_out(texts, position[None], nobody[1:2], evaluation, row, evaluations)
     pairs = zip(numbers, masked, strict=True)
-    return [(part, hide[0] if hide.numel() else None) for part, hide in pairs]
+    return [(part, again[0] if again.numel() else None) for part, again in pairs]
 
 
 def laid_out(texts: ActiveTexts, given, nobody, evaluation, row, evaluations: int) -> list[Tensor]:

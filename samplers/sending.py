@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Here:
-    """The event of numbers of a CPU: they need not be waited for."""
+    """The event of a CPU tensor: its numbers are already there."""
 
     def query(self) -> bool:
         return True

@@ -37,7 +37,7 @@ class RevealPlan:
     position: Tensor
     evaluation: Tensor
     drawn: Tensor  # how often the token was drawn before
-    hide: tuple[Tensor, Tensor, Tensor] | None = None  # row, position, evaluation it is masked for
+    again: tuple[Tensor, Tensor, Tensor] | None = None  # row, position, evaluation masked again for
 
     def evaluations(self, rows: int) -> list[int]:
         """How many each of `rows` rows is asked in."""
@@ -90,10 +90,10 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
     revealed, masked_again = [], []  # (index, step, drawn before), (index, step)
     for i in range(steps):
         chances = remask_chances(p[i], p[i + 1], params.remask_eta)
-        reveal_chance, hide_chance = (1, 0) if i == steps - 1 else chances
+        reveal_chance, remask_chance = (1, 0) if i == steps - 1 else chances
         u = uniform(fold(fold(keys, CHAIN), i))
         shown = masked & (u < reveal_chance)
-        again = ~masked & (u < hide_chance)
+        again = ~masked & (u < remask_chance)
         masked = (masked & ~shown) | again
         index, back = shown.nonzero()[:, 0], again.nonzero()[:, 0]
         revealed.append(torch.stack([index, torch.full_like(index, i), drawn[index]]))
@@ -104,8 +104,8 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
     shown_row, back_row = row[index], row[back]
     asked = (shown_row * steps + step).unique()
     evaluation = asked_until(shown_row, step, asked, steps) - 1
-    hide = back_row, position[back], asked_until(back_row, back_step, asked, steps)
-    return RevealPlan(shown_row, position[index], evaluation, before, hide)
+    masked_again = back_row, position[back], asked_until(back_row, back_step, asked, steps)
+    return RevealPlan(shown_row, position[index], evaluation, before, masked_again)
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:

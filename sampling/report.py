@@ -1,4 +1,4 @@
-"""What a sampling run reports: its figures over all rows, and how they were come by."""
+"""What a sampling run reports: its figures over all rows, and how the samples were made."""
 
 import math
 from collections import Counter

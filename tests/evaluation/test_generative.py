@@ -55,7 +55,7 @@ def test_a_batch_gives_every_text_its_own_figures(judge):
     together = judge.score(texts)
     for text, score in zip(texts, together, strict=True):
         (alone,) = judge.score([text])
-        assert score.nats == pytest.approx(alone.nats, rel=1e-6)
+        assert score.nll == pytest.approx(alone.nll, rel=1e-6)
         assert (score.tokens, score.entropy) == (alone.tokens, alone.entropy)
     batch = RECORDED["batch2_padded"]
     assert corpus_perplexity(together[:2]) == pytest.approx(batch["gen_ppl"], rel=1e-5)
@@ -104,13 +104,13 @@ def test_nats_are_those_of_each_token_summed(batch_size):
     for text, score in zip(texts, judge.score(texts), strict=True):
         ids = [int(word) for word in text.replace("[CLS]", "0").split()]
         pairs = [(a, b) for a, b in pairwise(ids) if b != 0]
-        assert score.nats == pytest.approx(-sum(log_p[a, b].item() for a, b in pairs), rel=1e-5)
+        assert score.nll == pytest.approx(-sum(log_p[a, b].item() for a, b in pairs), rel=1e-5)
         assert score.tokens == len(pairs)
 
 
 def test_without_a_judge_the_writers_own_tokens_are_described():
     score = describe([9, 1, 1, 2, 2, 9], eos_id=9)
-    assert (score.nats, score.tokens) == (None, 4)
+    assert (score.nll, score.tokens) == (None, 4)
     assert score.entropy == pytest.approx(math.log(3))
     assert math.isnan(score.perplexity)
     assert entropy(torch.tensor([], dtype=torch.int64)) == 0

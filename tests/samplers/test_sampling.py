@@ -435,7 +435,7 @@ def test_the_plan_of_remasking_is_its_chain():
         ):
             found[r][evaluation][0].add((place, drawn))
             most = max(most, drawn)
-        for r, place, evaluation in zip(*(x.tolist() for x in plan.hide), strict=True):
+        for r, place, evaluation in zip(*(x.tolist() for x in plan.again), strict=True):
             found[r][evaluation][1].add(place)
         assert found == wanted
         assert plan.evaluations(3) == [len(found[0]), 0, len(found[2])]

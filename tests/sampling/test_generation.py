@@ -277,7 +277,7 @@ def test_every_row_has_the_figures_of_its_own_text(tmp_path, judge, capsys):
         assert float(row["gen_ppl"]) == pytest.approx(score.perplexity)
         assert float(row["gen_entropy"]) == pytest.approx(score.entropy)
         assert int(row["gen_lengths"]) == score.tokens
-    total = sum(s.nats for s in scores) / sum(s.tokens for s in scores)
+    total = sum(s.nll for s in scores) / sum(s.tokens for s in scores)
     assert report["gen_ppl"] == pytest.approx(math.exp(total))
     assert report["gen_ppl_mean"] == pytest.approx(sum(s.perplexity for s in scores) / 3)
     assert report["judge"] == "golden"
