@@ -62,11 +62,13 @@ def test_a_list_gives_a_table_from_one_run(evaluate, capsys):
     found = evaluate("bamdlm", f"eval.likelihood=[{EVERY}]", "eval.draws=3")
     assert list(found) == EVERY.split(",")
     said = capsys.readouterr().out
-    assert "eval.likelihood=exact: 15 passes over 21 rows of 16 tokens" in said
+    assert "eval.likelihood=exact: 15 passes over 11 rows of 16 tokens" in said
     assert "eval.likelihood=iw:2: 24 passes" in said  # of three draws
-    assert {each["tokens"] for each in found.values()} == {21 * 15}  # position 0 is never scored
+    assert {each["tokens"] for each in found.values()} == {11 * 15}  # position 0 is never scored
     exact, law = found["exact"]["nll"], found["first_hitting"]["nll"]
-    assert law < found["iw:2"]["nll"] < exact + 3 * found["iw:2"]["draw_error"]
+    assert law < exact
+    noise = 3 * found["iw:2"]["draw_error"]  # between the two, but for the draws
+    assert law - noise < found["iw:2"]["nll"] < exact + noise
     assert found["exact"]["draw_error"] == found["greedy"]["draw_error"] == 0
     assert 0 < found["counts"]["draw_error"] < found["nelbo"]["draw_error"]
     assert found["exact"]["bound"] == "upper bound (NELBO)"
@@ -123,7 +125,7 @@ def test_the_estimators_give_the_chain_rule_for_blocks_of_one(evaluate):
 def test_mdlm_has_all_but_those_of_every_set(evaluate, trained, capsys):
     words = "[counts,iw:1,left_to_right:4,greedy:8,margin,threshold:0.5]"
     found = evaluate("mdlm", f"eval.likelihood={words}", "eval.draws=2")
-    assert {each["rows"] for each in found.values()} == {21}
+    assert {each["rows"] for each in found.values()} == {11}
     assert all(2 < each["nll"] < 5 for each in found.values())
     for name in ("exact", "first_hitting"):
         assert main.main([*trained("mdlm"), f"eval.likelihood={name}"]) == 2
@@ -180,7 +182,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(evaluate, monkeypatch, capsys
     found = evaluate("bamdlm", *words, "loader.eval_batch_size=3")
     assert "eval.likelihood=exact: 8 rows were measured before" in capsys.readouterr().out
     for name, entry in found.items():
-        assert entry["rows"] == 21
+        assert entry["rows"] == 11
         assert entry["nll"] == pytest.approx(whole[name]["nll"], rel=1e-6)
     evaluate("bamdlm", *words)
     assert "measured before" not in capsys.readouterr().out  # a finished one leaves nothing
