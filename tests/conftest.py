@@ -70,3 +70,8 @@ def s3():
 
     with s3_server() as environment:
         yield environment
+
+
+def pytest_collection_modifyitems(items):
+    """The jobs of Slurm first: they take longest, and mostly wait, so they run beside the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
