@@ -1,16 +1,16 @@
 """The Lightning trainer of a run, its logs and callbacks, and where a stopped run goes on."""
 
 import dataclasses
+import math
 import os
 
 import lightning as L
 from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies import Strategy
 
 import settings
-from checkpointing.load import Checkpoint, CheckpointError, read_checkpoint
+from checkpointing.load import Checkpoint, CheckpointError, read_checkpoint, section
 from settings import Config
 from training.csv_log import CSVLog
 from training.distributed import Replicated, Sharded
@@ -21,26 +21,6 @@ from training.saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheck
 from training.signals import Signals
 from training.step_log import StepLog
 from utils import plain_errors, say
-
-# settings of trainer.* that Lightning takes under the same name
-AS_SET = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "precision",
-    "max_steps",
-    "accumulate_grad_batches",
-    "gradient_clip_algorithm",
-    "limit_train_batches",
-    "limit_val_batches",
-    "val_check_interval",
-    "num_sanity_val_steps",
-    "log_every_n_steps",
-    "enable_progress_bar",
-    "deterministic",
-    "benchmark",
-    "detect_anomaly",
-)
 
 
 def build_trainer(
@@ -53,19 +33,29 @@ def build_trainer(
     """`signals`: what tells training to stop; the caller lets it listen. `step_flops`: of a
     sequence, forward and backward. Only training needs them."""
     t, io = config.trainer, CarefulIO()
-    several = t.devices * t.num_nodes > 1
-    callbacks = [step_log(config, step_flops)] if step_flops is not None and loggers else []
+    strategy = "auto"
+    if t.devices * t.num_nodes > 1:
+        # fsdp is for training; an evaluation holds the network once per device
+        sharded = config.strategy.name == "fsdp" and config.mode == "train"
+        strategy = Sharded(t.devices * t.num_nodes) if sharded else Replicated()
+    callbacks = []
+    if step_flops is not None and loggers:
+        rates = _rates(config) == "step"
+        callbacks.append(StepLog(step_flops, matmul_dtype(t.precision), rates=rates))
     callbacks += [RunProgress()] if t.enable_progress_bar else []
     if config.mode == "train":
         callbacks += training_callbacks(config, io, signals or Signals())
-    trainer = L.Trainer(
-        **{name: getattr(t, name) for name in AS_SET},
-        strategy=training_strategy(config) if several else "auto",
-        gradient_clip_val=t.gradient_clip_val or None,
-        check_val_every_n_epoch=None,
+    ours = {  # the other settings of trainer.* are arguments of Lightning's of the same name
+        "gradient_clip_val": t.gradient_clip_val or None,
+        "max_time": None,  # there is a Deadline
         # true without one of Lightning's own would make it add one
-        enable_checkpointing=any(isinstance(each, BestCheckpoint) for each in callbacks),
-        enable_model_summary=False,  # ours is among the callbacks
+        "enable_checkpointing": any(isinstance(each, BestCheckpoint) for each in callbacks),
+        "enable_model_summary": False,  # ours is among the callbacks
+    }
+    trainer = L.Trainer(
+        **dataclasses.asdict(t) | ours,
+        strategy=strategy,
+        check_val_every_n_epoch=None,
         callbacks=callbacks,
         logger=loggers or False,
         plugins=[io],
@@ -91,60 +81,44 @@ def leave_signals(trainer: L.Trainer) -> None:
 def _nothing() -> None: ...
 
 
-def training_strategy(config: Config) -> Strategy:
-    """fsdp is for training; an evaluation holds the network once per device."""
-    if config.strategy.name == "fsdp" and config.mode == "train":
-        return Sharded(config.trainer.devices * config.trainer.num_nodes)
-    return Replicated()
-
-
-def step_log(config: Config, step_flops: float) -> StepLog:
-    rates = config.callbacks.learning_rate_monitor
-    with_steps = rates is not None and rates.logging_interval == "step"
-    return StepLog(step_flops, matmul_dtype(config.trainer.precision), rates=with_steps)
-
-
 def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[L.Callback]:
     """The summary of the network, what watches over the run, what saves and stops it."""
-    made = [NetworkSummary()] if config.trainer.enable_model_summary else []
+    t, c, wanted = config.trainer, config.checkpointing, config.callbacks
+    every, best = wanted.checkpoint_every_n_steps, wanted.checkpoint_monitor
+    made = [NetworkSummary()] if t.enable_model_summary else []
     made += [RankFailure(), StallWatch()]
     saver = None
-    if config.trainer.enable_checkpointing:
-        saver = step_checkpoints(config, io, signals)
+    if t.enable_checkpointing:
+        saver = StepCheckpoints(
+            checkpoint_folder(c),
+            every.every_n_train_steps if every else 0,
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
+            io=io,
+            signals=signals,
+            stop_on_error=c.on_save_error == "stop",
+        )
         made.append(saver)
-    if config.trainer.max_time is not None:
-        made.append(Deadline(config.trainer.max_time, saver and saver.save))
-    if config.trainer.enable_checkpointing and config.callbacks.checkpoint_monitor:
-        made.append(best_checkpoint(config))
-    rates = config.callbacks.learning_rate_monitor
-    if rates is not None and rates.logging_interval == "epoch":
+    if t.max_time is not None:
+        made.append(Deadline(t.max_time, saver and saver.save))
+    if t.enable_checkpointing and best:
+        made.append(
+            BestCheckpoint(
+                **dataclasses.asdict(best),
+                dirpath=checkpoint_folder(c),
+                filename="best" if best.save_top_k == 1 else "best-{step}",
+                enable_version_counter=False,
+            )
+        )
+    if _rates(config) == "epoch":
         made.append(LearningRateMonitor("epoch"))
     return made
 
 
-def step_checkpoints(config: Config, io: CarefulIO, signals: Signals) -> StepCheckpoints:
-    c, every = config.checkpointing, config.callbacks.checkpoint_every_n_steps
-    return StepCheckpoints(
-        checkpoint_folder(c),
-        every.every_n_train_steps if every else 0,
-        keep_last=c.keep_last,
-        keep_every=c.keep_every,
-        io=io,
-        signals=signals,
-        stop_on_error=c.on_save_error == "stop",
-    )
-
-
-def best_checkpoint(config: Config) -> BestCheckpoint:
-    best = config.callbacks.checkpoint_monitor
-    return BestCheckpoint(
-        dirpath=checkpoint_folder(config.checkpointing),
-        filename="best" if best.save_top_k == 1 else "best-{step}",
-        monitor=best.monitor,
-        mode=best.mode,
-        save_top_k=best.save_top_k,
-        enable_version_counter=False,
-    )
+def _rates(config: Config) -> str | None:
+    """When the learning rate is logged."""
+    monitor = config.callbacks.learning_rate_monitor
+    return monitor and monitor.logging_interval
 
 
 def checkpoint_folder(c: settings.Checkpointing) -> str:
@@ -193,10 +167,9 @@ def resume_point(config: Config) -> Checkpoint | None:
         return None
     with plain_errors(config.checkpointing.resume_ckpt_path):
         checkpoint = newest_complete(config.checkpointing)
-    if checkpoint is None:
-        return None
-    differing = differences(config, checkpoint)
-    if differing:
+    if checkpoint is None or "examples_seen" not in section(checkpoint.raw, "sampler"):
+        return checkpoint  # a file of the authors does not tell of all settings
+    if differing := settings.differences(config, checkpoint.config):
         raise ValueError(
             f"{checkpoint.source} belongs to a run with other settings: {'; '.join(differing)}."
             " Give those, another checkpointing.save_dir, or checkpointing.resume_from_ckpt=false"
@@ -211,17 +184,15 @@ def newest_complete(c: settings.Checkpointing) -> Checkpoint | None:
     last = c.resume_ckpt_path
     if last != f"{folder}/{LAST}":
         return read_checkpoint(last) if exists(last) else None
+    steps = sorted(steps_in(folder), reverse=True)
+    files = {math.inf: last} if exists(last) else {}
+    files |= {step: f"{folder}/step={step}.ckpt" for step in steps}
     damaged, newest = [], None
-    if exists(last):
-        try:
-            newest = read_checkpoint(last)
-        except CheckpointError as error:
-            damaged.append(str(error))
-    for step in sorted(steps_in(folder), reverse=True):
+    for step, path in files.items():
         if newest is not None and newest.step >= step:
             break
         try:
-            newest = read_checkpoint(f"{folder}/step={step}.ckpt")
+            newest = read_checkpoint(path)
         except CheckpointError as error:
             damaged.append(str(error))
     best = f"{folder}/best.ckpt"
@@ -242,14 +213,7 @@ def exists(path: str) -> bool:
     return fs.exists(place)
 
 
-def differences(config: Config, checkpoint: Checkpoint) -> list[str]:
-    """Settings that shape training and are not those of the checkpoint; none for foreign files."""
-    if "examples_seen" not in checkpoint.raw.get("sampler", {}):
-        return []
-    return settings.differences(config, checkpoint.config)
-
-
 def examples_seen(checkpoint: Checkpoint, config: Config) -> int:
     """How far into the stream of examples a checkpoint is; the authors' files do not say."""
     by_steps = checkpoint.step * config.loader.global_batch_size
-    return checkpoint.raw.get("sampler", {}).get("examples_seen", by_steps)
+    return section(checkpoint.raw, "sampler").get("examples_seen", by_steps)
