@@ -1,9 +1,9 @@
 """A checkpoint as a folder that transformers loads, with the project's own files of the network.
 
 The folder holds averaged weights under the published names, config.json, the tokenizer, a model
-card, and the sources: those of models/ and samplers/ side by side, because transformers copies no
-packages. Only what one imports from the other is changed: `from models.x` becomes `from .x`, and
-`from noise_schedule` becomes `from .noise_schedule`.
+card, and the sources: what scripts/hub_files/modeling_bd3lm.py imports of models/ and samplers/,
+side by side, because transformers copies no packages. In them `from models.x` becomes `from .x`,
+and `from noise_schedule` becomes `from .noise_schedule`.
 """
 
 import json
@@ -16,36 +16,33 @@ import torch
 from checkpointing.load import Checkpoint, CheckpointError, build_backbone_args, load_into, section
 from data.tokenizer import Tokenizer
 from models.dit import DiT
+from objectives.algorithms import get_algorithm
 from utils import atomic_folder
 
 ROOT = Path(__file__).parents[1]
 ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
 CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
-NETWORK = (
-    "attention",
-    "block",
-    "cache",
-    "compiling",
-    "decode",
-    "denoiser",
-    "dit",
-    "hf",
-    "layers",
-    "masks",
-    "randomness",
-)
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
-IMPORTS = re.compile(r"^from (models\.|(?=noise_schedule ))", re.MULTILINE)
+CARD_SECTIONS = (
+    *("algo", "block_size", "data", "loader", "lr_scheduler", "model", "noise", "optim"),
+    *("seed", "training"),
+)
+ABSOLUTE = re.compile(r"^from (models\.|(?=noise_schedule ))", re.MULTILINE)
+IMPORTED = re.compile(r"^ *from \.(\w+) import", re.MULTILINE)
 
 
-def sources() -> dict[str, Path]:
-    """{file name in the export: the file it is}."""
-    files = {f"{name}.py": ROOT / "models" / f"{name}.py" for name in NETWORK}
-    samplers = sorted((ROOT / "samplers").glob("[!_]*.py"))
-    others = {path.name: path for path in (*samplers, ROOT / "noise_schedule.py", ENTRY)}
-    clash = files.keys() & others.keys()
-    assert not clash, f"two files of an export would have the name {clash}"
-    return files | others
+def sources() -> dict[str, str]:
+    """{file name in the export: its text}: the entry, and all that is imported from there on."""
+    paths = [ENTRY, ROOT / "noise_schedule.py"]
+    paths += [path for name in ("models", "samplers") for path in (ROOT / name).glob("[!_]*.py")]
+    known = {path.name: path for path in paths}
+    assert len(known) == len(paths), "two files of an export would have the same name"
+    wanted, found = [ENTRY.name], {}
+    for name in wanted:  # grows on the way
+        found[name] = ABSOLUTE.sub("from .", known[name].read_text())
+        others = [f"{module}.py" for module in IMPORTED.findall(found[name])]
+        wanted += [other for other in dict.fromkeys(others) if other not in wanted]
+    return found
 
 
 def export(
@@ -58,26 +55,21 @@ def export(
     overwrite: bool = False,
 ) -> Path:
     """Write the folder: complete, or not at all. `algo` where the checkpoint does not say."""
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(f"{folder} is not empty: name another folder, or give --overwrite")
     config = hub_config(checkpoint, tokenizer, algo)
     tensors = named_tensors(checkpoint, config, use_ema)
     with atomic_folder(folder, overwrite=True) as made:
-        write(made, config, tensors, tokenizer, card(checkpoint, config, use_ema))
+        tokenizer.save(made)
+        save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (made / "README.md").write_text(card(checkpoint, config, use_ema))
+        for name, text in sources().items():
+            (made / name).write_text(text)
     return folder
-
-
-def write(folder: Path, config: dict, tensors: dict, tokenizer: Tokenizer, text: str) -> None:
-    from safetensors.torch import save_file
-
-    tokenizer.save(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(text)
-    for name, path in sources().items():
-        text = IMPORTS.sub("from .", path.read_text())
-        (folder / name).write_text(text)
 
 
 def named_tensors(checkpoint: Checkpoint, config: dict, use_ema: bool) -> dict[str, torch.Tensor]:
@@ -96,28 +88,43 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
     algo = algo or checkpoint.algo
     sizes = build_backbone_args(checkpoint)
     _check(checkpoint, algo, sizes["vocab_size"], tokenizer.vocab_size)
-    length = checkpoint.length
-    config = {
+    trains, length = get_algorithm(algo), checkpoint.length
+    settings, noise = checkpoint.config, checkpoint.config.get("noise", "loglinear")
+    if checkpoint.layout == "lightning":
+        settings = section(checkpoint.config, "algo")
+        noise = section(checkpoint.config, "noise").get("type", "loglinear")
+    low, high = checkpoint.interval or (1e-3, 1.0)
+    block_size = 1 if trains.causal else length
+    return {
         "adaln": sizes["adaln"],
+        "algo": algo,
         "architectures": ["BD3LM"],
         "attn_backend": "sdpa",
         "auto_map": {auto: f"{ENTRY.stem}.{name}" for auto, name in CLASSES.items()},
+        "block_size": checkpoint.block_size if trains.blocks else block_size,
         "bos_token_id": tokenizer.bos_id,
+        "causal": trains.causal,
         "cond_dim": sizes["cond_dim"],
+        "cross_attn": trains.blocks,
         "dropout": sizes["dropout"],
         "dtype": "float32",
         "eos_token_id": tokenizer.eos_id,
         "hidden_dim": sizes["hidden_size"],
         "mask_token_id": tokenizer.mask_id,
+        "mdlm_loss_scale": settings.get("mdlm_loss_scale", False),
         "model_length": length,
         "model_type": "bd3lm",
         "n_blocks": sizes["n_blocks"],
         "n_heads": sizes["n_heads"],
+        "noise": noise,
         "pad_token_id": tokenizer.pad_id,
         "return_dict": True,
+        "sampling_eps_max": high,
+        "sampling_eps_min": low,
+        "time_conditioning": settings.get("time_conditioning", trains.time_conditioning),
+        "var_min": trains.blocks,
         "vocab_size": sizes["vocab_size"],
     }
-    return dict(sorted({**config, **_algorithm(checkpoint, algo, length)}.items()))
 
 
 def _check(checkpoint: Checkpoint, algo: str | None, ids: int, known: int) -> None:
@@ -132,28 +139,6 @@ def _check(checkpoint: Checkpoint, algo: str | None, ids: int, known: int) -> No
         )
     if checkpoint.length is None:
         raise CheckpointError(f"{checkpoint.source} does not tell the length it was trained at")
-
-
-def _algorithm(checkpoint: Checkpoint, algo: str, length: int) -> dict:
-    """The keys of config.json that follow from the algorithm and its settings."""
-    settings, noise = checkpoint.config, checkpoint.config.get("noise", "loglinear")
-    if checkpoint.layout == "lightning":
-        settings = section(checkpoint.config, "algo")
-        noise = section(checkpoint.config, "noise").get("type", "loglinear")
-    low, high = checkpoint.interval or (1e-3, 1.0)
-    blocks = algo == "bamdlm"
-    return {
-        "algo": algo,
-        "block_size": checkpoint.block_size if blocks else 1 if algo == "ar" else length,
-        "causal": algo == "ar",
-        "cross_attn": blocks,
-        "mdlm_loss_scale": settings.get("mdlm_loss_scale", False),
-        "noise": noise,
-        "sampling_eps_max": high,
-        "sampling_eps_min": low,
-        "time_conditioning": settings.get("time_conditioning", algo == "sedd"),
-        "var_min": blocks,
-    }
 
 
 def card(checkpoint: Checkpoint, config: dict, use_ema: bool) -> str:
@@ -178,12 +163,6 @@ def card(checkpoint: Checkpoint, config: dict, use_ema: bool) -> str:
         block_size=config["block_size"],
         training=json.dumps(trained, indent=2, sort_keys=True, default=str),
     )
-
-
-CARD_SECTIONS = (
-    *("algo", "block_size", "data", "loader", "lr_scheduler", "model", "noise", "optim"),
-    *("seed", "training"),
-)
 
 
 def best_validation(raw: dict) -> dict[str, str]:

@@ -63,5 +63,6 @@ ALGORITHMS = {
         sampler="ar",
         writes="ar",
         noise=False,
+        causal=True,
     )
 }
