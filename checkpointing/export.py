@@ -13,7 +13,8 @@ from string import Template
 
 import torch
 
-from checkpointing.load import Checkpoint, CheckpointError, build_backbone_args, load_into, section
+from checkpointing.layouts import Checkpoint, CheckpointError, section
+from checkpointing.load import build_backbone_args, load_into
 from data.tokenizer import Tokenizer
 from models.dit import DiT
 from objectives.algorithms import get_algorithm

@@ -2,10 +2,12 @@
 
 Names are those of the network (`blocks.0.norm1.weight`): the `backbone.` of the files and the
 `_orig_mod.` of compiled models are taken off. The EMA list of a Lightning checkpoint is put under
-the names of its parameters. Other folders import these names from checkpointing.load.
+the names of its parameters.
 """
 
+import functools
 import hashlib
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,19 +103,15 @@ def _beside_config(fs, path):
 
 
 def _from_lightning(source: str, raw: Any) -> Checkpoint:
-    if not isinstance(raw, dict) or not isinstance(raw.get("state_dict"), dict):
-        holds = ", ".join(map(str, list(raw)[:10])) if isinstance(raw, dict) else type(raw).__name__
-        raise CheckpointError(
-            f"{source} is a torch file without a state_dict (it holds {holds}): not a checkpoint of"
-            " this project. Weights alone belong in a folder with a config.json"
-        )
     raw = canonical(raw, source)
     weights, foreign, interval = _sort(source, raw["state_dict"])
     config = section(raw["hyper_parameters"], "config")
+    name, length = section(config, "algo").get("name"), section(config, "model").get("length")
+    known = name and _named(source, ALIASES.get(name, name), config.get("block_size"), length)
     return Checkpoint(
         source=source,
         layout="lightning",
-        algorithms=_lightning_algorithms(source, config, weights, interval),
+        algorithms=known or _from_keys(weights, interval),
         config=config,
         weights=weights,
         foreign=foreign,
@@ -124,9 +122,15 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
     )
 
 
-def canonical(raw: dict, source: str) -> dict:
+def canonical(raw: Any, source: str) -> dict:
     """A Lightning checkpoint without `_orig_mod.` in its names, configuration resolved."""
-    names = [_strip(name) for name in raw["state_dict"]]
+    if not isinstance(raw, dict) or not isinstance(raw.get("state_dict"), dict):
+        holds = ", ".join(map(str, list(raw)[:10])) if isinstance(raw, dict) else type(raw).__name__
+        raise CheckpointError(
+            f"{source} is a torch file without a state_dict (it holds {holds}): not a checkpoint of"
+            " this project. Weights alone belong in a folder with a config.json"
+        )
+    names = [plain_name(name) for name in raw["state_dict"]]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise CheckpointError(f"{source} holds compiled and plain weights at once: {twice[:10]}")
@@ -138,7 +142,8 @@ def canonical(raw: dict, source: str) -> dict:
     return {**raw, "state_dict": state, "hyper_parameters": hyper}
 
 
-def _strip(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Less what torch.compile puts in."""
     return ".".join(part for part in str(name).split(".") if part != "_orig_mod")
 
 
@@ -149,7 +154,7 @@ def _sort(source, state) -> tuple[dict, dict, tuple[float, float] | None]:
         raise CheckpointError(f"{source}: not tensors in its state_dict: {', '.join(odd[:10])}")
     weights, foreign = {}, {}
     for name, value in state.items():
-        name = _strip(name)
+        name = plain_name(name)
         if name.startswith("backbone."):
             weights[name.removeprefix("backbone.")] = value
         elif name not in INTERVAL:
@@ -166,19 +171,13 @@ def section(config: dict, name: str) -> dict:
     return part if isinstance(part, dict) else {}
 
 
-def _lightning_algorithms(source, config, weights, interval) -> tuple[str, ...]:
-    name = section(config, "algo").get("name")
-    if name is None:
-        return _from_keys(weights, interval)
-    if ALIASES.get(name, name) not in algorithms():
-        raise CheckpointError(f"{source} was trained with algo={name}; known: {_known()}")
-    return _one_block_is_mdlm(
-        ALIASES.get(name, name), config.get("block_size"), section(config, "model").get("length")
-    )
-
-
-def _known() -> str:
-    return ", ".join(algorithms())
+def _named(source: str, name: str, block_size, length) -> tuple[str, ...]:
+    """The algorithm `name`; with one block to a sequence two are the same."""
+    if name not in algorithms():
+        known = ", ".join(algorithms())
+        raise CheckpointError(f"{source} was trained with algo={name}; known: {known}")
+    one_block = name == "bamdlm" and block_size is not None and block_size == length
+    return ("bamdlm", "mdlm") if one_block else (name,)
 
 
 def _from_keys(weights, interval) -> tuple[str, ...]:
@@ -187,12 +186,6 @@ def _from_keys(weights, interval) -> tuple[str, ...]:
     if not any(name.startswith("sigma_map.") for name in weights):
         return ("ar",)
     return ("mdlm", "sedd", "ar")  # ar: model.adaln=True
-
-
-def _one_block_is_mdlm(algo, block_size, length) -> tuple[str, ...]:
-    """With one block to a sequence the two algorithms are the same."""
-    one_block = algo == "bamdlm" and block_size is not None and block_size == length
-    return ("bamdlm", "mdlm") if one_block else (algo,)
 
 
 def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
@@ -218,19 +211,15 @@ def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
 
 def _hub_algorithms(source, config) -> tuple[str, ...]:
     """`algo` of config.json where this project wrote it, else what its switches imply."""
-    if "algo" in config:
-        if config["algo"] not in algorithms():
-            raise CheckpointError(f"{source}: algo={config['algo']!r}; known: {_known()}")
-        return _one_block_is_mdlm(
-            config["algo"], config.get("block_size"), config.get("model_length")
-        )
-    if config["model_type"] == "mdlm":
-        return ("mdlm",)
-    if config.get("causal"):
-        return ("ar",)
-    if config.get("cross_attn"):
-        return _one_block_is_mdlm("bamdlm", config.get("block_size"), config.get("model_length"))
-    return ("sedd",) if config.get("time_conditioning") else ("mdlm", "sedd")
+    if "algo" not in config:
+        if config["model_type"] == "mdlm":
+            return ("mdlm",)
+        if config.get("causal"):
+            return ("ar",)
+        if not config.get("cross_attn"):
+            return ("sedd",) if config.get("time_conditioning") else ("mdlm", "sedd")
+    name, length = config.get("algo", "bamdlm"), config.get("model_length")
+    return _named(source, name, config.get("block_size"), length)
 
 
 def _average(ema: Any, weights: dict[str, Tensor]) -> dict:
@@ -268,14 +257,6 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 def resolve(config: dict) -> dict:
     """Interpolations `${a.b}` and `${.b}` filled in; resolvers (`${cwd:}`) stay as written."""
 
-    def value_at(path, chain):
-        node = config
-        for part in path:
-            if not isinstance(node, dict) or part not in node:
-                raise KeyError
-            node = node[part]
-        return filled(node, path, chain)
-
     def filled(node, path, chain=()):
         if isinstance(node, dict):
             return {key: filled(item, (*path, key), chain) for key, item in node.items()}
@@ -289,12 +270,13 @@ def resolve(config: dict) -> dict:
             name = match[1]
             up = len(name) - len(name.lstrip("."))
             start = path[: len(path) - up] if up else ()
-            return value_at((*start, *name.lstrip(".").split(".")), chain)
+            found = (*start, *name.lstrip(".").split("."))
+            return filled(functools.reduce(operator.getitem, found, config), found, chain)
 
         try:
             whole = _REFERENCE.fullmatch(node)
             return target(whole) if whole else _REFERENCE.sub(lambda m: str(target(m)), node)
-        except KeyError:
+        except (KeyError, TypeError):  # it leads nowhere
             return node
 
     return filled(config, ())

@@ -7,7 +7,7 @@ from fsspec.core import url_to_fs
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from checkpointing import torch_file
-from checkpointing.load import CheckpointError, canonical
+from checkpointing.layouts import CheckpointError, canonical
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -24,10 +24,7 @@ class SafeCheckpointIO(CheckpointIO):
         if not fs.exists(source):
             raise CheckpointError(f"checkpoint {path} does not exist")
         with fs.open(source, "rb") as file:
-            raw = torch_file.load(file, str(path))
-        if not isinstance(raw, dict) or not isinstance(raw.get("state_dict"), dict):
-            raise CheckpointError(f"{path} has no state_dict: not a checkpoint to resume from")
-        raw = canonical(raw, str(path))
+            raw = canonical(torch_file.load(file, str(path)), str(path))
         raw["lr_schedulers"] = [_as_lambda_lr(s, raw) for s in raw.get("lr_schedulers", [])]
         return raw
 

@@ -5,37 +5,15 @@ sampling: the algorithm must be the file's own. `load_pretrained` starts a new r
 of another; exactly the tensors that its algorithm adds may be new, and they are named.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from checkpointing.layouts import (
-    BUFFERS,
-    INTERVAL,
-    Checkpoint,
-    canonical,
-    ema_from_list,
-    read_checkpoint,
-    resolve,
-    section,
-)
+from checkpointing.layouts import BUFFERS, INTERVAL, Checkpoint, plain_name, section
 from checkpointing.restricted_pickle import CheckpointError
-
-__all__ = [
-    "BUFFERS",
-    "Checkpoint",
-    "CheckpointError",
-    "Pretrained",
-    "build_backbone_args",
-    "canonical",
-    "ema_from_list",
-    "load_into",
-    "load_pretrained",
-    "read_checkpoint",
-    "resolve",
-    "section",
-]
+from objectives.algorithms import get_algorithm
 
 SHOWN = 10  # keys of each kind in an error
 DEFAULT_COND_DIM = 129  # of the published config class, whatever the weights have
@@ -60,9 +38,10 @@ def build_backbone_args(checkpoint: Checkpoint) -> dict:
     missing = [n for n, dim in needed.items() if n not in weights or weights[n].dim() != dim]
     missing = missing or [name for name in needed if not weights[name].numel()]
     if missing:
+        foreign = f" It has instead: {_some(checkpoint.foreign)}" if checkpoint.foreign else ""
         raise CheckpointError(
             f"{checkpoint.source} is not a network of this family: it has no"
-            f" {', '.join('backbone.' + name for name in missing)}. {_few(checkpoint.foreign)}"
+            f" {', '.join('backbone.' + name for name in missing)}.{foreign}"
         )
     vocab_size, width = weights["vocab_embed.embedding"].shape
     adaln = "sigma_map.mlp.2.bias" in weights
@@ -98,15 +77,15 @@ def load_into(
 ) -> None:
     """Copy all weights, or the averaged ones, into `backbone`; on any doubt copy nothing and raise.
 
-    With a `block_size`, bamdlm weights must have been trained at it.
+    With a `block_size`, weights trained in blocks must have been trained at it.
     """
     _check_fit(backbone, checkpoint, algo, may_be_new=())
     if algo not in checkpoint.algorithms:
         raise CheckpointError(
             f"{checkpoint.source} cannot be used here: {_other(checkpoint, algo)}"
         )
-    trained_at = checkpoint.block_size
-    if algo == "bamdlm" and None not in (block_size, trained_at) and block_size != trained_at:
+    blocks, trained_at = get_algorithm(algo).blocks, checkpoint.block_size
+    if blocks and None not in (block_size, trained_at) and block_size != trained_at:
         raise CheckpointError(
             f"{checkpoint.source} was trained with block_size={trained_at}, the run asks for"
             f" block_size={block_size}; training.from_pretrained can adapt it"
@@ -122,12 +101,16 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
     New may be: the buffers sampling_eps_min/max (to bamdlm), and coming from ar, sigma_map.* and
     all adaLN_modulation.* (these are set to zero). The file's clipped interval is not taken over.
     """
-    may_be_new = ()
-    if checkpoint.algorithms == ("ar",) and algo != "ar":
-        may_be_new = tuple(name for name in _expected(backbone) if _is_conditioning(name))
-        if any(_is_conditioning(name) for name in checkpoint.weights):
-            may_be_new = ()  # trained with model.adaln=True
-    _check_interval(checkpoint, algo)
+    trains, may_be_new = get_algorithm(algo), ()
+    told = any(get_algorithm(name).noise for name in checkpoint.algorithms)
+    if trains.noise and not told and not any(map(_is_conditioning, checkpoint.weights)):
+        may_be_new = tuple(filter(_is_conditioning, _expected(backbone)))
+    if checkpoint.interval is not None and not trains.blocks and algo not in checkpoint.algorithms:
+        raise CheckpointError(
+            f"{checkpoint.source} holds bamdlm weights and a clipped schedule; algo={algo} has no"
+            f" use for {' and '.join(INTERVAL)}. Only algo=bamdlm can start from it, at any block"
+            " size"
+        )
     _check_fit(backbone, checkpoint, algo, may_be_new=may_be_new)
     _check_average(checkpoint)
     _check_finite(checkpoint.source, checkpoint.weights)
@@ -141,7 +124,7 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
             if "adaLN_modulation" in name:
                 state[name].zero_()
     new = tuple(f"backbone.{name}" for name in may_be_new)
-    if algo == "bamdlm" and checkpoint.interval is None:
+    if trains.blocks and checkpoint.interval is None:
         new = (*INTERVAL, *new)
     if ema is not None:
         parameters = {n: p.detach() for n, p in state.items() if n not in BUFFERS}
@@ -170,20 +153,9 @@ def _averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
     )
 
 
-def _check_interval(checkpoint: Checkpoint, algo: str) -> None:
-    if checkpoint.interval is None or algo == "bamdlm" or algo in checkpoint.algorithms:
-        return
-    raise CheckpointError(
-        f"{checkpoint.source} holds bamdlm weights and a clipped schedule; algo={algo} has no"
-        f" use for {' and '.join(INTERVAL)}. Only algo=bamdlm can start from it, at any block size"
-    )
-
-
 def _expected(backbone: nn.Module) -> dict[str, Tensor]:
-    return {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): value
-        for name, value in backbone.state_dict(keep_vars=True).items()
-    }
+    state = backbone.state_dict(keep_vars=True)
+    return {plain_name(name): value for name, value in state.items()}
 
 
 def _is_conditioning(name: str) -> bool:
@@ -216,7 +188,7 @@ def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
     }
     whole = [name for name in values if not values[name].is_floating_point()]
     if not (missing or unexpected or other or whole):
-        return _check_rotation(checkpoint, values, expected)
+        return _check_rotation(checkpoint.source, values, expected)
     shapes = [f"{name} {mine} in the file, {ours} here" for name, (mine, ours) in other.items()]
     causes = _causes(checkpoint, algo, missing, unexpected, other)
     raise CheckpointError(
@@ -230,14 +202,12 @@ def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
 
 
 def _listed(title: str, names: list[str]) -> str:
-    if not names:
-        return ""
+    return f"\n  {title} ({len(names)}): {_some(names)}" if names else ""
+
+
+def _some(names: Collection[str]) -> str:
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"\n  {title} ({len(names)}): {', '.join(names[:SHOWN])}{more}"
-
-
-def _few(foreign) -> str:
-    return f"It has instead: {', '.join(list(foreign)[:SHOWN])}" if foreign else ""
+    return ", ".join([*names][:SHOWN]) + more
 
 
 def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[str]:
@@ -267,19 +237,18 @@ def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[st
     return causes
 
 
-def _check_rotation(checkpoint, values, expected) -> None:
+def _check_rotation(source: str, values, expected) -> None:
     """inv_freq is computed, not trained: the file must have been made with the same base."""
     for name in BUFFERS:
         theirs, ours = values[name].float(), expected[name].float()
         if not torch.allclose(theirs, ours, rtol=INV_FREQ_TOLERANCE, atol=0):
-            raise CheckpointError(f"{checkpoint.source}: {name} is not that of rotary base 10 000")
+            raise CheckpointError(f"{source}: {name} is not that of rotary base 10 000")
 
 
 def _check_finite(source: str, values: dict[str, Tensor]) -> None:
     odd = [name for name, value in values.items() if not torch.isfinite(value).all()]
     if odd:
         raise CheckpointError(
-            f"{source} has NaN or infinite weights: {', '.join(odd[:SHOWN])}"
-            + (f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else "")
-            + "; training had diverged, take an earlier checkpoint"
+            f"{source} has NaN or infinite weights: {_some(odd)}; training had diverged, take an"
+            " earlier checkpoint"
         )

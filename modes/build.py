@@ -7,13 +7,8 @@ import dataclasses
 
 import torch
 
-from checkpointing.load import (
-    Checkpoint,
-    build_backbone_args,
-    load_into,
-    load_pretrained,
-    read_checkpoint,
-)
+from checkpointing.layouts import Checkpoint, read_checkpoint
+from checkpointing.load import build_backbone_args, load_into, load_pretrained
 from data.preparation import prepare
 from data.remote_cache import CacheDir, open_cache
 from data.split import Split
@@ -160,7 +155,7 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
         checkpoint,
         use_ema=not config.eval.disable_ema,
         algo=config.algo.name,
-        block_size=config.block_size if config.algo.name == "bamdlm" else None,
+        block_size=config.block_size,
     )
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
     return build_module(config, backbone, tokenizer), checkpoint

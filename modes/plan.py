@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpointing.load import read_checkpoint
+from checkpointing.layouts import read_checkpoint
 from modes.build import build_backbone, build_shape, build_tokenizer
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import settings
-from checkpointing.load import Checkpoint
+from checkpointing.layouts import Checkpoint
 from diffusion import Diffusion
 from evaluation.estimators import Ask, Texts
 from evaluation.journal import Journal

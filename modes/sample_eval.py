@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from checkpointing.load import Checkpoint
+from checkpointing.layouts import Checkpoint
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, load_judge
 from modes.build import build_tokenizer, trained_module

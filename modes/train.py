@@ -5,7 +5,7 @@ from collections.abc import Callable
 import lightning as L
 
 import settings
-from checkpointing.load import read_checkpoint, section
+from checkpointing.layouts import read_checkpoint, section
 from evaluation.table import check, check_training, choose
 from modes.build import (
     build_backbone,

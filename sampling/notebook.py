@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing.load import Checkpoint, build_backbone_args, load_into, read_checkpoint, section
+from checkpointing.layouts import Checkpoint, read_checkpoint, section
+from checkpointing.load import build_backbone_args, load_into
 from data.tokenizer import Tokenizer, get_tokenizer
 from evaluation.judge import Judge, TextScore, describe
 from models.dit import DiT

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpointing.load import Checkpoint, build_backbone_args, read_checkpoint, section
+from checkpointing.layouts import Checkpoint, read_checkpoint, section
+from checkpointing.load import build_backbone_args
 from utils import atomic_file, say
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,14 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from checkpointing.load import (
-    BUFFERS,
-    Checkpoint,
-    CheckpointError,
-    build_backbone_args,
-    read_checkpoint,
-    section,
-)
+from checkpointing.layouts import BUFFERS, Checkpoint, CheckpointError, read_checkpoint, section
+from checkpointing.load import build_backbone_args
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import GOLDEN, load_json
 
-from checkpointing.load import CheckpointError, build_backbone_args, load_into, read_checkpoint
+from checkpointing.layouts import CheckpointError, read_checkpoint
+from checkpointing.load import build_backbone_args, load_into
 from models.dit import DiT
 from models.masks import BlockDiffusion, Causal, Full
 

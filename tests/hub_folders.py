@@ -7,7 +7,8 @@ from checkpoint_helpers import BY_ALGO, network, path
 from conftest import GOLDEN, load_json
 from safetensors.torch import load_file, save_file
 
-from checkpointing.load import load_into, read_checkpoint
+from checkpointing.layouts import read_checkpoint
+from checkpointing.load import load_into
 
 HUB_FOLDER = GOLDEN / "hf_export"
 TENSORS = load_file(HUB_FOLDER / "model.safetensors")

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 
 import settings
-from checkpointing.load import Checkpoint, CheckpointError, read_checkpoint, section
+from checkpointing.layouts import Checkpoint, CheckpointError, read_checkpoint, section
 from settings import Config
 from training.csv_log import CSVLog
 from training.distributed import Replicated, Sharded

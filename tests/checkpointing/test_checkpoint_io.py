@@ -15,8 +15,8 @@ from conftest import load
 from fsspec.implementations.memory import MemoryFileSystem
 
 from checkpointing import torch_file
+from checkpointing.layouts import CheckpointError, read_checkpoint
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import CheckpointError, read_checkpoint
 
 STEPS = 2
 
@@ -222,7 +222,7 @@ def test_removing_a_checkpoint_removes_a_file_or_a_folder(tmp_path):
 
 def test_a_file_without_a_state_dict_is_not_resumed(tmp_path):
     torch.save({"model": {}}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match="no state_dict"):
+    with pytest.raises(CheckpointError, match="without a state_dict"):
         SafeCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
 
 

@@ -13,7 +13,8 @@ from hub_folders import (
     same_weights,
 )
 
-from checkpointing.load import CheckpointError, build_backbone_args, load_into, read_checkpoint
+from checkpointing.layouts import CheckpointError, read_checkpoint
+from checkpointing.load import build_backbone_args, load_into
 
 
 @pytest.mark.parametrize("model_type", ["bd3lm", "bamdlm"])

@@ -24,8 +24,8 @@ from processes import in_fresh_process, process
 from runs import differences, run
 from safetensors.torch import save_file
 
+from checkpointing.layouts import CheckpointError, read_checkpoint
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import CheckpointError, read_checkpoint
 
 TESTS = Path(__file__).parents[1]
 
@@ -100,7 +100,7 @@ def algorithm(model_id):
 
 ASK = """
     import json
-    from checkpointing.load import read_checkpoint
+    from checkpointing.layouts import read_checkpoint
     found = {}
     for name, revision in json.loads(%r):
         try:

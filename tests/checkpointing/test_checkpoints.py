@@ -21,13 +21,8 @@ from checkpoint_helpers import (
 from conftest import GOLDEN, load, load_json
 from torch import nn
 
-from checkpointing.load import (
-    build_backbone_args,
-    ema_from_list,
-    load_into,
-    read_checkpoint,
-    resolve,
-)
+from checkpointing.layouts import ema_from_list, read_checkpoint, resolve
+from checkpointing.load import build_backbone_args, load_into
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion

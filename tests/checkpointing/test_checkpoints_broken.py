@@ -11,7 +11,8 @@ from checkpoint_helpers import BY_ALGO, MANIFEST, network, path
 from conftest import GOLDEN, load_json
 from safetensors.torch import load_file, save_file
 
-from checkpointing.load import CheckpointError, build_backbone_args, load_into, read_checkpoint
+from checkpointing.layouts import CheckpointError, read_checkpoint
+from checkpointing.load import build_backbone_args, load_into
 
 CONFIG = load_json("hf_export/config.json")
 TENSORS = load_file(GOLDEN / "hf_export" / "model.safetensors")
@@ -239,7 +240,7 @@ BROKEN = {
         hub(config={**CONFIG, "model_type": "gpt2"}),
         "model_type='gpt2'; this project reads",
     ),
-    "another algo in config": (hub(config={**CONFIG, "algo": "x"}), "algo='x'; known"),
+    "another algo in config": (hub(config={**CONFIG, "algo": "x"}), "algo=x; known"),
     "config of another size": (
         hub(config={**CONFIG, "hidden_dim": 768}),
         "states hidden_size 768 but weights of",

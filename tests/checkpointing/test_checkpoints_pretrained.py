@@ -13,7 +13,8 @@ from checkpoint_helpers import (
 )
 from conftest import load
 
-from checkpointing.load import load_pretrained, read_checkpoint
+from checkpointing.layouts import read_checkpoint
+from checkpointing.load import load_pretrained
 from models.masks import Causal
 
 CONDITIONING = ("sigma_map.", "adaLN_modulation.")

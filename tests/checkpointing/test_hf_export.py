@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from checkpointing import export, torch_file
-from checkpointing.load import CheckpointError, load_into, read_checkpoint
+from checkpointing.layouts import CheckpointError, read_checkpoint
+from checkpointing.load import load_into
 from data.tokenizer import get_tokenizer
 from models.denoiser import Denoiser, Score
 from models.masks import BlockCausal, Causal, Full

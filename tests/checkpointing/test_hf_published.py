@@ -4,7 +4,8 @@ import torch
 from checkpoint_helpers import close, network
 from conftest import GOLDEN, load, load_json
 
-from checkpointing.load import load_into, read_checkpoint
+from checkpointing.layouts import read_checkpoint
+from checkpointing.load import load_into
 from models.hf import BD3LM
 from models.masks import BlockCausal
 

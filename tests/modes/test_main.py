@@ -14,7 +14,7 @@ from conftest import GOLDEN
 from runs import ALGORITHMS, run, tiny, write_text
 
 import main
-from checkpointing.load import read_checkpoint
+from checkpointing.layouts import read_checkpoint
 from data.tokenizer import get_tokenizer
 from diffusion import Diffusion
 from models.dit import DiT

@@ -20,7 +20,7 @@ from runs import run as forked
 from runs import write_text
 
 from checkpointing import export
-from checkpointing.load import read_checkpoint
+from checkpointing.layouts import read_checkpoint
 from data.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parents[2]

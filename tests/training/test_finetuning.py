@@ -8,8 +8,8 @@ from checkpoint_helpers import BY_ALGO, INFO, MANIFEST, path
 from conftest import GOLDEN
 
 import main
+from checkpointing.layouts import read_checkpoint
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import read_checkpoint
 
 STEPS = 2
 LENGTH = MANIFEST["length"]

@@ -9,8 +9,8 @@ from conftest import GOLDEN, load_json
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import small
 
+from checkpointing.layouts import read_checkpoint
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import read_checkpoint
 from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule

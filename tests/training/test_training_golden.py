@@ -10,8 +10,9 @@ from conftest import GOLDEN, load, load_json
 from networks import CHECKPOINTS, MASK, recorded
 from torch.utils.data import DataLoader
 
+from checkpointing.layouts import read_checkpoint
 from checkpointing.lightning_io import SafeCheckpointIO
-from checkpointing.load import load_pretrained, read_checkpoint
+from checkpointing.load import load_pretrained
 from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
