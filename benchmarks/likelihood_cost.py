@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluation import estimators
-from evaluation.estimators import Chance, Texts
+from evaluation.estimators import AskedTexts, Chance
 from evaluation.network import asker, rows_at_once
 from models.dit import DiT
 
@@ -31,7 +31,7 @@ def estimate(net: DiT, x0: Tensor, name: str) -> Tensor:
     mask_id = net.vocab_size - 1
     ask = asker(net, x0, block_size=BLOCK, mask_id=mask_id)
     chance = Chance(1, torch.arange(len(x0)), len(x0))
-    return getattr(estimators, name)(ask, Texts(x0, scored, BLOCK, mask_id), chance)
+    return getattr(estimators, name)(ask, AskedTexts(x0, scored, BLOCK, mask_id), chance)
 
 
 def products(net: DiT, rows: int, passes: int, head_rows: int):

@@ -30,7 +30,7 @@ EPS = 1e-3  # where the times of `nelbo` begin, unless told otherwise
 
 
 @dataclass(frozen=True)
-class Texts:
+class AskedTexts:
     """`scored` boolean [B, L]: the tokens whose likelihood is asked for. The others (the first of a
     text, a prompt, padding, masks in the text itself) are never masked."""
 
@@ -108,7 +108,7 @@ class Chance:
         return found.to(blocks.device)
 
 
-def rank(keys: Tensor, texts: Texts) -> Tensor:
+def rank_in_block(keys: Tensor, texts: AskedTexts) -> Tensor:
     """Where each token stands in its block when those scored are ordered by keys [B, L]; the others
     stand behind them. int64 [B, N, S]."""
     keys = texts.per_block(keys.masked_fill(~texts.scored, math.inf))
@@ -118,7 +118,7 @@ def rank(keys: Tensor, texts: Texts) -> Tensor:
 # ---- bounds
 
 
-def nelbo(ask: Ask, texts: Texts, chance: Chance, number=None) -> Tensor:
+def nelbo(ask: Ask, texts: AskedTexts, chance: Chance, number=None) -> Tensor:
     """Nats per token [B, L], one draw: a time per block, uniform on [EPS, 1]; weight 1 / t."""
     t = EPS + (1 - EPS) * chance.times(texts.per_block(texts.x0))[..., None]
     masked = texts.per_block(chance.tokens(texts.x0)) <= t
@@ -126,7 +126,7 @@ def nelbo(ask: Ask, texts: Texts, chance: Chance, number=None) -> Tensor:
     return (texts.per_block(texts.surprisal(ask, masked)) / t).flatten(1)
 
 
-def counts(ask: Ask, texts: Texts, chance: Chance, number=None) -> Tensor:
+def counts(ask: Ask, texts: AskedTexts, chance: Chance, number=None) -> Tensor:
     """Nats per token [B, L], one draw: m tokens of a block masked, weight n / m. The bound of
     `nelbo` over all of (0, 1], the time summed out: given the number of masked tokens every set is
     equally likely, whatever the schedule."""
@@ -134,15 +134,15 @@ def counts(ask: Ask, texts: Texts, chance: Chance, number=None) -> Tensor:
     return weight * texts.surprisal(ask, masked)
 
 
-def masked_by_counts(texts: Texts, chance: Chance) -> tuple[Tensor, Tensor]:
+def masked_by_counts(texts: AskedTexts, chance: Chance) -> tuple[Tensor, Tensor]:
     """Which tokens `counts` masks, boolean [B, L], and its weights n / m, float64 [B, L]."""
     n = texts.counts
     m = (chance.strata(texts.per_block(texts.x0))[..., None] * n).long() + 1  # [B, N, 1]
-    masked = (rank(chance.tokens(texts.x0), texts) < m).flatten(1) & texts.scored
+    masked = (rank_in_block(chance.tokens(texts.x0), texts) < m).flatten(1) & texts.scored
     return masked, (n / m).double().expand(-1, -1, texts.block_size).flatten(1)
 
 
-def exact(ask: Ask, texts: Texts, chance=None, number=None) -> Tensor:
+def exact(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tensor:
     """The bound itself, nats per token [B, L]: sum over M of sum over i in M of w a(M, i), w = 1 /
     (m C(n, m)). It is the mean over all orders of -log p(x | order)."""
     n, total = texts.counts, 0.0
@@ -153,7 +153,7 @@ def exact(ask: Ask, texts: Texts, chance=None, number=None) -> Tensor:
     return total.flatten(1)
 
 
-def subsets(texts: Texts) -> Iterator[tuple[int, Tensor]]:
+def subsets(texts: AskedTexts) -> Iterator[tuple[int, Tensor]]:
     """(number, masked boolean [B, N, S]) for every set of places of a block but the empty one, a
     set after those inside it. Blocks in which a place of the set is not scored mask nothing."""
     scored, place = texts.per_block(texts.scored), torch.arange(texts.block_size)
@@ -170,12 +170,12 @@ def choose(n: Tensor, m: Tensor) -> Tensor:
     return found.where(m <= n, 0.0)
 
 
-def importance(ask: Ask, texts: Texts, chance: Chance, number: int) -> Tensor:
+def importance(ask: Ask, texts: AskedTexts, chance: Chance, number: int) -> Tensor:
     """-log of the mean of p(x | order) over `number` orders drawn for each block; [B, L], a block's
     value in equal shares."""
     found = []
     for draw in range(number):
-        place, total = rank(chance.tokens(texts.x0, 1 + draw), texts), 0.0
+        place, total = rank_in_block(chance.tokens(texts.x0, 1 + draw), texts), 0.0
         for step in range(texts.block_size):
             masked = (place >= step).flatten(1) & texts.scored
             about = (place == step).flatten(1) & texts.scored
@@ -188,7 +188,7 @@ def importance(ask: Ask, texts: Texts, chance: Chance, number: int) -> Tensor:
 # ---- laws of samplers
 
 
-def first_hitting(ask: Ask, texts: Texts, chance=None, number=None) -> Tensor:
+def first_hitting(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tensor:
     """-log of the chance that first hitting writes the block, all orders together: A(M) = log of
     the mean over i in M of exp(A(M without i) - a(M, i)). [B, L], a block's value in equal shares.
     """
@@ -215,7 +215,7 @@ class Path:
     likeliest: Tensor
 
 
-def walk(ask: Ask, texts: Texts, score: Callable, reveal: Callable) -> Path:
+def walk(ask: Ask, texts: AskedTexts, score: Callable, reveal: Callable) -> Path:
     """Reveal the true tokens as a deterministic rule would. The rule sees the canvas alone:
     score(log_probs [m, V]) -> [m]; reveal(scores [B, N, S], -inf where nothing is masked, masked)
     -> boolean [B, N, S], at least one wherever any is masked."""
@@ -245,21 +245,21 @@ def best(scores: Tensor, masked: Tensor, number: int) -> Tensor:
     return torch.zeros_like(masked).scatter(-1, order, True) & masked
 
 
-def greedy_path(ask: Ask, texts: Texts, number: int = 1) -> Path:
+def greedy_path(ask: Ask, texts: AskedTexts, number: int = 1) -> Path:
     return walk(ask, texts, by_probability, lambda s, masked: best(s, masked, number))
 
 
-def greedy(ask: Ask, texts: Texts, chance=None, number: int = 1) -> Tensor:
+def greedy(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
     """The law of revealing the `number` places of greatest probability at a time, [B, L]."""
     return greedy_path(ask, texts, number).nll
 
 
-def margin(ask: Ask, texts: Texts, chance=None, number: int = 1) -> Tensor:
+def margin(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
     """The same by the distance of the two greatest probabilities."""
     return walk(ask, texts, by_margin, lambda s, masked: best(s, masked, number)).nll
 
 
-def threshold(ask: Ask, texts: Texts, chance=None, number: float = 0.9) -> Tensor:
+def threshold(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.9) -> Tensor:
     """The law of revealing all places whose greatest probability is at least `number`, or else the
     greatest one; with 1 always one."""
 
@@ -271,9 +271,11 @@ def threshold(ask: Ask, texts: Texts, chance=None, number: float = 0.9) -> Tenso
     return walk(ask, texts, by_probability, reveal).nll
 
 
-def left_to_right(ask: Ask, texts: Texts, chance=None, number: int = 1) -> Tensor:
+def left_to_right(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
     """The law of revealing the first `number` masked places of a block at a time, [B, L]."""
-    place = rank(texts.scored.new_zeros(texts.x0.shape, dtype=torch.float64), texts) // number
+    place = (
+        rank_in_block(texts.scored.new_zeros(texts.x0.shape, dtype=torch.float64), texts) // number
+    )
     total = 0.0
     for step in range(-(-texts.block_size // number)):
         masked = (place >= step).flatten(1) & texts.scored

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.estimators import Chance, Path, Texts, greedy_path
+from evaluation.estimators import AskedTexts, Chance, Path, greedy_path
 from evaluation.network import asker, reduced
-from evaluation.table import Chosen, check, choose
+from evaluation.table import Chosen, check_likelihoods, parse_likelihood
 from models.masks import Causal
 
 
@@ -52,15 +52,17 @@ class Scorer:
     device: torch.device | str = "cpu"
     seed: int = 1
 
-    def choose(self, label: str, draws: int = 1, most: int = 1024) -> Chosen:
+    def parse(self, label: str, draws: int = 1, most: int = 1024) -> Chosen:
         """ValueError where the model has no such likelihood, or it takes too many passes."""
-        chosen = choose(label)
+        chosen = parse_likelihood(label)
         if self.algo == "sedd":
             raise ValueError(
                 "the likelihood of given texts is not defined for sedd, whose network is told the"
                 " noise level: mode=ppl_eval has its bound"
             )
-        check([chosen], algo=self.algo, block_size=self.block_size, draws=draws, most=most)
+        check_likelihoods(
+            [chosen], algo=self.algo, block_size=self.block_size, draws=draws, most=most
+        )
         return chosen
 
     def score(
@@ -104,7 +106,7 @@ class Scorer:
     def _in_blocks(self, texts, given, chosen: Chosen, draws: int, greedy: bool):
         longest = max(map(len, texts))
         x0, scored = self._padded(texts, given, -(-longest // self.block_size) * self.block_size)
-        asked = Texts(x0, scored & (x0 != self.mask_id), self.block_size, self.mask_id)
+        asked = AskedTexts(x0, scored & (x0 != self.mask_id), self.block_size, self.mask_id)
         ask = asker(self.backbone, x0, block_size=self.block_size, mask_id=self.mask_id)
         greedy = greedy or chosen.label == "greedy"
         path = greedy_path(ask, asked) if greedy else None

@@ -100,7 +100,7 @@ class Chosen:
         return self.kind.estimate(ask, texts, chance, self.number)
 
 
-def choose(label: str) -> Chosen:
+def parse_likelihood(label: str) -> Chosen:
     """The likelihood of a name, such as iw:8. ValueError says what is wrong with it."""
     name, colon, text = label.partition(":")
     if name not in LIKELIHOODS:
@@ -134,7 +134,9 @@ def check_training(wanted: list[Chosen], *, exact: bool) -> None:
         )
 
 
-def check(wanted: list[Chosen], *, algo: str, block_size: int, draws: int, most: int) -> None:
+def check_likelihoods(
+    wanted: list[Chosen], *, algo: str, block_size: int, draws: int, most: int
+) -> None:
     """ValueError where the algorithm has no such likelihood, or where it would take too long.
     block_size: L for mdlm, 1 for ar. most: passes over a text that are allowed."""
     for each in wanted:

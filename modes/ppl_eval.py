@@ -13,11 +13,11 @@ from torch import Tensor
 import settings
 from checkpointing.layouts import Checkpoint
 from diffusion import Diffusion
-from evaluation.estimators import Ask, Texts
+from evaluation.estimators import Ask, AskedTexts
 from evaluation.journal import Journal
 from evaluation.likelihood import Likelihood, RowResults
 from evaluation.network import asker
-from evaluation.table import BOUND, Chosen, check, choose
+from evaluation.table import BOUND, Chosen, check_likelihoods, parse_likelihood
 from modes.build import build_data, build_tokenizer, trained_module
 from objectives.algorithms import get_algorithm
 from objectives.block_diffusion import MaskedDiffusion
@@ -30,11 +30,11 @@ from utils import rank, say, write_json
 
 def prepare(config: Config) -> Callable[[], None]:
     L.seed_everything(config.seed, workers=True, verbose=False)
-    wanted = [choose(label) for label in config.eval.likelihood]
+    wanted = [parse_likelihood(label) for label in config.eval.likelihood]
     writes = get_algorithm(config.algo.name).writes
     size = config.model.length if writes == "mdlm" else config.block_size
     limits = {"algo": writes, "draws": config.eval.draws, "most": config.eval.max_passes}
-    check(wanted, block_size=size, **limits)
+    check_likelihoods(wanted, block_size=size, **limits)
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
     data = build_data(config, tokenizer, train=False)
@@ -128,7 +128,7 @@ class Evaluator(L.LightningModule):
         nll = [self._draw(batch, each, texts, ask, draw).sum(1) for draw in draws]
         return torch.stack(nll, 1), texts.scored.sum(1)
 
-    def _ask(self, batch: dict) -> tuple[Texts, Ask]:
+    def _ask(self, batch: dict) -> tuple[AskedTexts, Ask]:
         texts, _ = texts_of(self.module, batch)
         x0, scored = texts.x0.to(self.device), texts.scored.to(self.device)
         ids = self.module.documents(batch)[2]
@@ -141,7 +141,7 @@ class Evaluator(L.LightningModule):
         )
         return dataclasses.replace(texts, x0=x0, scored=scored), ask
 
-    def _draw(self, batch: dict, each: Chosen, texts: Texts, ask: Ask, draw: int) -> Tensor:
+    def _draw(self, batch: dict, each: Chosen, texts: AskedTexts, ask: Ask, draw: int) -> Tensor:
         """Nats per token, [B, L]."""
         if each.name != "nelbo":
             return each.estimate(ask, texts, chance(self.module, batch, draw))

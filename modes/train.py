@@ -6,7 +6,7 @@ import lightning as L
 
 import settings
 from checkpointing.layouts import read_checkpoint, section
-from evaluation.table import check, check_training, choose
+from evaluation.table import check_likelihoods, check_training, parse_likelihood
 from modes.build import (
     build_backbone,
     build_data,
@@ -26,9 +26,9 @@ from utils import rank, say
 
 def prepare(config: Config) -> Callable[[], None]:
     L.seed_everything(config.seed, workers=True, verbose=False)
-    wanted = [choose(label) for label in config.eval.likelihood]
+    wanted = [parse_likelihood(label) for label in config.eval.likelihood]
     writes = get_algorithm(config.algo.name).writes
-    check(wanted, algo=writes, block_size=1, draws=1, most=config.eval.max_passes)
+    check_likelihoods(wanted, algo=writes, block_size=1, draws=1, most=config.eval.max_passes)
     check_training(wanted, exact=default_likelihood(config) == "exact")
     resume = resume_point(config)
     pretrained = None

@@ -42,7 +42,7 @@ class Reading:
         bos = self.tokenizer.bos_id
         ids = [[bos, *self.tokenizer.encode(t)] if isinstance(t, str) else list(t) for t in texts]
         usual = "exact" if self.scorer.block_size <= EXACT_TOKENS else "counts"
-        chosen = self.scorer.choose(likelihood or usual, draws, max_passes)
+        chosen = self.scorer.parse(likelihood or usual, draws, max_passes)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found = {}
         for start in range(0, len(order), batch_size):

@@ -58,7 +58,7 @@ class BlockDiffusionLM(TemplateLM):
         self.scorer = self.model.scorer
         usual = "exact" if self.scorer.block_size <= 10 else "counts"
         self.draws = int(draws)
-        self.chosen = self.scorer.choose(str(likelihood or usual), self.draws, int(max_passes))
+        self.chosen = self.scorer.parse(str(likelihood or usual), self.draws, int(max_passes))
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.add_bos = self.model.writes != "ar" if add_bos_token is None else add_bos_token
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from evaluation.estimators import Chance, Texts, masked_by_counts
+from evaluation.estimators import AskedTexts, Chance, masked_by_counts
 from evaluation.likelihood import Likelihood, LikelihoodMeter
 from noise_schedule import LogLinear
 from objectives import clipping
@@ -158,12 +158,12 @@ def masked_by_times(module: L.LightningModule, batch: dict, draw: int) -> tuple[
     return x_t != x0, per_token(objective.noise_level(t, interval).weight, x0.shape[1])
 
 
-def texts_of(module: L.LightningModule, batch: dict) -> tuple[Texts, Tensor]:
+def texts_of(module: L.LightningModule, batch: dict) -> tuple[AskedTexts, Tensor]:
     """The batch as the estimators take it, and its loss mask float32 [B, L]."""
     x0, valid, document_ids = module.documents(batch)
     objective = module.objective
     loss_mask = objective.loss_mask(valid, False, document_ids)
-    return Texts(x0, loss_mask > 0, objective.block_size, objective.mask_id), loss_mask
+    return AskedTexts(x0, loss_mask > 0, objective.block_size, objective.mask_id), loss_mask
 
 
 def chance(module: L.LightningModule, batch: dict, draw: int = 0) -> Chance:

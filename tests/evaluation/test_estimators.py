@@ -12,7 +12,7 @@ from networks import chi_square_p
 from sampling_tools import denoiser, write
 
 from evaluation import estimators
-from evaluation.estimators import Chance, Texts
+from evaluation.estimators import AskedTexts, Chance
 from evaluation.network import asker
 from models.attention import get_backend
 from models.dit import DiT
@@ -58,7 +58,9 @@ def toy(vocabulary):
 
 def texts_of(x0, vocabulary, block_size=None):
     x0 = torch.as_tensor(x0)
-    return Texts(x0, torch.ones_like(x0, dtype=torch.bool), block_size or x0.shape[1], vocabulary)
+    return AskedTexts(
+        x0, torch.ones_like(x0, dtype=torch.bool), block_size or x0.shape[1], vocabulary
+    )
 
 
 def every_text(vocabulary, size):
@@ -173,11 +175,11 @@ def test_tokens_that_are_not_scored_are_seen():
     scored = torch.ones_like(x0, dtype=torch.bool)
     scored[:, 0] = False
     for name in LAWS:
-        nll = DETERMINISTIC[name](toy(2), Texts(x0, scored, 4, 2))
+        nll = DETERMINISTIC[name](toy(2), AskedTexts(x0, scored, 4, 2))
         assert (nll[:, 0] == 0).all()
         assert float((-nll.sum(1)).exp().sum()) == pytest.approx(1, abs=1e-12)
-    bound = estimators.exact(toy(2), Texts(x0, scored, 4, 2)).sum(1)
-    many = Texts(x0.repeat(5000, 1), scored.repeat(5000, 1), 4, 2)
+    bound = estimators.exact(toy(2), AskedTexts(x0, scored, 4, 2)).sum(1)
+    many = AskedTexts(x0.repeat(5000, 1), scored.repeat(5000, 1), 4, 2)
     found = estimators.counts(toy(2), many, Chance(1, torch.arange(40_000), 40_000)).sum(1)
     torch.testing.assert_close(found.view(5000, 8).mean(0), bound, rtol=0.05, atol=0)
 
@@ -299,7 +301,7 @@ def blocks_of_all_texts():
 @pytest.mark.parametrize("name", ["counts", "importance", *DETERMINISTIC])
 def test_the_clean_half_is_made_once_and_gives_what_the_whole_gives(name):
     net, x0 = trained(), blocks_of_all_texts()
-    texts = Texts(x0, torch.ones_like(x0, dtype=torch.bool), S, V)
+    texts = AskedTexts(x0, torch.ones_like(x0, dtype=torch.bool), S, V)
     chance = Chance(1, torch.arange(len(x0)), len(x0))
     estimate = {
         "counts": functools.partial(estimators.counts, chance=chance),
@@ -316,7 +318,7 @@ def test_a_trained_networks_law_sums_to_one_over_all_texts_of_a_block(name):
     x0 = blocks_of_all_texts()
     scored = (torch.arange(L) >= S).expand_as(x0)
     ask = asker(trained(), x0, block_size=S, mask_id=V)
-    nll = DETERMINISTIC[name](ask, Texts(x0, scored, S, V)).sum(1)
+    nll = DETERMINISTIC[name](ask, AskedTexts(x0, scored, S, V)).sum(1)
     assert float((-nll).exp().sum()) == pytest.approx(1, abs=1e-5)
     assert float(nll.min()) < 2 * math.log(V), "nothing was learned"
 
@@ -325,7 +327,7 @@ def test_flex_attention_gives_the_same():
     net, x0 = trained(), blocks_of_all_texts()[:6]
     flex = copy.copy(net)
     flex.prepare_attention = get_backend("flex")
-    texts = Texts(x0, torch.ones_like(x0, dtype=torch.bool), S, V)
+    texts = AskedTexts(x0, torch.ones_like(x0, dtype=torch.bool), S, V)
     found = [estimators.exact(asker(n, x0, block_size=S, mask_id=V), texts) for n in (flex, net)]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
@@ -336,9 +338,9 @@ def test_documents_of_one_row_are_texts_of_their_own():
     document_ids = torch.tensor([1] * L + [2] * L).expand_as(two)
     scored = torch.ones_like(two, dtype=torch.bool)
     ask = asker(net, two, block_size=S, mask_id=V, document_ids=document_ids)
-    found = estimators.exact(ask, Texts(two, scored, S, V))
+    found = estimators.exact(ask, AskedTexts(two, scored, S, V))
     alone = estimators.exact(
-        asker(net, x0, block_size=S, mask_id=V), Texts(x0, scored[:, :L], S, V)
+        asker(net, x0, block_size=S, mask_id=V), AskedTexts(x0, scored[:, :L], S, V)
     )
     torch.testing.assert_close(found, torch.cat([alone, alone.flip(0)], 1), rtol=1e-5, atol=1e-6)
 
@@ -365,7 +367,7 @@ def test_the_samplers_frequencies_are_those_of_the_law(name):
     found = torch.stack([s.tokens[S:] for s in samples]) @ cells
     x0 = blocks_of_all_texts()
     scored = (torch.arange(L) >= S).expand_as(x0)
-    nll = estimate(asker(net, x0, block_size=S, mask_id=V), Texts(x0, scored, S, V)).sum(1)
+    nll = estimate(asker(net, x0, block_size=S, mask_id=V), AskedTexts(x0, scored, S, V)).sum(1)
     counts, expected = found.bincount(minlength=V**S), (-nll).exp() * number
     rare = expected < 5  # together: chi-square wants some in each
     counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))

@@ -9,7 +9,7 @@ from runs import ALGORITHMS, tiny
 
 import main
 from evaluation.journal import Journal
-from evaluation.table import LIKELIHOODS, choose
+from evaluation.table import LIKELIHOODS, parse_likelihood
 from noise_schedule import SCHEDULES, LogLinear
 from objectives.block_diffusion import MaskedDiffusion
 from training.validation import even_in_p
@@ -226,12 +226,12 @@ def test_the_bound_by_times_reports_a_uniform_network_rightly(name):
 
 
 def test_passes_are_those_of_the_table():
-    passes = {name: choose(name).passes(4) for name in EVERY.split(",")}
+    passes = {name: parse_likelihood(name).passes(4) for name in EVERY.split(",")}
     assert passes == dict.fromkeys(["nelbo", "counts"], 1) | dict.fromkeys(
         ["exact", "first_hitting"], 15
     ) | {"iw:2": 8} | dict.fromkeys(["left_to_right", "greedy", "margin", "threshold:0.5"], 4)
-    assert choose("greedy:4").passes(1024) == 256
-    assert {choose(name).name for name in EVERY.split(",")} == set(LIKELIHOODS)
+    assert parse_likelihood("greedy:4").passes(1024) == 256
+    assert {parse_likelihood(name).name for name in EVERY.split(",")} == set(LIKELIHOODS)
 
 
 def test_validation_by_another_measure_is_said(trained, tmp_path, capsys):
