@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from models.randomness import uniform
+from objectives.corruption import log_binomial
 from samplers.steps import by_margin, by_probability
 
 Ask = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
@@ -148,7 +149,7 @@ def exact(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tensor:
     n, total = texts.counts, 0.0
     for _, masked in subsets(texts):
         m = masked.sum(-1, keepdim=True)
-        weight = 1 / (m * choose(n, m)).clamp(min=1)
+        weight = 1 / (m * log_binomial(n, m).exp().round()).clamp(min=1)
         total = total + weight * texts.per_block(texts.surprisal(ask, masked.flatten(1)))
     return total.flatten(1)
 
@@ -161,13 +162,6 @@ def subsets(texts: AskedTexts) -> Iterator[tuple[int, Tensor]]:
         chosen = ((number >> place) & 1).bool().to(scored.device)
         possible = (scored | ~chosen).all(-1, keepdim=True)
         yield number, (chosen & possible)
-
-
-def choose(n: Tensor, m: Tensor) -> Tensor:
-    """C(n, m) as float64; 0 where m > n."""
-    n, m = n.double(), m.double()
-    found = torch.exp(torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(n - m + 1)).round()
-    return found.where(m <= n, 0.0)
 
 
 def importance(ask: Ask, texts: AskedTexts, chance: Chance, number: int) -> Tensor:

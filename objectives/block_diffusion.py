@@ -55,6 +55,11 @@ class MaskedDiffusion(MaskingObjective):
             return NoiseLevel(p=torch.ones_like(t), weight=torch.ones_like(t))
         return self.schedule(t)
 
+    def bounds(self, interval: Interval) -> Interval:
+        """Of the masked share of a block."""
+        lo, hi = interval if self.resample else (0.0, 1.0)
+        return (0.0 if lo <= self.full_from + 1e-6 else lo, hi)
+
     def corrupt(
         self, x0: Tensor, noise: Noise, interval: Interval, document_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -62,9 +67,7 @@ class MaskedDiffusion(MaskingObjective):
         t = times(noise.time, interval)
         p = self.noise_level(t, interval).p
         if self.resample:
-            lo, hi = interval
-            bounds = (0.0 if lo <= self.full_from + 1e-6 else lo, hi)
-            masked = masked_within_bounds(noise.token, noise.count, p, bounds)
+            masked = masked_within_bounds(noise.token, noise.count, p, self.bounds(interval))
         else:
             masked = masked_independently(noise.token, p)
         return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t

@@ -7,9 +7,11 @@ lowers the variance of the gradient; which interval is best is read off the vali
 import torch
 from torch import Tensor
 
-from .corruption import EXACT, Interval
+from .block_diffusion import MaskedDiffusion
+from .corruption import EXACT, Interval, count_law, log_binomial, times
 
 BATCHES = 100  # validation batches that enter a candidate's figure
+TIMES = 4096  # of an interval, where a mean over its times is taken
 
 
 def candidates(
@@ -43,6 +45,38 @@ def variance(block_means: Tensor) -> Tensor:
     means = block_means.double()
     number = (~means.isnan()).sum()
     return (means - means.nansum() / number).square().nansum() / (number - 1)
+
+
+def moments(objective: MaskedDiffusion, grid: list[Interval]) -> Tensor:
+    """Of each interval the mean over its times of weight ** j times the chance that k tokens of a
+    block are masked, for j = 1 and 2: float64 [2, C, S + 1]."""
+    middles = (torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES
+    found = []
+    for interval in grid:
+        level = objective.noise_level(times(middles, interval), interval)
+        law = count_law(objective.block_size, level.p, objective.bounds(interval))
+        found.append(torch.stack([level.weight, level.weight.square()]) @ law / TIMES)
+    return torch.stack(found, 1)
+
+
+def variances(of_counts: Tensor, nll: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    """Of each interval the variance of a block's mean loss, which `variance` estimates from drawn
+    times; here from blocks whose numbers of masked tokens were drawn evenly, in strata: [C].
+
+    of_counts: `moments`. For each block [K]: its mean nll without weight (nan: padding), m of its n
+    scored tokens masked. Given m every set is equally likely, so a time shapes nothing but the
+    chance of m; with that chance times n in place of the draw, one pass serves all intervals, and
+    the noise of the times is gone.
+    """
+    real = ~nll.isnan()
+    nll, m, n = nll[real].double()[:, None], m[real][:, None], n[real][:, None]
+    k = torch.arange(of_counts.shape[-1], device=n.device)
+    size = torch.as_tensor(len(k) - 1, device=n.device)
+    # how likely m of the n are masked where k of the whole block are: [K, S + 1]
+    ways = log_binomial(n, m) + log_binomial(size - n, k - m) - log_binomial(size, k)
+    chance = ways.exp() @ of_counts.to(n.device).transpose(-1, -2)  # [2, K, C]
+    mean, square = (n * chance[0] * nll).mean(0), (n * chance[1] * nll.square()).mean(0)
+    return square - mean.square()
 
 
 class Search:

@@ -123,22 +123,30 @@ def masked_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Inte
     k / K fits.
     """
     size = token.shape[1] // p.shape[1]
-    k = torch.arange(size + 1, device=p.device)
-    fits = shares_within(size, interval)  # on the CPU, so that nothing here waits for the device
-    most = int(fits.nonzero().max())
-    p = p.double()[..., None]
-    log_choose = torch.lgamma(torch.tensor(size + 1.0, dtype=torch.float64)) - (
-        torch.lgamma(k.double() + 1) + torch.lgamma(size - k.double() + 1)
-    )
-    log_pmf = log_choose.to(p.device) + torch.xlogy(k, p) + torch.xlogy(size - k, 1 - p)
-    log_pmf = log_pmf.masked_fill(~fits.to(p.device), -torch.inf)
-    cdf = log_pmf.softmax(-1).cumsum(-1)
+    most = int(shares_within(size, interval).nonzero().max())
+    cdf = count_law(size, p, interval).cumsum(-1)
     # smallest k whose cdf exceeds u; never one outside the bounds, whatever the rounding
     drawn = (cdf <= count.double()[..., None]).sum(-1)
     drawn = drawn.clamp(max=most)
     in_blocks = rearrange(token, "b (n k) -> b n k", k=size)
     rank = in_blocks.argsort(dim=-1, stable=True).argsort(-1)
     return rearrange(rank < drawn[..., None], "b n k -> b (n k)")
+
+
+def count_law(size: int, p: Tensor, interval: Interval = (0.0, 1.0)) -> Tensor:
+    """How likely 0 .. size of `size` tokens are masked, each with probability p [...], given that
+    their share lies inside the interval: float64 [..., size + 1]."""
+    fits = shares_within(size, interval)  # on the CPU, so that nothing here waits for the device
+    ways = log_binomial(torch.tensor(size), torch.arange(size + 1)).to(p.device)
+    k, p = torch.arange(size + 1, device=p.device), p.double()[..., None]
+    log_pmf = ways + torch.xlogy(k, p) + torch.xlogy(size - k, 1 - p)
+    return log_pmf.masked_fill(~fits.to(p.device), -torch.inf).softmax(-1)
+
+
+def log_binomial(n: Tensor, k: Tensor) -> Tensor:
+    """log C(n, k) of whole numbers, float64; -inf where k is none of 0 .. n."""
+    n, k = n.double(), k.double()
+    return torch.lgamma(n + 1) - (torch.lgamma(k + 1) + torch.lgamma(n - k + 1))
 
 
 def shares_within(block_size: int, interval: Interval) -> Tensor:

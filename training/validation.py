@@ -39,21 +39,40 @@ class Validation:
             )
             if len(grid) > 1:  # with the full interval alone there is nothing to choose
                 self.search = clipping.Search(grid)
+                self.timed = by_time(module, module.validate_by)
+                if not self.timed:
+                    self.moments = clipping.moments(module.objective, grid).to(module.device)
 
     def add(self, batch: dict) -> None:
         module = self.module
         loss = one_pass(module, batch, module.validate_by)
         self.meter.update(loss.nll, loss.loss_mask)
         if self.search is not None and self.search.wants_more():
-            real, noise = batch["attention_mask"].to(module.device), nelbo_noise(module, batch)
-            found = {}
-            if by_time(module, module.validate_by):  # else it is no draw of an interval
-                found[reported_interval(module)] = self._variance(loss, real)
-            for interval in self.search.grid:
-                if interval not in found:
-                    other = module.token_loss(batch, interval, noise, training=False)
-                    found[interval] = self._variance(other, real)
-            self.search.add([found[interval] for interval in self.search.grid])
+            add = self._by_times if self.timed else self._by_counts
+            self.search.add(add(batch, loss))
+
+    def _by_times(self, batch: dict, loss: TokenLoss) -> list[Tensor]:
+        """The variance of each candidate, as published: a pass for each, but for that of `loss`."""
+        module, found = self.module, []
+        real, noise = batch["attention_mask"].to(module.device), nelbo_noise(module, batch)
+        for interval in self.search.grid:
+            drawn = loss
+            if interval != reported_interval(module):
+                drawn = module.token_loss(batch, interval, noise, training=False)
+            means = drawn.block_means(module.objective.block_size, real)
+            found.append(clipping.variance(self._of_all(means)))
+        return found
+
+    def _by_counts(self, batch: dict, loss: TokenLoss) -> list[Tensor]:
+        """The variance of each candidate, all from the numbers of masked tokens of `loss`."""
+        module, (texts, _) = self.module, texts_of(self.module, batch)
+        masked, _ = masked_by_counts(texts, chance(module, batch))
+        m, n = texts.per_block(masked).sum(-1), texts.counts[..., 0]  # [B, N]
+        means = loss.block_means(texts.block_size, batch["attention_mask"].to(module.device))
+        each = [x.to(module.device).double() for x in (means, m, n)]
+        means, m, n = self._of_all(torch.stack(each, -1)).flatten(0, 1).unbind(-1)
+        # `loss` weighs what is masked with n / m
+        return list(clipping.variances(self.moments, means * m / n.clamp(min=1), m, n))
 
     def likelihood(self) -> Likelihood:
         """What was measured so far, over all devices; every rank must call it."""
@@ -74,16 +93,13 @@ class Validation:
         found = {clipping.name(i): mean for i, mean in zip(grid, means, strict=True)}
         return {**found, "sampling_eps_min": low, "sampling_eps_max": high}
 
-    def _variance(self, loss: TokenLoss, real: Tensor) -> Tensor:
-        means = loss.block_means(self.module.objective.block_size, real)
-        several = self.module.trainer.world_size > 1
-        return clipping.variance(self._of_all(means) if several else means)
-
     def _of_all(self, rows: Tensor) -> Tensor:
-        """The rows [B, N] of all devices; the last batches of a split differ in B."""
+        """The rows [B, ...] of all devices; the last batches of a split differ in B."""
+        if self.module.trainer.world_size == 1:
+            return rows
         gather = self.module.all_gather
         counts = gather(torch.tensor(len(rows), device=rows.device))
-        padded = rows.new_zeros(int(counts.max()), rows.shape[1])
+        padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = zip(gather(padded), counts.tolist(), strict=True)
         return torch.cat([part[:count] for part, count in gathered])

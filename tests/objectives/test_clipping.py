@@ -1,5 +1,6 @@
 """The search for the interval of times whose loss varies least."""
 
+import itertools
 import math
 import re
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from conftest import load_json
 
-from objectives.clipping import BATCHES, Search, candidates, name, variance
-from objectives.corruption import EXACT
+from noise_schedule import SCHEDULES
+from objectives.block_diffusion import MaskedDiffusion
+from objectives.clipping import BATCHES, Search, candidates, moments, name, variance, variances
+from objectives.corruption import EXACT, draw_noise
 
 GRIDS = load_json("metrics/valid_vars.json")
 SEARCHES = load_json("metrics/clipped_search.json")
@@ -123,3 +126,94 @@ def test_the_variance_is_unbiased_and_over_all_blocks():
     mean = 3.5
     by_hand = sum((x - mean) ** 2 for x in (1, 2, 4, 7)) / 3
     assert float(variance(blocks)) == pytest.approx(by_hand)
+
+
+# ---- the same variances from numbers of masked tokens
+
+SIZE, TEXTS = 3, 8  # all texts of three tokens over two words
+INTERVALS = [(FLOOR, 1), (0.3, 0.8), (0.4, 1.0)]
+
+
+def subsets(places):
+    return [c for m in range(len(places) + 1) for c in itertools.combinations(places, m)]
+
+
+def surprisal(text, masked):
+    """Mean nats of a block, of a network that is a table: other numbers for every text and set."""
+    return sum(1 + math.sin(3 + 5 * text + 7 * i + 11 * sum(2**j for j in masked)) for i in masked)
+
+
+def by_enumeration(objective, interval, scored):
+    """The variance of weight * nats over all texts, times and sets of the block's tokens."""
+    u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    level = objective.noise_level(interval[0] + u * (interval[1] - interval[0]), interval)
+    lo, hi = objective.bounds(interval)
+    sets = [s for s in subsets(range(SIZE)) if lo - 1e-6 <= len(s) / SIZE <= hi + 1e-6]
+    chances = [level.p ** len(s) * (1 - level.p) ** (SIZE - len(s)) for s in sets]
+    total, first, second = sum(chances), 0.0, 0.0
+    for masked, chance in zip(sets, chances, strict=True):
+        found = [surprisal(text, [i for i in masked if i in scored]) for text in range(TEXTS)]
+        nll = torch.tensor(found, dtype=torch.float64)
+        first += (level.weight * chance / total).mean() * nll.mean()
+        second += (level.weight.square() * chance / total).mean() * nll.square().mean()
+    return float(second - first**2)
+
+
+@pytest.mark.parametrize("schedule", ["loglinear", "cosine"])
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("scored", [(0, 1, 2), (1, 2)], ids=["all", "without the first"])
+def test_numbers_of_masked_tokens_give_the_variance_over_all_times(schedule, resample, scored):
+    """Of all texts and sets, each number of masked tokens equally often."""
+    objective = MaskedDiffusion(2, SIZE, SCHEDULES[schedule], resample=resample)
+    of_counts, n = moments(objective, INTERVALS), len(scored)
+    even = math.lcm(*(math.comb(n, m) for m in range(1, n + 1)))
+    blocks = [
+        (surprisal(text, masked), len(masked))
+        for text in range(TEXTS)
+        for masked in subsets(scored)[1:]
+        for _ in range(even // math.comb(n, len(masked)))
+    ]
+    nll, m = torch.tensor(blocks, dtype=torch.float64).T
+    found = variances(of_counts, nll, m, torch.full_like(m, n))
+    expected = [by_enumeration(objective, interval, scored) for interval in INTERVALS]
+    assert found.tolist() == pytest.approx(expected, rel=2e-3)  # 1 / t at t = 1e-3, by 4096 times
+
+
+def test_they_vary_less_than_those_of_drawn_times():
+    """Batches of 64 blocks of four tokens. Their means agree, their spread does not."""
+    size, number = 4, 64
+    objective = MaskedDiffusion(2, size, SCHEDULES["loglinear"], ignore_bos=False)
+    of_counts, timed, counted = moments(objective, INTERVALS), [], []
+    for batch in range(400):
+        noise = draw_noise(
+            1, batch, torch.arange(number), global_batch=number, length=size, block_size=size,
+            antithetic=True,
+        )  # fmt: skip
+        token, x0 = noise.token, torch.zeros(number, size, dtype=torch.int64)
+        costs = 1 + (torch.arange(number * size).view(number, size) * 0.7).sin()
+
+        def nats(masked, costs=costs):  # the more is masked, the more a token costs
+            return (costs * masked).sum(1) * (1 + masked.sum(1)) / size
+
+        by_time = []
+        for interval in INTERVALS:
+            x_t, t = objective.corrupt(x0, noise, interval)
+            weight = objective.noise_level(t, interval).weight[:, 0]
+            by_time.append(variance(weight * nats(x_t == 2)))
+        timed.append(torch.stack(by_time))
+        m = 1 + torch.randperm(number, generator=torch.Generator().manual_seed(batch)) % size
+        masked = token.argsort(1).argsort(1) < m[:, None]
+        n = torch.full_like(m, size)
+        counted.append(variances(of_counts, nats(masked), m, n))
+    timed, counted = torch.stack(timed), torch.stack(counted)
+    error = ((timed.var(0) + counted.var(0)) / len(timed)).sqrt()
+    assert ((timed.mean(0) - counted.mean(0)).abs() < 4 * error).all()
+    assert (counted.std(0) < timed.std(0) / torch.tensor([20, 2, 1.4])).all()
+
+
+def test_blocks_of_padding_do_not_count():
+    of_counts = moments(MaskedDiffusion(2, SIZE, SCHEDULES["loglinear"]), INTERVALS)
+    nll, m, n = torch.tensor([0.5, math.nan, 2.0]), torch.tensor([1, 0, 3]), torch.tensor([3, 0, 3])
+    kept = torch.tensor([0, 2])
+    found = variances(of_counts, nll, m, n)
+    torch.testing.assert_close(found, variances(of_counts, nll[kept], m[kept], n[kept]))

@@ -70,6 +70,7 @@ def module(
     fix=False,
     eps=1e-8,
     interval=(1e-3, 1),
+    validate_by="nelbo",
 ):
     objective = ALGORITHMS[algo]()
     if block:
@@ -99,6 +100,7 @@ def module(
         ema_decay=ema,
         clip=ClippingSettings(tuple(widths), 0.25, fix) if algo == "bamdlm" else None,
         exact_nll=exact,
+        validate_by=validate_by,
         description={"config": {"algo": {"name": algo}}, "tokenizer": {}},
     )
 
@@ -241,6 +243,30 @@ def test_the_interval_of_least_variance_becomes_the_training_interval(tmp_path, 
     assert m.interval == chosen[1]
     saved = read_checkpoint(str(next(tmp_path.glob("*.ckpt"))))
     assert saved.interval == pytest.approx(chosen[0], abs=1e-6)
+
+
+def test_by_counts_the_search_needs_no_pass_of_its_own(tmp_path, monkeypatch):
+    """Its figures are those of drawn times, in the mean over a hundred batches."""
+    passes, found, compute_loss = [], {}, MaskedDiffusion.compute_loss
+
+    def watched(self, *asked):
+        passes.append(torch.is_grad_enabled())
+        return compute_loss(self, *asked)
+
+    monkeypatch.setattr(MaskedDiffusion, "compute_loss", watched)
+    batches, grid = 100, clipping.candidates(4, [0.5, 0.75], 0.25, 1e-3)
+    for measure, expected in (("nelbo", batches * len(grid)), ("counts", batches)):
+        m = module("bamdlm", widths=(0.5, 0.75), validate_by=measure)
+        t = trainer(tmp_path, 1, validate=2)
+        passes.clear()
+        t.fit(m, datamodule=data(valid=4 * batches))
+        assert passes.count(False) == expected
+        values = t.callback_metrics
+        found[measure] = [float(values[clipping.name(interval)]) for interval in grid]
+    # from 1e-3 on, few draws with weights of up to 1000 make the variance: these are missed
+    late = [i for i, (low, _) in enumerate(grid) if low > 0.2]
+    ours, published = ([found[name][i] for i in late] for name in ("counts", "nelbo"))
+    assert ours == pytest.approx(published, rel=0.1)
 
 
 def test_dropout_is_a_function_of_the_place_in_the_stream(monkeypatch):
