@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
 CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
+CAUSAL = {"AutoModelForCausalLM": "BD3LMForCausalLM"}  # rows about the next token
 CARD_SECTIONS = (
     *("algo", "block_size", "data", "loader", "lr_scheduler", "model", "noise", "optim"),
     *("seed", "training"),
@@ -96,12 +97,13 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         noise = section(checkpoint.config, "noise").get("type", "loglinear")
     low, high = checkpoint.interval or (1e-3, 1.0)
     block_size = 1 if trains.causal else length
+    classes = CLASSES | (CAUSAL if trains.causal else {})
     return {
         "adaln": sizes["adaln"],
         "algo": algo,
         "architectures": ["BD3LM"],
         "attn_backend": "sdpa",
-        "auto_map": {auto: f"{ENTRY.stem}.{name}" for auto, name in CLASSES.items()},
+        "auto_map": {auto: f"{ENTRY.stem}.{name}" for auto, name in classes.items()},
         "block_size": checkpoint.block_size if trains.blocks else block_size,
         "bos_token_id": tokenizer.bos_id,
         "causal": trains.causal,

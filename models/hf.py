@@ -22,6 +22,7 @@ class BD3LMConfig(PretrainedConfig):
     """
 
     model_type = "bd3lm"
+    attribute_map = {"max_position_embeddings": "model_length"}  # where others look for it
 
     def __init__(
         self,

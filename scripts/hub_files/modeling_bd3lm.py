@@ -5,6 +5,7 @@ checkpointing/export.py puts it into exports, beside the files of models/ and sa
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
 
 from .denoiser import Denoiser, Score
 from .hf import BD3LM as Network
@@ -15,7 +16,7 @@ from .params import SamplingParams
 from .request import TextRequest
 from .writing import generate
 
-__all__ = ["BD3LM", "BD3LMConfig"]
+__all__ = ["BD3LM", "BD3LMConfig", "BD3LMForCausalLM"]
 
 SEDD_STEPS = 1000  # as in the paper
 
@@ -84,3 +85,13 @@ class BD3LM(Network):
         rules = {"ar": Causal(), "mdlm": Full(), "bamdlm": BlockCausal(config.block_size)}
         block_size = config.block_size if config.algo == "bamdlm" else 1
         return Denoiser(self.backbone, config.mask_token_id, block_size, rules[config.algo])
+
+
+class BD3LMForCausalLM(BD3LM):
+    """An ar model as others ask it, such as lm-eval's `hf`: row i of the logits is about token
+    i + 1, and the mask, which is no word, is left out."""
+
+    def forward(self, *args, **kwargs) -> CausalLMOutput:
+        logits = super().forward(*args, **{**kwargs, "return_dict": True}).logits
+        mask = torch.arange(logits.shape[-1], device=logits.device) == self.config.mask_token_id
+        return CausalLMOutput(logits=logits.masked_fill(mask, -torch.inf))

@@ -172,7 +172,9 @@ def native_texts(algo, folder):
 CONSUMER = """
     import sys
     import torch
-    from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import (
+        AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    )
     from safetensors.torch import load_file, save_file
 
     out = {}
@@ -188,6 +190,16 @@ CONSUMER = """
             logits = model(data["tokens"], sigma, sample_mode=True).logits
             assert torch.equal(same(data["tokens"], sigma, sample_mode=True).logits, logits)
             out[f"{algo}.logits"] = logits
+            if algo == "ar":  # the others have no row about the next token
+                causal = AutoModelForCausalLM.from_pretrained(**where)
+                assert causal.config.max_position_embeddings == causal.config.model_length
+                mask = causal.config.mask_token_id
+                assert (causal(data["tokens"]).logits[..., mask] == -torch.inf).all()
+                logits[..., mask] = -torch.inf
+                assert torch.equal(causal(data["tokens"]).logits, logits)
+                out[f"{algo}.logits"] = model(data["tokens"]).logits
+            else:
+                assert "AutoModelForCausalLM" not in model.config.auto_map
         prompts = data[f"{algo}.prompts"]
         texts = model.generate(prompts, num_steps=4, nucleus_p=0.9, seed=7)
         out[f"{algo}.texts"] = texts
