@@ -150,6 +150,7 @@ def _averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
         return {}  # trained without EMA: the weights are all there is
     raise CheckpointError(
         f"{checkpoint.source} has no averaged weights (ema); eval.disable_ema=true takes the others"
+        " (use_ema=False in a notebook)"
     )
 
 
@@ -173,6 +174,7 @@ def _check_average(checkpoint: Checkpoint) -> None:
     if checkpoint.ema_problem is not None:
         raise CheckpointError(
             f"{checkpoint.source}: {checkpoint.ema_problem}; eval.disable_ema=true does without it"
+            " (use_ema=False in a notebook)"
         )
 
 

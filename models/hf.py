@@ -5,6 +5,8 @@ folder's files beside them, so that transformers can load the model where this p
 installed.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,7 +24,7 @@ class BD3LMConfig(PretrainedConfig):
     """
 
     model_type = "bd3lm"
-    attribute_map = {"max_position_embeddings": "model_length"}  # where others look for it
+    attribute_map: ClassVar = {"max_position_embeddings": "model_length"}  # where others look
 
     def __init__(
         self,

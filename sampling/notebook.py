@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing.layouts import Checkpoint, read_checkpoint, section
+from checkpointing.layouts import ALIASES, Checkpoint, read_checkpoint, section
 from checkpointing.load import build_backbone_args, load_into
 from data.tokenizer import Tokenizer, get_tokenizer
 from evaluation.judge import Judge, TextScore, describe
@@ -88,23 +88,16 @@ def load(
 ) -> Writer:
     """A .ckpt, an exported folder or a hub id. What the file says of itself need not be said again.
 
-    `params`: fields of SamplingParams, as the defaults of `generate`. The cache is on where it is
-    exact.
+    use_ema: the averaged weights, which must be there, or else the raw ones. `params`: fields of
+    SamplingParams, as the defaults of `generate`. The cache is on where it is exact.
     """
     found = read_checkpoint(checkpoint)
-    algo = {"bd3lm": "bamdlm"}.get(algo, algo) or found.algo
-    if algo is None:
-        raise ValueError(
-            f"{found.source} fits {' and '.join(found.algorithms)}: say which as algo="
-        )
-    block_size = block_size or (found.block_size if algo == "bamdlm" else 1)
-    if block_size is None:
-        raise ValueError(f"{found.source} does not say its block size: give block_size=")
+    algo, block_size = trained_as(found, algo, block_size)
     words = word_list(found, tokenizer, cache_dir)
     network = loaded_network(found, words, algo, use_ema)
     settings = objective_settings(found, words.mask_id, block_size)
     length, schedule = settings.length, settings.schedule
-    objective = build_objective(algo, settings)
+    denoise = build_objective(algo, settings).denoiser(network.to(device).eval())
     base = SamplingParams(
         length=length,
         bos_id=words.bos_id,
@@ -115,24 +108,29 @@ def load(
         kv_cache="cache" in SAMPLERS[get_algorithm(algo).writes].can,
         move_chance=lambda t: schedule(t).p,
     )
-    return Writer(
-        algo,
-        objective.denoiser(network.to(device).eval()),
-        words,
-        base.changed(**params),
-        device,
-    )
+    return Writer(algo, denoise, words, base.changed(**params), device)
+
+
+def trained_as(found: Checkpoint, algo: str | None, size: int | None) -> tuple[str, int]:
+    """Algorithm and block size, 1 where it has no blocks. ValueError where nobody says them."""
+    algo = ALIASES.get(algo, algo) or found.algo
+    if algo is None:
+        choice = " and ".join(found.algorithms)
+        raise ValueError(f"{found.source} fits {choice}: say which as algo=")
+    size = size or (found.block_size if get_algorithm(algo).blocks else 1)
+    if size is None:
+        raise ValueError(f"{found.source} does not say its block size: give block_size=")
+    return algo, size
 
 
 def loaded_network(found: Checkpoint, words: Tokenizer, algo: str, use_ema: bool) -> DiT:
-    """With the averaged weights where they are wanted and there are some."""
     network = DiT(**build_backbone_args(found), attn_backend="sdpa")
     if network.vocab_size != words.vocab_size:
         raise ValueError(
             f"{found.source} has {network.vocab_size} ids, the tokenizer {words.vocab_size}:"
             " give the one it was trained with as tokenizer="
         )
-    load_into(network, found, use_ema=use_ema and found.ema is not None, algo=algo)
+    load_into(network, found, use_ema=use_ema, algo=algo)
     return network
 
 

@@ -5,6 +5,7 @@ import torch
 from conftest import GOLDEN
 from networks import CHECKPOINTS, MANIFEST
 
+from checkpointing import torch_file
 from checkpointing.layouts import Checkpoint
 from evaluation.judge import load_judge
 from objectives.algorithms import build_objective
@@ -75,6 +76,17 @@ def test_averages_are_used_unless_told_otherwise():
     averaged = load(path, tokenizer=TOKENIZER).denoise.backbone.output_layer.linear.weight
     raw = load(path, tokenizer=TOKENIZER, use_ema=False).denoise.backbone.output_layer.linear.weight
     assert not torch.equal(averaged, raw)
+
+
+def test_raw_weights_are_not_taken_for_averages(tmp_path):
+    """Refused as by a command line; use_ema=False takes them."""
+    with (GOLDEN / CHECKPOINTS["ar"]["file"]).open("rb") as file:
+        raw = torch_file.load(file, "ar")
+    del raw["ema"]
+    torch.save(raw, tmp_path / "raw.ckpt")
+    with pytest.raises(ValueError, match=r"raw.ckpt has no averaged weights .*use_ema=False"):
+        load(tmp_path / "raw.ckpt", tokenizer=TOKENIZER)
+    assert load(tmp_path / "raw.ckpt", tokenizer=TOKENIZER, use_ema=False).generate("any").texts
 
 
 def test_what_the_file_does_not_fit_is_said(tmp_path):
