@@ -4,8 +4,7 @@ Wrapped: all documents form one stream, cut into chunks; only what is left at it
 dropped. Unwrapped: one document a row, cut or padded to L. Apart (data.pack=documents): one stream
 again, in which every document begins at a block border and has an id of its own; where a row
 ends inside a document, the next row goes on with it as a new document. Whole (data.pack=whole): the
-same, but documents that fit into a row are never cut. A document comes as (ids, ends) pairs, one
-for each of its pieces (readers.Piece).
+same, but documents that fit into a row are never cut.
 """
 
 import bisect
@@ -16,9 +15,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-DOCUMENTS_AT_ONCE = 1000
-IDS_AT_ONCE = 1 << 18
-ROWS_AT_ONCE = 256  # whole: at least as many are packed together
+PIECES_AT_ONCE = 1000
+IDS_AT_ONCE, ROWS_AT_ONCE = 1 << 18, 256  # whole: at least as many are packed together
+
+
+class Tokens(NamedTuple):
+    """Pieces of a text (readers.Piece) as ids: all in one array, and where they end."""
+
+    ids: np.ndarray  # [tokens]
+    lengths: np.ndarray  # [pieces], tokens of each
+    ends: np.ndarray  # [pieces], bool: the document ends with the piece
+
+    @classmethod
+    def of(cls, ids: list[list[int]], ends: list[bool]) -> "Tokens":
+        """ids: of each piece."""
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, lengths.sum())
+        return cls(flat, lengths, np.array(ends, bool))
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """(ids, whether the document ends) of each."""
+        return zip(np.split(self.ids, self.lengths.cumsum()[:-1]), self.ends, strict=True)
 
 
 @dataclass(frozen=True)
@@ -85,23 +102,30 @@ class Chunk(NamedTuple):
         return Chunk(*(None if array is None else array[rows] for array in self))
 
 
-def packed(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
-    """The rows, packed as the format says."""
-    if row_format.align is not None:
-        return (whole if row_format.whole else apart)(documents, row_format)
-    return (wrapped if row_format.wrap else unwrapped)(documents, row_format)
+def packed(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
+    """The rows of a text, packed as the format says."""
+    if row_format.one_stream:
+        return in_rows((stream(part, row_format) for part in parts), row_format)
+    few = itertools.chain.from_iterable(map(batched, parts))
+    if row_format.align is None:
+        return unwrapped(few, row_format)
+    return (whole if row_format.whole else apart)(few, row_format)
 
 
-def wrapped(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
-    """All documents as one stream, cut into rows."""
-    return in_rows((joined(batch, row_format) for batch in batched(documents)), row_format)
+def batched(part: Tokens) -> Iterator[Tokens]:
+    """The pieces, a few at a time: with their padding they may take far more memory."""
+    stops = part.lengths.cumsum()
+    for first in range(0, len(stops), PIECES_AT_ONCE):
+        some = slice(first, first + PIECES_AT_ONCE)
+        ids = part.ids[stops[first] - part.lengths[first] : stops[some][-1]]
+        yield Tokens(ids, part.lengths[some], part.ends[some])
 
 
-def joined(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> np.ndarray:
-    """The ids as one array, with EOS after each document where it is wanted."""
-    eos = [row_format.eos] * row_format.insert_eos
-    parts = ([*ids, *eos] if ends else ids for ids, ends in documents)
-    return np.fromiter(itertools.chain.from_iterable(parts), np.int64)
+def stream(part: Tokens, row_format: RowFormat) -> np.ndarray:
+    """The ids, with EOS after each document where it is wanted."""
+    if not row_format.insert_eos:
+        return part.ids
+    return np.insert(part.ids, part.lengths.cumsum()[part.ends], row_format.eos)
 
 
 def in_rows(streams: Iterable[np.ndarray], row_format: RowFormat) -> Iterator[Chunk]:
@@ -124,29 +148,23 @@ def cut_rows(stream: np.ndarray, row_format: RowFormat) -> tuple[Chunk, np.ndarr
     return Chunk(ids, np.full(len(ids), row_format.length)), stream[whole:]
 
 
-def unwrapped(
-    documents: Iterable[tuple[list[int], bool]], row_format: RowFormat
-) -> Iterator[Chunk]:
+def unwrapped(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
     """A document a row: [BOS] + at most L - 2 ids + [EOS] + padding."""
-    for batch in batched(beginnings(documents, row_format.room)):
-        ids = np.full((len(batch), row_format.length), row_format.pad, np.int64)
-        counts = np.array([len(document) + 2 for document in batch])
-        for row, document in zip(ids, batch, strict=True):
-            row[: len(document) + 2] = [row_format.bos, *document, row_format.eos]
+    document: list[int] = []
+    for part in parts:
+        rows = []
+        for ids, ends in part.pieces():
+            document += ids[: row_format.room - len(document)].tolist()
+            if ends:
+                rows.append([row_format.bos, *document, row_format.eos])
+                document = []
+        counts = np.array([len(row) for row in rows], np.int64)
+        ids = np.full((len(rows), row_format.length), row_format.pad, np.int64)
+        ids[np.arange(row_format.length) < counts[:, None]] = list(itertools.chain(*rows))
         yield Chunk(ids, counts)
 
 
-def beginnings(documents: Iterable[tuple[list[int], bool]], most: int) -> Iterator[list[int]]:
-    """The first ids of each document, whatever pieces it comes in."""
-    document: list[int] = []
-    for ids, ends in documents:
-        document += ids[: most - len(document)]
-        if ends:
-            yield document
-            document = []
-
-
-def apart(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
+def apart(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
     """[BOS] + ids + [EOS] of each document and padding up to the next multiple of `align`, cut into
     rows of L; the last row is padded. Documents without a token are left out.
 
@@ -154,113 +172,101 @@ def apart(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) ->
     would waste the rest of each row; cut, at most one document of a row is seen without its
     beginning, as with wrapped rows.
     """
-    length = row_format.length
-    stream = _Stream(row_format)
-    for ids, ends in bounded(documents, row_format):
-        stream.add(ids, ends)
-        if len(stream.ids) >= max(length, IDS_AT_ONCE):
-            yield stream.cut(len(stream.ids) // length)
-    if len(stream.ids) >= length:
-        yield stream.cut(len(stream.ids) // length)
-    if stream.ids:
-        stream.pad(-len(stream.ids) % length)
-        yield stream.cut(1)
+    length, rest = row_format.length, np.empty((3, 0), np.int64)
+    for part, begins in framed(parts, row_format):
+        gaps = np.zeros_like(part.lengths)
+        stops = (rest.shape[1] % row_format.align + part.lengths.cumsum())[part.ends]
+        gaps[part.ends] = -np.diff(stops, prepend=0) % row_format.align
+        rest = np.concatenate([rest, laid(part, begins, gaps, row_format.pad)], axis=1)
+        full = rest.shape[1] // length * length
+        yield marked(rest[:, :full], length)
+        rest = rest[:, full:]
+    if rest.size:
+        end = np.zeros((3, -rest.shape[1] % length), np.int64)
+        end[0] = row_format.pad
+        yield marked(np.concatenate([rest, end], axis=1), length)
 
 
-def bounded(
-    documents: Iterable[tuple[list[int], bool]], row_format: RowFormat
-) -> Iterator[tuple[list[int], bool]]:
+def framed(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[tuple[Tokens, np.ndarray]]:
     """Of documents apart: with BOS before them and EOS behind, where these are wanted; those
-    without a token are left out."""
-    inside = False
-    for ids, ends in documents:
-        if ids and not inside:
-            inside = True
-            ids = [row_format.bos, *ids] if row_format.insert_special else ids
-        if inside and ends and (row_format.insert_eos or row_format.insert_special):
-            ids = [*ids, row_format.eos]
-        if inside:
-            yield ids, ends
-        inside = inside and not ends
+    without a token are left out. And [pieces] bool, whether the document begins with the piece."""
+    special, inside = row_format.insert_special, False
+    for ids, lengths, ends in parts:
+        stops = lengths.cumsum()
+        before = stops - lengths
+        first = np.concatenate([[not inside], ends[:-1]])  # piece of its document
+        goes_on = before > np.maximum.accumulate(np.where(first, before, -1))
+        begins = ~goes_on & (lengths > 0)
+        kept = goes_on | begins
+        closes = kept & ends
+        bos, eos = begins & special, closes & (special or row_format.insert_eos)
+        extra = np.repeat([row_format.eos, row_format.bos], [eos.sum(), bos.sum()])
+        ids = np.insert(ids, np.concatenate([stops[eos], before[bos]]), extra)
+        if kept.any():
+            yield Tokens(ids, (lengths + bos + eos)[kept], closes[kept]), begins[kept]
+            inside = not closes[kept][-1]
 
 
-def whole(documents: Iterable[tuple[list[int], bool]], row_format: RowFormat) -> Iterator[Chunk]:
+def laid(part: Tokens, begins: np.ndarray, gaps: np.ndarray, pad: int) -> np.ndarray:
+    """[3, n]: the pieces with a gap of padding after each; where a document begins; what is not
+    padding."""
+    steps = part.lengths + gaps
+    real = np.repeat(np.tile([1, 0], len(gaps)), np.stack([part.lengths, gaps], 1).ravel())
+    ids, starts = np.full(len(real), pad), np.zeros(len(real), np.int64)
+    ids[real > 0] = part.ids
+    starts[(steps.cumsum() - steps)[begins]] = 1
+    return np.stack([ids, starts, real])
+
+
+def marked(stream: np.ndarray, length: int) -> Chunk:
+    """The rows of what `laid` gave."""
+    ids, starts, real = stream.reshape(3, -1, length)
+    starts[:, 0] = 1
+    return Chunk(ids, real.sum(1), np.packbits(np.stack([starts, real], 1), axis=-1))
+
+
+def whole(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
     """As `apart`, but each document goes whole into a row that has room for it. Documents longer
     than a row are cut into full rows and a rest, which is packed like another document."""
-    length, rest, size = row_format.length, [], 0
-    parts: list[list[int]] = []
-    for ids, ends in bounded(documents, row_format):
-        rest += ids
-        new = [rest[i : i + length] for i in range(0, len(rest), length)]
-        rest = [] if ends else new.pop()
-        parts += new
+    length, rest, size = row_format.length, np.empty(0, np.int64), 0
+    waiting: list[np.ndarray] = []
+    for ids, ends in itertools.chain.from_iterable(
+        part.pieces() for part, _ in framed(parts, row_format)
+    ):
+        rest = np.concatenate([rest, ids])
+        new = np.split(rest, range(length, len(rest), length))
+        rest = rest[:0] if ends else new.pop()
+        waiting += new
         size += sum(map(len, new))
         if size >= max(IDS_AT_ONCE, ROWS_AT_ONCE * length):
-            yield fitted(parts, row_format)
-            parts, size = [], 0
-    if parts:
-        yield fitted(parts, row_format)
+            yield fitted(waiting, row_format)
+            waiting, size = [], 0
+    if waiting:
+        yield fitted(waiting, row_format)
 
 
-def fitted(parts: list[list[int]], row_format: RowFormat) -> Chunk:
-    """Best fit decreasing (Johnson 1973): the longest part first, each in the fullest row that has
-    room. Rows, and parts in a row, stand in the order of the text."""
+def fitted(pieces: list[np.ndarray], row_format: RowFormat) -> Chunk:
+    """Best fit decreasing (Johnson 1973): the longest piece first, each in the fullest row that has
+    room. Rows, and pieces in a row, stand in the order of the text."""
+    lengths = np.array([len(piece) for piece in pieces])
+    steps = lengths + -lengths % row_format.align
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for part in sorted(range(len(parts)), key=lambda part: -len(parts[part])):
-        size = len(parts[part]) + -len(parts[part]) % row_format.align
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        size = int(steps[piece])
         at = bisect.bisect_left(rooms, (size, 0))
         free, row = rooms.pop(at) if at < len(rooms) else (row_format.length, len(rows))
         if row == len(rows):
             rows.append([])
-        rows[row].append(part)
+        rows[row].append(piece)
         bisect.insort(rooms, (free - size, row))
-    stream = _Stream(row_format)
-    for row in sorted(map(sorted, rows)):
-        for part in row:
-            stream.add(parts[part], ends=True)
-        stream.pad(-len(stream.ids) % row_format.length)
-    return stream.cut(len(rows))
-
-
-class _Stream:
-    """Documents one after the other, each from a block border on."""
-
-    def __init__(self, row_format: RowFormat):
-        self.row_format = row_format
-        self.inside = False  # a document has begun and not ended
-        self.ids: list[int] = []
-        self.starts: list[int] = []
-        self.gaps: list[tuple[int, int]] = []  # padding, from and to
-
-    def add(self, ids: list[int], ends: bool) -> None:
-        if not self.inside:
-            self.starts.append(len(self.ids))
-        self.ids += ids
-        self.inside = not ends
-        if ends:
-            self.pad(-len(self.ids) % self.row_format.align)
-
-    def pad(self, count: int) -> None:
-        self.gaps.append((len(self.ids), len(self.ids) + count))
-        self.ids += [self.row_format.pad] * count
-
-    def cut(self, rows: int) -> Chunk:
-        """Take the first rows out of the stream."""
-        length = self.row_format.length
-        end = rows * length
-        marks = np.zeros((2, len(self.ids)), bool)
-        marks[0, self.starts] = True
-        marks[0, ::length] = True
-        marks[1] = True
-        for begin, stop in self.gaps:
-            marks[1, begin:stop] = False
-        ids = np.array(self.ids[:end]).reshape(rows, length)
-        starts, real = (plane[:end].reshape(rows, length) for plane in marks)
-        self.ids = self.ids[end:]
-        self.starts = [start - end for start in self.starts if start >= end]
-        self.gaps = [(a - end, b - end) for a, b in self.gaps if b > end]
-        return Chunk(ids, real.sum(1), np.packbits(np.stack([starts, real], 1), axis=-1))
+    rows = sorted(map(sorted, rows))
+    for row in rows:  # the last one is padded to the end of the row
+        steps[row[-1]] += row_format.length - steps[row].sum()
+    order = list(itertools.chain(*rows))
+    part = Tokens(np.concatenate([pieces[i] for i in order]), lengths[order], None)
+    every = np.ones(len(order), bool)
+    return marked(laid(part, every, (steps - lengths)[order], row_format.pad), row_format.length)
 
 
 class CutDocuments:
@@ -301,9 +307,3 @@ def document_ids(marks: np.ndarray, length: int) -> np.ndarray:
     [B, L]: 1, 2 ...; 0 is padding."""
     starts, real = np.unpackbits(marks, axis=-1, count=length).astype(np.int64).swapaxes(0, 1)
     return starts.cumsum(1) * real
-
-
-def batched(items: Iterable) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(itertools.islice(items, DOCUMENTS_AT_ONCE)):
-        yield batch

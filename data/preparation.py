@@ -12,16 +12,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data import packing, remote_cache, shards, token_rows
-from data.packing import RowFormat
 from data.readers import Piece
 from data.remote_cache import CacheDir
-from data.shards import Tokens
 from data.split import Split
 from data.token_rows import TokenRows
 from utils import atomic_file, atomic_folder, lock
@@ -93,7 +91,7 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
         found = shards.tokenized(text, split.encode, vocab_size, work, processes, report)
         cut = packing.CutDocuments(row_format)
         found = (cut.add(part.lengths, part.ends) or part for part in found)
-        count, real = token_rows.save(new, packed(found, row_format), dtype, vocab_size)
+        count, real = token_rows.save(new, packing.packed(found, row_format), dtype, vocab_size)
     if count == 0 or report.tokens == 0:  # rows of empty documents would hold EOS alone
         raise ValueError(
             f"{split} has {report.tokens} tokens in {report.documents} documents: not one row"
@@ -126,26 +124,6 @@ def start_or_go_on(work: Path, place: str) -> None:
     if found := sum(1 for _ in work.glob("*.npz")):
         log.info("going on with %d finished parts in %s", found, work)
     note.write_text(plan)
-
-
-def packed(found: Iterable[Tokens], row_format: RowFormat) -> Iterator[packing.Chunk]:
-    if row_format.one_stream:
-        return packing.in_rows((stream(part, row_format) for part in found), row_format)
-    return packing.packed((document for part in found for document in documents(part)), row_format)
-
-
-def stream(part: Tokens, row_format: RowFormat) -> np.ndarray:
-    """The ids with EOS after each document."""
-    if not row_format.insert_eos:
-        return part.ids
-    return np.insert(part.ids, part.lengths.cumsum()[part.ends], row_format.eos)
-
-
-def documents(part: Tokens) -> Iterator[tuple[list[int], bool]]:
-    """(ids, ends) of each piece."""
-    stops = part.lengths.cumsum()
-    for begin, stop, ends in zip(stops - part.lengths, stops, part.ends.tolist(), strict=True):
-        yield part.ids[begin:stop].tolist(), ends
 
 
 class Report:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import packing
-from data.packing import Chunk, RowFormat
+from data.packing import Chunk, RowFormat, Tokens
 from data.readers import Piece
 from data.split import Split
 from data.token_rows import check_ids
@@ -155,13 +155,12 @@ class Stream:
         """To the lane's next unit."""
         unit = self.next_unit(lane)
         lane.bookmark = Bookmark(unit.start, unit.start.unit, lane.end, lane.rest)
-        ids = self.split.encode(unit.texts)
-        documents = zip(ids, unit.ends, strict=True)
+        tokens = Tokens.of(self.split.encode(unit.texts), unit.ends)
         if self.wrapped:
-            stream = np.concatenate([lane.rest, packing.joined(documents, self.row_format)])
+            stream = np.concatenate([lane.rest, packing.stream(tokens, self.row_format)])
             rows, lane.rest = packing.cut_rows(stream, self.row_format)
         else:
-            rows = joined(list(packing.packed(documents, self.row_format)), self.row_format)
+            rows = joined(list(packing.packed([tokens], self.row_format)), self.row_format)
         check_ids(rows.ids, self.split.tokenizer.vocab_size)
         order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.start.unit])
         order = order.permutation(len(rows.ids))

@@ -12,7 +12,7 @@ from hub_tools import get_rows, hold_out, in_memory
 from made_up_split import rows_of_ids
 
 from data import detokenizers, hub_tables, packing, preparation, readers, shards
-from data.packing import RowFormat
+from data.packing import RowFormat, Tokens
 from data.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -34,9 +34,9 @@ def row_format(length=6, *, wrap=True, eos=False, special=False):
     return RowFormat(length, wrap, insert_eos=eos, insert_special=special, bos=1, eos=2, pad=0)
 
 
-def packed(pack, documents, row_format):
+def packed(documents, row_format):
     """All rows of whole documents, as lists."""
-    chunks = list(pack([(ids, True) for ids in documents], row_format))
+    chunks = list(packing.packed([Tokens.of(documents, [True] * len(documents))], row_format))
     assert all((chunk.counts > 0).all() for chunk in chunks)
     return [row for chunk in chunks for row in chunk.ids.tolist()]
 
@@ -64,7 +64,7 @@ def test_grouping_gives_what_was_recorded(case):
         eos=case["eos"],
         pad=0,
     )
-    assert packed(packing.wrapped, case["input_ids"], how) == case["out_input_ids"]
+    assert packed(case["input_ids"], how) == case["out_input_ids"]
 
 
 @pytest.mark.parametrize("name", list(load_json("data/get_dataset.json")))
@@ -137,7 +137,7 @@ def test_validation_batches_are_those_recorded(prepare, tokenizer, monkeypatch):
 
     def rows_of(processes):
         parts = np.array_split(np.arange(len(documents)), processes)
-        return [r for p in parts for r in packed(packing.wrapped, [documents[i] for i in p], how)]
+        return [r for p in parts for r in packed([documents[i] for i in p], how)]
 
     assert ours == rows_of(processes=1)
     assert in_order in [rows_of(processes) for processes in range(1, len(documents) + 1)]
@@ -154,22 +154,22 @@ def test_only_the_last_rest_of_a_corpus_is_dropped(special):
     documents = [[10 + i % 90] * (i % 7) for i in range(2500)]
     how = row_format(6, eos=True, special=special)
     stream = [token for ids in documents for token in [*ids, how.eos]]
-    body = [row[1:-1] if special else row for row in packed(packing.wrapped, documents, how)]
+    body = [row[1:-1] if special else row for row in packed(documents, how)]
     flat = [token for row in body for token in row]
     assert flat == stream[: len(stream) // how.room * how.room]
     assert len(body) == len(stream) // how.room
 
 
 def test_a_document_in_pieces_wraps_as_one():
-    whole = packed(packing.wrapped, [[5, 6, 7, 8, 9], [3, 4]], row_format(4, eos=True))
+    whole = packed([[5, 6, 7, 8, 9], [3, 4]], row_format(4, eos=True))
     pieces = [([5, 6], False), ([], False), ([7, 8, 9], True), ([3], False), ([4], True)]
-    (chunk,) = packing.wrapped(pieces, row_format(4, eos=True))
+    (chunk,) = packing.packed([Tokens.of(*zip(*pieces, strict=True))], row_format(4, eos=True))
     assert chunk.ids.tolist() == whole == [[5, 6, 7, 8], [9, 2, 3, 4]]
 
 
 def test_an_unwrapped_document_is_one_row_cut_or_padded():
     pieces = [([5, 6, 7], True), ([3, 4, 5], False), ([6, 7, 8], True), ([], True)]
-    (chunk,) = packing.unwrapped(pieces, row_format(6, wrap=False))
+    (chunk,) = packing.packed([Tokens.of(*zip(*pieces, strict=True))], row_format(6, wrap=False))
     assert chunk.ids.tolist() == [[1, 5, 6, 7, 2, 0], [1, 3, 4, 5, 6, 2], [1, 2, 0, 0, 0, 0]]
     assert chunk.counts.tolist() == [5, 6, 2]
 
@@ -279,7 +279,7 @@ def test_preparation_does_not_depend_on_batches(prepare, monkeypatch, tmp_path):
     path = write_lines(tmp_path, 300)
     whole = np.array(prepare(path, "train").ids)
     monkeypatch.setattr(shards, "TEXTS_AT_ONCE", 7)
-    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 5)
+    monkeypatch.setattr(packing, "PIECES_AT_ONCE", 5)
     monkeypatch.setattr(readers, "ROWS_AT_ONCE", 3)
     again = prepare(path, "train", cache_dir=tmp_path / "second")
     np.testing.assert_array_equal(again.ids, whole)

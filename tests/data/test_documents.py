@@ -16,7 +16,7 @@ from runs import tiny
 import main
 import settings
 from data import packing, shards, token_rows
-from data.packing import RowFormat
+from data.packing import RowFormat, Tokens
 from data.tokenizer import get_tokenizer
 from dataloader import DataModule
 from modes.build import alignment
@@ -30,7 +30,7 @@ def row_format(length=8, align=4, *, eos=True, special=False, **more):
 
 def rows_of(pieces, how):
     """(ids, document_ids) of all rows, as arrays."""
-    chunks = list(packing.packed(pieces, how))
+    chunks = list(packing.packed([Tokens.of(*zip(*pieces, strict=True))], how))
     for chunk in chunks:
         found = packing.document_ids(chunk.marks, how.length)
         assert (chunk.counts == (found > 0).sum(1)).all()
@@ -68,10 +68,10 @@ def test_the_ends_of_documents(eos, special, wanted):
 
 
 @pytest.mark.parametrize("align", [1, 2, 3, 12])
-@pytest.mark.parametrize("at_once", [1, 1 << 18])
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
 def test_every_document_can_be_read_back(align, at_once, monkeypatch):
     """Random documents in random pieces; nothing is dropped, nothing depends on the batches."""
-    monkeypatch.setattr(packing, "IDS_AT_ONCE", at_once)
+    monkeypatch.setattr(packing, "PIECES_AT_ONCE", at_once)
     documents = random_documents(align)
     ids, document_ids = rows_of(in_pieces(documents, align), row_format(12, align))
     found, open_end = [], []
@@ -164,7 +164,8 @@ def test_cut_documents_are_counted(pack, eos, special):
         align=3 if pack in ("documents", "whole") else None,
     )
     pieces = in_pieces(documents, 3)
-    rows = np.concatenate([chunk.ids for chunk in packing.packed(pieces, how)])
+    parts = [Tokens.of(*zip(*pieces, strict=True))]
+    rows = np.concatenate([chunk.ids for chunk in packing.packed(parts, how)])
     bodies = (rows[:, 1:-1] if how.framed else rows).tolist()
     cut = 0
     for document in filter(None, documents):

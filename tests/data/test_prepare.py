@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -117,12 +118,9 @@ def test_rows_are_those_of_one_pass_for_any_number_of_processes(changes, tokeniz
     """Against the whole text tokenized and packed at once."""
     how = row_format(**changes)
     given = list(pieces(400))
-    documents = zip(
-        tokenizer.encode_batch([piece.text for piece in given]),
-        [piece.ends for piece in given],
-        strict=True,
-    )
-    chunks = list(packing.packed(documents, how))
+    ids = tokenizer.encode_batch([piece.text for piece in given])
+    tokens = packing.Tokens.of(ids, [piece.ends for piece in given])
+    chunks = list(packing.packed([tokens], how))
     numbers = (0, 1, 2, 5) if changes == {} else (1, 3)
     made = {n: prepare(rows / str(n), tokenizer, how=how, processes=n) for n in numbers}
     np.testing.assert_array_equal(made[1].ids, np.concatenate([chunk.ids for chunk in chunks]))
@@ -303,11 +301,12 @@ def test_a_process_that_ended_before_a_part_was_handed_over_is_the_same_message(
     part = shards.Shard(0, ["a"], [True], 1.0)
 
     def hand_over():
-        with shards.Workers(2, lambda batch: [[1]] * len(batch), 9) as workers:
-            workers.submit(tmp_path / "0.npz", part).result()
-            os.kill(next(iter(workers.pool._processes)), signal.SIGKILL)
+        work = partial(shards.tokenize, encode=lambda batch: [[1]] * len(batch), vocab_size=9)
+        with shards.workers(2, work) as submit:
+            submit(tmp_path / "0.npz", part).result()
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             for _ in range(1000):
-                workers.submit(tmp_path / "1.npz", part)
+                submit(tmp_path / "1.npz", part)
                 time.sleep(0.01)
 
     with pytest.raises(OSError, match="ended from outside"):

@@ -89,8 +89,9 @@ def test_other_rows_of_an_epoch_are_those_of_its_documents(changes, monkeypatch)
     monkeypatch.setattr(streaming, "LANES", 1)
     how = row_format(**changes)
     given = streamed_text([lambda: write(0, 200)], how)
-    documents = [(encode([piece.text])[0], piece.ends) for piece in write(0, 200)]
-    prepared = np.concatenate([chunk.ids for chunk in packing.packed(documents, how)])
+    texts, ends, _ = zip(*write(0, 200), strict=True)
+    tokens = packing.Tokens.of(encode(texts), ends)
+    prepared = np.concatenate([chunk.ids for chunk in packing.packed([tokens], how)])
     found = in_order(Stream(given, SEED, lanes=[0]), epochs=2)
     assert len(found) > len(prepared)
     if how.align is None:
