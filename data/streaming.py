@@ -22,6 +22,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,8 +189,10 @@ def units(parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool) -> 
     inside a document."""
     number, epoch, part, skip = start
     begin, texts, ends, characters = start, [], [], 0
+    parts, order = read_once(parts), [0]
     while True:
-        order = np.random.default_rng([seed, SHUFFLE_PARTS, epoch]).permutation(len(parts))
+        if len(parts) > 1:
+            order = np.random.default_rng([seed, SHUFFLE_PARTS, epoch]).permutation(len(parts))
         while part < len(parts):
             for piece in itertools.islice(parts[order[part]](), skip, None):
                 skip += 1
@@ -202,6 +205,29 @@ def units(parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool) -> 
                     begin, texts, ends, characters = UnitStart(number, epoch, part, skip), [], [], 0
             part, skip = part + 1, 0
         epoch, part = epoch + 1, 0
+
+
+def read_once(parts: list[Part]) -> list[Part]:
+    """The parts; the shortest, of no more than a unit together, stay in memory once they were read
+    to their ends: a unit may hold thousands of epochs of a very short text."""
+    kept: dict[Part, list[Piece]] = {}
+    room = UNIT_CHARACTERS
+
+    def read(part: Part) -> Iterator[Piece]:
+        nonlocal room
+        if part in kept:
+            yield from kept[part]
+            return
+        pieces = []
+        for piece in part():
+            room -= len(piece.text) + 1
+            if room >= 0:
+                pieces.append(piece)
+            yield piece
+        if room >= 0:
+            kept[part] = pieces
+
+    return [partial(read, part) for part in parts]
 
 
 def joined(chunks: list[Chunk], row_format: RowFormat) -> Chunk:

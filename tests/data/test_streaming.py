@@ -339,6 +339,22 @@ def test_going_on_reads_little():
     assert sum(tokenized) <= 2 * streaming.UNIT_CHARACTERS
 
 
+@pytest.mark.parametrize("texts", [["a"], ["ab", "c", "de"]])
+def test_a_very_short_text_is_opened_once(texts):
+    """Each unit holds its epochs by the hundred; the text is looked at once before."""
+    opened = Counter()
+
+    def part(number):
+        opened[number] += 1
+        yield Piece(texts[number], True, 1.0)
+
+    readers = [lambda number=number: part(number) for number in range(len(texts))]
+    stream = Stream(streamed_text(readers, row_format(align=4)), SEED)
+    assert len(stream.read(range(100)).ids) == 100
+    assert set(opened) == set(range(len(texts)))
+    assert max(opened.values()) <= 2
+
+
 def test_without_a_bookmark_the_text_is_read_again(caplog):
     rows = read(Stream(text(), SEED), 0, 500)
     assert read(Stream(text(), SEED), 400, 500) == rows[400:]
