@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiling import compiled
 from .masks import AttentionMask, BlockCausal, BlockDiffusion, Full
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -121,10 +122,9 @@ def flex(
     """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if document_ids is None:
-        block_mask = _shared_block_mask(mask, queries, keys, device)
-    else:
-        block_mask = _block_mask(mask, queries, keys, document_ids, device)
+    block_mask = (_shared_block_mask if document_ids is None else _block_mask)(
+        mask, queries, keys, document_ids, device
+    )
     if device.type == "cpu":
         return lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask)
     small = _has_little_shared_memory(device)
@@ -135,16 +135,9 @@ def flex(
             return flex_attention(q, k, v, block_mask=block_mask, kernel_options=options)
         for x in (q, k, v):  # a short last batch must not compile anew
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        return _compiled_flex()(q, k, v, block_mask=block_mask, kernel_options=options)
+        return compiled(flex_attention)(q, k, v, block_mask=block_mask, kernel_options=options)
 
     return attend
-
-
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
 
 
 def _kernel_options(small: bool, head_width: int, dtype: torch.dtype) -> dict | None:
@@ -165,12 +158,6 @@ def _has_little_shared_memory(device: torch.device) -> bool:
     return properties.shared_memory_per_block_optin < SHARED_MEMORY
 
 
-@functools.cache  # never dropped: recordings of CUDA graphs read them
-def _shared_block_mask(mask, queries, keys, device):
-    """One BlockMask per shape for the life of the process: making one costs more than a layer."""
-    return _block_mask(mask, queries, keys, None, device)
-
-
 def _block_mask(mask, queries, keys, document_ids, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -180,6 +167,10 @@ def _block_mask(mask, queries, keys, document_ids, device):
 
     batch = None if document_ids is None else len(document_ids)
     return create_block_mask(allowed, batch, None, queries, keys, device=device)
+
+
+# one per shape, as making one costs more than a layer; recordings of CUDA graphs read them
+_shared_block_mask = functools.cache(_block_mask)
 
 
 def flash_attn(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiling import compiled
 from .decode import can_decode, decode
 from .masks import BlockCausal
 
@@ -88,7 +89,7 @@ class KVCache:
         """Whether a pass of `tokens` is one for models/decode.py."""
         return can_decode(self.keys[0], tokens)
 
-    def begin(self, tokens: int, compiled: bool = False) -> "CachedPass":
+    def begin(self, tokens: int, by_compiler: bool = False) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
         room = self.slots
         if tokens > 2 * self.attention_mask.block_size:  # two blocks fit always
@@ -103,7 +104,7 @@ class KVCache:
         committed = self.committed[:1] if same else self.committed
         if self.in_one_kernel(tokens):
             return CachedPass(self, _positions(committed, tokens))
-        places = _compiled_places() if compiled else _places
+        places = compiled(_places) if by_compiler else _places
         positions, slots, rows, visible = places(
             committed,
             tokens,
@@ -141,11 +142,6 @@ def _places(committed, tokens: int, slots: int, reach: int, mask: BlockCausal, d
     seen = (seen & (held >= 0)[:, None, :])[:, None]
     nothing = torch.zeros((), dtype=dtype, device=device)
     return positions, positions % slots, rows, torch.where(seen, nothing, -torch.inf)
-
-
-@functools.cache
-def _compiled_places() -> Callable[..., tuple]:
-    return torch.compile(_places)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class CleanHalf:
     attention_mask: BlockCausal | BlockDiffusion
     attends: list[Attend | None]  # per layer; None: nobody reads what the layer answers
 
-    def begin(self, tokens: int, compiled: bool = False) -> "CleanHalf":
+    def begin(self, tokens: int, by_compiler: bool = False) -> "CleanHalf":
         """Prepare a pass of `tokens` tokens, which must be those of the text."""
         if tokens != self.positions.shape[-1]:
             raise ValueError(f"the clean text has {self.positions.shape[-1]} tokens, not {tokens}")

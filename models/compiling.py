@@ -1,6 +1,8 @@
-"""Settings of torch.compile that hold while this project's compiled functions are called, and for
-nothing else in the process."""
+"""torch.compile, made when it is first needed, and its settings, which hold while this project's
+compiled functions are called and for nothing else in the process."""
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,10 +10,16 @@ import torch
 GRAPHS = 32  # of one function: training, validation, sampling; with and without read, cache, gaps
 
 
-def compiling(compiled: bool = True) -> AbstractContextManager:
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """The function, compiled. Not to be called at import: it imports the compiler."""
+    return torch.compile(function)
+
+
+def compiling(on: bool = True) -> AbstractContextManager:
     """To be held around calls of compiled functions. Under ddp a block stays one graph: it ends
     where gradients are exchanged, and torch's own cut would be in pieces of a bucket."""
-    if not compiled:
+    if not on:
         return nullcontext()
     config = torch._dynamo.config
     return config.patch(recompile_limit=max(GRAPHS, config.recompile_limit), optimize_ddp=False)

@@ -4,7 +4,6 @@
 samplers/ rely on, which know no network.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .compiling import compiling
+from .compiling import compiled, compiling
 from .masks import AttentionMask, Full
 
 
@@ -42,7 +41,7 @@ class Denoiser:
         read_rows = (rows + read).flatten()
         hidden = self.backbone.hidden(tokens, attention_mask=mask, cache=cache, read=read_rows)
         on_gpu = self.compiled and tokens.device.type == "cuda"
-        finish = _compiled_log_probs() if on_gpu else _log_probs
+        finish = compiled(_log_probs) if on_gpu else _log_probs
         with compiling(on_gpu):
             return finish(self.backbone, hidden, self.mask_id).unflatten(0, read.shape)
 
@@ -55,11 +54,6 @@ def _log_probs(backbone, hidden: Tensor, mask_id: int) -> Tensor:
     logits = backbone.logits(hidden).float()
     logits[:, mask_id] = -torch.inf
     return logits.log_softmax(-1)
-
-
-@functools.cache
-def _compiled_log_probs():
-    return torch.compile(_log_probs)
 
 
 @dataclass(frozen=True)

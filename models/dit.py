@@ -7,9 +7,6 @@ for evaluation: no mode, no knowledge of the algorithm. Parameter names are thos
 checkpoints.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 from .attention import get_backend
 from .block import Block, OutputLayer, modulate, modulation, of_rows
 from .cache import KVCache
-from .compiling import compiling
+from .compiling import compiled, compiling
 from .layers import Embedding, Rotary, TimestepEmbedding
 from .masks import AttentionMask, BlockCausal, BlockDiffusion
 
@@ -88,21 +85,21 @@ class DiT(nn.Module):
         `attention_mask` must be the cache's.
         """
         # sampling on a CPU is not worth the compiler's minutes
-        compiled = self.compiled and (cache is None or tokens.device.type != "cpu")
+        by_compiler = self.compiled and (cache is None or tokens.device.type != "cpu")
         length = tokens.shape[1]
         noised_only = isinstance(attention_mask, BlockDiffusion) and cache is None
         num_queries = length // 2 if noised_only else length
-        with compiling(compiled):
+        with compiling(by_compiler):
             if cache is not None:
-                attends, positions = self._cached(attention_mask, cache, length, compiled)
+                attends, positions = self._cached(attention_mask, cache, length, by_compiler)
             else:
                 attends = self._uncached(attention_mask, length, document_ids, tokens.device)
                 if positions is None:
                     positions = torch.arange(length, device=tokens.device) % num_queries
-            begin = _compiled_begin() if compiled and cache is not None else _begin
+            begin = compiled(_begin) if by_compiler and cache is not None else _begin
             x, *angles = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
             c = self.conditioning(sigma)
-            run = self.run_block if compiled else _run_block
+            run = self.run_block if by_compiler else _run_block
             for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
                 x = run(block, x, c, attend, *angles, length, None)
             if read is not None and self.compiled:
@@ -117,12 +114,12 @@ class DiT(nn.Module):
             final = self.prepare_attention(mask, length // 2, length, document_ids, device)
         return [inner] * (len(self.blocks) - 1) + [final]
 
-    def _cached(self, mask, cache, length, compiled: bool) -> tuple[list, Tensor]:
+    def _cached(self, mask, cache, length, by_compiler: bool) -> tuple[list, Tensor]:
         if mask != cache.attention_mask:
             raise ValueError(
                 f"this cache was made for {cache.attention_mask}, the pass asks for {mask}"
             )
-        step = cache.begin(length, compiled=compiled)
+        step = cache.begin(length, by_compiler)
         return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
@@ -214,8 +211,3 @@ def _run_block(block: Block, *arguments) -> Tensor:
 def _begin(embed: Embedding, rotary: Rotary, tokens: Tensor, positions: Tensor) -> tuple:
     """The residual stream before the first block, cos and sin."""
     return embed(tokens), *rotary(positions)
-
-
-@functools.cache
-def _compiled_begin() -> Callable[..., tuple]:
-    return torch.compile(_begin)

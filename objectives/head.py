@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.compiling import compiling
+from models.compiling import compiled, compiling
 from models.dit import products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
@@ -53,12 +53,7 @@ def fused_cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_
     for x in (logits, target):  # the last chunk and the next step must not compile anew
         torch._dynamo.maybe_mark_dynamic(x, 0)
     with compiling():
-        return _compiled_cross_entropy()(logits, target, gradient, mask_id)
-
-
-@functools.cache
-def _compiled_cross_entropy() -> Callable:
-    return torch.compile(_cross_entropy_in_place)
+        return compiled(_cross_entropy_in_place)(logits, target, gradient, mask_id)
 
 
 def _cross_entropy_in_place(logits: Tensor, target: Tensor, gradient: bool, mask_id: int) -> Tensor:

@@ -7,14 +7,15 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_train import BATCHES, Kind, bracketed, compile_kind, run_block, stepper
-from objectives import graphs, head
+from models.compiling import compiled
+from objectives import graphs
 
 
 @pytest.fixture
 def traced(monkeypatch):
     """Of the graphs that torch.compile made, without a code generator: whether each has sizes that
     may change; and the numbers of those that ran."""
-    caches = head._compiled_cross_entropy, run_block
+    caches = compiled, run_block
     made, ran = [], []
 
     def backend(graph, inputs):

@@ -17,7 +17,7 @@ from networks import GRADIENTS, assert_within, small, texts
 import settings
 from models import cache, denoiser, dit
 from models.attention import LARGE_TILES, SMALL_TILES, _has_little_shared_memory, _kernel_options
-from models.compiling import GRAPHS
+from models.compiling import GRAPHS, compiled
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
 from samplers import canvas, draw, nucleus
@@ -43,8 +43,8 @@ def traced(monkeypatch):
 def both(mask, traced, **kwargs):
     """Hidden states and a gradient, plain and compiled."""
     results = []
-    for compiled in (False, True):
-        net = small(compile=compiled, n_blocks=3)
+    for by_compiler in (False, True):
+        net = small(compile=by_compiler, n_blocks=3)
         hidden = net.hidden(texts(2, 24, 7), attention_mask=mask, **kwargs)
         hidden.square().sum().backward()
         results.append((hidden.detach(), net.blocks[0].attn_qkv.weight.grad))
@@ -89,9 +89,9 @@ def test_another_number_of_rows_read_compiles_nothing(traced):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_compiled_loss_kernel_is_the_plain_one(gradient, monkeypatch):
-    compiled = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(head.torch, "compile", compiled)
-    head._compiled_cross_entropy.cache_clear()
+    by_tracing = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(head.torch, "compile", by_tracing)
+    compiled.cache_clear()
     for rows in (6, 5):
         logits = torch.randn(rows, 40)[:, :37] * 5  # a part of padded rows
         target = torch.randint(36, (rows,))
@@ -101,7 +101,7 @@ def test_the_compiled_loss_kernel_is_the_plain_one(gradient, monkeypatch):
         assert_within(found, expected, 1e-6)
         if gradient:
             assert_within(ours, logits, 1e-6)
-    head._compiled_cross_entropy.cache_clear()
+    compiled.cache_clear()
 
 
 def test_passes_with_a_cache_are_not_compiled(traced):
@@ -146,19 +146,19 @@ def test_what_stands_around_the_blocks_is_the_same_compiled(traced):
     net, tokens = small(), texts(3, 4, 7)
     mask = BlockCausal(4, 16)
     with torch.inference_mode():
-        compiled = cache._compiled_places.__wrapped__()
+        places = compiled.__wrapped__(cache._places)
         for committed in ([0, 4, 12], [8, 20, 36]):
             for reach in (12, 20):
                 given = (torch.tensor(committed), 4, 20, reach, mask, torch.float32)
-                for ours, plain in zip(compiled(*given), cache._places(*given), strict=True):
+                for ours, plain in zip(places(*given), cache._places(*given), strict=True):
                     assert torch.equal(ours, plain)
         begin = (net.vocab_embed, net.rotary_emb, tokens, torch.arange(4)[None] + 8)
-        ours, *angles = dit._compiled_begin.__wrapped__()(*begin)
+        ours, *angles = compiled.__wrapped__(dit._begin)(*begin)
         plain, *wanted = dit._begin(*begin)
         assert torch.equal(ours, plain)
         assert_within(torch.stack(angles), torch.stack(wanted), 1e-6)
         hidden = net.hidden(tokens, attention_mask=Full()).flatten(0, 1)
-        ours = denoiser._compiled_log_probs.__wrapped__()(net, hidden, 3)
+        ours = compiled.__wrapped__(denoiser._log_probs)(net, hidden, 3)
         plain = denoiser._log_probs(net, hidden, 3)
     assert torch.equal(ours[:, 3], plain[:, 3])
     assert (plain[:, 3] == -torch.inf).all()
