@@ -1,11 +1,9 @@
 """Keys and values of the tokens already generated, so that a step costs what its block costs.
 
-Every row keeps its own count of committed tokens, so the rows of a batch may be at different
-places. Keys are stored rotated at their absolute position (rotary attention depends on differences
-only), in a ring of window + block_size slots: position p lives in slot p % slots. A pass of up to
-window + block_size tokens, or two blocks behind a full window, is written behind the committed
-ones; unless it is committed the next pass overwrites it, so it leaves no trace. When the window
-slides nothing is moved or recomputed: the oldest block's slots are reused.
+Keys are stored rotated at their absolute position (rotary attention depends on differences only),
+in a ring of window + block_size slots: position p lives in slot p % slots. A pass of up to window +
+block_size tokens, or two blocks behind a full window, is written behind the committed ones; unless
+it is committed the next pass overwrites it. When the window slides nothing is moved or recomputed.
 
 Deep keys carry what they saw when they were made. Beyond the window that is one long pass under
 BlockCausal(block_size, window), which is not the same as recomputing the last `window` tokens from
@@ -65,8 +63,7 @@ class KVCache:
         )
 
     def reset(self, rows: Tensor) -> "KVCache":
-        """Forget the rows where `rows` (boolean [B]) is true, so that new texts can take their
-        place."""
+        """Forget the rows where `rows` (boolean [B]) is true."""
         return replace(self, committed=self.committed.masked_fill(rows, 0), uniform=None)
 
     def restarted(self) -> "KVCache":
@@ -81,45 +78,34 @@ class KVCache:
     def reach_of(self, committed: int, tokens: int) -> int:
         """For `at`: slots that a pass of `tokens` behind at most `committed` ones needs, in steps
         of REACH_STEP, so that few shapes occur."""
-        if self.in_one_kernel(tokens):  # which sees for itself
+        if can_decode(self.keys[0], tokens):  # which sees for itself
             return self.slots
         return min(self.slots, -(-(committed + tokens) // REACH_STEP) * REACH_STEP)
 
-    def in_one_kernel(self, tokens: int) -> bool:
-        """Whether a pass of `tokens` is one for models/decode.py."""
-        return can_decode(self.keys[0], tokens)
-
     def begin(self, tokens: int, by_compiler: bool = False) -> "CachedPass":
         """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
+        size, window = self.attention_mask.block_size, self.attention_mask.window
+        same = self.uniform is not None
         room = self.slots
-        if tokens > 2 * self.attention_mask.block_size:  # two blocks fit always
-            committed = int(self.committed.max()) if self.uniform is None else self.uniform
-            room -= min(committed, self.attention_mask.window - self.attention_mask.block_size)
+        if tokens > 2 * size:  # two blocks fit always
+            committed = self.uniform if same else int(self.committed.max())
+            room -= min(committed, window - size)
         if tokens > room:
             raise ValueError(
                 f"KVCache has room for {room} of its {self.slots} slots, cannot take {tokens}"
                 " tokens in one pass; feed them in pieces (two blocks fit always)"
             )
-        same = self.uniform is not None
         committed = self.committed[:1] if same else self.committed
-        if self.in_one_kernel(tokens):
+        if can_decode(self.keys[0], tokens):
             return CachedPass(self, _positions(committed, tokens))
+        one_block = same and tokens == size and self.uniform % size == 0
+        sees_all = one_block and self.uniform + tokens <= window  # nothing has left the window yet
+        reach = 0 if sees_all else self.reach or self.slots
         places = compiled(_places) if by_compiler else _places
         positions, slots, rows, visible = places(
-            committed,
-            tokens,
-            self.slots,
-            0 if self._sees_all(tokens) else self.reach or self.slots,
-            self.attention_mask,
-            self.keys[0].dtype,
+            committed, tokens, self.slots, reach, self.attention_mask, self.keys[0].dtype
         )
         return CachedPass(self, positions, slots, None if same else rows, visible)
-
-    def _sees_all(self, tokens: int) -> bool:
-        """Nothing has left the window yet: a pass sees all that is committed and itself."""
-        size = self.attention_mask.block_size
-        one_block = self.uniform is not None and tokens == size and self.uniform % size == 0
-        return one_block and self.uniform + tokens <= self.attention_mask.window
 
 
 def _positions(committed: Tensor, tokens: int) -> Tensor:
@@ -159,14 +145,14 @@ class CachedPass:
         """attend(q, k, v), each [B, H, T, D], that writes k, v of this pass to the layer's slots
         and attends to all that is seen; or what takes them before they are rotated."""
         cache = self.cache
+        keys, values = cache.keys[layer], cache.values[layer]
         if self.slots is None:
-            ring = cache.keys[layer], cache.values[layer], cache.committed
-            return Decode(*ring, cache.attention_mask)
+            return Decode(keys, values, cache.committed, cache.attention_mask)
         if self.visible is None:
             reach = cache.uniform + self.positions.shape[1]
         else:
             reach = self.visible.shape[-1]
-        keys, values = (store[layer][:, :reach] for store in (cache.keys, cache.values))
+        keys, values = keys[:, :reach], values[:, :reach]
         return functools.partial(_attend, keys, values, self.rows, self.slots, self.visible)
 
 

@@ -7,6 +7,9 @@ for evaluation: no mode, no knowledge of the algorithm. Parameter names are thos
 checkpoints.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,6 +124,21 @@ class DiT(nn.Module):
             )
         step = cache.begin(length, by_compiler)
         return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
+
+    @contextmanager
+    def states(self, rows: int | None = None) -> Iterator[list[Tensor]]:
+        """A list that fills, while it is held, with the embedding and every block's output, [B, T,
+        E] each; of all T or the first `rows`."""
+        states = []
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output: states.append(output[:, :rows]))
+            for layer in (self.vocab_embed, *self.blocks)
+        ]
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def conditioning(self, sigma: Tensor | None) -> Tensor | None:
         """What modulates the blocks, [B or 1, cond_dim]; one row when sigma is 0 everywhere. None:

@@ -5,6 +5,7 @@ folder's files beside them, so that transformers can load the model where this p
 installed.
 """
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,27 @@ from .cache import KVCache
 from .dit import DiT
 from .masks import AttentionMask, BlockCausal, BlockDiffusion, Causal, Full
 
+DEFAULTS = {  # of config.json, beside those of transformers
+    "algo": None,
+    "block_size": 1,
+    "vocab_size": 50258,
+    "model_length": 1024,
+    "cross_attn": True,
+    "adaln": True,
+    "attn_backend": "sdpa",
+    "causal": False,
+    "hidden_dim": 768,
+    "cond_dim": 128,
+    "n_blocks": 12,
+    "n_heads": 12,
+    "dropout": 0.1,
+    "time_conditioning": False,
+    "var_min": True,
+    "sampling_eps_min": 1e-3,
+    "sampling_eps_max": 1.0,
+    "mask_token_id": None,
+}
+
 
 class BD3LMConfig(PretrainedConfig):
     """The published keys, and what a sampler needs to know: `algo` and the ids of special tokens.
@@ -26,40 +48,13 @@ class BD3LMConfig(PretrainedConfig):
     model_type = "bd3lm"
     attribute_map: ClassVar = {"max_position_embeddings": "model_length"}  # where others look
 
-    def __init__(
-        self,
-        *,
-        algo: str | None = None,
-        block_size: int = 1,
-        vocab_size: int = 50258,
-        model_length: int = 1024,
-        cross_attn: bool = True,
-        adaln: bool = True,
-        attn_backend: str = "sdpa",
-        causal: bool = False,
-        hidden_dim: int = 768,
-        cond_dim: int = 128,
-        n_blocks: int = 12,
-        n_heads: int = 12,
-        dropout: float = 0.1,
-        time_conditioning: bool = False,
-        var_min: bool = True,
-        sampling_eps_min: float = 1e-3,
-        sampling_eps_max: float = 1.0,
-        mask_token_id: int | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **others,
-    ):
-        self.algo = algo or _implied(causal, cross_attn, time_conditioning)
-        self.block_size, self.vocab_size, self.model_length = block_size, vocab_size, model_length
-        self.cross_attn, self.adaln, self.attn_backend = cross_attn, adaln, attn_backend
-        self.causal, self.hidden_dim, self.cond_dim = causal, hidden_dim, cond_dim
-        self.n_blocks, self.n_heads, self.dropout = n_blocks, n_heads, dropout
-        self.time_conditioning, self.var_min = time_conditioning, var_min
-        self.sampling_eps_min, self.sampling_eps_max = sampling_eps_min, sampling_eps_max
-        self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
-        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **others)
+    def __init__(self, **given):
+        for name, default in DEFAULTS.items():
+            setattr(self, name, given.pop(name, default))
+        self.algo = self.algo or _implied(self.causal, self.cross_attn, self.time_conditioning)
+        if self.mask_token_id is None:
+            self.mask_token_id = self.vocab_size - 1
+        super().__init__(**{"bos_token_id": None, "eos_token_id": None} | given)
 
 
 def _implied(causal: bool, cross_attn: bool, time_conditioning: bool) -> str:
@@ -128,36 +123,19 @@ class BD3LM(PreTrainedModel):
         sigma, for time-conditioned models. attention_mask [B, T or T/2]: 0 at padding.
         """
         mask = self.mask_for(sample_mode) if cache is None else cache.attention_mask
-        sigma = None
+        sigma = document_ids = None
         if self.config.time_conditioning:
             if timesteps is None:
                 raise ValueError("this model is conditioned on time: give timesteps [B]")
             sigma = timesteps.flatten()
-        document_ids = None
         if attention_mask is not None and not bool(attention_mask.all()):
             times = input_ids.shape[1] // attention_mask.shape[1]
             document_ids = attention_mask.long().repeat(1, times)
         asked = input_ids.shape[1] // 2 if isinstance(mask, BlockDiffusion) else None
-        states, hooks = self._watch(asked) if output_hidden_states else (None, [])
-        try:
+        with self.backbone.states(asked) if output_hidden_states else nullcontext() as states:
             hidden = self.backbone.hidden(
                 input_ids, sigma, attention_mask=mask, document_ids=document_ids, cache=cache
             )
-        finally:
-            for hook in hooks:
-                hook.remove()
         logits = self.backbone.logits(hidden, sigma)
-        output = MaskedLMOutput(
-            logits=logits, hidden_states=None if states is None else tuple(states)
-        )
+        output = MaskedLMOutput(logits=logits, hidden_states=states and tuple(states))
         return output.to_tuple() if return_dict is False else output
-
-    def _watch(self, asked: int | None):
-        """Lists that fill with the embedding and every block's output, [B, asked, E] each."""
-        states: list[Tensor] = []
-
-        def keep(module, arguments, output):
-            states.append(output[:, :asked])
-
-        layers = [self.backbone.vocab_embed, *self.backbone.blocks]
-        return states, [layer.register_forward_hook(keep) for layer in layers]

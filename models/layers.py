@@ -71,16 +71,17 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, -1)
-        turned = [torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)]
-        return torch.cat(turned, -1).to(x.dtype)
+        return _turned(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        a, b = grad.chunk(2, -1)
-        turned = [torch.addcmul(a * cos, b, sin), torch.addcmul(b * cos, a, sin, value=-1)]
-        return torch.cat(turned, -1).to(grad.dtype), None, None
+        return _turned(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    a, b = x.chunk(2, -1)
+    turned = torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)
+    return torch.cat(turned, -1).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
