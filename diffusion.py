@@ -21,8 +21,7 @@ from models.ema import EMA
 from models.randomness import hashed
 from objectives.corruption import Interval, Noise, draw_example_noise
 from objectives.graphs import GraphedLoss
-from objectives.loss import TokenLoss
-from objectives.loss_inputs import LossInputs, Objective
+from objectives.loss import LossInputs, Objective, TokenLoss
 from training import averaging, distributed
 from training.csv_log import record
 from training.health import StepHealth

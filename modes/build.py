@@ -21,7 +21,7 @@ from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives import algorithms
 from objectives.algorithms import ObjectiveSettings
-from objectives.loss_inputs import Objective
+from objectives.loss import Objective
 from settings import Config, local_folder
 from settings.defaults import needs_block_mask, user_cache
 from training.flops import NetworkShape

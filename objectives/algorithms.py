@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import objectives
 from noise_schedule import EPS, Schedule
 
-from .loss_inputs import Objective
+from .loss import Objective
 
 
 @dataclass(frozen=True)

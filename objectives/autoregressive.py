@@ -9,7 +9,7 @@ from models.document_ids import begins, positions
 from models.masks import Causal
 
 from .algorithms import Algorithm
-from .loss_inputs import LossInputs, Objective
+from .loss import LossInputs, Objective
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .corruption import (
     per_token,
     times,
 )
-from .loss_inputs import LossInputs, MaskingObjective
+from .loss import LossInputs, MaskingObjective
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .loss_inputs import LossInputs
+from .loss import LossInputs
 
 WARM_UP = 2  # steps of a shape that run as they are: what is compiled or chosen on first use is
 ROWS = 128  # the number of rows read is a multiple of

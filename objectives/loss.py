@@ -1,12 +1,20 @@
-"""What an objective returns about a batch."""
+"""The loss of a batch: what the network computes it from, and what comes out.
 
-from dataclasses import dataclass
+The inputs are made where the batch lies, on the host: which tokens are masked is drawn there, so
+the number of loss positions is known and the host never waits for the device.
+"""
+
+from dataclasses import dataclass, fields, replace
 
 import torch
 from einops import reduce
 from torch import Tensor
 
 from models.document_ids import begins
+from models.masks import AttentionMask
+
+from .corruption import Interval, Noise
+from .head import LossKernel, cross_entropy_kernel, head_loss
 
 
 @dataclass(frozen=True)
@@ -36,16 +44,145 @@ class TokenLoss:
         return sums / reduce(real, "b (n k) -> b n", "sum", k=block_size)
 
 
-def scattered(nll: Tensor, positions: Tensor, like: Tensor) -> Tensor:
-    """nll [M] at the flat indices `positions`, 0 elsewhere, in the shape of `like` [B, L]."""
-    out = torch.zeros(like.numel(), dtype=nll.dtype, device=nll.device)
-    return out.index_copy_(0, positions, nll).view(like.shape)
+@dataclass(frozen=True)
+class LossInputs:
+    """`loss_positions`: which rows of the network's output, flattened, predict a token that enters
+    the loss; None: all. M is their number; the training loss is sum(weights * nll) / (B L)."""
+
+    tokens: Tensor  # int64 [B, T], what the network sees
+    attention_mask: AttentionMask
+    loss_mask: Tensor  # float32 [B, L], see TokenLoss
+    loss_positions: Tensor | None  # int64 [M]
+    targets: Tensor  # int64 [M]
+    weights: Tensor  # float32 [M]
+    sigma: Tensor | None = None  # [B], the noise level where the network is told
+    expm1: Tensor | None = None  # [B], e^sigma - 1 where the loss needs it
+    document_ids: Tensor | None = None  # int64 [B, T]
+    positions: Tensor | None = None  # int64 [B, T]
+
+    def tensors(self) -> dict[str, Tensor]:
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in every.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device, pinned: bool = True) -> "LossInputs":
+        """On the device; by way of pinned memory without waiting for it."""
+        if self.tokens.device == device:
+            return self
+        pinned = pinned and device.type != "cpu" and self.tokens.device.type == "cpu"
+
+        def sent(x: Tensor) -> Tensor:
+            # a part of a tensor would be copied on the way, to memory that is not pinned
+            return (x.contiguous().pin_memory() if pinned else x).to(device, non_blocking=pinned)
+
+        return replace(self, **{name: sent(x) for name, x in self.tensors().items()})
+
+    def padded(self, rows: int) -> "LossInputs":
+        """With `rows` loss positions (at most all); those added have weight 0."""
+        positions = self.loss_positions
+        if positions is None or len(positions) >= rows:
+            return self
+        free = torch.ones(self.loss_mask.numel(), dtype=torch.bool, device=positions.device)
+        free[positions] = False
+        more = free.nonzero()[: rows - len(positions), 0]
+        # their target is that of a row that counts: never the mask, whose probability is 0
+        target = self.targets[:1] if len(self.targets) else self.targets.new_zeros(1)
+        return replace(
+            self,
+            loss_positions=torch.cat([positions, more]),
+            targets=torch.cat([self.targets, target.expand(len(more))]),
+            weights=torch.cat([self.weights, self.weights.new_zeros(len(more))]),
+        )
 
 
-def without_first(valid: Tensor, drop: bool, document_ids: Tensor | None = None) -> Tensor:
-    """The loss mask [B, L], float32, in a tensor of its own: the valid tokens; with `drop` without
-    the first of each text."""
-    loss_mask = valid.to(torch.float32, copy=True)
-    if drop:
-        loss_mask.masked_fill_(begins(valid, document_ids), 0)
-    return loss_mask
+class Objective:
+    """An objective defines `loss_inputs` of a batch and `kernel`, the loss on the logits; one that
+    draws noise also `loss_inputs_at` of a given corruption. The rest follows."""
+
+    draws_noise = True
+
+    def noise_block(self, length: int) -> int:
+        """How many tokens of a row of `length` share one time: all, unless there are blocks."""
+        return length
+
+    def kernel(self, backbone) -> LossKernel:
+        return cross_entropy_kernel(backbone, self.mask_id)
+
+    def compute_loss(self, backbone, inputs: LossInputs) -> TokenLoss:
+        """The loss of what the network predicts."""
+        hidden = backbone.hidden(
+            inputs.tokens,
+            inputs.sigma,
+            attention_mask=inputs.attention_mask,
+            positions=inputs.positions,
+            document_ids=inputs.document_ids,
+            read=inputs.loss_positions,
+        )
+        loss_mask, positions = inputs.loss_mask, inputs.loss_positions
+        row = None if inputs.expm1 is None else positions // inputs.tokens.shape[1]
+        # a tensor: by a number, a GPU would multiply by its rounded inverse
+        places = loss_mask.new_full((), loss_mask.numel())
+        head = head_loss(
+            backbone,
+            hidden.flatten(0, -2),
+            inputs.targets,
+            inputs.weights / places,
+            self.kernel(backbone),
+            *(() if inputs.expm1 is None else (inputs.expm1[row],)),
+            sigma=inputs.sigma,
+            row=row,
+        )
+        nll = head.losses * inputs.weights
+        if positions is not None:
+            nll = nll.new_zeros(loss_mask.numel()).index_copy_(0, positions, nll)
+        return TokenLoss(nll=nll.view_as(loss_mask), loss_mask=loss_mask, per_place=head.total)
+
+    def loss(self, backbone, *batch, **settings) -> TokenLoss:
+        """The loss of a batch; arguments as for `loss_inputs`."""
+        return self.compute_loss(backbone, self.loss_inputs(*batch, **settings))
+
+    def loss_at(self, backbone, *corrupted, **settings) -> TokenLoss:
+        """The loss of a given corruption; arguments as for `loss_inputs_at`."""
+        return self.compute_loss(backbone, self.loss_inputs_at(*corrupted, **settings))
+
+
+class MaskingObjective(Objective):
+    """One whose noise masks tokens. It defines `corrupt` and `loss_inputs_at`; x0, valid,
+    document_ids and x_t are [B, L]."""
+
+    def loss_mask(
+        self, valid: Tensor, training: bool, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Which tokens enter the mean, float32 in a tensor of its own. A text's position 0 stays in
+        the training mean (as published), not in evaluation."""
+        loss_mask = valid.to(torch.float32, copy=True)
+        if self.ignore_bos and not training:
+            loss_mask.masked_fill_(begins(valid, document_ids), 0)
+        return loss_mask
+
+    def loss_inputs(
+        self,
+        x0: Tensor,
+        valid: Tensor,
+        noise: Noise,
+        *,
+        interval: Interval,
+        training: bool,
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """valid: 1 where a token may enter the loss. Only the full interval bounds the
+        likelihood."""
+        x_t, t = self.corrupt(x0, noise, interval, document_ids)
+        mask = self.loss_mask(valid, training, document_ids)
+        return self.loss_inputs_at(x0, x_t, t, mask, interval=interval, document_ids=document_ids)
+
+    def targets(self, x0: Tensor, x_t: Tensor, weight: Tensor, loss_mask: Tensor) -> dict:
+        """Fields of LossInputs: the masked tokens are predicted. weight [B, L] or [B, 1]."""
+        # padding may carry the mask's id (GPT-2): what is outside the loss mask is not predicted
+        masked = (x_t == self.mask_id) & (loss_mask > 0)
+        loss_positions = masked.flatten().nonzero()[:, 0]  # [M]
+        return {
+            "loss_mask": loss_mask,
+            "loss_positions": loss_positions,
+            "targets": x0.flatten()[loss_positions],
+            "weights": (weight * loss_mask).flatten()[loss_positions],
+        }

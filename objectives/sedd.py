@@ -19,7 +19,7 @@ from noise_schedule import Schedule
 from .algorithms import Algorithm
 from .corruption import Interval, Noise, mask_tokens, masked_independently, times
 from .head import LossKernel, wide_dtype
-from .loss_inputs import LossInputs, MaskingObjective
+from .loss import LossInputs, MaskingObjective
 
 
 def score_entropy(

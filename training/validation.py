@@ -12,8 +12,7 @@ from evaluation.likelihood import Likelihood, LikelihoodMeter
 from noise_schedule import LogLinear
 from objectives import clipping
 from objectives.corruption import EXACT, Interval, Noise, per_token
-from objectives.loss import TokenLoss
-from objectives.loss_inputs import Objective
+from objectives.loss import Objective, TokenLoss
 
 VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
 

@@ -8,7 +8,7 @@ from test_training import ALGORITHMS, GLOBAL, LENGTH, MASK, module, trainer
 
 from models.masks import Full
 from objectives.graphs import ROWS, GraphedLoss, rows_for
-from objectives.loss_inputs import LossInputs
+from objectives.loss import LossInputs
 
 
 def batch(step):
