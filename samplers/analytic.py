@@ -15,7 +15,7 @@ from noise_schedule import total_noise
 
 from .draw import fold, sample
 from .nucleus import nucleus
-from .request import Sample
+from .sending import to_device
 from .steps import DRAW
 from .texts import ActiveTexts
 
@@ -65,25 +65,16 @@ def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
     return log.log_softmax(-1)
 
 
-def one_round(texts: ActiveTexts) -> list[Sample]:
+def one_round(texts: ActiveTexts) -> int:
     """Every text from its first step to its last."""
-    params = texts.params
-    for slot in texts.slots:
-        slot.filled = params.length
-        slot.nfe = params.num_steps + 1
-    write(texts)
-    texts.tick(len(texts) * params.length, params.num_steps + 1)
-    return texts.settle([0] * len(texts))
-
-
-def write(texts: ActiveTexts) -> None:
-    """Fill all masked tokens of all texts."""
     params, canvas = texts.params, texts.canvas
+    for slot in texts.slots:
+        slot.filled, slot.nfe = params.length, params.num_steps + 1
     t = torch.linspace(1, LAST_TIME, params.num_steps + 1, dtype=torch.float64)
     sigma = total_noise(params.move_chance(t)).float().tolist()
     steps = [*pairwise(sigma), (sigma[-1], 0.0)]
     row, position = torch.arange(len(texts)), torch.arange(params.length)
-    keys = canvas.tensor(texts.keys(row[:, None], position))
+    keys = to_device(texts.keys(row[:, None], position), canvas.device)
     for number, (now, then) in enumerate(steps):
         tokens = canvas.x[:, :-1]
         level = torch.full((len(texts),), now, device=canvas.device)
@@ -93,3 +84,4 @@ def write(texts: ActiveTexts) -> None:
         new = sample(log_probs, fold(keys, DRAW + number), 1.0, params.dtype)
         canvas.x[:, :-1] = new.where(tokens == canvas.mask_id, tokens)
         texts.show()
+    return len(texts) * params.length

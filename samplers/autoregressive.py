@@ -3,27 +3,25 @@
 import torch
 
 from .draw import fold
-from .request import Sample
+from .sending import to_device
 from .steps import DRAW
 from .texts import ActiveTexts
 
 ROUND_TOKENS = 32  # between two looks at the stop rules, which have to wait for the device
 
 
-def one_round(texts: ActiveTexts) -> list[Sample]:
+def one_round(texts: ActiveTexts) -> int:
     for slot in texts.slots:
-        slot.filled = max(slot.filled, slot.given)
+        slot.filled = slot.looked = max(slot.filled, slot.given)
         if slot.gaps:
             raise ValueError(
                 f"row {slot.request.row}: the prompt has mask tokens at {slot.gaps[:3]};"
                 " algo=ar cannot fill gaps, use mdlm or bamdlm"
             )
-    before = [slot.filled for slot in texts.slots]
     count = min([ROUND_TOKENS] + [slot.total - slot.filled for slot in texts.slots])
     for _ in range(count):
         next_token(texts)
-    texts.tick(len(texts) * count, count)
-    return texts.settle(before, every=True)
+    return len(texts) * count
 
 
 def next_token(texts: ActiveTexts) -> None:
@@ -38,7 +36,7 @@ def next_token(texts: ActiveTexts) -> None:
     feed = [target - start for target, start in zip(targets, starts, strict=True)]
     key = fold(texts.keys(torch.arange(len(texts)), target), DRAW)
     step = torch.stack([torch.tensor(feed) - 1, target, key])
-    canvas.reveal(starts, max(feed), canvas.tensor(step)[..., None])
+    canvas.reveal(starts, max(feed), to_device(step, canvas.device)[..., None])
     if params.kv_cache:
         canvas.commit(feed)
     for slot in texts.slots:

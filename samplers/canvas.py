@@ -1,7 +1,7 @@
 """The tokens that are written side by side, and the network that is asked about them.
 
-`x` int64 [B, length + 1] holds the texts; writes that concern nobody go to the last column. The
-cache, its recordings and what is committed to it follow the rows when they come and go.
+`x` int64 [B, length + 1] holds the texts. The cache, its recordings and what is committed to it
+follow the rows when they come and go.
 """
 
 import torch
@@ -13,12 +13,14 @@ from .draw import compiled_sample, sample
 from .params import SamplingParams
 from .replay import Replay
 from .request import Frame
+from .sending import to_device
 
 
 class Canvas:
     def __init__(self, denoise, params: SamplingParams, rows: int, device, watch):
         self.denoise, self.params, self.device = denoise, params, device
         self.mask_id, self.watch = denoise.mask_id, watch
+        self.dump = params.length  # the column for writes that concern nobody
         self.x = torch.full((rows, params.length + 1), self.mask_id, device=device)
         self.cache = None
         self.committed = [0] * rows  # tokens of each row that the cache holds for good
@@ -33,23 +35,6 @@ class Canvas:
 
     def __len__(self) -> int:
         return len(self.committed)
-
-    @property
-    def dump(self) -> int:
-        """The column for writes that concern nobody."""
-        return self.params.length
-
-    def tensor(self, values, dtype=torch.int64) -> Tensor:
-        """Numbers of the host on the device, without waiting for it."""
-        values = torch.as_tensor(values, dtype=dtype)
-        if torch.device(self.device).type != "cpu":
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
-
-    def write(self, row: int, tokens) -> None:
-        """A new text in this row: `tokens` are given, the rest is masked."""
-        self.x[row] = self.mask_id
-        self.x[row, : len(tokens)] = self.tensor(tokens)
 
     def ask(self, *arguments) -> Tensor:
         """The denoiser's answer; counted as one evaluation of the batch."""
@@ -113,7 +98,7 @@ class Canvas:
     def commit(self, tokens: list[int]) -> None:
         """Keep tokens[b] more of what the last pass gave row b."""
         same = len(set(tokens)) == 1
-        self.cache = self.cache.commit(tokens[0] if same else self.tensor(tokens))
+        self.cache = self.cache.commit(tokens[0] if same else to_device(tokens, self.device))
         self.committed = [c + n for c, n in zip(self.committed, tokens, strict=True)]
 
     def catch_up(self, targets: list[int], spare: int) -> None:
@@ -131,7 +116,7 @@ class Canvas:
             size = self.denoise.block_size
             width = min(max(missing), max(spare, room // size * size))
             tokens = self.window(self.committed, width)
-            self.ask(tokens, self.tensor([[0]] * len(self)), self.cache)
+            self.ask(tokens, to_device([[0]] * len(self), self.device), self.cache)
             self.evaluations -= 1  # it asks nothing
             self.commit([min(n, width) for n in missing])
 
@@ -151,11 +136,10 @@ class Canvas:
                 self._fresh_cache()
             return
         if new and self.cache is not None:
-            self.cache = self.cache.reset(
-                self.tensor([row in new for row in range(before)], torch.bool)
-            )
+            forget = [row in new for row in range(before)]
+            self.cache = self.cache.reset(to_device(forget, self.device, torch.bool))
         if empty:
-            rows = self.tensor(keep)
+            rows = to_device(keep, self.device)
             self.x = self.x[rows]
             if self.cache is not None:
                 self.cache = self.cache.select(rows)
@@ -163,12 +147,10 @@ class Canvas:
                 self.replay.forget()
 
     def window(self, starts: list[int], width: int) -> Tensor:
-        """Tokens starts[b] .. starts[b] + width - 1 of row b, [B, width]; any token past the
-        end.
-        """
+        """Tokens starts[b] .. starts[b] + width - 1 of row b, [B, width]; past the end any."""
         if len(set(starts)) == 1 and starts[0] + width <= self.x.shape[1]:
             return self.x[:, starts[0] : starts[0] + width]
-        return self._behind(self.tensor(starts), width)
+        return self._behind(to_device(starts, self.device), width)
 
     def _behind(self, starts: Tensor, width: int) -> Tensor:
         places = starts[:, None] + torch.arange(width, device=self.device)

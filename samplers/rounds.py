@@ -11,10 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .countdown import Countdown
 from .draw import fold, sample
 from .params import SamplingParams
-from .request import Sample
+from .sending import Countdown, to_device
 from .steps import DRAW, STEPS, Adaptive, Planned, RevealPlan, rank_in_group
 from .texts import ActiveTexts
 
@@ -22,23 +21,42 @@ from .texts import ActiveTexts
 Span = Callable[[int, SamplingParams], tuple[int, int]]
 
 
-def one_round(texts: ActiveTexts, span: Span) -> list[Sample]:
-    """One block or window of each text; the texts that ended with it."""
+def block_span(position: int, params: SamplingParams) -> tuple[int, int]:
+    """BAM-DLM: blocks from left to right, each filled given the clean blocks before it
+    (arXiv:2503.09573).
+
+    A block sees itself and the tokens before it, `context_size` in all. Infilling fills the gaps of
+    a block given what is to its left and its own visible tokens.
+    """
+    stop = (position // params.block_size + 1) * params.block_size
+    return max(0, stop - params.context_size), stop
+
+
+def window_span(position: int, params: SamplingParams) -> tuple[int, int]:
+    """MDLM: a window is filled whole, then moves by half its length, given what it still sees
+    (arXiv:2406.07524). The last is moved less where that is enough for the length asked for.
+    """
+    width = min(params.window, params.length)
+    stride = max(1, width // 2)
+    moves = max(0, -(-(position + 1 - width) // stride))
+    stop = min(moves * stride + width, params.length)
+    return stop - width, stop
+
+
+def one_round(texts: ActiveTexts, span: Span) -> int:
+    """One block or window of each text."""
     spans, fills = [], []
     for slot in texts.slots:
         first = slot.next_masked()
         start, stop = span(slot.total - 1 if first is None else first, texts.params)
         spans.append((start, stop))
         fills.append(slot.masked(start, stop))
-    before = [min(slot.filled, slot.total) for slot in texts.slots]
-    evaluations = texts.canvas.evaluations
     rule = STEPS[texts.params.steps]
     if any(fills):
         (planned if isinstance(rule, Planned) else adaptive)(texts, rule, spans, fills)
     for slot, (_, stop) in zip(texts.slots, spans, strict=True):
         slot.filled = stop
-    texts.tick(sum(map(len, fills)), texts.canvas.evaluations - evaluations)
-    return texts.settle(before)
+    return sum(map(len, fills))
 
 
 class View:
@@ -134,7 +152,7 @@ def laid_out(texts: ActiveTexts, given, nobody, evaluation, row, evaluations: in
     at = (sizes.cumsum(0) - sizes)[evaluation] + row * widths[evaluation] + rank_in_group(name)
     laid = nobody.repeat(1, int(sizes.sum()))
     laid[:, at] = given[:, order]
-    parts = texts.canvas.tensor(laid).split(sizes.tolist(), dim=1)
+    parts = to_device(laid, texts.canvas.device).split(sizes.tolist(), dim=1)
     shapes = [(len(texts), width) for width in widths.tolist()]
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -142,7 +160,7 @@ def laid_out(texts: ActiveTexts, given, nobody, evaluation, row, evaluations: in
 def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
     """The network decides what is revealed, so all that was masked at first is read each time.
 
-    Of a rule that is not `sequential` the host learns late how many are left (countdown.py): a pass
+    Of a rule that is not `sequential` the host learns late how many are left (Countdown): a pass
     that turns out to ask nothing may follow the last one, and changes nothing.
     """
     params, canvas = texts.params, texts.canvas

@@ -16,6 +16,7 @@ from .canvas import Canvas
 from .draw import fold, row_keys
 from .params import SamplingParams
 from .request import Sample, TextRequest
+from .sending import to_device
 from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
 
 
@@ -29,6 +30,7 @@ class Slot:
     key: int  # of its random stream
     tries: int = 1
     filled: int = 0
+    looked: int = 0  # its length when the stop rules last looked
     nfe: int = 0
     rejected: bool = False
 
@@ -50,9 +52,9 @@ class ActiveTexts:
     """Slot b is written in row b of the canvas."""
 
     def __init__(
-        self, denoise, requests: Iterator[TextRequest], params: SamplingParams, device, watch, tick
+        self, denoise, requests: Iterator[TextRequest], params: SamplingParams, device, watch
     ):
-        self.requests, self.params, self.tick = requests, params, tick
+        self.requests, self.params = requests, params
         first = list(islice(requests, params.batch_size))
         self.canvas = Canvas(denoise, params, len(first), device, watch)
         self.slots = [self._seat(i, request, tries=1) for i, request in enumerate(first)]
@@ -77,29 +79,31 @@ class ActiveTexts:
                 f"row {request.row} is given {given} tokens of a text of {total}, but model.length="
                 f"{params.length}: shorten the prompt or set a greater model.length"
             )
-        self.canvas.write(i, request.tokens)
-        gaps = [p for p, token in enumerate(request.tokens) if token == self.canvas.mask_id]
+        row, mask_id = self.canvas.x[i], self.canvas.mask_id
+        row.fill_(mask_id)
+        row[:given] = to_device(request.tokens, row.device)
+        gaps = [p for p, token in enumerate(request.tokens) if token == mask_id]
         key = row_keys(params.seed, [request.row], [tries]).item()
         return Slot(request, total, gaps, key, tries)
 
-    def settle(self, fresh: list[int], *, every: bool = False) -> list[Sample]:
+    def settle(self, *, every: bool) -> list[Sample]:
         """End of a round: apply the stop rules, hand out the texts that ended and seat new ones.
 
-        fresh[b]: the first position that the rules have not seen yet. They are applied at the new
-        length, or with `every` at each length on the way there.
+        The rules are applied at the new length, or with `every` at each length on the way there.
         """
         stops: dict[int, Stop] = {}
         again = []  # texts to be written once more
         if self.params.var_length or self.params.reject_low_entropy:
             ends = [min(slot.filled, slot.total) for slot in self.slots]
-            new = max(end - start for end, start in zip(ends, fresh, strict=True))
+            new = max(end - slot.looked for end, slot in zip(ends, self.slots, strict=True))
             for i, tail in enumerate(self.canvas.tails(ENTROPY_TOKENS + new, ends)):
-                slot, end = self.slots[i], ends[i]
-                looks = range(fresh[i] + 1, end + 1) if every else [end]
+                slot, end, fresh = self.slots[i], ends[i], self.slots[i].looked
+                looks = range(fresh + 1, end + 1) if every else [end]
+                slot.looked = end
                 if slot.request.total is not None:
                     continue  # infilling has a fixed length
                 if self.params.var_length:
-                    stop = find_stop(tail, end, looks, fresh[i], slot.given, self.params.eos_id)
+                    stop = find_stop(tail, end, looks, fresh, slot.given, self.params.eos_id)
                     if stop is not None:
                         stops[i] = stop
                 elif not slot.rejected and any(

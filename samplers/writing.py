@@ -23,27 +23,27 @@ from .autoregressive import one_round as ar_round
 from .draw import DRAWS
 from .params import SamplingParams
 from .request import Sample, TextRequest
-from .rounds import one_round
-from .spans import block_span, window_span
+from .rounds import block_span, one_round, window_span
 from .steps import CONFIDENCES, STEPS
 from .texts import ActiveTexts
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """`one_round` brings all texts one round further and returns those that ended. `can`: steps
-    (it follows the rules of STEPS), cache (sampling.kv_cache gives the same texts), infill (it
-    fills the gaps of a prompt)."""
+    """`one_round` brings all texts one round further and returns how many tokens it wrote. `can`:
+    steps (it follows the rules of STEPS), cache (sampling.kv_cache gives the same texts), infill
+    (it fills the gaps of a prompt). `ends_anywhere`: a text may stop inside a round."""
 
-    one_round: Callable[[ActiveTexts], list[Sample]]
+    one_round: Callable[[ActiveTexts], int]
     can: tuple[str, ...] = ()
+    ends_anywhere: bool = False
 
 
 SAMPLERS = {
     "bamdlm": Sampler(partial(one_round, span=block_span), can=("steps", "cache", "infill")),
     "mdlm": Sampler(partial(one_round, span=window_span), can=("steps", "infill")),
     "sedd": Sampler(analytic_round, can=()),
-    "ar": Sampler(ar_round, can=("cache",)),
+    "ar": Sampler(ar_round, can=("cache",), ends_anywhere=True),
 }
 
 
@@ -66,13 +66,16 @@ def generate(
     """
     algo = {"bd3lm": "bamdlm"}.get(algo, algo)
     check(params, algo)
-    return _rounds(SAMPLERS[algo].one_round, denoise, iter(requests), params, device, watch, tick)
+    return _rounds(SAMPLERS[algo], tick, denoise, iter(requests), params, device, watch)
 
 
-def _rounds(sampler, *arguments) -> Iterator[list[Sample]]:
+def _rounds(sampler: Sampler, tick: Callable, *arguments) -> Iterator[list[Sample]]:
     texts = ActiveTexts(*arguments)
     while len(texts):
-        yield sampler(texts)
+        before = texts.canvas.evaluations
+        tokens = sampler.one_round(texts)
+        tick(tokens, texts.canvas.evaluations - before)
+        yield texts.settle(every=sampler.ends_anywhere)
 
 
 def check(params: SamplingParams, algo: str, infill: bool = False) -> None:

@@ -10,7 +10,7 @@ from networks import chi_square_p, small
 from sampling_tools import Table, denoiser, write
 
 from models.masks import BlockCausal
-from samplers.analytic import write as write_analytically
+from samplers.analytic import one_round as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
 from samplers.params import SamplingParams
@@ -332,7 +332,7 @@ def test_counts_that_arrive_late_change_neither_text_nor_nfe(monkeypatch, after,
     asked, waits = Counting(network("bamdlm")), []
     at_once = write("bamdlm", asked, 6, **params)
     needed = len(asked.asked)
-    monkeypatch.setattr("samplers.countdown.send", lambda n: (Late(n, after, waits), n))
+    monkeypatch.setattr("samplers.sending.send", lambda n: (Late(n, after, waits), n))
     late = write("bamdlm", asked, 6, **params)
     assert texts(late) == texts(at_once)
     assert [s.nfe for s in late] == [s.nfe for s in at_once]
@@ -734,7 +734,7 @@ def test_nor_in_the_steps_of_sedd(cuda):
     params = SamplingParams(**SMALL, bos_id=0, eos_id=0, batch_size=3, nucleus_p=0.9)
     for waiting in (nullcontext, no_waiting):  # the first call sets libraries up
         requests = iter([TextRequest(row, (0,)) for row in range(3)])
-        rows = ActiveTexts(denoise, requests, params, cuda, None, None)
+        rows = ActiveTexts(denoise, requests, params, cuda, None)
         with waiting():
             write_analytically(rows)
         assert (rows.canvas.x[:, :-1] != MASK).all()
