@@ -21,20 +21,21 @@ def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> 
         for name in ("tries", "rows", "rejected", "tokens", "nfes")
     )
     seconds = _seconds(notes)
-    return {
+    found = {
         "rows": len(rows),
-        "gen_ppl": _figure(corpus_perplexity([_score(r) for r in rows])),
-        "gen_ppl_mean": _figure(_mean([r.gen_ppl for r in rows if r.gen_ppl is not None])),
-        "gen_entropy": _figure(_mean([r.gen_entropy for r in rows])),
-        "gen_lengths": _figure(_mean([r.gen_lengths for r in rows])),
-        "gen_nfes": _figure(_mean([r.gen_nfes for r in rows])),
-        "tokens_per_evaluation": _figure(tokens / nfes if nfes else math.nan),
-        "acceptance": _figure((logged - rejected) / tries if tries else math.nan),
+        "gen_ppl": corpus_perplexity([_score(r) for r in rows]),
+        "gen_ppl_mean": _mean([r.gen_ppl for r in rows if r.gen_ppl is not None]),
+        "gen_entropy": _mean([r.gen_entropy for r in rows]),
+        "gen_lengths": _mean([r.gen_lengths for r in rows]),
+        "gen_nfes": _mean([r.gen_nfes for r in rows]),
+        "tokens_per_evaluation": tokens / nfes if nfes else math.nan,
+        "acceptance": (logged - rejected) / tries if tries else math.nan,
         "stopped": dict(sum((Counter(note["stopped"]) for note in notes), Counter())),
-        "seconds": _figure(round(seconds, 2)),
-        "tokens_per_second": _figure(tokens / seconds if seconds else math.nan),
-        **about,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": tokens / seconds if seconds else math.nan,
     }
+    known = {name: value if value == value else None for name, value in found.items()}  # not nan
+    return known | about
 
 
 def _score(row: SampleRow) -> TextScore:
@@ -60,11 +61,6 @@ def _seconds(notes: Sequence[dict]) -> float:
 def _mean(values: Sequence[float]) -> float:
     values = [v for v in values if not math.isnan(v)]
     return sum(values) / len(values) if values else math.nan
-
-
-def _figure(value: float) -> float | None:
-    """JSON has no nan."""
-    return None if math.isnan(value) else value
 
 
 def rule_numbers(rule: str) -> list[str]:

@@ -58,9 +58,8 @@ class Texts:
     """What to write: texts number 0 .. count - 1."""
 
     count: int
-    prompts: Sequence[
-        tuple[int, ...]
-    ] = ()  # ids, BOS first; text r has prompt r modulo their number
+    # ids, BOS first; text r has prompt r modulo their number
+    prompts: Sequence[tuple[int, ...]] = ()
     infill: bool = False  # fill the gaps of the prompts
 
     def request(self, row: int, bos_id: int) -> TextRequest:
@@ -95,10 +94,9 @@ class SamplingRun:
 
     def __post_init__(self):
         check(self.model.params, self.model.writes, self.texts.infill)
-        if self.texts.count < 1:
-            raise ValueError(
-                f"sampling.num_sample_batches leaves {self.texts.count} texts to write"
-            )
+        count = self.texts.count
+        if count < 1:
+            raise ValueError(f"sampling.num_sample_batches leaves {count} texts to write")
         if not 0 <= self.rank < self.ranks:
             raise ValueError(f"rank {self.rank} is not one of {self.ranks} processes")
         self.output.file.check()
@@ -109,9 +107,7 @@ class SamplingRun:
         return [r for r in range(self.rank, self.texts.count, self.ranks) if r not in done]
 
     def run(self) -> dict | None:
-        """Write the missing texts. Returns the report if all rows of the run are there, else
-        None.
-        """
+        """Write the missing texts. Returns the report, or None where rows of the run miss."""
         missing, path = self.missing(), self.output.file.path
         if missing:
             self._write(missing)
@@ -122,7 +118,17 @@ class SamplingRun:
                     "nothing is shown or recorded: choose another sampling.logdir or seed to write"
                     " new texts"
                 )
-        return self._report()
+        file = self.output.file
+        rows = file.rows(self.output.run)
+        rows = [rows[r] for r in range(self.texts.count) if r in rows]
+        if len(rows) < self.texts.count:
+            return None  # another process is still writing; the last one reports
+        summary = summarise(rows, file.notes(self.output.run), self.report_facts())
+        write_json(file.summary, summary)
+        for line in lines(summary):
+            print(line, flush=True)
+        print(f"texts: {file.path}; report: {file.summary}", flush=True)
+        return summary
 
     def cache_bytes(self) -> int:
         """Memory of the cache, known before the run: a ring of context + one block per text."""
@@ -163,7 +169,7 @@ class SamplingRun:
                     seconds = time.monotonic() - started
                     note = {"process": process, "rank": self.rank, "seconds": seconds}
                     self.output.file.add(rows, note | totals(part))
-                    progress.done(len(rows))
+                    progress.tick(texts=len(rows))
 
     def _views(self, missing: list[int]) -> Iterator[Show | Trajectory]:
         output, tokenizer = self.output, self.model.tokenizer
@@ -223,19 +229,6 @@ class SamplingRun:
             "ranks": self.ranks,
             **self.output.about,
         }
-
-    def _report(self) -> dict | None:
-        file = self.output.file
-        rows = file.rows(self.output.run)
-        rows = [rows[r] for r in range(self.texts.count) if r in rows]
-        if len(rows) < self.texts.count:
-            return None  # another process is still writing; the last one reports
-        summary = summarise(rows, file.notes(self.output.run), self.report_facts())
-        write_json(file.summary, summary)
-        for line in lines(summary):
-            print(line, flush=True)
-        print(f"texts: {file.path}; report: {file.summary}", flush=True)
-        return summary
 
 
 def totals(samples: Sequence[Sample]) -> dict:

@@ -1,13 +1,10 @@
 """The CSV of a sampling run: one row a text, added as soon as it is done, by any number of
 processes.
 
-Columns are those of the authors, in their order, then `row` and `run`, so that several runs can
-share a file and each knows its own rows. Beside PATH lies PATH.log.jsonl: what the columns cannot
-hold (time, tries), one line per added group.
-
-Rows are added under a lock in one write and flushed to the disk. The lock is the file PATH.lock,
-which stays: on network file systems, removing it could let two processes in at once. What a killed
-process left unfinished is cut off by the next one that writes.
+Columns are those of the authors, then `row` and `run`, so that several runs can share a file and
+each knows its own rows. Beside PATH lies PATH.log.jsonl: what the columns cannot hold (time,
+tries), one line per added group. Rows are added under a lock in one write and flushed to the disk;
+what a killed process left unfinished is cut off by the next one that writes.
 """
 
 import csv
@@ -15,16 +12,16 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from utils import lock
 
-COLUMNS = ("gen_ppl", "gen_nfes", "gen_entropy", "gen_lengths", "samples", "seed", "row", "run")
-
 
 @dataclass(frozen=True)
 class SampleRow:
+    """The columns, in their order."""
+
     gen_ppl: float | None  # None: no judge
     gen_nfes: int
     gen_entropy: float
@@ -33,6 +30,9 @@ class SampleRow:
     seed: int
     row: int
     run: str
+
+
+COLUMNS = tuple(column.name for column in fields(SampleRow))
 
 
 class SampleFile:
@@ -81,14 +81,11 @@ class SampleFile:
             content = file.read()
             whole = complete(content)
             there = {(r["run"], int(r["row"])) for r in self._records(content)}
-            new = [row for row in rows if (row.run, row.row) not in there]
             text = io.StringIO(newline="")
             writer = csv.writer(text)
             if whole == 0:
                 writer.writerow(COLUMNS)
-            for row in new:
-                values = [getattr(row, name) for name in COLUMNS]
-                writer.writerow(["" if value is None else value for value in values])
+            writer.writerows(astuple(row) for row in rows if (row.run, row.row) not in there)
             file.truncate(whole)
             file.write(text.getvalue().encode())
             os.fsync(file.fileno())
@@ -127,8 +124,7 @@ class SampleFile:
 
 def complete(content: bytes) -> int:
     """Length of the records that are whole: the end of the last line break outside of quotes."""
-    quoted, start = 0, 0
-    whole = 0
+    quoted = start = whole = 0
     for line in content.splitlines(keepends=True):
         quoted += line.count(b'"')
         start += len(line)

@@ -1,6 +1,4 @@
-"""Looking at sampling: a progress bar, the text in the terminal as it is denoised, a page that
-replays it.
-"""
+"""Looking at sampling: a progress bar, the text as it is denoised, a page that replays it."""
 
 import html
 import json
@@ -64,16 +62,11 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def tick(self, tokens: int, evaluations: int) -> None:
+    def tick(self, tokens: int = 0, evaluations: int = 0, texts: int = 0) -> None:
+        """So many more."""
         self.tokens += tokens
         self.evaluations += evaluations
-        self._show()
-
-    def done(self, texts: int) -> None:
         self.written += texts
-        self._show()
-
-    def _show(self) -> None:
         now = time.monotonic()
         rate = self.tokens / max(now - self.started, 1e-9)
         figures = f"{self.tokens:,} tokens, {rate:,.0f} tokens/s, {self.evaluations:,} evaluations"
@@ -88,33 +81,21 @@ def pieces(
     tokens: list[int], before: list[int] | None, mask_id: int
 ) -> list[tuple[str, list[int]]]:
     """Runs of (state, ids): masked, fresh since `before`, settled."""
-    states = []
-    for i, token in enumerate(tokens):
-        if token == mask_id:
-            state = MASKED
-        elif before is not None and before[i] != token:
-            state = FRESH
-        else:
-            state = SETTLED
-        states.append(state)
+    states = [
+        MASKED if token == mask_id else SETTLED if token == old else FRESH
+        for token, old in zip(tokens, before or tokens, strict=True)
+    ]
     pairs = groupby(zip(states, tokens, strict=True), key=itemgetter(0))
     return [(state, [token for _, token in group]) for state, group in pairs]
 
 
-class Show:
+class Show(Live):
     """The first texts of the batch in the terminal: masked, fresh and settled tokens."""
 
     def __init__(self, tokenizer, console: Console | None = None):
+        super().__init__(console=console, refresh_per_second=12, vertical_overflow="ellipsis")
         self.tokenizer = tokenizer
         self.before: dict[int, list[int]] = {}
-        self.live = Live(console=console, refresh_per_second=12, vertical_overflow="ellipsis")
-
-    def __enter__(self):
-        self.live.start()
-        return self
-
-    def __exit__(self, *error):
-        self.live.stop()
 
     def __call__(self, frame: Frame) -> None:
         text, now = Text(), {}
@@ -124,7 +105,7 @@ class Show:
             text.append(self.paint(now[row], self.before.get(row)))
             text.append("\n\n")
         self.before = now
-        self.live.update(text)
+        self.update(text)
 
     def paint(self, tokens: list[int], before: list[int] | None) -> Text:
         """The part of a text that is being written."""
@@ -178,14 +159,13 @@ class Trajectory:
 
     def write(self) -> None:
         used = 1 + max((i for step in [self.given, *self.steps] for i, _ in step), default=0)
-        data = json.dumps({"length": used, "given": self.given, "steps": self.steps}).replace(
-            "<", "\\u003c"
-        )
-        facts = ", ".join(
-            f"{k} {v}" for k, v in self.about.items() if v not in (None, False, "none")
-        )
+        data = json.dumps({"length": used, "given": self.given, "steps": self.steps})
+        about = self.about.items()
+        facts = ", ".join(f"{k} {v}" for k, v in about if v not in (None, False, "none"))
         page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-            title=html.escape(f"text {self.row}"), facts=html.escape(facts), data=data
+            title=html.escape(f"text {self.row}"),
+            facts=html.escape(facts),
+            data=data.replace("<", "\\u003c"),
         )
         with atomic_file(self.path) as file:
             file.write(page)

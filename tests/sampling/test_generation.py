@@ -492,7 +492,7 @@ def test_progress_speaks_in_a_log_file(capsys, monkeypatch):
     monkeypatch.setattr("sampling.view.LINE_SECONDS", -1)
     with Progress(2, params(), enabled=True) as progress:
         progress.tick(10, 3)
-        progress.done(1)
+        progress.tick(texts=1)
     assert "1 of 2 texts, 10 tokens" in capsys.readouterr().out
 
 
