@@ -1,8 +1,7 @@
 """Attention backends: three ways to compute the same numbers.
 
 A backend is a function `prepare(mask, queries, keys, document_ids, device) -> attend(q, k, v)`.
-What depends on the mask alone (tensors, chunk borders) is made once by `prepare` and shared by all
-layers of a pass.
+What depends on the mask alone is made once by `prepare` and shared by all layers of a pass.
 
     q [B, H, T, D]   k, v [B, H, S, D]   ->   [B, H, T, D]
 

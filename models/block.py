@@ -1,7 +1,5 @@
 """A block of the transformer and the layer behind the last one, each modulated by the noise level.
-
-Parameter names are those of the published checkpoints.
-"""
+Parameter names are those of the published checkpoints."""
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +30,7 @@ class Block(nn.Module):
     def queries_keys_values(
         self, x: Tensor, num_queries: int, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, E] -> q of the first `num_queries` rows, k, v of all rows, each [B, H, ., D]; q, k
-        rotated."""
+        """[B, T, E] -> q of the first `num_queries` rows, all k, v, [B, H, ., D]; q, k rotated."""
         if num_queries == x.shape[1]:
             qkv = self._heads(self.attn_qkv(x), 3)  # [3, B, H, T, D]
             qk, v = qkv.split((2, 1))
@@ -122,8 +119,7 @@ def _added(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
 
 
 def of_rows(part: Tensor | None, row: Tensor | None) -> Tensor | None:
-    """A modulation [B or 1, 1, E] for M rows picked from the batch: [M, E], or [1, E] if all rows
-    share it."""
+    """A modulation [B or 1, 1, E] for M rows of the batch: [M, E], or [1, E] if all share it."""
     if part is None:
         return None
     return part[:, 0] if len(part) == 1 else part[row, 0]

@@ -5,9 +5,8 @@ in a ring of window + block_size slots: position p lives in slot p % slots. A pa
 block_size tokens, or two blocks behind a full window, is written behind the committed ones; unless
 it is committed the next pass overwrites it. When the window slides nothing is moved or recomputed.
 
-Deep keys carry what they saw when they were made. Beyond the window that is one long pass under
-BlockCausal(block_size, window), which is not the same as recomputing the last `window` tokens from
-scratch.
+Deep keys carry what they saw when they were made: beyond the window this is one long pass under
+BlockCausal(block_size, window), not the same as computing the last `window` tokens from scratch.
 """
 
 import functools

@@ -1,9 +1,8 @@
 """Keys and values of a clean text, made once: then any number of noised versions of it are asked
 about at the price of their own tokens.
 
-Under BlockDiffusion the clean half of [x_t ; x0] does not look at x_t, so its keys and values are
-the same for every x_t. They stand behind room for those of the noised half, which every pass
-overwrites.
+Under BlockDiffusion the clean half of [x_t ; x0] does not look at x_t. Its keys and values stand
+behind room for those of the noised half, which every pass overwrites.
 """
 
 import functools
@@ -21,8 +20,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class CleanHalf:
-    """What `DiT.hidden` takes as a cache: with it the tokens are x_t [B, L], and the answer is that
-    for the noised half of [x_t ; x0]. Made by `clean_half`."""
+    """What `DiT.hidden` takes as a cache: its tokens are then x_t [B, L]. Made by `clean_half`."""
 
     keys: list[Tensor]  # per layer [B, H, 2L, D], rotated; the clean half comes second
     values: list[Tensor]

@@ -1,5 +1,4 @@
-"""torch.compile, made when it is first needed, and its settings, which hold while this project's
-compiled functions are called and for nothing else in the process."""
+"""torch.compile, and its settings, which hold for this project's compiled functions alone."""
 
 import functools
 from collections.abc import Callable

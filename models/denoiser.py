@@ -1,8 +1,4 @@
-"""What samplers call: a network behind the interface that they know.
-
-`Denoiser` for the parameterisations subs and ar, `Score` for SEDD; their docstrings are what
-samplers/ rely on, which know no network.
-"""
+"""What samplers call: a network behind the interface that they know."""
 
 import math
 from dataclasses import dataclass
@@ -31,11 +27,7 @@ class Denoiser:
 
     def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32
-        [B, R, V].
-
-        Without a cache the tokens are all that is visible; with one they stand behind its committed
-        tokens.
-        """
+        [B, R, V]. With a cache the tokens stand behind its committed ones."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
         mask = self.attention_mask if cache is None else cache.attention_mask
         read_rows = (rows + read).flatten()

@@ -2,9 +2,7 @@
 and causal for AR.
 
 It maps tokens to logits in two halves, because most positions never need logits: `hidden` runs the
-blocks, `logits` the head, for the rows asked for. It holds weights, and what `freeze` makes of them
-for evaluation: no mode, no knowledge of the algorithm. Parameter names are those of the published
-checkpoints.
+blocks, `logits` the head. Parameter names are those of the published checkpoints.
 """
 
 from collections.abc import Iterator
@@ -152,11 +150,8 @@ class DiT(nn.Module):
     def features(
         self, hidden: Tensor, sigma: Tensor | None = None, row: Tensor | None = None
     ) -> Tensor:
-        """What the last linear layer sees, for hidden [M, E] or [B, T, E].
-
-        sigma None or [B]. row [M]: the sample each of M hidden rows belongs to, needed where sigma
-        is given.
-        """
+        """What the last linear layer sees, for hidden [M, E] or [B, T, E]. sigma None or [B]; with
+        it row [M]: the sample each of M hidden rows belongs to."""
         x = self.output_layer.norm_final(hidden)
         shift, scale = modulation(self.output_layer, self.conditioning(sigma), 2)
         if hidden.dim() == 2:
@@ -171,11 +166,10 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def freeze(self, dtype: torch.dtype) -> None:
-        """For evaluation only: keep what each pass would make anew. That is the modulation at sigma
-        0, and the weights of linear layers in `dtype`, what autocast makes of them at every use;
-        so results are equal, to be used under the same autocast. And the head's weights as wide as
-        tensor cores like. In half precision on CUDA the GELU is made inside the product before it,
-        on sums that are not rounded to half precision first."""
+        """For evaluation only: keep what each pass would make anew, the modulation at sigma 0 and
+        the weights of linear layers in `dtype`, to be used under the same autocast; and the head's
+        weights as wide as tensor cores like. In half precision on CUDA the GELU is made inside the
+        product before it, on sums that are not rounded to half precision first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)

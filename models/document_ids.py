@@ -1,8 +1,6 @@
 """Several texts in one row: document_ids [B, L] number them; padding is a document like any other.
-
-Within a document everything is as in a row of its own: attention (models/attention.py), positions
-from 0 on, and a first token with nothing before it.
-"""
+Within a document everything is as in a row of its own: attention, positions from 0 on, a first
+token with nothing before it."""
 
 import torch
 from torch import Tensor

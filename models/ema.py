@@ -1,7 +1,5 @@
-"""The exponential moving average of the weights, kept by parameter name.
-
-After n updates the decay is min(decay, (1 + n) / (10 + n)) (the warm-up of the published runs).
-"""
+"""The exponential moving average of the weights, kept by parameter name. After n updates the decay
+is min(decay, (1 + n) / (10 + n)) (the warm-up of the published runs)."""
 
 from collections.abc import Iterable, Mapping
 
@@ -30,9 +28,7 @@ class EMA:
         current = dict(named_parameters)
         _same_names(self.shadow, current)
         values = [current[name].detach() for name in self.shadow]
-        weight = 1 - decay
-        if unless is not None:
-            weight = [(1 - decay) * (1 - unless)] * len(values)
+        weight = 1 - decay if unless is None else [(1 - decay) * (1 - unless)] * len(values)
         torch._foreach_lerp_(list(self.shadow.values()), values, weight)
 
     @torch.no_grad()

@@ -1,8 +1,7 @@
 """DiT as a Hugging Face model: configuration and forward pass of the published BD3-LM classes.
 
 Weights are saved under `backbone.` in safetensors, as published. scripts/export_hf.py copies this
-folder's files beside them, so that transformers can load the model where this project is not
-installed.
+folder's files beside them, for where this project is not installed.
 """
 
 from contextlib import nullcontext
@@ -40,10 +39,8 @@ DEFAULTS = {  # of config.json, beside those of transformers
 
 
 class BD3LMConfig(PretrainedConfig):
-    """The published keys, and what a sampler needs to know: `algo` and the ids of special tokens.
-
-    A published config.json without `algo` gets what its switches imply.
-    """
+    """The published keys, and what a sampler needs to know: `algo` (without it, what the published
+    switches imply) and the ids of special tokens."""
 
     model_type = "bd3lm"
     attribute_map: ClassVar = {"max_position_embeddings": "model_length"}  # where others look

@@ -1,8 +1,7 @@
 """Who may look at whom: the attention masks, as predicates on token indices.
 
-`allowed(q, k, keys)` says whether query index q may see key index k, where `keys` is the number of
-keys. It is written with broadcasting operators only, so the same line serves dense masks, cached
-passes and FlexAttention. Block numbers are index // block_size.
+`allowed(q, k, keys)` says whether query index q may see key index k of `keys`. It is written with
+broadcasting operators only, so it serves dense masks, cached passes and FlexAttention alike.
 """
 
 from dataclasses import dataclass
@@ -20,11 +19,8 @@ class Full:
 
 @dataclass(frozen=True)
 class BlockCausal:
-    """A token sees its own block and the earlier ones: the clean sequence, and sampling.
-
-    `window` limits the view to the last `window` tokens counted in whole blocks, the query's own
-    included.
-    """
+    """A token sees its own block and the earlier ones: the clean sequence, and sampling. `window`
+    limits the view to so many tokens, counted in whole blocks, the query's own included."""
 
     block_size: int
     window: int | None = None
@@ -38,10 +34,9 @@ class BlockCausal:
 
     def allowed(self, q: Tensor, k: Tensor, keys: int) -> Tensor:
         behind = q // self.block_size - k // self.block_size
-        seen = behind >= 0
-        if self.window is not None:
-            seen = seen & (behind < self.window // self.block_size)
-        return seen
+        if self.window is None:
+            return behind >= 0
+        return (behind >= 0) & (behind < self.window // self.block_size)
 
 
 def Causal(window: int | None = None) -> BlockCausal:

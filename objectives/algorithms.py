@@ -1,8 +1,7 @@
 """The algorithms: which objective each trains, and what its settings may say.
 
-A module of this folder lists its algorithms in a literal dict ALGORITHMS. So a new one is a file
-here and a file in configs/algo/. settings/tables.py reads the entries without importing torch:
-write every keyword but `build` as a literal.
+A module of this folder lists its algorithms in a literal dict ALGORITHMS, which settings/tables.py
+reads without importing torch: write every keyword but `build` as a literal.
 """
 
 import importlib
@@ -56,5 +55,4 @@ def get_algorithm(name: str) -> Algorithm:
 
 
 def build_objective(name: str, settings: ObjectiveSettings) -> Objective:
-    """The objective of the algorithm `name`."""
     return get_algorithm(name).build(settings)

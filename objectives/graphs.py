@@ -2,8 +2,7 @@
 them one by one takes the host longer than the device needs to run them.
 
 A graph has fixed shapes. The number of masked tokens changes from batch to batch, so there are some
-more loss positions than needed (`LossInputs.padded`); a batch that needs more still gets a graph
-with more.
+more loss positions than needed (`LossInputs.padded`); a batch of more still gets another graph.
 """
 
 from collections.abc import Callable
@@ -36,17 +35,13 @@ class _Asked(nn.Module):
 
 class GraphedLoss:
     """`loss(backbone, inputs)`, a scalar on a CUDA device, as a graph once its shapes have been
-    met; so are its gradients with respect to the weights, which must stay where they are.
-
-    `send` brings the inputs to the device. `shared`: gradients of several calls are added up, so
-    each gets memory of its own.
-    """
+    met; so are its gradients with respect to the weights, which must stay where they are. `send`
+    brings the inputs to the device. `shared`: gradients of several calls are added up."""
 
     def __init__(self, backbone: nn.Module, loss: Callable, send: Callable, shared: bool):
         self.ask, self.send, self.shared = _Asked(backbone, loss), send, shared
         self.shape: torch.Size | None = None
-        self.rows = 0
-        self.seen = 0
+        self.rows = self.seen = 0
         self.graph: _Graph | None = None
 
     def __call__(self, inputs: LossInputs) -> Tensor:

@@ -1,5 +1,4 @@
-"""The last linear layer and a loss on top of it, chunk by chunk: no more than one chunk of logits
-exists at a time.
+"""The last linear layer and a loss on top of it, one chunk of logits at a time.
 
 The gradient with respect to the logits is known as soon as a chunk's logits are, because every
 token's factor in the scalar loss is known beforehand. So the forward pass multiplies it out at once
@@ -78,10 +77,8 @@ def head_loss(
     sigma: Tensor | None = None,
     row: Tensor | None = None,
 ) -> HeadLoss:
-    """`kernel` on the logits of hidden [M, E]; targets, factors and each of kernel_rows are [M].
-
-    sigma [B] and row [M] as for `DiT.features`.
-    """
+    """`kernel` on the logits of hidden [M, E]; targets, factors and each of kernel_rows are [M];
+    sigma [B] and row [M] as for `DiT.features`."""
     features = backbone.features(hidden, sigma, row)
     linear = backbone.output_layer.linear
     total, losses = _ChunkedHead.apply(

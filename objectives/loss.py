@@ -4,7 +4,7 @@ The inputs are made where the batch lies, on the host: which tokens are masked i
 the number of loss positions is known and the host never waits for the device.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from einops import reduce
@@ -37,7 +37,7 @@ class TokenLoss:
 
     def block_means(self, block_size: int, real: Tensor | None = None) -> Tensor:
         """Mean nats of each block, [B, N]: what the clipped-schedule search compares. real [B, L]:
-        1 where a token is no padding; the means are over these, and nan where there are none."""
+        1 where a token is no padding; the means are over these, nan where there are none."""
         sums = reduce(self.nll, "b (n k) -> b n", "sum", k=block_size)
         if real is None:
             return sums / block_size
@@ -61,8 +61,7 @@ class LossInputs:
     positions: Tensor | None = None  # int64 [B, T]
 
     def tensors(self) -> dict[str, Tensor]:
-        every = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in every.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device, pinned: bool = True) -> "LossInputs":
         """On the device; by way of pinned memory without waiting for it."""
@@ -169,8 +168,7 @@ class MaskingObjective(Objective):
         training: bool,
         document_ids: Tensor | None = None,
     ) -> LossInputs:
-        """valid: 1 where a token may enter the loss. Only the full interval bounds the
-        likelihood."""
+        """valid: 1 where a token may enter the loss. Only the full interval gives a bound."""
         x_t, t = self.corrupt(x0, noise, interval, document_ids)
         mask = self.loss_mask(valid, training, document_ids)
         return self.loss_inputs_at(x0, x_t, t, mask, interval=interval, document_ids=document_ids)

@@ -23,9 +23,7 @@ LAST_TIME = 1e-5
 
 
 def staggered(score: Tensor, dsigma: Tensor, mask_id: int) -> Tensor:
-    """The score at the earlier noise level, as far as it follows from this one; score [B, L, V],
-    dsigma [B].
-    """
+    """The score [B, L, V] at the noise level lower by dsigma [B], as far as it follows."""
     grown = dsigma.exp()[:, None, None]
     out = score * grown
     out[..., mask_id] += ((1 - grown) * score.sum(-1, keepdim=True))[..., 0]
@@ -51,9 +49,7 @@ def reverse_chances(
 
 
 def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
-    """Normalised log-probabilities; an imperfect score may make staying masked negative, which
-    counts as 0.
-    """
+    """Normalised; an imperfect score may make staying masked negative, which counts as 0."""
     log = chances.clamp(min=0).log()
     if nucleus_p < 1:
         tokens = log.clone()

@@ -1,17 +1,15 @@
 """Random numbers that belong to a place in a text, and draws from a distribution that are right in
 its tails.
 
-A stream is named by integers: `fold(fold(seed_key(seed), row), position)` is a 64-bit key, and a
-key gives as many uniform numbers as are asked for. Nothing is kept between calls, so a number does
-not depend on what was drawn before or beside it. The hash (models/randomness.py) is int64
-arithmetic that wraps, which every device computes alike and without asking the host.
+A stream is named by integers: each is folded into a 64-bit key, and a key gives as many uniform
+numbers as are asked for. The hash (models/randomness.py) is int64 arithmetic that wraps, which
+every device computes alike and without asking the host.
 
 Gumbel noise in float32 ends at 16.6, which quietly lowers the temperature of masked diffusion
-(Zheng et al. 2024, arXiv:2409.02908). `draw` in float32 therefore never makes noise in float32: the
+(Zheng et al. 2024, arXiv:2409.02908). `draw` in float32 therefore makes its noise in float64: the
 vocabulary is cut into about sqrt(V) groups, a group is drawn by its mass and then a token inside
-it, each by Gumbel-max with float64 noise over about sqrt(V) numbers. The only float32 arithmetic is
-exp and a sum of positive numbers, so a token's chance is right to a relative error of about 1e-6
-however small it is.
+it, each by Gumbel-max over about sqrt(V) numbers. The only float32 arithmetic is exp and a sum of
+positive numbers, so a token's chance is right to a relative error of about 1e-6 however small.
 """
 
 import functools
@@ -36,10 +34,8 @@ def fold(key: Tensor, value: Tensor | int) -> Tensor:
 
 def row_keys(seed: int, rows: list[int], tries: list[int]) -> Tensor:
     """One key per text, int64 [B] on the CPU."""
-    start = mix(torch.tensor(seed, dtype=torch.int64))
-    return fold(
-        fold(start, torch.tensor(rows, dtype=torch.int64)), torch.tensor(tries, dtype=torch.int64)
-    )
+    seed, rows, tries = (torch.tensor(x, dtype=torch.int64) for x in (seed, rows, tries))
+    return fold(fold(mix(seed), rows), tries)
 
 
 def uniform(key: Tensor) -> Tensor:
@@ -84,25 +80,19 @@ def sample(
 
 @functools.cache
 def compiled_sample() -> Callable[..., Tensor]:
-    """`sample` in fewer kernels.
-
-    Two functions run apart from the compiled part: torch 2.11 cannot join scans over long rows with
-    other reductions, and it would count _numbers, times GOLDEN_GAMMA, in int32.
-    """
+    """`sample` in fewer kernels. Two functions run apart from them: torch 2.11 cannot join scans
+    over long rows with other reductions, and would count _numbers, times GOLDEN_GAMMA, in int32."""
     apart = torch.compiler.disable(call)  # here: this imports the compiler
     return functools.partial(torch.compile(sample), search=True, apart=apart)
 
 
 def draw(log_probs: Tensor, key: Tensor, dtype: str = "float32", apart: Callable = call) -> Tensor:
-    """One token per distribution, [..., V] and keys [...] -> [...]. A common factor of the
-    probabilities does not matter.
-    """
+    """One token per distribution, [..., V], not normalised if need be, and keys [...] -> [...]."""
     return DRAWS[dtype](log_probs, key, apart)
 
 
 def in_groups(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., V] cut into groups, [..., G, W] with -inf at the end, and their masses float64 [...,
-    G]."""
+    """[..., V] as groups, [..., G, W] with -inf at the end, and their masses float64 [..., G]."""
     vocabulary = log_probs.shape[-1]
     width = 1 << ((vocabulary - 1).bit_length() + 1) // 2
     groups = -(-vocabulary // width)

@@ -6,10 +6,9 @@ also keeps the token that crosses p. Published numbers depend on it.
 
 Sorting 50 000 numbers costs as much as the network's head. In float32 the edge of the nucleus is
 therefore found by two histograms over the halves of the probabilities' bit patterns (which order as
-the numbers do), with masses in fixed point, so that the result depends on no order of summation and
-nothing is asked back from the device. Compiled for a GPU many rows are searched for it instead, for
-there a histogram is slower than the two dozen sums of a search. In float64 it is sorted, as the
-reference does.
+the numbers do), with masses in fixed point, so that the result depends on no order of summation.
+Compiled for a GPU many rows are searched for it instead: there a histogram is slower than the two
+dozen sums of a search. In float64 it is sorted, as the reference does.
 """
 
 from collections.abc import Callable
@@ -29,12 +28,11 @@ def call(function: Callable, *arguments):
 
 
 def nucleus(log_probs: Tensor, p: float, search: bool = False, apart: Callable = call) -> Tensor:
-    """Log-probabilities [..., V] with -inf at the dropped tokens, not renormalised; p = 1 returns
-    the argument itself.
+    """Log-probabilities [..., V] with -inf at the dropped tokens, not renormalised.
 
     Among equal probabilities the smaller id is kept first. search: use `by_search` where there are
-    many rows; the result is the same. apart: how the functions are called that torch.compile must
-    leave alone, see `compiled_sample`.
+    many rows. apart: how functions are called that torch.compile must leave alone, see
+    `compiled_sample`.
     """
     if p >= 1:
         return log_probs
@@ -78,11 +76,8 @@ def by_digits(log_probs: Tensor, p: float, apart: Callable = call) -> Tensor:
 def last_that_fits(
     digit: Tensor, mass: Tensor, above: Tensor, limit: int, apart: Callable = call
 ) -> tuple[Tensor, Tensor]:
-    """The greatest digit whose tokens do not all fit below `limit`, and the mass above it, [...,
-    1].
-
-    `above`: mass that is kept whatever the digit. The digit is -1 where all fit.
-    """
+    """The greatest digit whose tokens do not all fit below `limit`, -1 where all do, and the mass
+    above it, [..., 1] each. `above`: mass that is kept whatever the digit."""
     counts = mass.new_zeros(*mass.shape[:-1], 1 << HALF).scatter_add_(-1, digit.long(), mass)
     rest = counts.sum(-1, keepdim=True) - apart(running_sum, counts)  # mass of greater digits
     total = above + rest + counts
@@ -97,11 +92,9 @@ def running_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def by_search(log_probs: Tensor, p: float) -> Tensor:
-    """The same by nothing but sums over the vocabulary.
-
-    A token's key is its probability's bit pattern, followed by the greater number the smaller its
-    id. `edge` becomes, some bits at a time, the greatest key at and above which lies more than p.
-    """
+    """The same by nothing but sums over the vocabulary. A token's key is its probability's bit
+    pattern, followed by the greater number the smaller its id. `edge` becomes, some bits at a time,
+    the greatest key at and above which lies more than p."""
     vocabulary = log_probs.shape[-1]
     below = vocabulary.bit_length()
     probs = log_probs.exp()

@@ -7,9 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextRequest:
-    """One text to write. `tokens`: what is given, BOS included; mask tokens in it are to be
-    filled.
-    """
+    """One text to write. `tokens`: what is given, BOS included; its mask tokens are filled."""
 
     row: int  # names the random stream
     tokens: tuple[int, ...]

@@ -1,9 +1,8 @@
 """Blocks and windows, round after round: the loop that bamdlm and mdlm share.
 
-In one round every text of the batch gets one block (bamdlm) or one window (mdlm) filled. The step
-rule says which positions each evaluation reveals (steps.py); a text that needs fewer evaluations
-than its neighbours waits for the round to end. With a cache the finished block is committed by the
-same pass that is the first evaluation of the next one.
+The step rule says which positions each evaluation reveals (steps.py); a text that needs fewer
+evaluations than its neighbours waits for the round to end. With a cache the finished block is
+committed by the same pass that is the first evaluation of the next one.
 """
 
 from collections.abc import Callable
@@ -97,8 +96,7 @@ class View:
 
 
 def planned(texts: ActiveTexts, rule: Planned, spans, fills) -> None:
-    """Everything about the round but the tokens is known beforehand: the device is never waited
-    for."""
+    """All of the round but the tokens is known beforehand: the device is never waited for."""
     row, position = listed(fills)
     plan = rule.plan(texts.keys(row, position), row, position, texts.params)
     for slot, evaluations in zip(texts.slots, plan.evaluations(len(texts)), strict=True):

@@ -30,8 +30,8 @@ DRAW = 2
 
 @dataclass(frozen=True)
 class RevealPlan:
-    """Which evaluation of a round reveals which token of which row, int64 [n] each. The evaluations
-    of a row are numbered 0, 1, 2 … without gaps."""
+    """Which evaluation of a round (0, 1, 2 … in each row) reveals which token of which row, int64
+    [n] each."""
 
     row: Tensor
     position: Tensor
@@ -82,8 +82,7 @@ def ancestral(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan
 
 
 def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
-    """The chain of one position (masked or seen) does not depend on the tokens, so it is run
-    ahead."""
+    """The chain of a position (masked or seen) does not depend on tokens, so it is run ahead."""
     p, steps = times(params), params.num_steps
     masked = torch.ones(len(keys), dtype=torch.bool)
     drawn = torch.zeros_like(position)
@@ -109,9 +108,7 @@ def remask(keys: Tensor, row: Tensor, position: Tensor, params) -> RevealPlan:
 
 
 def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(chance that a masked token is revealed, chance that one seen is masked) in the step from t
-    to s < t.
-    """
+    """Chances, from t to s < t, that a masked token is revealed and that one seen is masked."""
     sigma = torch.clamp(p_s / (1 - p_t).clamp(min=1e-12), max=1.0).clamp(max=cap)
     reveal = ((1 - p_s) - (1 - sigma) * (1 - p_t)) / p_t
     return reveal, sigma

@@ -41,11 +41,9 @@ def find_stop(tail: Tensor, end: int, looks: Iterable[int], fresh: int, given: i
     was not looked at before. The first `given` tokens are the user's: no EOS there ends the text,
     and no cut enters them.
     """
-    offset = end - len(tail)
-    eos = math.inf
-    found = (tail[max(fresh, given, 1) - offset :] == eos_id).nonzero()
-    if len(found):
-        eos = max(fresh, given, 1) + int(found[0]) + 1
+    offset, first = end - len(tail), max(fresh, given, 1)
+    found = (tail[first - offset :] == eos_id).nonzero()
+    eos = first + int(found[0]) + 1 if len(found) else math.inf
     for seen in looks:
         cuts = [Stop(int(eos), seen, "eos")] if eos <= seen else []
         if low_entropy(tail[: seen - offset]):

@@ -1,8 +1,7 @@
 """The texts that are written side by side: which request sits where, and what is known of it.
 
-A finished text leaves its place to the next request; when no request is left the batch shrinks. All
-that decides the course of a text (what it was given, which positions are masked, how far it is) is
-known to the host without asking the device.
+A finished text leaves its place to the next request; when none is left the batch shrinks. All that
+decides the course of a text is known to the host without asking the device.
 """
 
 from collections.abc import Iterator
@@ -88,9 +87,7 @@ class ActiveTexts:
 
     def settle(self, *, every: bool) -> list[Sample]:
         """End of a round: apply the stop rules, hand out the texts that ended and seat new ones.
-
-        The rules are applied at the new length, or with `every` at each length on the way there.
-        """
+        The rules are applied at the new length, or with `every` at each length on the way there."""
         stops: dict[int, Stop] = {}
         again = []  # texts to be written once more
         if self.params.var_length or self.params.reject_low_entropy:

@@ -4,12 +4,10 @@ A sampler knows no model class, no configuration and no tokenizer: it asks a cal
 
     denoise(tokens [B, T], read [B, R], cache=None) -> log-probabilities [B, R, V]
 
-(the mask token at -inf) and for SEDD `score(tokens [B, L], sigma [B]) -> log-score [B, L, V]`. Ten
-lines of Python can replace the network.
+(the mask token at -inf) and for SEDD `score(tokens [B, L], sigma [B]) -> log-score [B, L, V]`.
 
-Every random number is a function of (seed, row, try, position, draw) alone, so a row's text depends
-neither on the batch it is made in, nor on its neighbours, nor on the device count. Only rounding of
-the network can still differ.
+Every random number is a function of (seed, row, try, position, draw) alone, so but for rounding of
+the network a row's text depends neither on its batch nor on the device count.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -59,10 +57,9 @@ def generate(
 ) -> Iterator[list[Sample]]:
     """Yields finished samples, those that end together in one list, in no fixed order of rows.
 
-    `requests` is drawn from as places in the batch of `params.batch_size` become free.
-    `watch(Frame)` is called after every evaluation with the texts so far (it copies them to the
-    host, so it is for looking, not for speed); `tick(tokens, evaluations)` after every block with
-    how many more were made.
+    `requests` is drawn from as places in the batch become free. `watch(Frame)` is called after
+    every evaluation with the texts so far (copied to the host: for looking, not for speed);
+    `tick(tokens, evaluations)` after every round with how many more were made.
     """
     algo = {"bd3lm": "bamdlm"}.get(algo, algo)
     check(params, algo)
