@@ -1,8 +1,7 @@
 """Prompts: from a file or a line to the ids that a text begins with.
 
-BOS comes first. Where gaps are to be filled, `[MASK]` stands for one masked token, `[MASK][MASK]`
-(with or without spaces between) for two; the space before a run belongs to the run, as in GPT-2's
-words.
+BOS comes first. Where gaps are to be filled, each `[MASK]` stands for one masked token; the space
+before a run of them belongs to the run, as in GPT-2's words.
 """
 
 import json

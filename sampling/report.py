@@ -64,8 +64,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def rule_numbers(rule: str) -> list[str]:
-    """The fields of SamplingParams that a step rule reads, beside num_steps; none of another way to
-    write."""
+    """The fields of SamplingParams that a step rule reads, beside num_steps; else none."""
     reads = STEPS[rule].reads if rule in STEPS else ()
     return [name for name in reads if name != "num_steps"]
 

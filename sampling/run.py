@@ -1,8 +1,7 @@
 """The sample_eval run: texts, their figures, one CSV row each (spec §6), a report.
 
-Plain arguments only. Row r of a run is text number r: what is written depends on (seed, r) and the
-settings, so rows are shared out over processes by r, and an interrupted run is completed by the
-same command.
+Row r of a run is text number r: what is written depends on (seed, r) and the settings, so rows are
+shared out over processes by r, and an interrupted run is completed by the same command.
 """
 
 import hashlib
@@ -150,7 +149,7 @@ class SamplingRun:
         started, process = time.monotonic(), f"{os.getpid()}-{time.time_ns()}"
         with ExitStack() as stack:
             shown = self.rank == 0 and not self.output.show
-            progress = stack.enter_context(Progress(len(missing), params, enabled=shown))
+            progress = stack.enter_context(Progress(len(missing), enabled=shown))
             watchers = [stack.enter_context(view) for view in self._views(missing)]
             groups = generate(
                 model.writes,

@@ -22,7 +22,6 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import Tensor
 
-from samplers.params import SamplingParams
 from samplers.request import Frame
 from utils import atomic_file, say
 
@@ -37,9 +36,8 @@ STYLES = {MASKED: "dim", FRESH: "bold black on yellow", SETTLED: ""}
 class Progress:
     """Tokens written, tokens/s, evaluations: a bar in a terminal, lines in a log file."""
 
-    def __init__(self, texts: int, params: SamplingParams, *, enabled: bool):
-        self.texts, self.total = texts, texts * params.length
-        self.enabled = enabled
+    def __init__(self, texts: int, *, enabled: bool):
+        self.texts, self.enabled = texts, enabled
         self.written = self.tokens = self.evaluations = 0
         self.bar = self.task = None
 
@@ -102,8 +100,7 @@ class Show(Live):
         for row, tokens in zip(frame.rows[:SHOWN_ROWS], frame.tokens[:SHOWN_ROWS], strict=True):
             now[row] = tokens.tolist()
             text.append(f"text {row}, evaluation {frame.nfe}\n", style="bold cyan")
-            text.append(self.paint(now[row], self.before.get(row)))
-            text.append("\n\n")
+            text.append(self.paint(now[row], self.before.get(row))).append("\n\n")
         self.before = now
         self.update(text)
 

@@ -490,7 +490,7 @@ def test_show_runs_with_a_run(tmp_path, capsys):
 
 def test_progress_speaks_in_a_log_file(capsys, monkeypatch):
     monkeypatch.setattr("sampling.view.LINE_SECONDS", -1)
-    with Progress(2, params(), enabled=True) as progress:
+    with Progress(2, enabled=True) as progress:
         progress.tick(10, 3)
         progress.tick(texts=1)
     assert "1 of 2 texts, 10 tokens" in capsys.readouterr().out
