@@ -5,8 +5,10 @@ import glob
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,10 @@ log = logging.getLogger("bamdlm")
 
 ALPHABET = "characters:"  # begins the name of a tokenizer that lists its characters
 CONNECT_SECONDS = 10  # to the hub; its own client would try for half a minute
+LONGEST_WORD, LONGEST_SENTENCE = 300, 1500  # characters of foreign text that are shown
+# What a disk, little memory or strange input makes Python raise. A ValueError beside them says what
+# is wrong with an input; any other error is a bug of this project.
+CIRCUMSTANCES = (OSError, UnicodeError, OverflowError, RecursionError, MemoryError)
 
 
 @contextmanager
@@ -40,10 +46,10 @@ def rank() -> int:
 
 
 def say(text: str) -> None:
-    """A line for the user, once per job."""
+    """Lines for the user, once per job; what they quote does nothing to the terminal."""
     if rank() == 0:
         try:
-            print(text, flush=True)
+            print("\n".join(map(escaped, text.split("\n"))), flush=True)
         except BrokenPipeError:
             unread(1)
 
@@ -58,6 +64,40 @@ def unread(descriptor: int) -> None:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def escaped(text: str) -> str:
+    """Text on one line that does nothing to a terminal or a log: control characters, marks of
+    direction, line breaks and halves of a pair are written as in Python, such as `\\x1b`."""
+    return "".join(
+        each if each.isprintable() or unicodedata.category(each) == "Zs" else ascii(each)[1:-1]
+        for each in text
+    )
+
+
+def shown(text: object) -> str:
+    """Foreign text in a message: escaped(), and a long word or a long text without its middle."""
+    line = escaped(_without_middle(str(text), LONGEST_SENTENCE))
+    line = re.sub(
+        rf"\S{{{LONGEST_WORD},}}", lambda word: _without_middle(word[0], LONGEST_WORD), line
+    )
+    return _without_middle(line, LONGEST_SENTENCE)
+
+
+def _without_middle(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-most // 4 :]}"
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line for a user: what is wrong and, with an error of the disk, where."""
+    if isinstance(error, MemoryError):
+        return "this does not fit into the memory of this machine"
+    if isinstance(error, RecursionError):
+        return "this is nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class HubUnreachable(OSError):

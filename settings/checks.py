@@ -33,7 +33,9 @@ def examine(
     if config is None:
         return None, problems, notes
     more, warnings = check(config, {key for key, _ in parsed.values}, rules)
-    return config, problems + more, notes + warnings
+    # what is refused already has its default here
+    begun = {re.split(r"[=: ]", problem.lstrip("'\""))[0] for problem in problems}
+    return config, problems + _without(begun & LEAVES.keys(), more), notes + warnings
 
 
 def check(

@@ -13,21 +13,29 @@ that one run of the command shows them all. Only this file sees Hydra's composed
 
 import copy
 import dataclasses
+import re
 import typing
 from functools import cache
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException, ValidationError
 
+from settings.bounds import file_problems, text_problem, yaml_reason
 from settings.defaults import CHOSEN, fill
 from settings.keys import CONFIGS, LEAVES, SCHEMA, Leaf, unwrap
-from settings.overrides import ParsedOverrides, parse, unknown_key
+from settings.overrides import (
+    ParsedOverrides,
+    parse,
+    section_problem,
+    type_problem,
+    unknown_key,
+)
 from settings.run_folder import RUN_FOLDER, place, take_newest_checkpoint
 from settings.schema import Config
-
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+from utils import CIRCUMSTANCES, first_line, reason, shown
 
 
 class ConfigError(ValueError):
@@ -35,7 +43,9 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: list[str]):
         self.problems = list(problems)
-        super().__init__("\n".join(["this run cannot start:", *(f"  - {p}" for p in problems)]))
+        super().__init__(
+            "\n".join(["this run cannot start:", *(f"  - {shown(p)}" for p in problems)])
+        )
 
 
 def load(overrides: list[str]) -> Config:
@@ -57,14 +67,40 @@ def read(parsed: ParsedOverrides) -> tuple[Config | None, list[str], list[str]]:
         problems += wrong.values()
         if wrong:
             values, wrong = _read(_hydra(parsed.without(wrong)))
-    except (HydraException, OmegaConfBaseException) as error:
-        return None, [*problems, str(error).splitlines()[0]], []
+    except ConfigError as error:
+        return None, problems + error.problems, []
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        ValueError,
+        *CIRCUMSTANCES,
+    ) as error:
+        return None, [*problems, _composing_problem(error, parsed)], []
     if wrong:
         return None, problems, []
     config = _build(values)
     fill(config)
     place(config)
     return config, problems, _forced(parsed, config) + take_newest_checkpoint(config)
+
+
+def _composing_problem(error: BaseException, parsed: ParsedOverrides) -> str:
+    """What Hydra, OmegaConf or PyYAML say, without the lines about their own objects."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return yaml_reason(error, error.problem_mark.name)
+    while not str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    text, _, _ = str(error).partition("Config search path:")
+    about = re.compile(r"\s*(object_type=|full_key:\s*$)")
+    lines = [line.strip() for line in text.splitlines() if not about.match(line)]
+    text = " ".join(lines[:3]).strip()
+    if not text or (isinstance(error, CIRCUMSTANCES) and not isinstance(error, HydraException)):
+        text = reason(error)
+    chosen = list(parsed.groups.values())
+    if not chosen or any(name.partition("=")[2] in text for name in chosen):
+        return text
+    return f"{', '.join(chosen)}: {text}"
 
 
 def composed_yaml(overrides: list[str]) -> str:
@@ -79,9 +115,15 @@ def composed_defaults() -> dict:
 
 def _hydra(parsed: ParsedOverrides) -> DictConfig:
     OmegaConf.register_new_resolver("cwd", lambda: RUN_FOLDER, replace=True)
+    if problems := list(file_problems(parsed.chosen())):
+        raise ConfigError(problems)
     cfg = copy.deepcopy(_chosen(tuple(parsed.groups.values())))
     for key, value in parsed.values:
-        OmegaConf.update(cfg, key, value, force_add=True)
+        try:
+            OmegaConf.update(cfg, key, value, force_add=True)
+        except GrammarParseError as error:
+            raise ConfigError([f"{key}={value}: {first_line(error)}"]) from error
+    _refuse_growth(cfg)
     if OmegaConf.select(cfg, "algo.name") == "ar":
         cfg.block_size = 1
     return cfg
@@ -92,10 +134,17 @@ def _chosen(groups: tuple[str, ...]) -> DictConfig:
     """The configuration of these groups, before any single setting is changed."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", list(groups))
+    _refuse_growth(cfg)
     for key, leaf in LEAVES.items():
         if leaf.default is not None and OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, leaf.default, force_add=True)
     return cfg
+
+
+def _refuse_growth(cfg: DictConfig) -> None:
+    problem = text_problem(OmegaConf.to_container(cfg, resolve=False))
+    if problem is not None:
+        raise ConfigError([problem])
 
 
 def _read(cfg: DictConfig) -> tuple[dict, dict[str, str]]:
@@ -108,28 +157,50 @@ def _read(cfg: DictConfig) -> tuple[dict, dict[str, str]]:
         try:
             value = OmegaConf.select(cfg, key)
             if OmegaConf.is_config(value):
-                value = OmegaConf.to_container(value, resolve=True)
+                value = OmegaConf.to_container(value, resolve=isinstance(entry, Leaf))
         except OmegaConfBaseException as error:
-            problems[key] = f"{key}: {str(error).splitlines()[0]}"
+            problems[key] = f"{key}: {_unwrapped(first_line(error))}"
             continue
         if isinstance(entry, Leaf):
             try:
                 values[key] = None if _left_open(key, value) else _convert(entry, value)
             except (ValidationError, ValueError):
-                problems[key] = _type_problem(key, entry, value)
+                problems[key] = type_problem(key, value)
         elif not isinstance(value, dict):
             absent.append(key)
             if value is None and (key == "wandb" or key.startswith("callbacks.")):
                 values[key] = None
             else:
-                names = ", ".join(field.name for field in dataclasses.fields(entry))
-                problems[key] = f"{key}={value} must be a section; its settings are {names}"
-    return values, problems
+                problems[key] = section_problem(key, value)
+    return values, _begun(problems, raw)
+
+
+def _begun(problems: dict[str, str], raw: dict) -> dict[str, str]:
+    """Without those that a setting takes over from another, through ${...}."""
+    taken = {key for key in problems if "${" in str(_entry(raw, key))}
+    first = {}
+    for key in sorted(problems, key=taken.__contains__):
+        first.setdefault(problems[key].removeprefix(key), key)
+    sections = any(key not in LEAVES for key in problems)
+    kept = [key for key in problems if key in first.values()]
+    return {k: problems[k] for k in kept if not (sections and "is not a container" in problems[k])}
+
+
+def _entry(node: object, key: str) -> object:
+    """Of nested dictionaries; None where there is none."""
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
+def _unwrapped(text: str) -> str:
+    """What an error of OmegaConf says about the error of a resolver."""
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip("\"'")
 
 
 def _unknown(node: dict, prefix: str = ""):
     """(key, problem) of what the schema does not have."""
-    for name, child in node.items():
+    for name, child in ((str(name), child) for name, child in node.items()):
         if prefix + name not in SCHEMA:
             yield prefix + name, unknown_key(prefix + name)
         elif isinstance(child, dict) and prefix + name not in LEAVES:
@@ -158,16 +229,6 @@ def _convert(leaf: Leaf, value):
 def _typed(section: type) -> DictConfig:
     """A node of the section's types; what is assigned to it is checked and converted."""
     return OmegaConf.structured(section)
-
-
-def _type_problem(key: str, leaf: Leaf, value) -> str:
-    bare, optional = unwrap(leaf.hint)
-    optional = optional or key in CHOSEN
-    if typing.get_origin(bare) is list:
-        wanted = "a list like [0.5,0.6]" if float in typing.get_args(bare) else "a list like [a,b]"
-    else:
-        wanted = TYPE_NAMES.get(bare, "a number")
-    return f"{key}={value} must be {wanted}{' or null' if optional else ''}"
 
 
 def _build(values: dict, section: type = Config, prefix: str = ""):

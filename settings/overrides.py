@@ -3,14 +3,21 @@
 Every problem becomes one sentence; nothing here raises for what a user got wrong.
 """
 
+import dataclasses
 import difflib
 import re
+import shlex
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from settings.keys import LEAVES, SCHEMA, choices, groups
+from settings.defaults import CHOSEN
+from settings.keys import LEAVES, SCHEMA, choices, groups, unwrap
+from utils import first_line
 
 # Keys of the authors' configs that nothing in their code read.
 DEAD = {
@@ -37,6 +44,18 @@ INSTEAD = {
     "tokenizer": "data.tokenizer_name_or_path",
 }
 PROSE = {"sampling.prompt", "wandb.notes", "data.tokenizer_name_or_path"}
+PRINT = "`--cfg job` prints the settings that a command has"
+OWN_FILE = "a file of your own is configs/experiment/NAME.yaml, chosen by experiment=NAME"
+# Options of Hydra that are not offered: what to do instead.
+OPTIONS = {
+    ("-m", "--multirun"): "a command is one run, so loop over commands in the shell",
+    ("-r", "--run"): "leave it out, a command runs without it",
+    ("-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"): PRINT,
+    ("-cp", "--config-path", "-cd", "--config-dir", "-cn", "--config-name"): OWN_FILE,
+    ("-sc", "--shell-completion", "--hydra-help", "--version"): "--help lists all settings",
+    ("--experimental-rerun",): "the same command goes on with its run",
+}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
 def nearest(word: str, candidates) -> str:
@@ -53,11 +72,31 @@ def unknown_key(key: str) -> str:
         return f"{key} does not exist: use {INSTEAD[key]}"
     if key.startswith("hydra."):
         return f"{key} does not exist: the run folder is checkpointing.save_dir"
+    if key in groups():
+        return f"a file of configs/{key}/ must begin with the line `# @package _global_`"
     same_name = [known for known in LEAVES if known.split(".")[-1] == key.split(".")[-1]]
     if same_name and difflib.SequenceMatcher(None, key, same_name[0]).ratio() < 0.95:
         return f"{key} is not a setting. Did you mean {' or '.join(same_name)}?"
     hint = nearest(key, [*SCHEMA, *groups()])
     return f"{key} is not a setting.{hint or ' python main.py --help lists them all'}"
+
+
+def type_problem(key: str, value: object, typed: str | None = None) -> str:
+    """The sentence about a value of a leaf that is of another type. typed: the value as it stands
+    on the command line."""
+    bare, optional = unwrap(LEAVES[key].hint)
+    optional = optional or key in CHOSEN
+    if typing.get_origin(bare) is list:
+        wanted = "a list like [0.5,0.6]" if float in typing.get_args(bare) else "a list like [a,b]"
+    else:
+        wanted = TYPE_NAMES.get(bare, "a number")
+    way_out = f"; as text: {spelled(key, typed)}" if bare is str and typed is not None else ""
+    return f"{key}={value} must be {wanted}{' or null' if optional else ''}{way_out}"
+
+
+def spelled(key: str, text: str) -> str:
+    """The word to type in a shell that gives a setting exactly this text."""
+    return shlex.quote(f"{key}={QuotedString(text, Quote.double).with_quotes()}")
 
 
 def _group_problem(group: str, value) -> str | None:
@@ -89,6 +128,11 @@ class ParsedOverrides:
         values = [entry for entry in self.values if not concerned(entry[0])]
         return ParsedOverrides(self.groups, values, self.problems)
 
+    def chosen(self) -> Iterator[tuple[str, str]]:
+        """(group, name) of every file of configs/ that the command names."""
+        for group, override in self.groups.items():
+            yield from ((group, name) for name in re.findall(r"[\w.-]+", override)[1:])
+
 
 @dataclass
 class Word:
@@ -112,20 +156,23 @@ def _prose(argument: str) -> Word | None:
 def _read(argument: str, parser: OverridesParser) -> Word | str:
     """The word, or the sentence about what is wrong with its form."""
     if argument.startswith("-"):
-        return f"{argument} is not an option: settings are key=value, see python main.py --help"
-    if argument.startswith("="):
+        option = argument.partition("=")[0]
+        instead = next((way for names, way in OPTIONS.items() if option in names), None)
+        advice = ", see python main.py --help" if instead is None else f"; {instead}"
+        return f"{argument} is not an option: settings are key=value{advice}"
+    key, equals, text = argument.lstrip("+~").partition("=")
+    if not key and (equals or argument.startswith("~")):
         return f"{argument!r} names no setting: write key=value, without spaces"
-    if "=" not in argument and not argument.startswith("~"):
+    if not equals and not argument.startswith("~"):
         return f"{argument!r} is not key=value"
     if prose := _prose(argument):
         return prose
     try:
         override = parser.parse_override(argument)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        return f"{argument!r} cannot be read ({reason}): put quotes round special characters"
+    except (HydraException, ValueError, RecursionError) as error:
+        return _unreadable(argument, key, text, error)
     if override.is_sweep_override():
-        return f"{argument!r} names several values: give one, or put quotes round a comma"
+        return f"{argument!r} names several values: {_one_value(key, text)}"
     if override.package is not None:
         return f"{argument!r}: packages (@) are not offered"
     if override.is_delete():
@@ -134,13 +181,43 @@ def _read(argument: str, parser: OverridesParser) -> Word | str:
     return Word(argument, override.key_or_group, override.value(), text)
 
 
+def _unreadable(argument: str, key: str, text: str, error: Exception) -> str:
+    """The sentence about a word that Hydra's grammar does not have."""
+    if key not in LEAVES:
+        known = key in SCHEMA or key in groups()
+        return f"{argument!r} cannot be read ({first_line(error)})" if known else unknown_key(key)
+    bare, _ = unwrap(LEAVES[key].hint)
+    if bare is str:
+        return f"{argument!r} cannot be read as it stands: write {spelled(key, text)}"
+    return type_problem(key, text)
+
+
+def _one_value(key: str, text: str) -> str:
+    bare = unwrap(LEAVES[key].hint)[0] if key in LEAVES else None
+    if typing.get_origin(bare) is list:
+        return f"write {shlex.quote(f'{key}=[{text}]')}"
+    if bare is str:
+        return f"give one, or put quotes round a comma: {spelled(key, text)}"
+    return "give one, or put quotes round a comma"
+
+
 def _value_problem(word: Word, nulled: set[str]) -> str | None:
     section = word.key.partition(".")[0]
     if word.key not in SCHEMA:
         return unknown_key(word.key)
     if section in nulled and word.key != section:
         return f"{word.argument} comes after {section}=null: leave one of them out"
+    lists = word.key in LEAVES and typing.get_origin(unwrap(LEAVES[word.key].hint)[0]) is list
+    if word.key in LEAVES and isinstance(word.value, dict if lists else dict | list):
+        return type_problem(word.key, word.value, word.text)
+    if word.key not in LEAVES and isinstance(word.value, list):
+        return section_problem(word.key, word.value)
     return None
+
+
+def section_problem(key: str, value: object) -> str:
+    names = ", ".join(field.name for field in dataclasses.fields(SCHEMA[key]))
+    return f"{key}={value} must be a section; its settings are {names}"
 
 
 def parse(overrides: list[str]) -> ParsedOverrides:
