@@ -108,13 +108,12 @@ class Canvas:
         A pass of more tokens than the ring has free would overwrite what other rows still see, so
         it is cut to what every row has room for; `spare` tokens fit always.
         """
-        slots = self.params.context_size + self.denoise.block_size
+        size = self.denoise.block_size
         while True:
             missing = [max(0, t - c) for t, c in zip(targets, self.committed, strict=True)]
             if not any(missing):
                 return
-            room = slots - max(self.committed)
-            size = self.denoise.block_size
+            room = self.params.context_size + size - max(self.committed)
             width = min(max(missing), max(spare, room // size * size))
             tokens = self.window(self.committed, width)
             self.ask(tokens, to_device([[0]] * len(self), self.device), self.cache)

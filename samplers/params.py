@@ -99,14 +99,30 @@ class SamplingParams:
         """One sentence for each value that cannot be. algo, can: the sampler's name and what it
         can, see Sampler; reads: the fields that the step rule reads; infill: gaps are filled."""
         yield from self._outside()
-        yield from self._steps(algo, reads if "steps" in can else ())
+        reads = reads if "steps" in can else ()
+        if (algo == "sedd" or "num_steps" in reads) and self.num_steps < 1:
+            what = "algo=sedd" if algo == "sedd" else f"sampling.steps={self.steps}"
+            yield (
+                f"algo.T={self.num_steps}: {what} takes algo.T steps: set algo.T=64, or more for"
+                " finer ones (the paper has 1000 for sedd and 5000 else)"
+            )
         yield from self._lengths(algo)
         size = self.window if algo == "mdlm" else self.block_size
-        if "steps" in can and "k" in reads and self.k > size:
+        if "k" in reads and self.k > size:
             yield f"sampling.k={self.k} is more than the block_size={size} of a block"
         if self.kv_cache and "cache" not in can:
             yield f"sampling.kv_cache=True is exact for bamdlm and ar only, not for algo={algo}"
-        yield from self._endings(infill)
+        if self.var_length and self.reject_low_entropy:
+            yield (
+                "sampling.reject_low_entropy=True draws again what sampling.var_length=True cuts:"
+                " choose one"
+            )
+        for name in ("var_length", "reject_low_entropy"):
+            if infill and getattr(self, name):
+                yield (
+                    f"sampling.{name}=True has no place beside sampling.infill=True, where the"
+                    " length is given: leave one of them out"
+                )
         if infill and "infill" not in can:
             yield f"sampling.infill=True is offered by bamdlm and mdlm, not by algo={algo}"
 
@@ -126,14 +142,6 @@ class SamplingParams:
             if not in_range(limit, value):
                 yield f"{name}={value} must be {limit}"
 
-    def _steps(self, algo: str, reads: Collection[str]) -> Iterator[str]:
-        if (algo == "sedd" or "num_steps" in reads) and self.num_steps < 1:
-            what = "algo=sedd" if algo == "sedd" else f"sampling.steps={self.steps}"
-            yield (
-                f"algo.T={self.num_steps}: {what} takes algo.T steps: set algo.T=64, or more for"
-                " finer ones (the paper has 1000 for sedd and 5000 else)"
-            )
-
     def _lengths(self, algo: str) -> Iterator[str]:
         if algo == "bamdlm" and self.block_size > 0:
             if self.length % self.block_size:
@@ -145,18 +153,3 @@ class SamplingParams:
                 )
         if algo == "mdlm" and self.window < 2:
             yield f"block_size={self.window}: the windows of algo=mdlm need at least 2 tokens"
-
-    def _endings(self, infill: bool) -> Iterator[str]:
-        if self.var_length and self.reject_low_entropy:
-            yield (
-                "sampling.reject_low_entropy=True draws again what sampling.var_length=True cuts:"
-                " choose one"
-            )
-        if not infill:
-            return
-        for name in ("var_length", "reject_low_entropy"):
-            if getattr(self, name):
-                yield (
-                    f"sampling.{name}=True has no place beside sampling.infill=True, where the"
-                    " length is given: leave one of them out"
-                )
