@@ -6,16 +6,14 @@ behind room for those of the noised half, which every pass overwrites.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .attention import Attend
 from .document_ids import positions as place_in_document
 from .masks import BlockCausal, BlockDiffusion
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

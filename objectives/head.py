@@ -100,7 +100,9 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows, training):
         dtype = products_dtype(features)
-        x, (w, b) = features.to(dtype), _products(weight, bias, dtype)
+        x, w, b = (given.to(dtype) for given in (features, weight, bias))
+        if dtype.itemsize == 2 and w.device.type != "cpu":
+            w, b = widened(w, b)  # by zeros, whose logits and gradients are 0
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         gradients = None
         # what an input needs is also true under no_grad, and grad mode is always off in here
@@ -164,13 +166,6 @@ class _Gradients:
         if self.d_w is None:
             self.d_w = torch.zeros_like(self.w, dtype=torch.float32)
         return self.d_x.mul_(self.factors), self.d_w, self.d_b
-
-
-def _products(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight [V, E] and bias [V] in the dtype of the products; in half precision on an accelerator
-    followed by zeros, whose logits and gradients are 0."""
-    w, b = weight.to(dtype), bias.to(dtype)
-    return (w, b) if dtype.itemsize != 2 or w.device.type == "cpu" else widened(w, b)
 
 
 def _chunk_rows(rows: int, w: Tensor) -> int:

@@ -179,7 +179,7 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         log_probs = view.ask(read)
         reveal = rule.choose(log_probs, masked, params)
         if rule.sequential:
-            left.tell([max(0, n - params.k) for n in left.known[-1]])
+            left.send(torch.tensor([max(0, n - params.k) for n in left.known[-1]]))
         else:
             left.send((masked & ~reveal).sum(1))
         most = left.shown(before)

@@ -37,24 +37,17 @@ def to_device(values, device, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 class Countdown:
-    """Masked positions of each row after 0, 1, 2 … evaluations, where only the device knows how
-    many an evaluation reveals.
-
-    To ask for that number would empty the device's queue before every evaluation. So it is sent
-    behind the work that makes it, and until it has arrived a bound holds: an evaluation reveals at
-    least one position of every row that has any.
-    """
+    """Masked positions of each row after 0, 1, 2 … evaluations, where the device may be the only
+    one to know how many an evaluation reveals. To ask for that number would empty the device's
+    queue. So it is sent behind the work that makes it, and until it has arrived a bound holds: an
+    evaluation reveals at least one position of every row that has any."""
 
     def __init__(self, left: list[int]):
         self.known = [left]
         self.coming = deque()
 
-    def tell(self, left: list[int]) -> None:
-        """After an evaluation of which the host knows what it reveals."""
-        self.known.append(left)
-
     def send(self, left: Tensor) -> None:
-        """After an evaluation of which only the device knows it, int64 [B]."""
+        """After each evaluation, int64 [B]; on the CPU where the host knows what it reveals."""
         self.coming.append(send(left))
 
     def most(self) -> int:

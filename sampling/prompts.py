@@ -59,10 +59,7 @@ def encode_prompts(
             raise ValueError(
                 f"{name} has no [MASK] to fill: mark the gaps, or leave sampling.infill out"
             )
-        ids = (
-            tokenizer.bos_id,
-            *(_with_gaps(prompt, tokenizer) if gaps else tokenizer.encode(prompt)),
-        )
+        ids = tokenizer.bos_id, *_with_gaps(prompt, tokenizer)
         limit = length if infill else length - 1
         if len(ids) > limit:
             raise ValueError(
