@@ -9,9 +9,8 @@ Deep keys carry what they saw when they were made: beyond the window this is one
 BlockCausal(block_size, window), not the same as computing the last `window` tokens from scratch.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +80,13 @@ class KVCache:
             return self.slots
         return min(self.slots, -(-(committed + tokens) // REACH_STEP) * REACH_STEP)
 
-    def begin(self, tokens: int, by_compiler: bool = False) -> "CachedPass":
-        """Prepare a pass of `tokens` new tokens per row, standing behind the committed ones."""
+    def begin(self, tokens: int, by_compiler: bool = False) -> tuple[list, Tensor]:
+        """For a pass of `tokens` new tokens per row behind the committed ones: the attention of
+        each layer, and the positions int64 [B or 1, T].
+
+        attend(q, k, v), each [B, H, T, D], writes k and v to the layer's slots and attends to all
+        that is seen; `Decode` takes them before they are rotated.
+        """
         size, window = self.attention_mask.block_size, self.attention_mask.window
         same = self.uniform is not None
         room = self.slots
@@ -95,8 +99,10 @@ class KVCache:
                 " tokens in one pass; feed them in pieces (two blocks fit always)"
             )
         committed = self.committed[:1] if same else self.committed
+        layers = list(zip(self.keys, self.values, strict=True))
         if can_decode(self.keys[0], tokens):
-            return CachedPass(self, _positions(committed, tokens))
+            attends = [Decode(*ring, self.committed, self.attention_mask) for ring in layers]
+            return attends, _positions(committed, tokens)
         one_block = same and tokens == size and self.uniform % size == 0
         sees_all = one_block and self.uniform + tokens <= window  # nothing has left the window yet
         reach = 0 if sees_all else self.reach or self.slots
@@ -104,7 +110,14 @@ class KVCache:
         positions, slots, rows, visible = places(
             committed, tokens, self.slots, reach, self.attention_mask, self.keys[0].dtype
         )
-        return CachedPass(self, positions, slots, None if same else rows, visible)
+        seen = self.uniform + tokens if sees_all else reach
+        if same:
+            rows = None  # all write to the same slots
+        attends = [
+            partial(_attend, keys[:, :seen], values[:, :seen], rows, slots, visible)
+            for keys, values in layers
+        ]
+        return attends, positions
 
 
 def _positions(committed: Tensor, tokens: int) -> Tensor:
@@ -127,32 +140,6 @@ def _places(committed, tokens: int, slots: int, reach: int, mask: BlockCausal, d
     seen = (seen & (held >= 0)[:, None, :])[:, None]
     nothing = torch.zeros((), dtype=dtype, device=device)
     return positions, positions % slots, rows, torch.where(seen, nothing, -torch.inf)
-
-
-@dataclass(frozen=True)
-class CachedPass:
-    """One pass over new tokens: where they stand, where they are written, what they may see. `rows`
-    and `visible` are None where models/decode.py makes the pass."""
-
-    cache: KVCache
-    positions: Tensor  # int64 [B or 1, T]
-    slots: Tensor | None = None  # int64 [B or 1, T]; None for decode.py
-    rows: Tensor | None = None  # int64 [B, 1]; None where all rows write to the same slots
-    visible: Tensor | None = None
-
-    def attention(self, layer: int) -> "Decode | Callable[[Tensor, Tensor, Tensor], Tensor]":
-        """attend(q, k, v), each [B, H, T, D], that writes k, v of this pass to the layer's slots
-        and attends to all that is seen; or what takes them before they are rotated."""
-        cache = self.cache
-        keys, values = cache.keys[layer], cache.values[layer]
-        if self.slots is None:
-            return Decode(keys, values, cache.committed, cache.attention_mask)
-        if self.visible is None:
-            reach = cache.uniform + self.positions.shape[1]
-        else:
-            reach = self.visible.shape[-1]
-        keys, values = keys[:, :reach], values[:, :reach]
-        return functools.partial(_attend, keys, values, self.rows, self.slots, self.visible)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Under BlockDiffusion the clean half of [x_t ; x0] does not look at x_t. Its keys
 behind room for those of the noised half, which every pass overwrites.
 """
 
-import functools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,19 +26,16 @@ class CleanHalf:
     attention_mask: BlockCausal | BlockDiffusion
     attends: list[Attend | None]  # per layer; None: nobody reads what the layer answers
 
-    def begin(self, tokens: int, by_compiler: bool = False) -> "CleanHalf":
-        """Prepare a pass of `tokens` tokens, which must be those of the text."""
-        if tokens != self.positions.shape[-1]:
-            raise ValueError(f"the clean text has {self.positions.shape[-1]} tokens, not {tokens}")
-        return self
-
-    def attention(self, layer: int) -> Attend:
-        """attend(q, k, v), each [B, H, L, D], that writes k and v of this pass to their half."""
-        half = slice(0, self.positions.shape[-1])
-        if isinstance(self.attention_mask, BlockCausal):
-            half = slice(self.positions.shape[-1], None)
-        keys, values = self.keys[layer], self.values[layer]
-        return functools.partial(_attend, keys, values, half, self.attends[layer])
+    def begin(self, tokens: int, by_compiler: bool = False) -> tuple[list[Attend], Tensor]:
+        """For a pass of `tokens` tokens, which must be those of the text: the attention of each
+        layer, which writes k and v [B, H, L, D] to their half, and the positions."""
+        length = self.positions.shape[-1]
+        if tokens != length:
+            raise ValueError(f"the clean text has {length} tokens, not {tokens}")
+        clean = isinstance(self.attention_mask, BlockCausal)
+        half = slice(length, None) if clean else slice(0, length)
+        layers = zip(self.keys, self.values, self.attends, strict=True)
+        return [partial(_attend, k, v, half, attend) for k, v, attend in layers], self.positions
 
 
 def _attend(keys, values, half: slice, attend: Attend | None, q, k, v) -> Tensor:

@@ -120,8 +120,7 @@ class DiT(nn.Module):
             raise ValueError(
                 f"this cache was made for {cache.attention_mask}, the pass asks for {mask}"
             )
-        step = cache.begin(length, by_compiler)
-        return [step.attention(layer) for layer in range(len(self.blocks))], step.positions
+        return cache.begin(length, by_compiler)
 
     @contextmanager
     def states(self, rows: int | None = None) -> Iterator[list[Tensor]]:

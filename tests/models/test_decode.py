@@ -139,7 +139,8 @@ def stand_in(monkeypatch):
 def test_a_network_with_the_kernel_is_the_network(stand_in, known):
     net, tokens = small(), texts(2, 40, 7)
     cache = net.new_cache(2, 8, 4)
-    assert cache.begin(4).visible is None  # no mask is made
+    attends, _ = cache.begin(4)
+    assert {type(attend) for attend in attends} == {cache_module.Decode}  # no mask is made
     wanted, found = net.hidden(tokens, attention_mask=cache.attention_mask), []
     for start in range(0, 40, 4):
         given = cache if known else cache.at(cache.committed, cache.reach_of(start, 4))
