@@ -1,9 +1,8 @@
 """Which masked tokens are revealed by which evaluation: the step rules, one table.
 
-A *planned* rule does not look at the network: its whole plan for a block follows from the random
-numbers of the positions, so it is made on the host before the block begins, a step knows the
-positions it reveals before the head runs, and nothing has to be asked back from the device. An
-*adaptive* rule looks at the distributions of all masked positions and chooses.
+A *planned* rule does not look at the network: its whole plan for a block is made on the host before
+the block begins, so nothing has to be asked back from the device. An *adaptive* rule looks at the
+distributions of all masked positions and chooses.
 
     first_hitting  one position per evaluation, uniformly chosen (arXiv:2409.02908)
     ancestral      T steps from t = 1 to 1e-3: a masked token stays masked with chance p(s) / p(t);
@@ -158,8 +157,8 @@ class Adaptive:
     """`choose(log_probs [B, R, V], masked [B, R], params) -> reveal [B, R]`, at least one where
     any is masked.
 
-    `sequential`: exactly `k` are revealed, so the host knows how many are left
-    without asking. `reads`: the fields of SamplingParams that it looks at.
+    `sequential`: exactly `k` are revealed, so the host knows how many are left. `reads`: the fields
+    of SamplingParams that it looks at.
     """
 
     choose: Callable[[Tensor, Tensor, object], Tensor]

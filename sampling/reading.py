@@ -81,16 +81,7 @@ class Reading:
         sedd all is seen, of sedd at noise level 0."""
         tokens = torch.as_tensor(ids, device=self.device)
         tokens = tokens[None] if tokens.dim() == 1 else tokens
-        states, backbone = [], self.denoise.backbone
-        watched = [backbone.vocab_embed, *backbone.blocks]
-        hooks = [
-            module.register_forward_hook(lambda _, __, output: states.append(output))
-            for module in watched
-        ]
         mask = Full() if self.writes == "sedd" else self.denoise.attention_mask
-        try:
-            backbone.hidden(tokens, attention_mask=mask)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self.denoise.backbone.states() as states:
+            self.denoise.backbone.hidden(tokens, attention_mask=mask)
         return states
