@@ -7,14 +7,16 @@ what they were given and call nothing of those libraries; every other name stops
 an error that quotes it. What a pickle is handed, it cannot change.
 """
 
-import io
 import pickle
-import pickletools
+import reprlib
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+
+from checkpointing.bounded_pickle import BoundedUnpickler, checked_key
 
 
 class CheckpointError(ValueError):
@@ -41,6 +43,7 @@ LEAVES = {
     f"omegaconf.nodes.{kind}Node"
     for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
 }
+MOST_DIMENSIONS = 64  # of a tensor
 TOKENIZER_BACKEND = "tokenizers.Tokenizer"
 
 INERT = {
@@ -60,9 +63,6 @@ INERT = {
     "transformers.tokenization_utils_tokenizers.TokenizersBackend",
 }
 
-# These fetch an object from a process-wide table, or from outside, instead of by name.
-FORBIDDEN_OPCODES = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
-
 FAILURES = (
     pickle.UnpicklingError,
     AttributeError,
@@ -74,6 +74,7 @@ FAILURES = (
     OverflowError,
     RecursionError,
     RuntimeError,
+    struct.error,
     TypeError,
     ValueError,
 )
@@ -132,7 +133,14 @@ class _Tensor(_Frozen):
     def build(self, read_storage) -> torch.Tensor:
         storage, offset, size, stride = self.parts
         numbers = read_storage(*storage.parts)
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if not all(type(n) is int for n in (offset, *size, *stride)) or len(size) > MOST_DIMENSIONS:
+            raise ValueError("the shape of a tensor is no list of whole numbers")
+        steps = sorted((step, n) for n, step in zip(size, stride, strict=True) if n > 1)
+        last = offset
+        for step, n in steps:
+            if 0 not in size and 0 <= step <= last - offset:
+                raise ValueError(f"a tensor of shape {list(size)} has numbers in several places")
+            last += (n - 1) * step
         if min((offset, *size, *stride)) < 0 or (0 not in size and last >= numbers.numel()):
             raise ValueError(
                 f"a tensor of shape {list(size)} exceeds its {numbers.numel()} numbers"
@@ -156,25 +164,23 @@ def _encode(text, encoding):
     return text.encode("latin1")
 
 
-def _default_dict(*arguments):
-    """The factory is dropped: nobody asks these for a key that is absent."""
-    return dict(*arguments[1:])
+def _ordered_dict(pairs=()):
+    return OrderedDict((checked_key(key), value) for key, value in pairs)
 
 
 FUNCTIONS = {
     "_codecs.encode": _encode,
-    "collections.defaultdict": _default_dict,
+    "collections.defaultdict": lambda factory=None: {},  # nobody asks these for an absent key
+    "collections.OrderedDict": _ordered_dict,
     "torch.Size": lambda size=(): tuple(size),
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(BoundedUnpickler):
     def find_class(self, module, name):
         full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return OrderedDict
         if full in INERT:
             return _FrozenClass(name, (Inert,), {"__slots__": (), "origin": full})
         if full in FUNCTIONS:
@@ -190,9 +196,18 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise ValueError(f"unknown kind of stored object {pid!r:.80}")
+            raise ValueError(f"unknown kind of stored object {reprlib.repr(pid)}")
         _, kind, key, _location, numel = pid
+        if not (isinstance(kind, str) and isinstance(key, str) and isinstance(numel, int)):
+            raise ValueError(f"unknown kind of stored object {reprlib.repr(pid)}")
         return _Storage(kind, key, numel)
+
+    def set_state(self, value, state):
+        """That of dicts (an OrderedDict's _metadata) means nothing here."""
+        if isinstance(value, Inert):
+            value.__setstate__(state)
+        elif not isinstance(value, dict):
+            raise TypeError(f"a pickle may not change a {type(value).__name__}")
 
 
 def unpickle(data: bytes, read_storage: Callable, *, without: Collection[str] = ()) -> Any:
@@ -202,10 +217,7 @@ def unpickle(data: bytes, read_storage: Callable, *, without: Collection[str] = 
     called for what lies below the top-level keys `without`. A DictConfig becomes a dict, a
     tokenizer {"class": its name, ...its state}, with the fast tokenizer's JSON as a string.
     """
-    for opcode, _, _ in pickletools.genops(data):
-        if opcode.name in FORBIDDEN_OPCODES:
-            raise CheckpointError(f"its pickle uses {opcode.name}, which torch.save never writes")
-    value = _Unpickler(io.BytesIO(data)).load()
+    value = _Unpickler(data).load()
     if isinstance(value, dict):
         for key in without:
             value.pop(key, None)
@@ -220,9 +232,7 @@ class _Plain:
         self.done: dict[int, tuple] = {}  # id -> (what was seen, kept alive; what it became)
 
     def __call__(self, value):
-        if isinstance(value, tuple):
-            return tuple(self(item) for item in value)
-        if not isinstance(value, _Frozen | dict | list):
+        if not isinstance(value, _Frozen | dict | list | tuple):
             return value
         if id(value) not in self.done:
             mutable = isinstance(value, dict | list)
@@ -235,6 +245,8 @@ class _Plain:
             value.update((key, self(item)) for key, item in list(value.items()))
         elif isinstance(value, list):
             value[:] = [self(item) for item in value]
+        elif isinstance(value, tuple):
+            return tuple(self(item) for item in value)
         elif isinstance(value, _Tensor):
             return value.build(self.read_storage)
         elif isinstance(value, Inert):

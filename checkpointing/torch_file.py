@@ -12,6 +12,7 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from checkpointing.bounded_pickle import MOST_BYTES
 from checkpointing.restricted_pickle import FAILURES, CheckpointError, unpickle
 from utils import atomic_file
 
@@ -39,12 +40,14 @@ class _Archive:
         if len(pickles) != 1:
             raise CheckpointError("it is a zip file that torch.save did not write (no data.pkl)")
         self.prefix = pickles[0].removesuffix("data.pkl")
-        if f"{self.prefix}byteorder" in names and self.record("byteorder") != b"little":
+        if f"{self.prefix}byteorder" in names and self.record("byteorder", 16) != b"little":
             raise CheckpointError("a big-endian machine wrote it; save it again on another")
         self.storages: dict[tuple, torch.Tensor] = {}
 
-    def record(self, name: str) -> bytes:
+    def record(self, name: str, most: int) -> bytes:
         info = self.zip.getinfo(self.prefix + name)
+        if info.file_size > most:
+            raise ValueError(f"its {name} has {info.file_size:,} bytes, more than {most:,}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise CheckpointError(f"its record {name} is compressed, as torch.save's never are")
         return self.zip.read(info)
@@ -53,7 +56,7 @@ class _Archive:
         """One-dimensional, over the whole storage; the same object whenever it is asked for."""
         dtype = DTYPES[kind]
         if (key, dtype) not in self.storages:
-            data = bytearray(self.record(f"data/{key}"))
+            data = bytearray(self.record(f"data/{key}", numel * dtype.itemsize))
             if len(data) != numel * dtype.itemsize:
                 raise ValueError(f"storage {key} has {len(data)} bytes, not {numel} of {dtype}")
             empty = torch.empty(0, dtype=dtype)
@@ -77,7 +80,7 @@ def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
         )
     try:
         archive = _Archive(file)
-        return unpickle(archive.record("data.pkl"), archive.storage, without=without)
+        return unpickle(archive.record("data.pkl", MOST_BYTES), archive.storage, without=without)
     except CheckpointError as error:
         raise CheckpointError(f"{name} cannot be read: {error}") from None
     except zipfile.BadZipFile as error:
@@ -85,8 +88,9 @@ def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
             f"{name} is damaged or was cut short ({error}); copy or download it again"
         ) from error
     except FAILURES as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
         raise CheckpointError(
-            f"{name} is damaged ({type(error).__name__}: {error}); copy or download it again"
+            f"{name} is damaged ({kind}{error}); copy or download it again"
         ) from error
 
 
