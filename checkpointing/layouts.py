@@ -7,8 +7,11 @@ the names of its parameters.
 
 import functools
 import hashlib
+import math
 import operator
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +28,7 @@ ALIASES = {"bd3lm": "bamdlm"}
 MODEL_TYPES = ("bd3lm", "bamdlm", "mdlm")
 INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 BUFFERS = ("rotary_emb.inv_freq",)  # in state_dict, but not averaged
+MOST_CHARACTERS = 300_000  # of a configuration; a run's has 3 000
 PUBLISHED_EPS = (0.001, 0.999)  # written by BD3LMConfig whatever the weights were trained with
 
 
@@ -45,6 +49,11 @@ class Checkpoint:
     interval: tuple[float, float] | None = None  # the clipped schedule, if it was saved
     step: int | None = None
     raw: dict = field(default_factory=dict, repr=False)  # the whole file without optimizer states
+
+    def __post_init__(self):
+        _whole(self.source, "block_size", self.block_size)
+        _whole(self.source, "the length of the model", self.length)
+        _whole(self.source, "global_step", self.step, least=0)
 
     @property
     def algo(self) -> str | None:
@@ -107,7 +116,8 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
     weights, foreign, interval = _sort(source, raw["state_dict"])
     config = section(raw["hyper_parameters"], "config")
     name, length = section(config, "algo").get("name"), section(config, "model").get("length")
-    known = name and _named(source, ALIASES.get(name, name), config.get("block_size"), length)
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
+    known = name and _named(source, name, config.get("block_size"), length)
     return Checkpoint(
         source=source,
         layout="lightning",
@@ -131,14 +141,16 @@ def canonical(raw: Any, source: str) -> dict:
             " this project. Weights alone belong in a folder with a config.json"
         )
     names = [plain_name(name) for name in raw["state_dict"]]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise CheckpointError(f"{source} holds compiled and plain weights at once: {twice[:10]}")
     values = raw["state_dict"].values()
     state = type(raw["state_dict"])(zip(names, values, strict=True))
     hyper = dict(section(raw, "hyper_parameters"))
     if isinstance(hyper.get("config"), dict):
-        hyper["config"] = resolve(hyper["config"])
+        try:
+            hyper["config"] = resolve(hyper["config"])
+        except (RecursionError, ValueError) as error:
+            raise CheckpointError(f"{source}: its config cannot be read ({error})") from error
     return {**raw, "state_dict": state, "hyper_parameters": hyper}
 
 
@@ -162,7 +174,23 @@ def _sort(source, state) -> tuple[dict, dict, tuple[float, float] | None]:
     bounds = [state[name] for name in INTERVAL if name in state]
     if len(bounds) == 1 or any(bound.numel() != 1 for bound in bounds):
         raise CheckpointError(f"{source}: {' and '.join(INTERVAL)} must be two numbers")
-    return weights, foreign, tuple(float(bound) for bound in bounds) or None
+    return weights, foreign, _interval(source, [float(bound) for bound in bounds])
+
+
+def _interval(source: str, bounds: Sequence) -> tuple[float, float] | None:
+    numbers = all(isinstance(bound, int | float) for bound in bounds)
+    if bounds and not (len(bounds) == 2 and numbers and 0 <= bounds[0] <= bounds[1] < math.inf):
+        raise CheckpointError(
+            f"{source}: {' and '.join(INTERVAL)} are {reprlib.repr(bounds)}, no interval"
+        )
+    return tuple(bounds) or None
+
+
+def _whole(source: str, name: str, value, least: int = 1) -> int | None:
+    """A whole number of a file, or None; a CheckpointError for anything else."""
+    if value is None or (type(value) is int and least <= value < 1 << 63):
+        return value
+    raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}, not a whole number")
 
 
 def section(config: dict, name: str) -> dict:
@@ -173,7 +201,7 @@ def section(config: dict, name: str) -> dict:
 
 def _named(source: str, name: str, block_size, length) -> tuple[str, ...]:
     """The algorithm `name`; with one block to a sequence two are the same."""
-    if name not in algorithms():
+    if not isinstance(name, str) or name not in algorithms():
         known = ", ".join(algorithms())
         raise CheckpointError(f"{source} was trained with algo={name}; known: {known}")
     one_block = name == "bamdlm" and block_size is not None and block_size == length
@@ -191,13 +219,14 @@ def _from_keys(weights, interval) -> tuple[str, ...]:
 def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
+        kind = reprlib.repr(kind)
         raise CheckpointError(
-            f"{source}: config.json has model_type={kind!r}; this project reads {MODEL_TYPES}"
+            f"{source}: config.json has model_type={kind}; this project reads {MODEL_TYPES}"
         )
     weights, foreign, interval = _sort(source, tensors)
     listed = tuple(config[name] for name in INTERVAL if name in config)
     if interval is None and config.get("var_min") and listed not in ((), PUBLISHED_EPS):
-        interval = listed
+        interval = _interval(source, listed)
     return Checkpoint(
         source=source,
         layout="hub",
@@ -231,6 +260,10 @@ def _average(ema: Any, weights: dict[str, Tensor]) -> dict:
     if not isinstance(shadow, list) or not {"decay", "num_updates"} <= ema.keys():
         return {"ema": {}, "ema_problem": "ema must hold decay, num_updates and shadow_params"}
     about = {"ema_decay": ema["decay"], "ema_updates": ema["num_updates"] or 0}
+    updates, decay = about["ema_updates"], about["ema_decay"]
+    if not isinstance(decay, float) or type(updates) is not int or updates < 0:
+        kinds = f"decay is {reprlib.repr(decay)} and num_updates {reprlib.repr(updates)}"
+        return {"ema": {}, "ema_problem": f"ema: {kinds}, no numbers of an average"}
     try:
         named = ema_from_list(shadow, {n: w for n, w in weights.items() if n not in BUFFERS})
     except ValueError as error:
@@ -245,7 +278,13 @@ def ema_from_list(shadow: Sequence[Tensor], parameters: Mapping[str, Tensor]) ->
             f"the EMA has {len(shadow)} tensors, the network {len(parameters)} parameters"
         )
     by_name = dict(zip(parameters, shadow, strict=True))
-    odd = [name for name, value in by_name.items() if value.shape != parameters[name].shape]
+    odd = [
+        name
+        for name, value in by_name.items()
+        if not isinstance(value, Tensor)
+        or value.shape != parameters[name].shape
+        or not value.is_floating_point()
+    ]
     if odd:
         raise ValueError(f"the EMA does not fit the parameters, first at {odd[0]}")
     return by_name
@@ -255,12 +294,21 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 def resolve(config: dict) -> dict:
-    """Interpolations `${a.b}` and `${.b}` filled in; resolvers (`${cwd:}`) stay as written."""
+    """Interpolations `${a.b}` and `${.b}` filled in; resolvers (`${cwd:}`) stay as written.
+    ValueError where the result would be longer than MOST_CHARACTERS."""
+    left = MOST_CHARACTERS
+
+    def counted(*texts):
+        nonlocal left
+        left -= 1 + sum(len(text) for text in texts if isinstance(text, str))
+        if left < 0:
+            raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
 
     def filled(node, path, chain=()):
+        counted(node, *path[-1:])
         if isinstance(node, dict):
             return {key: filled(item, (*path, key), chain) for key, item in node.items()}
-        if isinstance(node, list):
+        if isinstance(node, list | tuple):
             return [filled(item, (*path, str(i)), chain) for i, item in enumerate(node)]
         if not isinstance(node, str) or path in chain:
             return node
@@ -275,8 +323,12 @@ def resolve(config: dict) -> dict:
 
         try:
             whole = _REFERENCE.fullmatch(node)
-            return target(whole) if whole else _REFERENCE.sub(lambda m: str(target(m)), node)
+            if whole:
+                return target(whole)
+            node = _REFERENCE.sub(lambda m: str(target(m)), node)
         except (KeyError, TypeError):  # it leads nowhere
             return node
+        counted(node)
+        return node
 
     return filled(config, ())
