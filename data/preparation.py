@@ -129,10 +129,11 @@ def start_or_go_on(work: Path, place: str) -> None:
 class Report:
     """Shows the progress: a bar on a terminal, else a log line every few seconds."""
 
-    def __init__(self, title: str):
+    def __init__(self, title: str, unit: str = "tokens"):
+        """unit: what is counted as `tokens`."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.title = title
+        self.title, self.unit = title, unit
         self.tokens = self.documents = 0
         self.fresh = 0  # tokens that no earlier attempt had made
         self.began = self.said = time.monotonic()
@@ -159,7 +160,7 @@ class Report:
             self.reused = done
         now = time.monotonic()
         elapsed = max(now - self.began, 1e-9)
-        rate = f"{self.fresh / elapsed / 1e3:,.0f} k tokens/s"
+        rate = f"{self.fresh / elapsed / 1e3:,.0f} k {self.unit}/s"
         self.progress.update(self.bar, completed=done, description=f"{self.title}, {rate}")
         if not self.progress.console.is_terminal and now - self.said > SECONDS_BETWEEN_REPORTS:
             self.said = now

@@ -12,90 +12,63 @@ where text lies (data=…, data.train, data.source, data.text_column) are taken 
 """
 
 import argparse
+import itertools
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import settings
 from data import corpora, detokenizers, tokenizer, vocabularies
+from data.preparation import Report
 from data.remote_cache import open_cache
+from main import quiet
 from settings.defaults import user_cache
+from settings.schema import Data
 from utils import atomic_folder, say
 
 SAMPLE_CHARACTERS = 1 << 20  # of the beginning of the text; compression is measured on them
-SECONDS_BETWEEN_REPORTS = 10
 LARGEST = 1 << 24
 SETTING = re.compile(r"data(\.\w+)?=")
 LEAST = vocabularies.BYTES + 1  # with <|endoftext|>
 
 
-def texts(names: list[str], data: settings.Config, done: Callable[[float], None]) -> Iterator[str]:
-    """The training text of all corpora, in pieces, detokenized as for training."""
+def texts(names: list[str], data: Data, report: Report, sample: list[str]) -> Iterator[str]:
+    """The training text of all corpora, in pieces, detokenized as for training. The first go into
+    `sample` as well."""
     cache = open_cache(data.cache_dir, user_cache()).folder
-    for number, name in enumerate(names):
-        entry = corpora.get_corpus(name, "train", source=data.source)
-        column = data.text_column or entry.column
-        for piece in corpora.opened(entry, "train", data.train_revision, column, cache)[1]:
-            rules = entry.detokenizer
-            yield detokenizers.detokenize(rules, piece.text) if rules else piece.text
-            done((number + piece.done) / len(names))
-
-
-class Reading:
-    """What was read, for the eye: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.characters, self.sample = 0, ""
-        self.said = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, transient=True)
-        self.bar = self.progress.add_task("reading", total=1.0)
-
-    def of(self, pieces: Iterator[str]) -> Iterator[str]:
-        with self.progress if self.progress.console.is_terminal else nullcontext():
-            for text in pieces:
-                self.characters += len(text)
-                self.sample += text[: SAMPLE_CHARACTERS - len(self.sample)]
+    with report:
+        for number, name in enumerate(names):
+            entry = corpora.get_corpus(name, "train", source=data.source)
+            column = data.text_column or entry.column
+            for piece in corpora.opened(entry, "train", data.train_revision, column, cache)[1]:
+                rules = entry.detokenizer
+                text = detokenizers.detokenize(rules, piece.text) if rules else piece.text
+                if report.tokens < SAMPLE_CHARACTERS:
+                    sample.append(text)
+                report(len(text), piece.ends, (number + piece.done) / len(names))
                 yield text
 
-    def done(self, share: float) -> None:
-        self.progress.update(self.bar, completed=share)
-        now = time.monotonic()
-        if not self.progress.console.is_terminal and now - self.said > SECONDS_BETWEEN_REPORTS:
-            self.said = now
-            say(f"read {share:.0%}: {self.characters:,} characters")
 
-
-def alphabet(pieces: Iterator[str]) -> list[str]:
-    found: set[str] = set()
-    for text in pieces:
-        found.update(text)
-    return sorted(found)
-
-
-def train(arguments: argparse.Namespace, data: settings.Config, out: Path) -> tokenizer.Tokenizer:
-    reading = Reading()
-    pieces = reading.of(texts(arguments.files or [data.train], data, reading.done))
+def train(arguments: argparse.Namespace, data: Data, out: Path) -> None:
+    report, begun = Report("reading", "characters"), []
+    pieces = texts(arguments.files or [data.train], data, report, begun)
     if arguments.characters:
-        found = alphabet(pieces)
+        found = sorted(set(itertools.chain.from_iterable(pieces)))
         hf = vocabularies.character_set(found) if found else None
     else:
         # the merges follow when all is read
         hf = vocabularies.train_bpe(pieces, arguments.vocab_size, show_progress=sys.stderr.isatty())
-    if not reading.characters:
+    if not report.tokens:
         raise ValueError("there is no text to train on: every document is empty")
     made = tokenizer.wrap(hf, str(out))
     with atomic_folder(out) as new:
         hf.save_pretrained(str(new))
-    size, tokens = len(reading.sample.encode()), len(made.encode(reading.sample))
-    say(f"{reading.characters:,} characters read -> {out}")
+    sample = "".join(begun)[:SAMPLE_CHARACTERS]
+    size, tokens = len(sample.encode()), len(made.encode(sample))
+    say(f"{report.tokens:,} characters read -> {out}")
     if arguments.characters:
         say(f"{len(found)} characters: {''.join(found)!r}")
     elif len(hf) < arguments.vocab_size:
@@ -106,10 +79,9 @@ def train(arguments: argparse.Namespace, data: settings.Config, out: Path) -> to
     )
     say(f"{size / tokens:.2f} bytes per token on the first {size:,} bytes")
     say(f"use it with data.tokenizer_name_or_path={out}")
-    return made
 
 
-def check(arguments: argparse.Namespace, data: settings.Config, out: Path) -> None:
+def check(arguments: argparse.Namespace, data: Data, out: Path) -> None:
     if out.exists():
         raise ValueError(f"--out {out} exists: name a new folder, or remove it")
     if arguments.files and data.train is not None:
@@ -145,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     # --files takes all words up to the next option
     behind = [word for word in arguments.files or [] if SETTING.match(word)]
     arguments.files = [word for word in arguments.files or [] if word not in behind]
+    quiet()
     try:
         chosen = [*arguments.settings, *behind]
         if not any(word.startswith("data=") for word in chosen):
