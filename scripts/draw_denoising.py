@@ -50,8 +50,7 @@ def draw(axes, pieces: list[tuple[str, str]]) -> None:
 
     line = column = 0
     for piece, kind in pieces:
-        colour = COLOURS[kind]
-        masked = kind in MASKED
+        colour, masked = COLOURS[kind], kind in MASKED
         for part in re.findall(r"\n|[^\n]+", piece) or [""]:
             width = BOX if masked else len(part)
             if part == "\n" or column + width > COLUMNS:

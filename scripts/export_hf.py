@@ -51,7 +51,12 @@ def run(options) -> None:
     )
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.push:
-        print(f"uploaded to {push(folder, options.push, options.private)}")
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(options.push, private=options.private, exist_ok=True)
+        place = api.upload_folder(repo_id=options.push, folder_path=str(folder))
+        print(f"uploaded to {place}")
 
 
 def find_tokenizer(checkpoint: Checkpoint, name: str | None) -> Tokenizer:
@@ -84,14 +89,6 @@ def rebuilt(kept: dict):
         if isinstance(token, str):
             special[role] = token
     return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(kept["_tokenizer"]), **special)
-
-
-def push(folder: Path, repo_id: str, private: bool) -> str:
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in facts(checkpoint).items():
         print(f"{name:<18}{value}")
     if options.keys:
-        print("\n".join(listed(checkpoint)))
+        tensors = {f"backbone.{name}": value for name, value in checkpoint.weights.items()}
+        for name, value in {**tensors, **checkpoint.foreign}.items():
+            print(f"  {name:<56}{str(value.dtype).removeprefix('torch.'):<10}{list(value.shape)}")
     if options.config:
         print(json.dumps(checkpoint.config, indent=2, default=str))
     return 0
@@ -44,13 +46,13 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
     """{what: its value}, one line each."""
     weights = [value for name, value in checkpoint.weights.items() if name not in BUFFERS]
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights})
-    config = checkpoint.config
-    if checkpoint.layout == "lightning":
-        data = section(config, "data")
-        trained = f"{data.get('train')}, tokenizer {data.get('tokenizer_name_or_path')}"
-        trained = trained if data else "not stored"
-    else:
+    trained, interval = "not stored", "none"
+    if checkpoint.layout == "hub":
         trained = "not stored (hub folders hold the network only)"
+    elif data := section(checkpoint.config, "data"):
+        trained = f"{data.get('train')}, tokenizer {data.get('tokenizer_name_or_path')}"
+    if checkpoint.interval is not None:
+        interval = "{:.6g} to {:.6g} (sampling_eps_min/max)".format(*checkpoint.interval)
     return {
         "source": checkpoint.source,
         "layout": {"lightning": "Lightning checkpoint", "hub": "hub folder"}[checkpoint.layout],
@@ -63,7 +65,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         "optimizer steps": "not stored" if checkpoint.step is None else f"{checkpoint.step:,}",
         "trained on": trained,
         "average (EMA)": average(checkpoint),
-        "clipped interval": interval(checkpoint),
+        "clipped interval": interval,
         "other contents": ", ".join(k for k in checkpoint.raw if k != "state_dict") or "none",
         "keys": f"{len(checkpoint.weights)} of the network"
         + (f", {len(checkpoint.foreign)} of nobody" if checkpoint.foreign else ""),
@@ -80,7 +82,7 @@ def network(checkpoint: Checkpoint) -> str:
 
 def finite(checkpoint: Checkpoint) -> str:
     averages = {f"EMA of {name}": value for name, value in (checkpoint.ema or {}).items()}
-    tensors = {**checkpoint.weights, **averages}
+    tensors = checkpoint.weights | averages
     odd = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     return f"NO: {', '.join(odd[:10])}" if odd else "all weights"
 
@@ -92,27 +94,16 @@ def average(checkpoint: Checkpoint) -> str:
         return f"broken: {checkpoint.ema_problem}"
     if checkpoint.ema is None:
         return "none"
-    far = math.sqrt(
-        sum((checkpoint.weights[k].double() - v).square().sum() for k, v in checkpoint.ema.items())
+    far = math.hypot(
+        *(
+            (checkpoint.weights[name].double() - average).norm()
+            for name, average in checkpoint.ema.items()
+        )
     )
     return (
         f"decay {checkpoint.ema_decay}, {checkpoint.ema_updates:,} updates, {len(checkpoint.ema)}"
         f" tensors, at distance {far:.4g} from the weights"
     )
-
-
-def interval(checkpoint: Checkpoint) -> str:
-    if checkpoint.interval is None:
-        return "none"
-    return "{:.6g} to {:.6g} (sampling_eps_min/max)".format(*checkpoint.interval)
-
-
-def listed(checkpoint: Checkpoint) -> list[str]:
-    tensors = {f"backbone.{name}": value for name, value in checkpoint.weights.items()}
-    return [
-        f"  {name:<56}{str(value.dtype).removeprefix('torch.'):<10}{list(value.shape)}"
-        for name, value in {**tensors, **checkpoint.foreign}.items()
-    ]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.picture import picture
 from training.csv_log import read_log
 
-ROOT = Path(__file__).resolve().parent.parent
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 LABELS = {
     "ar": "AR",
     "bamdlm4": "BAM-DLM S = 4",
@@ -55,13 +55,11 @@ def plot(runs: dict, target: Path) -> None:
     ticks = [30, 40, 50, 60, 80, 100, 140]
     with picture(target, 7.5, 4.2, dpi=100) as axes:
         for name, (ppl, found) in runs.items():
-            steps, values = zip(*sorted(ppl.items()), strict=True)
-            label = f"{LABELS[name]}: {found['ppl']:.1f}"
-            (line,) = axes.plot(steps, values, "o-", ms=4, label=label)
-            error = found["ppl_error"]
-            axes.errorbar(steps[-1], found["ppl"], error, color=line.get_color(), capsize=4)
+            label, error = f"{LABELS[name]}: {found['ppl']:.1f}", found["ppl_error"]
+            (line,) = axes.plot([*ppl], [*ppl.values()], "o-", ms=4, label=label)
+            axes.errorbar(max(ppl), found["ppl"], error, color=line.get_color(), capsize=4)
         axes.set(yscale="log", xlabel="optimizer steps", ylabel="validation perplexity")
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.set_yticks(ticks, map(str, ticks))
         axes.minorticks_off()
         axes.set_title(
             "Shakespeare's held-out plays (AR exact, the others upper bounds)", fontsize=10
@@ -74,12 +72,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "folder", type=Path, nargs="?", default=ROOT / "docs/results", help="docs/results"
-    )
-    parser.add_argument(
-        "out", type=Path, nargs="?", default=ROOT / "docs/images/learning_check.png"
-    )
+    parser.add_argument("folder", type=Path, nargs="?", default=DOCS / "results")
+    parser.add_argument("out", type=Path, nargs="?", default=DOCS / "images/learning_check.png")
     arguments = parser.parse_args()
     try:
         runs = read_runs(arguments.folder)

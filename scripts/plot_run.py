@@ -36,13 +36,13 @@ def plot(folder: Path, target: Path) -> Path:
     if not log.is_file():
         raise ValueError(f"{log} does not exist: give the folder of a training run (outputs/…/…)")
     series = read_log(log)
-    loss = series.get("trainer/loss", {})
-    loss = {step: value for step, value in loss.items() if math.isfinite(value)}
+    logged = series.get("trainer/loss", {}).items()
+    loss = {step: value for step, value in logged if math.isfinite(value)}
     if not loss:
         raise ValueError(
             f"{log} holds no trainer/loss yet; train for trainer.log_every_n_steps steps"
         )
-    steps, losses = zip(*sorted(loss.items()), strict=True)
+    steps, losses = list(loss), list(loss.values())
     with picture(target, 8, 4.5) as axes:
         for values, look in (
             (losses, {"alpha": 0.2, "lw": 0.8}),
@@ -50,8 +50,8 @@ def plot(folder: Path, target: Path) -> Path:
         ):
             axes.plot(steps, [math.exp(min(x, 30)) for x in values], color="tab:blue", **look)
         if valid := series.get("val/ppl"):
-            steps, ppl = zip(*sorted(valid.items()), strict=True)
-            axes.plot(steps, ppl, "o-", color="tab:red", label=f"validation (last {ppl[-1]:.1f})")
+            label = f"validation (last {valid[max(valid)]:.1f})"
+            axes.plot([*valid], [*valid.values()], "o-", color="tab:red", label=label)
         axes.set(yscale="log", xlabel="optimizer steps", ylabel="perplexity", title=folder.name)
         axes.grid(True, which="both", alpha=0.2)
         axes.legend()

@@ -30,12 +30,6 @@ def unigram_nll(train: np.ndarray, valid: np.ndarray, vocab_size: int) -> float:
     return float(-np.log(counts / counts.sum())[valid.ravel()].mean())
 
 
-def tokens_per_second(log: Path, devices: int) -> float:
-    """Of training alone: the median over the logged steps."""
-    rates = [*read_log(log)["throughput/tokens_per_second"].values()]
-    return float(np.median(rates)) * devices
-
-
 def bits_per_character(found: dict, valid: np.ndarray, tokenizer) -> float:
     """From the nll per token of `found`; ends of documents are no characters."""
     text = "".join(tokenizer.decode(row.tolist()) for row in valid)
@@ -43,18 +37,12 @@ def bits_per_character(found: dict, valid: np.ndarray, tokenizer) -> float:
     return found["nll"] * found["tokens"] / math.log(2) / characters
 
 
-def newest_perplexity(run: settings.Config) -> dict:
-    """What the last mode=ppl_eval wrote into the run's folder."""
-    results = Path(run.checkpointing.save_dir).glob(f"ppl_{Path(run.data.valid).stem}-*.json")
-    return json.loads(max(results, key=lambda path: path.stat().st_mtime).read_text())
-
-
 def page(run: settings.Config, sampling: settings.Config, found: dict, unigram: float, bits: float):
     """{what: its value}, one line each."""
     folder, texts = Path(run.checkpointing.save_dir), Path(sampling.sampling.logdir)
     samples = json.loads(texts.with_suffix(".json").read_text())
-    devices = run.trainer.devices * run.trainer.num_nodes
-    rate = tokens_per_second(folder / "metrics.csv", devices)
+    rates = [*read_log(folder / "metrics.csv")["throughput/tokens_per_second"].values()]
+    rate = np.median(rates) * run.trainer.devices * run.trainer.num_nodes
     length = sampling.model.length
     verdict = "below half of it" if found["ppl"] < unigram / 2 else "NOT below half of it"
     return {
@@ -79,7 +67,8 @@ def main(arguments: list[str]) -> int:
     tokenizer = build_tokenizer(run)
     train, valid = (build_rows(run, tokenizer, split).ids for split in ("train", "valid"))
     unigram = math.exp(unigram_nll(train, valid, tokenizer.vocab_size))
-    found = newest_perplexity(run)
+    results = Path(run.checkpointing.save_dir).glob(f"ppl_{Path(run.data.valid).stem}-*.json")
+    found = json.loads(max(results, key=lambda path: path.stat().st_mtime).read_text())
     lines = page(run, sampling, found, unigram, bits_per_character(found, valid, tokenizer))
     steps = max(read_log(Path(run.checkpointing.save_dir) / "metrics.csv")["trainer/loss"])
     batch = f"{run.loader.global_batch_size} x {run.model.length} tokens"

@@ -14,8 +14,8 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +27,7 @@ from rich.text import Text
 from data.split import Split
 from data.token_rows import TokenRows
 from data.tokenizer import Tokenizer
+from dataloader import DataModule
 from main import quiet
 from modes import cli
 from modes.build import build_cache, build_data, build_split, build_tokenizer
@@ -87,67 +88,48 @@ class Painter:
         return text
 
 
-@dataclass
-class Figures:
-    """Of batches: how much of their rows is text."""
-
-    tokenizer: Tokenizer
-    rows: int = 0
-    places: int = 0  # tokens, padding counted
-    tokens: int = 0
-    ends: int = 0  # of them BOS and EOS
-    unknown: int = 0
-
-    def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        """A batch, arrays [B, L]."""
-        tokenizer = self.tokenizer
-        ends = (tokenizer.bos_id, tokenizer.eos_id)
-        real = ids[mask > 0]
-        self.rows += len(ids)
-        self.places += ids.size
-        self.tokens += len(real)
-        self.ends += int(np.isin(real, ends).sum())
-        if tokenizer.hf.unk_token_id not in (None, *ends):
-            self.unknown += int((real == tokenizer.hf.unk_token_id).sum())
-
-    def __str__(self) -> str:
-        unknown = f", {self.unknown / self.tokens:.2%} unknown" if self.unknown else ""
-        return (
-            f"rows: {self.rows:,} read with {self.tokens:,} tokens, {self.ends / self.tokens:.1%}"
-            f" of them BOS and EOS{unknown}; {1 - self.tokens / self.places:.1%} of the rows is"
-            " padding"
-        )
+def counted(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> Counter:
+    """How much of a batch is text; ids, mask: [B, L]."""
+    ends, unknown = (tokenizer.bos_id, tokenizer.eos_id), tokenizer.hf.unk_token_id
+    real = ids[mask > 0]
+    return Counter(
+        rows=len(ids),
+        places=ids.size,
+        tokens=len(real),
+        ends=int(np.isin(real, ends).sum()),
+        unknown=int((real == unknown).sum()) if unknown not in (None, *ends) else 0,
+    )
 
 
-@dataclass
-class Documents:
-    """The first documents of a split, whole, without BOS and EOS."""
+def rows_line(found: Counter) -> str:
+    unknown = f", {found['unknown'] / found['tokens']:.2%} unknown" if found["unknown"] else ""
+    return (
+        f"rows: {found['rows']:,} read with {found['tokens']:,} tokens,"
+        f" {found['ends'] / found['tokens']:.1%} of them BOS and EOS{unknown};"
+        f" {1 - found['tokens'] / found['places']:.1%} of the rows is padding"
+    )
 
-    lengths: list[int] = field(default_factory=list)  # tokens
-    tokens: int = 0
-    size: int = 0  # bytes of the text, as it is read
 
-    def read(self, split: Split, cache: Path, most: int) -> None:
-        """Until `most` tokens are read."""
-        (_, pieces), length = split.open(cache), 0
-        while self.tokens < most and (some := list(itertools.islice(pieces, PIECES_AT_ONCE))):
-            for piece, ids in zip(some, split.encode([p.text for p in some]), strict=True):
-                self.tokens += len(ids)
-                self.size += len(piece.text.encode())
-                length += len(ids)
-                if piece.ends:
-                    self.lengths.append(length)
-                    length = 0
-
-    def __str__(self) -> str:
-        compression = f"{self.size / max(self.tokens, 1):.2f} bytes per token"
-        if not self.lengths:
-            return f"documents: the first has more than {self.tokens:,} tokens; {compression}"
-        return (
-            f"documents: {len(self.lengths):,} read, of {min(self.lengths):,} to"
-            f" {max(self.lengths):,} tokens, median {statistics.median_low(self.lengths):,};"
-            f" {compression}"
-        )
+def documents(split: Split, cache: Path, most: int) -> tuple[list[int], str]:
+    """Lengths of the split's first documents without BOS and EOS, until `most` tokens are read; and
+    a line about them."""
+    (_, pieces), sizes = split.open(cache), [0]
+    tokens = size = 0
+    while tokens < most and (some := list(itertools.islice(pieces, PIECES_AT_ONCE))):
+        for piece, ids in zip(some, split.encode([p.text for p in some]), strict=True):
+            tokens += len(ids)
+            size += len(piece.text.encode())
+            sizes[-1] += len(ids)
+            if piece.ends:
+                sizes.append(0)
+    lengths = sizes[:-1]
+    compression = f"{size / max(tokens, 1):.2f} bytes per token"
+    if not lengths:
+        return [], f"documents: the first has more than {tokens:,} tokens; {compression}"
+    return lengths, (
+        f"documents: {len(lengths):,} read, of {min(lengths):,} to {max(lengths):,} tokens, median"
+        f" {statistics.median_low(lengths):,}; {compression}"
+    )
 
 
 def histogram(lengths: list[int], title: str, target: Path) -> None:
@@ -161,40 +143,41 @@ def histogram(lengths: list[int], title: str, target: Path) -> None:
         axes.legend()
 
 
-def batches(config: Config, tokenizer: Tokenizer, split: str) -> tuple[object, Iterator[dict]]:
-    """What the split is read from, and its batches."""
-    data = build_data(config, tokenizer, train=split == "train")
+def show_rows(
+    config: Config, tokenizer: Tokenizer, data: DataModule, options: argparse.Namespace, say
+) -> Counter:
+    """Says rows as text; figures of the batches read for them, and of more."""
     data.num_workers = 0  # the first batch is there sooner
-    loader = data.train_dataloader() if split == "train" else data.val_dataloader()
-    return data.train if split == "train" else data.valid, loader
-
-
-def show(config: Config, options: argparse.Namespace, console: Console) -> None:
-    def say(line: str | Text, **how) -> None:
-        console.print(line, soft_wrap=True, **how)
-
-    tokenizer = build_tokenizer(config)
-    source, stream = batches(config, tokenizer, options.split)
-    painter = Painter(tokenizer, config.block_size)
-    figures, left = Figures(tokenizer), options.rows
+    train = options.split == "train"
+    source = data.train if train else data.valid
+    stream = data.train_dataloader() if train else data.val_dataloader()
+    painter, found, left = Painter(tokenizer, config.block_size), Counter(), options.rows
     for batch in itertools.islice(stream, options.batch, None):
         if "error" in batch:  # where the text is read as it goes (data.streaming)
             raise ValueError(batch["error"])
-        ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
-        document_ids = batch["document_ids"].numpy() if "document_ids" in batch else None
+        rows = {name: value.numpy() for name, value in batch.items() if name != "bookmark"}
+        ids, mask = rows["input_ids"], rows["attention_mask"]
         for i in range(min(left, len(ids))):
-            say(f"row {batch['row'][i]}", style="bold")
-            documents = None if document_ids is None else document_ids[i]
-            for line in painter.lines(ids[i], mask[i], documents):
+            say(f"row {rows['row'][i]}", style="bold")
+            document_ids = rows["document_ids"][i] if "document_ids" in rows else None
+            for line in painter.lines(ids[i], mask[i], document_ids):
                 say(line)
             left -= 1
-        figures.add(ids, mask)
+        found += counted(tokenizer, ids, mask)
         # then training begins again
-        once = isinstance(source, TokenRows) and figures.rows >= len(source)
-        if (figures.tokens >= options.tokens or once) and not left:
+        once = isinstance(source, TokenRows) and found["rows"] >= len(source)
+        if (found["tokens"] >= options.tokens or once) and not left:
             break
-    if not figures.tokens:
+    if not found["tokens"]:
         raise ValueError(f"--batch {options.batch}: the split has fewer batches")
+    return found
+
+
+def show(config: Config, options: argparse.Namespace, console: Console) -> None:
+    say, tokenizer = partial(console.print, soft_wrap=True), build_tokenizer(config)
+    data = build_data(config, tokenizer, train=options.split == "train")
+    found = show_rows(config, tokenizer, data, options, say)
+    source = data.train if options.split == "train" else data.valid
     title = f"{getattr(config.data, options.split)} ({options.split})"
     if isinstance(source, TokenRows):
         about = source.about
@@ -202,12 +185,12 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
             f"{title}: {about['documents']:,} documents, {about['tokens']:,} tokens,"
             f" {len(source):,} rows of {source.length} in {source.folder}"
         )
-    split, documents = build_split(config, tokenizer, options.split), Documents()
-    documents.read(split, build_cache(config).folder, options.tokens)
-    say(str(figures))
-    say(str(documents))
-    if options.histogram is not None and documents.lengths:
-        histogram(documents.lengths, title, options.histogram)
+    split = build_split(config, tokenizer, options.split)
+    lengths, line = documents(split, build_cache(config).folder, options.tokens)
+    say(rows_line(found))
+    say(line)
+    if options.histogram is not None and lengths:
+        histogram(lengths, title, options.histogram)
         say(f"written to {options.histogram}")
 
 

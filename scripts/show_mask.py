@@ -52,25 +52,19 @@ def seen_pairs(
 
 
 def sdpa_pairs(length: int, block_size: int) -> torch.Tensor:
-    """What the split form computes."""
-    computed = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
-    size = block_size * max(1, CHUNK_TOKENS // block_size)
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        for half in (0, length):
-            computed[half + start : half + stop, start:stop] = True
-            computed[half + start : half + stop, length : length + stop] = True
-    return computed
+    """What the split form computes: a chunk of x_t with itself, a chunk of either half with all of
+    x0 up to its end."""
+    chunk = torch.arange(length) // (block_size * max(1, CHUNK_TOKENS // block_size))
+    asked = chunk[:, None]
+    return torch.cat([asked == chunk, asked >= chunk], 1).repeat(2, 1)
 
 
 def flex_pairs(seen: torch.Tensor, tile: int) -> torch.Tensor:
     """Tiles with at least one pair."""
-    rows = len(seen)
-    padded = -(-rows // tile) * tile
-    full = torch.zeros(padded, padded, dtype=torch.bool)
-    full[:rows, :rows] = seen
+    more = -len(seen) % tile
+    full = torch.nn.functional.pad(seen, (0, more, 0, more))
     tiles = full.unflatten(0, (-1, tile)).unflatten(2, (-1, tile)).any(3).any(1)
-    return tiles.repeat_interleave(tile, 0).repeat_interleave(tile, 1)[:rows, :rows]
+    return torch.kron(tiles, torch.ones(tile, tile, dtype=torch.bool))[: len(seen), : len(seen)]
 
 
 def draw(

@@ -53,13 +53,13 @@ def find(folders: list[Path]) -> list[tuple[Path, dict]]:
 
 def table(summaries: list[tuple[Path, dict]]) -> list[list[str]]:
     """A header and a row for each summary; columns that no summary fills are left out."""
-    rows = [[shown(content.get(key)) for key in COLUMNS.values()] for _, content in summaries]
-    used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
-    header = [name for i, name in enumerate(COLUMNS) if i in used]
     rows = [
-        [*(row[i] for i in used), str(path)] for row, (path, _) in zip(rows, summaries, strict=True)
+        [*(shown(content.get(key)) for key in COLUMNS.values()), str(path)]
+        for path, content in summaries
     ]
-    return [[*header, "file"], *sorted(rows)]
+    columns = zip([*COLUMNS, "file"], *sorted(rows), strict=True)
+    filled = [column for column in columns if any(column[1:])]
+    return [list(row) for row in zip(*filled, strict=True)]
 
 
 def shown(value) -> str:
@@ -69,7 +69,7 @@ def shown(value) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)) + " |" for r in rows
     ]
