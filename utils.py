@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,22 +136,21 @@ def atomic_file(path: str | Path, mode: str = "w", *, alone: bool = False) -> It
     writers have left is removed first.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if alone:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             left.unlink(missing_ok=True)
-    with _replacing(path) as new:
-        new.chmod(0o666 & ~_umask())
-        with new.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    with (
+        _replacing(path) as new,
+        new.open(mode, encoding=None if "b" in mode else "utf-8") as file,
+    ):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def atomic_link(path: str | Path, source: str | Path) -> None:
     """`path` becomes another name of the file `source`; a copy of it where links do not work."""
     with _replacing(Path(path)) as new:
-        new.unlink()
         try:
             os.link(source, new)
         except OSError:
@@ -160,17 +159,22 @@ def atomic_link(path: str | Path, source: str | Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path`. It takes the place of `path` in the end, or is removed where the
-    block fails."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
+    """A name beside `path`. What the block makes of it takes the place of `path` in the end, or is
+    removed where the block fails."""
+    new = _beside(path, ".partial")
     try:
-        yield Path(name)
-        os.replace(name, path)
+        yield new
+        os.replace(new, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _beside(path: Path, suffix: str = "") -> Path:
+    """A name that nothing has, in the folder of `path`, which is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
 
 
 @contextmanager
@@ -184,35 +188,27 @@ def atomic_folder(
     lock(path), so that what is left of killed processes is removed first.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}."
     if locked:
         for left in path.parent.glob(f"{glob.escape(prefix)}*"):
             if "." not in left.name.removeprefix(prefix):  # else it belongs to another path
                 shutil.rmtree(left)
-    made = [Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))]
+    new, old = _beside(path), _beside(path)
+    new.mkdir()
     try:
-        made[0].chmod(0o777 & ~_umask())
-        yield made[0]
+        yield new
         try:
             if overwrite and path.exists():
-                made.append(Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix)))
-                os.rename(path, made[1])
-            os.rename(made[0], path)
+                os.rename(path, old)
+            os.rename(new, path)
         except BaseException:
-            if made[1:] and not path.exists():
-                os.rename(made.pop(), path)
+            if old.exists() and not path.exists():
+                os.rename(old, path)
             raise
     finally:
-        for left in made:
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:
