@@ -44,7 +44,8 @@ class Examples(Dataset):
 
     def __getitems__(self, indices: list[ExampleIndex]) -> dict[str, torch.Tensor]:
         positions = torch.tensor([index.position for index in indices])
-        ids, mask = map(torch.from_numpy, self.rows.read([index.row for index in indices]))
+        rows = [index.row for index in indices]
+        ids, mask = map(torch.from_numpy, self.rows.read(rows))
         if self.window is not None:
             shares = uniform(self.seed, positions, dtype=torch.float64)  # [B]
             starts = (shares * (self.rows.length // 2)).long()
@@ -54,9 +55,7 @@ class Examples(Dataset):
                 ids[:, 0] = self.bos
         batch = {"input_ids": ids, "attention_mask": mask, "row": positions}
         if self.rows.apart:
-            batch["document_ids"] = torch.from_numpy(
-                self.rows.document_ids([index.row for index in indices])
-            )
+            batch["document_ids"] = torch.from_numpy(self.rows.document_ids(rows))
         return batch
 
 
@@ -156,46 +155,37 @@ class DataModule(LightningDataModule):
         """Trained on since the run began, over all devices."""
         if self.trainer is None:
             return self.resumed_examples
-        step_examples = (
-            self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        )
-        return (
-            self.resumed_examples + (self.trainer.global_step - self.resumed_step) * step_examples
-        )
+        trainer, steps = self.trainer, self.trainer.global_step - self.resumed_step
+        at_once = self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        return self.resumed_examples + steps * at_once
 
     def start_at(self, examples_seen: int, step: int = 0) -> None:
         """Continue the stream there; step is the trainer's global_step at that point."""
         self.resumed_examples, self.resumed_step = examples_seen, step
 
     def train_dataloader(self) -> DataLoader:
-        if isinstance(self.train, StreamedText):
-            return self.streamed_dataloader()
-        windows = self.train.length != self.length
-        examples = Examples(
-            self.train,
-            window=self.length if windows else None,
-            bos=self.window_bos if windows else None,
-            seed=self.seed,
-        )
-        stream = ShuffledStream(len(self.train), self.seed)
-        return self.loader(
-            examples,
-            TrainBatches(stream, self.batch_size, *self.rank_and_size, lambda: self.examples_seen),
-        )
-
-    def streamed_dataloader(self) -> DataLoader:
-        """One process reads for a device: it tokenizes several times as fast as a GPU trains."""
-        examples = StreamedExamples(
-            self.train, self.seed, *self.rank_and_size, lambda: self.resumed_bookmarks
-        )
+        streams = isinstance(self.train, StreamedText)
+        if streams:
+            examples = StreamedExamples(
+                self.train, self.seed, *self.rank_and_size, lambda: self.resumed_bookmarks
+            )
+        else:
+            windows = self.train.length != self.length
+            examples = Examples(
+                self.train,
+                window=self.length if windows else None,
+                bos=self.window_bos if windows else None,
+                seed=self.seed,
+            )
         batches = TrainBatches(
-            InOrder(),
+            InOrder() if streams else ShuffledStream(len(self.train), self.seed),
             self.batch_size,
             *self.rank_and_size,
             lambda: self.examples_seen,
-            in_turn=True,
+            in_turn=streams,
         )
-        return self.loader(examples, batches, num_workers=min(1, self.num_workers))
+        # one process reads a text for a device: it tokenizes several times as fast as a GPU trains
+        return self.loader(examples, batches, min(1, self.num_workers) if streams else None)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """Called with each batch when its turn comes, not when it is fetched."""
@@ -242,7 +232,7 @@ class DataModule(LightningDataModule):
         return DataLoader(
             examples,
             batch_sampler=batches,
-            collate_fn=_as_it_is,
+            collate_fn=dict,  # the examples are batches already
             worker_init_fn=_prepare_worker,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -254,7 +244,3 @@ def _prepare_worker(worker: int) -> None:
     steps are made. And use no threads in `tokenizers`: they do not survive a fork."""
     ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return batch
