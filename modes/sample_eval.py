@@ -25,38 +25,27 @@ from utils import say
 
 def prepare(config: Config) -> Callable[[], None]:
     """Rows are shared out over the processes of srun, torchrun, or trainer.devices of this one."""
-    fabric, tokenizer = build_fabric(config), build_tokenizer(config)
+    t, tokenizer = config.trainer, build_tokenizer(config)
+    fabric = L.Fabric(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy="ddp" if t.devices * t.num_nodes > 1 else "auto",
+        precision=t.precision,
+    )
     module, checkpoint = trained_module(config, tokenizer)
     wanted = checkpoint_params(config, tokenizer, checkpoint)
-    if config.trainer.precision.endswith("-mixed"):
-        module.backbone.freeze(matmul_dtype(config.trainer.precision))
-    prompts = sampling_prompts(config, tokenizer, wanted)
-    sampling = config.sampling
-    file = SampleFile(sampling.logdir)
-    file.check()
+    if t.precision.endswith("-mixed"):
+        module.backbone.freeze(matmul_dtype(t.precision))
+    texts = build_texts(config, tokenizer, wanted)
+    output = build_output(config, checkpoint, wanted)
     judge = build_judge(config, tokenizer)
     fabric.launch()
+    denoise = module.objective.denoiser(module.to(fabric.device).eval().backbone)
     made = SamplingRun(
-        Model(
-            config.algo.name,
-            module.objective.denoiser(module.to(fabric.device).eval().backbone),
-            tokenizer,
-            wanted,
-            fabric.device,
-        ),
-        Texts(sampling.num_sample_batches * sampling.batch_size, prompts, sampling.infill),
-        Output(
-            file,
-            sampling_run_id(config, checkpoint, wanted),
-            show=sampling.show,
-            trajectory=sampling.trajectory,
-            about={
-                "checkpoint": config.eval.checkpoint_path,
-                "ema": not config.eval.disable_ema,
-                "precision": config.trainer.precision,
-                "judge": config.eval.gen_ppl_eval_model_name_or_path,
-            },
-        ),
+        Model(config.algo.name, denoise, tokenizer, wanted, fabric.device),
+        texts,
+        output,
         judge=judge,
         rank=fabric.global_rank,
         ranks=fabric.world_size,
@@ -74,15 +63,18 @@ def prepare(config: Config) -> Callable[[], None]:
     return run
 
 
-def build_fabric(config: Config) -> L.Fabric:
-    t = config.trainer
-    return L.Fabric(
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy="ddp" if t.devices * t.num_nodes > 1 else "auto",
-        precision=t.precision,
-    )
+def build_output(config: Config, checkpoint: Checkpoint, wanted: SamplingParams) -> Output:
+    sampling = config.sampling
+    file = SampleFile(sampling.logdir)
+    file.check()
+    about = {
+        "checkpoint": config.eval.checkpoint_path,
+        "ema": not config.eval.disable_ema,
+        "precision": config.trainer.precision,
+        "judge": config.eval.gen_ppl_eval_model_name_or_path,
+    }
+    name = sampling_run_id(config, checkpoint, wanted)
+    return Output(file, name, show=sampling.show, trajectory=sampling.trajectory, about=about)
 
 
 def build_judge(config: Config, tokenizer: Tokenizer) -> Judge | None:
@@ -120,20 +112,17 @@ def checkpoint_params(
     )
 
 
-def sampling_prompts(
-    config: Config, tokenizer: Tokenizer, wanted: SamplingParams
-) -> list[tuple[int, ...]]:
+def build_texts(config: Config, tokenizer: Tokenizer, wanted: SamplingParams) -> Texts:
     s = config.sampling
     texts = [] if s.prompt is None else [s.prompt]
-    if s.prompts is not None:
-        texts = read_prompts(s.prompts)
-    return encode_prompts(
-        texts,
+    prompts = encode_prompts(
+        texts if s.prompts is None else read_prompts(s.prompts),
         tokenizer,
         infill=s.infill,
         length=wanted.length,
         context_size=visible_tokens(config.algo.name, wanted),
     )
+    return Texts(s.num_sample_batches * s.batch_size, prompts, s.infill)
 
 
 def sampling_run_id(config: Config, checkpoint: Checkpoint, wanted: SamplingParams) -> str:
