@@ -33,17 +33,6 @@ DROPOUT_SEED = 0xD20  # added to the seed, for what torch's generator gives
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW, and step -> factor on its learning rate."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    lr_factor: Callable[[int], float]
-
-
-@dataclass(frozen=True)
 class NoiseSettings:
     """Which times are drawn, and how. The full interval is (sampling_eps, 1)."""
 
@@ -66,7 +55,7 @@ class ClippingSettings:
 
 class Diffusion(L.LightningModule):
     """`clip` is None for algorithms without a clipped schedule: those have no sampling_eps buffers
-    either.
+    either. `optimizer`: arguments of AdamW. `lr_factor`: step -> factor on its learning rate.
 
     `exact_nll`: validate at the interval (1, 1), which for blocks of one token is the exact
     likelihood; else `validate_by` says by which draw, nelbo or counts. `pad_apart`: rows may end in
@@ -80,7 +69,8 @@ class Diffusion(L.LightningModule):
         backbone: nn.Module,
         objective: Objective,
         noise: NoiseSettings,
-        optimizer: OptimizerSettings,
+        optimizer: dict,
+        lr_factor: Callable[[int], float],
         ema_decay: float,
         clip: ClippingSettings | None = None,
         exact_nll: bool = False,
@@ -94,7 +84,7 @@ class Diffusion(L.LightningModule):
         self.backbone = backbone
         self.objective = objective
         self.noise_settings = noise
-        self.optimizer_settings = optimizer
+        self.optimizer_settings, self.lr_factor = optimizer, lr_factor
         self.clip = clip
         self.exact_nll, self.validate_by = exact_nll, validate_by
         self.pad_apart, self.pin_memory = pad_apart, pin_memory
@@ -104,16 +94,13 @@ class Diffusion(L.LightningModule):
         if clip is not None:
             self.register_buffer("sampling_eps_min", torch.tensor(float(self.interval[0])))
             self.register_buffer("sampling_eps_max", torch.tensor(float(self.interval[1])))
-        self.ema = EMA(self.named_weights(), ema_decay) if ema_decay else None
+        self.ema = EMA(backbone.named_parameters(), ema_decay) if ema_decay else None
         self.averaged = False  # whether the EMA weights are in place of the raw ones
         self.validation_rows: int | None = None  # how many there are, where that is known
         self.validation = Validation(self)
         self.graphed: GraphedLoss | None = None
         self.validated: Likelihood | None = None  # the result of the last validation
         self.validated_at = 0  # and its step
-
-    def named_weights(self):
-        return self.backbone.named_parameters()
 
     def configure_model(self) -> None:
         averaging.share_out(self)
@@ -124,7 +111,9 @@ class Diffusion(L.LightningModule):
         self, batch: dict, interval: Interval, noise: Noise | None, training: bool
     ) -> TokenLoss:
         """The loss of a batch under given noise (None: ar, nothing is drawn)."""
-        inputs = self.loss_inputs(batch, interval, noise, training)
+        return self.compute_loss(self.loss_inputs(batch, interval, noise, training))
+
+    def compute_loss(self, inputs: LossInputs) -> TokenLoss:
         return self.objective.compute_loss(self.backbone, inputs.to(self.device, self.pin_memory))
 
     def loss_inputs(
@@ -160,8 +149,7 @@ class Diffusion(L.LightningModule):
         """Of a micro-batch: nats per token, counted or not (TokenLoss.per_place)."""
         if self.graphed is not None:
             return self.graphed(inputs)
-        inputs = inputs.to(self.device, self.pin_memory)
-        return self.objective.compute_loss(self.backbone, inputs).per_place
+        return self.compute_loss(inputs).per_place
 
     def noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
         """The noise of these examples: a function of the seed and their place in the stream."""
@@ -212,16 +200,10 @@ class Diffusion(L.LightningModule):
     # ---- optimizer ----------------------------------------------------------------------------
 
     def configure_optimizers(self):
-        s = self.optimizer_settings
         optimizer = torch.optim.AdamW(
-            self.backbone.parameters(),
-            lr=s.lr,
-            betas=s.betas,
-            eps=s.eps,
-            weight_decay=s.weight_decay,
-            fused=self.fused(),
+            self.backbone.parameters(), fused=self.fused(), **self.optimizer_settings
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.lr_factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "trainer/lr"}]
 
     def fused(self) -> bool:
@@ -237,7 +219,7 @@ class Diffusion(L.LightningModule):
     ) -> None:
         """Make the gradient that of the global batch's mean and clip it, or where loss or gradient
         are not finite leave the step out."""
-        named = [(name, p) for name, p in self.named_weights() if p.grad is not None]
+        named = [(name, p) for name, p in self.backbone.named_parameters() if p.grad is not None]
         averaging.uncount(self, self.health.inspect(self.trainer, named))
         self.trainer.optimizers[0].found_inf = self.health.found  # AdamW reads it if fused
         if not self.health.skipped:

@@ -26,13 +26,14 @@ from benchmarks import gpu
 from benchmarks.conclusion import conclude
 from benchmarks.gpu_network import await_file, await_turn, network, release, synchronise
 from benchmarks.gpu_table import missed, speeds
-from diffusion import Diffusion, NoiseSettings, OptimizerSettings
+from diffusion import Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from training.distributed import Poll, Replicated
+from training.lr_schedules import lr_factor
 from training.signals import end_on_interrupt
 from training.trainer import leave_signals
-from utils import constant_warmup, write_json
+from utils import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 12  # steps; in the first ten torch's ddp measures itself, and waits for the device
@@ -162,9 +163,8 @@ def fit(net, here, args, device: torch.device, devices: int = 1, *, steps: int) 
         backbone=net,
         objective=MaskedDiffusion(here.vocab - 1, 16, get_schedule("loglinear")),
         noise=NoiseSettings(1, (1e-3, 1.0), 1e-3, True, args.batch * devices, args.batch),
-        optimizer=OptimizerSettings(
-            3e-4, (0.9, 0.999), 1e-8, 0.0, partial(constant_warmup, warmup_steps=0)
-        ),
+        optimizer={"lr": 3e-4, "weight_decay": 0.0},
+        lr_factor=lr_factor("constant", lr=3e-4, max_steps=0, warmup_steps=0),
         ema_decay=0.9999,
     )
     clock = Clock(device)

@@ -7,7 +7,6 @@ of noise, logging, checks, EMA, Lightning itself) is overhead.
 import tempfile
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -15,12 +14,12 @@ import numpy as np
 import torch
 
 from dataloader import DataModule
-from diffusion import Diffusion, NoiseSettings, OptimizerSettings
+from diffusion import Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from training.csv_log import CSVLog
+from training.lr_schedules import lr_factor
 from training.step_log import StepLog
-from utils import constant_warmup
 
 WARM_UP = 3  # steps that are not counted: optimizer states are made, pages touched
 WORK = ("loss", "backward", "clip", "optimizer")
@@ -116,9 +115,8 @@ def profile(
         backbone=net,
         objective=MaskedDiffusion(vocab - 1, block_size, get_schedule("loglinear")),
         noise=noise,
-        optimizer=OptimizerSettings(
-            3e-4, (0.9, 0.999), 1e-8, 0.0, partial(constant_warmup, warmup_steps=0)
-        ),
+        optimizer={"lr": 3e-4, "weight_decay": 0.0},
+        lr_factor=lr_factor("constant", lr=3e-4, max_steps=0, warmup_steps=0),
         ema_decay=0.9999,
     )
     watched = watch(module, clock or time.perf_counter)

@@ -16,7 +16,7 @@ from data.streaming import streamed
 from data.token_rows import TokenRows
 from data.tokenizer import Tokenizer, get_tokenizer
 from dataloader import DataModule
-from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
+from diffusion import ClippingSettings, Diffusion, NoiseSettings
 from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives import algorithms
@@ -79,6 +79,7 @@ def build_objective(config: Config, mask_id: int) -> Objective:
 
 def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusion:
     algo, training = config.algo, config.training
+    optim, schedule = config.optim, config.lr_scheduler
     blocks = algorithms.get_algorithm(algo.name).blocks
     searched = ClippingSettings(
         tuple(algo.clip_search_widths), algo.clip_search_delta, algo.fix_clipping
@@ -94,25 +95,12 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
             global_batch=config.loader.global_batch_size,
             eval_global_batch=config.loader.eval_global_batch_size,
         ),
-        optimizer=build_optimizer_settings(config),
-        ema_decay=training.ema,
-        clip=searched if algo.var_min else None,
-        exact_nll=blocks and config.block_size == 1 and training.eval_nll,
-        validate_by=config.eval.likelihood[0],
-        pad_apart=not config.data.wrap,
-        pin_memory=config.loader.pin_memory,
-        health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
-        description=description(config, tokenizer),
-    )
-
-
-def build_optimizer_settings(config: Config) -> OptimizerSettings:
-    optim, schedule = config.optim, config.lr_scheduler
-    return OptimizerSettings(
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
+        optimizer={
+            "lr": optim.lr,
+            "betas": (optim.beta1, optim.beta2),
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+        },
         lr_factor=lr_factor(
             schedule.name,
             lr=optim.lr,
@@ -121,6 +109,14 @@ def build_optimizer_settings(config: Config) -> OptimizerSettings:
             lr_init=schedule.warmup_lr_init,
             lr_min=schedule.lr_min,
         ),
+        ema_decay=training.ema,
+        clip=searched if algo.var_min else None,
+        exact_nll=blocks and config.block_size == 1 and training.eval_nll,
+        validate_by=config.eval.likelihood[0],
+        pad_apart=not config.data.wrap,
+        pin_memory=config.loader.pin_memory,
+        health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
+        description=description(config, tokenizer),
     )
 
 
@@ -142,7 +138,7 @@ def start_from(module: Diffusion, checkpoint: Checkpoint, config: Config) -> Non
     if taken.new_keys:
         say(f"new in this run: {', '.join(taken.new_keys)}")
     if module.ema is not None:
-        weights = {name: p.detach() for name, p in module.named_weights()}
+        weights = {name: p.detach() for name, p in module.backbone.named_parameters()}
         module.ema.load(taken.ema or weights, taken.ema_updates)
 
 

@@ -9,7 +9,7 @@ from training import distributed
 
 def averaged_weights(module: L.LightningModule) -> list[tuple[str, Tensor]]:
     """What the average follows: with fsdp this rank's part of every weight."""
-    return [(name, distributed.part(p)) for name, p in module.named_weights()]
+    return [(name, distributed.part(p)) for name, p in module.backbone.named_parameters()]
 
 
 def share_out(module: L.LightningModule) -> None:
@@ -19,7 +19,7 @@ def share_out(module: L.LightningModule) -> None:
         return
     distributed.shard(module.backbone, strategy.device_mesh["data_parallel"])
     if module.ema is not None:
-        like = dict(module.named_weights())
+        like = dict(module.backbone.named_parameters())
         module.ema.shadow = {
             name: distributed.part_of(average, like[name]).clone()
             for name, average in module.ema.shadow.items()

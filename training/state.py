@@ -23,7 +23,7 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
             "num_updates": module.ema.num_updates,
             "shadow_params": [
                 distributed.whole_of(module.ema.shadow[name], p)
-                for name, p in module.named_weights()
+                for name, p in module.backbone.named_parameters()
             ],
         }
     if module.clip is not None:
@@ -59,12 +59,12 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
 def _load_average(module: L.LightningModule, checkpoint: dict) -> None:
     if "ema" in checkpoint:
         ema = checkpoint["ema"]
-        averages = zip(module.named_weights(), ema["shadow_params"], strict=True)
+        averages = zip(module.backbone.named_parameters(), ema["shadow_params"], strict=True)
         parts = {name: distributed.part_of(average, p) for (name, p), average in averages}
         module.ema.load(parts, ema["num_updates"])
         return
     say("the checkpoint has no EMA: the average starts at its weights")
-    weights, like = checkpoint["state_dict"], dict(module.named_weights())
+    weights, like = checkpoint["state_dict"], dict(module.backbone.named_parameters())
     parts = {
         name: distributed.part_of(weights[f"backbone.{name}"], like[name])
         for name in module.ema.shadow

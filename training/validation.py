@@ -140,9 +140,7 @@ def one_pass(module: L.LightningModule, batch: dict, likelihood: str, draw: int 
             training=False,
             document_ids=document_ids,
         )
-    return module.objective.compute_loss(
-        module.backbone, inputs.to(module.device, module.pin_memory)
-    )
+    return module.compute_loss(inputs)
 
 
 def reported_interval(module: L.LightningModule) -> Interval:

@@ -170,7 +170,9 @@ def fitted(algo, device, *, graphs=False, late=None, callbacks=(), steps=9, accu
 def assert_same_runs(ours, plain, rtol):
     assert ours.ema.num_updates == plain.ema.num_updates
     assert ours.health.bad_steps == plain.health.bad_steps
-    for (name, a), (_, b) in zip(ours.named_weights(), plain.named_weights(), strict=True):
+    for (name, a), (_, b) in zip(
+        ours.backbone.named_parameters(), plain.backbone.named_parameters(), strict=True
+    ):
         assert (a.cpu() - b.cpu()).norm() <= rtol * b.norm().cpu() + 1e-7, name
         average, wanted = ours.ema.shadow[name].cpu(), plain.ema.shadow[name].cpu()
         assert (average - wanted).norm() <= rtol * wanted.norm() + 1e-7, name

@@ -79,7 +79,7 @@ def direct(algo, rows):
     loss = m.objective.compute_loss(m.backbone, inputs)
     value = loss.nll.double().sum() / loss.loss_mask.double().sum()
     loss.mean.backward()
-    found = [p.grad.flatten() for _, p in m.named_weights() if p.grad is not None]
+    found = [p.grad.flatten() for _, p in m.backbone.named_parameters() if p.grad is not None]
     return float(value), torch.cat(found)
 
 

@@ -12,7 +12,7 @@ from networks import small
 from checkpointing.layouts import read_checkpoint
 from checkpointing.lightning_io import SafeCheckpointIO
 from dataloader import DataModule
-from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
+from diffusion import ClippingSettings, Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives import clipping
 from objectives.autoregressive import Autoregressive
@@ -90,13 +90,13 @@ def module(
             global_batch=GLOBAL,
             eval_global_batch=4,
         ),
-        optimizer=OptimizerSettings(
-            lr=1e-2,
-            betas=(0.9, 0.999),
-            eps=eps,
-            weight_decay=0.0,
-            lr_factor=lr_factor("constant_warmup", lr=1e-3, max_steps=10, warmup_steps=2),
-        ),
+        optimizer={
+            "lr": 1e-2,
+            "betas": (0.9, 0.999),
+            "eps": eps,
+            "weight_decay": 0.0,
+        },
+        lr_factor=lr_factor("constant_warmup", lr=1e-3, max_steps=10, warmup_steps=2),
         ema_decay=ema,
         clip=ClippingSettings(tuple(widths), 0.25, fix) if algo == "bamdlm" else None,
         exact_nll=exact,
@@ -149,7 +149,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(algo, tmp_path):
     whole = trained(algo, tmp_path / "a", 6, save_every=3)
     resumed = trained(algo, tmp_path / "b", 6, resume=str(tmp_path / "a" / "step=3.ckpt"))
     for (name, ours), theirs in zip(
-        resumed.named_weights(), whole.backbone.parameters(), strict=True
+        resumed.backbone.named_parameters(), whole.backbone.parameters(), strict=True
     ):
         assert torch.equal(ours, theirs), name
         assert torch.equal(resumed.ema.shadow[name], whole.ema.shadow[name]), name
@@ -179,7 +179,7 @@ def test_validation_uses_the_averaged_weights_and_gives_the_raw_ones_back():
     before = [p.clone() for p in m.backbone.parameters()]
     averaged = validated(m).nll
     assert all(torch.equal(a, b) for a, b in zip(before, m.backbone.parameters(), strict=True))
-    m.ema.swap(m.named_weights())
+    m.ema.swap(m.backbone.named_parameters())
     m.ema = None
     assert validated(m).nll == averaged
 

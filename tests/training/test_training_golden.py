@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from checkpointing.layouts import read_checkpoint
 from checkpointing.lightning_io import SafeCheckpointIO
 from checkpointing.load import load_pretrained
-from diffusion import ClippingSettings, Diffusion, NoiseSettings, OptimizerSettings
+from diffusion import ClippingSettings, Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
@@ -55,7 +55,7 @@ class Replay(Diffusion):
                 "lr": used,
                 "losses": self.micro_losses,
                 "updates": self.ema.num_updates,
-                "params": {n: p.detach().clone() for n, p in self.named_weights()},
+                "params": {n: p.detach().clone() for n, p in self.backbone.named_parameters()},
                 "ema": {n: p.clone() for n, p in self.ema.shadow.items()},
             }
         )
@@ -126,13 +126,13 @@ def replay(name, tmp_path):
             global_batch=size,
             eval_global_batch=size,
         ),
-        optimizer=OptimizerSettings(
-            lr=optim["lr"],
-            betas=(optim["beta1"], optim["beta2"]),
-            eps=optim["eps"],
-            weight_decay=optim["weight_decay"],
-            lr_factor=factor_of(run),
-        ),
+        optimizer={
+            "lr": optim["lr"],
+            "betas": (optim["beta1"], optim["beta2"]),
+            "eps": optim["eps"],
+            "weight_decay": optim["weight_decay"],
+        },
+        lr_factor=factor_of(run),
         ema_decay=run["ema_decay"],
         clip=ClippingSettings((), 0.05, False) if checkpoint["algo"] == "bd3lm" else None,
     )
@@ -188,7 +188,7 @@ def test_training_repeats_the_recorded_run(name, tmp_path):
 def test_finetuning_ends_with_the_recorded_weights_and_averages(tmp_path):
     module = replay("finetune", tmp_path)
     wanted = load("optim/finetune.safetensors")
-    for name, parameter in module.named_weights():
+    for name, parameter in module.backbone.named_parameters():
         for prefix, ours in (("final", parameter), ("final_ema", module.ema.shadow[name])):
             theirs = wanted[f"{prefix}.backbone.{name}"]
             torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=1e-4)
