@@ -224,8 +224,7 @@ def alignment(config: Config) -> int | None:
     """Documents that are kept apart begin at blocks, where the algorithm has them."""
     if config.data.pack == "wrap":
         return None
-    blocks = needs_block_mask(config.algo.name, config.block_size, config.model.length)
-    return config.block_size if blocks else 1
+    return config.block_size if needs_block_mask(config) else 1
 
 
 def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> TokenRows:

@@ -64,5 +64,6 @@ ALGORITHMS = {
         writes="ar",
         noise=False,
         causal=True,
+        likelihood="exact",
     )
 }

@@ -95,6 +95,7 @@ ALGORITHMS = {
         parameterization="sedd",
         sampler="analytic",
         writes="sedd",
+        likelihood="nelbo",
         time_conditioning=True,
     )
 }

@@ -45,8 +45,12 @@ def check(
 
     typed: the settings that stand on the command line. rules: beside those of this file.
     """
-    outside = {key: _outside(key, get(config, key)) for key in LEAVES}
-    outside = {key: problem for key, problem in outside.items() if problem is not None}
+    outside = {}
+    for key, leaf in LEAVES.items():
+        value, limit = get(config, key), leaf.limit
+        if limit is not None and value is not None and not limit.holds(value):
+            hint = nearest(value, limit.names) if limit.names else ""
+            outside[key] = f"{key}={value} must be {limit.words}{hint and '.'}{hint}"
     # The rules between settings go on with stand-ins; what they say about those is not repeated.
     possible = copy.deepcopy(config)
     for key in outside:
@@ -62,23 +66,15 @@ def _without(keys: Iterable[str], sentences: Iterable[str]) -> list[str]:
     return [sentence for sentence in dict.fromkeys(sentences) if not found.search(sentence)]
 
 
-def _outside(key: str, value) -> str | None:
-    """The problem of a setting that its limit does not allow. Null is always allowed here."""
-    limit = LEAVES[key].limit
-    if limit is None or value is None or limit.holds(value):
-        return None
-    hint = nearest(value, limit.names) if limit.names else ""
-    return f"{key}={value} must be {limit.words}{hint and '.'}{hint}"
-
-
 def network(config: Config) -> Iterator[str]:
     model, algo = config.model, config.algo
     if model.length % config.block_size:
         yield f"block_size={config.block_size} does not divide model.length={model.length}"
     size, heads = f"model.hidden_size={model.hidden_size}", f"model.n_heads={model.n_heads}"
-    if algo.backbone == "dit" and model.hidden_size % model.n_heads:
+    width, rest = divmod(model.hidden_size, model.n_heads)
+    if algo.backbone == "dit" and rest:
         yield f"{size} is not a multiple of {heads}"
-    elif algo.backbone == "dit" and model.hidden_size // model.n_heads % 2:
+    elif algo.backbone == "dit" and width % 2:
         yield f"{size} / {heads} is odd: rotary positions need an even width per head"
 
 
@@ -89,7 +85,7 @@ def algorithm(config: Config) -> Iterator[str]:
         if (value := getattr(algo, key)) != entry[key]:
             yield f"algo.{key}={value} does not fit algo={algo.name}, which needs {entry[key]}"
     whole = entry["noise"] and not entry["blocks"]
-    windows = whole and "steps" in entry["can"] and config.mode == "sample_eval"
+    windows = "steps" in entry["can"] and config.mode == "sample_eval"
     if whole and blocks and not windows:
         yield (
             f"block_size={config.block_size}: algo={algo.name} is one block of"
@@ -134,8 +130,7 @@ def clipping(config: Config) -> Iterator[str]:
 
 def _has_share(low: float, high: float, block_size: int) -> bool:
     """Whether a multiple of 1/S lies in [low, high]."""
-    nearest_below = int(high * block_size + 1e-6)
-    return nearest_below >= low * block_size - 1e-6
+    return int(high * block_size + 1e-6) >= low * block_size - 1e-6
 
 
 def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]:
@@ -168,30 +163,25 @@ def batches(config: Config) -> Iterator[str]:
     devices = trainer.devices * trainer.num_nodes
     at_once = loader.batch_size * devices
     total = at_once * trainer.accumulate_grad_batches
-    if total == loader.global_batch_size:
-        return
     each = f"loader.batch_size={loader.batch_size} on {devices} device{'s' * (devices > 1)}"
+    wanted = f"loader.global_batch_size={loader.global_batch_size}"
     if loader.global_batch_size % at_once:
-        yield (
-            f"loader.global_batch_size={loader.global_batch_size} is not a multiple of {at_once}:"
-            f" {each}"
-        )
-    else:
+        yield f"{wanted} is not a multiple of {at_once}: {each}"
+    elif total != loader.global_batch_size:
         yield (
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} with {each} makes"
-            f" {total}, not loader.global_batch_size={loader.global_batch_size}; leave it out"
+            f" {total}, not {wanted}; leave it out"
         )
 
 
 def machine(config: Config) -> Iterator[str]:
     trainer = config.trainer
     gpu = trainer.accelerator == "gpu"
-    if gpu:
-        gpus = visible_gpus()
-        if gpus == 0:
-            yield "trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=auto"
-        elif trainer.devices > gpus:
-            yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
+    gpus = visible_gpus() if gpu else None
+    if gpus == 0:
+        yield "trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=auto"
+    elif gpu and trainer.devices > gpus:
+        yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
     started = started_by_torchrun()
     if started not in (None, trainer.devices) and config.mode in DISTRIBUTED:
         yield (
@@ -231,8 +221,7 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
             f"{needed} needs heads of at least {entry['least_head_width']} on a GPU, but"
             f" model.hidden_size / model.n_heads is {model.hidden_size // model.n_heads}; {way_out}"
         )
-    masked = needs_block_mask(config.algo.name, config.block_size, model.length)
-    if masked and not entry["block_masks"]:
+    if needs_block_mask(config) and not entry["block_masks"]:
         yield (
             f"{needed} cannot apply the block mask of algo={config.algo.name};"
             " use model.attn_backend=flex, sdpa or auto"

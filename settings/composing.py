@@ -2,8 +2,7 @@
 
     parse          the words become groups and values (overrides.py)
     _hydra         Hydra puts configs/ and the values together
-    _read          each setting gets the type that the schema has for it
-    _build         the dataclasses
+    _read          they become the dataclasses of the schema, with its types
     fill           null and auto are replaced (defaults.py)
     place          ${cwd:} becomes the run folder (run_folder.py)
 
@@ -12,7 +11,6 @@ that one run of the command shows them all. Only this file sees Hydra's composed
 """
 
 import copy
-import dataclasses
 import re
 import typing
 from functools import cache
@@ -24,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException, ValidationError
 
 from settings.bounds import file_problems, text_problem, yaml_reason
-from settings.defaults import CHOSEN, fill
+from settings.defaults import fill
 from settings.keys import CONFIGS, LEAVES, SCHEMA, Leaf, unwrap
 from settings.overrides import (
     ParsedOverrides,
@@ -35,6 +33,7 @@ from settings.overrides import (
 )
 from settings.run_folder import RUN_FOLDER, place, take_newest_checkpoint
 from settings.schema import Config
+from settings.tables import algorithms
 from utils import CIRCUMSTANCES, first_line, reason, shown
 
 
@@ -63,10 +62,10 @@ def read(parsed: ParsedOverrides) -> tuple[Config | None, list[str], list[str]]:
     """The Config (None where it cannot be made), the problems of composing, and notes."""
     problems = list(parsed.problems)
     try:
-        values, wrong = _read(_hydra(parsed))
+        config, wrong = _read(_hydra(parsed))
         problems += wrong.values()
         if wrong:
-            values, wrong = _read(_hydra(parsed.without(wrong)))
+            config, wrong = _read(_hydra(parsed.without(wrong)))
     except ConfigError as error:
         return None, problems + error.problems, []
     except (
@@ -79,7 +78,6 @@ def read(parsed: ParsedOverrides) -> tuple[Config | None, list[str], list[str]]:
         return None, [*problems, _composing_problem(error, parsed)], []
     if wrong:
         return None, problems, []
-    config = _build(values)
     fill(config)
     place(config)
     return config, problems, _forced(parsed, config) + take_newest_checkpoint(config)
@@ -124,9 +122,13 @@ def _hydra(parsed: ParsedOverrides) -> DictConfig:
         except GrammarParseError as error:
             raise ConfigError([f"{key}={value}: {first_line(error)}"]) from error
     _refuse_growth(cfg)
-    if OmegaConf.select(cfg, "algo.name") == "ar":
+    if _is_causal(OmegaConf.select(cfg, "algo.name")):
         cfg.block_size = 1
     return cfg
+
+
+def _is_causal(algorithm) -> bool:
+    return algorithms().get(str(algorithm), {}).get("causal", False)
 
 
 @cache
@@ -147,10 +149,11 @@ def _refuse_growth(cfg: DictConfig) -> None:
         raise ConfigError([problem])
 
 
-def _read(cfg: DictConfig) -> tuple[dict, dict[str, str]]:
-    """Flat {key: typed value} and {key: problem} of a composed configuration."""
+def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
+    """The settings in their types, None with {key: problem} of a composed configuration."""
     raw = OmegaConf.to_container(cfg, resolve=False)
-    values, problems, absent = {}, dict(_unknown(raw)), []
+    problems, absent = dict(_unknown(raw)), []
+    typed = OmegaConf.structured(Config)  # what is put into it is checked and converted
     for key, entry in SCHEMA.items():
         if any(key.startswith(f"{section}.") for section in absent):
             continue
@@ -163,16 +166,20 @@ def _read(cfg: DictConfig) -> tuple[dict, dict[str, str]]:
             continue
         if isinstance(entry, Leaf):
             try:
-                values[key] = None if _left_open(key, value) else _convert(entry, value)
+                OmegaConf.update(typed, key, _prepared(key, entry, value), merge=False)
+                OmegaConf.select(typed, key)  # what was filled in may name others in turn
             except (ValidationError, ValueError):
                 problems[key] = type_problem(key, value)
-        elif not isinstance(value, dict):
+        elif isinstance(value, dict):
+            OmegaConf.update(typed, key, entry)
+        else:
             absent.append(key)
             if value is None and (key == "wandb" or key.startswith("callbacks.")):
-                values[key] = None
+                OmegaConf.update(typed, key, None)
             else:
                 problems[key] = section_problem(key, value)
-    return values, _begun(problems, raw)
+    problems = _begun(problems, raw)
+    return None if problems else OmegaConf.to_object(typed), problems
 
 
 def _begun(problems: dict[str, str], raw: dict) -> dict[str, str]:
@@ -207,46 +214,20 @@ def _unknown(node: dict, prefix: str = ""):
             yield from _unknown(child, f"{prefix}{name}.")
 
 
-def _left_open(key: str, value) -> bool:
-    return (value is None and key in CHOSEN) or (key, value) == ("trainer.devices", "auto")
-
-
-def _convert(leaf: Leaf, value):
-    """The value in the type of the schema; raises ValidationError."""
+def _prepared(key: str, leaf: Leaf, value):
+    """What is typed in another form than the schema has it."""
     bare, _ = unwrap(leaf.hint)
     whole = isinstance(value, float) and value.is_integer()  # 1e6 steps
     if whole and (bare is int or (int in typing.get_args(bare) and abs(value) > 1)):
-        value = int(value)
-    if leaf.hint == list[str] and isinstance(value, str):
-        value = [value]
-    node = _typed(leaf.section)
-    node[leaf.name] = value
-    converted = node[leaf.name]
-    return OmegaConf.to_object(converted) if OmegaConf.is_config(converted) else converted
-
-
-@cache
-def _typed(section: type) -> DictConfig:
-    """A node of the section's types; what is assigned to it is checked and converted."""
-    return OmegaConf.structured(section)
-
-
-def _build(values: dict, section: type = Config, prefix: str = ""):
-    """The dataclasses from flat values."""
-    hints = typing.get_type_hints(section)
-
-    def entry(name):
-        key, (bare, _) = prefix + name, unwrap(hints[name])
-        if dataclasses.is_dataclass(bare) and not (key in values and values[key] is None):
-            return _build(values, bare, key + ".")
-        return values[key]
-
-    return section(**{field.name: entry(field.name) for field in dataclasses.fields(section)})
+        return int(value)
+    if bare == list[str] and isinstance(value, str):
+        return [value]
+    return None if (key, value) == ("trainer.devices", "auto") else value
 
 
 def _forced(parsed: ParsedOverrides, config: Config) -> list[str]:
     """The note that the block size asked for is not that of the run, or none."""
-    asked = dict(parsed.values).get("block_size", 1)
+    name, asked = config.algo.name, dict(parsed.values).get("block_size", 1)
     same = str(asked).startswith("$") or asked in (1, config.model.length)
-    forced = config.algo.name == "ar" and not same
-    return [f"block_size={asked} has no effect: ar has blocks of 1"] * forced
+    forced = _is_causal(name) and not same
+    return [f"block_size={asked} has no effect: {name} has blocks of 1"] * forced

@@ -9,44 +9,57 @@ from settings.tables import algorithms, attention_backends
 
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 WARMUP = "lr_scheduler.num_warmup_steps"
-# Settings whose null is replaced by fill(), though their type has no None.
-CHOSEN = {
-    "loader.batch_size",
-    "loader.eval_batch_size",
-    "loader.num_workers",
-    "sampling.batch_size",
-    "trainer.devices",
-    "trainer.precision",
-    "trainer.accumulate_grad_batches",
-    "data.cache_dir",
-    "eval.likelihood",
-    WARMUP,
-}
 # Other names for the same, as Lightning has them.
 ACCELERATORS = {"cuda": "gpu"}
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 
 
 def fill(config: Config) -> None:
-    """Replaces every null of CHOSEN, and auto."""
-    _fill_machine(config)
-    _fill_batches(config)
-    if config.lr_scheduler.num_warmup_steps is None:
-        config.lr_scheduler.num_warmup_steps = default_warmup(config)
-    if config.sampling.steps is None and "steps" in _entry(config).get("can", ()):
-        config.sampling.steps = "first_hitting" if config.sampling.first_hitting else "ancestral"
-    if config.eval.likelihood is None:
-        config.eval.likelihood = [default_likelihood(config)]
+    """Replaces auto, and every null that stands for a choice of this machine."""
+    trainer, loader, sampling = config.trainer, config.loader, config.sampling
+    trainer.accelerator = ACCELERATORS.get(trainer.accelerator, trainer.accelerator)
+    gpus = 0 if trainer.accelerator == "cpu" else visible_gpus()
+    if trainer.accelerator == "auto":
+        trainer.accelerator = "gpu" if gpus else "cpu"
+    gpu = trainer.accelerator == "gpu"
+    _set(
+        trainer,
+        devices=started_by_torchrun() or (max(gpus, 1) if gpu else 1),
+        precision="bf16-mixed" if gpu else "32-true",
+    )
+    trainer.precision = PRECISIONS.get(trainer.precision, trainer.precision)
+    devices = max(trainer.devices * trainer.num_nodes, 1)
+    _set(
+        loader,
+        batch_size=_share(loader.global_batch_size, devices),
+        eval_batch_size=_share(loader.eval_global_batch_size, devices),
+        num_workers=len(os.sched_getaffinity(0)),
+    )
+    at_once = max(loader.batch_size, 1) * devices
+    _set(trainer, accumulate_grad_batches=max(_share(loader.global_batch_size, at_once), 1))
+    _set(config.data, cache_dir=str(user_cache()))
+    _set(config.lr_scheduler, num_warmup_steps=default_warmup(config))
+    _set(config.eval, likelihood=[default_likelihood(config)])
+    _set(sampling, batch_size=loader.eval_batch_size)
+    if "steps" in _entry(config).get("can", ()):
+        _set(sampling, steps="first_hitting" if sampling.first_hitting else "ancestral")
+    if config.model.attn_backend == "auto":
+        config.model.attn_backend = _attn_backend(config) if gpu else "sdpa"
+
+
+def _set(section: object, **values) -> None:
+    """Those settings of the section that are null."""
+    for name, value in values.items():
+        if getattr(section, name) is None:
+            setattr(section, name, value)
 
 
 def default_likelihood(config: Config) -> str:
     """Of the least variance at the cost of one pass."""
     entry = _entry(config)
-    if entry.get("writes") == "ar":
-        return "exact"
     if entry.get("blocks") and config.block_size == 1:
         return "exact" if config.training.eval_nll else "nelbo"
-    return "nelbo" if entry.get("writes") == "sedd" else "counts"
+    return entry.get("likelihood", "counts")
 
 
 def _entry(config: Config) -> dict:
@@ -59,40 +72,6 @@ def default_warmup(config: Config) -> int:
     return config.trainer.max_steps // 10
 
 
-def _fill_machine(config: Config) -> None:
-    trainer = config.trainer
-    trainer.accelerator = ACCELERATORS.get(trainer.accelerator, trainer.accelerator)
-    gpus = 0 if trainer.accelerator == "cpu" else visible_gpus()
-    if trainer.accelerator == "auto":
-        trainer.accelerator = "gpu" if gpus else "cpu"
-    gpu = trainer.accelerator == "gpu"
-    if trainer.devices is None:
-        trainer.devices = started_by_torchrun() or (max(gpus, 1) if gpu else 1)
-    if trainer.precision is None:
-        trainer.precision = "bf16-mixed" if gpu else "32-true"
-    trainer.precision = PRECISIONS.get(trainer.precision, trainer.precision)
-    if config.loader.num_workers is None:
-        config.loader.num_workers = len(os.sched_getaffinity(0))
-    if config.data.cache_dir is None:
-        config.data.cache_dir = str(user_cache())
-    if config.model.attn_backend == "auto":
-        config.model.attn_backend = _attn_backend(config) if gpu else "sdpa"
-
-
-def _fill_batches(config: Config) -> None:
-    loader, trainer = config.loader, config.trainer
-    devices = max(trainer.devices * trainer.num_nodes, 1)
-    if loader.batch_size is None:
-        loader.batch_size = _share(loader.global_batch_size, devices)
-    if loader.eval_batch_size is None:
-        loader.eval_batch_size = _share(loader.eval_global_batch_size, devices)
-    if trainer.accumulate_grad_batches is None:
-        at_once = max(loader.batch_size, 1) * devices
-        trainer.accumulate_grad_batches = max(_share(loader.global_batch_size, at_once), 1)
-    if config.sampling.batch_size is None:
-        config.sampling.batch_size = loader.eval_batch_size
-
-
 def _share(total: int, parts: int) -> int:
     """A part of the total, rounded up."""
     return -(-total // parts)
@@ -101,7 +80,7 @@ def _share(total: int, parts: int) -> int:
 def _attn_backend(config: Config) -> str:
     """The fastest on a GPU that can do what the algorithm needs."""
     backends, model = attention_backends(), config.model
-    if needs_block_mask(config.algo.name, config.block_size, model.length):
+    if needs_block_mask(config):
         wide = model.hidden_size >= backends["flex"]["least_head_width"] * model.n_heads
         return "flex" if wide else "sdpa"
     half = config.trainer.precision.startswith(("bf16", "16"))
@@ -133,7 +112,6 @@ def has_package(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def needs_block_mask(algo: str, block_size: int, length: int) -> bool:
+def needs_block_mask(config: Config) -> bool:
     """Whether attention is more than full or causal."""
-    entry = algorithms().get(algo)  # None: the checks will say so
-    return entry is not None and entry["blocks"] and block_size < length
+    return bool(_entry(config).get("blocks")) and config.block_size < config.model.length

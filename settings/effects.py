@@ -54,11 +54,12 @@ def _training(config: Config) -> Iterator[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     algo, training = config.algo, config.training
-    if config.model.adaln and algo.name != "ar":
+    noise = algorithms()[algo.name]["noise"]
+    if config.model.adaln and noise:
         yield f"model.adaln=True has no effect: algo={algo.name} always modulates"
     if algo.fix_clipping and not algo.clip_search_widths:
         yield "algo.fix_clipping=True has no effect: algo.clip_search_widths is empty"
-    if algorithms()[algo.name]["noise"]:
+    if noise:
         return
     changed = {
         "noise": config.noise.type != "loglinear",
@@ -102,11 +103,10 @@ def _data(config: Config) -> Iterator[str]:
         for key in ("train_special", "valid_special", "train_eos", "valid_eos"):
             if not getattr(data, f"insert_{key}"):
                 yield f"data.insert_{key}=False has no effect: data.wrap=False joins nothing"
-    for split in ("train", "valid") if data.pack != "wrap" else ():
-        special, eos = f"insert_{split}_special", f"insert_{split}_eos"
-        if getattr(data, special) and not getattr(data, eos):
-            yield f"data.{eos}=False has no effect: data.{special} puts EOS after each document"
     for split in ("train", "valid"):
+        special, eos = f"insert_{split}_special", f"insert_{split}_eos"
+        if data.pack != "wrap" and getattr(data, special) and not getattr(data, eos):
+            yield f"data.{eos}=False has no effect: data.{special} puts EOS after each document"
         name, revision = getattr(data, split), getattr(data, f"{split}_revision")
         if revision is not None and name is not None and (name == "shakespeare" or "." in name):
             yield f"data.{split}_revision has no effect: {name} does not come from the hub"

@@ -32,13 +32,13 @@ def _of_range(words: str, bounds: dict[str, float]) -> Limit:
 
 
 BY_WORDS = {words: _of_range(words, bounds) for words, bounds in sampling_ranges().items()}
-AT_LEAST_1 = BY_WORDS["at least 1"]
-AT_LEAST_0 = Limit("at least 0", lambda value: 0 <= value < math.inf, 0)
-AT_LEAST_MINUS_1 = Limit("at least -1", lambda value: value >= -1, 0)
-ABOVE_0 = Limit("above 0", lambda value: 0 < value < math.inf, 1.0)
-ABOVE_0_UP_TO_1 = BY_WORDS["in (0, 1]"]
-BETWEEN_0_AND_1 = Limit("in (0, 1)", lambda value: 0 < value < 1, 0.5)
-FROM_0_BELOW_1 = Limit("in [0, 1)", lambda value: 0 <= value < 1, 0.0)
+LIMITS = BY_WORDS | {
+    "at least 0": Limit("at least 0", lambda value: 0 <= value < math.inf, 0),
+    "at least -1": Limit("at least -1", lambda value: value >= -1, 0),
+    "above 0": Limit("above 0", lambda value: 0 < value < math.inf, 1.0),
+    "in (0, 1)": Limit("in (0, 1)", lambda value: 0 < value < 1, 0.5),
+    "in [0, 1)": Limit("in [0, 1)", lambda value: 0 <= value < 1, 0.0),
+}
 SHARES = Limit("a list of numbers in (0, 1]", lambda value: all(0 < x <= 1 for x in value), [])
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(

@@ -15,7 +15,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from settings.defaults import CHOSEN
 from settings.keys import LEAVES, SCHEMA, choices, groups, unwrap
 from utils import first_line
 
@@ -85,7 +84,6 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     """The sentence about a value of a leaf that is of another type. typed: the value as it stands
     on the command line."""
     bare, optional = unwrap(LEAVES[key].hint)
-    optional = optional or key in CHOSEN
     if typing.get_origin(bare) is list:
         wanted = "a list like [0.5,0.6]" if float in typing.get_args(bare) else "a list like [a,b]"
     else:
@@ -100,16 +98,15 @@ def spelled(key: str, text: str) -> str:
 
 
 def _group_problem(group: str, value) -> str | None:
-    chosen = value if isinstance(value, list) else [value]
+    known, several = choices(group), isinstance(value, list)
     if group == "experiment" and value is None:
         return None
-    if isinstance(value, list) and group != "callbacks":
-        return f"{group}={value} must be one of: {', '.join(choices(group))}"
-    for choice in chosen:
-        if str(choice) not in choices(group):
-            hint = nearest(str(choice), choices(group))
-            listed = ", ".join(choices(group))
-            return f"{group}={choice} does not exist.{hint} Choices: {listed}"
+    if several and group != "callbacks":
+        return f"{group}={value} must be one of: {', '.join(known)}"
+    for choice in map(str, value if several else [value]):
+        if choice not in known:
+            hint = nearest(choice, known)
+            return f"{group}={choice} does not exist.{hint} Choices: {', '.join(known)}"
     return None
 
 
@@ -122,10 +119,11 @@ class ParsedOverrides:
     problems: list[str]
 
     def without(self, keys) -> "ParsedOverrides":
-        def concerned(key):
-            return any(f"{bad}.".startswith(f"{key}.") for bad in keys)
-
-        values = [entry for entry in self.values if not concerned(entry[0])]
+        values = [
+            (key, value)
+            for key, value in self.values
+            if not any(f"{bad}.".startswith(f"{key}.") for bad in keys)
+        ]
         return ParsedOverrides(self.groups, values, self.problems)
 
     def chosen(self) -> Iterator[tuple[str, str]]:

@@ -73,10 +73,8 @@ def differences(config: Config, recorded: dict | None) -> list[str]:
         node = recorded or {}
         for part in key.split("."):
             node = node.get(part, ABSENT) if isinstance(node, dict) else ABSENT
-        if node is ABSENT:
-            continue
         node = SAME_NAME.get((key, str(node)), node)
-        if node != value:
+        if node is not ABSENT and node != value:
             theirs = f"the checkpoint has {node}"
             if key == WARMUP and value == default_warmup(config):
                 theirs += f"; null is a tenth of trainer.max_steps: set {WARMUP}={node} to go on"

@@ -11,17 +11,11 @@ from dataclasses import dataclass, field, make_dataclass
 
 import settings.tables as tables
 from settings.limits import (
-    ABOVE_0,
-    ABOVE_0_UP_TO_1,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    AT_LEAST_MINUS_1,
     BATCHES,
     BATCHES_OR_SHARE,
-    BETWEEN_0_AND_1,
     BY_WORDS,
     DURATION,
-    FROM_0_BELOW_1,
+    LIMITS,
     SEED,
     SHARES,
     Limit,
@@ -36,9 +30,10 @@ LIKELIHOODS = Limit(
 )
 
 
-def doc(text: str, limit: Limit | None = None, default: object = None):
-    """A required setting: what --help says about it, and what it may be beside its type. With
-    `default` it needs no line in configs/."""
+def doc(text: str, limit: Limit | str | None = None, default: object = None):
+    """A required setting: what --help says about it, and what it may be beside its type (the words
+    of LIMITS, or a Limit). With `default` it needs no line in configs/."""
+    limit = LIMITS[limit] if isinstance(limit, str) else limit
     return field(metadata={"doc": text, "limit": limit, "default": default})
 
 
@@ -49,32 +44,29 @@ def _values(field: str) -> list[str]:
 
 @dataclass
 class Loader:
-    global_batch_size: int = doc("sequences per optimizer step, on all devices", AT_LEAST_1)
-    eval_global_batch_size: int = doc("sequences per evaluation batch, on all devices", AT_LEAST_1)
-    batch_size: int = doc(
+    global_batch_size: int = doc("sequences per optimizer step, on all devices", "at least 1")
+    eval_global_batch_size: int = doc("sequences per evaluation batch on all devices", "at least 1")
+    batch_size: int | None = doc(
         "sequences per device and forward pass; null: global_batch_size / devices. Smaller "
         "values accumulate gradients",
-        AT_LEAST_1,
+        "at least 1",
     )
-    eval_batch_size: int = doc(
-        "the same in evaluation; null: eval_global_batch_size / devices", AT_LEAST_1
+    eval_batch_size: int | None = doc(
+        "the same in evaluation; null: eval_global_batch_size / devices", "at least 1"
     )
-    num_workers: int = doc("processes that prepare and load data; null: one per core", AT_LEAST_0)
+    num_workers: int | None = doc("processes that load data; null: one per core", "at least 0")
     pin_memory: bool = doc("load batches into page-locked memory, which speeds up copies to a GPU")
 
 
 @dataclass
 class _Texts:
-    num_sample_batches: int = doc("batches of sampling.batch_size texts to sample", AT_LEAST_1)
-    batch_size: int = doc(
-        "texts sampled together on a device; null: loader.eval_batch_size", AT_LEAST_1
+    num_sample_batches: int = doc("batches of sampling.batch_size texts to sample", "at least 1")
+    batch_size: int | None = doc(
+        "texts sampled together on a device; null: loader.eval_batch_size", "at least 1"
     )
     var_length: bool = doc("stop a text at EOS or when its entropy is low, and cut it there")
     logdir: str = doc("CSV file to which the samples are written")
-    nucleus_p: float = doc(
-        "nucleus sampling: keep the likeliest tokens up to this probability; 1: all",
-        ABOVE_0_UP_TO_1,
-    )
+    nucleus_p: float = doc("keep the likeliest tokens up to this probability; 1: all", "in (0, 1]")
     first_hitting: bool = doc("reveal one token a step, at its exact time; false: ancestral steps")
     steps: str | None = doc(
         "which tokens a step reveals; null: by sampling.first_hitting", one_of(*tables.step_rules())
@@ -89,8 +81,7 @@ def _step_number(name: str, number: dict) -> tuple:
                 f"samplers/params.py: the {key} of {name} must be one of"
                 f" {', '.join(map(repr, known))}, got {number.get(key)!r}"
             )
-    limit = BY_WORDS[number["limit"]]
-    return name, TYPES[number["type"]], doc(number["doc"], limit, number["default"])
+    return name, TYPES[number["type"]], doc(number["doc"], number["limit"], number["default"])
 
 
 _StepNumbers = make_dataclass(  # of the step rules, as samplers/params.py has them
@@ -107,7 +98,7 @@ class Sampling(_StepNumbers):
     context_size: int | None = doc(
         "tokens that a block sees, itself included; a multiple of block_size if a text is longer; "
         "null: length of training if known, else 1024",
-        AT_LEAST_1,
+        "at least 1",
     )
     dtype: str = doc(
         "format for drawing tokens; float32 is right for rare ones too",
@@ -123,22 +114,22 @@ class Sampling(_StepNumbers):
 
 @dataclass
 class Training:
-    ema: float = doc("decay of the moving average of the weights; 0: no average", FROM_0_BELOW_1)
+    ema: float = doc("decay of the moving average of the weights; 0: no average", "in [0, 1)")
     antithetic_sampling: bool = doc(
         "spread the noise levels evenly over the global batch, which lowers the variance"
     )
     sampling_eps: float = doc(
-        "lower end of the full interval of t, of validation and the clip search", BETWEEN_0_AND_1
+        "lower end of the full interval of t, of validation and the clip search", "in (0, 1)"
     )
-    sampling_eps_min: float = doc("lower end of the interval of t in training", ABOVE_0_UP_TO_1)
-    sampling_eps_max: float = doc("upper end of the interval of t in training", ABOVE_0_UP_TO_1)
+    sampling_eps_min: float = doc("lower end of the interval of t in training", "in (0, 1]")
+    sampling_eps_max: float = doc("upper end of the interval of t in training", "in (0, 1]")
     resample: bool = doc(
         "redraw until each block's masked share is in [sampling_eps_min, sampling_eps_max]"
     )
     from_pretrained: str | None = doc("weights to start from: .ckpt, exported folder or hub id")
     eval_nll: bool = doc("with block_size=1, validate the exact NLL, not the bound")
     max_bad_steps: int = doc(
-        "skipped steps in a row (loss or gradient not finite) that stop training", AT_LEAST_0
+        "skipped steps in a row (loss or gradient not finite) that stop training", "at least 0"
     )
 
 
@@ -151,16 +142,16 @@ class Eval:
     tokens_per_batch: int | None = doc(
         "tokens of a validation batch on a device; changes speed and memory, not the result; "
         "null: loader.eval_batch_size rows",
-        AT_LEAST_1,
+        "at least 1",
     )
-    likelihood: list[str] = doc(
+    likelihood: list[str] | None = doc(
         "which likelihood mode=ppl_eval reports, or a list of them; training validates by nelbo or "
         "counts; null: counts, sedd nelbo, ar and blocks of one exact",
         LIKELIHOODS,
     )
-    draws: int = doc("draws of a sampled likelihood, whose mean is reported", AT_LEAST_1)
-    max_passes: int = doc("most passes over a text that a likelihood may take", AT_LEAST_1)
-    perplexity_batch_size: int = doc("texts that the judge scores together", AT_LEAST_1)
+    draws: int = doc("draws of a sampled likelihood, whose mean is reported", "at least 1")
+    max_passes: int = doc("most passes over a text that a likelihood may take", "at least 1")
+    perplexity_batch_size: int = doc("texts that the judge scores together", "at least 1")
     gen_ppl_eval_model_name_or_path: str | None = doc(
         "language model that judges samples (generative perplexity): folder or hub id; null: none"
     )
@@ -168,11 +159,11 @@ class Eval:
 
 @dataclass
 class Optim:
-    lr: float = doc("AdamW: learning rate, after the warm-up", ABOVE_0)
-    beta1: float = doc("AdamW: decay of the average of gradients", FROM_0_BELOW_1)
-    beta2: float = doc("AdamW: decay of the average of squared gradients", FROM_0_BELOW_1)
-    eps: float = doc("AdamW: added to the denominator", ABOVE_0)
-    weight_decay: float = doc("AdamW: weight decay", AT_LEAST_0)
+    lr: float = doc("AdamW: learning rate, after the warm-up", "above 0")
+    beta1: float = doc("AdamW: decay of the average of gradients", "in [0, 1)")
+    beta2: float = doc("AdamW: decay of the average of squared gradients", "in [0, 1)")
+    eps: float = doc("AdamW: added to the denominator", "above 0")
+    weight_decay: float = doc("AdamW: weight decay", "at least 0")
 
 
 @dataclass
@@ -180,18 +171,20 @@ class Trainer:
     """Arguments of lightning.Trainer, under its own names."""
 
     accelerator: str = doc("device; auto: a GPU where there is one", one_of("auto", "gpu", "cpu"))
-    devices: int = doc("devices per machine; auto: every GPU, or one process on a CPU", AT_LEAST_1)
-    num_nodes: int = doc("number of machines", AT_LEAST_1)
-    precision: str = doc(
+    devices: int | None = doc(
+        "devices per machine; auto: all GPUs, or one CPU process", "at least 1"
+    )
+    num_nodes: int = doc("number of machines", "at least 1")
+    precision: str | None = doc(
         "number format; 32, bf16, 16 and 64 are short; null: bf16-mixed on a GPU, else 32-true",
         one_of("32-true", "bf16-mixed", "16-mixed", "64-true"),
     )
-    max_steps: int = doc("optimizer steps of the run", AT_LEAST_1)
+    max_steps: int = doc("optimizer steps of the run", "at least 1")
     max_time: str | None = doc("stop training after this time", DURATION)
-    accumulate_grad_batches: int = doc(
-        "forward passes per optimizer step; null: as many as the batch sizes need", AT_LEAST_1
+    accumulate_grad_batches: int | None = doc(
+        "forward passes per optimizer step; null: as many as the batch sizes need", "at least 1"
     )
-    gradient_clip_val: float | None = doc("limit of the gradient; 0 or null: none", AT_LEAST_0)
+    gradient_clip_val: float | None = doc("limit of the gradient; 0 or null: none", "at least 0")
     gradient_clip_algorithm: str = doc("limit the norm or each value", one_of("norm", "value"))
     limit_train_batches: int | float | None = doc("most training batches; null: no limit", BATCHES)
     limit_val_batches: int | float | None = doc(
@@ -203,9 +196,9 @@ class Trainer:
         BATCHES,
     )
     num_sanity_val_steps: int = doc(
-        "validation batches to try before training starts; -1: all", AT_LEAST_MINUS_1
+        "validation batches tried before training; -1: all", "at least -1"
     )
-    log_every_n_steps: int = doc("optimizer steps between log entries", AT_LEAST_1)
+    log_every_n_steps: int = doc("optimizer steps between log entries", "at least 1")
     enable_checkpointing: bool = doc("write checkpoints")
     enable_progress_bar: bool = doc("show a progress bar")
     enable_model_summary: bool = doc("print a table of the layers")
@@ -224,10 +217,10 @@ class Data:
     )
     tokenizer_name_or_path: str = doc(
         "tokenizer: gpt2, bert-base-uncased, text8, characters, characters:ACGT, shakespeare-bpe,"
-        " a folder or a hub id",
+        " a folder or a hub id"
     )
     eos_token: str | None = doc("token that ends documents and chunks; null: the tokenizer's own")
-    cache_dir: str = doc("folder or URL of prepared data; null: bamdlm/ in the user's cache folder")
+    cache_dir: str | None = doc("folder or URL of prepared data; null: bamdlm/ in the user's cache")
     train_revision: str | None = doc("revision of the corpus on the hub; null: one known to work")
     valid_revision: str | None = doc("the same for validation")
     wrap: bool = doc("join documents, then cut chunks of model.length; false: one document per row")
@@ -253,11 +246,11 @@ class Algo:
         "what the logits mean; fixed by the algorithm", one_of(*_values("parameterization"))
     )
     time_conditioning: bool = doc("tell the network the noise level; fixed by the algorithm")
-    T: int = doc("sampling steps per block, for the rules that need a number; 0: none", AT_LEAST_0)
+    T: int = doc("sampling steps per block, for rules that need a number; 0: none", "at least 0")
     ignore_bos: bool = doc("never mask the first token of a row")
     cross_attn: bool = doc("train on noised and clean text with the block-diffusion mask (bamdlm)")
     var_min: bool = doc("allow the search for the interval of t with the least variance (bamdlm)")
-    clip_search_delta: float = doc("distance between the intervals searched", BETWEEN_0_AND_1)
+    clip_search_delta: float = doc("distance between the intervals searched", "in (0, 1)")
     clip_search_widths: list[float] = doc("widths of the intervals searched; []: no search", SHARES)
     fix_clipping: bool = doc("search and log, but keep training.sampling_eps_min and _max")
     sampler: str = doc("how samples are drawn; fixed by the algorithm", one_of(*_values("sampler")))
@@ -266,12 +259,12 @@ class Algo:
 
 @dataclass
 class Model:
-    hidden_size: int = doc("width of the network, a multiple of 2 * n_heads", AT_LEAST_1)
-    cond_dim: int = doc("width of the embedding of the noise level", AT_LEAST_1)
-    length: int = doc("tokens of a sequence", AT_LEAST_1)
-    n_blocks: int = doc("number of layers", AT_LEAST_1)
-    n_heads: int = doc("attention heads per layer", AT_LEAST_1)
-    dropout: float = doc("dropout probability", FROM_0_BELOW_1)
+    hidden_size: int = doc("width of the network, a multiple of 2 * n_heads", "at least 1")
+    cond_dim: int = doc("width of the embedding of the noise level", "at least 1")
+    length: int = doc("tokens of a sequence", "at least 1")
+    n_blocks: int = doc("number of layers", "at least 1")
+    n_heads: int = doc("attention heads per layer", "at least 1")
+    dropout: float = doc("dropout probability", "in [0, 1)")
     adaln: bool = doc("for algo=ar: modulate the layers by a noise level, as the others do")
     attn_backend: str = doc(
         "implementation of attention; auto: the fastest that suits algorithm and machine",
@@ -288,11 +281,11 @@ class Noise:
 @dataclass
 class LRScheduler:
     name: str = doc("learning-rate schedule; set lr_scheduler=NAME", one_of(*tables.lr_schedules()))
-    num_warmup_steps: int = doc(
-        "optimizer steps until lr is optim.lr; null: a tenth of trainer.max_steps", AT_LEAST_0
+    num_warmup_steps: int | None = doc(
+        "optimizer steps until lr is optim.lr; null: a tenth of trainer.max_steps", "at least 0"
     )
-    warmup_lr_init: float | None = doc("learning rate at start (cosine_decay_warmup)", AT_LEAST_0)
-    lr_min: float | None = doc("learning rate at the end (cosine_decay_warmup)", AT_LEAST_0)
+    warmup_lr_init: float | None = doc("learning rate at start (cosine_decay_warmup)", "at least 0")
+    lr_min: float | None = doc("learning rate at the end (cosine_decay_warmup)", "at least 0")
 
 
 @dataclass
@@ -302,7 +295,7 @@ class Strategy:
 
 @dataclass
 class CheckpointEveryNSteps:
-    every_n_train_steps: int = doc("optimizer steps between checkpoints", AT_LEAST_1)
+    every_n_train_steps: int = doc("optimizer steps between checkpoints", "at least 1")
 
 
 @dataclass
@@ -312,7 +305,7 @@ class CheckpointMonitor:
         one_of(*(name for name, entry in tables.logged_figures().items() if entry.get("monitor"))),
     )
     mode: str = doc("whether the best is the smallest or the largest", one_of("min", "max"))
-    save_top_k: int = doc("how many of the best are kept; -1: all", AT_LEAST_MINUS_1)
+    save_top_k: int = doc("how many of the best are kept; -1: all", "at least -1")
 
 
 @dataclass
@@ -336,9 +329,9 @@ class Checkpointing:
     )
     resume_from_ckpt: bool = doc("continue from resume_ckpt_path if it exists")
     resume_ckpt_path: str = doc("checkpoint to continue from")
-    keep_last: int = doc("how many of the newest step=N.ckpt are kept; -1: all", AT_LEAST_MINUS_1)
+    keep_last: int = doc("how many of the newest step=N.ckpt are kept; -1: all", "at least -1")
     keep_every: int | None = doc(
-        "keep for good the checkpoints whose step is a multiple of this; null: none", AT_LEAST_1
+        "keep for good the checkpoints whose step is a multiple of this; null: none", "at least 1"
     )
     on_save_error: str = doc("when a checkpoint cannot be written", one_of("continue", "stop"))
 
@@ -359,7 +352,7 @@ class WandB:
 class Config:
     mode: str = doc("what the command does", one_of(*tables.modes()))
     seed: int = doc("seed of weights, data order, noise and samples", SEED)
-    block_size: int = doc("tokens of a block; divides model.length; 1 for algo=ar", AT_LEAST_1)
+    block_size: int = doc("tokens of a block; divides model.length; 1 for algo=ar", "at least 1")
     loader: Loader
     sampling: Sampling
     training: Training
