@@ -23,7 +23,7 @@ from objectives import algorithms
 from objectives.algorithms import ObjectiveSettings
 from objectives.loss import Objective
 from settings import Config, local_folder
-from settings.defaults import needs_block_mask, user_cache
+from settings.defaults import default_likelihood, needs_block_mask, user_cache
 from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
@@ -80,10 +80,8 @@ def build_objective(config: Config, mask_id: int) -> Objective:
 def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusion:
     algo, training = config.algo, config.training
     optim, schedule = config.optim, config.lr_scheduler
-    blocks = algorithms.get_algorithm(algo.name).blocks
-    searched = ClippingSettings(
-        tuple(algo.clip_search_widths), algo.clip_search_delta, algo.fix_clipping
-    )
+    widths = tuple(algo.clip_search_widths)
+    searched = ClippingSettings(widths, algo.clip_search_delta, algo.fix_clipping)
     return Diffusion(
         backbone=backbone,
         objective=build_objective(config, tokenizer.mask_id),
@@ -111,7 +109,7 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
         ),
         ema_decay=training.ema,
         clip=searched if algo.var_min else None,
-        exact_nll=blocks and config.block_size == 1 and training.eval_nll,
+        exact_nll=default_likelihood(config) == "exact",
         validate_by=config.eval.likelihood[0],
         pad_apart=not config.data.wrap,
         pin_memory=config.loader.pin_memory,

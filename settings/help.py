@@ -5,7 +5,6 @@ import textwrap
 
 from settings.composing import composed_defaults
 from settings.keys import LEAVES, choices, groups
-from settings.schema import Config
 from settings.tables import modes
 
 TITLE = """\
@@ -46,11 +45,10 @@ def described(key: str) -> str:
 
 
 def _setting_lines() -> list[str]:
-    section, lines = Config, []
+    section, lines = "", []
     for key, value in defaults().items():
-        if LEAVES[key].section is not section:
-            section = LEAVES[key].section
-            lines.append("")
+        lines += [""] * (key.rpartition(".")[0] != section)
+        section = key.rpartition(".")[0]
         lines += [f"  {key}={value}", *_wrapped(described(key), indent=6)]
     return lines
 

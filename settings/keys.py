@@ -17,8 +17,6 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 class Leaf:
     """One setting of the schema."""
 
-    section: type
-    name: str
     hint: object
     doc: str
     limit: Limit | None
@@ -43,7 +41,7 @@ def walk(section: type = Config, prefix: str = "") -> Iterator[tuple[str, type |
             yield key, bare
             yield from walk(bare, key + ".")
         else:
-            yield key, Leaf(section, field.name, hints[field.name], **field.metadata)
+            yield key, Leaf(hints[field.name], **field.metadata)
 
 
 SCHEMA = dict(walk())
