@@ -98,9 +98,10 @@ def algorithm(config: Config) -> Iterator[str]:
         )
     if entry["blocks"] and blocks and not algo.cross_attn:
         yield f"algo.cross_attn=False: algo={algo.name} with block_size < model.length needs it"
-    if algo.cross_attn and not entry["blocks"]:
-        only = f"only {_names('blocks')} has blocks to cross"
-        yield f"algo.cross_attn=True does not fit algo={algo.name}: {only}"
+    for key, does in (("cross_attn", "has blocks to cross"), ("var_min", "clips its schedule")):
+        if getattr(algo, key) and not entry["blocks"]:
+            only = f"only {_names('blocks')} {does}"
+            yield f"algo.{key}=True does not fit algo={algo.name}: {only}"
     if algo.mdlm_loss_scale and config.noise.type != "loglinear":
         yield f"algo.mdlm_loss_scale=True is defined for noise=loglinear, not {config.noise.type}"
 
@@ -112,10 +113,6 @@ def _names(field: str) -> str:
 
 def clipping(config: Config) -> Iterator[str]:
     algo, training = config.algo, config.training
-    entry = algorithms()[algo.name]
-    if algo.var_min and not entry["blocks"]:
-        only = f"only {_names('blocks')} clips its schedule"
-        yield f"algo.var_min=True does not fit algo={algo.name}: {only}"
     if algo.clip_search_widths and not algo.var_min:
         yield (
             f"algo.clip_search_widths={algo.clip_search_widths} needs algo.var_min=True;"
@@ -124,7 +121,7 @@ def clipping(config: Config) -> Iterator[str]:
     low, high = training.sampling_eps_min, training.sampling_eps_max
     if low > high:
         yield f"training.sampling_eps_min={low} is above training.sampling_eps_max={high}"
-    elif training.resample and entry["noise"]:
+    elif training.resample and algorithms()[algo.name]["noise"]:
         yield from _impossible_shares(config, low, high)
 
 
@@ -188,13 +185,11 @@ def machine(config: Config) -> Iterator[str]:
             f"trainer.devices={trainer.devices}: torchrun started {started} processes here;"
             " leave trainer.devices out"
         )
+    precision = f"trainer.precision={trainer.precision}"
     if trainer.precision.startswith("16") and not gpu:
-        yield f"trainer.precision={trainer.precision} needs a GPU; a CPU can do bf16 and 32"
+        yield f"{precision} needs a GPU; a CPU can do bf16 and 32"
     if config.strategy.name == "fsdp" and trainer.precision in ("16-mixed", "64-true"):
-        yield (
-            f"trainer.precision={trainer.precision} does not go with strategy=fsdp;"
-            " use bf16, 32, or strategy=ddp"
-        )
+        yield f"{precision} does not go with strategy=fsdp; use bf16, 32, or strategy=ddp"
     if config.strategy.name == "fsdp" and trainer.devices * trainer.num_nodes == 1:
         yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"
     yield from _attention(config, gpu)
@@ -203,11 +198,12 @@ def machine(config: Config) -> Iterator[str]:
 
 def _attention(config: Config, gpu: bool) -> Iterator[str]:
     """What the entry of the backend says it cannot do, and this run needs."""
-    backend, model = config.model.attn_backend, config.model
-    entry = attention_backends().get(backend)
+    model = config.model
+    entry = attention_backends().get(model.attn_backend)
     if entry is None:  # auto, a stand-in
         return
-    needed, way_out = f"model.attn_backend={backend}", "use model.attn_backend=sdpa or auto"
+    needed = f"model.attn_backend={model.attn_backend}"
+    way_out = "use model.attn_backend=sdpa or auto"
     if not gpu and not entry["cpu"]:
         yield f"{needed} needs a GPU; {way_out}"
     elif not gpu and not entry["cpu_backward"] and config.mode == "train":
