@@ -5,7 +5,8 @@ from collections.abc import Callable
 import lightning as L
 
 import settings
-from checkpointing.layouts import read_checkpoint, section
+from checkpointing.layouts import Checkpoint, read_checkpoint, section
+from dataloader import DataModule
 from evaluation.table import check_likelihoods, check_training, parse_likelihood
 from modes.build import (
     build_backbone,
@@ -30,10 +31,8 @@ def prepare(config: Config) -> Callable[[], None]:
     writes = get_algorithm(config.algo.name).writes
     check_likelihoods(wanted, algo=writes, block_size=1, draws=1, most=config.eval.max_passes)
     check_training(wanted, exact=default_likelihood(config) == "exact")
-    resume = resume_point(config)
-    pretrained = None
-    if config.training.from_pretrained and resume is None:
-        pretrained = read_checkpoint(config.training.from_pretrained)
+    resume, start = resume_point(config), config.training.from_pretrained
+    pretrained = read_checkpoint(start) if start and resume is None else None
     tokenizer = build_tokenizer(config)
     backbone = build_backbone(config, tokenizer, pretrained)
     module = build_module(config, backbone, tokenizer)
@@ -41,9 +40,7 @@ def prepare(config: Config) -> Callable[[], None]:
         start_from(module, pretrained, config)
     data = build_data(config, tokenizer, train=True)
     module.validation_rows = len(data.valid)
-    run_folder = config.checkpointing.save_dir
-    own = settings.local_folder(run_folder)
-    signals = Signals()
+    run_folder, signals = config.checkpointing.save_dir, Signals()
     trainer = build_trainer(
         config,
         loggers=training_logs(config),
@@ -55,14 +52,13 @@ def prepare(config: Config) -> Callable[[], None]:
         if rank() == 0:
             settings.write_settings(config)
         if resume is not None:
-            data.start_at(examples_seen(resume, config), resume.step)
-            say(f"going on from step {resume.step:,} of {resume.source}")
-            say_measure(config, section(resume.config, "eval").get("likelihood"))
+            go_on(config, data, resume)
         steps = config.trainer.max_steps
         finished = resume is not None and resume.step >= steps
         if finished:
             say(f"nothing is left to train: trainer.max_steps={steps}")
-        say(f"run folder: {run_folder}" + f" (its log: {own})" * ("://" in run_folder))
+        log = f" (its log: {settings.local_folder(run_folder)})" if "://" in run_folder else ""
+        say(f"run folder: {run_folder}{log}")
         if config.trainer.enable_checkpointing:  # else nobody would read what they note
             signals.listen()
         path = None if resume is None else resume.source
@@ -73,10 +69,13 @@ def prepare(config: Config) -> Callable[[], None]:
     return run
 
 
-def say_measure(config: Config, before: list[str] | None) -> None:
-    """One line where val/nll is no longer measured as it was. before: by the run so far; runs of
-    before there was a choice have None."""
-    now, before = config.eval.likelihood[0], (before or ["nelbo"])[0]
+def go_on(config: Config, data: DataModule, resume: Checkpoint) -> None:
+    """With the data from the checkpoint on. A line where val/nll is no longer measured as it was;
+    runs of before there was a choice do not say by what."""
+    data.start_at(examples_seen(resume, config), resume.step)
+    say(f"going on from step {resume.step:,} of {resume.source}")
+    before = (section(resume.config, "eval").get("likelihood") or ["nelbo"])[0]
+    now = config.eval.likelihood[0]
     if now != before and default_likelihood(config) == "counts":
         say(
             f"val/nll was measured by {before} and is now by {now}: both estimate the same bound,"
