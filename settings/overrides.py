@@ -97,17 +97,16 @@ def spelled(key: str, text: str) -> str:
     return shlex.quote(f"{key}={QuotedString(text, Quote.double).with_quotes()}")
 
 
-def _group_problem(group: str, value) -> str | None:
+def _check_group(group: str, value) -> None:
     known, several = choices(group), isinstance(value, list)
     if group == "experiment" and value is None:
-        return None
+        return
     if several and group != "callbacks":
-        return f"{group}={value} must be one of: {', '.join(known)}"
+        raise ValueError(f"{group}={value} must be one of: {', '.join(known)}")
     for choice in map(str, value if several else [value]):
         if choice not in known:
             hint = nearest(choice, known)
-            return f"{group}={choice} does not exist.{hint} Choices: {', '.join(known)}"
-    return None
+            raise ValueError(f"{group}={choice} does not exist.{hint} Choices: {', '.join(known)}")
 
 
 @dataclass
@@ -132,51 +131,33 @@ class ParsedOverrides:
             yield from ((group, name) for name in re.findall(r"[\w.-]+", override)[1:])
 
 
-@dataclass
-class Word:
-    """One argument that has the form of an override."""
-
-    argument: str
-    key: str
-    value: object
-    text: str  # the value as typed
-
-
-def _prose(argument: str) -> Word | None:
-    """Settings that hold prose or an alphabet are taken as they stand, commas and brackets too."""
-    key, _, text = argument.lstrip("+").partition("=")
-    if key not in PROSE or text == "null":
-        return None
-    quoted = re.fullmatch(r"'.*'|\".*\"", text, re.S)
-    return Word(argument, key, text[1:-1] if quoted else text, text)
-
-
-def _read(argument: str, parser: OverridesParser) -> Word | str:
-    """The word, or the sentence about what is wrong with its form."""
+def _read(argument: str, parser: OverridesParser) -> tuple[str, object, str]:
+    """(key, value, the value as typed); ValueError says what is wrong with the form."""
     if argument.startswith("-"):
         option = argument.partition("=")[0]
         instead = next((way for names, way in OPTIONS.items() if option in names), None)
         advice = ", see python main.py --help" if instead is None else f"; {instead}"
-        return f"{argument} is not an option: settings are key=value{advice}"
+        raise ValueError(f"{argument} is not an option: settings are key=value{advice}")
     key, equals, text = argument.lstrip("+~").partition("=")
     if not key and (equals or argument.startswith("~")):
-        return f"{argument!r} names no setting: write key=value, without spaces"
+        raise ValueError(f"{argument!r} names no setting: write key=value, without spaces")
     if not equals and not argument.startswith("~"):
-        return f"{argument!r} is not key=value"
-    if prose := _prose(argument):
-        return prose
+        raise ValueError(f"{argument!r} is not key=value")
+    if key in PROSE and text != "null" and "~" not in argument.partition("=")[0]:
+        # taken as it stands, commas and brackets too
+        quoted = re.fullmatch(r"'.*'|\".*\"", text, re.S)
+        return key, text[1:-1] if quoted else text, text
     try:
         override = parser.parse_override(argument)
     except (HydraException, ValueError, RecursionError) as error:
-        return _unreadable(argument, key, text, error)
+        raise ValueError(_unreadable(argument, key, text, error)) from error
     if override.is_sweep_override():
-        return f"{argument!r} names several values: {_one_value(key, text)}"
+        raise ValueError(f"{argument!r} names several values: {_one_value(key, text)}")
     if override.package is not None:
-        return f"{argument!r}: packages (@) are not offered"
+        raise ValueError(f"{argument!r}: packages (@) are not offered")
     if override.is_delete():
-        return Word(argument, override.key_or_group, None, "null")
-    text = override.input_line.partition("=")[2]
-    return Word(argument, override.key_or_group, override.value(), text)
+        return override.key_or_group, None, "null"
+    return override.key_or_group, override.value(), override.input_line.partition("=")[2]
 
 
 def _unreadable(argument: str, key: str, text: str, error: Exception) -> str:
@@ -199,18 +180,14 @@ def _one_value(key: str, text: str) -> str:
     return "give one, or put quotes round a comma"
 
 
-def _value_problem(word: Word, nulled: set[str]) -> str | None:
-    section = word.key.partition(".")[0]
-    if word.key not in SCHEMA:
-        return unknown_key(word.key)
-    if section in nulled and word.key != section:
-        return f"{word.argument} comes after {section}=null: leave one of them out"
-    lists = word.key in LEAVES and typing.get_origin(unwrap(LEAVES[word.key].hint)[0]) is list
-    if word.key in LEAVES and isinstance(word.value, dict if lists else dict | list):
-        return type_problem(word.key, word.value, word.text)
-    if word.key not in LEAVES and isinstance(word.value, list):
-        return section_problem(word.key, word.value)
-    return None
+def _check_value(key: str, value: object, text: str) -> None:
+    if key not in SCHEMA:
+        raise ValueError(unknown_key(key))
+    lists = key in LEAVES and typing.get_origin(unwrap(LEAVES[key].hint)[0]) is list
+    if key in LEAVES and isinstance(value, dict if lists else dict | list):
+        raise ValueError(type_problem(key, value, text))
+    if key not in LEAVES and isinstance(value, list):
+        raise ValueError(section_problem(key, value))
 
 
 def section_problem(key: str, value: object) -> str:
@@ -221,22 +198,23 @@ def section_problem(key: str, value: object) -> str:
 def parse(overrides: list[str]) -> ParsedOverrides:
     """Sorts a command line into groups and values; a leading + or ++ makes no difference."""
     parser, known_groups = OverridesParser.create(), groups()
-    parsed, nulled = ParsedOverrides({}, [], []), set()
+    parsed, last = ParsedOverrides({}, [], []), {}
     for argument in overrides:
-        word = _read(argument, parser)
-        if isinstance(word, str):
-            parsed.problems.append(word)
-            continue
-        group = word.key in known_groups and not isinstance(word.value, dict)
-        problem = _group_problem(word.key, word.value) if group else _value_problem(word, nulled)
-        if problem is not None:
-            parsed.problems.append(problem)
-        elif group and word.value is None:
-            parsed.groups.pop(word.key, None)  # experiment=null takes an earlier choice back
-        elif group:
-            parsed.groups[word.key] = f"{word.key}={word.text}"
-        else:
-            parsed.values.append((word.key, word.value))
-            if word.key not in LEAVES:
-                (nulled.add if word.value is None else nulled.discard)(word.key)
+        try:
+            key, value, text = _read(argument, parser)
+            section = key.partition(".")[0]
+            if key in known_groups and not isinstance(value, dict):
+                _check_group(key, value)
+                if value is None:  # experiment=null takes an earlier choice back
+                    parsed.groups.pop(key, None)
+                else:
+                    parsed.groups[key] = f"{key}={text}"
+            elif key in SCHEMA and key != section and last.get(section, "set") is None:
+                raise ValueError(f"{argument} comes after {section}=null: leave one of them out")
+            else:
+                _check_value(key, value, text)
+                parsed.values.append((key, value))
+                last[key] = value
+        except ValueError as problem:
+            parsed.problems.append(str(problem))
     return parsed
