@@ -14,7 +14,7 @@ from checkpointing.layouts import read_checkpoint
 from modes.build import build_backbone, build_shape, build_tokenizer
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
-from training.flops import Flops, NetworkShape, flops, matmul_dtype, matmul_peak
+from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak
 from utils import say
 
 MFU = 0.4  # share of the peak that a training run reaches: what the hours assume
@@ -30,58 +30,50 @@ KEPT_COMPILED = 0.7  # of that
 
 @dataclass(frozen=True)
 class Plan:
+    shape: NetworkShape
+    devices: int
     parameters: int
     weights: float  # bytes per device: with gradients, moments, average
     activations: float
     head: float
     tokens: float
-    sequence: Flops
     flops: float  # of the run
 
     @property
     def memory(self) -> float:
         return self.weights + self.activations + self.head
 
-    def hours(self, peak: float, devices: int) -> float:
-        return self.flops / (peak * MFU * devices) / 3600
+    def hours(self, peak: float) -> float:
+        return self.flops / (peak * MFU * self.devices) / 3600
 
 
-def plan(
-    shape: NetworkShape,
-    parameters: int,
-    *,
-    steps: int,
-    global_batch: int,
-    batch: int,
-    bytes_per_number: int,
-    ema: bool,
-    compiled: bool = False,
-    logits: int = CHUNK_LOGITS_ACCELERATOR,
-    sharded_over: int = 1,
-) -> Plan:
-    """batch: sequences per device and pass. bytes_per_number: of the matrix products, 2 or 4.
-    logits: held at once."""
-    per_weight = 4 + 4 + 8 + 4 * ema + (2 if bytes_per_number == 2 else 0)
-    rows = batch * shape.length * (2 if shape.clean_half else 1)
+def plan(config: Config, shape: NetworkShape, parameters: int) -> Plan:
+    trainer, loader = config.trainer, config.loader
+    devices = trainer.devices * trainer.num_nodes
+    size = min(matmul_dtype(trainer.precision).itemsize, 4)  # bytes of a number in products
+    per_weight = 4 + 4 + 8 + 4 * (config.training.ema > 0) + (2 if size == 2 else 0)
+    rows = loader.batch_size * shape.length * (2 if shape.clean_half else 1)
     # the last layer keeps little more than its keys and values, and the rows that are read
-    layers = shape.n_blocks - 1 + (batch * shape.read) / rows
-    kept = KEPT[bytes_per_number] * (KEPT_COMPILED if compiled else 1)
-    cost = flops(shape)
+    layers = shape.n_blocks - 1 + (loader.batch_size * shape.read) / rows
+    kept = KEPT[size] * (KEPT_COMPILED if config.model.compile else 1)
+    logits = CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR
+    sequences = float(trainer.max_steps) * loader.global_batch_size
     return Plan(
+        shape=shape,
+        devices=devices,
         parameters=parameters,
-        weights=parameters * per_weight / sharded_over,
+        weights=parameters * per_weight / (devices if config.strategy.name == "fsdp" else 1),
         activations=rows * layers * shape.hidden_size * kept,
-        head=logits * (6 if bytes_per_number == 2 else 4)  # in half precision a float32 copy
+        head=logits * (6 if size == 2 else 4)  # in half precision a float32 copy
         + 4 * shape.vocab_size * shape.hidden_size,
-        tokens=float(steps) * global_batch * shape.length,
-        sequence=cost,
-        flops=cost.step * global_batch * steps,
+        tokens=sequences * shape.length,
+        flops=flops(shape).step * sequences,
     )
 
 
-def report(made: Plan, *, shape: NetworkShape, devices: int, peak: float | None) -> str:
+def report(made: Plan, peak: float | None) -> str:
     """The plan as lines of text. peak: FLOP/s measured on the GPU of this machine, None without."""
-    part = made.sequence
+    shape, part = made.shape, flops(made.shape)
     lines = [
         f"{shape.algo}: {made.parameters / 1e6:,.1f}M parameters, sequences of {shape.length}"
         + (f" in blocks of {shape.block_size}" if shape.clean_half else ""),
@@ -96,7 +88,7 @@ def report(made: Plan, *, shape: NetworkShape, devices: int, peak: float | None)
     measured = {} if peak is None else {f"this GPU (measured {peak / 1e12:.0f} TFLOP/s)": peak}
     lines.append(f"estimated training time, at {MFU:.0%} of the device's peak (MFU):")
     for name, rate in (measured | KNOWN).items():
-        lines.append(f"  {devices} × {name}: {duration(made.hours(rate, devices))}")
+        lines.append(f"  {made.devices} × {name}: {duration(made.hours(rate))}")
     return "\n".join(lines)
 
 
@@ -110,32 +102,17 @@ def duration(hours: float) -> str:
 
 def prepare(config: Config) -> Callable[[], None]:
     """mode=plan: nothing is read but the tokenizer, and nothing is trained."""
-    trainer, loader = config.trainer, config.loader
-    devices = trainer.devices * trainer.num_nodes
-    start = config.training.from_pretrained
+    trainer, start = config.trainer, config.training.from_pretrained
     checkpoint = read_checkpoint(start) if config.algo.backbone == "hf_dit" else None
     tokenizer = build_tokenizer(config)
     with torch.device("meta"):
         backbone = build_backbone(config, tokenizer, checkpoint)
-    shape = build_shape(config, backbone)
-    dtype = matmul_dtype(trainer.precision)
-    made = plan(
-        shape,
-        sum(p.numel() for p in backbone.parameters()),
-        steps=trainer.max_steps,
-        global_batch=loader.global_batch_size,
-        batch=loader.batch_size,
-        bytes_per_number=min(dtype.itemsize, 4),
-        ema=config.training.ema > 0,
-        compiled=config.model.compile,
-        logits=CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR,
-        sharded_over=devices if config.strategy.name == "fsdp" else 1,
-    )
+    parameters = sum(p.numel() for p in backbone.parameters())
+    made = plan(config, build_shape(config, backbone), parameters)
 
     def run() -> None:
         device = torch.accelerator.current_accelerator()
         gpu = trainer.accelerator == "gpu" and device is not None
-        peak = matmul_peak(device, dtype) if gpu else None
-        say(report(made, shape=shape, devices=devices, peak=peak))
+        say(report(made, matmul_peak(device, matmul_dtype(trainer.precision)) if gpu else None))
 
     return run

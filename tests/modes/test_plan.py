@@ -101,29 +101,31 @@ def test_matrix_products_are_made_in(precision, dtype):
 SMALL = NetworkShape("bamdlm", 768, 12, 50_258, 1024, 16)
 
 
-def planned(**changes):
-    settings = {"steps": 10, "global_batch": 512, "batch": 16, "bytes_per_number": 2, "ema": True}
-    return plan(SMALL, 170_000_000, **settings | changes)
+def planned(*words):
+    """Of ten steps in bf16, on a CPU."""
+    sizes = ["loader.global_batch_size=512", "loader.batch_size=16", "trainer.max_steps=10"]
+    words = ["trainer.accelerator=cpu", "trainer.precision=bf16", *sizes, *words]
+    return plan(settings.load(words), SMALL, 170_000_000)
 
 
 def test_a_plan_adds_up():
-    made = planned()
+    made = planned("trainer.devices=8")
     assert made.tokens == 10 * 512 * 1024
     assert made.flops == pytest.approx(10 * 512 * flops(SMALL).step)
     assert made.weights == 170e6 * 22  # weights, gradients, moments, average, copy in two bytes
-    assert made.hours(1e15, 8) == pytest.approx(made.flops / 1e15 / 0.4 / 8 / 3600)
-    assert planned(batch=32).activations == 2 * made.activations
-    assert planned(sharded_over=8).weights == made.weights / 8
-    assert planned(ema=False).weights == 170e6 * 18
+    assert made.hours(1e15) == pytest.approx(made.flops / 1e15 / 0.4 / 8 / 3600)
+    assert planned("loader.batch_size=32").activations == 2 * made.activations
+    assert planned("strategy=fsdp", "trainer.devices=8").weights == made.weights / 8
+    assert planned("training.ema=0").weights == 170e6 * 18
 
 
 def test_a_plan_reads_well():
-    text = report(planned(), shape=SMALL, devices=8, peak=4e14)
+    text = report(planned("trainer.devices=8"), peak=4e14)
     assert "170.0M parameters, sequences of 1024 in blocks of 16" in text
     assert "memory per device" in text
     assert "8 × this GPU (measured 400 TFLOP/s)" in text
     assert "8 × H100" in text
-    assert "this GPU" not in report(planned(), shape=SMALL, devices=8, peak=None)
+    assert "this GPU" not in report(planned(), peak=None)
 
 
 def test_mode_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
