@@ -107,19 +107,13 @@ class Diffusion(L.LightningModule):
 
     # ---- one step -----------------------------------------------------------------------------
 
-    def token_loss(
-        self, batch: dict, interval: Interval, noise: Noise | None, training: bool
-    ) -> TokenLoss:
-        """The loss of a batch under given noise (None: ar, nothing is drawn)."""
-        return self.compute_loss(self.loss_inputs(batch, interval, noise, training))
-
     def compute_loss(self, inputs: LossInputs) -> TokenLoss:
         return self.objective.compute_loss(self.backbone, inputs.to(self.device, self.pin_memory))
 
     def loss_inputs(
         self, batch: dict, interval: Interval, noise: Noise | None, training: bool
     ) -> LossInputs:
-        """What the loss is computed from, made on the host."""
+        """What the loss is computed from, made on the host; noise is None where none is drawn."""
         x0, mask, document_ids = self.documents(batch)
         return self.objective.loss_inputs(
             x0, mask, noise, interval=interval, training=training, document_ids=document_ids

@@ -254,7 +254,9 @@ def step(length: int = 256, batch: int = 4) -> float:
     for _ in range(4):
         began = time.perf_counter()
         noise = module.noise(given, 1, batch)
-        module.token_loss(given, module.interval, noise, training=True).mean.backward()
+        module.compute_loss(
+            module.loss_inputs(given, module.interval, noise, training=True)
+        ).mean.backward()
         times.append(time.perf_counter() - began)
     return batch * length / min(times[1:])
 

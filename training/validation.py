@@ -57,7 +57,9 @@ class Validation:
         for interval in self.search.grid:
             drawn = loss
             if interval != reported_interval(module):
-                drawn = module.token_loss(batch, interval, noise, training=False)
+                drawn = module.compute_loss(
+                    module.loss_inputs(batch, interval, noise, training=False)
+                )
             means = drawn.block_means(module.objective.block_size, real)
             found.append(clipping.variance(self._of_all(means)))
         return found

@@ -205,7 +205,7 @@ def test_blocks_of_one_validate_the_exact_likelihood():
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     noise = m.noise(batch, 1, 4)
     m.ema = None
-    exact = m.eval().token_loss(batch, EXACT, noise, False)
+    exact = m.eval().compute_loss(m.loss_inputs(batch, EXACT, noise, False))
     expected = float(exact.nll.sum() / exact.loss_mask.sum())
     assert validated(m).nll == pytest.approx(expected, rel=1e-6)
 
@@ -313,9 +313,15 @@ def test_dropout_is_at_work_in_training_only():
     m = module("ar", dropout=0.5)
     batch = {"input_ids": torch.tensor(data().valid.ids), "row": torch.arange(10)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    losses = [float(m.train().token_loss(batch, EXACT, None, True).mean.detach()) for _ in range(2)]
+    losses = [
+        float(m.train().compute_loss(m.loss_inputs(batch, EXACT, None, True)).mean.detach())
+        for _ in range(2)
+    ]
     assert losses[0] != losses[1]
-    losses = [float(m.eval().token_loss(batch, EXACT, None, True).mean.detach()) for _ in range(2)]
+    losses = [
+        float(m.eval().compute_loss(m.loss_inputs(batch, EXACT, None, True)).mean.detach())
+        for _ in range(2)
+    ]
     assert losses[0] == losses[1]
     assert all(map(math.isfinite, losses))
 
@@ -333,7 +339,7 @@ def test_a_mask_token_in_the_text_is_seen_and_not_predicted(algo, training):
         "row": torch.arange(GLOBAL),
     }
     noise = m.noise(batch, 1, GLOBAL)
-    loss = m.token_loss(batch, (1e-3, 1.0), noise, training)
+    loss = m.compute_loss(m.loss_inputs(batch, (1e-3, 1.0), noise, training))
     assert loss.mean.isfinite()
     first = 0 if algo != "ar" else 1
     assert (loss.loss_mask == 0)[1, 5 - first]
