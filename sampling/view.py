@@ -33,32 +33,23 @@ MASKED, FRESH, SETTLED = "masked", "fresh", "settled"
 STYLES = {MASKED: "dim", FRESH: "bold black on yellow", SETTLED: ""}
 
 
-class Progress:
+class Progress(Bar):
     """Tokens written, tokens/s, evaluations: a bar in a terminal, lines in a log file."""
 
     def __init__(self, texts: int, *, enabled: bool):
-        self.texts, self.enabled = texts, enabled
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("texts"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            disable=not (enabled and sys.stdout.isatty()),
+        )
+        self.texts, self.lines = texts, enabled and self.disable
         self.written = self.tokens = self.evaluations = 0
-        self.bar = self.task = None
-
-    def __enter__(self):
-        self.started = self.shown = time.monotonic()
-        if self.enabled and sys.stdout.isatty():
-            self.bar = Bar(
-                SpinnerColumn(),
-                TextColumn("texts"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-            )
-            self.task = self.bar.add_task("", total=self.texts, figures="")
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.stop()
+        self.begun = self.shown = time.monotonic()
+        self.task = self.add_task("", total=texts, figures="")
 
     def tick(self, tokens: int = 0, evaluations: int = 0, texts: int = 0) -> None:
         """So many more."""
@@ -66,11 +57,10 @@ class Progress:
         self.evaluations += evaluations
         self.written += texts
         now = time.monotonic()
-        rate = self.tokens / max(now - self.started, 1e-9)
+        rate = self.tokens / max(now - self.begun, 1e-9)
         figures = f"{self.tokens:,} tokens, {rate:,.0f} tokens/s, {self.evaluations:,} evaluations"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.written, figures=figures)
-        elif self.enabled and now - self.shown > LINE_SECONDS:
+        self.update(self.task, completed=self.written, figures=figures)
+        if self.lines and now - self.shown > LINE_SECONDS:
             self.shown = now
             say(f"{self.written} of {self.texts} texts, {figures}")
 
