@@ -1,7 +1,7 @@
 """Corpora as they were first published: text files in a folder, a zip or a tar, or a file alone.
 
 An Archive says which files hold a split and how their lines become documents: as in the tables on
-the hub, which were made from these files. text8 is one file, cut by position.
+the hub, which were made from these files. Text8 is one file, cut by position.
 """
 
 import fnmatch
@@ -14,19 +14,21 @@ import tarfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 
-from data.readers import Piece, decoded_lines
-from data.tables import Part, count_read, size_of
+from data.readers import Piece, cut_long, decoded_lines
+from data.tables import Part, stamp
 from utils import atomic_file, atomic_folder, lock
 
 log = logging.getLogger("bamdlm")
 
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
 SUFFIXES = (".zip", ".tar", ".tgz", ".gz")
+TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
+TEXT8_CHARACTERS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -48,33 +50,31 @@ class Archive:
     def parts(self, source: Path, split: str, cache: Path) -> list[Part]:
         """The files of a split in the order of their names."""
         try:
-            if zipfile.is_zipfile(source):
-                with zipfile.ZipFile(source) as archive:
-                    sizes = {info.filename: info.file_size for info in archive.infolist()}
-                wanted = self.wanted(source, split, list(sizes))
-                opened = {name: partial(_open_in_zip, source, name) for name in wanted}
-            else:
-                root, names = self.files(source, split, cache)
-                wanted = self.wanted(source, split, names)
-                sizes = {name: size_of(root / name) for name in wanted}
-                opened = {name: partial(open, root / name, "rb") for name in wanted}
+            files = self.files(source, split, cache)
+            return [self.part(source, n, *files[n]) for n in self.wanted(source, split, files)]
         except DAMAGED as error:
             raise ValueError(_damaged(f"data.source={source}", error)) from error
-        return [self.part(source, name, sizes[name], opened[name]) for name in wanted]
 
-    def files(self, source: Path, split: str, cache: Path) -> tuple[Path, list[str]]:
-        """(folder, names in it) of a folder, of an unpacked tar, or of a file by itself."""
-        if source.is_dir():
-            found = [path for path in source.rglob("*") if path.is_file()]
-            return source, [path.relative_to(source).as_posix() for path in found]
-        if tarfile.is_tarfile(source):
-            folder = unpacked(source, self.pattern(split), cache / "downloads")
-            return folder, [path.name for path in folder.iterdir()]
-        if source.suffix in SUFFIXES:
-            raise ValueError(_damaged(f"data.source={source}", "neither zip nor tar"))
-        return source.parent, [source.name]
+    def files(self, source: Path, split: str, cache: Path) -> dict[str, tuple[int, Callable]]:
+        """{name: (bytes, what opens it)} of a zip, a folder, an unpacked tar, or a file alone."""
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                sizes = {info.filename: info.file_size for info in archive.infolist()}
+            return {n: (size, partial(_open_in_zip, source, n)) for n, size in sizes.items()}
+        if source.is_file() and not tarfile.is_tarfile(source):
+            if source.suffix in SUFFIXES:
+                raise ValueError(_damaged(f"data.source={source}", "neither zip nor tar"))
+            folder, found = source.parent, [source]
+        else:
+            is_tar, pattern = source.is_file(), self.pattern(split)
+            folder = unpacked(source, pattern, cache / "downloads") if is_tar else source
+            found = [path for path in folder.rglob("*") if path.is_file()]
+        return {
+            path.relative_to(folder).as_posix(): (path.stat().st_size, partial(path.open, "rb"))
+            for path in found
+        }
 
-    def wanted(self, source: Path, split: str, names: list[str]) -> list[str]:
+    def wanted(self, source: Path, split: str, names: Iterable[str]) -> list[str]:
         for name in (source.name, *names):
             if self.sister and self.sister in name.lower():
                 raise ValueError(
@@ -103,7 +103,7 @@ class Archive:
             except DAMAGED as error:
                 raise ValueError(_damaged(place, error)) from error
 
-        return Part(place.removeprefix("data: "), size, read, count_read(read))
+        return Part(place.removeprefix("data: "), size, read)
 
 
 def whole_unless_blank(line: str) -> str:
@@ -151,6 +151,41 @@ def _unpack(source: Path, pattern: str, folder: Path) -> None:
         raise ValueError(f"data.source={source} holds no {pattern}, but {known}")
 
 
+@dataclass(frozen=True)
+class Text8:
+    """The first 100 MB of Wikipedia in a-z and space, cut 90 : 5 : 5; one document per split."""
+
+    url: str = TEXT8_URL
+    path: str | None = None  # a text8.zip or the file inside; None: downloaded once
+
+    def identity(self, split, revision):
+        return {"text8": stamp(self.file(Path(self.path))) if self.path else self.url}
+
+    def file(self, path: Path) -> Path:
+        """The zip or the file in a folder."""
+        if not path.is_dir():
+            return path
+        inside = [path / name for name in ("text8.zip", "text8")]
+        found = next((file for file in inside if file.is_file()), None)
+        if found is None:
+            raise ValueError(f"data.source={path} holds neither text8.zip nor the file text8")
+        return found
+
+    def parts(self, split, revision, cache, *, download=True):
+        kept = cache / "downloads"
+        path = self.file(Path(self.path)) if self.path else fetched(self.url, kept)
+
+        def read(column: str) -> Iterator[Piece]:
+            text = text8(path)
+            if len(text) != TEXT8_CHARACTERS:
+                known = f"{TEXT8_CHARACTERS:,}"
+                log.warning("%s has %s characters, text8 has %s", path, f"{len(text):,}", known)
+            first, last = len(text) * 9 // 10, len(text) * 19 // 20
+            return cut_long(text[:first] if split == "train" else text[last:])
+
+        return [Part(str(path), 1, read)]
+
+
 def text8(path: Path) -> str:
     """The text of text8.zip, or of the file inside it."""
     if zipfile.is_zipfile(path):
@@ -178,7 +213,6 @@ def fetched(url: str, folder: Path) -> Path:
     target = folder / url.rpartition("/")[2]
     if target.is_file():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
     log.info("downloading %s to %s", url, target)
     try:
         with urllib.request.urlopen(url, timeout=10) as response, atomic_file(target, "wb") as file:

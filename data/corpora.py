@@ -11,15 +11,16 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from data import archives, readers, tables
-from data.archives import Archive
-from data.hub_tables import CONVERTED, Table
+from data.archives import Archive, Text8
+from data.hub_tables import CONVERTED, Hub
 from data.local_copies import LocalCopy
 from data.readers import Piece
-from data.sources import Files, Hub, Plays, Source, Text8
-from data.tables import Part
+from data.shakespeare import Plays
+from data.tables import Files, Part, Source
 
 log = logging.getLogger("bamdlm")
 
@@ -61,8 +62,8 @@ class Corpus:
 def _papers(part: str) -> Corpus:
     return Corpus(
         (
-            Hub(Table("armanc/scientific_papers", data_dir=part, revision=CONVERTED)),
-            Hub(Table(f"ccdv/{part}-summarization", name="document")),
+            Hub("armanc/scientific_papers", data_dir=part, revision=CONVERTED),
+            Hub(f"ccdv/{part}-summarization", name="document"),
         ),
         licence="unknown; see the repository's card",
         column="article",
@@ -75,7 +76,7 @@ def _papers(part: str) -> Corpus:
 def _wikitext(name: str, sister: str) -> Corpus:
     revision = "b08601e04326c79dfdd32d625aee71d232d685c3"
     return Corpus(
-        (Hub(Table("Salesforce/wikitext", name=name, revision=revision)),),
+        (Hub("Salesforce/wikitext", name=name, revision=revision),),
         licence="CC BY-SA 3.0 and GFDL",
         detokenizer="wikitext",
         archive=Archive("wiki.train.raw", "wiki.valid.raw", archives.whole_unless_blank, sister),
@@ -83,13 +84,13 @@ def _wikitext(name: str, sister: str) -> Corpus:
 
 
 def _openwebtext(train: str | None, valid: str | None) -> Corpus:
-    table = Table(
+    hub = Hub(
         "Skylion007/openwebtext",
         name="plain_text",
         revision="79d93d786212f7344586290adb811d4ae6a1762c",
     )
     return Corpus(
-        (Hub(table),),
+        (hub,),
         licence="CC0 for the collection; texts belong to their authors",
         train=train,
         valid=valid,
@@ -103,7 +104,7 @@ CORPORA = {
     "openwebtext-train": _openwebtext(f"train[:-{HELD_OUT}]", None),
     "openwebtext-valid": _openwebtext(None, f"train[-{HELD_OUT}:]"),
     "lm1b": Corpus(
-        (Hub(Table("billion-word-benchmark/lm1b", data_dir="plain_text", revision=CONVERTED)),),
+        (Hub("billion-word-benchmark/lm1b", data_dir="plain_text", revision=CONVERTED),),
         licence="research use; see statmt.org/lm-benchmark",
         valid="test",
         detokenizer="lm1b",
@@ -116,11 +117,9 @@ CORPORA = {
     "ptb": Corpus(
         (
             Hub(
-                Table(
-                    "ptb-text-only/ptb_text_only",
-                    data_dir="penn_treebank",
-                    revision=CONVERTED,
-                )
+                "ptb-text-only/ptb_text_only",
+                data_dir="penn_treebank",
+                revision=CONVERTED,
             ),
         ),
         licence="LDC user agreement",
@@ -131,9 +130,9 @@ CORPORA = {
     ),
     "lambada": Corpus(
         (
-            Hub(Table("EleutherAI/lambada_openai", name="default")),
-            Hub(Table("EleutherAI/lambada_openai", data_dir="default", revision=CONVERTED)),
-            Hub(Table("cimec/lambada")),
+            Hub("EleutherAI/lambada_openai", name="default"),
+            Hub("EleutherAI/lambada_openai", data_dir="default", revision=CONVERTED),
+            Hub("cimec/lambada"),
         ),
         licence="modified MIT (openai); CC BY 4.0 (cimec)",
         train=None,
@@ -143,7 +142,7 @@ CORPORA = {
         " lower-cased and split into words: its perplexities are not those published",
     ),
     "ag_news": Corpus(
-        (Hub(Table("fancyzhx/ag_news")),),
+        (Hub("fancyzhx/ag_news"),),
         licence="non-commercial use; see its card",
         valid="test",
     ),
@@ -199,7 +198,7 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
         return Text8(path=str(path))
     if not isinstance(corpus.sources[0], Hub):
         raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
-    inside = (hub.table.name or hub.table.data_dir for hub in corpus.sources)
+    inside = (hub.name or hub.data_dir for hub in corpus.sources)
     splits = {corpus.rows(key)[0] for key in ("train", "valid") if corpus.split(key)}
     folders = tuple(folder for folder in inside if folder is not None)
     return LocalCopy(name, path, frozenset(splits), folders, corpus.archive)
@@ -210,8 +209,8 @@ def opened(
 ) -> tuple[str, Iterator[Piece]]:
     """(the place that the text is read from, its pieces), from the first source that answers;
     ValueError where none does. The files read are kept in cache."""
-    parts, begin, end = _found(corpus, split, revision, cache, download=True)
-    return parts[0].place, tables.read(parts, column, begin, end)
+    place, parts = _found(corpus, split, revision, column, cache, download=True)
+    return place, tables.read(parts, column)
 
 
 def passages(
@@ -219,14 +218,14 @@ def passages(
 ) -> list[Callable[[], Iterator[Piece]]]:
     """The same, one function for each part, which reads it from its beginning. Parquet files are
     read over the network and not kept in cache."""
-    parts, begin, end = _found(corpus, split, revision, cache, download=False)
-    return tables.passages(parts, column, begin, end)
+    _, parts = _found(corpus, split, revision, column, cache, download=False)
+    return [partial(part.read, column) for part in parts]
 
 
 def _found(
-    corpus: Corpus, split: str, revision: str | None, cache: Path, download: bool
-) -> tuple[list[Part], int, int | None]:
-    """The parts of the first source that answers, and which of their documents are wanted."""
+    corpus: Corpus, split: str, revision: str | None, column: str, cache: Path, download: bool
+) -> tuple[str, list[Part]]:
+    """(place, parts of the split) of the first source that answers."""
     name, begin, end = corpus.rows(split)
     problems = []
     for source in corpus.sources:
@@ -241,7 +240,7 @@ def _found(
         log.info("reading from %s%s", parts[0].place, more)
         if corpus.unverified and isinstance(source, Hub):
             log.info("not verified: %s", corpus.unverified)
-        return parts, begin, end
+        return parts[0].place, tables.window(parts, column, begin, end)
     raise ValueError(
         "no source of this corpus could be read; without a network give a local copy with"
         " data.source=PATH\n    " + "\n    ".join(problems)

@@ -16,11 +16,11 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data import readers, tables
+from data import readers
 from data.readers import Piece
 from data.tables import Part
 from utils import CONNECT_SECONDS, HubUnreachable, first_line, hub_errors, write_json
@@ -33,7 +33,7 @@ ABSENT = ": no such data set on the hub, or a private one"
 
 
 @dataclass(frozen=True)
-class Table:
+class Hub:
     """A configuration of a repository at a revision: by its name, or by the folder it lies in."""
 
     repo: str
@@ -45,50 +45,49 @@ class Table:
         where = self.name or self.data_dir
         return self.repo + (f" ({where})" if where else "") + f" at {self.revision or 'main'}"
 
+    def identity(self, split: str, revision: str | None) -> dict:
+        return asdict(self) | {"revision": revision or self.revision, "split": split}
 
-def parts(table: Table, split: str, cache: Path, *, download: bool = True) -> list[Part]:
-    """The files of a split, in order. OSError: it cannot be had from the hub now.
+    def parts(
+        self, split: str, revision: str | None, cache: Path, *, download: bool = True
+    ) -> list[Part]:
+        """The files of a split, in order. OSError: it cannot be had from the hub now.
 
-    cache: where downloads are kept. With download=False files are read over the network and not
-    kept (parquet only).
-    """
-    from huggingface_hub import constants
+        cache: where downloads are kept. With download=False files are read over the network and not
+        kept (parquet only).
+        """
+        from huggingface_hub import constants
 
-    note = _note(table, split, cache)
-    if not constants.is_offline_mode():
-        try:
-            write_json(note, _ask(table, split, cache))
-        except HubUnreachable as error:
-            if not note.is_file():
-                raise
-            log.warning("%s; using what was downloaded before", error)
-    elif not note.is_file():
-        raise OSError(f"{table}, {split}: HF_HUB_OFFLINE is set, and it was not read before")
-    found = json.loads(note.read_text())
-    return [_part(table.repo, found["commit"], name, cache, download) for name in found["files"]]
+        table = replace(self, revision=revision or self.revision)
+        key = json.dumps([asdict(table), split], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        listings = cache / "downloads" / "listings"
+        note = listings / f"{self.repo.replace('/', '--')}-{digest}.json"
+        if not constants.is_offline_mode():
+            try:
+                write_json(note, _ask(table, split, cache))
+            except HubUnreachable as error:
+                if not note.is_file():
+                    raise
+                log.warning("%s; using what was downloaded before", error)
+        elif not note.is_file():
+            raise OSError(f"{table}, {split}: HF_HUB_OFFLINE is set, and it was not read before")
+        found = json.loads(note.read_text())
+        return [_part(self.repo, found["commit"], name, cache, download) for name in found["files"]]
 
 
-def _ask(table: Table, split: str, cache: Path) -> dict:
+def _ask(table: Hub, split: str, cache: Path) -> dict:
     """{"table", "split", "commit", "files": names in the repository}."""
-    from huggingface_hub import HfApi
-
-    with hub_errors(str(table), absent=ABSENT):
-        info = HfApi().dataset_info(table.repo, revision=table.revision, timeout=CONNECT_SECONDS)
-    names = _files(table, split, info.sha, cache)
-    _check_files(table, split, names)
-    return {"table": asdict(table), "split": split, "commit": info.sha, "files": names}
-
-
-def _files(table: Table, split: str, commit: str, cache: Path) -> list[str]:
-    """Which files of the repository hold the split."""
     import datasets
+    from huggingface_hub import HfApi
 
     where = {"name": table.name, "data_dir": table.data_dir}
     with hub_errors(str(table), absent=ABSENT):
+        info = HfApi().dataset_info(table.repo, revision=table.revision, timeout=CONNECT_SECONDS)
         try:
             builder = datasets.load_dataset_builder(
                 table.repo,
-                revision=commit,
+                revision=info.sha,
                 cache_dir=str(cache / "downloads"),
                 **{key: value for key, value in where.items() if value is not None},
             )
@@ -97,11 +96,13 @@ def _files(table: Table, split: str, commit: str, cache: Path) -> list[str]:
     splits = {str(key): list(files) for key, files in builder.config.data_files.items()}
     if split not in splits:
         raise OSError(f"{table} has no split {split}, only {', '.join(splits)}")
-    prefix = f"hf://datasets/{table.repo}@{commit}/"
-    return [address.removeprefix(prefix) for address in splits[split]]
+    prefix = f"hf://datasets/{table.repo}@{info.sha}/"
+    names = [address.removeprefix(prefix) for address in splits[split]]
+    _check_files(table, split, names)
+    return {"table": asdict(table), "split": split, "commit": info.sha, "files": names}
 
 
-def _check_files(table: Table, split: str, names: list[str]) -> None:
+def _check_files(table: Hub, split: str, names: list[str]) -> None:
     """Refuse files that are not all of one table, or of no known kind."""
     if len({_shardless(name) for name in names}) > 1:
         some = ", ".join(names[:4])
@@ -118,46 +119,30 @@ def _shardless(name: str) -> str:
     return re.sub(r"(-\d{5}-of-\d{5}(-[0-9a-f]{16})?|\d+)(?=\.\w+$)", "", name)
 
 
-def _note(table: Table, split: str, cache: Path) -> Path:
-    key = json.dumps([asdict(table), split], sort_keys=True)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return cache / "downloads" / "listings" / f"{table.repo.replace('/', '--')}-{digest}.json"
-
-
 def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Part:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
     place = f"{repo}@{commit[:8]}, {name}"
     address = f"hf://datasets/{repo}@{commit}/{name}"
-    have = partial(_downloaded, repo, commit, name, cache, place)
+    kept = {"repo_id": repo, "filename": name, "repo_type": "dataset", "revision": commit}
+    kept["cache_dir"] = str(cache / "downloads")
     reader = readers.READERS[Path(name).suffix]
 
     def read(column: str) -> Iterator[Piece]:
-        return reader(have(), column)
+        """From the cache, downloaded if need be."""
+        with _reading(place):
+            path = Path(hf_hub_download(**kept))
+        return reader(path, column)
 
-    def count(column: str) -> int:
+    def count() -> int:
         """From the footer: of the file if it is there, else over the network."""
-        path = have(ask=False)
-        return _footer_rows(address, place) if path is None else readers.count_parquet(path)
+        path = try_to_load_from_cache(**kept)
+        known = isinstance(path, str)
+        return readers.count_parquet(Path(path)) if known else _footer_rows(address, place)
 
     if not name.endswith(".parquet"):
-        return Part(place, 1, read, tables.count_read(read))
+        return Part(place, 1, read)
     return Part(place, 1, read if download else partial(_streamed, address, place), count)
-
-
-def _downloaded(
-    repo: str, commit: str, name: str, cache: Path, place: str, *, ask: bool = True
-) -> Path | None:
-    """The file in the cache, downloaded if need be; None where it is missing and ask is False."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    folder = str(cache / "downloads")
-    where = {"repo_id": repo, "filename": name, "repo_type": "dataset", "revision": commit}
-    found = try_to_load_from_cache(cache_dir=folder, **where)
-    if isinstance(found, str):
-        return Path(found)
-    if not ask:
-        return None
-    with _reading(place):
-        return Path(hf_hub_download(cache_dir=folder, **where))
 
 
 def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:

@@ -197,5 +197,5 @@ def saved_part(folder: Path) -> Part:
             f"data.source={folder} is not a whole saved table ({first_line(error)}); save it again"
             " with datasets' save_to_disk"
         ) from error
-    read = partial(readers.table, table, name=f"data: {folder}")
-    return Part(str(folder), 1, read, lambda _: len(table))
+    read = partial(readers.table, table, place=f"data: {folder}")
+    return Part(str(folder), 1, read, lambda: len(table))

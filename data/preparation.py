@@ -110,13 +110,8 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
 
 def start_or_go_on(work: Path, place: str) -> None:
     """The folder of the parts, kept where the same text was cut as it would be now."""
-    plan = json.dumps(
-        {
-            "characters": shards.SHARD_CHARACTERS,
-            "texts": shards.SHARD_TEXTS,
-            "read_from": place,
-        }
-    )
+    sizes = {"characters": shards.SHARD_CHARACTERS, "texts": shards.SHARD_TEXTS}
+    plan = json.dumps(sizes | {"read_from": place})
     note = work / "plan.json"
     if work.exists() and not (note.is_file() and note.read_text() == plan):
         shutil.rmtree(work)

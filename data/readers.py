@@ -5,7 +5,7 @@ A reader yields documents as pieces, never the whole at once, and keeps nothing 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -30,19 +30,34 @@ class Piece(NamedTuple):
     done: float  # share of the whole read so far, 0 to 1; what the progress display shows
 
 
-def table(dataset, column: str, name: str) -> Iterator[Piece]:
+def table(dataset, column: str, place: str) -> Iterator[Piece]:
     """The documents of one column of a `datasets` table."""
-    if column not in dataset.column_names:
-        raise ValueError(missing_column(name, column, dataset.column_names))
-    total, row = len(dataset), 0
-    for batch in dataset.select_columns([column]).iter(ROWS_AT_ONCE):
-        for text in batch[column]:
-            yield Piece(checked(text, column, f"{name}, row {row}"), True, (row + 1) / total)
+    known = [name for name in dataset.column_names if name == column]
+    batches = dataset.with_format("arrow", columns=known).iter(ROWS_AT_ONCE)
+    return _documents(batches, len(dataset), dataset.column_names, column, place)
+
+
+def parquet_rows(file, column: str, place: str) -> Iterator[Piece]:
+    """The documents of an open pyarrow.parquet.ParquetFile."""
+    batches = file.iter_batches(ROWS_AT_ONCE, columns=[column])
+    return _documents(batches, file.metadata.num_rows, file.schema_arrow.names, column, place)
+
+
+def _documents(batches: Iterable, total: int, known: list[str], column: str, place: str):
+    """Of tables of pyarrow."""
+    if column not in known:
+        raise ValueError(
+            f"{place} has no column {column!r}, only {', '.join(known)}; set data.text_column"
+        )
+    row = 0
+    for batch in batches:
+        for value in batch.column(column):
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place}, row {row}: {column} is not UTF-8") from error
+            yield Piece(checked(text, column, f"{place}, row {row}"), True, (row + 1) / total)
             row += 1
-
-
-def missing_column(place: str, column: str, known: list[str]) -> str:
-    return f"{place} has no column {column!r}, only {', '.join(known)}; set data.text_column"
 
 
 def checked(text, column: str, place: str) -> str:
@@ -99,22 +114,6 @@ def read_parquet(path: Path, column: str) -> Iterator[Piece]:
             yield from parquet_rows(file, column, f"data: {path}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(broken_parquet(f"data: {path}", error)) from error
-
-
-def parquet_rows(file, column: str, place: str) -> Iterator[Piece]:
-    """The documents of an open pyarrow.parquet.ParquetFile."""
-    names = file.schema_arrow.names
-    if column not in names:
-        raise ValueError(missing_column(place, column, names))
-    total, row = file.metadata.num_rows, 0
-    for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
-        for value in batch.column(0):
-            try:
-                text = value.as_py()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}, row {row}: {column} is not UTF-8") from error
-            yield Piece(checked(text, column, f"{place}, row {row}"), True, (row + 1) / total)
-            row += 1
 
 
 def count_parquet(path: Path) -> int:

@@ -3,9 +3,10 @@
 import glob
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from data.readers import COUNTERS, READERS, Piece
 
@@ -26,70 +27,71 @@ class Part:
     place: str  # path or address, for messages
     size: int  # bytes, or another measure of its share in the whole
     read: Callable[[str], Iterator[Piece]]  # by the name of the column
-    count: Callable[[str], int]  # documents, found without reading them where the kind allows it
+    count: Callable[[], int] | None = None  # documents; None: they must be read to be counted
 
 
-def read(parts: list[Part], column: str, begin: int = 0, end: int | None = None) -> Iterator[Piece]:
-    """The documents [begin:end] of a table, counted as Python counts: -100 is the hundredth from
-    the end. Only the parts that hold them are read, and as few as possible are counted."""
-    chosen = _between(parts, column, begin, end)
-    before, total = 0, max(sum(part.size for part, _, _ in chosen), 1)
-    for part, first, last in chosen:
-        for text, ends, done in _window(part.read(column), first, last):
+class Source(Protocol):
+    """One place to read a corpus from. split: as the source calls it.
+
+    `identity` says, without reading, everything that decides which text it gives: the name of the
+    prepared data depends on it.
+    """
+
+    def identity(self, split: str, revision: str | None) -> dict: ...
+
+    def parts(
+        self, split: str, revision: str | None, cache: Path, *, download: bool = True
+    ) -> list[Part]: ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Own .txt (one document a file), .jsonl (one a line) and .parquet (one a row) files."""
+
+    pattern: str
+
+    def identity(self, split, revision):
+        return {"files": [stamp(path) for path in matching(self.pattern)]}
+
+    def parts(self, split, revision, cache, *, download=True):
+        return [file_part(path) for path in matching(self.pattern)]
+
+
+def read(parts: list[Part], column: str) -> Iterator[Piece]:
+    """The documents of all parts."""
+    before, total = 0, max(sum(part.size for part in parts), 1)
+    for part in parts:
+        for text, ends, done in part.read(column):
             yield Piece(text, ends, (before + done * part.size) / total)
         before += part.size
 
 
-def passages(
-    parts: list[Part], column: str, begin: int = 0, end: int | None = None
-) -> list[Callable[[], Iterator[Piece]]]:
-    """What `read` gives, part by part; each function reads its part from the beginning."""
-    return [
-        lambda part=part, first=first, last=last: _window(part.read(column), first, last)
-        for part, first, last in _between(parts, column, begin, end)
-    ]
+def window(parts: list[Part], column: str, begin: int, end: int | None) -> list[Part]:
+    """The parts that hold the documents [begin:end], cut to these. Both bounds are counted from the
+    end, as Python counts: -100 is the hundredth. As few parts as possible are counted."""
+    found, total = [], 0  # documents from the beginning of the part to the end of the table
+    for part in reversed(parts):
+        if total >= max(-begin, -(end or 0)):
+            if not begin:
+                found.append(part)
+            continue
+        count = part.count() if part.count else sum(piece.ends for piece in part.read(column))
+        total += count
+        first = max(0, total + begin) if begin else 0
+        last = min(count, total + end) if end else count
+        if first < last:
+            found.append(replace(part, read=partial(_window, part, first, last)))
+    return found[::-1]
 
 
-def _between(parts, column, begin, end) -> list[tuple[Part, int, int | None]]:
-    """(part, first document, one past its last or None) of the parts that hold [begin:end]."""
-    if begin > 0 or (end is not None and end >= 0):
-        raise ValueError(f"[{begin}:{end}]: bounds are counted from the end")
-    counts = {}  # by index, from the last part backwards
-
-    def place(bound: int) -> tuple[int, int]:
-        """(part, document in it) of the document at a negative index; the first one at most."""
-        left = -bound
-        for i in range(len(parts) - 1, -1, -1):
-            if i not in counts:
-                counts[i] = parts[i].count(column)
-            if left <= counts[i]:
-                return i, counts[i] - left
-            left -= counts[i]
-        return 0, 0
-
-    first_part, first = place(begin) if begin else (0, 0)
-    last_part, last = place(end) if end is not None else (len(parts), 0)
-    chosen = []
-    for i in range(first_part, min(last_part + 1, len(parts))):
-        stop = last if i == last_part else None
-        if stop != 0:
-            chosen.append((parts[i], first if i == first_part else 0, stop))
-    return chosen
-
-
-def _window(pieces: Iterator[Piece], first: int, last: int | None) -> Iterator[Piece]:
+def _window(part: Part, first: int, last: int, column: str) -> Iterator[Piece]:
     number = 0
-    for piece in pieces:
+    for piece in part.read(column):
         if number >= first:
             yield piece
         number += piece.ends
         if number == last:
             return
-
-
-def count_read(reader: Callable[[str], Iterator[Piece]]) -> Callable[[str], int]:
-    """Part.count of a kind whose documents can only be counted by reading them."""
-    return lambda column: sum(piece.ends for piece in reader(column))
 
 
 def matching(pattern: str) -> list[Path]:
@@ -120,28 +122,23 @@ def check_one_kind(paths: list[Path], place: str) -> None:
 
 
 def stamp(path: Path) -> dict:
-    """Path, size and time of a file: they differ once the file has changed."""
-    size_of(path)
+    """Path, size and time of a file, which must not be empty: they differ once it has changed."""
+    if not path.is_file():
+        raise ValueError(f"data: {path} is not a file")
     status = path.stat()
+    if status.st_size == 0:
+        raise ValueError(f"data: {path} is empty; remove it or leave it out of the pattern")
     return {"path": str(path.resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
 def file_part(path: Path) -> Part:
     """A local file of a known kind."""
-    read, count = partial(READERS[path.suffix], path), COUNTERS.get(path.suffix)
-    size = size_of(path)
+    size, count = stamp(path)["bytes"], COUNTERS.get(path.suffix)
     with path.open("rb") as file:
         begin = file.read(8)
     for magic, kind in MAGIC.items():
         if begin.startswith(magic):
             raise ValueError(f"data: {path} is compressed ({kind}); unpack it and name what was in")
-    return Part(str(path), size, read, count_read(read) if count is None else lambda _: count(path))
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, which must not be empty."""
-    if not path.is_file():
-        raise ValueError(f"data: {path} is not a file")
-    if size := path.stat().st_size:
-        return size
-    raise ValueError(f"data: {path} is empty; remove it or leave it out of the pattern")
+    return Part(
+        str(path), size, partial(READERS[path.suffix], path), count and partial(count, path)
+    )

@@ -36,9 +36,7 @@ def from_folder(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={folder}: the folder holds no tokenizer that transformers"
@@ -55,9 +53,7 @@ def from_hub(name: str):
     except (OSError, ValueError):
         log.info("tokenizer %s is not in the local hub cache; asking the hub", name)
     try:
-        return AutoTokenizer.from_pretrained(
-            download(name), local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(download(name), **LOCAL)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor an"
@@ -96,52 +92,43 @@ def gpt2(cache_dir):
     )
 
 
-def text8(cache_dir):
-    return characters(TEXT8_CHARACTERS)
-
-
 def characters(alphabet: str):
     """One id per character after eight special ids; lower-cases; what is unknown is [UNK]."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import normalizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: id for id, token in enumerate((*TEXT8_SPECIALS, *alphabet))}
-    backend = Backend(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend = by_character((*TEXT8_SPECIALS, *alphabet), unk_token="[UNK]")
     backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = decoders.Fuse()
+    roles = ("cls", "sep", "bos", "eos", "mask", "pad", "unk")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         additional_special_tokens=["[RESERVED]"],
-        **{f"{name}_token": f"[{name.upper()}]" for name in SPECIAL_ROLES},
+        **{f"{role}_token": f"[{role.upper()}]" for role in roles},
     )
-
-
-SPECIAL_ROLES = ("cls", "sep", "bos", "eos", "mask", "pad", "unk")
-
-
-def printable(cache_dir):
-    return character_set(PRINTABLE)
 
 
 def character_set(alphabet: Iterable[str]):
     """One id per character, in the order given; then <|endoftext|>. Nothing is lower-cased, and a
     character that is not in the alphabet is an error (tokenizer.Tokenizer), not an [UNK]."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    vocabulary = {character: id for id, character in enumerate(dict.fromkeys(alphabet))}
-    if not vocabulary:
+    if not alphabet:
         raise ValueError(
             f"data.tokenizer_name_or_path={ALPHABET} names no character; list them after the colon,"
             f" as in {ALPHABET}ACGT"
         )
-    backend = Backend(models.WordLevel(vocabulary))
+    return ended(by_character(dict.fromkeys(alphabet)))
+
+
+def by_character(tokens: Iterable[str], **unknown):
+    """A tokenizer of the library `tokenizers` whose ids are the places in `tokens`."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    backend = Backend(models.WordLevel(vocabulary, **unknown))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    return ended(backend)
+    return backend
 
 
 def ended(backend):
@@ -170,9 +157,8 @@ def shakespeare_bpe(cache_dir):
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     if cache_dir is None:
         return train_bpe(texts, PLAYS_TOKENS)
-    folder = (
-        Path(cache_dir).expanduser() / "tokenizers" / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
-    )
+    kept = Path(cache_dir).expanduser() / "tokenizers"
+    folder = kept / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
     if not folder.is_dir():
         with lock(folder, waiting=f"another process trains {folder.name}; waiting for it"):
             if not folder.is_dir():
@@ -201,8 +187,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
 
 
 BUILTIN = {
-    "text8": text8,
-    "characters": printable,
+    "text8": lambda _: characters(TEXT8_CHARACTERS),
+    "characters": lambda _: character_set(PRINTABLE),
     "shakespeare-bpe": shakespeare_bpe,
     **dict.fromkeys(GPT2_NAMES, gpt2),
 }

@@ -10,8 +10,9 @@ from conftest import GOLDEN
 from hub_tools import get_rows, texts
 
 from data import archives, corpora, detokenizers, readers, shakespeare, tables
-from data.hub_tables import CONVERTED
-from data.sources import Hub, Plays, Text8
+from data.archives import Text8
+from data.hub_tables import CONVERTED, Hub
+from data.shakespeare import Plays
 from data.tokenizer import get_tokenizer
 from settings.keys import CONFIGS
 
@@ -116,10 +117,11 @@ def table_row(name, corpus):
 
 def place(source):
     match source:
-        case Hub(table):
-            known = table.revision or "main"
+        case Hub():
+            known = source.revision or "main"
             revision = known if known == CONVERTED else known[:8]
-            return f"{table.repo} ({table.name or table.data_dir or 'default'}) at {revision}"
+            where = source.name or source.data_dir or "default"
+            return f"{source.repo} ({where}) at {revision}"
         case Text8(url):
             return url
         case Plays():

@@ -11,7 +11,8 @@ from conftest import GOLDEN, load_json
 from hub_tools import get_rows, hold_out, in_memory
 from made_up_split import rows_of_ids
 
-from data import detokenizers, hub_tables, packing, preparation, readers, shards
+from data import detokenizers, packing, preparation, readers, shards
+from data.hub_tables import Hub
 from data.packing import RowFormat, Tokens
 from data.tokenizer import get_tokenizer
 
@@ -79,11 +80,11 @@ def test_prepared_rows_are_those_recorded(name, prepare, monkeypatch, tmp_path):
     held_out = ["the last document"] if corpus == "openwebtext-train" else []
     columns = {name: documents + held_out for name, documents in case["columns"].items()}
 
-    def parts(table, split, cache, **_):
-        asked.append((table.repo, split))
+    def parts(hub, split, *_, **__):
+        asked.append((hub.repo, split))
         return [in_memory(columns)]
 
-    monkeypatch.setattr(hub_tables, "parts", parts)
+    monkeypatch.setattr(Hub, "parts", parts)
     hold_out(monkeypatch, 1)
     if corpus == "mydata":
         corpus = str(tmp_path / "mydata.jsonl")
@@ -118,7 +119,7 @@ def test_validation_batches_are_those_recorded(prepare, tokenizer, monkeypatch):
 
     recorded = load_json("data/dataloaders.json")
     documents = in_memory({"text": recorded["texts"]})
-    monkeypatch.setattr(hub_tables, "parts", lambda *_, **__: [documents])
+    monkeypatch.setattr(Hub, "parts", lambda *_, **__: [documents])
     valid = prepare("ag_news", "valid", length=recorded["length"])
     data = DataModule(
         train=None,

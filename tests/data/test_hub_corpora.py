@@ -15,8 +15,8 @@ from hub_tools import get_rows, hold_out, put_table, stand_in, texts
 from huggingface_hub import HfApi, constants
 
 import settings
-from data import corpora, hub_tables, shards
-from data.hub_tables import CONVERTED, Table
+from data import corpora, shards
+from data.hub_tables import CONVERTED, Hub
 from data.tokenizer import get_tokenizer
 from modes.build import build_data, build_tokenizer
 from utils import CONNECT_SECONDS
@@ -249,9 +249,9 @@ def test_the_end_of_openwebtext_is_read_without_the_rest(
 
 
 def test_footers_of_openwebtext_cost_kilobytes(hub, openwebtext, tmp_path):
-    (table,) = (source.table for source in corpora.CORPORA["openwebtext"].sources)
-    parts = hub_tables.parts(table, "train", tmp_path)
-    assert [part.count("text") for part in parts] == [40] * 5
+    (source,) = corpora.CORPORA["openwebtext"].sources
+    parts = source.parts("train", None, tmp_path)
+    assert [part.count() for part in parts] == [40] * 5
     name = "train-00000-of-00005.parquet"
     assert 0 < hub.bytes_of(name) < 70_000 < 6000 * 40
 
@@ -448,5 +448,5 @@ def test_the_notes_beside_downloads_say_what_was_found(hub, tmp_path):
 
 
 def test_tables_say_where_they_are():
-    assert str(Table("a/b", name="c", revision="d")) == "a/b (c) at d"
-    assert str(Table("a/b")) == "a/b at main"
+    assert str(Hub("a/b", name="c", revision="d")) == "a/b (c) at d"
+    assert str(Hub("a/b")) == "a/b at main"
