@@ -125,8 +125,7 @@ def _damaged(place: str, error: Exception | str) -> str:
 
 def unpacked(source: Path, pattern: str, cache: Path) -> Path:
     """A folder with those files of a tar, unpacked once: a tar has no index to read them by."""
-    status = source.stat()
-    known = [str(source.resolve()), status.st_size, status.st_mtime_ns, pattern]
+    known = [*stamp(source).values(), pattern]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     folder = cache / f"unpacked-{digest}"
     with lock(folder):
@@ -213,6 +212,7 @@ def fetched(url: str, folder: Path) -> Path:
     target = folder / url.rpartition("/")[2]
     if target.is_file():
         return target
+    folder.mkdir(parents=True, exist_ok=True)
     log.info("downloading %s to %s", url, target)
     try:
         with urllib.request.urlopen(url, timeout=10) as response, atomic_file(target, "wb") as file:

@@ -9,9 +9,8 @@ import difflib
 import glob
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from data import archives, readers, tables
@@ -20,11 +19,14 @@ from data.hub_tables import CONVERTED, Hub
 from data.local_copies import LocalCopy
 from data.readers import Piece
 from data.shakespeare import Plays
-from data.tables import Files, Part, Source
+from data.tables import Files, Part
 
 log = logging.getLogger("bamdlm")
 
 HELD_OUT = 100_000  # documents of OpenWebText, its last ones, that are its validation split
+# Places to read a corpus from. `identity` says, without reading, everything that decides which text
+# a source gives: the name of the prepared data depends on it. `parts` gives that text.
+Source = Hub | Plays | Text8 | Files | LocalCopy
 ROWS = re.compile(r"(?P<name>\w+)(\[(?P<begin>-\d+)?:(?P<end>-\d+)?\])?")
 
 
@@ -191,6 +193,8 @@ def looks_like_files(name: str) -> bool:
 
 
 def local_copy(corpus: Corpus, name: str, source: str) -> Source:
+    """Of source, the folder of this corpus where it holds several: one of the corpus's name or of
+    its configuration's."""
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"data.source={source} does not exist: name a file or folder with {name}")
@@ -198,10 +202,11 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
         return Text8(path=str(path))
     if not isinstance(corpus.sources[0], Hub):
         raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
-    inside = (hub.name or hub.data_dir for hub in corpus.sources)
+    names = (name, *(hub.name or hub.data_dir for hub in corpus.sources))
+    inside = (path / folder for folder in names if folder is not None)
+    path = next((folder for folder in inside if folder.is_dir()), path)
     splits = {corpus.rows(key)[0] for key in ("train", "valid") if corpus.split(key)}
-    folders = tuple(folder for folder in inside if folder is not None)
-    return LocalCopy(name, path, frozenset(splits), folders, corpus.archive)
+    return LocalCopy(name, path, len(splits) == 1, corpus.archive)
 
 
 def opened(
@@ -209,23 +214,21 @@ def opened(
 ) -> tuple[str, Iterator[Piece]]:
     """(the place that the text is read from, its pieces), from the first source that answers;
     ValueError where none does. The files read are kept in cache."""
-    place, parts = _found(corpus, split, revision, column, cache, download=True)
+    place, parts = found(corpus, split, revision, column, cache)
     return place, tables.read(parts, column)
 
 
-def passages(
-    corpus: Corpus, split: str, revision: str | None, column: str, cache: Path
-) -> list[Callable[[], Iterator[Piece]]]:
-    """The same, one function for each part, which reads it from its beginning. Parquet files are
-    read over the network and not kept in cache."""
-    _, parts = _found(corpus, split, revision, column, cache, download=False)
-    return [partial(part.read, column) for part in parts]
-
-
-def _found(
-    corpus: Corpus, split: str, revision: str | None, column: str, cache: Path, download: bool
+def found(
+    corpus: Corpus,
+    split: str,
+    revision: str | None,
+    column: str,
+    cache: Path,
+    *,
+    download: bool = True,
 ) -> tuple[str, list[Part]]:
-    """(place, parts of the split) of the first source that answers."""
+    """The same as parts, each to be read by itself. With download=False parquet files are read over
+    the network and not kept in cache."""
     name, begin, end = corpus.rows(split)
     problems = []
     for source in corpus.sources:

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from data import readers
@@ -120,7 +119,8 @@ def _shardless(name: str) -> str:
 
 
 def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Part:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    import pyarrow.parquet
+    from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
 
     place = f"{repo}@{commit[:8]}, {name}"
     address = f"hf://datasets/{repo}@{commit}/{name}"
@@ -134,36 +134,25 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
             path = Path(hf_hub_download(**kept))
         return reader(path, column)
 
+    def streamed(column: str) -> Iterator[Piece]:
+        with (
+            _reading(place),
+            HfFileSystem().open(address, "rb") as file,
+            pyarrow.parquet.ParquetFile(file, **readers.BIT_BY_BIT) as table,
+        ):
+            yield from readers.parquet_rows(table, column, place)
+
     def count() -> int:
         """From the footer: of the file if it is there, else over the network."""
         path = try_to_load_from_cache(**kept)
-        known = isinstance(path, str)
-        return readers.count_parquet(Path(path)) if known else _footer_rows(address, place)
+        if isinstance(path, str):
+            return readers.count_parquet(Path(path))
+        with _reading(place), HfFileSystem().open(address, "rb", cache_type="none") as file:
+            return pyarrow.parquet.read_metadata(file).num_rows  # asks for its last kilobytes
 
     if not name.endswith(".parquet"):
         return Part(place, 1, read)
-    return Part(place, 1, read if download else partial(_streamed, address, place), count)
-
-
-def _streamed(address: str, place: str, column: str) -> Iterator[Piece]:
-    import pyarrow.parquet
-    from huggingface_hub import HfFileSystem
-
-    with (
-        _reading(place),
-        HfFileSystem().open(address, "rb") as file,
-        pyarrow.parquet.ParquetFile(file, **readers.BIT_BY_BIT) as table,
-    ):
-        yield from readers.parquet_rows(table, column, place)
-
-
-def _footer_rows(address: str, place: str) -> int:
-    """Rows of a parquet file on the hub: its last kilobytes are asked for."""
-    import pyarrow.parquet
-    from huggingface_hub import HfFileSystem
-
-    with _reading(place), HfFileSystem().open(address, "rb", cache_type="none") as file:
-        return pyarrow.parquet.read_metadata(file).num_rows
+    return Part(place, 1, read if download else streamed, count)
 
 
 @contextmanager

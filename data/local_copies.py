@@ -32,28 +32,22 @@ WAY_OUT = "give a folder of .parquet, .jsonl or .txt files, or one such file"
 
 @dataclass(frozen=True)
 class LocalCopy:
-    """splits: of the corpus, as the hub calls them. folders: subfolders that belong to this corpus
-    where source holds several, beside one of its name. split is one of splits."""
+    """split: as the hub calls it."""
 
     corpus: str
-    source: Path
-    splits: frozenset[str]
-    folders: tuple[str, ...] = ()
+    path: Path
+    one_split: bool  # the corpus has no other, so that none needs to be named
     archive: Archive | None = None
 
-    @property
-    def path(self) -> Path:
-        """source, or the part of it that holds this corpus."""
-        inside = (self.source / name for name in (self.corpus, *self.folders))
-        return next((folder for folder in inside if folder.is_dir()), self.source)
-
-    def identity(self, split: str, revision: str | None) -> dict:
-        paths = self.saved_files(split) if self.is_saved() else self.files(split)
+    def identity(self, split, revision):
+        if self.is_saved():
+            found = self.saved_folder(split).rglob("*")
+            paths = sorted(path for path in found if path.is_file())
+        else:
+            paths = self.files(split)
         return {"files": [tables.stamp(path) for path in paths], "split": split}
 
-    def parts(
-        self, split: str, revision: str | None, cache: Path, *, download: bool = True
-    ) -> list[Part]:
+    def parts(self, split, revision, cache, *, download=True):
         if self.is_saved():
             return [saved_part(self.saved_folder(split))]
         if self.is_archive():
@@ -67,7 +61,7 @@ class LocalCopy:
 
     def saved_folder(self, split: str) -> Path:
         if (self.path / SAVED).is_file():
-            if words(_own_name(self.path)) & NAMES[split] or self.is_one_table():
+            if words(_own_name(self.path)) & NAMES[split] or self.one_split:
                 return self.path
             raise ValueError(
                 f"data.source={self.path} is one saved table: give the folder of the DatasetDict,"
@@ -84,9 +78,6 @@ class LocalCopy:
                 f"data.source={self.path} has no split {split}, only {', '.join(known)}"
             )
         return self.path / split
-
-    def saved_files(self, split: str) -> list[Path]:
-        return sorted(path for path in self.saved_folder(split).rglob("*") if path.is_file())
 
     # the published archive
 
@@ -163,11 +154,7 @@ class LocalCopy:
         for name in (path.relative_to(folder).as_posix(), _own_name(folder)):
             if found := words(name) & set().union(*NAMES.values()):
                 return bool(found & NAMES[split])
-        return self.is_one_table()
-
-    def is_one_table(self) -> bool:
-        """Whether the corpus has one split only, so that none needs to be named."""
-        return len(self.splits) == 1
+        return self.one_split
 
 
 def _own_name(folder: Path) -> str:

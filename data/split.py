@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from data import corpora, detokenizers, token_rows
@@ -96,7 +96,9 @@ class Split:
 
     def passages(self, cache: Path) -> list[Callable[[], Iterator[Piece]]]:
         """The parts of the text, each a function that reads it from its beginning."""
-        return corpora.passages(self.entry, self.split, self.revision, self.column, cache)
+        where = (self.entry, self.split, self.revision, self.column, cache)
+        _, parts = corpora.found(*where, download=False)
+        return [partial(part.read, self.column) for part in parts]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         if rules := self.entry.detokenizer:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from data.readers import COUNTERS, READERS, Piece
 
@@ -28,20 +27,6 @@ class Part:
     size: int  # bytes, or another measure of its share in the whole
     read: Callable[[str], Iterator[Piece]]  # by the name of the column
     count: Callable[[], int] | None = None  # documents; None: they must be read to be counted
-
-
-class Source(Protocol):
-    """One place to read a corpus from. split: as the source calls it.
-
-    `identity` says, without reading, everything that decides which text it gives: the name of the
-    prepared data depends on it.
-    """
-
-    def identity(self, split: str, revision: str | None) -> dict: ...
-
-    def parts(
-        self, split: str, revision: str | None, cache: Path, *, download: bool = True
-    ) -> list[Part]: ...
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,6 @@ class TokenRows:
         self.about = json.loads((self.folder / "about.json").read_text())
         self.length = self.about["shape"]["length"]
         self.dtype = np.dtype(self.about["dtype"])
-        self.open()
-
-    def open(self) -> None:
         self.ids = self.array("ids.bin", self.dtype, (self.about["rows"], self.length))
         self.counts = self.array("counts.bin", np.dtype(np.uint32), (self.about["rows"],))
         if self.apart:
@@ -86,13 +83,8 @@ class TokenRows:
             )
         return np.memmap(self.folder / name, dtype, "r", shape=shape)
 
-    def __getstate__(self) -> dict:  # a memory map would be copied into a worker
-        maps = ("ids", "counts", "marks")
-        return {key: value for key, value in vars(self).items() if key not in maps}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self.open()
+    def __reduce__(self):  # a memory map would be copied into a worker
+        return TokenRows, (self.folder,)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -154,8 +154,8 @@ def read(name, split, cache):
 
 
 def streamed(corpus, split, cache):
-    parts = corpora.passages(corpus, split, None, corpus.column, cache)
-    return itertools.chain.from_iterable(part() for part in parts)
+    _, parts = corpora.found(corpus, split, None, corpus.column, cache, download=False)
+    return itertools.chain.from_iterable(part.read(corpus.column) for part in parts)
 
 
 CASES = [(name, split) for name in LAYOUTS for split in ("train", "valid")]
