@@ -169,7 +169,7 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
             f" 'folder/*.txt' works), or one of: {', '.join(CORPORA)}"
         )
     if name not in CORPORA:
-        if not looks_like_files(name):
+        if not (Path(name).suffix in readers.READERS or glob.glob(name) or "/" in name):
             close = difflib.get_close_matches(name, CORPORA, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(
@@ -186,10 +186,6 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
     if source is None:
         return corpus
     return replace(corpus, sources=(local_copy(corpus, name, source),), unverified="")
-
-
-def looks_like_files(name: str) -> bool:
-    return Path(name).suffix in readers.READERS or bool(glob.glob(name)) or "/" in name
 
 
 def local_copy(corpus: Corpus, name: str, source: str) -> Source:

@@ -28,6 +28,8 @@ log = logging.getLogger("bamdlm")
 
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of repositories that held a script
 KINDS = (".parquet", ".jsonl")
+# In a file's name, what tells the files of one table apart.
+SHARD = re.compile(r"(-\d{5}-of-\d{5}(-[0-9a-f]{16})?|\d+)(?=\.\w+$)")
 ABSENT = ": no such data set on the hub, or a private one"
 
 
@@ -80,15 +82,15 @@ def _ask(table: Hub, split: str, cache: Path) -> dict:
     import datasets
     from huggingface_hub import HfApi
 
-    where = {"name": table.name, "data_dir": table.data_dir}
     with hub_errors(str(table), absent=ABSENT):
         info = HfApi().dataset_info(table.repo, revision=table.revision, timeout=CONNECT_SECONDS)
         try:
             builder = datasets.load_dataset_builder(
                 table.repo,
+                table.name,
+                data_dir=table.data_dir,
                 revision=info.sha,
                 cache_dir=str(cache / "downloads"),
-                **{key: value for key, value in where.items() if value is not None},
             )
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             raise OSError(f"{table}: {first_line(error)}") from error
@@ -103,7 +105,7 @@ def _ask(table: Hub, split: str, cache: Path) -> dict:
 
 def _check_files(table: Hub, split: str, names: list[str]) -> None:
     """Refuse files that are not all of one table, or of no known kind."""
-    if len({_shardless(name) for name in names}) > 1:
+    if len({SHARD.sub("", name) for name in names}) > 1:
         some = ", ".join(names[:4])
         raise OSError(f"{table}: the files of {split} are of several tables ({some})")
     for name in names:
@@ -111,11 +113,6 @@ def _check_files(table: Hub, split: str, names: list[str]) -> None:
             raise OSError(f"{table}: the hub has converted only the first part of {split} ({name})")
         if not name.endswith(KINDS):
             raise OSError(f"{table}: {name} is none of {', '.join(KINDS)}")
-
-
-def _shardless(name: str) -> str:
-    """A file's name without what tells the files of one table apart."""
-    return re.sub(r"(-\d{5}-of-\d{5}(-[0-9a-f]{16})?|\d+)(?=\.\w+$)", "", name)
 
 
 def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Part:

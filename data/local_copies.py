@@ -82,18 +82,15 @@ class LocalCopy:
     # the published archive
 
     def is_archive(self) -> bool:
+        fits = self.archive.fits if self.archive else lambda name: False
         if self.path.is_dir():
-            return self.archive is not None and any(
-                self.archive.fits(path.name) for path in visible(self.path)
-            )
+            return any(fits(path.name) for path in visible(self.path))
         if self.path.suffix in SUFFIXES and self.archive is None:
             raise ValueError(
                 f"data.source={self.path}: no archive of this corpus is known; unpack it, then"
                 f" {WAY_OUT}"
             )
-        return self.path.suffix in SUFFIXES or (
-            self.archive is not None and self.archive.fits(self.path.name)
-        )
+        return self.path.suffix in SUFFIXES or fits(self.path.name)
 
     # files
 

@@ -142,8 +142,7 @@ def cut_rows(stream: np.ndarray, row_format: RowFormat) -> tuple[Chunk, np.ndarr
     whole = len(stream) // row_format.room * row_format.room
     ids = stream[:whole].reshape(-1, row_format.room)
     if row_format.framed:
-        ends = [row_format.bos], [row_format.eos]
-        bos, eos = (np.broadcast_to(end, (len(ids), 1)) for end in ends)
+        bos, eos = (np.full((len(ids), 1), end) for end in (row_format.bos, row_format.eos))
         ids = np.concatenate([bos, ids, eos], axis=1)
     return Chunk(ids, np.full(len(ids), row_format.length)), stream[whole:]
 
@@ -182,8 +181,7 @@ def apart(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
         yield marked(rest[:, :full], length)
         rest = rest[:, full:]
     if rest.size:
-        end = np.zeros((3, -rest.shape[1] % length), np.int64)
-        end[0] = row_format.pad
+        end = np.array([[row_format.pad], [0], [0]]).repeat(-rest.shape[1] % length, axis=1)
         yield marked(np.concatenate([rest, end], axis=1), length)
 
 
@@ -230,17 +228,16 @@ def whole(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
     than a row are cut into full rows and a rest, which is packed like another document."""
     length, rest, size = row_format.length, np.empty(0, np.int64), 0
     waiting: list[np.ndarray] = []
-    for ids, ends in itertools.chain.from_iterable(
-        part.pieces() for part, _ in framed(parts, row_format)
-    ):
-        rest = np.concatenate([rest, ids])
-        new = np.split(rest, range(length, len(rest), length))
-        rest = rest[:0] if ends else new.pop()
-        waiting += new
-        size += sum(map(len, new))
-        if size >= max(IDS_AT_ONCE, ROWS_AT_ONCE * length):
-            yield fitted(waiting, row_format)
-            waiting, size = [], 0
+    for part, _ in framed(parts, row_format):
+        for ids, ends in part.pieces():
+            rest = np.concatenate([rest, ids])
+            new = np.split(rest, range(length, len(rest), length))
+            rest = rest[:0] if ends else new.pop()
+            waiting += new
+            size += sum(map(len, new))
+            if size >= max(IDS_AT_ONCE, ROWS_AT_ONCE * length):
+                yield fitted(waiting, row_format)
+                waiting, size = [], 0
     if waiting:
         yield fitted(waiting, row_format)
 
@@ -267,39 +264,6 @@ def fitted(pieces: list[np.ndarray], row_format: RowFormat) -> Chunk:
     part = Tokens(np.concatenate([pieces[i] for i in order]), lengths[order], None)
     every = np.ones(len(order), bool)
     return marked(laid(part, every, (steps - lengths)[order], row_format.pad), row_format.length)
-
-
-class CutDocuments:
-    """Counts documents that do not lie in one row, from their lengths alone: those that go on in
-    the next row, and where rows are unwrapped those that lose their end."""
-
-    def __init__(self, row_format: RowFormat):
-        self.row_format = row_format
-        self.count = 0
-        self.begin = 0  # where the next document begins, in its row
-        self.open = 0  # tokens of the document that has not ended
-
-    def add(self, lengths: np.ndarray, ends: np.ndarray) -> None:
-        """The next pieces: tokens of each, and whether its document ends with it."""
-        row_format, room = self.row_format, self.row_format.room
-        stops = (self.open + lengths.cumsum())[ends]
-        tokens = np.diff(stops, prepend=0)  # of each document
-        self.open += int(lengths.sum() - tokens.sum())
-        if row_format.align is not None:
-            tokens = tokens[tokens > 0]
-            tokens += row_format.insert_special
-            tokens += row_format.insert_eos or row_format.insert_special
-        elif row_format.wrap:
-            tokens += row_format.insert_eos
-        if row_format.whole or not row_format.wrap:
-            self.count += int((tokens > room).sum())
-            return
-        steps = tokens + -tokens % (row_format.align or 1)
-        ends_at = self.begin + steps.cumsum()
-        last = np.maximum(tokens, 1) - 1
-        begins = ends_at - steps
-        self.count += int((begins // room < (begins + last) // room).sum())
-        self.begin = int(ends_at[-1] % room) if len(ends_at) else self.begin
 
 
 def document_ids(marks: np.ndarray, length: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import packing, remote_cache, shards, token_rows
+from data.packing import RowFormat
 from data.readers import Piece
 from data.remote_cache import CacheDir
 from data.split import Split
@@ -89,7 +90,7 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
     dtype = token_rows.dtype_of(vocab_size)
     with Report(f"preparing {split}") as report:
         found = shards.tokenized(text, split.encode, vocab_size, work, processes, report)
-        cut = packing.CutDocuments(row_format)
+        cut = CutDocuments(row_format)
         found = (cut.add(part.lengths, part.ends) or part for part in found)
         count, real = token_rows.save(new, packing.packed(found, row_format), dtype, vocab_size)
     if count == 0 or report.tokens == 0:  # rows of empty documents would hold EOS alone
@@ -119,6 +120,39 @@ def start_or_go_on(work: Path, place: str) -> None:
     if found := sum(1 for _ in work.glob("*.npz")):
         log.info("going on with %d finished parts in %s", found, work)
     note.write_text(plan)
+
+
+class CutDocuments:
+    """Counts documents that do not lie in one row, from their lengths alone: those that go on in
+    the next row, and where rows are unwrapped those that lose their end."""
+
+    def __init__(self, row_format: RowFormat):
+        self.row_format = row_format
+        self.count = 0
+        self.begin = 0  # where the next document begins, in its row
+        self.open = 0  # tokens of the document that has not ended
+
+    def add(self, lengths: np.ndarray, ends: np.ndarray) -> None:
+        """The next pieces: as in packing.Tokens."""
+        row_format, room = self.row_format, self.row_format.room
+        stops = (self.open + lengths.cumsum())[ends]
+        tokens = np.diff(stops, prepend=0)  # of each document
+        self.open += int(lengths.sum() - tokens.sum())
+        if row_format.align is not None:
+            tokens = tokens[tokens > 0]
+            tokens += row_format.insert_special
+            tokens += row_format.insert_eos or row_format.insert_special
+        elif row_format.wrap:
+            tokens += row_format.insert_eos
+        if row_format.whole or not row_format.wrap:
+            self.count += int((tokens > room).sum())
+            return
+        steps = tokens + -tokens % (row_format.align or 1)
+        ends_at = self.begin + steps.cumsum()
+        last = np.maximum(tokens, 1) - 1
+        begins = ends_at - steps
+        self.count += int((begins // room < (begins + last) // room).sum())
+        self.begin = int(ends_at[-1] % room) if len(ends_at) else self.begin
 
 
 class Report:

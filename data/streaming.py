@@ -63,11 +63,10 @@ class Unit(NamedTuple):
 
 
 class Bookmark(NamedTuple):
-    """What a lane needs to go on: read from `start`, drop its units before `unit`, and number the
-    rows of that one from `begin`; `rest`: ids that are left over from the units before."""
+    """What a lane needs to go on: read from the unit at `start`, and number the rows of that one
+    from `begin`; `rest`: ids that are left over from the units before."""
 
     start: UnitStart
-    unit: int
     begin: int
     rest: np.ndarray
 
@@ -128,7 +127,7 @@ class Stream:
             start = min(bookmarks[lane].start for lane in lanes)
         else:
             none = np.empty(0, np.int64)
-            bookmarks = {lane: Bookmark(start, 0, 0, none) for lane in lanes}
+            bookmarks = {lane: Bookmark(start, 0, none) for lane in lanes}
         self.lanes = {lane: Lane(bookmarks[lane], rest=bookmarks[lane].rest) for lane in lanes}
         # Units of wrapped text may end inside a document; the lane goes on with the rest.
         self.wrapped = self.row_format.one_stream
@@ -155,7 +154,7 @@ class Stream:
     def advance(self, lane: Lane) -> None:
         """To the lane's next unit."""
         unit = self.next_unit(lane)
-        lane.bookmark = Bookmark(unit.start, unit.start.unit, lane.end, lane.rest)
+        lane.bookmark = Bookmark(unit.start, lane.end, lane.rest)
         tokens = Tokens.of(self.split.encode(unit.texts), unit.ends)
         if self.wrapped:
             stream = np.concatenate([lane.rest, packing.stream(tokens, self.row_format)])
@@ -171,7 +170,7 @@ class Stream:
         while not lane.waiting:
             unit = next(self.units)
             owner = self.lanes.get(self.lane_of(unit.start.unit))
-            if owner is not None and unit.start.unit >= owner.bookmark.unit:
+            if owner is not None and unit.start.unit >= owner.bookmark.start.unit:
                 owner.waiting.append(unit)
         return lane.waiting.popleft()
 
@@ -258,15 +257,11 @@ def lanes_of(rank: int, world_size: int) -> range:
 
 def to_text(bookmarks: dict[int, Bookmark], of: str) -> str:
     """Bookmarks of a stream with the fingerprint `of`, for a checkpoint."""
-    lanes = {
-        number: [mark.start, mark.unit, mark.begin, packed_ids(mark.rest)]
-        for number, mark in bookmarks.items()
-    }
+    lanes = {}
+    for number, mark in bookmarks.items():
+        rest = base64.b64encode(mark.rest.astype("<u4").tobytes()).decode()
+        lanes[number] = [mark.start, mark.start.unit, mark.begin, rest]
     return json.dumps({"of": of, "lanes": lanes})
-
-
-def packed_ids(ids: np.ndarray) -> str:
-    return base64.b64encode(ids.astype("<u4").tobytes()).decode()
 
 
 def from_texts(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
@@ -277,9 +272,9 @@ def from_texts(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
         if noted["of"] != of:
             log.warning("the text or its settings have changed since the checkpoint: reading anew")
             return {}
-        for number, (start, unit, begin, rest) in noted["lanes"].items():
+        for number, (start, _, begin, rest) in noted["lanes"].items():
             ids = np.frombuffer(base64.b64decode(rest), "<u4").astype(np.int64)
-            mark = Bookmark(UnitStart(*start), unit, begin, ids)
-            if int(number) not in found or mark.unit < found[int(number)].unit:
+            mark = Bookmark(UnitStart(*start), begin, ids)
+            if int(number) not in found or mark.start < found[int(number)].start:
                 found[int(number)] = mark
     return found

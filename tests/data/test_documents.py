@@ -17,6 +17,7 @@ import main
 import settings
 from data import packing, shards, token_rows
 from data.packing import RowFormat, Tokens
+from data.preparation import CutDocuments
 from data.tokenizer import get_tokenizer
 from dataloader import DataModule
 from modes.build import alignment
@@ -174,7 +175,7 @@ def test_cut_documents_are_counted(pack, eos, special):
         no_room_for_eos = eos and pack != "rows" and end == len(holders[0])
         seen = holders[0].count(document[0])
         cut += len(holders) > 1 or seen < len(document) or no_room_for_eos
-    counter = packing.CutDocuments(how)
+    counter = CutDocuments(how)
     for part in (pieces[:31], pieces[31:32], pieces[32:]):
         lengths, ends = zip(*((len(ids), ends) for ids, ends in part), strict=True)
         counter.add(np.array(lengths), np.array(ends))

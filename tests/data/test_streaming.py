@@ -120,7 +120,7 @@ def in_order(stream, epochs):
     (lane,), found = stream.lanes.values(), []
     while lane.bookmark.start.epoch < epochs:
         stream.row(lane.end)
-        order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.unit])
+        order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.start.unit])
         order = order.permutation(len(lane.rows.ids))
         found.append(lane.rows.ids[np.argsort(order)])
     return np.concatenate(found)
