@@ -92,7 +92,7 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
         found = shards.tokenized(text, split.encode, vocab_size, work, processes, report)
         cut = CutDocuments(row_format)
         found = (cut.add(part.lengths, part.ends) or part for part in found)
-        count, real = token_rows.save(new, packing.packed(found, row_format), dtype, vocab_size)
+        count, real = token_rows.save(new, packing.packed(found, row_format), dtype)
     if count == 0 or report.tokens == 0:  # rows of empty documents would hold EOS alone
         raise ValueError(
             f"{split} has {report.tokens} tokens in {report.documents} documents: not one row"

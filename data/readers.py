@@ -133,7 +133,6 @@ def broken_parquet(place: str, error: Exception) -> str:
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
-COUNTERS = {".parquet": count_parquet}  # of the kinds that say how many documents they hold
 
 
 def decoded_lines(file: BinaryIO, place: str, longest: int = -1) -> Iterator[tuple[int, str, int]]:

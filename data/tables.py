@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data.readers import COUNTERS, READERS, Piece
+from data.readers import READERS, Piece, count_parquet
 
 # The first bytes of compressed files, which are not read.
 MAGIC = {
@@ -118,12 +118,11 @@ def stamp(path: Path) -> dict:
 
 def file_part(path: Path) -> Part:
     """A local file of a known kind."""
-    size, count = stamp(path)["bytes"], COUNTERS.get(path.suffix)
+    size = stamp(path)["bytes"]
     with path.open("rb") as file:
         begin = file.read(8)
     for magic, kind in MAGIC.items():
         if begin.startswith(magic):
             raise ValueError(f"data: {path} is compressed ({kind}); unpack it and name what was in")
-    return Part(
-        str(path), size, partial(READERS[path.suffix], path), count and partial(count, path)
-    )
+    count = partial(count_parquet, path) if path.suffix == ".parquet" else None
+    return Part(str(path), size, partial(READERS[path.suffix], path), count)

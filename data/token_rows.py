@@ -34,12 +34,11 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def save(folder: Path, chunks: Iterable, dtype: type, vocab_size: int) -> tuple[int, int]:
+def save(folder: Path, chunks: Iterable, dtype: type) -> tuple[int, int]:
     """(rows written, real tokens in them)"""
     rows, real, files = 0, 0, {}
     with ExitStack() as stack:
         for ids, counts, marks in chunks:
-            check_ids(ids, vocab_size)
             arrays = {"ids.bin": ids.astype(dtype), "counts.bin": counts.astype(np.uint32)}
             if marks is not None:
                 arrays["marks.bin"] = marks
