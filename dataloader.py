@@ -20,6 +20,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+import random_streams
 from data import packing, streaming
 from data.order import ExampleIndex, InOrder, ShuffledStream, TrainBatches, ValidBatches
 from data.streaming import StreamedText
@@ -47,7 +48,8 @@ class Examples(Dataset):
         rows = [index.row for index in indices]
         ids, mask = map(torch.from_numpy, self.rows.read(rows))
         if self.window is not None:
-            shares = uniform(self.seed, positions, dtype=torch.float64)  # [B]
+            seed = random_streams.key(self.seed, "windows")
+            shares = uniform(seed, positions, dtype=torch.float64)  # [B]
             starts = (shares * (self.rows.length // 2)).long()
             columns = starts[:, None] + torch.arange(self.window)  # [B, L]
             ids, mask = ids.gather(1, columns), mask.gather(1, columns)

@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+import random_streams
 from evaluation.likelihood import Likelihood
 from models.ema import EMA
-from models.randomness import hashed
 from objectives.corruption import Interval, Noise, draw_example_noise
 from objectives.graphs import GraphedLoss
 from objectives.loss import LossInputs, Objective, TokenLoss
@@ -28,8 +28,6 @@ from training.health import StepHealth
 from training.logged import figures
 from training.state import load_state, save_state
 from training.validation import Validation
-
-DROPOUT_SEED = 0xD20  # added to the seed, for what torch's generator gives
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,9 @@ class Diffusion(L.LightningModule):
         return x0, mask * (x0 != self.objective.mask_id), document_ids
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        # dropout, too, is a function of the place in the stream
-        torch.manual_seed(
-            int(hashed(self.noise_settings.seed + DROPOUT_SEED, int(batch["row"][0])))
-        )
-        noise = self.noise(batch, self.noise_settings.seed, self.noise_settings.global_batch)
+        seed = self.noise_settings.seed
+        random_streams.seed_dropout(seed, int(batch["row"][0]), self.device)
+        noise = self.noise(batch, seed, self.noise_settings.global_batch)
         inputs = self.loss_inputs(batch, self.interval, noise, training=True)
         loss = self.training_loss(inputs)
         self.health.saw(batch, loss, inputs.loss_mask)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
+import random_streams
 
 
 class ExampleIndex(NamedTuple):
@@ -34,8 +34,8 @@ class ShuffledStream:
     def __getitem__(self, position: int) -> ExampleIndex:
         epoch, offset = divmod(position, self.rows)
         if epoch != self.epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.permutation = epoch, generator.permutation(self.rows)
+            self.permutation = random_streams.order(self.seed, "rows", epoch, self.rows)
+            self.epoch = epoch
         return ExampleIndex(position, int(self.permutation[offset]))
 
 

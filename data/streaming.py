@@ -33,12 +33,12 @@ from data.packing import Chunk, RowFormat, Tokens
 from data.readers import Piece
 from data.split import Split
 from data.token_rows import check_ids
+from random_streams import order, version_of
 
 log = logging.getLogger("bamdlm")
 
 LANES = 48  # a multiple of the usual numbers of devices
 UNIT_CHARACTERS = 1 << 18
-SHUFFLE_PARTS, SHUFFLE_ROWS, SHUFFLE_LANES = 1, 2, 3  # what a random order is for
 
 Part = Callable[[], Iterable[Piece]]  # reads a part of the corpus from its beginning
 
@@ -94,7 +94,9 @@ class StreamedText:
 
     def fingerprint(self, seed: int) -> str:
         """Of all that decides which row stands where; bookmarks of another are of no use."""
-        text = json.dumps([self.split.about, seed, LANES, UNIT_CHARACTERS], sort_keys=True)
+        version = version_of(seed)
+        decides = [self.split.about, seed, LANES, UNIT_CHARACTERS, *[version] * (version > 1)]
+        text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -162,9 +164,7 @@ class Stream:
         else:
             rows = joined(list(packing.packed([tokens], self.row_format)), self.row_format)
         check_ids(rows.ids, self.split.tokenizer.vocab_size)
-        order = np.random.default_rng([self.seed, SHUFFLE_ROWS, unit.start.unit])
-        order = order.permutation(len(rows.ids))
-        lane.rows = rows.pick(order)
+        lane.rows = rows.pick(order(self.seed, "unit", unit.start.unit, len(rows.ids)))
 
     def next_unit(self, lane: Lane) -> Unit:
         while not lane.waiting:
@@ -176,8 +176,7 @@ class Stream:
 
     def lane_of(self, unit: int) -> int:
         turn, at = divmod(unit, LANES)
-        order = np.random.default_rng([self.seed, SHUFFLE_LANES, turn]).permutation(LANES)
-        return int(order[at])
+        return int(order(self.seed, "lanes", turn, LANES)[at])
 
     def bookmarks(self) -> dict[int, Bookmark]:
         return {number: lane.bookmark for number, lane in self.lanes.items()}
@@ -188,12 +187,12 @@ def units(parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool) -> 
     inside a document."""
     number, epoch, part, skip = start
     begin, texts, ends, characters = start, [], [], 0
-    parts, order = read_once(parts), [0]
+    parts, turn = read_once(parts), [0]
     while True:
         if len(parts) > 1:
-            order = np.random.default_rng([seed, SHUFFLE_PARTS, epoch]).permutation(len(parts))
+            turn = order(seed, "parts", epoch, len(parts))
         while part < len(parts):
-            for piece in itertools.islice(parts[order[part]](), skip, None):
+            for piece in itertools.islice(parts[turn[part]](), skip, None):
                 skip += 1
                 texts.append(piece.text)
                 ends.append(piece.ends)

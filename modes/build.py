@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 
+from checkpointing.as_trained import streams_version
 from checkpointing.layouts import Checkpoint, read_checkpoint
 from checkpointing.load import build_backbone_args, load_into, load_pretrained
 from data.preparation import prepare
@@ -22,6 +23,7 @@ from noise_schedule import get_schedule
 from objectives import algorithms
 from objectives.algorithms import ObjectiveSettings
 from objectives.loss import Objective
+from random_streams import VERSION, seed_of
 from settings import Config, local_folder
 from settings.defaults import default_likelihood, needs_block_mask, user_cache
 from training.flops import NetworkShape
@@ -77,7 +79,10 @@ def build_objective(config: Config, mask_id: int) -> Objective:
     return algorithms.build_objective(algo.name, settings)
 
 
-def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusion:
+def build_module(
+    config: Config, backbone: DiT, tokenizer: Tokenizer, version: int = VERSION
+) -> Diffusion:
+    """version: of the random streams; a run goes on with the one it began with."""
     algo, training = config.algo, config.training
     optim, schedule = config.optim, config.lr_scheduler
     widths = tuple(algo.clip_search_widths)
@@ -86,7 +91,7 @@ def build_module(config: Config, backbone: DiT, tokenizer: Tokenizer) -> Diffusi
         backbone=backbone,
         objective=build_objective(config, tokenizer.mask_id),
         noise=NoiseSettings(
-            seed=config.seed,
+            seed=seed_of(config.seed, version),
             interval=(training.sampling_eps_min, training.sampling_eps_max),
             sampling_eps=training.sampling_eps,
             antithetic=training.antithetic_sampling,
@@ -152,7 +157,7 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
         block_size=config.block_size,
     )
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
-    return build_module(config, backbone, tokenizer), checkpoint
+    return build_module(config, backbone, tokenizer, streams_version(checkpoint)), checkpoint
 
 
 def build_shape(config: Config, backbone: DiT) -> NetworkShape:
@@ -175,8 +180,11 @@ def build_shape(config: Config, backbone: DiT) -> NetworkShape:
     )
 
 
-def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModule:
-    """The splits that the mode reads, prepared at the first use; evaluation reads only its own."""
+def build_data(
+    config: Config, tokenizer: Tokenizer, *, train: bool, version: int = VERSION
+) -> DataModule:
+    """The splits that the mode reads, prepared at the first use; evaluation reads only its own.
+    version: of the random streams."""
     loader, length = config.loader, config.model.length
     training = None
     if train and config.data.streaming:
@@ -192,7 +200,7 @@ def build_data(config: Config, tokenizer: Tokenizer, *, train: bool) -> DataModu
         train=training,
         valid=valid,
         length=length,
-        seed=config.seed,
+        seed=seed_of(config.seed, version),
         batch_size=loader.batch_size,
         eval_batch_size=validation_rows(config),
         num_workers=loader.num_workers,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import settings
+from checkpointing.as_trained import streams_version
 from checkpointing.layouts import Checkpoint
 from diffusion import Diffusion
 from evaluation.estimators import Ask, AskedTexts
@@ -177,6 +178,7 @@ def journal_facts(config: Config, checkpoint: Checkpoint, rows: dict) -> dict:
         "resample": config.training.resample,
         "draws": config.eval.draws,
         "seed": config.seed,
+        "streams": streams_version(checkpoint),
         "precision": config.trainer.precision,
     }
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import lightning as L
 
 import settings
+from checkpointing.as_trained import streams_version
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from dataloader import DataModule
 from evaluation.table import check_likelihoods, check_training, parse_likelihood
@@ -17,6 +18,7 @@ from modes.build import (
     start_from,
 )
 from objectives.algorithms import get_algorithm
+from random_streams import VERSION
 from settings import Config
 from settings.defaults import default_likelihood
 from training.flops import flops
@@ -35,10 +37,11 @@ def prepare(config: Config) -> Callable[[], None]:
     pretrained = read_checkpoint(start) if start and resume is None else None
     tokenizer = build_tokenizer(config)
     backbone = build_backbone(config, tokenizer, pretrained)
-    module = build_module(config, backbone, tokenizer)
+    version = VERSION if resume is None else streams_version(resume)
+    module = build_module(config, backbone, tokenizer, version)
     if pretrained is not None:
         start_from(module, pretrained, config)
-    data = build_data(config, tokenizer, train=True)
+    data = build_data(config, tokenizer, train=True, version=version)
     module.validation_rows = len(data.valid)
     run_folder, signals = config.checkpointing.save_dir, Signals()
     trainer = build_trainer(
@@ -74,6 +77,8 @@ def go_on(config: Config, data: DataModule, resume: Checkpoint) -> None:
     runs of before there was a choice do not say by what."""
     data.start_at(examples_seen(resume, config), resume.step)
     say(f"going on from step {resume.step:,} of {resume.source}")
+    if (version := streams_version(resume)) < VERSION:
+        say(f"the run keeps version {version} of the random streams, with which it began")
     before = (section(resume.config, "eval").get("likelihood") or ["nelbo"])[0]
     now = config.eval.likelihood[0]
     if now != before and default_likelihood(config) == "counts":

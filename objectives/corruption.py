@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.document_ids import begins
 from models.randomness import uniform
+from random_streams import order
 
 Interval = tuple[float, float]  # the times (eps_min, eps_max) that are drawn
 # Everything masked; with blocks of one token the loss is the exact NLL. Ints, as it is logged.
@@ -60,11 +61,10 @@ def draw_noise(
     )
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2, typed=True)  # an OldSeed is another seed than the equal int
 def _dealt(seed: int, step: int, strata: int) -> Tensor:
     """Which stratum each block of the global batch gets; kept for the micro-batches of a step."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 62))
-    return torch.randperm(strata, generator=generator)
+    return torch.from_numpy(order(seed, "strata", step, strata))
 
 
 def draw_example_noise(seed: int, examples: Tensor, *, global_batch: int, **settings) -> Noise:

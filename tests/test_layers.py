@@ -9,7 +9,7 @@ lie.
     checkpointing
     objectives
     data
-    samplers
+    samplers     random_streams
     models       noise_schedule       settings
     utils
 
@@ -34,7 +34,7 @@ LAYERS = [
     {"checkpointing"},
     {"objectives"},
     {"data"},
-    {"samplers"},
+    {"samplers", "random_streams"},
     {"models", "noise_schedule", "settings"},
     {"utils"},
 ]

@@ -5,6 +5,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from random_streams import version_of
 from training import averaging, distributed, loop_state
 from training.validation import set_interval
 from utils import say
@@ -36,6 +37,7 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
     checkpoint["sampler"] = {
         "random_state": torch.Generator().manual_seed(module.noise_settings.seed).get_state(),
         "examples_seen": step * module.noise_settings.global_batch,
+        "streams": version_of(module.noise_settings.seed),
     }
 
 

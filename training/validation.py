@@ -13,8 +13,7 @@ from noise_schedule import LogLinear
 from objectives import clipping
 from objectives.corruption import EXACT, Interval, Noise, per_token
 from objectives.loss import Objective, TokenLoss
-
-VALIDATION_SEED = 0x5EED  # added to the seed: validation noise is not training noise
+from random_streams import key
 
 
 class Validation:
@@ -160,7 +159,7 @@ def even_in_p(objective: Objective, eps: float) -> Objective:
 
 def nelbo_noise(module: L.LightningModule, batch: dict, draw: int = 0) -> Noise | None:
     settings = module.noise_settings
-    seed = settings.seed + VALIDATION_SEED + (draw << 32)
+    seed = key(settings.seed, "evaluate", draw)
     return module.noise(batch, seed, settings.eval_global_batch)
 
 
@@ -184,5 +183,5 @@ def texts_of(module: L.LightningModule, batch: dict) -> tuple[AskedTexts, Tensor
 def chance(module: L.LightningModule, batch: dict, draw: int = 0) -> Chance:
     """The random numbers of sampled likelihoods but `nelbo`."""
     settings = module.noise_settings
-    seed = settings.seed + VALIDATION_SEED + (draw << 32)
+    seed = key(settings.seed, "evaluate", draw)
     return Chance(seed, batch["row"], module.validation_rows or settings.eval_global_batch)

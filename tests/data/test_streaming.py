@@ -23,6 +23,7 @@ from data.split import Split
 from data.streaming import Stream, StreamedText, TextError, UnitStart, streamed
 from data.tokenizer import get_tokenizer
 from dataloader import DataModule
+from random_streams import order
 
 SEED, VOCABULARY = 3, 0x8000
 
@@ -120,9 +121,8 @@ def in_order(stream, epochs):
     (lane,), found = stream.lanes.values(), []
     while lane.bookmark.start.epoch < epochs:
         stream.row(lane.end)
-        order = np.random.default_rng([SEED, streaming.SHUFFLE_ROWS, lane.bookmark.start.unit])
-        order = order.permutation(len(lane.rows.ids))
-        found.append(lane.rows.ids[np.argsort(order)])
+        shuffled = order(SEED, "unit", lane.bookmark.start.unit, len(lane.rows.ids))
+        found.append(lane.rows.ids[np.argsort(shuffled)])
     return np.concatenate(found)
 
 
@@ -462,14 +462,14 @@ def test_openwebtext_is_streamed_from_the_hub_and_not_kept(hub, tmp_path):
     assert not [path for path in tmp_path.rglob("*.parquet") if hub.root not in path.parents]
 
     stream = Stream(given, SEED)
-    stream.read(range(1200))
+    stream.read(range(1400))
     marks = stream.bookmarks()
     start = min(mark.start for mark in marks.values())
     hub.asked.clear()
-    assert read(Stream(given, SEED, bookmarks=marks), 1200, 1201) == read(stream, 1200, 1201)
-    order = np.random.default_rng([SEED, streaming.SHUFFLE_PARTS, start.epoch]).permutation(3)
+    assert read(Stream(given, SEED, bookmarks=marks), 1400, 1401) == read(stream, 1400, 1401)
+    first = order(SEED, "parts", start.epoch, 3)[0]
     assert start.part > 0
-    assert f"train-{order[0]:05}-of-00003.parquet" not in hub.files()
+    assert f"train-{first:05}-of-00003.parquet" not in hub.files()
 
 
 def arguments(folder):

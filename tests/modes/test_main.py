@@ -20,8 +20,8 @@ from diffusion import Diffusion
 from models.dit import DiT
 from models.masks import BlockDiffusion, Causal, Full
 from objectives.corruption import draw_example_noise
+from random_streams import key
 from training.csv_log import read_log
-from training.validation import VALIDATION_SEED
 
 ROOT = Path(__file__).parents[2]
 EVALUATE = ["mode=ppl_eval"]
@@ -226,7 +226,7 @@ def nats_per_token(net, algo, x0) -> float:
         return -float(log_softmax(logits).gather(-1, x0[:, 1:, None]).mean())
     size = BLOCK if algo == "bamdlm" else LENGTH
     noise = draw_example_noise(
-        1 + VALIDATION_SEED,
+        key(1, "evaluate", 0),
         torch.arange(len(x0)),
         global_batch=8,
         length=LENGTH,
