@@ -1,7 +1,82 @@
-"""What a run goes on with, as a checkpoint tells it."""
+"""What shapes cannot show: settings under which a checkpoint's weights mean what they mean.
 
-from checkpointing.layouts import Checkpoint, section
+Every setting of model.* and algo.* is compared at every load but those of MAY_DIFFER, so a new one
+is too. What a checkpoint does not say had the default.
+"""
+
+import functools
+from pathlib import Path
+
+from checkpointing.layouts import ALIASES, Checkpoint, section
+from checkpointing.restricted_pickle import CheckpointError
+from data.tokenizer import Tokenizer
 from random_streams import VERSION
+from settings.composing import composed_defaults
+from settings.keys import LEAVES, get
+from settings.schema import Config
+
+MAY_DIFFER = {
+    # the names and shapes of weights show them
+    *("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.adaln"),
+    *("model.dropout", "model.attn_backend", "model.compile"),  # how it is trained or computed
+    "model.length",  # positions are relative
+    *("algo.name", "algo.backbone"),  # compared by themselves: load.py, modes/build.py
+    *("algo.T", "algo.sampler"),  # of sampling alone
+    *("algo.ignore_bos", "algo.mdlm_loss_scale"),  # published evaluations set them otherwise
+    *("algo.var_min", "algo.clip_search_delta", "algo.clip_search_widths", "algo.fix_clipping"),
+}
+
+
+def check_as_trained(
+    checkpoint: Checkpoint, config: Config | None, tokenizer: Tokenizer, name: str
+) -> None:
+    """CheckpointError where a run takes the weights otherwise than they were trained. config: None
+    where the loader has no settings, so the defaults; name: of the tokenizer."""
+    ours = written_here(checkpoint)
+    record = checkpoint.config if ours else {}
+    groups = ["model"]
+    trained = section(record, "algo").get("name")
+    if config is not None and ALIASES.get(trained, trained) == config.algo.name:
+        groups.append("algo")
+    found = []
+    for key in (key for key in LEAVES if key.split(".")[0] in groups and key not in MAY_DIFFER):
+        group, setting = key.split(".")
+        default = _defaults(f"algo={checkpoint.algorithms[0]}")[group][setting]
+        theirs = section(record, group).get(setting, default)
+        found.append((key, theirs, default if config is None else get(config, key)))
+    if ours and config is not None and config.mode == "ppl_eval":
+        theirs = section(record, "data").get("pack", "wrap")
+        if "wrap" in (theirs, config.data.pack):  # the others look alike to the network
+            found.append(("data.pack", theirs, config.data.pack))
+    for key, theirs, here in found:
+        if theirs != here:
+            way_out = f"give {key}={theirs}, or another checkpoint" if config else "use main.py"
+            raise CheckpointError(
+                f"{checkpoint.source} was trained with {key}={theirs}, here it is {here}, by which"
+                f" its weights mean something else: {way_out}"
+            )
+    _check_tokenizer(checkpoint, tokenizer, name)
+
+
+def _check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, name: str) -> None:
+    """The same ids. The fingerprint also changes with the version of the library, so one known by
+    the same name passes with another; a folder of that name may hold another."""
+    about = section(section(checkpoint.raw, "hyper_parameters"), "tokenizer")
+    if not written_here(checkpoint) or "fingerprint" not in about:
+        return
+    same_name = about["name_or_path"] == name and not Path(name).expanduser().is_dir()
+    same = (about["vocab_size"], about["mask_id"]) == (tokenizer.vocab_size, tokenizer.mask_id)
+    if not (same and (same_name or about["fingerprint"] == tokenizer.fingerprint)):
+        raise CheckpointError(
+            f"{checkpoint.source} was trained with the tokenizer {about['name_or_path']}"
+            f" ({about['vocab_size']} ids, mask {about['mask_id']}, {about['fingerprint']}), here"
+            f" it is {name} ({tokenizer.vocab_size} ids, mask {tokenizer.mask_id},"
+            f" {tokenizer.fingerprint}): give data.tokenizer_name_or_path and data.eos_token as"
+            " they were"
+        )
+
+
+_defaults = functools.cache(composed_defaults)
 
 
 def written_here(checkpoint: Checkpoint) -> bool:

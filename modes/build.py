@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from checkpointing.as_trained import streams_version
+from checkpointing.as_trained import check_as_trained, streams_version
 from checkpointing.layouts import Checkpoint, read_checkpoint
 from checkpointing.load import build_backbone_args, load_into, load_pretrained
 from data.preparation import prepare
@@ -148,6 +148,7 @@ def start_from(module: Diffusion, checkpoint: Checkpoint, config: Config) -> Non
 def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Checkpoint]:
     """The module with the weights of eval.checkpoint_path, averaged unless eval.disable_ema."""
     checkpoint = read_checkpoint(config.eval.checkpoint_path)
+    check_as_trained(checkpoint, config, tokenizer, config.data.tokenizer_name_or_path)
     backbone = build_backbone(config, tokenizer, checkpoint)
     load_into(
         backbone,
@@ -192,8 +193,10 @@ def build_data(
     elif train:
         training = build_rows(config, tokenizer, "train")
     windows = isinstance(training, TokenRows) and training.length != length
-    if windows and config.algo.name == "ar":
+    shifted = windows and config.algo.name == "ar"
+    if shifted:
         length += 1  # windows of a longer row: one more token, so that ar predicts L as well
+    special = config.data.insert_train_special
     valid = build_rows(config, tokenizer, "valid")
     check_share(config, len(valid))
     return DataModule(
@@ -204,7 +207,8 @@ def build_data(
         batch_size=loader.batch_size,
         eval_batch_size=validation_rows(config),
         num_workers=loader.num_workers,
-        window_bos=tokenizer.bos_id if config.data.insert_train_special else None,
+        window_bos=tokenizer.bos_id if special else None,
+        window_eos=tokenizer.eos_id if special and shifted else None,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import lightning as L
 
 import settings
-from checkpointing.as_trained import streams_version
+from checkpointing.as_trained import check_as_trained, streams_version
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from dataloader import DataModule
 from evaluation.table import check_likelihoods, check_training, parse_likelihood
@@ -36,6 +36,9 @@ def prepare(config: Config) -> Callable[[], None]:
     resume, start = resume_point(config), config.training.from_pretrained
     pretrained = read_checkpoint(start) if start and resume is None else None
     tokenizer = build_tokenizer(config)
+    if resume or pretrained:
+        name = config.data.tokenizer_name_or_path
+        check_as_trained(resume or pretrained, config, tokenizer, name)
     backbone = build_backbone(config, tokenizer, pretrained)
     version = VERSION if resume is None else streams_version(resume)
     module = build_module(config, backbone, tokenizer, version)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import ALIASES, Checkpoint, read_checkpoint, section
 from checkpointing.load import build_backbone_args, load_into
 from data.tokenizer import Tokenizer, get_tokenizer
@@ -93,7 +94,9 @@ def load(
     """
     found = read_checkpoint(checkpoint)
     algo, block_size = trained_as(found, algo, block_size)
-    words = word_list(found, tokenizer, cache_dir)
+    name = tokenizer or section(found.config, "data").get("tokenizer_name_or_path") or "gpt2"
+    words = word_list(found, name, cache_dir)
+    check_as_trained(found, None, words, name)
     network = loaded_network(found, words, algo, use_ema)
     settings = objective_settings(found, words.mask_id, block_size)
     length, schedule = settings.length, settings.schedule
@@ -160,8 +163,7 @@ def trained_algo(found: Checkpoint) -> dict:
     return found.config
 
 
-def word_list(found: Checkpoint, name: str | None, cache_dir) -> Tokenizer:
-    """The tokenizer named, or the one the checkpoint names, or GPT-2's."""
-    data = section(found.config, "data")
-    name = name or data.get("tokenizer_name_or_path") or "gpt2"
-    return get_tokenizer(name, eos_token=data.get("eos_token"), cache_dir=cache_dir)
+def word_list(found: Checkpoint, name: str, cache_dir) -> Tokenizer:
+    """The tokenizer named, with the checkpoint's own EOS."""
+    eos_token = section(found.config, "data").get("eos_token")
+    return get_tokenizer(name, eos_token=eos_token, cache_dir=cache_dir)

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpointing import export
+from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
 from settings.tables import algorithms
@@ -41,10 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options) -> None:
     checkpoint = read_checkpoint(options.checkpoint)
+    tokenizer = find_tokenizer(checkpoint, options.tokenizer)
+    own = section(checkpoint.config, "data").get("tokenizer_name_or_path")
+    check_as_trained(checkpoint, None, tokenizer, options.tokenizer or own)
     folder = export.export(
         checkpoint,
         options.folder,
-        find_tokenizer(checkpoint, options.tokenizer),
+        tokenizer,
         use_ema=not options.disable_ema,
         algo=options.algo,
         overwrite=options.overwrite,

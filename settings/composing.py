@@ -106,9 +106,10 @@ def composed_yaml(overrides: list[str]) -> str:
     return OmegaConf.to_yaml(_hydra(parse(overrides)))
 
 
-def composed_defaults() -> dict:
-    """The composed settings of an empty command line, nested, before null is filled in."""
-    return OmegaConf.to_container(_chosen(()), resolve=False)
+def composed_defaults(*groups: str) -> dict:
+    """The composed settings of a command line of groups alone (algo=mdlm), nested, before null is
+    filled in."""
+    return OmegaConf.to_container(_chosen(groups), resolve=False)
 
 
 def _hydra(parsed: ParsedOverrides) -> DictConfig:

@@ -1,0 +1,183 @@
+"""Settings under which weights mean something else are compared at every load."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ALGORITHMS, tiny
+
+import main
+import settings
+from checkpointing.as_trained import MAY_DIFFER, check_as_trained
+from checkpointing.load import CheckpointError, read_checkpoint
+from data.tokenizer import get_tokenizer
+from sampling.notebook import load
+from settings.keys import LEAVES
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_launch_folder")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The words of a finished run, and its last checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    words = [*tiny(folder), *ALGORITHMS["bamdlm"], f"checkpointing.save_dir={folder / 'run'}"]
+    assert main.main(words) == 0
+    return words, folder / "run/checkpoints/last.ckpt"
+
+
+@pytest.fixture
+def changed(run, tmp_path):
+    """The words of the run, and its checkpoint after change(hyper_parameters)."""
+
+    def make(change):
+        words, path = run
+        raw = torch.load(path, weights_only=True)
+        change(raw["hyper_parameters"])
+        other = tmp_path / "run/checkpoints/last.ckpt"
+        other.parent.mkdir(parents=True)
+        torch.save(raw, other)
+        return [*words, f"checkpointing.save_dir={tmp_path / 'run'}"], other
+
+    return make
+
+
+def refused(words, capsys) -> str:
+    capsys.readouterr()
+    try:
+        code = main.main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    return capsys.readouterr().err
+
+
+LOADS = {
+    "resume": lambda path: ["trainer.max_steps=12"],
+    "finetune": lambda path: [
+        f"training.from_pretrained={path}",
+        "checkpointing.save_dir=other",
+        "seed=2",
+    ],
+    "ppl_eval": lambda path: ["mode=ppl_eval", f"eval.checkpoint_path={path}"],
+    "sample_eval": lambda path: ["mode=sample_eval", f"eval.checkpoint_path={path}"],
+}
+
+
+def test_a_setting_that_shapes_cannot_show_is_refused(changed, capsys):
+    words, path = changed(lambda h: h["config"]["algo"].update(parameterization="sedd"))
+    for load_words in LOADS.values():
+        found = refused([*words, *load_words(path)], capsys)
+        assert "algo.parameterization=s" in found
+        assert "sedd" in found
+        assert "subs" in found
+
+
+def test_another_tokenizer_is_refused(changed, capsys):
+    words, path = changed(lambda h: h["tokenizer"].update(fingerprint="0", name_or_path="other"))
+    for load_words in LOADS.values():
+        found = refused([*words, *load_words(path)], capsys)
+        assert "was trained with the tokenizer other" in found
+        assert "data.tokenizer_name_or_path" in found
+    with pytest.raises(CheckpointError, match="trained with the tokenizer other"):
+        load(path, tokenizer="text8")
+    export = [sys.executable, ROOT / "scripts/export_hf.py", path, "out", "--tokenizer", "text8"]
+    done = subprocess.run(export, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "trained with the tokenizer other" in done.stderr
+
+
+def test_a_tokenizer_of_the_same_name_has_the_same_ids(changed):
+    """The fingerprint changes with the version of the library."""
+    _, path = changed(lambda h: h["tokenizer"].update(fingerprint="0"))
+    load(path)
+    other = get_tokenizer("characters:ACGT")
+    with pytest.raises(CheckpointError, match="ids, mask"):
+        check_as_trained(read_checkpoint(path), None, other, "text8")
+
+
+def test_documents_apart_are_evaluated_apart(changed, capsys):
+    words, path = changed(lambda h: h["config"]["data"].update(pack="whole"))
+    evaluate = [*words, "mode=ppl_eval", f"eval.checkpoint_path={path}"]
+    found = refused(evaluate, capsys)
+    assert "was trained with data.pack=whole, here it is wrap" in found
+    assert "give data.pack=whole" in found
+    assert main.main([*evaluate, "data.pack=documents"]) == 0
+
+
+def test_what_the_file_does_not_say_had_the_default(changed):
+    words, path = changed(lambda h: h["config"]["algo"].pop("parameterization"))
+    check_as_trained(read_checkpoint(path), settings.load(words), get_tokenizer("text8"), "text8")
+
+
+def test_what_may_differ_are_settings():
+    assert LEAVES.keys() > MAY_DIFFER
+
+
+# ---- an extender's flag
+
+SCRIPT = """
+import json
+import settings
+from checkpointing.as_trained import check_as_trained
+from checkpointing.layouts import Checkpoint
+from data.tokenizer import get_tokenizer
+
+def outcome(trained, words):
+    model = {} if trained is None else {"qk_norm": trained}
+    config = {"algo": {"name": "mdlm"}, "model": model}
+    weights = Checkpoint(
+        "x.ckpt", "lightning", ("mdlm",), config, {}, raw={"sampler": {"examples_seen": 1}}
+    )
+    here = words and settings.load(["algo=mdlm", *words])
+    try:
+        check_as_trained(weights, here, get_tokenizer("text8"), "text8")
+    except ValueError as error:
+        return str(error)
+    return here and settings.differences(here, config)
+
+on, off = ["model.qk_norm=true"], ["model.qk_norm=false"]
+print(json.dumps({
+    "on as on": outcome(True, on),
+    "off as on": outcome(False, on),
+    "on as off": outcome(True, off),
+    "absent as on": outcome(None, on),
+    "absent as off": outcome(None, off),
+    "on in a notebook": outcome(True, None),
+    "off in a notebook": outcome(False, None),
+}))
+"""
+
+
+def test_a_new_flag_of_the_network_is_compared_without_further_work(tmp_path):
+    """One line in a copy of the schema, nothing else."""
+    for name in ("configs", "settings", "checkpointing", "data", "models", "objectives"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("samplers", "training", "evaluation", "modes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    schema = tmp_path / "settings/schema.py"
+    line = '    compile: bool = doc("compile the layers'
+    flag = '    qk_norm: bool = doc("normalise queries and keys", default=False)\n'
+    assert schema.read_text().count(line) == 1
+    schema.write_text(schema.read_text().replace(line, flag + line))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for same in ("on as on", "absent as off"):
+        assert found[same] == []
+    assert found["off in a notebook"] is None
+    assert "trained with model.qk_norm=False, here it is True" in found["off as on"]
+    assert "trained with model.qk_norm=False, here it is True" in found["absent as on"]
+    assert "trained with model.qk_norm=True, here it is False" in found["on as off"]
+    assert "give model.qk_norm=True" in found["on as off"]
+    assert "trained with model.qk_norm=True, here it is False" in found["on in a notebook"]
