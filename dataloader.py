@@ -37,11 +37,18 @@ class Examples(Dataset):
     """Whole batches: the examples that a batch sampler chose -> tensors."""
 
     def __init__(
-        self, rows: TokenRows, *, window: int | None = None, bos: int | None = None, seed: int = 0
+        self,
+        rows: TokenRows,
+        *,
+        window: int | None = None,
+        bos: int | None = None,
+        eos: int | None = None,
+        seed: int = 0,
     ):
         """window: serve that many ids of each row, from a start in its first half that depends on
-        seed and position; bos: written over a window's first id."""
-        self.rows, self.window, self.bos, self.seed = rows, window, bos, seed
+        seed and position; bos, eos: written over a window's first and last id."""
+        self.rows, self.window, self.seed = rows, window, seed
+        self.bos, self.eos = bos, eos
 
     def __getitems__(self, indices: list[ExampleIndex]) -> dict[str, torch.Tensor]:
         positions = torch.tensor([index.position for index in indices])
@@ -55,6 +62,8 @@ class Examples(Dataset):
             ids, mask = ids.gather(1, columns), mask.gather(1, columns)
             if self.bos is not None:
                 ids[:, 0] = self.bos
+            if self.eos is not None:
+                ids[:, -1] = self.eos
         batch = {"input_ids": ids, "attention_mask": mask, "row": positions}
         if self.rows.apart:
             batch["document_ids"] = torch.from_numpy(self.rows.document_ids(rows))
@@ -138,16 +147,17 @@ class DataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 1,
         window_bos: int | None = None,
+        window_eos: int | None = None,
     ):
-        """batch_size: of one device and one micro-batch. window_bos: the BOS id where training rows
-        are longer than length and data.insert_train_special is set (text8-crop)."""
+        """batch_size: of one device and one micro-batch. window_bos, window_eos: ids that begin and
+        end a window where training rows are longer than length (text8-crop)."""
         super().__init__()
         self.train, self.valid = train, valid
         self.length = length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.window_bos = window_bos
+        self.window_bos, self.window_eos = window_bos, window_eos
         self.resumed_examples, self.resumed_step = 0, 0
         self.bookmark: str | None = None  # of the text streamed, at a batch that was trained on
         self.resumed_bookmarks: list[str] = []  # of all devices
@@ -177,6 +187,7 @@ class DataModule(LightningDataModule):
                 self.train,
                 window=self.length if windows else None,
                 bos=self.window_bos if windows else None,
+                eos=self.window_eos if windows else None,
                 seed=self.seed,
             )
         batches = TrainBatches(

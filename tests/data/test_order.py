@@ -318,6 +318,14 @@ def test_a_window_begins_with_bos_where_chunks_do(prepared):
     assert batch["attention_mask"].all()
 
 
+def test_the_last_target_of_a_window_is_eos_where_ar_predicts_it(prepared):
+    data = module(prepared, length=LENGTH // 2 + 1, window_bos=7, window_eos=8)
+    ids = next(iter(data.train_dataloader()))["input_ids"]
+    assert (ids[:, 0] == 7).all()
+    assert (ids[:, -1] == 8).all()
+    assert (ids[:, 2:-1] == ids[:, 1:-2] + 1).all()
+
+
 def test_prepared_rows_travel_to_workers_as_a_path(prepared):
     import pickle
 

@@ -14,11 +14,13 @@ from conftest import GOLDEN
 from runs import ALGORITHMS, run, tiny, write_text
 
 import main
+import settings
 from checkpointing.layouts import read_checkpoint
 from data.tokenizer import get_tokenizer
 from diffusion import Diffusion
 from models.dit import DiT
 from models.masks import BlockDiffusion, Causal, Full
+from modes.build import build_data, build_objective
 from objectives.corruption import draw_example_noise
 from random_streams import key
 from training.csv_log import read_log
@@ -467,3 +469,19 @@ def test_text8_from_a_file_that_is_there_already(base, tmp_path):
         run = tmp_path / corpus
         assert main.main([f"data={corpus}", *words, f"checkpointing.save_dir={run}"]) == 0
         assert read_checkpoint(last(run)).step == 2
+    for special, ends in ((True, [TOKENIZER.bos_id, TOKENIZER.eos_id]), (False, None)):
+        ids = window_of_ar(words, special)
+        assert ids.shape == (4, LENGTH + 1)  # L tokens are predicted, as published
+        assert all((row[[0, -1]].tolist() == ends) == special for row in ids)
+
+
+def window_of_ar(words, special: bool):
+    """The first batch of text8-crop with algo=ar."""
+    config = settings.load(["data=text8-crop", *words, f"data.insert_train_special={special}"])
+    data = build_data(config, TOKENIZER, train=True)
+    batch = next(iter(data.train_dataloader()))
+    objective = build_objective(config, TOKENIZER.mask_id)
+    inputs = objective.loss_inputs(batch["input_ids"], batch["attention_mask"], training=True)
+    assert inputs.tokens.shape == inputs.loss_mask.shape == (4, LENGTH)
+    assert inputs.loss_mask.all()
+    return batch["input_ids"]
