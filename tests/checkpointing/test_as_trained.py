@@ -13,7 +13,8 @@ from runs import ALGORITHMS, tiny
 import main
 import settings
 from checkpointing.as_trained import MAY_DIFFER, check_as_trained
-from checkpointing.load import CheckpointError, read_checkpoint
+from checkpointing.layouts import read_checkpoint
+from checkpointing.restricted_pickle import CheckpointError
 from data.tokenizer import get_tokenizer
 from sampling.notebook import load
 from settings.keys import LEAVES
