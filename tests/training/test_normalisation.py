@@ -2,11 +2,17 @@
 
 import csv
 import dataclasses
+import random
 
 import pytest
 import torch
-from test_training import ALGORITHMS, LENGTH, MemoryRows, module, trainer
+from made_up_split import MadeUpSplit
+from test_training import ALGORITHMS, LENGTH, MASK, MemoryRows, module, trainer
 
+from data import streaming
+from data.packing import RowFormat
+from data.readers import Piece
+from data.streaming import StreamedText
 from dataloader import DataModule
 from training.csv_log import CSVLog
 from training.step_log import StepLog
@@ -32,6 +38,33 @@ class UnevenRows(MemoryRows):
         return (1 + (torch.arange(LENGTH) >= 4)).numpy() * real
 
 
+class StreamedRows(StreamedText):
+    """The same straight from a text of documents of 1 to 2 LENGTH letters."""
+
+    def __init__(self, apart):
+        how = RowFormat(
+            LENGTH,
+            wrap=apart,
+            insert_eos=True,
+            insert_special=False,
+            bos=0,
+            eos=1,
+            pad=0,
+            align=4 if apart else None,
+        )
+        split = MadeUpSplit(None, self.encode, how, vocab_size=MASK + 1)
+        super().__init__(split, [self.text])
+        self.apart = apart
+
+    def encode(self, texts):
+        return [[ord(letter) - ord("a") for letter in text] for text in texts]
+
+    def text(self):
+        pick = random.Random(5)
+        for _ in range(200):
+            yield Piece("".join(pick.choices("abcdef", k=pick.randint(1, 2 * LENGTH))), True, 0.0)
+
+
 class Watched(StepLog):
     """The gradients of the first step as the optimizer gets them, the loss of every step."""
 
@@ -51,13 +84,18 @@ class Watched(StepLog):
         module.health.scale = scaled
 
 
+def data_of(rows, micro):
+    valid = MemoryRows(4, 1)
+    return DataModule(
+        train=rows, valid=valid, length=LENGTH, batch_size=micro, eval_batch_size=4, seed=1
+    )
+
+
 def fit(algo, rows, micro, clip=None, way="norm", logger=False, steps=STEPS):
     m = module(algo, eps=1e-4)
     m.noise_settings = dataclasses.replace(m.noise_settings, global_batch=ROWS)
     m.pad_apart = not rows.apart
-    data = DataModule(
-        train=rows, valid=rows, length=LENGTH, batch_size=micro, eval_batch_size=4, seed=1
-    )
+    data = data_of(rows, micro)
     watched = Watched()
     t = trainer(None, steps, accumulate=ROWS // micro, callbacks=[watched])
     t.gradient_clip_val, t.gradient_clip_algorithm = clip, way
@@ -73,8 +111,7 @@ def direct(algo, rows):
     """Loss and gradient of the first step: one batch, divided by its tokens that count."""
     m = module(algo, eps=1e-4).train()
     m.pad_apart = not rows.apart
-    data = DataModule(train=rows, valid=rows, length=LENGTH, batch_size=ROWS, eval_batch_size=4)
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(data_of(rows, ROWS).train_dataloader()))
     inputs = m.loss_inputs(batch, m.interval, m.noise(batch, 1, ROWS), training=True)
     loss = m.objective.compute_loss(m.backbone, inputs)
     value = loss.nll.double().sum() / loss.loss_mask.double().sum()
@@ -88,7 +125,16 @@ def direct(algo, rows):
     [*((algo, False, (4, ROWS)) for algo in ALGORITHMS), ("bamdlm", True, (1, 4, ROWS))],
 )
 def test_micro_batches_do_not_change_a_step(algo, apart, micro_batches):
-    rows = UnevenRows(70, 5, apart=apart)
+    same_steps(algo, UnevenRows(70, 5, apart=apart), micro_batches)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_micro_batches_of_a_streamed_text_do_not_change_a_step(apart, monkeypatch):
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 300)
+    same_steps("bamdlm", StreamedRows(apart), (1, 4, ROWS))
+
+
+def same_steps(algo, rows, micro_batches):
     loss, gradient = direct(algo, rows)
     whole = fit(algo, rows, ROWS)
     for micro in micro_batches:

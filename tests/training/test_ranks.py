@@ -98,6 +98,7 @@ def test_two_processes_train_as_one(strategy, one, tmp_path):
         ("fsdp", "bamdlm", ["data.wrap=false"]),
         ("ddp", "sedd", ["data.wrap=false", "block_size=16"]),
         ("fsdp", "ar", ["data.wrap=false"]),
+        ("ddp", "bamdlm", ["data.pack=documents", "data.streaming=true"]),
     ],
     ids=lambda part: part if isinstance(part, str) else "-".join(part),
 )
