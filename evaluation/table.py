@@ -33,16 +33,10 @@ def sets(size: int, number) -> int:
     return (1 << size) - 1
 
 
-def steps(size: int, number) -> int:
-    return -(-size // int(number))
-
-
-def orders(size: int, number) -> int:
-    return size * int(number)
-
-
-def at_most(size: int, number) -> int:
-    return size
+def rule(estimate: Callable, law: str) -> Kind:
+    """Of a step rule that reveals a given number of positions at a time."""
+    passes, number = lambda size, number: -(-size // int(number)), "positions at a time"
+    return Kind(estimate, passes, f"exact for {law}", number=number, default=1)
 
 
 LIKELIHOODS = {
@@ -51,31 +45,20 @@ LIKELIHOODS = {
     "exact": Kind(estimators.exact, sets, BOUND),
     "first_hitting": Kind(estimators.first_hitting, sets, "exact for steps=first_hitting"),
     "iw": Kind(
-        estimators.importance, orders, "upper bound (IW)", sampled=True, number="orders drawn"
+        estimators.importance,
+        lambda size, number: size * int(number),
+        "upper bound (IW)",
+        sampled=True,
+        number="orders drawn",
     ),
-    "left_to_right": Kind(
-        estimators.left_to_right,
-        steps,
-        "exact for revealing from the left",
-        number="positions at a time",
-        default=1,
-    ),
-    "greedy": Kind(
-        estimators.greedy,
-        steps,
-        "exact for steps=confidence by probability",
-        number="positions at a time",
-        default=1,
-    ),
-    "margin": Kind(
-        estimators.margin,
-        steps,
-        "exact for steps=confidence by margin",
-        number="positions at a time",
-        default=1,
-    ),
+    "left_to_right": rule(estimators.left_to_right, "revealing from the left"),
+    "greedy": rule(estimators.greedy, "steps=confidence by probability"),
+    "margin": rule(estimators.margin, "steps=confidence by margin"),
     "threshold": Kind(
-        estimators.threshold, at_most, "exact for steps=threshold", number="a probability"
+        estimators.threshold,
+        lambda size, number: size,  # at most
+        "exact for steps=threshold",
+        number="a probability",
     ),
 }
 
