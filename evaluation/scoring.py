@@ -5,7 +5,7 @@ last block: the places behind it are masked and stay so, as for a sampler that h
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from evaluation.estimators import AskedTexts, Chance, Path, greedy_path
 from evaluation.network import asker, reduced
 from evaluation.table import Chosen, check_likelihoods, parse_likelihood
 from models.masks import Causal
+
+EXACT_TOKENS = 10  # of a block: 1 023 passes
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,18 @@ class Scorer:
     device: torch.device | str = "cpu"
     seed: int = 1
 
-    def parse(self, label: str, draws: int = 1, most: int = 1024) -> Chosen:
-        """ValueError where the model has no such likelihood, or it takes too many passes."""
-        chosen = parse_likelihood(label)
+    def parse(self, label: str | None, draws: int = 1, most: int = 1024) -> Chosen:
+        """None: exact in blocks of at most EXACT_TOKENS, else counts. ValueError where the model
+        has no such likelihood, or it takes too many passes."""
+        usual = "exact" if self.block_size <= EXACT_TOKENS else "counts"
+        chosen = parse_likelihood(label or usual)
         if self.algo == "sedd":
             raise ValueError(
                 "the likelihood of given texts is not defined for sedd, whose network is told the"
                 " noise level: mode=ppl_eval has its bound"
             )
-        check_likelihoods(
-            [chosen], algo=self.algo, block_size=self.block_size, draws=draws, most=most
-        )
+        limits = {"algo": self.algo, "block_size": self.block_size}
+        check_likelihoods([chosen], **limits, draws=draws, most=most)
         return chosen
 
     def score(
@@ -73,25 +76,31 @@ class Scorer:
         *,
         draws: int = 1,
         greedy: bool = False,
+        batch_size: int = 16,
+        tick: Callable[[int], object] = lambda texts: None,
     ) -> list[ScoredText]:
-        """`given`: how many tokens of each text are not scored, at least 1. One batch: the caller
-        puts texts of similar length together."""
-        longest = max(map(len, texts))
+        """`given`: how many tokens of each text are not scored, at least 1. Batches are of similar
+        length, the longest first; `tick` hears how many texts each had."""
         room = self.length + (self.algo == "ar")  # whose last token is only predicted
-        if longest > room:
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        if order and len(texts[order[0]]) > room:
+            longest = len(texts[order[0]])
             raise ValueError(f"a text has {longest} tokens with BOS, the model takes {room}")
-        if self.algo == "ar":
-            path = self._next_tokens(texts, given)
-            nll = path.nll
-        else:
-            nll, path = self._in_blocks(texts, given, chosen, draws, greedy)
-        written = path and path.likeliest.all(1).tolist()
-        return [
-            ScoredText(
-                nll[i, : len(text)].cpu(), len(text) - given[i], written[i] if greedy else None
-            )
-            for i, text in enumerate(texts)
-        ]
+        found = {}
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = [texts[i] for i in part], [given[i] for i in part]
+            if self.algo == "ar":
+                path = self._next_tokens(*batch)
+                nll = path.nll
+            else:
+                nll, path = self._in_blocks(*batch, chosen, draws, greedy)
+            written = path.likeliest.all(1).tolist() if greedy else [None] * len(part)
+            for i, of_text, likeliest in zip(part, nll.cpu(), written, strict=True):
+                size = len(texts[i])
+                found[i] = ScoredText(of_text[:size], size - given[i], likeliest)
+            tick(len(part))
+        return [found[i] for i in range(len(texts))]
 
     def _padded(self, texts, given, width: int) -> tuple[Tensor, Tensor]:
         """Ids with masks behind them, and which are scored: [B, width] each."""

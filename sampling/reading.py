@@ -8,8 +8,6 @@ from torch import Tensor
 from evaluation.scoring import ScoredText, Scorer
 from models.masks import Full
 
-EXACT_TOKENS = 10  # of a block: 1 023 passes
-
 
 class Reading:
     """The methods that `Writer` has beside `generate`."""
@@ -41,16 +39,8 @@ class Reading:
         texts = [texts] if isinstance(texts, str) else list(texts)
         bos = self.tokenizer.bos_id
         ids = [[bos, *self.tokenizer.encode(t)] if isinstance(t, str) else list(t) for t in texts]
-        usual = "exact" if self.scorer.block_size <= EXACT_TOKENS else "counts"
-        chosen = self.scorer.parse(likelihood or usual, draws, max_passes)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        found = {}
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            given = [1] * len(part)
-            scored = self.scorer.score([ids[i] for i in part], given, chosen, draws=draws)
-            found |= dict(zip(part, scored, strict=True))
-        return [found[i] for i in range(len(ids))]
+        chosen = self.scorer.parse(likelihood, draws, max_passes)
+        return self.scorer.score(ids, [1] * len(ids), chosen, draws=draws, batch_size=batch_size)
 
     @torch.no_grad()
     def log_probs(self, ids, positions: Sequence[int] | None = None) -> Tensor:

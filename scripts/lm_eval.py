@@ -56,9 +56,8 @@ class BlockDiffusionLM(TemplateLM):
         loading = {name: options.pop(name) for name in LOADING & options.keys()}
         self.model = load(str(checkpoint), device=self._device, **loading, **options)
         self.scorer = self.model.scorer
-        usual = "exact" if self.scorer.block_size <= 10 else "counts"
         self.draws = int(draws)
-        self.chosen = self.scorer.parse(str(likelihood or usual), self.draws, int(max_passes))
+        self.chosen = self.scorer.parse(likelihood, self.draws, int(max_passes))
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.add_bos = self.model.writes != "ar" if add_bos_token is None else add_bos_token
 
@@ -120,31 +119,22 @@ class BlockDiffusionLM(TemplateLM):
                 kept = context[:1] + kept[1:]  # BOS stays
             texts.append(kept + list(continuation))
             given.append(len(kept))
-        found = self._scored(texts, given, disable_tqdm)
+        name = f"likelihood={self.chosen.label}"
+        with tqdm(total=len(texts), desc=name, disable=disable_tqdm) as bar:
+            found = self.scorer.score(
+                texts,
+                given,
+                self.chosen,
+                draws=self.draws,
+                greedy=True,
+                batch_size=self.batch_size,
+                tick=bar.update,
+            )
         answers = [(-score.total, score.greedy) for score in found]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
-
-    def _scored(self, texts: list[list[int]], given: list[int], quiet: bool) -> list:
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        found = [None] * len(texts)
-        bar = tqdm(total=len(texts), desc=f"likelihood={self.chosen.label}", disable=quiet)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            scored = self.scorer.score(
-                [texts[i] for i in part],
-                [given[i] for i in part],
-                self.chosen,
-                draws=self.draws,
-                greedy=True,
-            )
-            for i, score in zip(part, scored, strict=True):
-                found[i] = score
-            bar.update(len(part))
-        bar.close()
-        return found
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """In windows of the model's length, each token scored once; every window begins with the
