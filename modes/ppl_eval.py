@@ -1,6 +1,7 @@
 """mode=ppl_eval: measure the perplexity of a checkpoint on the validation split."""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -87,9 +88,11 @@ class Evaluator(L.LightningModule):
         passes = sum(each.passes(objective.block_size, self.draws[each]) for each in chosen)
         return passes == 1 and chosen[0].kind.law == BOUND
 
-    def running_likelihood(self) -> Likelihood:
+    def running_likelihood(self) -> Likelihood | None:
         """For the progress bar: that of the first kind, of this process's rows so far."""
-        return next(iter(self.results.values())).likelihood(self.seen)
+        first = next(iter(self.results.values()))
+        rows = [row for row in self.seen if row in first.rows]
+        return first.likelihood(rows) if rows else None
 
     def on_validation_start(self) -> None:
         for each, journal in self.journals.items():
@@ -110,7 +113,7 @@ class Evaluator(L.LightningModule):
             started = time.monotonic()
             part = {name: value[list(places)] for name, value in batch.items()}
             if not self.at_once and places not in asks:
-                asks[places] = self._ask(part)
+                asks[places] = self._ask(part, batch_idx)
             nll, tokens = self._measure(part, each, asks.get(places))
             measured = [rows[i] for i in places], tokens.tolist(), nll.tolist()
             seconds = time.monotonic() - started
@@ -129,7 +132,8 @@ class Evaluator(L.LightningModule):
         nll = [self._draw(batch, each, texts, ask, draw).sum(1) for draw in draws]
         return torch.stack(nll, 1), texts.scored.sum(1)
 
-    def _ask(self, batch: dict) -> tuple[AskedTexts, Ask]:
+    def _ask(self, batch: dict, index: int) -> tuple[AskedTexts, Ask]:
+        """Every pass is told to the progress bar: of exact and the like a batch has many."""
         texts, _ = texts_of(self.module, batch)
         x0, scored = texts.x0.to(self.device), texts.scored.to(self.device)
         ids = self.module.documents(batch)[2]
@@ -140,7 +144,19 @@ class Evaluator(L.LightningModule):
             mask_id=texts.mask_id,
             document_ids=None if ids is None else ids.to(self.device),
         )
-        return dataclasses.replace(texts, x0=x0, scored=scored), ask
+        asked = dataclasses.replace(texts, x0=x0, scored=scored)
+        bar = self.trainer.progress_bar_callback
+        passes = sum(each.passes(texts.block_size, draws) for each, draws in self.draws.items())
+        done = itertools.count(1)
+
+        def counted(*question):
+            answer = ask(*question)
+            if bar is not None:
+                part = min(1, next(done) / passes)  # a batch of which some is there has fewer
+                bar.on_validation_part(self.trainer, self, index + part)
+            return answer
+
+        return asked, counted
 
     def _draw(self, batch: dict, each: Chosen, texts: AskedTexts, ask: Ask, draw: int) -> Tensor:
         """Nats per token, [B, L]."""

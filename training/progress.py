@@ -114,17 +114,23 @@ class RunProgress(ProgressBar):
     def on_validation_batch_end(
         self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
     ) -> None:
+        self.on_validation_part(trainer, pl_module, batch_idx + 1)
+
+    def on_validation_part(self, trainer, pl_module, done: float) -> None:
+        """done: batches, of the last perhaps a part."""
         if not self._due():
             return
-        so_far = pl_module.running_likelihood()
-        figures = f"ppl {so_far.ppl:.2f} ± {so_far.ppl_error:.2f}  {so_far.rows:,} rows"
+        so_far, figures = pl_module.running_likelihood(), ""
+        if so_far is not None:
+            figures = f"ppl {so_far.ppl:.2f} ± {so_far.ppl_error:.2f}  {so_far.rows:,} rows"
         if self._bar:
-            self._bar.update(self._valid, completed=batch_idx + 1, figures=figures)
+            self._bar.update(self._valid, completed=done, figures=figures)
         else:
             check, batches = trainer.sanity_checking, trainer.num_val_batches[0]
             what = "check of the validation, batch" if check else "validation batch"
             batches = trainer.num_sanity_val_batches[0] if check else batches
-            say(f"{what} {batch_idx + 1:,} of {batches:,}  {figures}")
+            part = f"{done:,.2f}".removesuffix(".00")
+            say(f"{what} {part} of {batches:,}  {figures}")
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if self._bar and self._valid is not None:

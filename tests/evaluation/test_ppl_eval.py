@@ -12,6 +12,7 @@ from evaluation.journal import Journal
 from evaluation.table import LIKELIHOODS, parse_likelihood
 from noise_schedule import SCHEDULES, LogLinear
 from objectives.block_diffusion import MaskedDiffusion
+from training import progress
 from training.validation import even_in_p
 
 EVERY = "nelbo,counts,exact,first_hitting,iw:2,left_to_right,greedy,margin,threshold:0.5"
@@ -70,6 +71,18 @@ def test_a_list_gives_a_table_from_one_run(evaluate, capsys):
     assert 0 < found["counts"]["draw_error"] < found["nelbo"]["draw_error"]
     assert found["exact"]["bound"] == "upper bound (NELBO)"
     assert found["greedy"]["bound"] == "exact for steps=confidence by probability"
+
+
+def test_the_progress_moves_with_every_pass(evaluate, monkeypatch, capsys):
+    """Two batches of four rows and one of three, of 1 + 15 passes each."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1)
+    evaluate("bamdlm", "eval.likelihood=[counts,exact]", "loader.eval_batch_size=4")
+    said = [line for line in capsys.readouterr().out.splitlines() if "validation batch" in line]
+    done = [float(line.split()[2]) for line in said]
+    parts = [round(batch + part / 16, 2) for batch in range(3) for part in range(1, 17)]
+    assert sorted(set(done)) == pytest.approx(sorted(parts), abs=0.006)
+    assert "ppl" not in said[0], "nothing is measured yet"
+    assert "rows" in said[1]
 
 
 def test_exact_is_the_mean_of_many_draws(evaluate):
