@@ -323,6 +323,41 @@ def test_a_trained_networks_law_sums_to_one_over_all_texts_of_a_block(name):
     assert float(nll.min()) < 2 * math.log(V), "nothing was learned"
 
 
+def test_a_trained_networks_bounds_and_law_follow_from_all_orders():
+    """Of all texts of a block: exact is the mean of -log p(x | order), first_hitting -log of the
+    mean of p(x | order), iw:2 over all pairs of orders lies between, draws of counts have the mean
+    exact."""
+    net, x0 = trained(), blocks_of_all_texts()
+    scored = (torch.arange(L) >= S).expand_as(x0)
+    texts, ask = AskedTexts(x0, scored, S, V), asker(net, x0, block_size=S, mask_id=V)
+    by_order = []
+    for order in itertools.permutations(range(S, L)):
+        masked, total = scored.clone(), 0.0
+        for place in order:
+            about = (torch.arange(L) == place).expand_as(x0)
+            total = total + texts.surprisal(ask, masked, about).sum(1)
+            masked = masked & ~about
+        by_order.append(total)
+    by_order = torch.stack(by_order)  # [6, 125]
+    exact = estimators.exact(ask, texts).sum(1)
+    law = estimators.first_hitting(ask, texts).sum(1)
+    log_mean = math.log(len(by_order)) - (-by_order).logsumexp(0)
+    torch.testing.assert_close(exact, by_order.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(law, log_mean, rtol=1e-6, atol=1e-6)
+    pairs = -torch.logaddexp(-by_order[:, None], -by_order[None]) + math.log(2)
+    assert (law < pairs.mean((0, 1))).all()
+    assert (pairs.mean((0, 1)) < exact).all()
+    number = 100
+    rows = torch.arange(number * len(x0))
+    again = x0.repeat(number, 1), scored.repeat(number, 1)
+    ask = asker(net, again[0], block_size=S, mask_id=V)
+    found = estimators.counts(ask, AskedTexts(*again, S, V), Chance(1, rows, len(rows))).sum(1)
+    found = found.view(number, -1)
+    gap = (found.mean(0) - exact) / (found.std(0) / number**0.5)
+    assert float(gap.abs().max()) < 4.5  # of 125 texts
+    assert abs(float(found.mean() - exact.mean())) < 3 * float(found.mean(1).std()) / number**0.5
+
+
 def test_flex_attention_gives_the_same():
     net, x0 = trained(), blocks_of_all_texts()[:6]
     flex = copy.copy(net)

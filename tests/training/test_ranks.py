@@ -130,7 +130,8 @@ def test_two_processes_evaluate_every_row_once(one, tmp_path):
     """11 rows in batches of 8: the last batch of the two processes has 2 rows and 1."""
     overrides, alone = one
     words = [*overrides, "mode=ppl_eval", f"eval.checkpoint_path={alone / LAST}"]
-    words += ["eval.likelihood=[counts,exact,iw:2,greedy]", "eval.draws=2"]
+    names = "nelbo,counts,exact,first_hitting,iw:2,left_to_right,greedy,margin,threshold:0.5"
+    words += [f"eval.likelihood=[{names}]", "eval.draws=2"]
     found = []
     for name, more in (("one", BY_ONE), ("two", TWO)):
         arguments = [*words, *more, f"checkpointing.save_dir={tmp_path / name}"]
