@@ -71,10 +71,6 @@ def step_numbers() -> dict[str, dict]:
     }
 
 
-def _with_first(name: str, found: dict) -> dict:
-    return {key: found[key] for key in sorted(found, key=lambda key: key != name)}
-
-
 @cache
 def modes() -> dict[str, str]:
     """{mode: what it does}, train first: the files of modes/ that define prepare(config), and the
@@ -85,7 +81,7 @@ def modes() -> dict[str, str]:
         if "\ndef prepare(" in text:
             line = text.partition("\n")[0].strip('"')
             found[path.stem] = line.removeprefix(f"mode={path.stem}: ").rstrip(".")
-    return _with_first("train", found)
+    return {"train": found.pop("train"), **found}
 
 
 @cache
@@ -106,7 +102,7 @@ def algorithms() -> dict[str, dict]:
                 f" got {entry.get('writes')!r}"
             )
         entry["can"] = samplers[entry["writes"]].get("can", ())
-    return _with_first("bamdlm", found)
+    return {"bamdlm": found.pop("bamdlm"), **found}
 
 
 def attention_backends() -> dict[str, dict]:
