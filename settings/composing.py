@@ -168,7 +168,6 @@ def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
         if isinstance(entry, Leaf):
             try:
                 OmegaConf.update(typed, key, _prepared(key, entry, value), merge=False)
-                OmegaConf.select(typed, key)  # what was filled in may name others in turn
             except (ValidationError, ValueError):
                 problems[key] = type_problem(key, value)
         elif isinstance(value, dict):
@@ -216,7 +215,10 @@ def _unknown(node: dict, prefix: str = ""):
 
 
 def _prepared(key: str, leaf: Leaf, value):
-    """What is typed in another form than the schema has it."""
+    """What is typed in another form than the schema has it. ValueError for a text whose ${...} were
+    filled in, and which has others now."""
+    if "${" in str(value):
+        raise ValueError
     bare, _ = unwrap(leaf.hint)
     whole = isinstance(value, float) and value.is_integer()  # 1e6 steps
     if whole and (bare is int or (int in typing.get_args(bare) and abs(value) > 1)):
