@@ -16,6 +16,7 @@ def main(argv: list[str]) -> int:
 
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
+    from checkpointing.layouts import CheckpointError
     from data.streaming import TextError
     from training import distributed
     from training.health import BadSteps, follow_launcher
@@ -32,6 +33,9 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         run()
+    except CheckpointError as error:  # of a part that is read only now
+        print(ConfigError([str(error)]), file=sys.stderr)
+        return 2
     except (SaveError, BadSteps, TextError) as error:
         print(error, file=sys.stderr)
         return 1

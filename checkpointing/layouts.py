@@ -49,6 +49,7 @@ class Checkpoint:
     interval: tuple[float, float] | None = None  # the clipped schedule, if it was saved
     step: int | None = None
     raw: dict = field(default_factory=dict, repr=False)  # the whole file without optimizer states
+    optimizer: Any = field(default=None, repr=False)  # those, their tensors on the meta device
 
     def __post_init__(self):
         _whole(self.source, "block_size", self.block_size)
@@ -96,7 +97,7 @@ def read_checkpoint(
             if path.endswith(".safetensors"):
                 return _from_hub(source, *_beside_config(fs, path))
             with fs.open(path, "rb") as file:
-                raw = torch_file.load(file, source, without=("optimizer_states",))
+                raw = torch_file.load(file, source, described=("optimizer_states",))
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
@@ -113,6 +114,7 @@ def _beside_config(fs, path):
 
 def _from_lightning(source: str, raw: Any) -> Checkpoint:
     raw = canonical(raw, source)
+    optimizer = raw.pop("optimizer_states", None)
     weights, foreign, interval = _sort(source, raw["state_dict"])
     config = section(raw["hyper_parameters"], "config")
     name, length = section(config, "algo").get("name"), section(config, "model").get("length")
@@ -128,6 +130,7 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
         interval=interval,
         step=raw.get("global_step"),
         raw=raw,
+        optimizer=optimizer,
         **_average(raw.get("ema"), weights),
     )
 

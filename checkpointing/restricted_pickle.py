@@ -210,18 +210,21 @@ class _Unpickler(BoundedUnpickler):
             raise TypeError(f"a pickle may not change a {type(value).__name__}")
 
 
-def unpickle(data: bytes, read_storage: Callable, *, without: Collection[str] = ()) -> Any:
+def unpickle(
+    data: bytes, read_storage: Callable, *, describe: Callable, described: Collection[str] = ()
+) -> Any:
     """The value of `data` in plain containers and tensors.
 
-    read_storage(type name, key, length) -> one-dimensional tensor over a whole storage; it is not
-    called for what lies below the top-level keys `without`. A DictConfig becomes a dict, a
+    read_storage(type name, key, length) -> one-dimensional tensor over a whole storage; `describe`
+    does it for what lies below the top-level keys `described`. A DictConfig becomes a dict, a
     tokenizer {"class": its name, ...its state}, with the fast tokenizer's JSON as a string.
     """
     value = _Unpickler(data).load()
+    apart = {}
     if isinstance(value, dict):
-        for key in without:
-            value.pop(key, None)
-    return _Plain(read_storage)(value)
+        apart = {key: value.pop(key) for key in described if key in value}
+    value = _Plain(read_storage)(value)
+    return value | _Plain(describe)(apart) if apart else value
 
 
 class _Plain:

@@ -63,11 +63,15 @@ class _Archive:
             self.storages[key, dtype] = torch.frombuffer(data, dtype=dtype) if data else empty
         return self.storages[key, dtype]
 
+    def describe(self, kind: str, key: str, numel: int) -> torch.Tensor:
+        """The same without its numbers."""
+        return torch.empty(numel, dtype=DTYPES[kind], device="meta")
 
-def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
+
+def load(file: BinaryIO, name: str, *, described: Collection[str] = ()) -> Any:
     """What torch.save wrote to `file`, in plain containers; `name` is for the messages.
 
-    The top-level keys `without` are left out, and their tensors not read.
+    Of the top-level keys `described` no tensor is read: theirs are on the meta device.
     """
     start = file.read(4)
     file.seek(0)
@@ -80,7 +84,8 @@ def load(file: BinaryIO, name: str, *, without: Collection[str] = ()) -> Any:
         )
     try:
         archive = _Archive(file)
-        return unpickle(archive.record("data.pkl", MOST_BYTES), archive.storage, without=without)
+        data = archive.record("data.pkl", MOST_BYTES)
+        return unpickle(data, archive.storage, describe=archive.describe, described=described)
     except CheckpointError as error:
         raise CheckpointError(f"{name} cannot be read: {error}") from None
     except zipfile.BadZipFile as error:

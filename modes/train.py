@@ -22,6 +22,7 @@ from random_streams import VERSION
 from settings import Config
 from settings.defaults import default_likelihood
 from training.flops import flops
+from training.resuming import check_resumable
 from training.signals import Signals
 from training.trainer import build_trainer, examples_seen, resume_point, training_logs
 from utils import rank, say
@@ -53,6 +54,8 @@ def prepare(config: Config) -> Callable[[], None]:
         signals=signals,
         step_flops=flops(build_shape(config, backbone)).step,
     )
+    if resume is not None:
+        check_resumable(resume, module, trainer)
 
     def run() -> None:
         if rank() == 0:

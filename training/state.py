@@ -7,6 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from random_streams import version_of
 from training import averaging, distributed, loop_state
+from training.resuming import check_optimizer
 from training.validation import set_interval
 from utils import say
 
@@ -44,6 +45,8 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
 def load_state(module: L.LightningModule, checkpoint: dict) -> None:
     """Take over from a checkpoint what `save_state` put there; changes its counters in place."""
     trainer = module.trainer
+    if trainer.state.fn == TrainerFn.FITTING:
+        check_optimizer(checkpoint.get("optimizer_states"), module.backbone)
     distributed.set_fused(checkpoint, module.fused())
     if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):
         step = checkpoint["global_step"]

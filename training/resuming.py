@@ -1,0 +1,186 @@
+"""What a checkpoint must hold for a run to go on from it, looked at before anything starts.
+
+Optimizers and Lightning believe what they are given: a moment of another shape or stride is written
+beyond its end, and a counter that is text fails when its step comes.
+"""
+
+import math
+import re
+import reprlib
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from checkpointing.layouts import Checkpoint, CheckpointError, section
+
+LARGEST = 1 << 62
+FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
+RATES = ("lr", "initial_lr", "eps", "weight_decay")
+# Of the counters: where validation_due looks.
+COUNTED = {
+    "epoch_loop.batch_progress": ("completed", "processed"),
+    "epoch_loop.val_loop.batch_progress": ("processed", "started"),
+}
+
+
+def check_resumable(checkpoint: Checkpoint, module: L.LightningModule, trainer: L.Trainer) -> None:
+    """CheckpointError where the run cannot go on from it; tensors of the optimizer may be on the
+    meta device."""
+    problem = next(problems(checkpoint, module, trainer), None)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint.source} cannot be resumed from: {problem}")
+
+
+def check_optimizer(states, backbone: nn.Module) -> None:
+    """The same of optimizer states whose numbers are there."""
+    problem = next(optimizer(states, list(backbone.parameters())), None)
+    if problem is not None:
+        raise CheckpointError(f"the checkpoint cannot be resumed from: {problem}")
+
+
+def problems(checkpoint: Checkpoint, module, trainer) -> Iterator[str]:
+    raw = checkpoint.raw
+    for name, kind in (("global_step", 0), ("epoch", 0), ("sampler", {}), ("loops", {})):
+        value = raw.get(name, None if name != "sampler" else {})
+        if not like(value, kind):
+            yield f"{name} is {reprlib.repr(value)}"
+    seen = section(raw, "sampler").get("examples_seen", 0)
+    if not like(seen, 0):
+        yield f"sampler.examples_seen is {reprlib.repr(seen)}"
+    if not checkpoint.config:
+        yield "it holds no settings of its run (hyper_parameters)"
+    by = section(checkpoint.config, "eval").get("likelihood") or []
+    if not isinstance(by, list) or not all(isinstance(name, str) for name in by):
+        yield f"its config has eval.likelihood={reprlib.repr(by)}"
+    version = raw.get("pytorch-lightning_version")
+    if not isinstance(version, str) or not re.fullmatch(r"\d+\.\d+[\w.+-]{,40}", version):
+        yield f"pytorch-lightning_version is {reprlib.repr(version)}"
+    yield from weights(raw["state_dict"], module)
+    yield from loops(raw["loops"], trainer)
+    yield from callbacks(raw.get("callbacks", {}), trainer)
+    yield from schedules(raw.get("lr_schedulers"))
+    yield from optimizer(checkpoint.optimizer, list(module.backbone.parameters()))
+    yield from average(checkpoint, module)
+
+
+def like(theirs, ours) -> bool:
+    """Whether a plain value is of the kind of one of ours. None stands for a score or a name that
+    is not known yet; numbers are finite and not negative."""
+    if isinstance(ours, dict):
+        return isinstance(theirs, dict) and all(
+            like(theirs[k], ours[k]) for k in ours if k in theirs
+        )
+    if isinstance(ours, str | bool | list):
+        return isinstance(theirs, type(ours))
+    if isinstance(ours, int):
+        return type(theirs) is int and 0 <= theirs < LARGEST
+    if isinstance(theirs, Tensor):
+        return theirs.numel() == 1 and not theirs.is_complex()
+    if ours is None and (theirs is None or isinstance(theirs, str)):
+        return True
+    return type(theirs) in (int, float) and abs(theirs) < LARGEST
+
+
+def weights(state: dict, module) -> Iterator[str]:
+    """Names and shapes; Lightning would list them over a page."""
+    expected = {name.replace("_orig_mod.", ""): v for name, v in module.state_dict().items()}
+    if odd := sorted(map(str, expected.keys() ^ state.keys())):
+        yield f"its weights are of another network: {', '.join(odd[:3])} and {len(odd)} in all"
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != expected[name].shape:
+            yield f"the weights {name} are of another network"
+
+
+def loops(theirs: dict, trainer) -> Iterator[str]:
+    fit = section(theirs, "fit_loop")
+    if not like(fit, trainer.fit_loop.state_dict()):
+        yield "its loops hold no counters"
+    for name, counts in COUNTED.items():
+        total = section(section(fit, name), "total")
+        if not all(like(total.get(count), 0) for count in counts):
+            yield f"its loops have no {name}"
+
+
+def callbacks(theirs, trainer) -> Iterator[str]:
+    if not isinstance(theirs, dict):
+        yield "its callbacks are no dict"
+    for callback in trainer.callbacks:
+        state = theirs.get(callback.state_key, {})
+        scores = section(state, "best_k_models") if isinstance(state, dict) else {}
+        if not like(state, callback.state_dict()) or not all(
+            isinstance(name, str) and like(score, 0.0) for name, score in scores.items()
+        ):
+            yield f"its callbacks hold no state of {type(callback).__name__}"
+
+
+def schedules(theirs) -> Iterator[str]:
+    """Ours, or the authors', who keep no step."""
+    kinds = {"last_epoch": 0, "_step_count": 0, "base_lrs": [], "_last_lr": [], "base_values": []}
+    if not isinstance(theirs, list) or len(theirs) != 1 or not like(theirs[0], kinds):
+        yield "its lr_schedulers are not those of one optimizer"
+    rates = [theirs[0].get(name, [0.0]) for name in ("base_lrs", "_last_lr", "base_values")]
+    if not all(len(each) == 1 and like(each[0], 0.0) for each in rates):
+        yield "its lr_schedulers have no learning rate"
+    if not {"last_epoch", "base_values"} & theirs[0].keys():
+        yield "its lr_schedulers have no step"
+
+
+def optimizer(theirs, parameters: list[Tensor]) -> Iterator[str]:
+    """One AdamW over all parameters; its tensors have their shapes, one number after another."""
+    if not isinstance(theirs, list) or len(theirs) != 1 or not isinstance(theirs[0], dict):
+        yield "it has no state of one optimizer"
+    groups, states = theirs[0].get("param_groups"), theirs[0].get("state")
+    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
+        yield "its optimizer has not one group of parameters"
+    yield from group(groups[0], len(parameters))
+    if not isinstance(states, dict) or (states and states.keys() != set(range(len(parameters)))):
+        yield f"its optimizer is not that of {len(parameters)} parameters"
+    for number, state in states.items():
+        kinds = {"step", "exp_avg", "exp_avg_sq"}
+        if not isinstance(state, dict) or state.keys() != kinds or not like(state["step"], 0.0):
+            yield f"its optimizer has no state of AdamW for parameter {number}"
+        step = state["step"]
+        if not (isinstance(step, Tensor) and step.is_meta) and not 0 <= float(step) < LARGEST:
+            yield f"its optimizer counts {float(step)} steps for parameter {number}"
+        for name in ("exp_avg", "exp_avg_sq"):
+            if trouble := moment(state[name], parameters[number]):
+                yield f"its optimizer's {name} of parameter {number} is {trouble}"
+
+
+def moment(theirs, parameter: Tensor) -> str | None:
+    """What is wrong with it."""
+    if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
+        return f"{reprlib.repr(theirs)}, no tensor of floating-point numbers"
+    if theirs.dtype not in (parameter.dtype, torch.float64):  # the latter: of precision 64-true
+        return f"of {theirs.dtype}"
+    if theirs.shape != parameter.shape:
+        return f"of shape {list(theirs.shape)}, not {list(parameter.shape)}"
+    return None if theirs.is_contiguous() else f"of strides {theirs.stride()}"
+
+
+def group(theirs: dict, count: int) -> Iterator[str]:
+    if theirs.get("params") != list(range(count)):
+        yield f"its optimizer is not that of {count} parameters"
+    rates = [theirs.get(name, math.nan if name == "lr" else 0.0) for name in RATES]
+    betas = theirs.get("betas")
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        yield f"its optimizer has the betas {reprlib.repr(betas)}"
+    if not all(like(rate, 0.0) for rate in (*rates, *betas)) or not max(betas) < 1:
+        yield f"its optimizer has the numbers {reprlib.repr((*rates, *betas))}"
+    flags = [theirs.get(name) for name in FLAGS]
+    if not all(flag is None or isinstance(flag, bool) for flag in flags) or theirs.get("amsgrad"):
+        yield "its optimizer is not our AdamW"
+
+
+def average(checkpoint: Checkpoint, module) -> Iterator[str]:
+    raw = checkpoint.raw
+    if module.ema is not None and checkpoint.ema_problem is not None:
+        yield checkpoint.ema_problem
+    bounds = [raw.get(name) for name in ("sampling_eps_min", "sampling_eps_max")]
+    if module.clip is not None and not (
+        all(isinstance(bound, Tensor | float) and like(bound, 0.0) for bound in bounds)
+        and 0 <= float(bounds[0]) <= float(bounds[1]) <= 1
+    ):
+        yield f"sampling_eps_min and sampling_eps_max are {reprlib.repr(bounds)}"
