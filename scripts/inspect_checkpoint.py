@@ -17,6 +17,7 @@ import torch
 
 from checkpointing.layouts import BUFFERS, Checkpoint, CheckpointError, read_checkpoint, section
 from checkpointing.load import build_backbone_args
+from utils import escaped, shown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,14 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         checkpoint = read_checkpoint(options.path, revision=options.revision)
     except CheckpointError as error:
-        print(f"inspect_checkpoint: {error}", file=sys.stderr)
+        print(f"inspect_checkpoint: {shown(error)}", file=sys.stderr)
         return 2
     for name, value in facts(checkpoint).items():
-        print(f"{name:<18}{value}")
+        print(f"{name:<18}{escaped(value)}")
     if options.keys:
         tensors = {f"backbone.{name}": value for name, value in checkpoint.weights.items()}
         for name, value in {**tensors, **checkpoint.foreign}.items():
-            print(f"  {name:<56}{str(value.dtype).removeprefix('torch.'):<10}{list(value.shape)}")
+            dtype = str(value.dtype).removeprefix("torch.")
+            print(f"  {escaped(name):<56}{dtype:<10}{list(value.shape)}")
     if options.config:
         print(json.dumps(checkpoint.config, indent=2, default=str))
     return 0
