@@ -1,7 +1,9 @@
-"""Where a checkpoint lies: a local path, an fsspec URL, or a model on the Hugging Face hub.
+"""Where a checkpoint lies: a local path, an fsspec URL, or a model on the Hugging Face hub; and
+folders in hub format: config.json beside safetensors or pickled weights, whole or in shards.
 
 Only huggingface_hub talks to the hub, so its own settings hold (HF_HOME, HF_ENDPOINT, HF_TOKEN, and
-HF_HUB_OFFLINE, which reads its cache alone).
+HF_HUB_OFFLINE, which reads its cache alone). Any fsspec file system serves; a local one maps
+safetensors into memory instead of reading them.
 """
 
 import json
@@ -10,6 +12,11 @@ import os
 import re
 from pathlib import Path
 
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from checkpointing import torch_file
+from checkpointing.restricted_pickle import CheckpointError
 from utils import CONNECT_SECONDS, HubUnreachable, hub_errors
 
 log = logging.getLogger(__name__)
@@ -31,8 +38,6 @@ def locate(path_or_id: str | Path, *, revision: str | None = None, launch_dir=No
 
     A local path wins over a hub id; `id@revision` is short for the argument.
     """
-    from fsspec.core import url_to_fs
-
     text = os.fspath(path_or_id)
     if "://" in text:
         _no_revision(text, revision)
@@ -64,77 +69,129 @@ def _no_revision(path: str, revision: str | None):
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
     """Folder with config.json and the weights of a hub model, downloaded unless it is cached."""
-    present, note = _listing(repo_id, revision)
-    config = _file(repo_id, "config.json", revision, present, note)
-    if config is None:
+    from huggingface_hub import hf_hub_download
+
+    what = f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
+    present, note = _listing(repo_id, revision, what)
+    if "config.json" not in present:
         raise FileNotFoundError(f"hub model {repo_id} has no config.json: not one of this family")
-    for name in WEIGHT_FILES:
-        weights = _file(repo_id, name, revision, present, note)
-        if weights is None:
-            continue
-        for shard in shards(json.loads(weights.read_text())) if name.endswith(".json") else ():
-            if _file(repo_id, shard, revision, present, note) is None:
-                raise FileNotFoundError(
-                    f"{repo_id}: {name} names {shard}, which is not there{note}"
-                )
-        return config.parent
-    raise FileNotFoundError(f"hub model {repo_id} has none of {', '.join(WEIGHT_FILES)}{note}")
+    weights = next((name for name in WEIGHT_FILES if name in present), None)
+    if weights is None:
+        raise FileNotFoundError(f"hub model {repo_id} has none of {', '.join(WEIGHT_FILES)}{note}")
+
+    def get(name: str) -> Path:
+        with hub_errors(f"{name} of {what}", absent=" does not exist"):
+            cached = {"revision": revision, "local_files_only": bool(note)}
+            return Path(hf_hub_download(repo_id, name, **cached))
+
+    folder, found = get("config.json").parent, get(weights)
+    for shard in shards(found, json.loads(found.read_text())) if weights.endswith(".json") else ():
+        if shard not in present:
+            raise FileNotFoundError(f"{repo_id}: {weights} names {shard}, which is not there{note}")
+        get(shard)
+    return folder
 
 
-def shards(index: dict) -> list[str]:
-    """File names of a sharded model, from its index."""
+def shards(place: str | Path, index: dict) -> list[str]:
+    """File names of a sharded model, from its index at `place`."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError("the index has no weight_map")
+        raise CheckpointError(f"{place}: the index has no weight_map")
     names = sorted(set(weight_map.values()))
     for name in names:
         if not isinstance(name, str) or re.fullmatch(r"[\w-][\w.-]*", name) is None:
-            raise ValueError(f"the index names the shard {name!r}; a plain file name was expected")
+            raise CheckpointError(
+                f"{place}: the index names the shard {name!r}; a plain file name was expected"
+            )
     return names
 
 
-def _listing(repo_id: str, revision: str | None) -> tuple[set[str] | None, str]:
-    """File names of a hub model, or None and the reason why only the cache can tell.
+def _listing(repo_id: str, revision: str | None, what: str) -> tuple[set[str], str]:
+    """File names of a hub model; and the reason where only the cache can tell, else nothing.
 
     One question first: downloads would retry for half a minute before reporting a missing network.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    if constants.is_offline_mode():
-        return None, " in the cache (HF_HUB_OFFLINE is set)"
-    absent = f" does not exist (or is private: `hf auth login`), and {_no_local_path(repo_id)}"
+    no_path = f"there is no local path {Path(repo_id).absolute()}"
+    absent = f" does not exist (or is private: `hf auth login`), and {no_path}"
+    note = " in the cache (HF_HUB_OFFLINE is set)"
+    if not constants.is_offline_mode():
+        try:
+            with hub_errors(what, absent=absent):
+                info = HfApi().model_info(repo_id, revision=revision, timeout=CONNECT_SECONDS)
+            return {file.rfilename for file in info.siblings or ()}, ""
+        except HubUnreachable as error:
+            log.warning("%s; looking in its cache", error)
+            note = " in the cache, and the hub cannot be reached"
     try:
-        with hub_errors(_named(repo_id, revision), absent=absent):
-            info = HfApi().model_info(repo_id, revision=revision, timeout=CONNECT_SECONDS)
-    except HubUnreachable as error:
-        log.warning("%s; looking in its cache", error)
-        return None, " in the cache, and the hub cannot be reached"
-    return {file.rfilename for file in info.siblings or ()}, ""
-
-
-def _file(repo_id, name, revision, present: set[str] | None, note: str) -> Path | None:
-    """A file of a hub model, or None if the model (or without a network the cache) lacks it."""
-    from huggingface_hub import errors, hf_hub_download
-
-    if present is not None and name not in present:
-        return None
-    if present is not None:
-        with hub_errors(f"{name} of {_named(repo_id, revision)}", absent=" does not exist"):
-            return Path(hf_hub_download(repo_id, name, revision=revision))
-    try:
-        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=True))
+        folder = snapshot_download(repo_id, revision=revision, local_files_only=True)
     except errors.LocalEntryNotFoundError as error:
-        if name != "config.json":
-            return None
         raise FileNotFoundError(
-            f"{_named(repo_id, revision)} is not{note}, and {_no_local_path(repo_id)}."
-            f" With a connection: hf download {repo_id}"
+            f"{what} is not{note}, and {no_path}. With a connection: hf download {repo_id}"
+        ) from error
+    return {path.name for path in Path(folder).iterdir()}, note
+
+
+def read_json(fs, path: str) -> dict:
+    try:
+        value = json.loads(fs.cat_file(path))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_folder(fs, folder: str) -> tuple[dict, dict]:
+    """(config.json, {full name: tensor}) of a folder."""
+    present = {path.rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False)}
+    if "config.json" not in present:
+        holds = ", ".join(sorted(present)[:10]) or "nothing"
+        raise CheckpointError(
+            f"{folder} is a folder without config.json (it holds {holds}); name a .ckpt file, or a"
+            " folder written by scripts/export_hf.py or save_pretrained"
+        )
+    config = read_json(fs, f"{folder}/config.json")
+    for name in WEIGHT_FILES:
+        if name in present:
+            read = _read_shards if name.endswith(".json") else read_tensors
+            return config, read(fs, f"{folder}/{name}")
+    raise CheckpointError(f"{folder} has config.json but no weights: {', '.join(WEIGHT_FILES)}")
+
+
+def read_tensors(fs, path: str) -> dict:
+    """{name: tensor} of one safetensors or torch file."""
+    if not path.endswith(".safetensors"):
+        with fs.open(path, "rb") as file:
+            tensors = torch_file.load(file, path)
+        if not isinstance(tensors, dict):
+            raise CheckpointError(f"{path} holds a {type(tensors).__name__}, not a state_dict")
+        return dict(tensors)
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
+    try:
+        return load_file(path) if isinstance(fs, LocalFileSystem) else load(fs.cat_file(path))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged or was cut short ({error}); copy or download it again"
         ) from error
 
 
-def _named(repo_id: str, revision: str | None) -> str:
-    return f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
-
-
-def _no_local_path(repo_id: str) -> str:
-    return f"there is no local path {Path(repo_id).absolute()}"
+def _read_shards(fs, index_path: str) -> dict:
+    folder = index_path.rpartition("/")[0]
+    index = read_json(fs, index_path)
+    tensors = {}
+    for name in shards(index_path, index):
+        if not fs.exists(f"{folder}/{name}"):
+            raise CheckpointError(f"{index_path} names {name}, which is missing; download it again")
+        found = read_tensors(fs, f"{folder}/{name}")
+        expected = {key for key, shard in index["weight_map"].items() if shard == name}
+        if expected != found.keys():
+            odd = sorted(expected ^ found.keys())
+            raise CheckpointError(
+                f"{index_path} and {name} disagree on {len(odd)} keys: {', '.join(odd[:10])}"
+            )
+        tensors.update(found)
+    return tensors

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpointing import hub, hub_folder, torch_file
+from checkpointing import hub, torch_file
 from checkpointing.restricted_pickle import CheckpointError
 from settings.tables import algorithms
 from utils import plain_errors
@@ -93,7 +93,7 @@ def read_checkpoint(
         with plain_errors(source):
             fs, path = hub.locate(path_or_id, revision=revision, launch_dir=launch_dir)
             if fs.isdir(path):
-                return _from_hub(source, *hub_folder.read_folder(fs, path))
+                return _from_hub(source, *hub.read_folder(fs, path))
             if path.endswith(".safetensors"):
                 return _from_hub(source, *_beside_config(fs, path))
             with fs.open(path, "rb") as file:
@@ -109,7 +109,7 @@ def _beside_config(fs, path):
     config = f"{path.rpartition('/')[0]}/config.json"
     if not fs.exists(config):
         raise CheckpointError(f"{path} needs the config.json that belongs to it in the same folder")
-    return hub_folder.read_json(fs, config), hub_folder.read_tensors(fs, path)
+    return hub.read_json(fs, config), hub.read_tensors(fs, path)
 
 
 def _from_lightning(source: str, raw: Any) -> Checkpoint:

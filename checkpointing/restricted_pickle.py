@@ -31,11 +31,16 @@ TOKENS = {"typing.Any"} | {
 }
 
 STORAGES = {
-    f"torch.{kind}Storage"
-    for kind in (
-        *("Double", "Float", "Half", "BFloat16", "Long"),
-        *("Int", "Short", "Char", "Byte", "Bool"),
-    )
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
 }
 
 CONTAINERS = {"omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"}
@@ -68,11 +73,9 @@ FAILURES = (
     AttributeError,
     EOFError,
     ImportError,
-    IndexError,
-    KeyError,
+    LookupError,
     MemoryError,
     OverflowError,
-    RecursionError,
     RuntimeError,
     struct.error,
     TypeError,

@@ -13,21 +13,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from checkpointing.bounded_pickle import MOST_BYTES
-from checkpointing.restricted_pickle import FAILURES, CheckpointError, unpickle
+from checkpointing.restricted_pickle import FAILURES, STORAGES, CheckpointError, unpickle
 from utils import atomic_file
-
-DTYPES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}
 
 
 class _Archive:
@@ -54,7 +41,7 @@ class _Archive:
 
     def storage(self, kind: str, key: str, numel: int) -> torch.Tensor:
         """One-dimensional, over the whole storage; the same object whenever it is asked for."""
-        dtype = DTYPES[kind]
+        dtype = STORAGES[kind]
         if (key, dtype) not in self.storages:
             data = bytearray(self.record(f"data/{key}", numel * dtype.itemsize))
             if len(data) != numel * dtype.itemsize:
@@ -65,7 +52,7 @@ class _Archive:
 
     def describe(self, kind: str, key: str, numel: int) -> torch.Tensor:
         """The same without its numbers."""
-        return torch.empty(numel, dtype=DTYPES[kind], device="meta")
+        return torch.empty(numel, dtype=STORAGES[kind], device="meta")
 
 
 def load(file: BinaryIO, name: str, *, described: Collection[str] = ()) -> Any:
@@ -108,11 +95,7 @@ def save(checkpoint: dict, path: str) -> None:
     if isinstance(fs, LocalFileSystem):
         with atomic_file(target, "wb", alone=True) as file:
             torch.save(checkpoint, file)
-    else:
-        _save_remote(checkpoint, fs, target)
-
-
-def _save_remote(checkpoint, fs, target: str) -> None:
+        return
     fs.makedirs(target.rpartition("/")[0], exist_ok=True)
     partial = f"{target}.partial"
     with fs.open(partial, "wb") as file:
