@@ -26,7 +26,7 @@ from objectives.block_diffusion import MaskedDiffusion
 from settings import Config
 from training.flops import matmul_dtype
 from training.trainer import build_trainer
-from training.validation import chance, masked_by_times, one_pass, texts_of
+from training.validation import chance, one_pass, texts_of, weights_by_time
 from utils import rank, say, write_json
 
 
@@ -162,9 +162,8 @@ class Evaluator(L.LightningModule):
         """Nats per token, [B, L]."""
         if each.name != "nelbo":
             return each.estimate(ask, texts, chance(self.module, batch, draw))
-        masked, weight = masked_by_times(self.module, batch, draw)
-        masked, weight = masked.to(self.device) & texts.scored, weight.to(self.device)
-        return weight * texts.surprisal(ask, masked)
+        weight = weights_by_time(self.module, batch, draw).to(self.device)
+        return weight * texts.surprisal(ask, weight > 0)
 
     def on_validation_epoch_end(self) -> None:
         mine = self.seen, {each.label: results for each, results in self.results.items()}

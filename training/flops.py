@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from objectives.algorithms import get_algorithm
+
 PEAK_SIZE = {"cpu": 768}  # side of the square matrices that measure the peak; else 8192
 PEAK_TRIES = 24  # the machine may have other work
 BACKWARD = 2  # times the forward pass
@@ -19,7 +21,7 @@ BACKWARD = 2  # times the forward pass
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """Of a network and the sequences it is trained on; `block_size` only for bamdlm."""
+    """Of a network and the sequences it is trained on; `block_size` where it is in blocks."""
 
     algo: str
     hidden_size: int
@@ -30,14 +32,18 @@ class NetworkShape:
     masked_share: float = 0.5  # of the tokens, on average: the mean of p(t)
 
     @property
+    def causal(self) -> bool:
+        return get_algorithm(self.algo).causal
+
+    @property
     def clean_half(self) -> bool:
         """Whether the pass is over [x_t ; x0]."""
-        return self.algo == "bamdlm" and self.block_size < self.length
+        return get_algorithm(self.algo).blocks and self.block_size < self.length
 
     @property
     def read(self) -> float:
         """Rows of a sequence that reach the head."""
-        return self.length - 1 if self.algo == "ar" else self.length * self.masked_share
+        return self.length - 1 if self.causal else self.length * self.masked_share
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,9 @@ class Flops:
 def seen_pairs(shape: NetworkShape) -> tuple[int, int]:
     """(query, key) pairs that may see each other: in an inner layer, and in the last one."""
     length, size = shape.length, shape.block_size
-    if shape.algo == "ar":
-        pairs = length * (length + 1) // 2
-        return pairs, pairs
     if not shape.clean_half:
-        return length**2, length**2
+        pairs = length * (length + 1) // 2 if shape.causal else length**2
+        return pairs, pairs
     blocks = length // size
     earlier = size**2 * blocks * (blocks - 1) // 2
     noised = length * size + earlier  # own block, and x0 of the blocks before

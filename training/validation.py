@@ -11,8 +11,8 @@ from evaluation.estimators import AskedTexts, Chance, masked_by_counts
 from evaluation.likelihood import Likelihood, LikelihoodMeter
 from noise_schedule import LogLinear
 from objectives import clipping
-from objectives.corruption import EXACT, Interval, Noise, per_token
-from objectives.loss import Objective, TokenLoss
+from objectives.corruption import EXACT, Interval, Noise
+from objectives.loss import LossInputs, Objective, TokenLoss
 from random_streams import key
 
 
@@ -131,16 +131,7 @@ def one_pass(module: L.LightningModule, batch: dict, likelihood: str, draw: int 
             texts.x0, x_t, weight.float(), loss_mask, module.documents(batch)[2]
         )
     else:
-        objective = even_in_p(module.objective, module.noise_settings.sampling_eps)
-        x0, valid, document_ids = module.documents(batch)
-        inputs = objective.loss_inputs(
-            x0,
-            valid,
-            nelbo_noise(module, batch, draw),
-            interval=reported_interval(module),
-            training=False,
-            document_ids=document_ids,
-        )
+        inputs = inputs_by_time(module, batch, draw)
     return module.compute_loss(inputs)
 
 
@@ -158,18 +149,29 @@ def even_in_p(objective: Objective, eps: float) -> Objective:
 
 
 def nelbo_noise(module: L.LightningModule, batch: dict, draw: int = 0) -> Noise | None:
-    settings = module.noise_settings
-    seed = key(settings.seed, "evaluate", draw)
-    return module.noise(batch, seed, settings.eval_global_batch)
+    seed = chance(module, batch, draw).seed
+    return module.noise(batch, seed, module.noise_settings.eval_global_batch)
 
 
-def masked_by_times(module: L.LightningModule, batch: dict, draw: int) -> tuple[Tensor, Tensor]:
-    """Which tokens a draw of `nelbo` masks, and the weights of their nll: each [B, L]."""
-    objective = even_in_p(module.objective, module.noise_settings.sampling_eps)
-    x0, _, document_ids = module.documents(batch)
-    interval, noise = reported_interval(module), nelbo_noise(module, batch, draw)
-    x_t, t = objective.corrupt(x0, noise, interval, document_ids)
-    return x_t != x0, per_token(objective.noise_level(t, interval).weight, x0.shape[1])
+def inputs_by_time(module: L.LightningModule, batch: dict, draw: int = 0) -> LossInputs:
+    """What a draw of `nelbo` is computed from."""
+    x0, valid, document_ids = module.documents(batch)
+    return even_in_p(module.objective, module.noise_settings.sampling_eps).loss_inputs(
+        x0,
+        valid,
+        nelbo_noise(module, batch, draw),
+        interval=reported_interval(module),
+        training=False,
+        document_ids=document_ids,
+    )
+
+
+def weights_by_time(module: L.LightningModule, batch: dict, draw: int) -> Tensor:
+    """Of the nll of each token that a draw of `nelbo` masks, 0 elsewhere: [B, L]."""
+    inputs = inputs_by_time(module, batch, draw)
+    weights = inputs.weights.new_zeros(inputs.loss_mask.numel())
+    weights.index_copy_(0, inputs.loss_positions, inputs.weights)
+    return weights.view_as(inputs.loss_mask)
 
 
 def texts_of(module: L.LightningModule, batch: dict) -> tuple[AskedTexts, Tensor]:
@@ -181,7 +183,7 @@ def texts_of(module: L.LightningModule, batch: dict) -> tuple[AskedTexts, Tensor
 
 
 def chance(module: L.LightningModule, batch: dict, draw: int = 0) -> Chance:
-    """The random numbers of sampled likelihoods but `nelbo`."""
+    """The random numbers of sampled likelihoods; `nelbo` takes the seed alone."""
     settings = module.noise_settings
     seed = key(settings.seed, "evaluate", draw)
     return Chance(seed, batch["row"], module.validation_rows or settings.eval_global_batch)
