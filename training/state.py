@@ -1,12 +1,18 @@
 """What a checkpoint holds of the module beside its weights, in the published layout: the average,
-the clipped interval, the place in the data; and Lightning's counters, set by the step alone."""
+the clipped interval, the place in the data; and Lightning's counters.
+
+Lightning also stores how far it had come in its own loops, which depends on the number of devices
+and on when the file was written; resumed as it stands, a step could begin in the middle of its
+micro-batches, or a validation be left out. So the counters are written, and read again, from the
+optimizer step alone: they are those at its end.
+"""
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from random_streams import version_of
-from training import averaging, distributed, loop_state
+from training import averaging, distributed
 from training.resuming import check_optimizer
 from training.validation import set_interval
 from utils import say
@@ -33,7 +39,7 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
         checkpoint["sampling_eps_max"] = module.sampling_eps_max.clone()
     step = trainer.global_step
     if _endless(trainer):
-        _set_counters(trainer, checkpoint, step, pending=module.validated_at != step)
+        _set_counters(trainer, checkpoint, pending=module.validated_at != step)
     # The authors' code restores its data order from a generator; ours is (seed, examples seen).
     checkpoint["sampler"] = {
         "random_state": torch.Generator().manual_seed(module.noise_settings.seed).get_state(),
@@ -49,10 +55,8 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
         check_optimizer(checkpoint.get("optimizer_states"), module.backbone)
     distributed.set_fused(checkpoint, module.fused())
     if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):
-        step = checkpoint["global_step"]
-        pending = loop_state.validation_due(checkpoint["loops"])
-        due = _set_counters(trainer, checkpoint, step, pending) == loop_state.DUE
-        module.validated_at = -1 if due else step
+        due = _set_counters(trainer, checkpoint, pending=_validation_due(checkpoint["loops"]))
+        module.validated_at = -1 if due else checkpoint["global_step"]
     if module.clip is not None:
         bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
         # float32 buffers: 0.45 is stored as 0.44999999
@@ -63,18 +67,16 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
 
 def _load_average(module: L.LightningModule, checkpoint: dict) -> None:
     if "ema" in checkpoint:
-        ema = checkpoint["ema"]
-        averages = zip(module.backbone.named_parameters(), ema["shadow_params"], strict=True)
-        parts = {name: distributed.part_of(average, p) for (name, p), average in averages}
-        module.ema.load(parts, ema["num_updates"])
-        return
-    say("the checkpoint has no EMA: the average starts at its weights")
-    weights, like = checkpoint["state_dict"], dict(module.backbone.named_parameters())
-    parts = {
-        name: distributed.part_of(weights[f"backbone.{name}"], like[name])
-        for name in module.ema.shadow
-    }
-    module.ema.load(parts, 0)
+        averages = checkpoint["ema"]["shadow_params"]
+        updates = checkpoint["ema"]["num_updates"]
+    else:
+        say("the checkpoint has no EMA: the average starts at its weights")
+        weights, updates = checkpoint["state_dict"], 0
+        names = [name for name, _ in module.backbone.named_parameters()]
+        averages = [weights[f"backbone.{name}"] for name in names]
+    named = zip(module.backbone.named_parameters(), averages, strict=True)
+    parts = {name: distributed.part_of(average, p) for (name, p), average in named}
+    module.ema.load(parts, updates)
 
 
 def _endless(trainer: L.Trainer) -> bool:
@@ -82,13 +84,30 @@ def _endless(trainer: L.Trainer) -> bool:
     return not isinstance(trainer.limit_train_batches, int)
 
 
-def _set_counters(trainer: L.Trainer, checkpoint: dict, step: int, pending: bool) -> str:
-    """As they are after `step`; what they note of the validation that follows it."""
-    accumulate = trainer.accumulate_grad_batches
+def _validation_due(loops: dict) -> bool:
+    """Whether the run that wrote these counters had not validated after the step, if it was to."""
+    fit = loops["fit_loop"]
+    valid = fit["epoch_loop.val_loop.batch_progress"]["total"]
+    train = fit["epoch_loop.batch_progress"]["total"]
+    return valid["processed"] < valid["started"] or train["completed"] < train["processed"]
+
+
+def _set_counters(trainer: L.Trainer, checkpoint: dict, *, pending: bool) -> bool:
+    """Returns whether a validation is still to be run. pending: it is if one follows the step."""
+    step, fit = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+    batches = step * trainer.accumulate_grad_batches
     every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
-    follows = isinstance(every, int) and trainer.limit_val_batches and step
-    validation = loop_state.DUE if pending else loop_state.DONE
-    if not follows or step * accumulate % every:
-        validation = loop_state.NOTHING
-    loop_state.place(checkpoint["loops"], step=step, accumulate=accumulate, validation=validation)
-    return validation
+    validates = isinstance(every, int) and trainer.limit_val_batches and step
+    validates = bool(validates and batches % every == 0)
+    due = validates and pending
+    fit["epoch_loop.batch_progress"] = _progress(batches, batches)
+    # Lightning passes once more through the end of a step after which it validates
+    fit["epoch_loop.state_dict"] = {"_batches_that_stepped": step - validates}
+    # one that is begun Lightning takes up from its first batch
+    fit["epoch_loop.val_loop.batch_progress"] = _progress(int(due), 0)
+    return due
+
+
+def _progress(begun: int, done: int) -> dict:
+    counts = {"ready": begun, "completed": done, "started": begun, "processed": done}
+    return {"total": counts, "current": dict(counts), "is_last_batch": False}
