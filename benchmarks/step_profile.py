@@ -18,8 +18,8 @@ from diffusion import Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from training.csv_log import CSVLog
+from training.logged import StepLog
 from training.lr_schedules import lr_factor
-from training.step_log import StepLog
 
 WARM_UP = 3  # steps that are not counted: optimizer states are made, pages touched
 WORK = ("loss", "backward", "clip", "optimizer")

@@ -76,7 +76,9 @@ class CSVLog(Logger):
         if self.path.exists():
             rows = [*_rows(self.path)]
             last = max((int(row["step"]) for row in rows), default=0)
-            if _is_old(self.path):
+            with self.path.open(newline="") as file:
+                old = next(csv.reader(file), []) == OLD_HEADER
+            if old:
                 shutil.copyfile(self.path, self.path.with_name("metrics.old.csv"))
         self._rewrite(rows, last, [])
 
@@ -96,20 +98,15 @@ class CSVLog(Logger):
         return (",".join(self._row.get(name, "") for name in self._columns) + "\n").encode()
 
 
-def _is_old(path: Path) -> bool:
-    with path.open(newline="") as file:
-        return next(csv.reader(file), []) == OLD_HEADER
-
-
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a log as text, those of the old format put together; not one that was cut off."""
-    if not _is_old(path):
-        with path.open(newline="") as file:
-            yield from csv.DictReader(line for line in file if line.endswith("\n"))
-        return
-    rows: dict[int, dict[str, str]] = {}
     with path.open(newline="") as file:
-        for line in csv.DictReader(line for line in file if line.endswith("\n")):
+        lines = csv.DictReader(line for line in file if line.endswith("\n"))
+        if lines.fieldnames != OLD_HEADER:
+            yield from lines
+            return
+        rows: dict[int, dict[str, str]] = {}
+        for line in lines:
             # but for the throughput, steps were counted from 0
             step = int(line["step"]) + (not line["name"].startswith("throughput/"))
             row = rows.setdefault(step, {"step": str(step), "unix_time": line["unix_time"]})

@@ -87,12 +87,9 @@ class RunProgress(ProgressBar):
         else:
             self._losses.clear()
             place = f"step {trainer.global_step:,} of {trainer.max_steps:,}"
-            say(f"{place}  {figures}  {self._left(trainer, batch)}")
-
-    def _left(self, trainer, batch) -> str:
-        tokens = batch["input_ids"].numel() * trainer.world_size * trainer.accumulate_grad_batches
-        seconds = (trainer.max_steps - trainer.global_step) * tokens / max(self._rate, 1e-9)
-        return f"{_duration(seconds)} left"
+            batches = (trainer.max_steps - self._step) * trainer.accumulate_grad_batches
+            left = batches * batch["input_ids"].numel() * trainer.world_size / max(self._rate, 1e-9)
+            say(f"{place}  {figures}  {_duration(left)} left")
 
     def on_train_end(self, trainer, pl_module) -> None:
         if self._bar:
@@ -137,12 +134,11 @@ class RunProgress(ProgressBar):
             self._bar.remove_task(self._valid)
             self._valid = None
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            nll = float(trainer.callback_metrics["val/nll"])
-            error = float(trainer.callback_metrics["val/nll_error"])
-            ppl = f"{_ppl(nll)} ± {math.exp(min(nll, 700)) * error:.2f}"
-            step = f"step {trainer.global_step:,}"
-            rows = f"{pl_module.validated.rows:,} rows"
-            self.print(f"{step}: validation perplexity {ppl} ({nll:.4f} nats per token, {rows})")
+            found = pl_module.validated
+            self.print(
+                f"step {trainer.global_step:,}: validation perplexity {_ppl(found.nll)} ±"
+                f" {found.ppl_error:.2f} ({found.nll:.4f} nats per token, {found.rows:,} rows)"
+            )
         if trainer.state.fn != TrainerFn.FITTING:
             self._close()
         self._since += time.monotonic() - self._paused

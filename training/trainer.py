@@ -16,10 +16,10 @@ from training.csv_log import CSVLog
 from training.distributed import Replicated, Sharded
 from training.flops import matmul_dtype
 from training.health import RankFailure, StallWatch
+from training.logged import StepLog
 from training.progress import NetworkSummary, RunProgress
 from training.saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheckpoints, steps_in
 from training.signals import Signals
-from training.step_log import StepLog
 from utils import plain_errors, say
 
 

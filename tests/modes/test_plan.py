@@ -24,8 +24,7 @@ from scripts.show_mask import main as show_mask
 from scripts.show_mask import seen_pairs as drawn_pairs
 from training.csv_log import CSVLog, read_log
 from training.flops import PEAK_SIZE, NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
-from training.logged import LOGGED
-from training.step_log import StepLog
+from training.logged import LOGGED, StepLog
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from data.readers import Piece
 from data.streaming import StreamedText
 from dataloader import DataModule
 from training.csv_log import CSVLog
-from training.step_log import StepLog
+from training.logged import StepLog
 
 ROWS, STEPS = 32, 8  # of a global batch
 
