@@ -1,9 +1,11 @@
 """When checkpoints are written, which are kept, and how a run stops: between optimizer steps."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import lightning as L
 from fsspec.core import url_to_fs
@@ -35,14 +37,12 @@ class CarefulIO(SafeCheckpointIO):
         self.failure: str | None = None
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        def write() -> None:
-            SafeCheckpointIO.save_checkpoint(self, checkpoint, path, storage_options)
-
+        write = partial(super().save_checkpoint, checkpoint, path, storage_options)
         if self.attempt(path, write):
             self.failure = None
 
     def remove_checkpoint(self, path) -> None:
-        self.attempt(path, lambda: SafeCheckpointIO.remove_checkpoint(self, path), "deleted")
+        self.attempt(path, partial(super().remove_checkpoint, path), "deleted")
 
     def attempt(self, path, write: Callable[[], None], done: str = "written") -> bool:
         try:
@@ -83,13 +83,14 @@ class Stopping(L.Callback):
     ) -> None:
         """A validation that is broken off begins anew when the run goes on."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self.stop_if_told(trainer, before=lambda: put_average(pl_module, False))
+            self.stop_if_told(trainer)
 
     def after_step(self, trainer) -> None:
         """Called before the ranks ask each other."""
 
-    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
-        """Every rank must call this equally often. They stop together, after a call of `before`."""
+    def stop_if_told(self, trainer) -> None:
+        """Every rank must call this equally often. They stop together, with the raw weights
+        in place."""
         raise NotImplementedError
 
 
@@ -141,7 +142,7 @@ class StepCheckpoints(Stopping):
 
     # ---- stopping -----------------------------------------------------------------------------
 
-    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+    def stop_if_told(self, trainer) -> None:
         told = self.signals.received is not None
         failed = self.io.failure is not None and self.stop_on_error
         if failed:
@@ -151,7 +152,7 @@ class StepCheckpoints(Stopping):
             raise SaveError(self._failure or "a checkpoint could not be written by rank 0")
         if not any_told:
             return
-        before()
+        put_average(trainer.lightning_module, False)
         saved = self.save(trainer)
         name = self.signals.received.name if told else "a signal"
         what = "saved; the same command goes on from here" if saved else "could not save"
@@ -192,8 +193,7 @@ class StepCheckpoints(Stopping):
         else:
             fs.cp_file(newest, f"{folder}/{LAST}")
         steps = sorted(steps_in(self.folder))
-        old = steps[: len(steps) - self.keep_last] if self.keep_last >= 0 else []
-        for step in old:
+        for step in steps[: len(steps) - self.keep_last] if self.keep_last >= 0 else []:
             if not (self.keep_every and step % self.keep_every == 0):
                 fs.rm_file(f"{folder}/step={step}.ckpt")
 
@@ -225,10 +225,10 @@ class Deadline(Stopping, Timer):
         begun = self.start_time() is not None  # not so in the validation ahead of training
         return begun and self.time_remaining() <= 0
 
-    def stop_if_told(self, trainer, before: Callable[[], None] = lambda: None) -> None:
+    def stop_if_told(self, trainer) -> None:
         if not any(self._poll(trainer.strategy.root_device, self._over())):
             return
-        before()
+        put_average(trainer.lightning_module, False)
         saved = self.save is not None and self.save(trainer)
         what = "saved; a longer one goes on from here" if saved else "nothing was saved"
         say(f"stopping at step {trainer.global_step:,}: trainer.max_time has passed; {what}")
@@ -245,8 +245,6 @@ class BestCheckpoint(ModelCheckpoint):
 def steps_in(folder: str) -> list[int]:
     """The steps N of which folder/step=N.ckpt exists."""
     fs, path = url_to_fs(folder)
-    if not fs.isdir(path):
-        return []
-    names = [name.rpartition("/")[2] for name in fs.ls(path, detail=False)]
-    numbers = [n.removeprefix("step=").removesuffix(".ckpt") for n in names if n[:5] == "step="]
-    return [int(number) for number in numbers if number.isdigit()]
+    names = fs.ls(path, detail=False) if fs.isdir(path) else []
+    numbered = (re.fullmatch(r"(?:.*/)?step=(\d+)\.ckpt", name) for name in names)
+    return [int(match[1]) for match in numbered if match]
