@@ -74,11 +74,8 @@ def leave_signals(trainer: L.Trainer) -> None:
     all the work of that device. Lightning has no setting and no hook for either, so two of its
     private methods are replaced, here alone.
     """
-    trainer._signal_connector.register_signal_handlers = _nothing
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
-
-
-def _nothing() -> None: ...
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[L.Callback]:
@@ -145,18 +142,10 @@ def wandb_log(config: Config) -> WandbLogger:
         # WandbLogger(offline=True) sets an environment variable, which wandb has read by now
         wandb.setup(wandb.Settings(mode="offline", silent=True))
     folder.mkdir(parents=True, exist_ok=True)
-    logger = WandbLogger(
-        project=w.project,
-        notes=w.notes,
-        group=w.group,
-        job_type=w.job_type,
-        name=w.name,
-        id=w.id,
-        tags=w.tags,
-        save_dir=folder,
-        config=dataclasses.asdict(config),
-        resume="allow",
-    )
+    named = dataclasses.asdict(w)
+    del named["offline"]
+    about = dataclasses.asdict(config)
+    logger = WandbLogger(**named, save_dir=folder, config=about, resume="allow")
     del logger._wandb_init["anonymous"]  # wandb warns of it, whatever its value
     return logger
 
