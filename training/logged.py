@@ -22,16 +22,16 @@ from training.flops import matmul_peak
 GIB = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass
 class Steps:
     """The optimizer steps since the last row of the log, on this device."""
 
     module: L.LightningModule  # the Diffusion; its `health` knows the last step
-    lr: float | None  # learning rate of the last step; None where another callback logs it
-    tokens: int  # of x0
-    seconds: float  # without validations
-    flops: float  # floating-point operations, forward and backward (flops.py)
-    peak: float  # FLOP/s of a large matrix product, measured on this device
+    lr: float | None = None  # learning rate of the last step; None where another callback logs it
+    tokens: int = 0  # of x0
+    flops: float = 0.0  # floating-point operations, forward and backward (flops.py)
+    seconds: float = 0.0  # without validations
+    peak: float = 0.0  # FLOP/s of a large matrix product, measured on this device
 
 
 @dataclass(frozen=True)
@@ -117,21 +117,21 @@ class StepLog(L.Callback):
         super().__init__()
         self.step_flops, self.dtype, self.rates = step_flops, dtype, rates
         self._written = 0  # the step of the last row
-        self._rate = 0.0
         self._peak: float | None = None
-        self._rows = self._tokens = 0
+        self._steps: Steps | None = None
         self._since = self._paused = 0.0
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._written = trainer.global_step
-        self._begin()
+        self._begin(pl_module)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self._rate = optimizer.param_groups[0]["lr"]
+        if self.rates:
+            self._steps.lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self._rows += len(batch["input_ids"])
-        self._tokens += batch["input_ids"].numel()
+        self._steps.tokens += batch["input_ids"].numel()
+        self._steps.flops += self.step_flops * len(batch["input_ids"])
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self._write(trainer, pl_module)
 
@@ -143,29 +143,19 @@ class StepLog(L.Callback):
     def on_validation_end(self, trainer, pl_module) -> None:
         self._since += time.monotonic() - self._paused
 
-    def _begin(self) -> None:
-        self._rows = self._tokens = 0
-        self._since = time.monotonic()
+    def _begin(self, module: L.LightningModule) -> None:
+        self._steps, self._since = Steps(module), time.monotonic()
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step == self._written:
             return  # between two micro-batches, or a run that goes on with a validation
         self._written = trainer.global_step
-        if trainer.is_global_zero and trainer.loggers:
-            record(trainer, figures(self._steps(module)))
-
-    def _steps(self, module: L.LightningModule) -> Steps:
-        """Those since the last row; the next ones begin."""
-        seconds = max(time.monotonic() - self._since, 1e-9)
+        if not (trainer.is_global_zero and trainer.loggers):
+            return
+        done = self._steps
+        done.seconds = max(time.monotonic() - self._since, 1e-9)
         if self._peak is None:
             self._peak = matmul_peak(module.device, self.dtype)
-        done = Steps(
-            module=module,
-            lr=self._rate if self.rates else None,
-            tokens=self._tokens,
-            seconds=seconds,
-            flops=self.step_flops * self._rows,
-            peak=self._peak,
-        )
-        self._begin()
-        return done
+        done.peak = self._peak
+        self._begin(module)
+        record(trainer, figures(done))
