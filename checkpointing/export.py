@@ -67,7 +67,7 @@ def export(
     with atomic_folder(folder, overwrite=True) as made:
         tokenizer.save(made)
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (made / "README.md").write_text(card(checkpoint, config, use_ema))
         for name, text in sources().items():
             (made / name).write_text(text)
@@ -95,11 +95,13 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
     if checkpoint.layout == "lightning":
         settings = section(checkpoint.config, "algo")
         noise = section(checkpoint.config, "noise").get("type", "loglinear")
+    width = sizes.pop("hidden_size")
     low, high = checkpoint.interval or (1e-3, 1.0)
     block_size = 1 if trains.causal else length
     classes = CLASSES | (CAUSAL if trains.causal else {})
     return {
-        "adaln": sizes["adaln"],
+        **sizes,
+        "hidden_dim": width,
         "algo": algo,
         "architectures": ["BD3LM"],
         "attn_backend": "sdpa",
@@ -107,18 +109,13 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         "block_size": checkpoint.block_size if trains.blocks else block_size,
         "bos_token_id": tokenizer.bos_id,
         "causal": trains.causal,
-        "cond_dim": sizes["cond_dim"],
         "cross_attn": trains.blocks,
-        "dropout": sizes["dropout"],
         "dtype": "float32",
         "eos_token_id": tokenizer.eos_id,
-        "hidden_dim": sizes["hidden_size"],
         "mask_token_id": tokenizer.mask_id,
         "mdlm_loss_scale": settings.get("mdlm_loss_scale", False),
         "model_length": length,
         "model_type": "bd3lm",
-        "n_blocks": sizes["n_blocks"],
-        "n_heads": sizes["n_heads"],
         "noise": noise,
         "pad_token_id": tokenizer.pad_id,
         "return_dict": True,
@@ -126,7 +123,6 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         "sampling_eps_min": low,
         "time_conditioning": settings.get("time_conditioning", trains.time_conditioning),
         "var_min": trains.blocks,
-        "vocab_size": sizes["vocab_size"],
     }
 
 

@@ -12,7 +12,7 @@ import operator
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -267,30 +267,22 @@ def _average(ema: Any, weights: dict[str, Tensor]) -> dict:
     if not isinstance(decay, float) or type(updates) is not int or updates < 0:
         kinds = f"decay is {reprlib.repr(decay)} and num_updates {reprlib.repr(updates)}"
         return {"ema": {}, "ema_problem": f"ema: {kinds}, no numbers of an average"}
-    try:
-        named = ema_from_list(shadow, {n: w for n, w in weights.items() if n not in BUFFERS})
-    except ValueError as error:
-        return {"ema": {}, "ema_problem": str(error), **about}
-    return {"ema": named, **about}
-
-
-def ema_from_list(shadow: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The list of a Lightning checkpoint, under the names of the parameters (in their order)."""
+    parameters = {name: weight for name, weight in weights.items() if name not in BUFFERS}
     if len(shadow) != len(parameters):
-        raise ValueError(
-            f"the EMA has {len(shadow)} tensors, the network {len(parameters)} parameters"
-        )
-    by_name = dict(zip(parameters, shadow, strict=True))
+        counts = f"the EMA has {len(shadow)} tensors, the network {len(parameters)} parameters"
+        return {"ema": {}, "ema_problem": counts, **about}
+    named = dict(zip(parameters, shadow, strict=True))  # the list is in their order
     odd = [
         name
-        for name, value in by_name.items()
+        for name, value in named.items()
         if not isinstance(value, Tensor)
         or value.shape != parameters[name].shape
         or not value.is_floating_point()
     ]
     if odd:
-        raise ValueError(f"the EMA does not fit the parameters, first at {odd[0]}")
-    return by_name
+        first = f"the EMA does not fit the parameters, first at {odd[0]}"
+        return {"ema": {}, "ema_problem": first, **about}
+    return {"ema": named, **about}
 
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")

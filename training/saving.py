@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import lightning as L
@@ -94,6 +95,7 @@ class Stopping(L.Callback):
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class StepCheckpoints(Stopping):
     """Writes step=N.ckpt every `every` steps, at the end, and when the run is told to stop. With
     every=0 only the last two are written. last.ckpt is the newest of these files.
@@ -102,22 +104,18 @@ class StepCheckpoints(Stopping):
     `keep_every`.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        every: int,
-        *,
-        keep_last: int,
-        keep_every: int | None,
-        io: CarefulIO,
-        signals: Signals,
-        stop_on_error: bool,
-    ):
+    folder: str
+    every: int
+    keep_last: int
+    keep_every: int | None
+    io: CarefulIO
+    signals: Signals
+    stop_on_error: bool
+    _saved: int = 0  # step
+    _failure: str = ""
+
+    def __post_init__(self):
         super().__init__()
-        self.folder, self.every = folder, every
-        self.keep_last, self.keep_every = keep_last, keep_every
-        self.io, self.signals, self.stop_on_error = io, signals, stop_on_error
-        self._saved, self._failure = 0, ""
 
     def on_train_start(self, trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)

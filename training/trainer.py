@@ -87,8 +87,8 @@ def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[
     saver = None
     if t.enable_checkpointing:
         saver = StepCheckpoints(
-            checkpoint_folder(c),
-            every.every_n_train_steps if every else 0,
+            folder=checkpoint_folder(c),
+            every=every.every_n_train_steps if every else 0,
             keep_last=c.keep_last,
             keep_every=c.keep_every,
             io=io,

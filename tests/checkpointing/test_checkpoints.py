@@ -21,7 +21,7 @@ from checkpoint_helpers import (
 from conftest import GOLDEN, load, load_json
 from torch import nn
 
-from checkpointing.layouts import ema_from_list, read_checkpoint, resolve
+from checkpointing.layouts import read_checkpoint, resolve
 from checkpointing.load import build_backbone_args, load_into
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
@@ -299,14 +299,6 @@ def test_the_ema_list_and_its_names_are_inverse():
     shadow = checkpoint.raw["ema"]["shadow_params"]
     listed = list(checkpoint.ema.values())
     assert all(a is b for a, b in zip(listed, shadow, strict=True))
-
-
-def test_a_list_of_another_length_or_order_is_refused():
-    parameters = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    with pytest.raises(ValueError, match="1 tensors, the network 2 parameters"):
-        ema_from_list([torch.zeros(2)], parameters)
-    with pytest.raises(ValueError, match="first at a"):
-        ema_from_list([torch.zeros(3), torch.zeros(2)], parameters)
 
 
 def test_a_compiled_network_takes_weights_too():

@@ -219,7 +219,7 @@ BROKEN = {
     ),
     "a shuffled EMA": (
         lightning(lambda raw: raw["ema"]["shadow_params"].reverse()),
-        "the EMA does not fit the parameters",
+        "the EMA does not fit the parameters, first at ",
     ),
     "an EMA of another kind": (
         lightning(lambda raw: {**raw, "ema": raw["ema"]["shadow_params"]}),
