@@ -9,18 +9,8 @@ import inspect
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import (
-    FSDPModule,
-    FullyShardedDataParallel,
-    OptimStateKeyType,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,14 +43,14 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
         set_fused(checkpoint, self.lightning_module.fused())  # state.load_state comes later
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        options = state_dict.StateDictOptions(full_state_dict=True)
+        state_dict.set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
         states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
-            named = FullyShardedDataParallel.rekey_optim_state_dict(
-                state, OptimStateKeyType.PARAM_NAME, self.model
+            named = fsdp.FullyShardedDataParallel.rekey_optim_state_dict(
+                state, fsdp.OptimStateKeyType.PARAM_NAME, self.model
             )
-            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+            state_dict.set_optimizer_state_dict(self.model, optimizer, named, options=options)
             for group in optimizer.param_groups:
                 group["betas"] = tuple(group["betas"])  # which comes back as a list
         return checkpoint
@@ -72,14 +62,14 @@ def shard(backbone: nn.Module, mesh) -> None:
     The objectives call `hidden` and `features`, not `forward`.
     """
     for block in backbone.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
+        fsdp.fully_shard(block, mesh=mesh)
+    fsdp.fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
     for name in ("hidden", "features", "logits"):
-        register_fsdp_forward_method(backbone, name)
+        fsdp.register_fsdp_forward_method(backbone, name)
 
 
 def is_sharded(backbone: nn.Module) -> bool:
-    return isinstance(backbone, FSDPModule)
+    return isinstance(backbone, fsdp.FSDPModule)
 
 
 def part(tensor: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class StepHealth:
 
     def _judge(self, trainer: L.Trainer, step: "_Step") -> None:
         loss_is_bad, gradient_is_bad, nothing_counts, *norms = step.numbers.tolist()
-        if not loss_is_bad and not gradient_is_bad and not nothing_counts:
+        if not (loss_is_bad or gradient_is_bad or nothing_counts):
             self.in_a_row = 0
             return
         self.skipped = not self.late
@@ -252,23 +252,18 @@ class StallWatch(L.Callback):
         self._thread = threading.Thread(target=self._watch, args=(trainer,), daemon=True)
         self._thread.start()
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self._since = None
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+    def _begin(self, *hook) -> None:
         self._since = time.monotonic()
 
-    def on_validation_start(self, trainer, pl_module) -> None:
+    def _pause(self, *hook) -> None:
         self._since = None
 
-    def on_validation_end(self, trainer, pl_module) -> None:
-        self._since = time.monotonic()
-
-    def on_train_end(self, trainer, pl_module) -> None:
+    def _end(self, *hook) -> None:
         self._done.set()
 
-    def on_exception(self, trainer, pl_module, exception) -> None:
-        self._done.set()
+    on_train_batch_end = on_validation_end = _begin
+    on_train_batch_start = on_validation_start = _pause
+    on_train_end = on_exception = _end
 
     def _watch(self, trainer) -> None:
         said = 0

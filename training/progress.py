@@ -12,16 +12,7 @@ from collections import deque
 import torch
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
-from rich import get_console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich import get_console, progress
 from rich.table import Table
 from torch import Tensor
 
@@ -38,7 +29,7 @@ class RunProgress(ProgressBar):
     def __init__(self):
         super().__init__()
         self._enabled = True
-        self._bar: Progress | None = None
+        self._bar: progress.Progress | None = None
         self._train = self._valid = None
         self._shown = 0.0
         self._step = 0
@@ -150,14 +141,14 @@ class RunProgress(ProgressBar):
 
     def _open(self) -> None:
         if self._enabled and self._bar is None and sys.stdout.isatty():
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+            self._bar = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[figures]}"),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
             )
             self._bar.start()
 
