@@ -102,7 +102,8 @@ def make_pair(algo: str, net: DiT, heads: int, ids: Tensor, size: int, *, traini
 
     def ours_given(i: int) -> Tensor:
         corrupted = given[i % len(given)]
-        return objective.loss_at(net, ids[i % count], *corrupted, loss_mask, **interval).mean
+        inputs = objective.loss_inputs_at(ids[i % count], *corrupted, loss_mask, **interval)
+        return objective.compute_loss(net, inputs).mean
 
     def plain(i: int) -> Tensor:
         corrupted = given[i % len(given)]

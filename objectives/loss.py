@@ -139,10 +139,6 @@ class Objective:
         """The loss of a batch; arguments as for `loss_inputs`."""
         return self.compute_loss(backbone, self.loss_inputs(*batch, **settings))
 
-    def loss_at(self, backbone, *corrupted, **settings) -> TokenLoss:
-        """The loss of a given corruption; arguments as for `loss_inputs_at`."""
-        return self.compute_loss(backbone, self.loss_inputs_at(*corrupted, **settings))
-
 
 class MaskingObjective(Objective):
     """One whose noise masks tokens. It defines `corrupt` and `loss_inputs_at`; x0, valid,

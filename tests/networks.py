@@ -86,3 +86,9 @@ def chi_square_p(counts, expected) -> float:
     statistic = ((counts - expected) ** 2 / expected).sum()
     freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+def loss_at(objective, backbone, *corrupted, **settings):
+    """TokenLoss of a given corruption; arguments as for `loss_inputs_at`."""
+    inputs = objective.loss_inputs_at(*corrupted, **settings)
+    return objective.compute_loss(backbone, inputs)

@@ -19,6 +19,7 @@ from checkpoint_helpers import (
     variant,
 )
 from conftest import GOLDEN, load, load_json
+from networks import loss_at
 from torch import nn
 
 from checkpointing.layouts import read_checkpoint, resolve
@@ -65,14 +66,14 @@ def test_a_published_checkpoint_gives_the_recorded_loss(name):
         loss_mask = recorded["attention_mask_in"].float()
         if checkpoint.algo == "sedd":
             objective = ScoreEntropy(mask_id, schedule)
-            loss = objective.loss_at(net, x0, x_t, recorded["t"], loss_mask)
+            loss = loss_at(objective, net, x0, x_t, recorded["t"], loss_mask)
         else:
             block = checkpoint.block_size
             bounds = about["eps_argument"] or about["sampling_eps_buffers"] or (1e-3, 1.0)
             objective = MaskedDiffusion(mask_id, block, schedule)
             t = recorded["t"] if block == x0.shape[1] else recorded["t"][:, ::block]
             interval = tuple(map(float, bounds))
-            loss = objective.loss_at(net, x0, x_t, t, loss_mask, interval=interval)
+            loss = loss_at(objective, net, x0, x_t, t, loss_mask, interval=interval)
     close(loss.mean.detach(), recorded["loss"])
 
 

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from networks import assert_within, small, texts
+from networks import assert_within, loss_at, small, texts
 
 from models.masks import BlockCausal, BlockDiffusion, Full
 from noise_schedule import EPS, SCHEDULES, LogLinear, Power, get_schedule
@@ -109,7 +109,7 @@ def expected_loss(net, text, objective, nodes, weights, interval=FULL):
     t = torch.tensor(times)[:, None].expand(-1, blocks)
     x0 = text.expand(len(x_t), -1)
     with torch.no_grad():
-        loss = objective.loss_at(net, x0, x_t, t, torch.ones(x0.shape), interval=interval)
+        loss = loss_at(objective, net, x0, x_t, t, torch.ones(x0.shape), interval=interval)
     return float((loss.nll.double().sum(1) * torch.tensor(chances)).sum())
 
 
@@ -222,7 +222,7 @@ def test_one_block_gives_mdlms_loss_and_gradients(net):
     network that sees the whole of x_t."""
     x0, x_t, t = corrupted()
     results = []
-    loss = objective_with(12).loss_at(net, x0, x_t, t, torch.ones(x0.shape), interval=FULL)
+    loss = loss_at(objective_with(12), net, x0, x_t, t, torch.ones(x0.shape), interval=FULL)
     results.append((loss.mean, torch.autograd.grad(loss.mean, list(net.parameters()))))
     logits = net.logits(net.hidden(x_t, attention_mask=Full()))[..., :WORDS]
     nll = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
@@ -239,7 +239,7 @@ def test_the_training_loss_asks_what_the_sampler_asks(net, block_size):
     """All blocks in one pass over [x_t ; x0] cost what block after block costs."""
     x0, x_t, t = corrupted(block_size=block_size)
     objective = objective_with(block_size)
-    loss = objective.loss_at(net, x0, x_t, t, torch.ones(x0.shape), interval=FULL)
+    loss = loss_at(objective, net, x0, x_t, t, torch.ones(x0.shape), interval=FULL)
     denoise = objective.denoiser(net)
     for block in range(12 // block_size):
         now = slice(block * block_size, (block + 1) * block_size)
@@ -375,7 +375,7 @@ def test_a_normalised_score_gives_the_loss_of_masked_diffusion():
 def test_the_loss_of_sedd_is_its_formula_on_the_score_that_samplers_get(net):
     x0, x_t, t = corrupted()
     objective = ScoreEntropy(MASK, LogLinear(), ignore_bos=False)
-    loss = objective.loss_at(net, x0, x_t, t, torch.ones(x0.shape))
+    loss = loss_at(objective, net, x0, x_t, t, torch.ones(x0.shape))
     noise = LogLinear()(t)
     with torch.no_grad():
         log_score = objective.denoiser(net)(x_t, noise.sigma[:, 0])

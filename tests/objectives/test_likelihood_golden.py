@@ -7,7 +7,16 @@ batch; with x_t and t fed in nothing random is left.
 import pytest
 import torch
 from conftest import load, load_json
-from networks import CHECKPOINTS, LENGTH, LOGITS, MASK, assert_within, recorded, recorded_weights
+from networks import (
+    CHECKPOINTS,
+    LENGTH,
+    LOGITS,
+    MASK,
+    assert_within,
+    loss_at,
+    recorded,
+    recorded_weights,
+)
 
 from evaluation.likelihood import LikelihoodMeter
 from noise_schedule import EPS, LogLinear
@@ -48,13 +57,13 @@ def evaluate(name, net, batch):
     if entry["algo"] == "sedd":
         objective = ScoreEntropy(MASK, LogLinear())
         loss_mask = objective.loss_mask(everything, training=False)
-        return objective.loss_at(net, batch["x0"], x_t, t, loss_mask)
+        return loss_at(objective, net, batch["x0"], x_t, t, loss_mask)
     size = entry["block_size"]
     objective = MaskedDiffusion(MASK, size, LogLinear())
     loss_mask = objective.loss_mask(everything, training=False)
     t = t if size == LENGTH else t[:, ::size]
     interval = EXACT if (t == 1).all() else (EPS, 1.0)
-    return objective.loss_at(net, batch["x0"], x_t, t, loss_mask, interval=interval)
+    return loss_at(objective, net, batch["x0"], x_t, t, loss_mask, interval=interval)
 
 
 @pytest.mark.parametrize("run", RECORDED)

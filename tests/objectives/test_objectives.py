@@ -17,6 +17,7 @@ from networks import (
     LOGITS,
     MASK,
     assert_within,
+    loss_at,
     recorded,
     small,
     texts,
@@ -104,8 +105,8 @@ def loss_of(case, golden, net):
     x_t = golden["model_input"][:, : x0.shape[1]]
     t = times_of(golden, getattr(objective, "block_size", LENGTH))
     if isinstance(objective, ScoreEntropy):
-        return objective.loss_at(net, x0, x_t, t, loss_mask)
-    return objective.loss_at(net, x0, x_t, t, loss_mask, interval=interval_of(case))
+        return loss_at(objective, net, x0, x_t, t, loss_mask)
+    return loss_at(objective, net, x0, x_t, t, loss_mask, interval=interval_of(case))
 
 
 # ---- recordings
@@ -143,7 +144,7 @@ def test_the_weight_does_not_jump_above_one_half(case):
     loss_mask = objective.loss_mask(golden["attention_mask_in"], CASES[case]["training"])
     t = times_of(golden, objective.block_size)
     arguments = (net, golden["x0"], golden["model_input"][:, :size], t, loss_mask)
-    loss = mended.loss_at(*arguments, interval=interval_of(case))
+    loss = loss_at(mended, *arguments, interval=interval_of(case))
     assert_within(loss.nll * golden["t"], golden["nlls"], LOGITS)
 
 
@@ -406,13 +407,13 @@ def test_a_packed_document_costs_what_it_costs_alone():
     x0, x_t, t = texts(3, 16, 6), texts(3, 16, 7, seed=1), torch.linspace(0.1, 1, 12).view(3, 4)
     document_ids = torch.arange(16).expand(3, -1) // 8
     settings = {"interval": FULL}
-    packed = objective.loss_at(
-        net, x0, x_t, t, torch.ones(3, 16), document_ids=document_ids, **settings
+    packed = loss_at(
+        objective, net, x0, x_t, t, torch.ones(3, 16), document_ids=document_ids, **settings
     )
     for first, blocks in ((0, slice(0, 2)), (8, slice(2, 4))):
         part = slice(first, first + 8)
-        alone = objective.loss_at(
-            net, x0[:, part], x_t[:, part], t[:, blocks], torch.ones(3, 8), **settings
+        alone = loss_at(
+            objective, net, x0[:, part], x_t[:, part], t[:, blocks], torch.ones(3, 8), **settings
         )
         assert_within(packed.nll[:, part], alone.nll, LOGITS)
 

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import GOLDEN, load, load_json
-from networks import CHECKPOINTS, MASK, recorded
+from networks import CHECKPOINTS, MASK, loss_at, recorded
 from torch.utils.data import DataLoader
 
 from checkpointing.layouts import read_checkpoint
@@ -38,9 +38,9 @@ class Replay(Diffusion):
         x_t, t = batch["model_input"][:, : x0.shape[1]], batch["t"]
         loss_mask = self.objective.loss_mask(mask, training)
         if isinstance(self.objective, ScoreEntropy):
-            return self.objective.loss_at(self.backbone, x0, x_t, t, loss_mask)
+            return loss_at(self.objective, self.backbone, x0, x_t, t, loss_mask)
         t = t[:, :: self.objective.block_size]
-        return self.objective.loss_at(self.backbone, x0, x_t, t, loss_mask, interval=interval)
+        return loss_at(self.objective, self.backbone, x0, x_t, t, loss_mask, interval=interval)
 
     def training_step(self, batch, batch_idx):
         loss = self.token_loss(batch, self.interval, None, True).mean
