@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,18 +48,12 @@ class StepHealth:
     norm: Tensor | None = None  # of its gradient
     loss: Tensor | None = None  # its loss, over the global batch; on the device
     factor: Tensor | None = None  # places / tokens that count in the global batch; None: 1
-    _batches: list[dict] = field(default_factory=list)
-    _losses: list[Tensor] = field(default_factory=list)
-    _places: int = 0  # of loss masks, on this rank; all ranks have equally many
-    _left_out: int = 0  # of these do not count
+    _seen: list[tuple[dict, Tensor, Tensor]] = field(default_factory=list)
     _coming: deque = field(default_factory=deque)
 
     def saw(self, batch: dict, loss: Tensor, loss_mask: Tensor) -> None:
         """A micro-batch of the step at hand. loss: TokenLoss.per_place; loss_mask on the host."""
-        self._batches.append(batch)
-        self._losses.append(loss.detach())
-        self._places += loss_mask.numel()
-        self._left_out += loss_mask.numel() - int(loss_mask.count_nonzero())
+        self._seen.append((batch, loss.detach(), loss_mask))
 
     def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> int:
         """Decide, over all devices together, whether the step is left out.
@@ -68,13 +63,13 @@ class StepHealth:
         """
         each = torch.stack(torch._foreach_norm([p.grad for _, p in named]))
         norm, norms = _whole(torch.linalg.vector_norm(each)), _whole(each)
-        bad = self._over_all_devices(trainer.world_size, norm)
+        batches, losses, masks = zip(*self._seen, strict=True) if self._seen else ((), (), ())
+        self._seen = []
+        bad = self._over_all_devices(trainer.world_size, norm, losses, masks)
         self.norm = norm if self.factor is None else norm * self.factor
         names = [name for name, _ in named]
         numbers = torch.cat([bad.to(norms), norms])
-        step = _Step(trainer.global_step + 1, self._batches, self._losses, names, *send(numbers))
-        self._batches, self._losses = [], []
-        self._places = self._left_out = 0
+        step = _Step(trainer.global_step + 1, batches, losses, names, *send(numbers))
         self._coming.append(step)
         self.found = bad.amax().clamp(max=1) if self.late else None
         learned = self.settle(trainer, leave=int(self.late))
@@ -83,23 +78,26 @@ class StepHealth:
                 p.grad = None
         return learned
 
-    def _over_all_devices(self, devices: int, norm: Tensor) -> Tensor:
+    def _over_all_devices(
+        self, devices: int, norm: Tensor, losses: Sequence[Tensor], masks: Sequence[Tensor]
+    ) -> Tensor:
         """Sets `loss` and `factor`. Returns float32 [3], > 0 where a loss or the gradient is not
         finite, and where no token counts.
 
         Losses and gradients are means over places: of a micro-batch, then over micro-batches and
         devices. All micro-batches have the same size, so they are those of the global batch.
         """
-        losses = torch.stack(self._losses or [norm.new_zeros(())]).float()
+        losses = torch.stack(losses or (norm.new_zeros(()),)).float()
+        places = devices * sum(mask.numel() for mask in masks)  # all ranks have equally many
+        absent = sum(int((mask == 0).sum()) for mask in masks)
         bad_loss, bad_norm = (~torch.isfinite(x).all() for x in (losses, norm))
-        left_out = torch.full_like(losses[0], self._left_out)  # filled there: nothing is sent
+        left_out = torch.full_like(losses[0], absent)  # filled there: nothing is sent
         numbers = torch.stack([bad_loss.float(), bad_norm.float(), losses.mean(), left_out])
         if devices > 1:
             torch.distributed.all_reduce(numbers)
-        places, loss = devices * self._places, numbers[2] / devices
-        counted = places - numbers[3]
+        loss, counted = numbers[2] / devices, places - numbers[3]
         # where every token counts it is 1; one device knows that without asking
-        differs = self._left_out or (places and devices > 1)
+        differs = absent or (places and devices > 1)
         self.factor = places / counted.clamp(min=1) if differs else None
         self.loss = loss if self.factor is None else loss * self.factor
         nothing = (counted <= 0) if places else torch.zeros_like(bad_loss)
@@ -135,7 +133,7 @@ class StepHealth:
         message = f"step {step.number:,} left out: it has {what}"
         if self.folder is not None and self.in_a_row <= self.allowed + 1:
             name = f"step={step.number}-rank={trainer.global_rank}.pt"
-            message += f" (batch in {self._keep(name, step.batches, step.losses, odd)})"
+            message += f" (batch in {self._keep(name, step, odd)})"
         if trainer.is_global_zero:
             print(f"{message}; {self.bad_steps} so far", file=sys.stderr, flush=True)
         if self.in_a_row > self.allowed:
@@ -146,10 +144,10 @@ class StepHealth:
                 " trainer.gradient_clip_val may help, in another checkpointing.save_dir"
             )
 
-    def _keep(self, name: str, batches: list[dict], losses: list[Tensor], odd: list[str]) -> str:
+    def _keep(self, name: str, step: "_Step", odd: list[str]) -> str:
         path = Path(self.folder) / "bad_steps" / name
-        kept = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
-        losses = [loss.cpu() for loss in losses]
+        kept = [{key: value.cpu() for key, value in batch.items()} for batch in step.batches]
+        losses = [loss.cpu() for loss in step.losses]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"batches": kept, "losses": losses, "parameters": odd}, path)
@@ -177,8 +175,8 @@ class _Step:
     is not finite, whether no token counts, and each parameter's norm ahead of `scale`."""
 
     number: int
-    batches: list[dict]
-    losses: list[Tensor]
+    batches: Sequence[dict]
+    losses: Sequence[Tensor]
     names: list[str]
     arrived: "torch.Event | Here"
     numbers: Tensor
