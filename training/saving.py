@@ -61,66 +61,60 @@ class CarefulIO(SafeCheckpointIO):
         return True
 
 
-class Stopping(L.Callback):
-    """The ranks ask each other whether to stop, after each step and each batch of a validation."""
+class Deadline(Timer):
+    """trainer.max_time, by Lightning's clock, which a checkpoint keeps.
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self._step, self._poll = 0, Poll()
+    Lightning's own Timer would make one validation more than a run that is not stopped. It would
+    also ask the first rank after each batch, which waits for the device.
+    """
+
+    state_key = Timer.__qualname__  # in checkpoints
 
     def on_train_start(self, trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)
-        self._step, self._poll = trainer.global_step, Poll()
+        if trainer.strategy.reduce_boolean_decision(self.over(), all=False):
+            step = trainer.global_step
+            say(f"at step {step:,}: trainer.max_time is used up, no step is made")
+            raise Stopped(0)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self._step:
-            return  # between two micro-batches
-        self._step = trainer.global_step
-        self.after_step(trainer)
-        self.stop_if_told(trainer)
+    def _check_time_remaining(self, trainer) -> None:
+        """Nothing: this is where Lightning's Timer would end the run."""
 
-    def on_validation_batch_end(
-        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
-    ) -> None:
-        """A validation that is broken off begins anew when the run goes on."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.stop_if_told(trainer)
-
-    def after_step(self, trainer) -> None:
-        """Called before the ranks ask each other."""
-
-    def stop_if_told(self, trainer) -> None:
-        """Every rank must call this equally often. They stop together, with the raw weights
-        in place."""
-        raise NotImplementedError
+    def over(self) -> bool:
+        begun = self.start_time() is not None  # not so in the validation ahead of training
+        return begun and self.time_remaining() <= 0
 
 
 @dataclass(eq=False)
-class StepCheckpoints(Stopping):
-    """Writes step=N.ckpt every `every` steps, at the end, and when the run is told to stop. With
-    every=0 only the last two are written. last.ckpt is the newest of these files.
+class StepCheckpoints(L.Callback):
+    """Writes step=N.ckpt every `every` steps, at the end, and when the run is told to stop or the
+    deadline has passed. With every=0 only the last two are written, with None nothing. last.ckpt is
+    the newest of these files.
 
     The newest `keep_last` of them are kept (-1: all), and each whose step is a multiple of
-    `keep_every`.
+    `keep_every`. The ranks ask each other whether to stop, after each step and each batch of a
+    validation.
     """
 
     folder: str
-    every: int
+    every: int | None
     keep_last: int
     keep_every: int | None
     io: CarefulIO
     signals: Signals
+    deadline: Deadline | None
     stop_on_error: bool
+    _step: int = 0
     _saved: int = 0  # step
     _failure: str = ""
 
     def __post_init__(self):
-        super().__init__()
+        self._poll = Poll()
 
     def on_train_start(self, trainer, pl_module) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._saved = trainer.global_step
-        if trainer.is_global_zero:
+        self._step = self._saved = trainer.global_step
+        self._poll = Poll()
+        if trainer.is_global_zero and self.every is not None:
             self.io.attempt(self.folder, self._tidy, "tidied up")
 
     def _tidy(self) -> None:
@@ -130,39 +124,59 @@ class StepCheckpoints(Stopping):
             if path.endswith(".partial"):
                 fs.rm_file(path)
 
-    def after_step(self, trainer) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self._step:
+            return  # between two micro-batches
+        self._step = trainer.global_step
         if self.every and self._step % self.every == 0:
             self.save(trainer)
+        self.stop_if_told(trainer)
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        """A validation that is broken off begins anew when the run goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.stop_if_told(trainer)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if not self.save(trainer) and self.stop_on_error:
+        if self.every is not None and not self.save(trainer) and self.stop_on_error:
             raise SaveError(self.io.failure or "the last checkpoint could not be written")
 
     # ---- stopping -----------------------------------------------------------------------------
 
     def stop_if_told(self, trainer) -> None:
+        """Every rank must call this equally often. They stop together, with the raw weights in
+        place."""
         told = self.signals.received is not None
+        over = self.deadline is not None and self.deadline.over()
         failed = self.io.failure is not None and self.stop_on_error
         if failed:
             self._failure = self.io.failure  # the answer may come when a later save has succeeded
-        any_told, any_failed = self._poll(trainer.strategy.root_device, told, failed)
+        device = trainer.strategy.root_device
+        any_told, any_over, any_failed = self._poll(device, told, over, failed)
         if any_failed:
             raise SaveError(self._failure or "a checkpoint could not be written by rank 0")
-        if not any_told:
+        if not (any_told or any_over):
             return
         put_average(trainer.lightning_module, False)
-        saved = self.save(trainer)
+        saved, place = self.save(trainer), f"stopping at step {trainer.global_step:,}"
+        if not any_told:
+            what = "saved; a longer one goes on from here" if saved else "nothing was saved"
+            say(f"{place}: trainer.max_time has passed; {what}")
+            raise Stopped(0)
         name = self.signals.received.name if told else "a signal"
         what = "saved; the same command goes on from here" if saved else "could not save"
-        if not trainer.global_step:
-            what = "nothing to save yet"
-        say(f"stopping at step {trainer.global_step:,} on {name}: {what}")
+        say(f"{place} on {name}: {what if trainer.global_step else 'nothing to save yet'}")
+        raise Stopped(self._exit_code(trainer))
+
+    def _exit_code(self, trainer) -> int:
         by_hand = self.signals.received == signal.SIGINT
         code = BY_HAND if trainer.strategy.reduce_boolean_decision(by_hand, all=False) else GO_ON
         # Lightning's own launcher kills the whole job when one of its processes ends with an error
         ours = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
         started_by_lightning = ours is not None and not ours.creates_processes_externally
-        raise Stopped(0 if started_by_lightning and not trainer.is_global_zero else code)
+        return 0 if started_by_lightning and not trainer.is_global_zero else code
 
     # ---- files --------------------------------------------------------------------------------
 
@@ -170,8 +184,8 @@ class StepCheckpoints(Stopping):
         """Save this step unless that is done. Returns whether it is on disk. Only the first rank
         knows of a failure, and it tells the others: another attempt needs all ranks."""
         step = trainer.global_step
-        if step == self._saved:
-            return True
+        if self.every is None or step == self._saved:
+            return self.every is not None
         self.io.failure = None
         path = f"{self.folder}/step={step}.ckpt"
         trainer.save_checkpoint(path)
@@ -194,43 +208,6 @@ class StepCheckpoints(Stopping):
         for step in steps[: len(steps) - self.keep_last] if self.keep_last >= 0 else []:
             if not (self.keep_every and step % self.keep_every == 0):
                 fs.rm_file(f"{folder}/step={step}.ckpt")
-
-
-class Deadline(Stopping, Timer):
-    """trainer.max_time, by Lightning's clock, which a checkpoint keeps. When the time has passed,
-    the run saves and stops with exit code 0.
-
-    Lightning's own Timer would make one validation more than a run that is not stopped. It would
-    also ask the first rank after each batch, which waits for the device.
-    """
-
-    state_key = Timer.__qualname__  # in checkpoints
-
-    def __init__(self, duration: str, save: Callable[[L.Trainer], bool] | None):
-        super().__init__(duration, interval="step")
-        self.save = save
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        super().on_train_start(trainer, pl_module)
-        if trainer.strategy.reduce_boolean_decision(self._over(), all=False):
-            say(f"at step {self._step:,}: trainer.max_time is used up, no step is made")
-            raise Stopped(0)
-
-    def _check_time_remaining(self, trainer) -> None:
-        """Nothing: this is where Lightning's Timer would end the run."""
-
-    def _over(self) -> bool:
-        begun = self.start_time() is not None  # not so in the validation ahead of training
-        return begun and self.time_remaining() <= 0
-
-    def stop_if_told(self, trainer) -> None:
-        if not any(self._poll(trainer.strategy.root_device, self._over())):
-            return
-        put_average(trainer.lightning_module, False)
-        saved = self.save is not None and self.save(trainer)
-        what = "saved; a longer one goes on from here" if saved else "nothing was saved"
-        say(f"stopping at step {trainer.global_step:,}: trainer.max_time has passed; {what}")
-        raise Stopped(0)
 
 
 class BestCheckpoint(ModelCheckpoint):

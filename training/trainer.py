@@ -84,20 +84,20 @@ def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[
     every, best = wanted.checkpoint_every_n_steps, wanted.checkpoint_monitor
     made = [NetworkSummary()] if t.enable_model_summary else []
     made += [RankFailure(), StallWatch()]
-    saver = None
-    if t.enable_checkpointing:
+    deadline = None if t.max_time is None else Deadline(t.max_time)
+    if t.enable_checkpointing or deadline is not None:
+        steps = every.every_n_train_steps if every else 0
         saver = StepCheckpoints(
             folder=checkpoint_folder(c),
-            every=every.every_n_train_steps if every else 0,
+            every=steps if t.enable_checkpointing else None,
             keep_last=c.keep_last,
             keep_every=c.keep_every,
             io=io,
             signals=signals,
+            deadline=deadline,
             stop_on_error=c.on_save_error == "stop",
         )
-        made.append(saver)
-    if t.max_time is not None:
-        made.append(Deadline(t.max_time, saver and saver.save))
+        made += [saver] if deadline is None else [saver, deadline]
     if t.enable_checkpointing and best:
         made.append(
             BestCheckpoint(

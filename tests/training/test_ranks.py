@@ -192,7 +192,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(strategy, late, one, tmp_path):
     def over(rank):
         answers(late)
         if rank == 1:
-            patched(3, lambda: setattr(Deadline, "_over", lambda self: True))
+            patched(3, lambda: setattr(Deadline, "over", lambda self: True))
 
     def over_in_validation(rank):
         answers(late)
@@ -200,7 +200,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(strategy, late, one, tmp_path):
 
         def step(self, batch, batch_idx):
             if rank == 1:
-                Deadline._over = lambda self: True
+                Deadline.over = lambda self: True
             return real(self, batch, batch_idx)
 
         Diffusion.validation_step = step
