@@ -75,14 +75,10 @@ def load(file: BinaryIO, name: str, *, described: Collection[str] = ()) -> Any:
         return unpickle(data, archive.storage, describe=archive.describe, described=described)
     except CheckpointError as error:
         raise CheckpointError(f"{name} cannot be read: {error}") from None
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"{name} is damaged or was cut short ({error}); copy or download it again"
-        ) from error
-    except FAILURES as error:
+    except (zipfile.BadZipFile, *FAILURES) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
         raise CheckpointError(
-            f"{name} is damaged ({kind}{error}); copy or download it again"
+            f"{name} is damaged or was cut short ({kind}{error}); copy or download it again"
         ) from error
 
 

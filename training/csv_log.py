@@ -6,6 +6,7 @@ steps, because it makes those steps again.
 """
 
 import csv
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -71,18 +72,16 @@ class CSVLog(Logger):
 
     def _open(self) -> None:
         """The file of the run so far, or a new one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows, last = [], 0
+        rows = []
         if self.path.exists():
             rows = [*_rows(self.path)]
-            last = max((int(row["step"]) for row in rows), default=0)
             with self.path.open(newline="") as file:
                 old = next(csv.reader(file), []) == OLD_HEADER
             if old:
                 shutil.copyfile(self.path, self.path.with_name("metrics.old.csv"))
-        self._rewrite(rows, last, [])
+        self._rewrite(rows, math.inf, [])
 
-    def _rewrite(self, rows: list[dict], step: int, more: list[str]) -> None:
+    def _rewrite(self, rows: list[dict], step: float, more: list[str]) -> None:
         """With the rows up to this step, and columns for the figures `more`."""
         rows = [row for row in rows if int(row["step"]) <= step]
         names = [*NO_FIGURES, *self._columns, *(name for row in rows[:1] for name in row), *more]

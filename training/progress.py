@@ -48,8 +48,6 @@ class RunProgress(ProgressBar):
     def print(self, *args, **kwargs) -> None:
         (self._bar.console.print if self._bar else say)(*args, **kwargs)
 
-    # ---- training -----------------------------------------------------------------------------
-
     def on_train_start(self, trainer, pl_module) -> None:
         self._open()
         if self._bar:
@@ -86,8 +84,6 @@ class RunProgress(ProgressBar):
         if self._bar:
             self._bar.update(self._train, completed=trainer.global_step)
         self._close()
-
-    # ---- validation ---------------------------------------------------------------------------
 
     def on_validation_start(self, trainer, pl_module) -> None:
         self._open()
@@ -136,8 +132,6 @@ class RunProgress(ProgressBar):
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         self._close()
-
-    # ---- the bar ------------------------------------------------------------------------------
 
     def _open(self) -> None:
         if self._enabled and self._bar is None and sys.stdout.isatty():

@@ -143,8 +143,6 @@ class StepCheckpoints(L.Callback):
         if self.every is not None and not self.save(trainer) and self.stop_on_error:
             raise SaveError(self.io.failure or "the last checkpoint could not be written")
 
-    # ---- stopping -----------------------------------------------------------------------------
-
     def stop_if_told(self, trainer) -> None:
         """Every rank must call this equally often. They stop together, with the raw weights in
         place."""
@@ -177,8 +175,6 @@ class StepCheckpoints(L.Callback):
         ours = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
         started_by_lightning = ours is not None and not ours.creates_processes_externally
         return 0 if started_by_lightning and not trainer.is_global_zero else code
-
-    # ---- files --------------------------------------------------------------------------------
 
     def save(self, trainer) -> bool:
         """Save this step unless that is done. Returns whether it is on disk. Only the first rank
