@@ -157,10 +157,6 @@ def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=No
     return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _rebuild_parameter(tensor, requires_grad=False, hooks=None):
-    return tensor
-
-
 def _encode(text, encoding):
     if encoding != "latin1":
         raise ValueError(f"_codecs.encode with {encoding!r}")
@@ -176,7 +172,7 @@ FUNCTIONS = {
     "collections.defaultdict": lambda factory=None: {},  # nobody asks these for an absent key
     "collections.OrderedDict": _ordered_dict,
     "torch.Size": lambda size=(): tuple(size),
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda tensor, requires_grad=False, hooks=None: tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
 }
 
