@@ -101,7 +101,7 @@ class Diffusion(L.LightningModule):
         self.validated_at = 0  # and its step
 
     def configure_model(self) -> None:
-        averaging.share_out(self)
+        distributed.share_out(self)
 
     # ---- one step -----------------------------------------------------------------------------
 

@@ -39,32 +39,26 @@ def locate(path_or_id: str | Path, *, revision: str | None = None, launch_dir=No
     A local path wins over a hub id; `id@revision` is short for the argument.
     """
     text = os.fspath(path_or_id)
-    if "://" in text:
-        _no_revision(text, revision)
+    local = Path(launch_dir or ".") / Path(text).expanduser()
+    if "://" in text or local.exists():
+        if revision is not None:
+            raise ValueError(
+                f"revision {revision!r} concerns hub ids, but {text} is a file or folder"
+            )
         try:
-            fs, path = url_to_fs(text)
+            fs, path = url_to_fs(text if "://" in text else str(local.absolute()))
             exists = fs.exists(path)
         except (ImportError, ValueError) as error:  # a protocol whose package is not installed
             raise FileNotFoundError(f"{text} cannot be opened: {error}") from error
         if not exists:
             raise FileNotFoundError(f"{text} does not exist")
         return fs, path
-    local = Path(launch_dir or ".") / Path(text).expanduser()
-    fs, path = url_to_fs(str(local.absolute()))
-    if local.exists():
-        _no_revision(text, revision)
-        return fs, path
     match = _HUB_ID.fullmatch(text)
     if match is None or text.endswith(_FILE_ENDINGS):
         raise FileNotFoundError(f"{text} does not exist (looked at {local.absolute()})")
     if match["revision"] and revision and match["revision"] != revision:
         raise ValueError(f"{text} and revision {revision!r} name two revisions; give one")
-    return fs, str(fetch(match["id"], match["revision"] or revision))
-
-
-def _no_revision(path: str, revision: str | None):
-    if revision is not None:
-        raise ValueError(f"revision {revision!r} concerns hub ids, but {path} is a file or folder")
+    return url_to_fs(str(fetch(match["id"], match["revision"] or revision)))
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:

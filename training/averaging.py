@@ -1,5 +1,5 @@
-"""The average of a Diffusion's weights during a run: shared out with fsdp, exchanged with the
-weights for validation, kept in step with optimizer steps that turn out to have been left out."""
+"""The average of a Diffusion's weights during a run: exchanged with the weights for validation,
+kept in step with optimizer steps that turn out to have been left out."""
 
 import lightning as L
 from torch import Tensor
@@ -10,20 +10,6 @@ from training import distributed
 def averaged_weights(module: L.LightningModule) -> list[tuple[str, Tensor]]:
     """What the average follows: with fsdp this rank's part of every weight."""
     return [(name, distributed.part(p)) for name, p in module.backbone.named_parameters()]
-
-
-def share_out(module: L.LightningModule) -> None:
-    """With strategy=fsdp: share the network out, and its average in the same way."""
-    strategy = module.trainer.strategy
-    if not isinstance(strategy, distributed.Sharded) or distributed.is_sharded(module.backbone):
-        return
-    distributed.shard(module.backbone, strategy.device_mesh["data_parallel"])
-    if module.ema is not None:
-        like = dict(module.backbone.named_parameters())
-        module.ema.shadow = {
-            name: distributed.part_of(average, like[name]).clone()
-            for name, average in module.ema.shadow.items()
-        }
 
 
 def put_average(module: L.LightningModule, on: bool) -> None:

@@ -6,6 +6,7 @@ A checkpoint is one file with the same content as on one device; each reads the 
 
 import inspect
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -56,16 +57,21 @@ class Sharded(ModelParallelStrategy):
         return checkpoint
 
 
-def shard(backbone: nn.Module, mesh) -> None:
-    """Share out a backbone; its blocks are put together one at a time, the rest for a whole pass.
-
-    The objectives call `hidden` and `features`, not `forward`.
-    """
+def share_out(module: L.LightningModule) -> None:
+    """With strategy=fsdp: share the network out, and its average in the same way. The blocks are
+    put together one at a time, the rest for a whole pass."""
+    strategy, backbone = module.trainer.strategy, module.backbone
+    if not isinstance(strategy, Sharded) or is_sharded(backbone):
+        return
+    mesh = strategy.device_mesh["data_parallel"]
     for block in backbone.blocks:
         fsdp.fully_shard(block, mesh=mesh)
     fsdp.fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
-    for name in ("hidden", "features", "logits"):
+    for name in ("hidden", "features", "logits"):  # the objectives do not call `forward`
         fsdp.register_fsdp_forward_method(backbone, name)
+    if module.ema is not None:
+        like, averages = dict(module.backbone.named_parameters()), module.ema.shadow
+        module.ema.shadow = {name: part_of(averages[name], like[name]).clone() for name in averages}
 
 
 def is_sharded(backbone: nn.Module) -> bool:

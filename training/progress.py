@@ -36,7 +36,6 @@ class RunProgress(ProgressBar):
         self._losses: deque[Tensor] = deque()
         self._tokens = 0  # since _since
         self._since = 0.0
-        self._rate = 0.0
         self._paused = 0.0
 
     def disable(self) -> None:
@@ -66,18 +65,18 @@ class RunProgress(ProgressBar):
         if not self._losses or not self._due():
             return
         now = time.monotonic()
-        self._rate = self._tokens / max(now - self._since, 1e-9)
+        rate = self._tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
         losses = torch.stack([*self._losses])
         loss = float(losses[losses.isfinite()].mean())  # without steps that were left out
-        figures = f"loss {loss:.3f}  ppl {_ppl(loss)}  {self._rate:,.0f} tokens/s"
+        figures = f"loss {loss:.3f}  ppl {_ppl(loss)}  {rate:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._train, completed=trainer.global_step, figures=figures)
         else:
             self._losses.clear()
             place = f"step {trainer.global_step:,} of {trainer.max_steps:,}"
             batches = (trainer.max_steps - self._step) * trainer.accumulate_grad_batches
-            left = batches * batch["input_ids"].numel() * trainer.world_size / max(self._rate, 1e-9)
+            left = batches * batch["input_ids"].numel() * trainer.world_size / max(rate, 1e-9)
             say(f"{place}  {figures}  {_duration(left)} left")
 
     def on_train_end(self, trainer, pl_module) -> None:

@@ -33,11 +33,10 @@ def build_trainer(
     """`signals`: what tells training to stop; the caller lets it listen. `step_flops`: of a
     sequence, forward and backward. Only training needs them."""
     t, io = config.trainer, CarefulIO()
-    strategy = "auto"
-    if t.devices * t.num_nodes > 1:
-        # fsdp is for training; an evaluation holds the network once per device
+    devices, strategy = t.devices * t.num_nodes, "auto"
+    if devices > 1:  # fsdp is for training; an evaluation holds the network once per device
         sharded = config.strategy.name == "fsdp" and config.mode == "train"
-        strategy = Sharded(t.devices * t.num_nodes) if sharded else Replicated()
+        strategy = Sharded(devices) if sharded else Replicated()
     callbacks = []
     if step_flops is not None and loggers:
         rates = _rates(config) == "step"
