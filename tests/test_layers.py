@@ -42,7 +42,7 @@ DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # programs and tests beside the framework; they may import all of it
 BESIDE = {"benchmarks", "docs", "scripts", "ssd-lm", "tests"}
 MOST_FILES = {"python at the root": 8, "at the root": 24, "in a folder": 20}
-WITH_LIGHTNING = {"main", "modes", "diffusion", "dataloader", "training", "checkpointing"}
+WITH_LIGHTNING = {"main", "modes", "diffusion", "dataloader", "training"}
 OPTIONAL_IN_MODELS = {
     "hf.py": {"transformers"},
     "attention.py": {"flash_attn"},

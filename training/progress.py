@@ -116,9 +116,8 @@ class RunProgress(ProgressBar):
             say(f"{what} {part} of {batches:,}  {figures}")
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        if self._bar and self._valid is not None:
+        if self._bar:
             self._bar.remove_task(self._valid)
-            self._valid = None
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             found = pl_module.validated
             self.print(

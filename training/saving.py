@@ -1,4 +1,5 @@
-"""When checkpoints are written, which are kept, and how a run stops: between optimizer steps."""
+"""How checkpoints are written and read, which are kept, and how a run stops: between optimizer
+steps."""
 
 import os
 import re
@@ -7,14 +8,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import lightning as L
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from checkpointing.lightning_io import SafeCheckpointIO
+from checkpointing import torch_file
+from checkpointing.layouts import canonical
+from checkpointing.restricted_pickle import CheckpointError
 from training.averaging import put_average
 from training.distributed import Poll
 from training.signals import BY_HAND, GO_ON, Signals, Stopped
@@ -25,6 +30,30 @@ LAST = "last.ckpt"
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written and checkpointing.on_save_error=stop."""
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes to a temporary name and renames: killed at any byte, the last good file is there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
+        if storage_options is not None:
+            raise TypeError("SafeCheckpointIO has no storage_options; use an fsspec URL")
+        torch_file.save(checkpoint, os.fspath(path))
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
+        """Everything in plain containers, on the CPU, whatever Lightning asks of other readers."""
+        fs, source = url_to_fs(os.fspath(path))
+        if not fs.exists(source):
+            raise CheckpointError(f"checkpoint {path} does not exist")
+        with fs.open(source, "rb") as file:
+            raw = canonical(torch_file.load(file, str(path)), str(path))
+        raw["lr_schedulers"] = [_as_lambda_lr(s, raw) for s in raw.get("lr_schedulers", [])]
+        return raw
+
+    def remove_checkpoint(self, path) -> None:
+        fs, target = url_to_fs(os.fspath(path))
+        if fs.exists(target):
+            fs.rm(target, recursive=True)
 
 
 class CarefulIO(SafeCheckpointIO):
@@ -219,3 +248,19 @@ def steps_in(folder: str) -> list[int]:
     names = fs.ls(path, detail=False) if fs.isdir(path) else []
     numbered = (re.fullmatch(r"(?:.*/)?step=(\d+)\.ckpt", name) for name in names)
     return [int(match[1]) for match in numbered if match]
+
+
+def _as_lambda_lr(state: dict, raw: dict) -> dict:
+    """State of the authors' cosine schedule (timm's, which keeps no step count) for a LambdaLR."""
+    if "lr_lambdas" in state or "base_values" not in state:
+        return state
+    step = raw["global_step"]
+    return {
+        "base_lrs": list(state["base_values"]),
+        "last_epoch": step,
+        "_step_count": step + 1,
+        "_is_initial": False,
+        "_get_lr_called_within_step": False,
+        "_last_lr": [group["lr"] for group in raw["optimizer_states"][0]["param_groups"]],
+        "lr_lambdas": [{} for _ in state["base_values"]],
+    }

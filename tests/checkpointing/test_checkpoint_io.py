@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from checkpointing import torch_file
 from checkpointing.layouts import CheckpointError, read_checkpoint
-from checkpointing.lightning_io import SafeCheckpointIO
+from training.saving import SafeCheckpointIO
 
 STEPS = 2
 

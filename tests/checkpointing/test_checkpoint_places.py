@@ -25,7 +25,7 @@ from runs import differences, run
 from safetensors.torch import save_file
 
 from checkpointing.layouts import CheckpointError, read_checkpoint
-from checkpointing.lightning_io import SafeCheckpointIO
+from training.saving import SafeCheckpointIO
 
 TESTS = Path(__file__).parents[1]
 

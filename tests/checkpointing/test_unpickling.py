@@ -18,7 +18,7 @@ from conftest import GOLDEN, load, load_json
 
 from checkpointing import restricted_pickle, torch_file
 from checkpointing.layouts import CheckpointError, read_checkpoint
-from checkpointing.lightning_io import SafeCheckpointIO
+from training.saving import SafeCheckpointIO
 
 MANIFEST = load_json("manifest.json")
 NAMES = [entry["name"] for entry in MANIFEST["checkpoints"]]

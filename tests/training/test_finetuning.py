@@ -9,7 +9,7 @@ from conftest import GOLDEN
 
 import main
 from checkpointing.layouts import read_checkpoint
-from checkpointing.lightning_io import SafeCheckpointIO
+from training.saving import SafeCheckpointIO
 
 STEPS = 2
 LENGTH = MANIFEST["length"]

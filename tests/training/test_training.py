@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import small
 
 from checkpointing.layouts import read_checkpoint
-from checkpointing.lightning_io import SafeCheckpointIO
 from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings
 from noise_schedule import get_schedule
@@ -20,6 +19,7 @@ from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT
 from objectives.sedd import ScoreEntropy
 from training.lr_schedules import lr_factor
+from training.saving import SafeCheckpointIO
 
 LENGTH, MASK, GLOBAL = 16, 6, 8
 ALGORITHMS = {

@@ -11,7 +11,6 @@ from networks import CHECKPOINTS, MASK, loss_at, recorded
 from torch.utils.data import DataLoader
 
 from checkpointing.layouts import read_checkpoint
-from checkpointing.lightning_io import SafeCheckpointIO
 from checkpointing.load import load_pretrained
 from diffusion import ClippingSettings, Diffusion, NoiseSettings
 from noise_schedule import get_schedule
@@ -19,6 +18,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
 from training.lr_schedules import lr_factor
+from training.saving import SafeCheckpointIO
 
 RUNS = load_json("optim/steps.json")
 
