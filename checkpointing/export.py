@@ -13,7 +13,7 @@ from string import Template
 
 import torch
 
-from checkpointing.layouts import Checkpoint, CheckpointError, section
+from checkpointing.layouts import INTERVAL, Checkpoint, CheckpointError, section
 from checkpointing.load import build_backbone_args, load_into
 from data.tokenizer import Tokenizer
 from models.dit import DiT
@@ -63,7 +63,11 @@ def export(
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(f"{folder} is not empty: name another folder, or give --overwrite")
     config = hub_config(checkpoint, tokenizer, algo)
-    tensors = named_tensors(checkpoint, config, use_ema)
+    network = DiT(**build_backbone_args(checkpoint))
+    load_into(network, checkpoint, use_ema=use_ema, algo=config["algo"])
+    tensors = {f"backbone.{k}": v.detach().contiguous() for k, v in network.state_dict().items()}
+    if config["var_min"]:
+        tensors |= {name: torch.tensor(config[name]) for name in INTERVAL}
     with atomic_folder(folder, overwrite=True) as made:
         tokenizer.save(made)
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
@@ -72,17 +76,6 @@ def export(
         for name, text in sources().items():
             (made / name).write_text(text)
     return folder
-
-
-def named_tensors(checkpoint: Checkpoint, config: dict, use_ema: bool) -> dict[str, torch.Tensor]:
-    """Contents of model.safetensors, after a network has taken them."""
-    network = DiT(**build_backbone_args(checkpoint))
-    load_into(network, checkpoint, use_ema=use_ema, algo=config["algo"])
-    tensors = {f"backbone.{k}": v.detach().contiguous() for k, v in network.state_dict().items()}
-    if config["var_min"]:
-        for name in ("sampling_eps_min", "sampling_eps_max"):
-            tensors[name] = torch.tensor(config[name])
-    return tensors
 
 
 def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = None) -> dict:

@@ -67,18 +67,19 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
 
     what = f"hub model {repo_id}" + (f" at revision {revision}" if revision else "")
     present, note = _listing(repo_id, revision, what)
-    if "config.json" not in present:
-        raise FileNotFoundError(f"hub model {repo_id} has no config.json: not one of this family")
-    weights = next((name for name in WEIGHT_FILES if name in present), None)
-    if weights is None:
-        raise FileNotFoundError(f"hub model {repo_id} has none of {', '.join(WEIGHT_FILES)}{note}")
 
     def get(name: str) -> Path:
         with hub_errors(f"{name} of {what}", absent=" does not exist"):
             cached = {"revision": revision, "local_files_only": bool(note)}
             return Path(hf_hub_download(repo_id, name, **cached))
 
-    folder, found = get("config.json").parent, get(weights)
+    if "config.json" not in present:
+        raise FileNotFoundError(f"hub model {repo_id} has no config.json: not one of this family")
+    folder = get("config.json").parent
+    weights = next((name for name in WEIGHT_FILES if name in present), None)
+    if weights is None:
+        raise FileNotFoundError(f"hub model {repo_id} has none of {', '.join(WEIGHT_FILES)}{note}")
+    found = get(weights)
     for shard in shards(found, json.loads(found.read_text())) if weights.endswith(".json") else ():
         if shard not in present:
             raise FileNotFoundError(f"{repo_id}: {weights} names {shard}, which is not there{note}")

@@ -122,17 +122,14 @@ def checkpoint_folder(c: settings.Checkpointing) -> str:
 
 
 def training_logs(config: Config) -> list:
-    """metrics.csv in the run folder, and wandb unless wandb=null."""
-    own = CSVLog(settings.local_folder(config.checkpointing.save_dir) / "metrics.csv")
-    return [own] if config.wandb is None else [own, wandb_log(config)]
-
-
-def wandb_log(config: Config) -> WandbLogger:
-    """The wandb logger; offline with one line where nobody is logged in, never a prompt."""
+    """metrics.csv in the run folder, and wandb unless wandb=null: offline with one line where
+    nobody is logged in, never a prompt."""
+    folder, w = settings.local_folder(config.checkpointing.save_dir), config.wandb
+    own = CSVLog(folder / "metrics.csv")
+    if w is None:
+        return [own]
     import wandb
 
-    w = config.wandb
-    folder = settings.local_folder(config.checkpointing.save_dir)
     mode = "offline" if w.offline else os.environ.get("WANDB_MODE", "online")
     if mode == "online" and not wandb.login(prompt=False):
         say(f"wandb: nobody is logged in, logging to {folder}/wandb (wandb login, or wandb=null)")
@@ -146,7 +143,7 @@ def wandb_log(config: Config) -> WandbLogger:
     about = dataclasses.asdict(config)
     logger = WandbLogger(**named, save_dir=folder, config=about, resume="allow")
     del logger._wandb_init["anonymous"]  # wandb warns of it, whatever its value
-    return logger
+    return [own, logger]
 
 
 def resume_point(config: Config) -> Checkpoint | None:
