@@ -95,7 +95,7 @@ class Diffusion(L.LightningModule):
         self.ema = EMA(backbone.named_parameters(), ema_decay) if ema_decay else None
         self.averaged = False  # whether the EMA weights are in place of the raw ones
         self.validation_rows: int | None = None  # how many there are, where that is known
-        self.validation = Validation(self)
+        self.validation: Validation | None = None
         self.graphed: GraphedLoss | None = None
         self.validated: Likelihood | None = None  # the result of the last validation
         self.validated_at = 0  # and its step
@@ -164,7 +164,6 @@ class Diffusion(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         averaging.put_average(self, True)
         self.validation = Validation(self)
-        self.validation.begin_search()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         self.validation.add(batch)

@@ -190,7 +190,13 @@ def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
     }
     whole = [name for name in values if not values[name].is_floating_point()]
     if not (missing or unexpected or other or whole):
-        return _check_rotation(checkpoint.source, values, expected)
+        # inv_freq is computed, not trained: the file must have been made with the same base
+        theirs, ours = (each["rotary_emb.inv_freq"].float() for each in (values, expected))
+        if not torch.allclose(theirs, ours, rtol=INV_FREQ_TOLERANCE, atol=0):
+            raise CheckpointError(
+                f"{checkpoint.source}: rotary_emb.inv_freq is not that of rotary base 10 000"
+            )
+        return
     shapes = [f"{name} {mine} in the file, {ours} here" for name, (mine, ours) in other.items()]
     causes = _causes(checkpoint, algo, missing, unexpected, other)
     raise CheckpointError(
@@ -237,14 +243,6 @@ def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[st
     if checkpoint.foreign and not checkpoint.weights:
         causes.append("the weights lack the prefix backbone.: saved from the bare network?")
     return causes
-
-
-def _check_rotation(source: str, values, expected) -> None:
-    """inv_freq is computed, not trained: the file must have been made with the same base."""
-    for name in BUFFERS:
-        theirs, ours = values[name].float(), expected[name].float()
-        if not torch.allclose(theirs, ours, rtol=INV_FREQ_TOLERANCE, atol=0):
-            raise CheckpointError(f"{source}: {name} is not that of rotary base 10 000")
 
 
 def _check_finite(source: str, values: dict[str, Tensor]) -> None:

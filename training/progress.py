@@ -41,9 +41,6 @@ class RunProgress(ProgressBar):
     def disable(self) -> None:
         self._enabled = False
 
-    def enable(self) -> None:
-        self._enabled = True
-
     def print(self, *args, **kwargs) -> None:
         (self._bar.console.print if self._bar else say)(*args, **kwargs)
 

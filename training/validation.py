@@ -17,24 +17,17 @@ from random_streams import key
 
 
 class Validation:
-    """`search` is None unless this validation chooses the interval to train on."""
+    """`search` is None unless the schedule is clipped and the run trains: then the candidates for
+    the interval to train on are compared."""
 
     def __init__(self, module: L.LightningModule):
         self.module, self.meter = module, LikelihoodMeter()
         self.search: clipping.Search | None = None
-
-    def begin_search(self) -> None:
-        """Where the schedule is clipped and the run trains, compare the candidates."""
-        module, clip = self.module, self.module.clip
-        trainer = module.trainer
+        clip, trainer = module.clip, module.trainer
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if clip is not None and fitting:
-            grid = clipping.candidates(
-                module.objective.block_size,
-                list(clip.widths),
-                clip.delta,
-                module.noise_settings.sampling_eps,
-            )
+            size, eps = module.objective.block_size, module.noise_settings.sampling_eps
+            grid = clipping.candidates(size, list(clip.widths), clip.delta, eps)
             if len(grid) > 1:  # with the full interval alone there is nothing to choose
                 self.search = clipping.Search(grid)
                 self.timed = by_time(module, module.validate_by)
