@@ -33,13 +33,13 @@ _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+)
 _FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
-def locate(path_or_id: str | Path, *, revision: str | None = None, launch_dir=None):
-    """(fsspec file system, path in it) of a file or folder that exists; relative to `launch_dir`.
+def locate(path_or_id: str | Path, *, revision: str | None = None):
+    """(fsspec file system, path in it) of a file or folder that exists.
 
     A local path wins over a hub id; `id@revision` is short for the argument.
     """
     text = os.fspath(path_or_id)
-    local = Path(launch_dir or ".") / Path(text).expanduser()
+    local = Path(text).expanduser()
     if "://" in text or local.exists():
         if revision is not None:
             raise ValueError(

@@ -84,14 +84,12 @@ class Checkpoint:
         return section(self.config, "model").get("length")
 
 
-def read_checkpoint(
-    path_or_id: str | Path, *, revision: str | None = None, launch_dir=None
-) -> Checkpoint:
+def read_checkpoint(path_or_id: str | Path, *, revision: str | None = None) -> Checkpoint:
     """The checkpoint at a local path, an fsspec URL or a hub id, or a CheckpointError."""
     source = str(path_or_id) + (f" (revision {revision})" if revision else "")
     try:
         with plain_errors(source):
-            fs, path = hub.locate(path_or_id, revision=revision, launch_dir=launch_dir)
+            fs, path = hub.locate(path_or_id, revision=revision)
             if fs.isdir(path):
                 return _from_hub(source, *hub.read_folder(fs, path))
             if path.endswith(".safetensors"):

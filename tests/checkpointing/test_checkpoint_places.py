@@ -64,7 +64,7 @@ def test_relative_paths_are_relative_to_the_launch_folder(tmp_path, monkeypatch)
     (tmp_path / "launch").mkdir()
     shutil.copy(path(BY_ALGO["ar"]), tmp_path / "launch" / "a.ckpt")
     monkeypatch.chdir(tmp_path)
-    assert read_checkpoint("a.ckpt", launch_dir=tmp_path / "launch").algo == "ar"
+    assert read_checkpoint("launch/a.ckpt").algo == "ar"
     with pytest.raises(CheckpointError, match=r"a\.ckpt does not exist"):
         read_checkpoint("a.ckpt")
     monkeypatch.chdir(tmp_path / "launch")
