@@ -169,14 +169,20 @@ def importance(ask: Ask, texts: AskedTexts, chance: Chance, number: int) -> Tens
     value in equal shares."""
     found = []
     for draw in range(number):
-        place, total = rank_in_block(chance.tokens(texts.x0, 1 + draw), texts), 0.0
-        for step in range(texts.block_size):
-            masked = (place >= step).flatten(1) & texts.scored
-            about = (place == step).flatten(1) & texts.scored
-            nll = texts.surprisal(ask, masked, about)
-            total = total + texts.per_block(nll).sum(-1)
-        found.append(-total)
+        place = rank_in_block(chance.tokens(texts.x0, 1 + draw), texts)
+        found.append(-texts.per_block(in_order(ask, texts, place)).sum(-1))
     return texts.shared_out(math.log(number) - torch.stack(found).logsumexp(0))
+
+
+def in_order(ask: Ask, texts: AskedTexts, place: Tensor) -> Tensor:
+    """-log p of each token in the step `place` that reveals it, of its block: [B, L]. place: int64
+    [B, N, S]; steps follow each other from 0."""
+    total = 0.0
+    for step in range(int(place.max()) + 1):
+        masked = (place >= step).flatten(1) & texts.scored
+        about = (place == step).flatten(1) & texts.scored
+        total = total + texts.surprisal(ask, masked, about)
+    return total
 
 
 # ---- laws of samplers
@@ -267,12 +273,5 @@ def threshold(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.9) -> 
 
 def left_to_right(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
     """The law of revealing the first `number` masked places of a block at a time, [B, L]."""
-    place = (
-        rank_in_block(texts.scored.new_zeros(texts.x0.shape, dtype=torch.float64), texts) // number
-    )
-    total = 0.0
-    for step in range(-(-texts.block_size // number)):
-        masked = (place >= step).flatten(1) & texts.scored
-        about = (place == step).flatten(1) & texts.scored
-        total = total + texts.surprisal(ask, masked, about)
-    return total
+    even = torch.zeros(texts.x0.shape, dtype=torch.float64, device=texts.x0.device)
+    return in_order(ask, texts, rank_in_block(even, texts) // number)

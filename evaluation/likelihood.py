@@ -9,7 +9,7 @@ is the noise of the draws; how much is told by how the draws of one row differ.
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -84,13 +84,7 @@ def of_rows(nll: Tensor, tokens: Tensor, sampled: bool) -> Likelihood:
     meter = LikelihoodMeter()
     meter.add(nll.mean(1), tokens.double())
     found = meter.compute()
-    return Likelihood(
-        found.nll,
-        found.nll_error,
-        found.tokens,
-        found.rows,
-        draw_error(nll) / found.tokens if sampled else 0.0,
-    )
+    return replace(found, draw_error=draw_error(nll) / found.tokens if sampled else 0.0)
 
 
 def draw_error(nll: Tensor) -> float:
