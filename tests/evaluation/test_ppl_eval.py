@@ -73,8 +73,10 @@ def test_a_list_gives_a_table_from_one_run(evaluate, capsys):
     assert found["greedy"]["bound"] == "exact for steps=confidence by probability"
 
 
-def test_the_progress_moves_with_every_pass(evaluate, monkeypatch, capsys):
+def test_the_progress_moves_with_every_pass(evaluate, trained, monkeypatch, capsys):
     """Two batches of four rows and one of three, of 1 + 15 passes each."""
+    trained("bamdlm")  # its validations have lines of their own
+    capsys.readouterr()
     monkeypatch.setattr(progress, "LINE_SECONDS", -1)
     evaluate("bamdlm", "eval.likelihood=[counts,exact]", "loader.eval_batch_size=4")
     said = [line for line in capsys.readouterr().out.splitlines() if "validation batch" in line]
