@@ -54,6 +54,15 @@ def test_texts_of_a_batch_do_not_matter_to_each_other(name):
         torch.testing.assert_close(alone.nll, found.nll, rtol=1e-4, atol=1e-5)
 
 
+def test_many_draws_have_the_mean_exact():
+    model = opened("bd3lm_bs4")
+    (exact,), (drawn,) = (
+        model.nll(TEXTS[2], likelihood=name, draws=200) for name in ("exact", "counts")
+    )
+    assert drawn.total == pytest.approx(exact.total, rel=0.05)
+    assert drawn.total != exact.total
+
+
 def test_ar_is_asked_about_the_next_token():
     model = opened("ar")
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(TEXTS[0])]
