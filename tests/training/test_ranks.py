@@ -14,6 +14,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from runs import ALGORITHMS, differences, finish, ranks, read, run, tiny
 
 from checkpointing import torch_file
+from data import streaming
 from diffusion import Diffusion
 from training import saving
 from training.csv_log import read_log
@@ -102,8 +103,11 @@ def test_two_processes_train_as_one(strategy, one, tmp_path):
     ],
     ids=lambda part: part if isinstance(part, str) else "-".join(part),
 )
-def test_tokens_count_the_same_on_one_process_and_two(strategy, algo, way, one, tmp_path):
+def test_tokens_count_the_same_on_one_process_and_two(
+    strategy, algo, way, one, tmp_path, monkeypatch
+):
     """Where rows differ in how many tokens count, a step is divided by those of all processes."""
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 300)  # also of the processes
     lines = [json.dumps({"text": "abcdefgh ijklmno"[: 1 + 7 * i % 15]}) for i in range(600)]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(lines))
