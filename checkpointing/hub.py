@@ -39,7 +39,7 @@ def locate(path_or_id: str | Path, *, revision: str | None = None):
     A local path wins over a hub id; `id@revision` is short for the argument.
     """
     text = os.fspath(path_or_id)
-    local = Path(text).expanduser()
+    local = Path(os.path.expanduser(text))
     if "://" in text or local.exists():
         if revision is not None:
             raise ValueError(
@@ -51,7 +51,7 @@ def locate(path_or_id: str | Path, *, revision: str | None = None):
         except (ImportError, ValueError) as error:  # a protocol whose package is not installed
             raise FileNotFoundError(f"{text} cannot be opened: {error}") from error
         if not exists:
-            raise FileNotFoundError(f"{text} does not exist")
+            raise FileNotFoundError(f"{text} {_why_absent(fs, path)}")
         return fs, path
     match = _HUB_ID.fullmatch(text)
     if match is None or text.endswith(_FILE_ENDINGS):
@@ -59,6 +59,16 @@ def locate(path_or_id: str | Path, *, revision: str | None = None):
     if match["revision"] and revision and match["revision"] != revision:
         raise ValueError(f"{text} and revision {revision!r} name two revisions; give one")
     return url_to_fs(str(fetch(match["id"], match["revision"] or revision)))
+
+
+def _why_absent(fs, path: str) -> str:
+    """A web server that does not answer looks to fsspec as if it did not have the file."""
+    try:
+        fs.info(path)
+    except OSError as error:
+        if isinstance(error.__cause__, OSError):  # of the connection
+            return f"cannot be reached ({error.__cause__})"
+    return "does not exist"
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
