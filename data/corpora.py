@@ -8,6 +8,7 @@ miniatures of them. Corpus.unverified says what could not be made sure, and is l
 import difflib
 import glob
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -191,7 +192,7 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
 def local_copy(corpus: Corpus, name: str, source: str) -> Source:
     """Of source, the folder of this corpus where it holds several: one of the corpus's name or of
     its configuration's."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise ValueError(f"data.source={source} does not exist: name a file or folder with {name}")
     if isinstance(corpus.sources[0], Text8):
@@ -242,5 +243,5 @@ def found(
         return parts[0].place, tables.window(parts, column, begin, end)
     raise ValueError(
         "no source of this corpus could be read; without a network give a local copy with"
-        " data.source=PATH\n    " + "\n    ".join(problems)
+        f" data.source=PATH ({'; '.join(problems)})"
     )

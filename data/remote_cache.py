@@ -6,6 +6,7 @@ cache folder. A remote folder is complete when it has its about.json, which is w
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class CacheDir:
 def open_cache(cache_dir: str | Path, user_cache: Path) -> CacheDir:
     """cache_dir: as in data.cache_dir, a folder or a URL. user_cache: where copies of URLs lie."""
     if "://" not in str(cache_dir):
-        return CacheDir(Path(cache_dir).expanduser())
+        return CacheDir(Path(os.path.expanduser(cache_dir)))
     url = str(cache_dir).rstrip("/")
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
     return CacheDir(user_cache / "mirrors" / f"{url.rpartition('/')[2]}-{digest}", url)

@@ -1,6 +1,7 @@
 """Tables of documents: their parts, mostly files, and which parts hold the documents asked for."""
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -80,12 +81,13 @@ def _window(part: Part, first: int, last: int, column: str) -> Iterator[Piece]:
 
 
 def matching(pattern: str) -> list[Path]:
-    """Files of a path, folder or glob pattern, sorted."""
-    path = Path(pattern).expanduser()
+    """Files of a path, folder or glob pattern, sorted. A file of exactly this name comes first."""
+    path = Path(os.path.expanduser(pattern))
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.suffix in READERS and not p.is_dir()]
     else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+        named = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+        found = [p for p in named if p.is_file()]
     if not found:
         raise ValueError(
             f"data: no file matches {pattern} (looked in {Path.cwd()}); known kinds:"

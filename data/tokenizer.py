@@ -8,6 +8,7 @@ attended, and no text encodes to it.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,8 +112,8 @@ def get_tokenizer(
         hf = vocabularies.BUILTIN[name](cache_dir)
     elif name.startswith(ALPHABET):
         hf = vocabularies.character_set(name.removeprefix(ALPHABET))
-    elif Path(name).expanduser().is_dir():
-        hf = vocabularies.from_folder(Path(name).expanduser())
+    elif Path(os.path.expanduser(name)).is_dir():
+        hf = vocabularies.from_folder(Path(os.path.expanduser(name)))
     else:
         hf = vocabularies.from_hub(name)
     return wrap(hf, name, eos_token)

@@ -8,6 +8,7 @@ GPT-2 does, and have no mask and no padding token (tokenizer.wrap adds the mask)
 import hashlib
 import json
 import logging
+import os
 import string
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -157,7 +158,7 @@ def shakespeare_bpe(cache_dir):
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     if cache_dir is None:
         return train_bpe(texts, PLAYS_TOKENS)
-    kept = Path(cache_dir).expanduser() / "tokenizers"
+    kept = Path(os.path.expanduser(cache_dir)) / "tokenizers"
     folder = kept / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
     if not folder.is_dir():
         with lock(folder, waiting=f"another process trains {folder.name}; waiting for it"):
