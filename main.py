@@ -12,7 +12,8 @@ import warnings
 
 def main(argv: list[str]) -> int:
     from modes import cli
-    from settings import ConfigError
+    from settings import ConfigError, blamed
+    from utils import CIRCUMSTANCES, shown
 
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
@@ -27,9 +28,12 @@ def main(argv: list[str]) -> int:
         follow_launcher()
     try:
         run = importlib.import_module(f"modes.{config.mode}").prepare(config)
-    except (ValueError, OSError) as error:
-        problem = error if isinstance(error, ConfigError) else ConfigError([str(error)])
-        print(problem, file=sys.stderr)
+    except (ValueError, RuntimeError, *CIRCUMSTANCES) as error:
+        bug = isinstance(error, RuntimeError) and not isinstance(error, CIRCUMSTANCES)
+        if bug and "memory" not in str(error):  # torch has no error of its own for little memory
+            raise
+        known = isinstance(error, ConfigError)
+        print(error if known else ConfigError([blamed(error, config)]), file=sys.stderr)
         return 2
     try:
         run()
@@ -37,7 +41,7 @@ def main(argv: list[str]) -> int:
         print(ConfigError([str(error)]), file=sys.stderr)
         return 2
     except (SaveError, BadSteps, TextError) as error:
-        print(error, file=sys.stderr)
+        print(shown(error), file=sys.stderr)
         return 1
     distributed.leave_group()
     return 0
@@ -67,4 +71,6 @@ if __name__ == "__main__":
     from training import signals
 
     signals.end_on_interrupt()
+    if sys.stdout is not None:  # a terminal or a file that knows fewer characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

@@ -40,9 +40,14 @@ def plain_errors(place: str) -> Iterator[None]:
 def rank() -> int:
     """Which process of a job this is, before or after it is initialised; 0 where there is one."""
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
+        if (number := whole_number(os.environ.get(name))) is not None:
+            return number
     return 0
+
+
+def whole_number(text: str | None) -> int | None:
+    """Of a variable that a launcher sets; None: it is no such number."""
+    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
 def say(text: str) -> None:

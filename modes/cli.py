@@ -5,7 +5,7 @@ import sys
 
 import settings
 from settings.help import full_help
-from utils import rank, say
+from utils import CIRCUMSTANCES, rank, reason, say, shown
 
 TROUBLE = 2  # exit code of a command line that cannot be run
 
@@ -22,8 +22,11 @@ def configure(argv: list[str]) -> settings.Config:
     from modes.sampling_params import sampling_problems  # not for --help
 
     overrides, show = split_cfg(argv)
-    config, problems, warnings = settings.examine(overrides, rules=[sampling_problems])
-    messages = [f"note: {warning}" for warning in warnings]
+    try:
+        config, problems, warnings = settings.examine(overrides, rules=[sampling_problems])
+    except CIRCUMSTANCES as error:
+        config, problems, warnings = None, [reason(error)], []
+    messages = [f"note: {shown(warning)}" for warning in warnings]
     if problems:
         messages.append(str(settings.ConfigError(problems)))
     if messages and rank() == 0:

@@ -9,14 +9,17 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+from settings.amounts import MOST_INTERVALS, amounts
 from settings.composing import read
 from settings.defaults import has_package, needs_block_mask, started_by_torchrun, visible_gpus
 from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
+from settings.limits import unfit
 from settings.overrides import nearest, parse
 from settings.paths import checkpoints, corpora, results, sampling_files
 from settings.schema import Config
 from settings.tables import algorithms, attention_backends, known_corpora
+from utils import CIRCUMSTANCES, reason
 
 Rule = Callable[[Config], Iterator[str]]
 DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
@@ -48,16 +51,46 @@ def check(
     outside = {}
     for key, leaf in LEAVES.items():
         value, limit = get(config, key), leaf.limit
-        if limit is not None and value is not None and not limit.holds(value):
+        if end := unfit(value):
+            outside[key] = f"{key}={value} {end}"
+        elif limit is not None and value is not None and not limit.holds(value):
             hint = nearest(value, limit.names) if limit.names else ""
             outside[key] = f"{key}={value} must be {limit.words}{hint and '.'}{hint}"
     # The rules between settings go on with stand-ins; what they say about those is not repeated.
     possible = copy.deepcopy(config)
     for key in outside:
-        put(possible, key, LEAVES[key].limit.stand_in)
-    said = [problem for rule in (*RULES, *rules) for problem in rule(possible)]
-    problems = [*outside.values(), *_without(outside, said)]
+        limit, value = LEAVES[key].limit, get(config, key)
+        put(possible, key, type(value)() if limit is None else limit.stand_in)
+    said = [problem for rule in (*RULES, *rules) for problem in _said(rule, possible)]
+    # what other settings take over from one that is typed is said of that one
+    asked = {str(get(config, key)) for key in outside if key in typed}
+    own = [
+        key
+        for key in outside
+        if key in typed or not any(value in str(get(config, key)) for value in asked)
+    ]
+    problems = [*(outside[key] for key in own), *_without(outside, said)]
     return problems, _without(outside, without_effect(possible, typed))
+
+
+def _said(rule: Rule, config: Config) -> Iterator[str]:
+    """The sentences of a rule; what it cannot look at is one of them."""
+    try:
+        yield from rule(config)
+    except CIRCUMSTANCES as error:
+        yield blamed(error, config)
+
+
+def blamed(error: Exception, config: Config) -> str:
+    """The reason of an error. One about a file begins with the setting that names the file."""
+    path = str(getattr(error, "filename", None) or "")
+    values = {key: value for key in LEAVES if isinstance(value := get(config, key), str) and value}
+    found = [key for key, value in values.items() if path and (value in path or path in value)]
+    if not found:
+        return reason(error)
+    key = max(found, key=lambda key: len(values[key]))
+    same = path == values[key] and isinstance(error, OSError)
+    return f"{key}={values[key]}: {error.strerror if same else reason(error)}"
 
 
 def _without(keys: Iterable[str], sentences: Iterable[str]) -> list[str]:
@@ -140,6 +173,8 @@ def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]
     if config.algo.fix_clipping or size == 1:
         return
     for width in config.algo.clip_search_widths:
+        if (1 - width) / delta > MOST_INTERVALS:  # refused already
+            continue
         starts = range(int((1 - width) / delta + 1e-6) + 1)
         if not all(_has_share(i * delta, i * delta + width, size) for i in starts):
             yield (
@@ -305,4 +340,7 @@ def sampling(config: Config) -> Iterator[str]:
 
 
 FILES = (checkpoints, corpora, results)
-RULES = (network, algorithm, clipping, batches, machine, optimization, data, sampling, *FILES)
+RULES = (
+    *(amounts, network, algorithm, clipping, batches, machine, optimization, data, sampling),
+    *FILES,
+)

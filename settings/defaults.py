@@ -6,6 +6,7 @@ from pathlib import Path
 
 from settings.schema import Config
 from settings.tables import algorithms, attention_backends
+from utils import whole_number
 
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 WARMUP = "lr_scheduler.num_warmup_steps"
@@ -37,7 +38,7 @@ def fill(config: Config) -> None:
     )
     at_once = max(loader.batch_size, 1) * devices
     _set(trainer, accumulate_grad_batches=max(_share(loader.global_batch_size, at_once), 1))
-    _set(config.data, cache_dir=str(user_cache()))
+    _set(config.data, cache_dir=str(user_cache()) if has_user_cache() else None)
     _set(config.lr_scheduler, num_warmup_steps=default_warmup(config))
     _set(config.eval, likelihood=[default_likelihood(config)])
     _set(sampling, batch_size=loader.eval_batch_size)
@@ -100,12 +101,18 @@ def visible_gpus() -> int:
 
 def started_by_torchrun() -> int | None:
     """Processes that torchrun started on this machine; None without it."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    inside = "TORCHELASTIC_RUN_ID" in os.environ
+    return whole_number(os.environ.get("LOCAL_WORLD_SIZE")) if inside else None
 
 
 def user_cache() -> Path:
-    """This project's folder in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bamdlm"
+    """This project's folder in the user's cache folder; it means nothing without has_user_cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bamdlm"
+
+
+def has_user_cache() -> bool:
+    """A user without an entry in /etc/passwd and without $HOME has none."""
+    return bool(os.environ.get("XDG_CACHE_HOME")) or os.path.expanduser("~") != "~"
 
 
 def has_package(name: str) -> bool:

@@ -20,6 +20,20 @@ class Limit:
     names: tuple[str, ...] = ()  # of a choice
 
 
+HIDDEN = re.compile("[\0-\b\v-\x1f\x7f\ud800-\udfff]")  # tabs and line breaks are text
+MOST = 2**32 - 1  # of any whole number, such as a seed
+
+
+def unfit(value: object) -> str | None:
+    """What no setting may be, as the end of the sentence "KEY=VALUE ..."; None: it may."""
+    if isinstance(value, int) and abs(value) > MOST:
+        return f"must be at most {MOST}"
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and HIDDEN.search(text):
+            return "must be UTF-8 text without control characters"
+    return None
+
+
 def one_of(*names: str) -> Limit:
     return Limit(f"one of {', '.join(names)}", names.__contains__, names[0], names)
 
@@ -31,14 +45,28 @@ def _of_range(words: str, bounds: dict[str, float]) -> Limit:
     return Limit(words, lambda value: all(holds(value, bound) for holds, bound in compared), inside)
 
 
+def _between(least: int, most: int) -> Limit:
+    words = f"at least {least} and at most {most}"
+    return Limit(words, lambda value: least <= value <= most, 2)
+
+
 BY_WORDS = {words: _of_range(words, bounds) for words, bounds in sampling_ranges().items()}
-LIMITS = BY_WORDS | {
-    "at least 0": Limit("at least 0", lambda value: 0 <= value < math.inf, 0),
-    "at least -1": Limit("at least -1", lambda value: value >= -1, 0),
-    "above 0": Limit("above 0", lambda value: 0 < value < math.inf, 1.0),
-    "in (0, 1)": Limit("in (0, 1)", lambda value: 0 < value < 1, 0.5),
-    "in [0, 1)": Limit("in [0, 1)", lambda value: 0 <= value < 1, 0.0),
+# what is more would take hours to make, whatever the machine has
+BETWEEN = {
+    f"at least {least} and at most {most}": _between(least, most)
+    for least, most in ((1, 10_000), (0, 1_000_000), (1, 1_000_000))
 }
+LIMITS = (
+    BY_WORDS
+    | BETWEEN
+    | {
+        "at least 0": Limit("at least 0", lambda value: 0 <= value < math.inf, 0),
+        "at least -1": Limit("at least -1", lambda value: value >= -1, 0),
+        "above 0": Limit("above 0", lambda value: 0 < value < math.inf, 1.0),
+        "in (0, 1)": Limit("in (0, 1)", lambda value: 0 < value < 1, 0.5),
+        "in [0, 1)": Limit("in [0, 1)", lambda value: 0 <= value < 1, 0.0),
+    }
+)
 SHARES = Limit("a list of numbers in (0, 1]", lambda value: all(0 < x <= 1 for x in value), [])
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(
@@ -53,6 +81,6 @@ BATCHES_OR_SHARE = Limit(
 )
 DURATION = Limit(
     "DD:HH:MM:SS, such as 01:12:00:00",
-    lambda value: re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value) is not None,
+    lambda value: re.fullmatch(r"[0-9]{1,6}(:[0-9]{2}){3}", value) is not None,
     "01:00:00:00",
 )

@@ -9,6 +9,7 @@ import re
 import shlex
 import typing
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -150,6 +151,10 @@ def _read(argument: str, parser: OverridesParser) -> tuple[str, object, str]:
     try:
         override = parser.parse_override(argument)
     except (HydraException, ValueError, RecursionError) as error:
+        if "=" in text:  # a path such as step=100.ckpt is a text
+            with suppress(ValueError):
+                if isinstance(_read(f"{key}={text.replace('=', '_')}", parser)[1], str):
+                    return key, text, text
         raise ValueError(_unreadable(argument, key, text, error)) from error
     if override.is_sweep_override():
         raise ValueError(f"{argument!r} names several values: {_one_value(key, text)}")
@@ -167,7 +172,8 @@ def _unreadable(argument: str, key: str, text: str, error: Exception) -> str:
         return f"{argument!r} cannot be read ({first_line(error)})" if known else unknown_key(key)
     bare, _ = unwrap(LEAVES[key].hint)
     if bare is str:
-        return f"{argument!r} cannot be read as it stands: write {spelled(key, text)}"
+        home = text.startswith("~/") and f"{key}=$HOME{text[1:]}"
+        return f"{argument!r} cannot be read as it stands: write {home or spelled(key, text)}"
     return type_problem(key, text)
 
 

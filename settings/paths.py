@@ -1,11 +1,13 @@
 """Files and folders that settings name: do they exist, and are they of a kind that can be read?"""
 
 import glob
+import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from settings.defaults import has_user_cache
 from settings.overrides import nearest
 from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
@@ -15,6 +17,7 @@ from utils import ALPHABET
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 HF_DIT = "algo.backbone=hf_dit needs an exported folder or a hub id"
+FILES_MADE = ("sampling.logdir", "sampling.trajectory")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*(@[\w./-]+)?)?")
 
 
@@ -36,7 +39,7 @@ def is_missing(path: str) -> bool:
 
 def _is_lost(name: str) -> bool:
     """Whether a tokenizer or a judge can only be a path, and does not exist."""
-    return not HUB_ID.fullmatch(name) and is_missing(str(Path(name).expanduser()))
+    return not HUB_ID.fullmatch(name) and is_missing(os.path.expanduser(name))
 
 
 def checkpoints(config: Config) -> Iterator[str]:
@@ -73,22 +76,51 @@ def _training_start(config: Config) -> Iterator[str]:
 
 
 def results(config: Config) -> Iterator[str]:
-    """Can what the mode makes be written? Nothing is made yet."""
-    save_dir, logdir = config.checkpointing.save_dir, config.sampling.logdir
-    if config.mode in ("train", "ppl_eval"):
-        setting, folder = f"checkpointing.save_dir={save_dir}", local_folder(save_dir)
-    elif config.mode == "sample_eval":
-        setting, folder = f"sampling.logdir={logdir}", Path(logdir).parent
-    else:
-        return
+    """Can what the mode makes be written? Each is tried, and nothing is left of it."""
+    made, mode = {}, config.mode
+    if mode in ("train", "ppl_eval"):
+        made["checkpointing.save_dir"] = config.checkpointing.save_dir
+    cache = config.data.cache_dir
+    known = cache is None or "://" in cache or (cache and Path(os.path.expanduser(cache)).exists())
+    if mode != "plan" and not known:  # one that exists may be only to read
+        made["data.cache_dir"] = os.path.expanduser(cache)
+    if mode == "sample_eval":
+        made["sampling.logdir"] = config.sampling.logdir
+        made["sampling.trajectory"] = config.sampling.trajectory or None
+    for key, name in made.items():
+        if name == "":
+            yield f"{key}= is empty: name a {'file' if key in FILES_MADE else 'folder'}"
+        elif name is not None and name.startswith("~"):
+            yield f"{key}={name}: a ~ is not replaced here, write $HOME"
+        elif name is not None:
+            yield from _unwritable(key, name)
+    if not has_user_cache() and (cache is None or "://" in cache):
+        yield (
+            "data.cache_dir: this user has no home folder for what is prepared; name a folder of"
+            " this machine, or set XDG_CACHE_HOME"
+        )
+
+
+def _unwritable(key: str, name: str) -> Iterator[str]:
+    """Why the file or the folder cannot be made: a file of the longest name that will stand in its
+    place for a moment is made, and removed."""
+    path = local_folder(name)
+    is_file = key in FILES_MADE
     try:
-        there = next(each for each in (folder, *folder.parents) if each.exists())
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        if is_file and path.is_dir():
+            yield f"{key}={name} is a folder: name a file in it"
+        elif is_file and path.exists() and not path.is_file():
+            yield f"{key}={name} is no regular file"
+        folders = path.parents if is_file or not path.exists() else (path, *path.parents)
+        there = next(each for each in folders if each.exists())
+        prefix = f".{path.name}." if path.name else None
+        with tempfile.NamedTemporaryFile(dir=there, prefix=prefix, suffix=".log.jsonl") as file:
+            file.write(bytes(4096))
+            file.flush()
     except NotADirectoryError:
-        yield f"{setting}: {there} is a file, not a folder"
+        yield f"{key}={name}: {there} is a file, not a folder"
     except OSError as error:
-        yield f"{setting}: nothing can be written there ({error.strerror})"
+        yield f"{key}={name}: nothing can be written there ({error.strerror})"
 
 
 def corpora(config: Config) -> Iterator[str]:
@@ -96,17 +128,22 @@ def corpora(config: Config) -> Iterator[str]:
     wanted = {"train": ("train", "valid"), "ppl_eval": ("valid",), "prepare": both or ("train",)}
     names = {f"data.{key}": getattr(config.data, key) for key in wanted.get(config.mode, ())}
     for key, name in names.items():
-        if name is None:
+        if name == "":
+            yield f"{key}= is empty: name a file ({', '.join(TEXT_SUFFIXES)})"
+        elif name is None:
             yield f"{key} is not set: data=files needs a file ({', '.join(TEXT_SUFFIXES)})"
         elif name not in known_corpora():
             yield from _files(key, name)
+    for key in ("text_column", "eos_token", "train_revision", "valid_revision"):
+        if getattr(config.data, key) == "":
+            yield f"data.{key}= is empty: leave it out, null is its default"
     if config.data.source is not None and names:
         yield from _source(config.data.source, names)
+    if config.data.cache_dir and Path(config.data.cache_dir).is_file():
+        yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
     tokenizer = config.data.tokenizer_name_or_path
     if not tokenizer.startswith(ALPHABET) and _is_lost(tokenizer):
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
-    if Path(config.data.cache_dir).is_file():
-        yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
 
 
 def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
@@ -114,7 +151,7 @@ def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
     if all(name not in known_corpora() for name in names.values()):
         own = ", ".join(f"{key}={name}" for key, name in names.items())
         yield f"data.source={source} stands for a named corpus, but {own} is text of your own"
-    elif not Path(source).expanduser().exists():
+    elif not Path(os.path.expanduser(source)).exists():
         yield (
             f"data.source={source} does not exist: name a folder, an archive or a file with"
             f" {', '.join(dict.fromkeys(map(str, names.values())))}"
@@ -123,12 +160,12 @@ def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
 
 def _files(key: str, pattern: str) -> Iterator[str]:
     """Problems of a file, a folder or a glob pattern with own text."""
-    path, suffixes = Path(pattern).expanduser(), ", ".join(TEXT_SUFFIXES)
+    path, suffixes = Path(os.path.expanduser(pattern)), ", ".join(TEXT_SUFFIXES)
     if path.is_dir():
         if not any(file.suffix in TEXT_SUFFIXES for file in path.rglob("*")):
             yield f"{key}={pattern} holds no file of kind {suffixes}"
         return
-    found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
     found = [file for file in found if file.is_file()]
     if not found and (path.suffix or "/" in pattern):
         yield f"{key}={pattern} does not exist"
@@ -146,8 +183,11 @@ def sampling_files(config: Config) -> Iterator[str]:
     sampling = config.sampling
     if sampling.prompts is not None:
         path = Path(sampling.prompts)
-        if not path.is_file():
-            yield f"sampling.prompts={path} does not exist"
+        if not sampling.prompts or not path.exists():
+            yield f"sampling.prompts={sampling.prompts} does not exist"
+        elif not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            yield f"sampling.prompts={path} is {kind}: name a .txt or .jsonl file"
         elif path.suffix not in (".txt", ".jsonl"):
             yield f"sampling.prompts={path} must be a .txt or .jsonl file"
         elif path.stat().st_size == 0:

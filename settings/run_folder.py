@@ -20,6 +20,7 @@ SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
     ("trainer.precision", name): full for name, full in PRECISIONS.items()
 }
 ABSENT = object()
+LONGEST_NAME = 200  # characters of a folder's name; file systems have 255 bytes
 SHAPING_SECTIONS = ("algo", "data", "model", "noise", "lr_scheduler", "optim", "training")
 SHAPING_KEYS = (
     "seed",
@@ -93,8 +94,8 @@ def run_dir(config: Config) -> Path:
 
 
 def _slug(text: str) -> str:
-    """A name that is one path component."""
-    return re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "run"
+    """A name that is one path component, of a length that leaves room for endings."""
+    return re.sub(r"[^\w.+=-]+", "-", text)[:LONGEST_NAME].strip("-.") or "run"
 
 
 def place(config: Config) -> None:
@@ -145,7 +146,7 @@ def _newest(algorithm: str, runs: Iterable[Path]) -> str | None:
     for path in runs:
         try:
             theirs = json.loads(path.read_text())["algo.name"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, OSError, RecursionError):
             continue  # not written by write_settings
         if theirs == algorithm:
             found += path.parent.glob("checkpoints/*.ckpt")

@@ -246,7 +246,10 @@ class Algo:
         "what the logits mean; fixed by the algorithm", one_of(*_values("parameterization"))
     )
     time_conditioning: bool = doc("tell the network the noise level; fixed by the algorithm")
-    T: int = doc("sampling steps per block, for rules that need a number; 0: none", "at least 0")
+    T: int = doc(
+        "sampling steps per block, for rules that need a number; 0: none",
+        "at least 0 and at most 1000000",
+    )
     ignore_bos: bool = doc("never mask the first token of a row")
     cross_attn: bool = doc("train on noised and clean text with the block-diffusion mask (bamdlm)")
     var_min: bool = doc("allow the search for the interval of t with the least variance (bamdlm)")
@@ -259,10 +262,14 @@ class Algo:
 
 @dataclass
 class Model:
-    hidden_size: int = doc("width of the network, a multiple of 2 * n_heads", "at least 1")
-    cond_dim: int = doc("width of the embedding of the noise level", "at least 1")
+    hidden_size: int = doc(
+        "width of the network, a multiple of 2 * n_heads", "at least 1 and at most 1000000"
+    )
+    cond_dim: int = doc(
+        "width of the embedding of the noise level", "at least 1 and at most 1000000"
+    )
     length: int = doc("tokens of a sequence", "at least 1")
-    n_blocks: int = doc("number of layers", "at least 1")
+    n_blocks: int = doc("number of layers", "at least 1 and at most 10000")
     n_heads: int = doc("attention heads per layer", "at least 1")
     dropout: float = doc("dropout probability", "in [0, 1)")
     adaln: bool = doc("for algo=ar: modulate the layers by a noise level, as the others do")

@@ -1,0 +1,93 @@
+"""Numbers that are possible in themselves, and more than this machine has.
+
+What is estimated here is far below what a run takes: a run that may fit is never refused.
+"""
+
+import os
+from collections.abc import Iterator
+
+from settings.schema import Config
+
+GIB = 1 << 30
+# What a batch may take at least, however little this machine has: the defaults are for large ones
+LARGE_MACHINE = 512 * GIB
+# Least bytes of a process that loads data, of one that trains, of a text that is still to write
+WORKER, PROCESS, TEXT = 64 << 20, 256 << 20, 64
+# Least bytes of a weight, also of one that is trained with AdamW
+WEIGHT, TRAINED_WEIGHT = 4, 16
+# Least bytes per token and unit of width: of each layer that the backward pass goes through, and of
+# one that is left again (mode=plan estimates 62 and more)
+KEPT, PASSED = 8, 4
+MOST_INTERVALS = 10_000  # of a clip search; the published ones have about 80
+
+
+def memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def amounts(config: Config) -> Iterator[str]:
+    yield from _intervals(config)
+    if config.mode == "plan":  # for another machine
+        return
+    have = memory()
+    for words, least in (*_processes(config), *_network(config)):
+        if least > have:
+            yield f"{words} need more than the {have / GIB:,.0f} GiB of memory here"
+            return  # what passes through it needs more still
+    for words, least in _batches(config):
+        if least > max(have, LARGE_MACHINE):
+            yield f"{words} need at least {least / GIB:,.0f} GiB of memory at once"
+
+
+def _intervals(config: Config) -> Iterator[str]:
+    algo = config.algo
+    count = sum((1 - width) / algo.clip_search_delta + 1 for width in algo.clip_search_widths)
+    if count > MOST_INTERVALS:
+        yield (
+            f"algo.clip_search_delta={algo.clip_search_delta:g} makes {count:,.0f} intervals to"
+            f" search, and the most is {MOST_INTERVALS:,}: use a larger distance or fewer"
+            " algo.clip_search_widths"
+        )
+
+
+def _processes(config: Config) -> Iterator[tuple[str, int]]:
+    """(words, least bytes) of what is started."""
+    trainer, workers = config.trainer, config.loader.num_workers
+    yield f"loader.num_workers={workers} processes", workers * WORKER
+    if trainer.accelerator == "cpu":  # GPUs are counted
+        yield f"trainer.devices={trainer.devices} processes", trainer.devices * PROCESS
+
+
+def _network(config: Config) -> Iterator[tuple[str, int]]:
+    """(words, least bytes) of the weights."""
+    model = config.model
+    if config.mode == "prepare" or config.algo.backbone != "dit":
+        return
+    weights = model.n_blocks * model.hidden_size * (12 * model.hidden_size + model.cond_dim)
+    trained = config.mode == "train" and config.strategy.name != "fsdp"
+    yield (
+        f"model.n_blocks={model.n_blocks} layers of model.hidden_size={model.hidden_size} and"
+        f" model.cond_dim={model.cond_dim}, {weights:,} weights,",
+        weights * (TRAINED_WEIGHT if trained else WEIGHT),
+    )
+
+
+def _batches(config: Config) -> Iterator[tuple[str, int]]:
+    """(words, least bytes) of what passes through the network at once, and of lists of rows."""
+    model, loader, sampling = config.model, config.loader, config.sampling
+    width = model.hidden_size if config.algo.backbone == "dit" else 1
+    rows = {}  # and bytes per token
+    if config.mode == "sample_eval":
+        count, size = sampling.num_sample_batches, sampling.batch_size
+        words = f"sampling.num_sample_batches={count} of sampling.batch_size={size} texts"
+        yield words, count * size * TEXT
+        rows["sampling.batch_size"] = size, PASSED
+    if config.mode in ("train", "ppl_eval"):
+        rows["loader.eval_batch_size"] = loader.eval_batch_size, PASSED * width
+    if config.mode == "train":
+        rows["loader.batch_size"] = loader.batch_size, KEPT * width * model.n_blocks
+        rows["loader.global_batch_size"] = loader.global_batch_size, 1
+    for key, (count, bytes_per_token) in rows.items():
+        words = f"{key}={count} rows of model.length={model.length}"
+        yield words, count * model.length * bytes_per_token
