@@ -106,6 +106,11 @@ class Deadline(Timer):
             say(f"at step {step:,}: trainer.max_time is used up, no step is made")
             raise Stopped(0)
 
+    def state_dict(self) -> dict:
+        """Seconds, also of stages that have not begun; Lightning has the integer 0 for those."""
+        seconds = super().state_dict()["time_elapsed"]
+        return {"time_elapsed": {stage: float(spent) for stage, spent in seconds.items()}}
+
     def _check_time_remaining(self, trainer) -> None:
         """Nothing: this is where Lightning's Timer would end the run."""
 

@@ -208,7 +208,8 @@ def test_they_vary_less_than_those_of_drawn_times():
     timed, counted = torch.stack(timed), torch.stack(counted)
     error = ((timed.var(0) + counted.var(0)) / len(timed)).sqrt()
     assert ((timed.mean(0) - counted.mean(0)).abs() < 4 * error).all()
-    assert (counted.std(0) < timed.std(0) / torch.tensor([20, 2, 1.4])).all()
+    # the first interval's times are heavy-tailed: how much they vary is itself a matter of luck
+    assert (counted.std(0) < timed.std(0) / torch.tensor([10, 2, 1.4])).all()
 
 
 def test_blocks_of_padding_do_not_count():
