@@ -9,6 +9,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils import reason
+
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 GAP = re.compile(r"\s*((?:\[MASK\]\s*)*\[MASK\])")
 
 
@@ -37,8 +40,12 @@ def _record(line: str, where: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise ValueError(f"{where} cannot be read: {reason(error)}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError(f"{where} must be an object with a text under `prompt`")
+    if HALF_A_PAIR.search(record["prompt"]):
+        raise ValueError(f"{where}: the prompt has half of a surrogate pair, which is no text")
     return record["prompt"]
 
 
