@@ -49,7 +49,11 @@ def main(argv: list[str]) -> int:
 
 def quiet() -> None:
     """Keep banners and advice of the libraries out of the way of what this project says."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    from utils import HarmlessFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for name in ("httpx", "httpx2", "fsspec", "urllib3", "torch", "aiobotocore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -54,9 +54,16 @@ def say(text: str) -> None:
     """Lines for the user, once per job; what they quote does nothing to the terminal."""
     if rank() == 0:
         try:
-            print("\n".join(map(escaped, text.split("\n"))), flush=True)
+            print(harmless(text), flush=True)
         except BrokenPipeError:
             unread(1)
+
+
+class HarmlessFormatter(logging.Formatter):
+    """Of a log whose lines quote foreign text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 def unread(descriptor: int) -> None:
@@ -78,6 +85,11 @@ def escaped(text: str) -> str:
         each if each.isprintable() or unicodedata.category(each) == "Zs" else ascii(each)[1:-1]
         for each in text
     )
+
+
+def harmless(text: str) -> str:
+    """Several lines, each escaped()."""
+    return "\n".join(map(escaped, text.split("\n")))
 
 
 def shown(text: object) -> str:
@@ -102,7 +114,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\[Errno \d+\] ", "", " ".join(str(error).split())) or type(error).__name__
 
 
 class HubUnreachable(OSError):

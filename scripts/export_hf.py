@@ -17,6 +17,7 @@ from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
 from settings.tables import algorithms
+from utils import reason, shown
 
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(options)
     except (ValueError, OSError) as error:
-        print(f"export_hf: {error}", file=sys.stderr)
+        print(f"export_hf: {shown(reason(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -33,6 +33,7 @@ from modes import cli
 from modes.build import build_cache, build_data, build_split, build_tokenizer
 from scripts.picture import picture
 from settings import Config
+from utils import harmless
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
 BLOCKS = ("", "cyan")  # in turn
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         show(config, options, Console(highlight=False, markup=False, emoji=False))
     except (ValueError, OSError) as error:
-        print(f"show_batch: {error}", file=sys.stderr)
+        print(harmless(f"show_batch: {error}"), file=sys.stderr)
         return cli.TROUBLE
     return 0
 

@@ -27,7 +27,7 @@ from data.remote_cache import open_cache
 from main import quiet
 from settings.defaults import user_cache
 from settings.schema import Data
-from utils import atomic_folder, say
+from utils import atomic_folder, harmless, say
 
 SAMPLE_CHARACTERS = 1 << 20  # of the beginning of the text; compression is measured on them
 LARGEST = 1 << 24
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         check(arguments, data, out)
         train(arguments, data, out)
     except (ValueError, OSError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
+        print(harmless(f"train_tokenizer: {error}"), file=sys.stderr)
         return 2
     return 0
 

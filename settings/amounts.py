@@ -18,6 +18,8 @@ WEIGHT, TRAINED_WEIGHT = 4, 16
 # Least bytes per token and unit of width: of each layer that the backward pass goes through, and of
 # one that is left again (mode=plan estimates 62 and more)
 KEPT, PASSED = 8, 4
+# Variables by which Lightning knows that processes on several machines belong together
+CLUSTERS = ("MASTER_ADDR", "SLURM_", "TORCHELASTIC_", "OMPI_", "LSB_", "KUBERNETES_")
 MOST_INTERVALS = 10_000  # of a clip search; the published ones have about 80
 
 
@@ -30,6 +32,12 @@ def amounts(config: Config) -> Iterator[str]:
     yield from _intervals(config)
     if config.mode == "plan":  # for another machine
         return
+    nodes = config.trainer.num_nodes
+    if nodes > 1 and config.mode != "prepare" and not any(map(_of_a_cluster, os.environ)):
+        yield (
+            f"trainer.num_nodes={nodes}: nothing has started processes on other machines; use srun"
+            " or torchrun, or set MASTER_ADDR and NODE_RANK on each"
+        )
     have = memory()
     for words, least in (*_processes(config), *_network(config)):
         if least > have:
@@ -38,6 +46,10 @@ def amounts(config: Config) -> Iterator[str]:
     for words, least in _batches(config):
         if least > max(have, LARGE_MACHINE):
             yield f"{words} need at least {least / GIB:,.0f} GiB of memory at once"
+
+
+def _of_a_cluster(variable: str) -> bool:
+    return variable.startswith(CLUSTERS)
 
 
 def _intervals(config: Config) -> Iterator[str]:

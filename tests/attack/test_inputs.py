@@ -34,7 +34,7 @@ CLIP = "algo.clip_search_widths=[0.5]"
 def _folder(tmp_path, monkeypatch):
     """A text, an empty folder, a FIFO."""
     monkeypatch.chdir(tmp_path)
-    for name in ("XDG_CACHE_HOME", "NOWHERE"):
+    for name in ("XDG_CACHE_HOME", "NOWHERE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     Path("text.txt").write_text("A cat sat on a mat.\n" * 50)
     Path("folder").mkdir()
@@ -199,6 +199,7 @@ SAMPLING = {
 }
 SEVERAL = {  # words that belong together
     f"trainer.devices=100000 loader.global_batch_size=100000 {CLIP}": "trainer.devices=100000 pro",
+    "trainer.num_nodes=1000 loader.global_batch_size=1000": "trainer.num_nodes=1000: nothing",
     f"{CLIP} algo.var_min=True algo.clip_search_delta=1e-9": "makes 500,000,001 intervals",
     f"{CLIP} algo.var_min=True algo.clip_search_delta=5e-324": "makes inf intervals",
     f"{CLIP} algo.var_min=True block_size=4 training.resample=True algo.clip_search_delta=1e-8": (
@@ -530,6 +531,7 @@ def test_long_text_loses_its_middle():
     [
         (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device"),
         (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("a ([Errno 2] No such file: 'b')"), "a (No such file: 'b')"),
         (FileNotFoundError("a does not exist"), "a does not exist"),
         (MemoryError(), "this does not fit into the memory of this machine"),
         (RecursionError("maximum"), "this is nested too deeply"),
