@@ -29,6 +29,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+MOST_JSON = 1 << 24  # bytes of a config.json, or of an index of shards
+
 _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json")
 
@@ -102,13 +104,12 @@ def shards(place: str | Path, index: dict) -> list[str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{place}: the index has no weight_map")
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or re.fullmatch(r"[\w-][\w.-]*", name) is None:
             raise CheckpointError(
                 f"{place}: the index names the shard {name!r}; a plain file name was expected"
             )
-    return names
+    return sorted(set(weight_map.values()))
 
 
 def _listing(repo_id: str, revision: str | None, what: str) -> tuple[set[str], str]:
@@ -138,10 +139,20 @@ def _listing(repo_id: str, revision: str | None, what: str) -> tuple[set[str], s
     return {path.name for path in Path(folder).iterdir()}, note
 
 
+def check_file(fs, path: str, most: int | None = None) -> None:
+    """CheckpointError where it is no regular file, or has more than `most` bytes."""
+    info = fs.info(path)
+    if info["type"] != "file":
+        raise CheckpointError(f"{path} is no regular file")
+    if most is not None and (info["size"] or 0) > most:
+        raise CheckpointError(f"{path} has {info['size']:,} bytes, more than {most:,}")
+
+
 def read_json(fs, path: str) -> dict:
+    check_file(fs, path, MOST_JSON)
     try:
         value = json.loads(fs.cat_file(path))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
         raise CheckpointError(f"{path} is not JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -167,6 +178,7 @@ def read_folder(fs, folder: str) -> tuple[dict, dict]:
 
 def read_tensors(fs, path: str) -> dict:
     """{name: tensor} of one safetensors or torch file."""
+    check_file(fs, path)
     if not path.endswith(".safetensors"):
         with fs.open(path, "rb") as file:
             tensors = torch_file.load(file, path)

@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpointing import hub, torch_file
 from checkpointing.restricted_pickle import CheckpointError
 from settings.tables import algorithms
-from utils import plain_errors
+from utils import plain_errors, reason
 
 ALIASES = {"bd3lm": "bamdlm"}
 MODEL_TYPES = ("bd3lm", "bamdlm", "mdlm")
@@ -94,12 +94,14 @@ def read_checkpoint(path_or_id: str | Path, *, revision: str | None = None) -> C
                 return _from_hub(source, *hub.read_folder(fs, path))
             if path.endswith(".safetensors"):
                 return _from_hub(source, *_beside_config(fs, path))
+            hub.check_file(fs, path)
             with fs.open(path, "rb") as file:
                 raw = torch_file.load(file, source, described=("optimizer_states",))
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
+        said = reason(error)
+        raise CheckpointError(said if source in said else f"{source}: {said}") from error
     return _from_lightning(source, raw)
 
 

@@ -1,8 +1,11 @@
 """Checkpoint files whose bytes were made to do harm: pickles, archives, and what is no file."""
 
+import os
 import pickle
+import socket
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +200,139 @@ def test_a_tensor_that_is_none_is_refused(parts, message):
     records = {"data/0": torch.arange(4.0).numpy().tobytes()}
     path = archive(tensor(**parts), records)
     refused(lambda: read_checkpoint(path), "x.ckpt", message)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def sparse(size: int, begin: bytes, name="x.ckpt") -> str:
+    with open(name, "wb") as file:
+        file.write(begin)
+        file.truncate(size)
+    return name
+
+
+def lying_zip(offset: int, form: str, number: int) -> str:
+    """A zip whose central directory has another number at `offset` of its first entry."""
+    data = bytearray(Path(archive(b"N.")).read_bytes())
+    place = data.index(b"PK\x01\x02") + offset
+    data[place : place + struct.calcsize(form)] = struct.pack(form, number)
+    Path("x.ckpt").write_bytes(data)
+    return "x.ckpt"
+
+
+def hub(config="{}", weights=None) -> str:
+    os.mkdir("x")
+    if config is not None:
+        with open("x/config.json", "w") as file:
+            file.write(config)
+    if weights is not None:
+        with open("x/model.safetensors", "wb") as file:
+            file.write(weights)
+    return "x"
+
+
+def linked(target: str, name: str) -> str:
+    hub(None if name == "config.json" else '{"model_type": "bd3lm"}')
+    os.symlink(target, f"x/{name}")
+    if name == "config.json":
+        open("x/model.safetensors", "wb").close()
+    return "x"
+
+
+def fifo(name: str) -> str:
+    if "/" in name:
+        hub(None if "config" in name else '{"model_type": "bd3lm"}')
+        open("x/model.bin", "wb").close()
+    os.mkfifo(name)
+    return "x" if "/" in name else name
+
+
+def bound_socket() -> str:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("x.ckpt")
+    return "x.ckpt"
+
+
+def to_itself() -> str:
+    os.symlink("x.ckpt", "x.ckpt")
+    return "x.ckpt"
+
+
+def safetensors(header: bytes, size: int | None = None) -> str:
+    return hub('{"model_type": "bd3lm"}', struct.pack("<Q", size or len(header)) + header)
+
+
+NONE = b"\x02" + bytes(7) + b"{}"  # safetensors without a tensor
+FILES = {
+    "a FIFO": (lambda: fifo("x.ckpt"), "regular file"),
+    "a socket": (bound_socket, "x.ckpt"),
+    "a link to itself": (to_itself, "x.ckpt"),
+    "a folder": (lambda: os.mkdir("x.ckpt") or "x.ckpt", "folder"),
+    "a sparse pickle of 8 GB": (lambda: sparse(8 << 30, b"\x80\x02"), "x.ckpt"),
+    "a sparse zip of 8 GB": (lambda: sparse(8 << 30, b"PK\x03\x04"), "x.ckpt"),
+    "a record of 4 GB": (lambda: lying_zip(24, "<I", 0xFFFFFFF0), "x.ckpt"),
+    "a record of 4 GB twice": (lambda: lying_zip(20, "<Q", 0xFFFFFFF0FFFFFFF0), "x.ckpt"),
+    "a record that begins elsewhere": (lambda: lying_zip(42, "<I", 0xFFFFFF), "x.ckpt"),
+    "a locked record": (lambda: lying_zip(8, "<H", 1), "x.ckpt"),
+    "another method": (lambda: lying_zip(10, "<H", 99), "x.ckpt"),
+    "a config that is endless": (lambda: linked("/dev/zero", "config.json"), "regular file"),
+    "weights that are endless": (lambda: linked("/dev/zero", "model.safetensors"), "regular file"),
+    "an index that is endless": (
+        lambda: linked("/dev/zero", "model.safetensors.index.json"),
+        "regular file",
+    ),
+    "a config of nowhere": (lambda: linked("nowhere", "config.json"), "x"),
+    "a config that is a FIFO": (lambda: fifo("x/config.json"), "regular file"),
+    "weights that are a FIFO": (lambda: fifo("x/model.safetensors"), "regular file"),
+    "a config of 8 GB": (
+        lambda: sparse(8 << 30, b"{", hub("{}", b"") + "/config.json") and "x",
+        "more than",
+    ),
+    "a deep config": (lambda: hub("[" * 100_000, b""), "not JSON"),
+    "a config of digits": (
+        lambda: hub('{"model_type": "bd3lm", "block_size": %s}' % ("9" * 5000), b""),
+        "not JSON",
+    ),
+    "a config of escape sequences": (
+        lambda: hub('{"model_type": "\\u001b[2J\\u202e"}', NONE),
+        "model_type",
+    ),
+    "a config of half a pair": (lambda: hub('{"model_type": "\\ud800"}', NONE), "model_type"),
+    "a config of lists": (lambda: hub('{"model_type": ["bd3lm"]}', NONE), "model_type"),
+    "a length of text": (
+        lambda: hub('{"model_type": "bd3lm", "model_length": "x"}', NONE),
+        "length of the model",
+    ),
+    "an algorithm of a list": (
+        lambda: hub('{"model_type": "bd3lm", "algo": []}', NONE),
+        "algo",
+    ),
+    "an interval of text": (
+        lambda: hub(
+            '{"model_type": "bd3lm", "var_min": true, "sampling_eps_min": "x",'
+            ' "sampling_eps_max": null}',
+            NONE,
+        ),
+        "sampling_eps",
+    ),
+    "a header of an exabyte": (lambda: safetensors(b"{}", 1 << 60), "model.safetensors"),
+    "a deep header": (lambda: safetensors(b'{"a":' * 100_000), "model.safetensors"),
+    "a tensor of 2^60": (
+        lambda: safetensors(
+            b'{"a":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4]}}'
+        ),
+        "model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), FILES.values(), ids=FILES)
+def test_a_file_that_is_none_is_refused(make, message):
+    path = make()
+    refused(lambda: read_checkpoint(path), path, message)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin", "/dev/full", "/proc/self/mem", "/dev"])
+def test_a_device_is_refused(path):
+    refused(lambda: read_checkpoint(path), path)
