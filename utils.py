@@ -117,6 +117,26 @@ def reason(error: BaseException) -> str:
     return re.sub(r"\[Errno \d+\] ", "", " ".join(str(error).split())) or type(error).__name__
 
 
+MOST_DESCRIPTION = 1 << 28  # bytes of a JSON or text file that describes a model; most have some MB
+
+
+def check_files(folder: Path) -> None:
+    """ValueError where a file of a foreign folder is none (a device, a FIFO, a link to nowhere), or
+    is a description too long to be read."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"{path} is no regular file")
+        if path.suffix in (".json", ".txt") and path.stat().st_size > MOST_DESCRIPTION:
+            raise ValueError(f"{path} has more than {MOST_DESCRIPTION:,} bytes")
+
+
+def visible_files(folder: Path, hidden: str = ".") -> list[Path]:
+    """What is no folder below `folder`, without what tools keep: names, and those of folders, that
+    begin with one of the characters `hidden`."""
+    found = (path for path in folder.rglob("*") if not path.is_dir())
+    return [p for p in found if not any(x[0] in hidden for x in p.relative_to(folder).parts)]
+
+
 class HubUnreachable(OSError):
     """The hub does not answer; this says nothing about what it was asked for."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from data import readers, tables
 from data.archives import SUFFIXES, Archive
 from data.tables import Part
-from utils import first_line
+from utils import first_line, visible_files
 
 # What splits are called in the names of files and folders.
 NAMES = {
@@ -165,8 +165,7 @@ def words(name: str) -> set[str]:
 
 def visible(folder: Path) -> list[Path]:
     """Its files, without those of tools (.cache, __MACOSX)."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return [p for p in found if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
+    return [path for path in visible_files(folder, "._") if path.is_file()]
 
 
 def saved_part(folder: Path) -> Part:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from data.readers import READERS, Piece, count_parquet
+from utils import visible_files
 
 # The first bytes of compressed files, which are not read.
 MAGIC = {
@@ -84,7 +85,7 @@ def matching(pattern: str) -> list[Path]:
     """Files of a path, folder or glob pattern, sorted. A file of exactly this name comes first."""
     path = Path(os.path.expanduser(pattern))
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix in READERS and not p.is_dir()]
+        found = [p for p in visible_files(path) if p.suffix in READERS]
     else:
         named = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
         found = [p for p in named if p.is_file()]

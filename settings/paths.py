@@ -12,7 +12,7 @@ from settings.overrides import nearest
 from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
-from utils import ALPHABET
+from utils import ALPHABET, visible_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -162,7 +162,7 @@ def _files(key: str, pattern: str) -> Iterator[str]:
     """Problems of a file, a folder or a glob pattern with own text."""
     path, suffixes = Path(os.path.expanduser(pattern)), ", ".join(TEXT_SUFFIXES)
     if path.is_dir():
-        if not any(file.suffix in TEXT_SUFFIXES for file in path.rglob("*")):
+        if not any(file.suffix in TEXT_SUFFIXES for file in visible_files(path)):
             yield f"{key}={pattern} holds no file of kind {suffixes}"
         return
     found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
