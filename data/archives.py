@@ -116,7 +116,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _open_in_zip(path: Path, name: str):
-    return zipfile.ZipFile(path).open(name)
+    return io.BufferedReader(zipfile.ZipFile(path).open(name), 1 << 20)
 
 
 def _damaged(place: str, error: Exception | str) -> str:
@@ -143,7 +143,10 @@ def _unpack(source: Path, pattern: str, folder: Path) -> None:
         for member in archive:
             names.append(member.name)
             if member.isfile() and _matches(member.name, pattern):
-                with (folder / PurePath(member.name).name).open("xb") as file:
+                new = folder / PurePath(member.name).name
+                if new.exists():
+                    raise ValueError(f"data.source={source} holds {new.name} twice")
+                with new.open("xb") as file:
                     shutil.copyfileobj(archive.extractfile(member), file)
     if not any(folder.iterdir()):
         known = ", ".join(names[:10]) or "nothing"
@@ -192,12 +195,16 @@ def text8(path: Path) -> str:
             names = archive.namelist()
             if "text8" not in names:
                 raise ValueError(f"data: {path} holds {', '.join(names)}, but no file text8")
+            size = archive.getinfo("text8").file_size
+            if size > 2 * TEXT8_CHARACTERS:
+                raise ValueError(f"data: {path} is not text8: it would unpack to {size:,} bytes")
             try:
                 content = archive.read("text8")
             except DAMAGED as error:
                 raise ValueError(_damaged(f"data: {path}", error)) from error
     else:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(2 * TEXT8_CHARACTERS)
     text = content.decode("ascii", errors="replace")
     if strange := sorted(set(text) - set("abcdefghijklmnopqrstuvwxyz ")):
         raise ValueError(

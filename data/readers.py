@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 PIECE_CHARACTERS = 1 << 18
-ROWS_AT_ONCE = 1000
+MOST_LINE = 1 << 26  # bytes of a line that is a document; the longest books have a tenth
+LONGEST_WHOLE = 1 << 22  # characters of a document that is tokenized at once
+ROWS_AT_ONCE = 100  # they are in memory together, and may all be the one long text of a dictionary
+MOST_UNPACKED, MOST_PACKED = 1 << 28, 200  # bytes of a column, and times its bytes in the file
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
 
 # Where a text may be cut so that its tokens do not change: word tokenizers and byte-level BPEs
@@ -39,6 +43,14 @@ def table(dataset, column: str, place: str) -> Iterator[Piece]:
 
 def parquet_rows(file, column: str, place: str) -> Iterator[Piece]:
     """The documents of an open pyarrow.parquet.ParquetFile."""
+    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+        for part in map(group.column, range(group.num_columns)):
+            large = max(MOST_UNPACKED, MOST_PACKED * part.total_compressed_size)
+            if part.path_in_schema == column and part.total_uncompressed_size > large:
+                raise ValueError(
+                    f"{place}: {column} unpacks {part.total_compressed_size:,} bytes to"
+                    f" {part.total_uncompressed_size:,}: it would fill the memory"
+                )
     batches = file.iter_batches(ROWS_AT_ONCE, columns=[column])
     return _documents(batches, file.metadata.num_rows, file.schema_arrow.names, column, place)
 
@@ -56,8 +68,14 @@ def _documents(batches: Iterable, total: int, known: list[str], column: str, pla
                 text = value.as_py()
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place}, row {row}: {column} is not UTF-8") from error
-            yield Piece(checked(text, column, f"{place}, row {row}"), True, (row + 1) / total)
+            yield from _whole(checked(text, column, f"{place}, row {row}"), (row + 1) / total)
             row += 1
+
+
+def _whole(text: str, done: float) -> Iterator[Piece]:
+    """One document; cut where it is too long to be tokenized at once."""
+    for piece in cut_long(text) if len(text) > LONGEST_WHOLE else (Piece(text, True, done),):
+        yield piece._replace(done=done)
 
 
 def checked(text, column: str, place: str) -> str:
@@ -87,14 +105,14 @@ def read_jsonl(path: Path, column: str) -> Iterator[Piece]:
         for number, line, read in decoded_lines(file, f"data: {path}"):
             if line.strip():
                 text = json_text(line, column, f"data: {path}, line {number}")
-                yield Piece(text, True, read / size)
+                yield from _whole(text, read / size)
 
 
 def json_text(line: str, column: str, place: str) -> str:
     """One field of a JSON object."""
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
         raise ValueError(f"{place} is not JSON ({error})") from error
     if not isinstance(record, dict) or column not in record:
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
@@ -135,12 +153,18 @@ def broken_parquet(place: str, error: Exception) -> str:
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
-def decoded_lines(file: BinaryIO, place: str, longest: int = -1) -> Iterator[tuple[int, str, int]]:
-    """(line number from 1, text with its line break, bytes read so far); lines of more than
-    `longest` bytes come in several."""
+def decoded_lines(
+    file: BinaryIO, place: str, longest: int | None = None
+) -> Iterator[tuple[int, str, int]]:
+    """(line number from 1, text with its line break, bytes read so far), without a byte order mark;
+    lines of more than `longest` bytes come in several. None: ValueError for one of MOST_LINE."""
     number, read, rest = 1, 0, b""
-    for part in iter(partial(file.readline, longest), b""):
+    for part in iter(partial(file.readline, longest or MOST_LINE), b""):
+        if longest is None and len(part) == MOST_LINE:
+            raise ValueError(f"{place}, line {number} has {MOST_LINE:,} bytes or more")
         line, rest = rest + part, b""
+        if read == 0:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         try:
             text = line.decode()
         except UnicodeDecodeError as error:

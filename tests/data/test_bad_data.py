@@ -63,7 +63,7 @@ FILES = {
     "too short": ("a.txt", b"be", "1 documents: not one row of model.length=16; use a smaller"),
     "bad JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2 is not JSON ("),
     "deep JSON": ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1 is not JSON ("),
-    "a byte order mark": ("a.jsonl", b"\xef\xbb\xbf{}", "a.jsonl, line 1 is not JSON (Unexpected"),
+    "a byte order mark alone": ("a.txt", b"\xef\xbb\xbf", "1 documents: not one row"),
     "two objects": ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', "line 1 is not JSON (Extra data"),
     "one array": ("a.jsonl", b'[\n{"text": "a"}\n]\n', "a.jsonl, line 1 is not JSON ("),
     "not an object": ("a.jsonl", b'["text"]\n', "line 1 has no field 'text' (list); set data.text"),
