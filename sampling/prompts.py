@@ -1,7 +1,8 @@
 """Prompts: from a file or a line to the ids that a text begins with.
 
-BOS comes first. Where gaps are to be filled, each `[MASK]` stands for one masked token; the space
-before a run of them belongs to the run, as in GPT-2's words.
+BOS comes first. Where gaps are to be filled, each `[MASK]` stands for one masked token. Spaces
+beside it are kept where they are tokens of their own, as in sets of characters. Where words begin
+with their space, as in GPT-2, the space before a run of masks belongs to the run.
 """
 
 import json
@@ -12,7 +13,9 @@ from pathlib import Path
 from utils import reason
 
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
-GAP = re.compile(r"\s*((?:\[MASK\]\s*)*\[MASK\])")
+MOST_BYTES = 1 << 24  # of a file of prompts
+MASKS = re.compile(r"((?:\[MASK\])+)")
+MASKS_AND_SPACES = re.compile(r"\s*((?:\[MASK\]\s*)*\[MASK\])")
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -22,8 +25,10 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ValueError(f"sampling.prompts={path} does not exist")
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"sampling.prompts={path} must be a .txt or .jsonl file")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"sampling.prompts={path} has more than {MOST_BYTES:,} bytes")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"sampling.prompts={path} is not UTF-8 text ({error.reason})") from error
     prompts = {number: line for number, line in enumerate(lines, 1) if line.strip()}
@@ -60,6 +65,8 @@ def encode_prompts(
     for number, prompt in enumerate(prompts, 1):
         name = f"prompt {number} ({prompt[:40]!r})"
         gaps = "[MASK]" in prompt
+        if HALF_A_PAIR.search(prompt):
+            raise ValueError(f"{name} holds bytes or half of a pair, which are no text")
         if gaps and not infill:
             raise ValueError(f"{name} has a [MASK]: set sampling.infill=true to have it filled")
         if infill and not gaps:
@@ -83,8 +90,8 @@ def encode_prompts(
 
 
 def _with_gaps(prompt: str, tokenizer) -> list[int]:
-    ids = []
-    for i, piece in enumerate(GAP.split(prompt)):
+    ids, apart = [], len(tokenizer.encode(" a")) > len(tokenizer.encode("a"))
+    for i, piece in enumerate((MASKS if apart else MASKS_AND_SPACES).split(prompt)):
         if i % 2:
             ids += [tokenizer.mask_id] * piece.count("[MASK]")
         elif piece:
