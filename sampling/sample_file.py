@@ -17,6 +17,8 @@ from pathlib import Path
 
 from utils import lock
 
+LONGEST_CELL = 1 << 30  # bytes; csv's own limit is less than a text of 131 072 letters
+
 
 @dataclass(frozen=True)
 class SampleRow:
@@ -50,27 +52,37 @@ class SampleFile:
         """ValueError if the path cannot be such a file; nothing is written."""
         if self.path.is_dir():
             raise ValueError(f"sampling.logdir={self.path} is a folder: name a file in it")
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"sampling.logdir={self.path} is no regular file")
         if self.path.exists():
-            self._records(self.path.read_bytes())
+            for record in self._records(self.path.read_bytes()):
+                self._row(record)
 
     def rows(self, run: str) -> dict[int, SampleRow]:
         """The complete rows of this run, by row."""
         if not self.path.exists():
             return {}
-        found = {}
-        for record in self._records(self.path.read_bytes()):
-            if record["run"] == run:
-                found[int(record["row"])] = SampleRow(
-                    gen_ppl=float(record["gen_ppl"]) if record["gen_ppl"] else None,
-                    gen_nfes=int(record["gen_nfes"]),
-                    gen_entropy=float(record["gen_entropy"]),
-                    gen_lengths=int(float(record["gen_lengths"])),
-                    samples=record["samples"],
-                    seed=int(record["seed"]),
-                    row=int(record["row"]),
-                    run=run,
-                )
-        return found
+        records = self._records(self.path.read_bytes())
+        found = [self._row(record) for record in records if record["run"] == run]
+        return {row.row: row for row in found}
+
+    def _row(self, record: dict) -> SampleRow:
+        try:
+            return SampleRow(
+                gen_ppl=float(record["gen_ppl"]) if record["gen_ppl"] else None,
+                gen_nfes=int(record["gen_nfes"]),
+                gen_entropy=float(record["gen_entropy"]),
+                gen_lengths=int(float(record["gen_lengths"])),
+                samples=record["samples"],
+                seed=int(record["seed"]),
+                row=int(record["row"]),
+                run=record["run"],
+            )
+        except (ValueError, OverflowError) as error:
+            raise ValueError(
+                f"sampling.logdir={self.path} has a row that is no sample ({error}): name another"
+                " file"
+            ) from error
 
     def add(self, rows: Sequence[SampleRow], note: dict) -> None:
         """Adds what is not there yet. `note` goes to the log with the run's name."""
@@ -108,6 +120,7 @@ class SampleFile:
 
     def _records(self, content: bytes) -> list[dict]:
         text = content[: complete(content)].decode("utf-8", errors="replace")
+        csv.field_size_limit(LONGEST_CELL)
         lines = csv.reader(io.StringIO(text, newline=""))
         header = next(lines, None)
         if header is None:
