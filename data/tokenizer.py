@@ -15,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 from data import vocabularies
-from utils import ALPHABET
+from utils import ALPHABET, reason
+
+MOST_IDS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ class Tokenizer:
         backend = self.hf.backend_tokenizer
         try:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises nothing narrower
-            problem = self._unknown(texts)
-            if problem is None:
+        except BaseException as error:  # tokenizers raises nothing narrower; panics are below it
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
+            problem = self._unknown(texts)
+            problem = (
+                problem or f"data.tokenizer_name_or_path: its library failed ({reason(error)})"
+            )
             raise ValueError(problem) from error
         return [encoding.ids for encoding in encodings]
 
@@ -142,6 +147,11 @@ def wrap(hf, name: str, eos_token: str | None = None) -> Tokenizer:
         hf.backend_tokenizer.no_padding()
     # Padding added at the end of a vocabulary takes the mask's id, as in the published models.
     top = max(id for token, id in vocabulary.items() if token != hf.pad_token)
+    if top > MOST_IDS:
+        raise ValueError(
+            f"data.tokenizer_name_or_path={name} has the id {top:,}: a network has a row for each,"
+            f" and at most {MOST_IDS:,} are allowed"
+        )
     mask = hf.mask_token_id if hf.mask_token is not None else max(hf.vocab_size, top + 1)
     return Tokenizer(
         hf=hf,

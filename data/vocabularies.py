@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import shakespeare
+from data.trial import tried
 from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock
 
 log = logging.getLogger("bamdlm")
@@ -36,7 +37,12 @@ BYTES = 256  # the smallest byte-level vocabulary, <|endoftext|> not counted
 def from_folder(folder: Path):
     from transformers import AutoTokenizer
 
+    def encoder(place: Path):
+        found = AutoTokenizer.from_pretrained(str(place), **LOCAL)
+        return lambda texts: found(texts, add_special_tokens=False)
+
     try:
+        tried(folder, encoder)
         return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -154,6 +160,8 @@ def ended(backend):
 
 def shakespeare_bpe(cache_dir):
     """Byte-level BPE trained once on the training plays; kept under cache_dir/tokenizers."""
+    from transformers import AutoTokenizer
+
     texts = list(shakespeare.documents("train"))
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     if cache_dir is None:
@@ -166,7 +174,7 @@ def shakespeare_bpe(cache_dir):
                 log.info("training the tokenizer shakespeare-bpe on %d scenes (once)", len(texts))
                 with atomic_folder(folder, locked=True) as new:
                     train_bpe(texts, PLAYS_TOKENS).save_pretrained(str(new))
-    return from_folder(folder)
+    return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False):

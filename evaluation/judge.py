@@ -9,12 +9,15 @@ frequencies of all the text's tokens, in nats; length counts the tokens scored.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.trial import tried
 from samplers.stopping import entropy
+from utils import reason
 
 STRIDE_TOKENS = 512
 CONTEXT_TOKENS = 1024  # of a judge that does not say
@@ -150,23 +153,32 @@ def load_judge(
     name_or_path: str, *, batch_size: int = 8, device="cpu", foreign: Sequence[str] = ()
 ) -> Judge:
     """A folder or a hub id; nothing of it is executed, and no weight may be missing."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as library
 
     bars = library.is_progress_bar_enabled()
     library.disable_progress_bar()
+
+    def encoder(place: str | Path):
+        made = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+        return lambda texts: made(texts, add_special_tokens=False)
+
     try:
+        if Path(name_or_path).is_dir():
+            tried(Path(name_or_path), encoder)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=False, output_loading_info=True
         )
         if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"its files lack {', '.join(missing[:5])}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        context = getattr(model.config, "max_position_embeddings", None) or CONTEXT_TOKENS
+        if type(context) is not int or context < 2:
+            raise ValueError(f"its max_position_embeddings is {context!r:.40}")
+    except Exception as error:  # transformers and torch raise anything for what is in the files
         raise ValueError(
             f"eval.gen_ppl_eval_model_name_or_path={name_or_path!r} cannot be loaded"
-            f" ({type(error).__name__}: {str(error).strip().splitlines()[0][:160]}). Give the"
+            f" ({type(error).__name__}, {reason(error)[:160]}). Give the"
             " folder of a causal language model, go online once so that the hub's files are"
             " cached, or set it to null to leave generative perplexity out"
         ) from error
@@ -178,7 +190,6 @@ def load_judge(
             f"the tokenizer of the judge {name_or_path!r} has no EOS token, which must not be"
             " counted: choose another eval.gen_ppl_eval_model_name_or_path"
         )
-    context = getattr(model.config, "max_position_embeddings", None) or CONTEXT_TOKENS
     return Judge(
         model.to(device), tokenizer, context=context, batch_size=batch_size, foreign=foreign
     )

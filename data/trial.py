@@ -1,0 +1,62 @@
+"""A foreign tokenizer is tried in another process first.
+
+What its files make the library do cannot be bounded from within: a regular expression may run for
+ever or end in a panic, which is no Exception and prints a page, and a table may ask for more memory
+than there is, which ends the process.
+"""
+
+import multiprocessing
+import os
+import resource
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from utils import check_files, reason
+
+SECONDS, MEMORY = 60, 2 << 30  # bytes beside those of this process
+# What expressions that never end mostly fail on, and what a text is made of.
+TEXTS = (
+    *("a" * 64 + "!", " " * 64 + "!", "1" * 64 + "!", "ab" * 32),
+    *("The sea, 12 km off.\n\n", "äß 日本 🙂"),
+)
+
+
+def tried(folder: Path, load: Callable[[Path], Callable[[list[str]], object]]) -> None:
+    """ValueError where the files of `folder` cannot be loaded, or texts not be tokenized, by
+    load(folder)(texts), within SECONDS and MEMORY."""
+    check_files(folder)
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=_try, args=(folder, load, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        said = ours.recv() if ours.poll(SECONDS) else f"it has not been read after {SECONDS} s"
+    except EOFError:
+        said = "reading it ended the process, perhaps for want of memory"
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    if said:
+        raise ValueError(said)
+
+
+def _try(folder: Path, load: Callable, answer) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    said = ""
+    try:
+        encode = load(folder)
+        for text in TEXTS:
+            with suppress(Exception):  # as where an alphabet lacks a character
+                encode([text])
+    except BaseException as error:  # a panic is no Exception
+        said = reason(error)[:1000]
+    answer.send(said)
+    os._exit(0)
