@@ -161,6 +161,9 @@ def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
 def _files(key: str, pattern: str) -> Iterator[str]:
     """Problems of a file, a folder or a glob pattern with own text."""
     path, suffixes = Path(os.path.expanduser(pattern)), ", ".join(TEXT_SUFFIXES)
+    if "://" in pattern:
+        yield f"{key}={pattern} is a URL: text of your own is read from files of this machine"
+        return
     if path.is_dir():
         if not any(file.suffix in TEXT_SUFFIXES for file in visible_files(path)):
             yield f"{key}={pattern} holds no file of kind {suffixes}"

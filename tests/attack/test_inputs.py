@@ -159,6 +159,8 @@ WORDS = {
     "training.from_pretrained=": "training.from_pretrained= does not exist",
     "checkpointing.resume_ckpt_path=": "checkpointing.resume_ckpt_path= does not exist",
     # places
+    "data.train=http://127.0.0.1:9/x.txt": "is a URL: text of your own is read from files of this",
+    "data.valid=s3://bucket/x.txt": "is a URL: text of your own is read from files of this machine",
     "data.train='~nouser/x'": "data.train=~nouser/x does not exist",
     "data.tokenizer_name_or_path=~nouser/x": "=~nouser/x does not exist",
     "checkpointing.save_dir='~/runs'": "a ~ is not replaced here, write $HOME",
