@@ -16,22 +16,24 @@ from ssd_options import blocks_of, out_path, parser, problems
 from ssd_prompts import PromptError, check_lengths, contexts
 from ssd_samples import SamplesError, SampleStream, finished
 
+from utils import CIRCUMSTANCES, reason, shown
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if found := problems(args):
-        print(
-            "this run cannot start:", *(f"  - {line}" for line in found), sep="\n", file=sys.stderr
-        )
-        return 2
+    try:
+        found = problems(args)
+    except CIRCUMSTANCES as error:
+        found = [reason(error)]
+    if found:
+        return refuse(found)
     try:
         run(args)
     except (ModelError, PromptError, SamplesError) as error:
-        print(f"this run cannot start:\n  - {error}", file=sys.stderr)
-        return 2
+        return refuse([reason(error)])
     except OSError as error:
         print(
-            f"stopped: {error}; finished samples are kept, the same command goes on",
+            f"stopped: {shown(reason(error))}; finished samples are kept, the same command goes on",
             file=sys.stderr,
         )
         return 1
@@ -39,6 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
         return 130
     return 0
+
+
+def refuse(found: list[str]) -> int:
+    lines = "\n".join(f"  - {shown(problem)}" for problem in found)
+    print(f"this run cannot start:\n{lines}", file=sys.stderr)
+    return 2
 
 
 def run(args) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # generative
 
 from ssd_samples import SamplesError, read
 
-from utils import write_json
+from utils import reason, shown, write_json
 
 COLUMNS = {
     "gen_ppl": "gen_ppl",
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         check(args, samples)
         rows = report(args, samples)
     except (SamplesError, ValueError) as error:
-        print(f"this report cannot be made:\n  - {error}", file=sys.stderr)
+        print(f"this report cannot be made:\n  - {shown(reason(error))}", file=sys.stderr)
         return 2
     print(table(rows, args.judge))
     if args.out:
