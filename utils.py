@@ -105,6 +105,10 @@ def _without_middle(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-most // 4 :]}"
 
 
+# What libraries put into their messages: the number of an error, its type, and types of values.
+FOR_PROGRAMS = re.compile(r"\[Errno \d+\] |\b\w+Error: |<class '([\w.]+)'>")
+
+
 def reason(error: BaseException) -> str:
     """An error as one line for a user: what is wrong and, with an error of the disk, where."""
     if isinstance(error, MemoryError):
@@ -114,7 +118,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror}"
-    return re.sub(r"\[Errno \d+\] ", "", " ".join(str(error).split())) or type(error).__name__
+    text = " ".join(str(error).split())
+    return FOR_PROGRAMS.sub(lambda found: found[1] or "", text) or type(error).__name__
 
 
 MOST_DESCRIPTION = 1 << 28  # bytes of a JSON or text file that describes a model; most have some MB

@@ -44,11 +44,9 @@ class Tokenizer:
         except BaseException as error:  # tokenizers raises nothing narrower; panics are below it
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            problem = self._unknown(texts)
-            problem = (
-                problem or f"data.tokenizer_name_or_path: its library failed ({reason(error)})"
-            )
-            raise ValueError(problem) from error
+            problem = self._unknown(texts) if isinstance(error, Exception) else None
+            failed = f"data.tokenizer_name_or_path: its library failed ({reason(error)})"
+            raise ValueError(problem or failed) from error
         return [encoding.ids for encoding in encodings]
 
     def _unknown(self, texts: list[str]) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data import shakespeare
 from data.trial import tried
-from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock
+from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock, reason
 
 log = logging.getLogger("bamdlm")
 
@@ -47,7 +47,7 @@ def from_folder(folder: Path):
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={folder}: the folder holds no tokenizer that transformers"
-            f" can load ({first_line(error)}); it needs tokenizer.json and tokenizer_config.json"
+            f" can load ({reason(error)}); it needs tokenizer.json and tokenizer_config.json"
         ) from error
 
 
