@@ -173,13 +173,14 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
     (first, _), (later, _) = make_steps(texts, view, twice)
     step = first  # of a cached round it starts a block earlier
     left = Countdown([len(fill) for fill in fills])
+    each = params.k if "k" in rule.reads else 1  # revealed in a step, where it is sequential
     while before := left.most():
         read, write, keys = step
         masked = (canvas.x.gather(1, write) == canvas.mask_id) & (write != canvas.dump)
         log_probs = view.ask(read)
         reveal = rule.choose(log_probs, masked, params)
         if rule.sequential:
-            left.send(torch.tensor([max(0, n - params.k) for n in left.known[-1]]))
+            left.send(torch.tensor([max(0, n - each) for n in left.known[-1]]))
         else:
             left.send((masked & ~reveal).sum(1))
         most = left.shown(before)

@@ -157,8 +157,9 @@ class Adaptive:
     """`choose(log_probs [B, R, V], masked [B, R], params) -> reveal [B, R]`, at least one where
     any is masked.
 
-    `sequential`: exactly `k` are revealed, so the host knows how many are left. `reads`: the fields
-    of SamplingParams that it looks at.
+    `sequential`: exactly `k` are revealed, or as many as are left; exactly one where the rule does
+    not read `k`. So the host knows how many are left. `reads`: the fields of SamplingParams that it
+    looks at.
     """
 
     choose: Callable[[Tensor, Tensor, object], Tensor]

@@ -15,7 +15,7 @@ from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
 from samplers.params import SamplingParams
 from samplers.request import TextRequest
-from samplers.steps import CHAIN, CONFIDENCES, STEPS, remask_chances, times
+from samplers.steps import CHAIN, CONFIDENCES, STEPS, Adaptive, remask_chances, times
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 from samplers.texts import ActiveTexts
 from samplers.writing import generate
@@ -341,6 +341,17 @@ def test_counts_that_arrive_late_change_neither_text_nor_nfe(monkeypatch, after,
     more = len(asked.asked) - 2 * needed
     assert 0 < more <= rounds if after > 1 else more == 0
     assert bool(waits) == (after > 2)
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
+def test_a_sequential_rule_that_does_not_read_k_reveals_one_in_a_step(algo, monkeypatch):
+    def leftmost(log_probs, masked, params):
+        return masked & (masked.cumsum(-1) == 1)
+
+    monkeypatch.setitem(STEPS, "leftmost", Adaptive(leftmost, sequential=True))
+    for text in write(algo, network(algo), 4, **SMALL, steps="leftmost", k=3):
+        assert MASK not in text.tokens.tolist()
+        assert text.nfe == SMALL["length"] - 1
 
 
 def test_a_low_threshold_reveals_a_block_at_once():
