@@ -199,18 +199,18 @@ def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
         return
     shapes = [f"{name} {mine} in the file, {ours} here" for name, (mine, ours) in other.items()]
     causes = _causes(checkpoint, algo, missing, unexpected, other)
+    differences = {
+        "missing from the file": missing,
+        "not in the network": unexpected,
+        "of another shape": shapes,
+        "not floating point": whole,
+    }
+    listed = [f"{what} ({len(n)}): {_some(n)}" for what, n in differences.items() if n]
     raise CheckpointError(
         f"{checkpoint.source} does not fit this network (algo={algo}); nothing was loaded."
-        + _listed("missing from the file", missing)
-        + _listed("not in the network", unexpected)
-        + _listed("of another shape", shapes)
-        + _listed("not floating point", whole)
-        + "".join(f"\n  probably: {cause}" for cause in causes)
+        + (f" Probably {'; '.join(causes)}." if causes else "")
+        + f" Weights {'; '.join(listed)}"
     )
-
-
-def _listed(title: str, names: list[str]) -> str:
-    return f"\n  {title} ({len(names)}): {_some(names)}" if names else ""
 
 
 def _some(names: Collection[str]) -> str:
@@ -222,7 +222,7 @@ def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[st
     causes = []
     if algo not in checkpoint.algorithms:
         causes.append(_other(checkpoint, algo))
-    elif any(map(_is_conditioning, (*missing, *unexpected))):
+    elif any(name.startswith("sigma_map.") for name in (*missing, *unexpected)):
         causes.append("model.adaln differs")
     depth = [name for name in (*missing, *unexpected) if name.startswith("blocks.")]
     if depth and not all(map(_is_conditioning, depth)):

@@ -244,6 +244,7 @@ def test_another_size_is_refused_with_its_cause(what):
     net = network(checkpoint, **changes)
     message = unchanged_by(net, lambda: load_into(net, checkpoint, use_ema=True, algo="mdlm"))
     assert cause in message
+    assert ("model.adaln" in message) == (what == "adaln")
     assert "nothing was loaded" in message
 
 
