@@ -234,8 +234,9 @@ def report(config: Config, found: dict[Chosen, tuple[Likelihood, float]], path: 
         name = f"{entry['likelihood']}, {entry['bound']}"
         say(f"{config.algo.name} on {config.data.valid} ({name}): {result}")
     write_json(path, {**about, **entries[0], **several})
-    seconds = sum(entry["seconds"] for entry in entries)
-    say(f"{entries[0]['tokens_per_second']:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
+    seconds = sum(seconds for _, seconds in found.values())
+    rate = entries[0]["tokens"] / max(seconds, 1e-9)  # of the text, by all likelihoods together
+    say(f"{rate:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
 
 
 def likelihood_entry(
