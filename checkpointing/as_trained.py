@@ -5,7 +5,8 @@ is too. What a checkpoint does not say had the default.
 """
 
 import functools
-from pathlib import Path
+import os
+import reprlib
 
 from checkpointing.layouts import ALIASES, Checkpoint, section
 from checkpointing.restricted_pickle import CheckpointError
@@ -22,6 +23,7 @@ MAY_DIFFER = {
     "model.length",  # positions are relative
     *("algo.name", "algo.backbone"),  # compared by themselves: load.py, modes/build.py
     *("algo.T", "algo.sampler"),  # of sampling alone
+    "algo.cross_attn",  # says that there are blocks; block_size says how many
     *("algo.ignore_bos", "algo.mdlm_loss_scale"),  # published evaluations set them otherwise
     *("algo.var_min", "algo.clip_search_delta", "algo.clip_search_widths", "algo.fix_clipping"),
 }
@@ -45,8 +47,11 @@ def check_as_trained(
         theirs = section(record, group).get(setting, default)
         found.append((key, theirs, default if config is None else get(config, key)))
     if ours and config is not None and config.mode == "ppl_eval":
-        theirs = section(record, "data").get("pack", "wrap")
-        if "wrap" in (theirs, config.data.pack):  # the others look alike to the network
+        data = section(record, "data")
+        theirs = data.get("pack", "wrap")
+        # a row of one document looks like either to the network, and `whole` like `documents`
+        joined = data.get("wrap") is not False and config.data.wrap
+        if joined and "wrap" in (theirs, config.data.pack):
             found.append(("data.pack", theirs, config.data.pack))
     for key, theirs, here in found:
         if theirs != here:
@@ -64,15 +69,15 @@ def _check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, name: str) ->
     about = section(section(checkpoint.raw, "hyper_parameters"), "tokenizer")
     if not written_here(checkpoint) or "fingerprint" not in about:
         return
-    same_name = about["name_or_path"] == name and not Path(name).expanduser().is_dir()
-    same = (about["vocab_size"], about["mask_id"]) == (tokenizer.vocab_size, tokenizer.mask_id)
+    theirs, size, mask = (about.get(key) for key in ("name_or_path", "vocab_size", "mask_id"))
+    same_name = theirs == name and not os.path.isdir(os.path.expanduser(name))
+    same = (size, mask) == (tokenizer.vocab_size, tokenizer.mask_id)
     if not (same and (same_name or about["fingerprint"] == tokenizer.fingerprint)):
         raise CheckpointError(
-            f"{checkpoint.source} was trained with the tokenizer {about['name_or_path']}"
-            f" ({about['vocab_size']} ids, mask {about['mask_id']}, {about['fingerprint']}), here"
-            f" it is {name} ({tokenizer.vocab_size} ids, mask {tokenizer.mask_id},"
-            f" {tokenizer.fingerprint}): give data.tokenizer_name_or_path and data.eos_token as"
-            " they were"
+            f"{checkpoint.source} was trained with the tokenizer {theirs} ({size} ids, mask {mask},"
+            f" {about['fingerprint']}), here it is {name} ({tokenizer.vocab_size} ids, mask"
+            f" {tokenizer.mask_id}, {tokenizer.fingerprint}): give data.tokenizer_name_or_path and"
+            " data.eos_token as they were"
         )
 
 
@@ -87,4 +92,10 @@ def written_here(checkpoint: Checkpoint) -> bool:
 def streams_version(checkpoint: Checkpoint) -> int:
     """Which version of the random streams the run goes on with: the first did not say so."""
     first = 1 if written_here(checkpoint) else VERSION
-    return section(checkpoint.raw, "sampler").get("streams", first)
+    version = section(checkpoint.raw, "sampler").get("streams", first)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise CheckpointError(
+            f"{checkpoint.source} began with version {reprlib.repr(version)} of the random streams;"
+            f" this code has {' and '.join(map(str, range(1, VERSION + 1)))}"
+        )
+    return version

@@ -174,7 +174,7 @@ def newest_complete(c: settings.Checkpointing) -> Checkpoint | None:
     files |= {step: f"{folder}/step={step}.ckpt" for step in steps}
     damaged, newest = [], None
     for step, path in files.items():
-        if newest is not None and newest.step >= step:
+        if newest is not None and (newest.step or 0) >= step:
             break
         try:
             newest = read_checkpoint(path)

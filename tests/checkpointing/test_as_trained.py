@@ -1,6 +1,8 @@
 """Settings under which weights mean something else are compared at every load."""
 
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from runs import ALGORITHMS, tiny
 
 import main
 import settings
-from checkpointing.as_trained import MAY_DIFFER, check_as_trained
+from checkpointing.as_trained import MAY_DIFFER, check_as_trained, streams_version
 from checkpointing.layouts import read_checkpoint
 from checkpointing.restricted_pickle import CheckpointError
 from data.tokenizer import get_tokenizer
@@ -110,6 +112,45 @@ def test_documents_apart_are_evaluated_apart(changed, capsys):
     assert "was trained with data.pack=whole, here it is wrap" in found
     assert "give data.pack=whole" in found
     assert main.main([*evaluate, "data.pack=documents"]) == 0
+
+
+def test_a_row_of_one_document_looks_like_documents_apart(changed):
+    words, path = changed(lambda h: h["config"]["data"].update(pack="documents"))
+    evaluate = [*words, "mode=ppl_eval", f"eval.checkpoint_path={path}"]
+    assert main.main([*evaluate, "data.wrap=False"]) == 0
+
+
+def test_documents_apart_look_like_rows_of_one_document(changed):
+    words, path = changed(lambda h: h["config"]["data"].update(wrap=False))
+    evaluate = [*words, "mode=ppl_eval", f"eval.checkpoint_path={path}"]
+    assert main.main([*evaluate, "data.pack=documents"]) == 0
+
+
+def test_one_block_without_cross_attention_becomes_blocks(changed):
+    """With one block it says nothing; more blocks cannot be without it."""
+    words, path = changed(lambda h: h["config"]["algo"].update(cross_attn=False))
+    assert main.main([*words, *LOADS["ppl_eval"](path)]) == 0
+    assert main.main([*words, *LOADS["finetune"](path)]) == 0
+
+
+@pytest.mark.parametrize("version", ["2", None, 0, -1, 1.5, True, [1], 3])
+def test_an_unknown_version_of_the_random_streams_is_refused(run, version):
+    found = dataclasses.replace(
+        read_checkpoint(run[1]), raw={"sampler": {"examples_seen": 1, "streams": version}}
+    )
+    words = re.escape(
+        f"began with version {version!r} of the random streams; this code has 1 and 2"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        streams_version(found)
+
+
+@pytest.mark.parametrize(
+    "about", [{"fingerprint": "0"}, {"fingerprint": [1], "name_or_path": {}, "vocab_size": "35"}]
+)
+def test_a_tokenizer_that_is_described_badly_is_refused(changed, about, capsys):
+    words, path = changed(lambda h: h.update(tokenizer=about))
+    assert "was trained with the tokenizer" in refused([*words, *LOADS["resume"](path)], capsys)
 
 
 def test_what_the_file_does_not_say_had_the_default(changed):
