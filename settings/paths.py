@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from settings.defaults import has_user_cache
+from settings.defaults import has_user_cache, user_cache
 from settings.overrides import nearest
 from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
@@ -81,7 +81,10 @@ def results(config: Config) -> Iterator[str]:
     if mode in ("train", "ppl_eval"):
         made["checkpointing.save_dir"] = config.checkpointing.save_dir
     cache = config.data.cache_dir
-    known = cache is None or "://" in cache or (cache and Path(os.path.expanduser(cache)).exists())
+    known = cache is None or "://" in cache
+    known = known or (bool(cache) and Path(os.path.expanduser(cache)).exists())
+    # sampling prepares no rows, so nobody need have chosen a place for them
+    known = known or (mode == "sample_eval" and cache == str(user_cache()))
     if mode != "plan" and not known:  # one that exists may be only to read
         made["data.cache_dir"] = os.path.expanduser(cache)
     if mode == "sample_eval":

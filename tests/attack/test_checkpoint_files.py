@@ -12,7 +12,7 @@ from checkpointing.layouts import read_checkpoint
 from modes import build
 from scripts import inspect_checkpoint
 from training.resuming import check_resumable
-from training.trainer import build_trainer
+from training.trainer import build_trainer, newest_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\x9b"
@@ -241,6 +241,16 @@ def saved(raw: dict, change) -> str:
     change(raw)
     torch.save(raw, "x.ckpt")
     return "x.ckpt"
+
+
+def test_a_file_without_its_step_gives_way_to_one_with_it(good, tmp_path):
+    words, raw = good
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(raw, folder / "step=2.ckpt")
+    torch.save({k: v for k, v in raw.items() if k != "global_step"}, folder / "last.ckpt")
+    config = settings.load([*words, f"checkpointing.save_dir={tmp_path / 'run'}"])
+    assert newest_complete(config.checkpointing).source == f"{folder}/step=2.ckpt"
 
 
 def test_what_is_right_is_right(good, run_of_it):

@@ -427,6 +427,13 @@ def test_a_bad_variable_is_refused(name, value, words, piece, monkeypatch):
     refused([*TRAIN, *words], piece)
 
 
+def test_sampling_needs_no_place_for_prepared_rows(monkeypatch):
+    """In a container the user's cache is often out of reach."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/x")
+    assert cli.configure(SAMPLE).data.cache_dir == "/dev/null/x/bamdlm"
+    refused([*SAMPLE, "data.cache_dir=/dev/null/y"], "data.cache_dir=/dev/null/y: /dev/null is a")
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_WORLD_SIZE", "COLUMNS", "SLURM_PROCID"])
 @pytest.mark.parametrize("value", ["", "x", "-1", DIGITS, "٣"])
 def test_a_strange_variable_of_a_launcher_is_no_traceback(name, value, monkeypatch):
