@@ -115,7 +115,7 @@ def reason(error: BaseException) -> str:
         return "this does not fit into the memory of this machine"
     if isinstance(error, RecursionError):
         return "this is nested too deeply"
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror}"
     text = " ".join(str(error).split())

@@ -82,15 +82,24 @@ def _said(rule: Rule, config: Config) -> Iterator[str]:
 
 
 def blamed(error: Exception, config: Config) -> str:
-    """The reason of an error. One about a file begins with the setting that names the file."""
-    path = str(getattr(error, "filename", None) or "")
+    """The reason of an error. One about a file or a URL begins with the setting that names it."""
+    why, path = reason(error), str(getattr(error, "filename", None) or "")
     values = {key: value for key in LEAVES if isinstance(value := get(config, key), str) and value}
-    found = [key for key, value in values.items() if path and (value in path or path in value)]
-    if not found:
-        return reason(error)
-    key = max(found, key=lambda key: len(values[key]))
-    same = path == values[key] and isinstance(error, OSError)
-    return f"{key}={values[key]}: {error.strerror if same else reason(error)}"
+    if path:
+        found = {key: len(v) for key, v in values.items() if v in path or path in v}
+    else:
+        found = {key: -len(v) for key, v in values.items() if _is_about(why, v)}
+    if not found or any(key in why for key in LEAVES):
+        return why
+    key = max(found, key=found.get)
+    return f"{key}={values[key]}: {why.removeprefix(f'{values[key]}: ')}"
+
+
+def _is_about(text: str, url: str) -> bool:
+    """Whether a text names the protocol or the host of a URL."""
+    protocol, is_url, place = url.partition("://")
+    host = re.split("[:/]", place)[0]
+    return bool(is_url) and (text.endswith(f" {protocol}") or (bool(host) and host in text))
 
 
 def _without(keys: Iterable[str], sentences: Iterable[str]) -> list[str]:

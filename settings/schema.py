@@ -269,7 +269,7 @@ class Model:
         "width of the embedding of the noise level", "at least 1 and at most 1000000"
     )
     length: int = doc("tokens of a sequence", "at least 1")
-    n_blocks: int = doc("number of layers", "at least 1 and at most 10000")
+    n_blocks: int = doc("number of layers", "at least 1 and at most 1000")
     n_heads: int = doc("attention heads per layer", "at least 1")
     dropout: float = doc("dropout probability", "in [0, 1)")
     adaln: bool = doc("for algo=ar: modulate the layers by a noise level, as the others do")
