@@ -67,5 +67,6 @@ def seed_dropout(seed: int, row: int, device: torch.device) -> None:
 
 
 def _number(name: str) -> int:
-    """Its letters, at most 8, as one number: far above every step and row."""
+    """Its letters, at most 8, as one number: above every step, so that no noise is hashed alike."""
+    assert len(name) <= 8, f"of {name} only the last 8 letters would count"
     return int.from_bytes(name.encode(), "big")
