@@ -1,15 +1,17 @@
 """Small things with several callers: files written whole, locks, errors of the hub, messages from
 one process."""
 
+import errno
 import glob
 import json
 import logging
+import multiprocessing
 import os
 import re
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -35,6 +37,13 @@ def plain_errors(place: str) -> Iterator[None]:
         if "://" not in place:
             raise
         raise OSError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def end_children() -> None:
+    """For the end of a process: Python would wait for data workers, which ignore the signals that
+    tell them to end."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def rank() -> int:
@@ -70,8 +79,9 @@ def unread(descriptor: int) -> None:
     """What is written there goes nowhere from now on: its reader is gone. A Ctrl-C that tells the
     run to save also ends the tee behind it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    if nowhere != descriptor:
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def first_line(error: Exception) -> str:
@@ -142,6 +152,46 @@ def visible_files(folder: Path, hidden: str = ".") -> list[Path]:
     return [p for p in found if not any(x[0] in hidden for x in p.relative_to(folder).parts)]
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a write may fail with
+
+
+def write_whole(file: IO, data: bytes) -> None:
+    """The file ends with all of `data` from here on, or with nothing of it. It has no buffer, whose
+    rest would be written later."""
+    begin = file.tell()
+    try:
+        write_all(file.write, data)
+    finally:
+        end = file.tell()
+        file.truncate(end if end == begin + len(data) else begin)
+
+
+def write_all(write: Callable[[memoryview], int], data: bytes) -> None:
+    """A disk that is almost full takes a part of it, and no more."""
+    left = memoryview(data)
+    while left:
+        left = left[write(left) :]
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the disk name the file: those of a write do not say which it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in DISK:
+            error.filename = str(path)
+        raise
+
+
+class Failure(RuntimeError):
+    """What ended work that had begun, in one line: exit code 1."""
+
+
+class DataFailure(Failure):
+    """Data do not come any more."""
+
+
 class HubUnreachable(OSError):
     """The hub does not answer; this says nothing about what it was asked for."""
 
@@ -205,8 +255,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     removed where the block fails."""
     new = _beside(path, ".partial")
     try:
-        yield new
-        os.replace(new, path)
+        with naming(path):
+            yield new
+            os.replace(new, path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
@@ -238,7 +289,8 @@ def atomic_folder(
     new, old = _beside(path), _beside(path)
     new.mkdir()
     try:
-        yield new
+        with naming(path):
+            yield new
         try:
             if overwrite and path.exists():
                 os.rename(path, old)

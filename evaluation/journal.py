@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from evaluation.likelihood import RowResults
+from utils import naming, write_whole
 
 
 class Journal:
@@ -36,9 +37,9 @@ class Journal:
     def write(self, rows: list[int], tokens: list[int], nll: list[list[float]], seconds: float):
         self.folder.mkdir(parents=True, exist_ok=True)
         line = {"rows": rows, "tokens": tokens, "nll": nll, "seconds": seconds}
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("ab", buffering=0) as file:
             # begins a line of its own, whatever a killed process has left
-            file.write(f"\n{json.dumps(line)}\n")
+            write_whole(file, f"\n{json.dumps(line)}\n".encode())
 
     def remove(self) -> None:
         """When the result is written."""

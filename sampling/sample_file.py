@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from utils import lock
+from utils import lock, naming, write_whole
 
 LONGEST_CELL = 1 << 30  # bytes; csv's own limit is less than a text of 131 072 letters
 
@@ -98,14 +98,16 @@ class SampleFile:
             if whole == 0:
                 writer.writerow(COLUMNS)
             writer.writerows(astuple(row) for row in rows if (row.run, row.row) not in there)
-            file.truncate(whole)
-            file.write(text.getvalue().encode())
-            os.fsync(file.fileno())
-            with open(self.log, "a+b") as log:
+            with naming(self.path):
+                file.truncate(whole)
+                file.seek(whole)
+                write_whole(file, text.getvalue().encode())
+                os.fsync(file.fileno())
+            with naming(self.log), open(self.log, "a+b", buffering=0) as log:
                 log.seek(0)
                 torn = not (log.read() or b"\n").endswith(b"\n")
                 line = json.dumps({"run": rows[0].run, **note}) + "\n"
-                log.write(("\n" * torn + line).encode())
+                write_whole(log, ("\n" * torn + line).encode())
 
     def notes(self, run: str) -> list[dict]:
         if not self.log.exists():

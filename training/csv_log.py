@@ -8,6 +8,7 @@ steps, because it makes those steps again.
 import csv
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from utils import atomic_file
+from utils import atomic_file, naming, reason, write_whole
 
 OLD_HEADER = ["step", "name", "value", "unix_time"]  # of the logs that were one line a figure
 NO_FIGURES = ("step", "unix_time")
@@ -39,6 +40,8 @@ class CSVLog(Logger):
         self._columns: list[str] = []
         self._row: dict[str, str] = {}  # the last one
         self._begin = 0  # of the last row in the file, in bytes
+        self._waiting: list[tuple[int, dict[str, str]]] = []  # figures to be written, by step
+        self.failure: str | None = None  # why some are left
 
     @property
     def name(self) -> str:
@@ -54,9 +57,23 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        """Where they cannot be written now, they are with the next ones."""
+        figures = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
+        self._waiting.append((step, figures))
+        try:
+            with naming(self.path):
+                while self._waiting:
+                    self._write(*self._waiting[0])
+                    del self._waiting[0]
+            self.failure = None
+        except OSError as error:  # training is worth more than its log
+            if self.failure is None:
+                print(f"{reason(error)}; training goes on", file=sys.stderr, flush=True)
+            self.failure = f"rows of the log are missing: {reason(error)}"
+
+    def _write(self, step: int, figures: dict[str, str]) -> None:
         if not self._columns or not self.path.exists():
             self._open()
-        figures = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
         last = int(self._row.get("step", -1))
         if step < last or not figures.keys() <= set(self._columns):
             self._rewrite([*_rows(self.path)], step, [*figures])
@@ -65,19 +82,16 @@ class CSVLog(Logger):
             self._begin = self.path.stat().st_size
             self._row = {"step": str(step), "unix_time": f"{time.time():.3f}"}
         self._row |= figures
-        with self.path.open("r+b") as file:
+        with self.path.open("r+b", buffering=0) as file:
             file.seek(self._begin)
-            file.write(self._line())
-            file.truncate()
+            write_whole(file, self._line())
 
     def _open(self) -> None:
         """The file of the run so far, or a new one."""
         rows = []
         if self.path.exists():
             rows = [*_rows(self.path)]
-            with self.path.open(newline="") as file:
-                old = next(csv.reader(file), []) == OLD_HEADER
-            if old:
+            if _is_old(self.path):
                 shutil.copyfile(self.path, self.path.with_name("metrics.old.csv"))
         self._rewrite(rows, math.inf, [])
 
@@ -85,11 +99,12 @@ class CSVLog(Logger):
         """With the rows up to this step, and columns for the figures `more`."""
         rows = [row for row in rows if int(row["step"]) <= step]
         names = [*NO_FIGURES, *self._columns, *(name for row in rows[:1] for name in row), *more]
-        self._columns = [*dict.fromkeys(names)]
+        columns = [*dict.fromkeys(names)]
         with atomic_file(self.path, "w") as file:
-            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        self._columns = columns
         self._row = rows[-1] if rows else {}
         self._begin = self.path.stat().st_size - len(self._line() if rows else b"")
 
@@ -97,22 +112,50 @@ class CSVLog(Logger):
         return (",".join(self._row.get(name, "") for name in self._columns) + "\n").encode()
 
 
+def _is_old(path: Path) -> bool:
+    with path.open(newline="", errors="replace") as file:
+        return next(csv.reader(file), []) == OLD_HEADER
+
+
 def _rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a log as text, those of the old format put together; not one that was cut off."""
-    with path.open(newline="") as file:
-        lines = csv.DictReader(line for line in file if line.endswith("\n"))
-        if lines.fieldnames != OLD_HEADER:
-            yield from lines
-            return
-        rows: dict[int, dict[str, str]] = {}
-        for line in lines:
-            # but for the throughput, steps were counted from 0
-            step = int(line["step"]) + (not line["name"].startswith("throughput/"))
-            row = rows.setdefault(step, {"step": str(step), "unix_time": line["unix_time"]})
-            row[line["name"]] = line["value"]
+    """The rows of a log as text, those of the old format put together; not one that was cut off,
+    nor one that was written behind it on the same line."""
+    if not _is_old(path):
+        yield from _whole_rows(path)
+        return
+    rows: dict[int, dict[str, str]] = {}
+    for line in _whole_rows(path):
+        # but for the throughput, steps were counted from 0
+        step = int(line["step"]) + (not line["name"].startswith("throughput/"))
+        row = rows.setdefault(step, {"step": str(step), "unix_time": line["unix_time"]})
+        row[line["name"]] = line["value"]
     names = dict.fromkeys(name for row in rows.values() for name in row)
     for step in sorted(rows):
         yield {name: rows[step].get(name, "") for name in names}
+
+
+def _whole_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Lines with a cell for each column, all of them numbers but for a name."""
+    with path.open(newline="", errors="replace") as file:
+        lines = csv.reader(line for line in file if line.endswith("\n") and "\0" not in line)
+        columns = next(lines, [])
+        for line in lines:
+            row = dict(zip(columns, line, strict=False))
+            cells = [value for name, value in row.items() if name not in ("name", "step") and value]
+            if (
+                len(line) == len(columns)
+                and row.get("step", "").isdecimal()
+                and all(map(_number, cells))
+            ):
+                yield row
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
