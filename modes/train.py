@@ -23,9 +23,17 @@ from settings import Config
 from settings.defaults import default_likelihood
 from training.flops import flops
 from training.resuming import check_resumable
+from training.run_lock import RunLock
+from training.saving import steps_in
 from training.signals import Signals
-from training.trainer import build_trainer, examples_seen, resume_point, training_logs
-from utils import rank, say
+from training.trainer import (
+    build_trainer,
+    checkpoint_folder,
+    examples_seen,
+    resume_point,
+    training_logs,
+)
+from utils import Failure, rank, say
 
 
 def prepare(config: Config) -> Callable[[], None]:
@@ -34,6 +42,7 @@ def prepare(config: Config) -> Callable[[], None]:
     writes = get_algorithm(config.algo.name).writes
     check_likelihoods(wanted, algo=writes, block_size=1, draws=1, most=config.eval.max_passes)
     check_training(wanted, exact=default_likelihood(config) == "exact")
+    saved = steps_in(checkpoint_folder(config.checkpointing))
     resume, start = resume_point(config), config.training.from_pretrained
     pretrained = read_checkpoint(start) if start and resume is None else None
     tokenizer = build_tokenizer(config)
@@ -48,16 +57,27 @@ def prepare(config: Config) -> Callable[[], None]:
     data = build_data(config, tokenizer, train=True, version=version)
     module.validation_rows = len(data.valid)
     run_folder, signals = config.checkpointing.save_dir, Signals()
+    logs = training_logs(config)
     trainer = build_trainer(
         config,
-        loggers=training_logs(config),
+        loggers=logs,
         signals=signals,
         step_flops=flops(build_shape(config, backbone)).step,
     )
     if resume is not None:
         check_resumable(resume, module, trainer)
+    lock = RunLock(settings.local_folder(run_folder))
+    if saved != steps_in(checkpoint_folder(config.checkpointing)):
+        with lock:
+            raise ValueError(
+                f"another run has saved in {run_folder} meanwhile: start this one again"
+            )
 
     def run() -> None:
+        with lock:
+            train()
+
+    def train() -> None:
         if rank() == 0:
             settings.write_settings(config)
         if resume is not None:
@@ -72,6 +92,10 @@ def prepare(config: Config) -> Callable[[], None]:
             signals.listen()
         path = None if resume is None else resume.source
         trainer.fit(module, datamodule=data, ckpt_path=path)
+        if rank() == 0:  # again: a folder that was deleted is begun anew by a save
+            settings.write_settings(config)
+        if logs[0].failure:
+            raise Failure(logs[0].failure)
         if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:
             say(f"trained to step {steps:,}; checkpoints: {run_folder}/checkpoints")
 

@@ -18,14 +18,16 @@ from torch.distributed.tensor import DTensor
 
 from samplers.sending import Here, send
 from training.distributed import part
+from training.run_lock import process_start
 from training.signals import Stopped
+from utils import Failure, atomic_file, reason
 
 TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended
 STALL_SECONDS = 60.0  # without a batch, until a line says so
 LAUNCHER = "BAMDLM_LAUNCHER"  # the variable that names the process which starts the others
 
 
-class BadSteps(RuntimeError):
+class BadSteps(Failure):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
@@ -149,10 +151,10 @@ class StepHealth:
         kept = [{key: value.cpu() for key, value in batch.items()} for batch in step.batches]
         losses = [loss.cpu() for loss in step.losses]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"batches": kept, "losses": losses, "parameters": odd}, path)
-        except (OSError, RuntimeError) as error:
-            return f"no file: {error}"
+            with atomic_file(path, "wb") as file:
+                torch.save({"batches": kept, "losses": losses, "parameters": odd}, file)
+        except (OSError, RuntimeError) as error:  # see CarefulIO
+            return f"no file: {reason(error)}"
         return str(path)
 
     def scale(self, named: list[tuple[str, Tensor]], limit: float | None, algorithm: str) -> None:
@@ -214,17 +216,8 @@ def follow_launcher() -> None:
     launcher = int(os.environ.get(LAUNCHER, 0))
     if not launcher or "TORCHELASTIC_RUN_ID" in os.environ:
         return
-    if launcher == os.getppid() or not _runs(launcher):
+    if launcher == os.getppid() or process_start(launcher) is None:
         threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
-
-
-def _runs(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def _follow(launcher: int) -> None:
