@@ -12,13 +12,17 @@ split.
 
 import logging
 import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import random_streams
 from data import packing, streaming
@@ -27,6 +31,7 @@ from data.streaming import StreamedText
 from data.token_rows import TokenRows
 from models.randomness import uniform
 from training.signals import ignore_signals
+from utils import DataFailure, end_children, reason
 
 log = logging.getLogger("bamdlm")
 
@@ -125,6 +130,61 @@ class StreamedExamples(Dataset):
             batch["bookmark"] = streaming.to_text(self.stream.bookmarks(), self.fingerprint)
         self.batches += 1
         return batch
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """torch's, which can also be ended where only some of its workers could be started."""
+
+    def __init__(self, loader: DataLoader):
+        self._workers_status = [True] * loader.num_workers
+        super().__init__(loader)
+
+
+class Loader(DataLoader):
+    """DataFailure where batches do not come: workers that cannot be started or have died, files
+    that are gone. It is raised between two steps, so that the run can be saved."""
+
+    def __iter__(self) -> Iterator[dict]:
+        end = object()
+        with self.failures():  # at the first batch: Lightning cannot end what did not begin
+            batches = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise wherever training is when a worker dies
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            with self.failures():
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
+
+    def _get_iterator(self) -> Iterator[dict]:
+        return _Workers(self) if self.num_workers else super()._get_iterator()
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            runtime = isinstance(error, RuntimeError)
+            if runtime and (not self.num_workers or str(error).startswith("Caught")):
+                raise  # a bug, in this process or in a worker
+            raise DataFailure(f"no batch came: {self.why(error)}") from error
+
+    def why(self, error: Exception) -> str:
+        workers = getattr(self._iterator, "_workers", ())
+        for worker in workers:
+            worker.join(0.5)  # the pipe of one that was killed may end before it
+            if not worker.is_alive():
+                return (
+                    f"a data worker (process {worker.pid}) was ended from outside, perhaps for"
+                    f" want of memory; try a smaller loader.num_workers={self.num_workers}"
+                )
+        if isinstance(error, OSError) and error.errno is not None:
+            line = reason(error)
+        else:  # a worker's own error comes with its traceback
+            line = str(error).strip().splitlines()[-1]
+        return f"{line} (loader.num_workers={self.num_workers})"
 
 
 class DataModule(LightningDataModule):
@@ -227,9 +287,9 @@ class DataModule(LightningDataModule):
         return self.loader(Examples(self.valid), batches)
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the workers of training. Lightning ends only those of the loop that runs: after an
-        error in validation the process would wait for the others for ever."""
-        self.trainer.fit_loop.teardown()
+        """Lightning ends only the workers of the loop that runs: after an error in validation the
+        process would wait for those of training for ever."""
+        end_children()
 
     @property
     def rank_and_size(self) -> tuple[int, int]:
@@ -242,7 +302,7 @@ class DataModule(LightningDataModule):
         self, examples: Dataset, batches: Iterable, num_workers: int | None = None
     ) -> DataLoader:
         workers = self.num_workers if num_workers is None else num_workers
-        return DataLoader(
+        return Loader(
             examples,
             batch_sampler=batches,
             collate_fn=dict,  # the examples are batches already

@@ -13,15 +13,13 @@ import warnings
 def main(argv: list[str]) -> int:
     from modes import cli
     from settings import ConfigError, blamed
-    from utils import CIRCUMSTANCES, shown
+    from utils import CIRCUMSTANCES, Failure, reason, shown
 
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
     from checkpointing.layouts import CheckpointError
-    from data.streaming import TextError
     from training import distributed
-    from training.health import BadSteps, follow_launcher
-    from training.saving import SaveError
+    from training.health import follow_launcher
 
     quiet()
     if config.mode != "sample_eval":  # whose processes do not wait for each other
@@ -40,8 +38,8 @@ def main(argv: list[str]) -> int:
     except CheckpointError as error:  # of a part that is read only now
         print(ConfigError([str(error)]), file=sys.stderr)
         return 2
-    except (SaveError, BadSteps, TextError) as error:
-        print(shown(error), file=sys.stderr)
+    except (Failure, OSError, MemoryError) as error:
+        print(shown(reason(error)), file=sys.stderr)
         return 1
     distributed.leave_group()
     return 0
@@ -71,10 +69,30 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def command(argv: list[str]) -> int:
+    """main(), where what it prints may not arrive: then 1, or 2 where the output was all there was
+    to do. No process that it started outlives it."""
+    from modes.cli import take_output
+    from training.signals import Stopped
+    from utils import end_children
+
+    raw, streams = zip(*(take_output(descriptor) for descriptor in (1, 2)), strict=True)
+    sys.stdout, sys.stderr = streams
+    trouble = 1
+    try:
+        code = main(argv)
+    except SystemExit as ended:
+        code = ended.code or 0
+        trouble = 1 if isinstance(ended, Stopped) else 2
+    finally:
+        end_children()
+    for stream in streams:
+        stream.flush()
+    return code or (trouble if any(output.failure for output in raw) else 0)
+
+
 if __name__ == "__main__":
     from training import signals
 
     signals.end_on_interrupt()
-    if sys.stdout is not None:  # a terminal or a file that knows fewer characters
-        sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command(sys.argv[1:]))

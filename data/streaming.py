@@ -34,6 +34,7 @@ from data.readers import Piece
 from data.split import Split
 from data.token_rows import check_ids
 from random_streams import order, version_of
+from utils import DataFailure, reason
 
 log = logging.getLogger("bamdlm")
 
@@ -43,7 +44,7 @@ UNIT_CHARACTERS = 1 << 18
 Part = Callable[[], Iterable[Piece]]  # reads a part of the corpus from its beginning
 
 
-class TextError(RuntimeError):
+class TextError(DataFailure):
     """The text cannot be read on."""
 
 
@@ -140,7 +141,7 @@ class Stream:
         try:
             found = [self.row(position) for position in positions]
         except (ValueError, OSError) as error:
-            raise TextError(str(error)) from error
+            raise TextError(reason(error)) from error
         return joined(found, self.row_format)
 
     def row(self, position: int) -> Chunk:

@@ -1,11 +1,14 @@
 """The front of main.py: reads the command line, answers --help, starts nothing that cannot work."""
 
+import io
 import itertools
+import os
 import sys
+from typing import IO
 
 import settings
 from settings.help import full_help
-from utils import CIRCUMSTANCES, rank, reason, say, shown
+from utils import CIRCUMSTANCES, rank, reason, say, shown, unread, write_all
 
 TROUBLE = 2  # exit code of a command line that cannot be run
 
@@ -45,3 +48,37 @@ def split_cfg(argv: list[str]) -> tuple[list[str], bool]:
         if pair in (("--cfg", "job"), ("-c", "job")):
             return argv[:i] + argv[i + 2 :], True
     return argv, False
+
+
+class Output(io.FileIO):
+    """Standard output or standard error. Where they cannot be written the work goes on without
+    them, and `failure` says why (None: nothing was lost, or nobody reads it any more)."""
+
+    failure: str | None = None
+
+    def write(self, data) -> int:
+        """All of it."""
+        try:
+            write_all(super().write, data)
+        except OSError as error:
+            unread(self.fileno())
+            if not isinstance(error, BrokenPipeError):
+                name = {1: "standard output", 2: "standard error"}[self.fileno()]
+                self.failure = f"{name} could not be written: {error.strerror}"
+                if self.fileno() == 1:
+                    print(self.failure, file=sys.stderr, flush=True)
+        return len(data)
+
+
+def take_output(descriptor: int) -> tuple[Output, IO[str]]:
+    """Descriptor 1 or 2 and a stream of lines onto it. One that is closed becomes one that nobody
+    reads, or the next file that is opened would get its number, and what is printed."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        unread(descriptor)
+    raw = Output(descriptor, "w", closefd=False)
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(raw), errors="backslashreplace", line_buffering=True
+    )
+    return raw, stream

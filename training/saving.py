@@ -22,13 +22,13 @@ from checkpointing.layouts import canonical
 from checkpointing.restricted_pickle import CheckpointError
 from training.averaging import put_average
 from training.distributed import Poll
-from training.signals import BY_HAND, GO_ON, Signals, Stopped
-from utils import atomic_link, plain_errors, say
+from training.signals import BY_HAND, GO_ON, LOST, Signals, Stopped
+from utils import DataFailure, Failure, atomic_link, plain_errors, say
 
 LAST = "last.ckpt"
 
 
-class SaveError(RuntimeError):
+class SaveError(Failure):
     """A checkpoint could not be written and checkpointing.on_save_error=stop."""
 
 
@@ -81,8 +81,9 @@ class CarefulIO(SafeCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
             hidden = error.__cause__ if isinstance(error, OSError) else error.__context__
             cause = hidden or error
+            why = cause.strerror if isinstance(cause, OSError) else None
             self.failure = (
-                f"{path} could not be {done} ({type(cause).__name__}: {cause});"
+                f"{path} could not be {done} ({why or f'{type(cause).__name__}: {cause}'});"
                 " the checkpoint before it is as it was"
             )
             print(self.failure, file=sys.stderr, flush=True)
@@ -139,7 +140,7 @@ class StepCheckpoints(L.Callback):
     deadline: Deadline | None
     stop_on_error: bool
     _step: int = 0
-    _saved: int = 0  # step
+    _saved: int | None = None  # the step that is on the disk
     _failure: str = ""
 
     def __post_init__(self):
@@ -174,8 +175,19 @@ class StepCheckpoints(L.Callback):
             self.stop_if_told(trainer)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if self.every is not None and not self.save(trainer) and self.stop_on_error:
-            raise SaveError(self.io.failure or "the last checkpoint could not be written")
+        """With on_save_error=continue as well: what was trained since the last save is lost."""
+        if self.every is not None and not self.save(trainer):
+            failure = self.io.failure or "the last checkpoint could not be written by rank 0"
+            raise SaveError(f"not saved: step {trainer.global_step:,}; {failure}")
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        """Data that end are missed between two steps. Several ranks do not miss them together, and
+        could not save together."""
+        alone = trainer.world_size == 1 and self._saved is not None  # and training has begun
+        if isinstance(exception, DataFailure) and alone:
+            put_average(pl_module, False)
+            if self.save(trainer):
+                say(f"saved step {trainer.global_step:,}; the same command goes on from here")
 
     def stop_if_told(self, trainer) -> None:
         """Every rank must call this equally often. They stop together, with the raw weights in
@@ -196,15 +208,16 @@ class StepCheckpoints(L.Callback):
         if not any_told:
             what = "saved; a longer one goes on from here" if saved else "nothing was saved"
             say(f"{place}: trainer.max_time has passed; {what}")
-            raise Stopped(0)
+            raise Stopped(0 if saved or self.every is None else LOST)
         name = self.signals.received.name if told else "a signal"
         what = "saved; the same command goes on from here" if saved else "could not save"
         say(f"{place} on {name}: {what if trainer.global_step else 'nothing to save yet'}")
-        raise Stopped(self._exit_code(trainer))
+        raise Stopped(self._exit_code(trainer, saved))
 
-    def _exit_code(self, trainer) -> int:
+    def _exit_code(self, trainer, saved: bool) -> int:
         by_hand = self.signals.received == signal.SIGINT
-        code = BY_HAND if trainer.strategy.reduce_boolean_decision(by_hand, all=False) else GO_ON
+        code = GO_ON if saved else LOST
+        code = BY_HAND if trainer.strategy.reduce_boolean_decision(by_hand, all=False) else code
         # Lightning's own launcher kills the whole job when one of its processes ends with an error
         ours = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
         started_by_lightning = ours is not None and not ours.creates_processes_externally
@@ -241,10 +254,29 @@ class StepCheckpoints(L.Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, whose state after a resume is that of a run that was not interrupted."""
+    """Lightning's, whose state after a resume is that of a run that was not interrupted, also where
+    the run folder has another name now."""
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "current_score": self.best_model_score}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(_moved(state_dict, self.dirpath))
+
+
+def _moved(state: dict, folder: str) -> dict:
+    """The state of a BestCheckpoint whose files have come along into `folder`. Otherwise it is as
+    it was, and Lightning forgets scores that belong to another folder."""
+
+    def here(path: str) -> str:
+        return path and f"{folder}/{path.rpartition('/')[2]}"
+
+    best = {here(path): score for path, score in state.get("best_k_models", {}).items()}
+    if not best or not all(fs.exists(place) for fs, place in map(url_to_fs, best)):
+        return state
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    paths = {name: here(state.get(name, "")) for name in names}
+    return state | paths | {"dirpath": folder, "best_k_models": best}
 
 
 def steps_in(folder: str) -> list[int]:

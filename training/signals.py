@@ -12,6 +12,7 @@ import types
 from utils import rank, unread
 
 GO_ON = 75  # exit code (EX_TEMPFAIL): saved, the same command goes on; scripts/job.sh requeues
+LOST = 1  # exit code: told to stop, and what was to be saved could not be
 BY_HAND = 130  # exit code after Ctrl-C, as shells have it; not requeued
 TOLD_BY = (signal.SIGTERM, signal.SIGUSR1)
 HEARD = (*TOLD_BY, signal.SIGHUP, signal.SIGINT)  # all that `listen` takes
