@@ -218,7 +218,7 @@ class Path:
 def walk(ask: Ask, texts: AskedTexts, score: Callable, reveal: Callable) -> Path:
     """Reveal the true tokens as a deterministic rule would. The rule sees the canvas alone:
     score(log_probs [m, V]) -> [m]; reveal(scores [B, N, S], -inf where nothing is masked, masked)
-    -> boolean [B, N, S], at least one wherever any is masked."""
+    -> boolean [B, N, S], at least one wherever any is masked. ValueError where it reveals none."""
     masked = texts.scored.clone()
     total = torch.zeros(masked.shape, dtype=torch.float64, device=masked.device)
     likeliest = torch.ones_like(masked)
@@ -227,7 +227,8 @@ def walk(ask: Ask, texts: AskedTexts, score: Callable, reveal: Callable) -> Path
         parts = score(log_probs), texts.nll(log_probs, read), -log_probs.amax(-1)
         return torch.stack([part.double() for part in parts], -1)
 
-    while bool(masked.any()):
+    left = int(masked.sum())
+    while left:
         read = masked.flatten().nonzero()[:, 0]
         x_t = torch.where(masked, texts.mask_id, texts.x0)
         scores, nll, least = ask(x_t, read, reduce).unbind(-1)
@@ -236,6 +237,9 @@ def walk(ask: Ask, texts: AskedTexts, score: Callable, reveal: Callable) -> Path
         total = torch.where(now, texts.scatter(read, nll), total)
         likeliest &= ~now | texts.scatter(read, (nll == least).double()).bool()
         masked &= ~now
+        before, left = left, int(masked.sum())
+        if left == before:
+            raise ValueError(f"the rule reveals none of {left:,} masked places")
     return Path(total, likeliest)
 
 

@@ -252,6 +252,15 @@ def test_of_equal_scores_the_lowest_place_is_revealed():
         torch.testing.assert_close(rule(ask, texts), expected)
 
 
+def test_a_rule_that_reveals_nothing_is_refused():
+    def stuck(scores, masked):
+        return torch.zeros_like(masked)
+
+    texts = texts_of([[0, 1, 1]], 2)
+    with pytest.raises(ValueError, match="the rule reveals none of 3 masked places"):
+        estimators.walk(toy(2), texts, estimators.by_probability, stuck)
+
+
 # ---- a network: enumeration of all texts, and the samplers' own frequencies
 
 
