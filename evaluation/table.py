@@ -3,6 +3,7 @@
 A name may carry a number: iw:8 (orders), threshold:0.9, greedy:4 (positions revealed at a time).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ def parse_likelihood(label: str) -> Chosen:
         number = float(text) if chance else int(text)
     except ValueError:
         number = 0
-    if number <= 0 or (chance and number > 1):
+    if not 0 < number <= (1 if chance else math.inf):  # nan is neither
         allowed = "in (0, 1]" if chance else "a whole number, at least 1"
         raise ValueError(f"eval.likelihood={label}: {kind.number} must be {allowed}, got {text!r}")
     return Chosen(name, number, label)

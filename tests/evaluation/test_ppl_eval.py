@@ -165,6 +165,7 @@ def test_sedd_has_its_own_bound_only(evaluate, trained, capsys):
         (["eval.likelihood=exact:3"], "eval.likelihood=exact:3: exact takes no number"),
         (["eval.likelihood=greedy:0"], "must be a whole number, at least 1, got '0'"),
         (["eval.likelihood=threshold:1.5"], "must be in (0, 1], got '1.5'"),
+        (["eval.likelihood=threshold:nan"], "must be in (0, 1], got 'nan'"),
         (
             ["eval.likelihood=iw:100", "eval.draws=3"],
             "takes 1,200 passes over every text, more than eval.max_passes=1,024",
