@@ -19,7 +19,7 @@ from evaluation.estimators import Ask, AskedTexts
 from evaluation.journal import Journal
 from evaluation.likelihood import Likelihood, RowResults
 from evaluation.network import asker
-from evaluation.table import BOUND, Chosen, check_likelihoods, parse_likelihood
+from evaluation.table import BOUND, Chosen, check_likelihoods, one, parse_likelihood
 from modes.build import build_data, build_tokenizer, trained_module
 from objectives.algorithms import get_algorithm
 from objectives.block_diffusion import MaskedDiffusion
@@ -85,8 +85,9 @@ class Evaluator(L.LightningModule):
         objective, chosen = self.module.objective, list(self.journals)
         if not isinstance(objective, MaskedDiffusion) or self.module.exact_nll:
             return True
-        passes = sum(each.passes(objective.block_size, self.draws[each]) for each in chosen)
-        return passes == 1 and chosen[0].kind.law == BOUND
+        # a draw of one of the two; exact takes one pass of blocks of one token, but is no draw
+        single = [each.kind.passes is one and self.draws[each] == 1 for each in chosen]
+        return single == [True]
 
     def running_likelihood(self) -> Likelihood | None:
         """For the progress bar: that of the first kind, of this process's rows so far."""

@@ -136,6 +136,10 @@ def test_the_estimators_give_the_chain_rule_for_blocks_of_one(evaluate):
     for name, entry in found.items():
         tolerance = 4 * entry["nll_error"] if name == "nelbo" else 1e-6 * whole
         assert entry["nll"] == pytest.approx(whole, abs=tolerance), name
+    for name in ("counts", "exact"):  # alone it takes one pass, and is no draw of nelbo
+        words = f"eval.likelihood={name}", "training.eval_nll=false"
+        alone = evaluate("blocks_of_one", *words, place=f"{name}_alone")[name]
+        assert alone["nll"] == pytest.approx(whole, rel=1e-6), name
 
 
 def test_mdlm_has_all_but_those_of_every_set(evaluate, trained, capsys):
