@@ -255,7 +255,7 @@ def likelihood_entry(
         "bound": "exact" if exact else each.kind.law,
         "draws": draws if each.kind.sampled else 1,
         "ppl": found.ppl,
-        "ppl_error": found.ppl_error,
+        "ppl_error": known(found.ppl_error),
         "nll": found.nll,
         "nll_error": known(found.nll_error),
         "draw_error": known(draw_error),

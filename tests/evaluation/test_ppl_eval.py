@@ -87,6 +87,12 @@ def test_the_progress_moves_with_every_pass(evaluate, trained, monkeypatch, caps
     assert "rows" in said[1]
 
 
+def test_one_row_has_no_error_that_json_could_not_hold(evaluate):
+    found = evaluate("bamdlm", "trainer.limit_val_batches=1", "loader.eval_batch_size=1")
+    assert found["counts"]["rows"] == 1
+    assert found["counts"]["ppl_error"] is found["counts"]["nll_error"] is None
+
+
 def test_exact_is_the_mean_of_many_draws(evaluate):
     asked = "[exact,counts,nelbo,first_hitting,iw:2]"
     found = evaluate("bamdlm", f"eval.likelihood={asked}", "eval.draws=60")
