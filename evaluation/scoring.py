@@ -26,7 +26,7 @@ class ScoredText:
     written all that was not given; None where nobody asked."""
 
     nll: Tensor
-    tokens: int  # that were scored
+    tokens: int  # that were scored: all that were not given, but masks
     greedy: bool | None = None
 
     @property
@@ -80,7 +80,16 @@ class Scorer:
         tick: Callable[[int], object] = lambda texts: None,
     ) -> list[ScoredText]:
         """`given`: how many tokens of each text are not scored, at least 1. Batches are of similar
-        length, the longest first; `tick` hears how many texts each had."""
+        length, the longest first; `tick` hears how many texts each had. ValueError where a text
+        has no token, one that is none of the model's, or too many."""
+        if min(draws, batch_size) < 1:
+            raise ValueError(f"draws={draws} and batch_size={batch_size} must be at least 1")
+        for text in texts:
+            if len(text) == 0 or min(text) < 0 or max(text) >= self.backbone.vocab_size:
+                raise ValueError(
+                    f"a text must be ids in 0..{self.backbone.vocab_size - 1} that begin with BOS,"
+                    f" got {list(text[:8])}"
+                )
         room = self.length + (self.algo == "ar")  # whose last token is only predicted
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         if order and len(texts[order[0]]) > room:
@@ -97,8 +106,8 @@ class Scorer:
                 nll, path = self._in_blocks(*batch, chosen, draws, greedy)
             written = path.likeliest.all(1).tolist() if greedy else [None] * len(part)
             for i, of_text, likeliest in zip(part, nll.cpu(), written, strict=True):
-                size = len(texts[i])
-                found[i] = ScoredText(of_text[:size], size - given[i], likeliest)
+                size, masks = len(texts[i]), list(texts[i][given[i] :]).count(self.mask_id)
+                found[i] = ScoredText(of_text[:size], size - given[i] - masks, likeliest)
             tick(len(part))
         return [found[i] for i in range(len(texts))]
 

@@ -38,7 +38,10 @@ class Reading:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         bos = self.tokenizer.bos_id
-        ids = [[bos, *self.tokenizer.encode(t)] if isinstance(t, str) else list(t) for t in texts]
+        ids = [
+            [bos, *self.tokenizer.encode(t)] if isinstance(t, str) else [int(i) for i in t]
+            for t in texts
+        ]
         chosen = self.scorer.parse(likelihood, draws, max_passes)
         return self.scorer.score(ids, [1] * len(ids), chosen, draws=draws, batch_size=batch_size)
 
@@ -46,9 +49,9 @@ class Reading:
     def log_probs(self, ids, positions: Sequence[int] | None = None) -> Tensor:
         """Log-probabilities float32 [B, R, V] of what may stand at `positions` (R of them; None:
         all masked ones, as many in each row). ids [B, T] or [T]; [MASK] is tokenizer.mask_id, seen
-        as such. Of ar: given the tokens to the left, so position 0 has none."""
-        tokens = torch.as_tensor(ids, device=self.device)
-        tokens = tokens[None] if tokens.dim() == 1 else tokens
+        as such. Of ar: given the tokens to the left, so position 0 has none. ValueError where a
+        position is not one of ids."""
+        tokens = self._tokens(ids)
         if self.writes == "sedd":
             raise ValueError("sedd has scores at a noise level, no probabilities of tokens")
         if positions is None:
@@ -58,6 +61,8 @@ class Reading:
             read = masked.nonzero()[:, 1].view(len(tokens), -1)
         else:
             read = torch.as_tensor(positions, device=tokens.device).expand(len(tokens), -1)
+        if bool(((read < 0) | (read >= tokens.shape[1])).any()):
+            raise ValueError(f"positions={positions} must be in 0..{tokens.shape[1] - 1}")
         if self.writes == "ar":
             if bool((read < 1).any()):
                 raise ValueError("ar predicts no token at position 0")
@@ -69,9 +74,15 @@ class Reading:
         """[B, T, E] each: the embedding of ids [B, T] or [T] and what every block adds up to, the
         last being what the head normalises. Blocks see themselves and those before; of mdlm and
         sedd all is seen, of sedd at noise level 0."""
-        tokens = torch.as_tensor(ids, device=self.device)
-        tokens = tokens[None] if tokens.dim() == 1 else tokens
+        tokens = self._tokens(ids)
         mask = Full() if self.writes == "sedd" else self.denoise.attention_mask
         with self.denoise.backbone.states() as states:
             self.denoise.backbone.hidden(tokens, attention_mask=mask)
         return states
+
+    def _tokens(self, ids) -> Tensor:
+        """ids [B, T] or [T] as int64 [B, T]."""
+        tokens = torch.as_tensor(ids, device=self.device)
+        if tokens.numel() == 0:
+            raise ValueError("ids must have at least one token")
+        return tokens[None] if tokens.dim() == 1 else tokens

@@ -100,3 +100,25 @@ def test_what_cannot_be_is_said():
         opened("sedd").nll("the work")
     with pytest.raises(ValueError, match="a text has 33 tokens with BOS, the model takes 32"):
         opened("bd3lm_bs4").nll([[0] * 33])
+
+
+@pytest.mark.parametrize("name", ["bd3lm_bs4", "mdlm", "ar"])
+def test_what_is_no_text_is_refused_in_words(name):
+    model = opened(name)
+    bos, mask = model.tokenizer.bos_id, model.tokenizer.mask_id
+    for ids in ([], [bos, -1], [bos, 10**8]):
+        with pytest.raises(ValueError, match=r"must be ids in 0\.\.\d+ that begin with BOS, got"):
+            model.nll([ids], likelihood="counts")
+    for wrong in ({"draws": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            model.nll(TEXTS, likelihood="counts", **wrong)
+    for position in (-1, 3):
+        with pytest.raises(ValueError, match=r"must be in 0\.\.2"):
+            model.log_probs([bos, 1, mask], [position])
+    for ask in (model.log_probs, model.hidden_states):
+        with pytest.raises(ValueError, match="at least one token"):
+            ask([])
+    (found,) = model.nll([[bos, 1, mask, 2]], likelihood="counts")
+    assert found.tokens == 2, "a mask is seen as such, not scored"
+    (same,) = model.nll(torch.tensor([[bos, 1, mask, 2]]), likelihood="counts")
+    assert torch.equal(same.nll, found.nll), "a tensor is a text as a list is, with its draws"
