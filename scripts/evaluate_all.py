@@ -3,13 +3,15 @@
     python scripts/evaluate_all.py last.ckpt other.ckpt --data wikitext103,ptb \\
         --likelihood counts,exact --out table -- data.source=/corpora loader.eval_batch_size=16
 
-Each pair of a checkpoint and a corpus is one mode=ppl_eval, in OUT.runs; what is there already is
-not measured again, and a stopped one goes on. What stands behind -- is for every run. The table is
-printed and written to OUT.txt, OUT.csv and OUT.md.
+Each pair of a checkpoint and a corpus is one mode=ppl_eval, in OUT.runs; what is there already, of
+the same settings, is not measured again, and a stopped one goes on. What stands behind -- is for
+every run. One that fails is named in the end, and the others go on. The table is printed and
+written to OUT.txt, OUT.csv and OUT.md.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import subprocess
@@ -33,26 +35,38 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args, more = parse(argv[:end]), argv[end + 1 :]
-    table = []
-    for name in args.checkpoints:
-        try:
-            checkpoint = read_checkpoint(name)
-            words = [*model_words(name, checkpoint, args), *more]
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
+    try:
+        checkpoints = [(name, read_checkpoint(name)) for name in args.checkpoints]
+        models = [(name, c, model_words(name, c, args) + more) for name, c in checkpoints]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    table, failed = [], []
+    for name, checkpoint, words in models:
         for corpus in args.data.split(","):
             run = [*words, f"data={corpus}" if known(corpus) else f"data.valid={corpus}"]
-            folder = Path(f"{args.out}.runs") / f"{checkpoint.fingerprint[:8]}-{Path(corpus).stem}"
+            folder = run_folder(args, checkpoint, run, corpus)
             found = evaluate(run, folder, args.likelihood)
             if found is None:
-                return 1
+                failed.append(f"{name} on {corpus}")
+                continue
             size = bytes_per_row(run) * found["rows"]
             table += [row(each, name, corpus, size) for each in found.get("likelihoods", [found])]
             write(args.out, table)
-    print(as_text(table))
-    say(f"written to {args.out}.txt, {args.out}.csv and {args.out}.md")
-    return 0
+    if table:
+        print(as_text(table))
+        say(f"written to {args.out}.txt, {args.out}.csv and {args.out}.md")
+    for each in failed:
+        print(f"failed, not in the table: {each}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_folder(args, checkpoint: Checkpoint, run: list[str], corpus: str) -> Path:
+    """Of its own for other weights, settings and likelihoods, and for files of equal names."""
+    said = [word for word in run if not word.startswith("eval.checkpoint_path=")]
+    digest = hashlib.sha256(json.dumps([*said, args.likelihood]).encode()).hexdigest()
+    name = f"{checkpoint.fingerprint[:8]}-{Path(corpus).stem}-{digest[:8]}"
+    return Path(f"{args.out}.runs") / name
 
 
 def parse(argv):
@@ -98,17 +112,13 @@ def model_words(name: str, checkpoint: Checkpoint, args) -> list[str]:
 
 def evaluate(words: list[str], folder: Path, likelihoods: str) -> dict | None:
     """What mode=ppl_eval reports; None where it failed."""
-    for path in sorted(folder.glob("ppl_*.json")):
-        found = json.loads(path.read_text())
-        entries = found.get("likelihoods", [found])
-        if ",".join(each["likelihood"] for each in entries) == likelihoods:
-            return found
-    command = [sys.executable, str(ROOT / "main.py"), *words]
-    command += [f"eval.likelihood=[{likelihoods}]", f"checkpointing.save_dir={folder}"]
-    if subprocess.run(command, check=False).returncode != 0:
-        return None
-    newest = max(folder.glob("ppl_*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return json.loads(newest.read_text())
+    if not any(folder.glob("ppl_*.json")):
+        command = [sys.executable, str(ROOT / "main.py"), *words]
+        command += [f"eval.likelihood=[{likelihoods}]", f"checkpointing.save_dir={folder}"]
+        if subprocess.run(command, check=False).returncode != 0:
+            return None
+    (path,) = folder.glob("ppl_*.json")
+    return json.loads(path.read_text())
 
 
 def bytes_per_row(words: list[str]) -> float:
@@ -134,6 +144,8 @@ def row(entry: dict, model: str, corpus: str, size: float) -> dict:
 
 
 def shown(value) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.1f}" if abs(value) >= 1000 else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

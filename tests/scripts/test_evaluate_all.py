@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,3 +68,63 @@ def test_the_table_has_every_corpus_model_and_likelihood(
     assert len(stamps) == 4
     assert evaluate_all.main(arguments) == 0  # nothing is measured again
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+
+
+@pytest.fixture
+def measured(evaluate_all, tmp_path, monkeypatch):
+    """Corpora by name that were measured; `no.txt` fails. Nothing but the script itself runs."""
+    seen = []
+
+    def run(command, check):
+        words = dict(word.split("=", 1) for word in command[2:])
+        corpus, folder = words["data.valid"], Path(words["checkpointing.save_dir"])
+        seen.append(corpus)
+        if corpus.endswith("no.txt"):
+            return SimpleNamespace(returncode=1)
+        folder.mkdir(parents=True)
+        entry = {"likelihood": "counts", "ppl": float(len(seen)), "nll": 1.0, "tokens": 1}
+        (folder / "ppl_x.json").write_text(json.dumps(entry | {"rows": 1, "ppl_error": None}))
+        return SimpleNamespace(returncode=0)
+
+    def read(name):
+        if name == "absent.ckpt":
+            raise ValueError("absent.ckpt does not exist")
+        return SimpleNamespace(fingerprint="0" * 64)
+
+    monkeypatch.setattr(evaluate_all.subprocess, "run", run)
+    monkeypatch.setattr(evaluate_all, "read_checkpoint", read)
+    monkeypatch.setattr(evaluate_all, "model_words", lambda *asked: ["algo=ar"])
+    monkeypatch.setattr(evaluate_all, "bytes_per_row", lambda words: 1.0)
+    return seen
+
+
+def test_other_settings_and_files_of_the_same_name_are_measured_anew(
+    evaluate_all, measured, tmp_path
+):
+    words = ["a.ckpt", "--data", "one/a.txt,two/a.txt", "--out", str(tmp_path / "table"), "--"]
+    assert evaluate_all.main(words) == 0
+    assert measured == ["one/a.txt", "two/a.txt"]
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert [row["ppl"] for row in csv.DictReader(file)] == ["1.0", "2.0"]
+    assert evaluate_all.main([*words, "eval.draws=2"]) == 0
+    assert len(measured) == 4
+    assert evaluate_all.main(words) == 0
+    assert len(measured) == 4
+
+
+def test_after_one_that_failed_the_others_go_on(evaluate_all, measured, tmp_path, capsys):
+    words = ["a.ckpt", "--data", "one.txt,no.txt,two.txt", "--out", str(tmp_path / "table")]
+    assert evaluate_all.main(words) == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["failed, not in the table: a.ckpt on no.txt"]
+    assert all(name in said.out for name in ("one.txt", "two.txt"))
+    assert measured == ["one.txt", "no.txt", "two.txt"]
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_runs(
+    evaluate_all, measured, tmp_path, capsys
+):
+    words = ["a.ckpt", "absent.ckpt", "--data", "one.txt", "--out", str(tmp_path / "table")]
+    assert evaluate_all.main(words) == 2
+    assert "absent.ckpt does not exist" in capsys.readouterr().err
+    assert measured == []
