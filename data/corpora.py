@@ -194,7 +194,7 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
     its configuration's."""
     path = Path(os.path.expanduser(source))
     if not path.exists():
-        raise ValueError(f"data.source={source} does not exist: name a file or folder with {name}")
+        raise tables.Gone(f"data.source={source} does not exist: name a file or folder with {name}")
     if isinstance(corpus.sources[0], Text8):
         return Text8(path=str(path))
     if not isinstance(corpus.sources[0], Hub):

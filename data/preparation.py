@@ -22,6 +22,7 @@ from data.packing import RowFormat
 from data.readers import Piece
 from data.remote_cache import CacheDir
 from data.split import Split
+from data.tables import Gone
 from data.token_rows import TokenRows
 from utils import atomic_file, atomic_folder, lock
 
@@ -37,7 +38,14 @@ def prepare(split: Split, cache: CacheDir, processes: int = 1) -> TokenRows:
     tokenize (0 or 1: this one does); the rows do not depend on it. With a cache behind a URL the
     folder is copied from there where it is complete, and copied to it where it is not.
     """
-    folder = cache.folder / "rows" / split.folder_name
+    try:
+        folder = cache.folder / "rows" / split.folder_name
+    except Gone as error:
+        kept = kept_rows(split, cache.folder / "rows")
+        if kept is None:
+            raise
+        log.warning("%s; going on with the rows made of it before, in %s", error, kept)
+        return TokenRows(kept)
     remote = cache.remote(folder)
     if is_whole(folder) and (remote is None or remote_cache.is_complete(remote)):
         return TokenRows(folder)
@@ -50,6 +58,20 @@ def prepare(split: Split, cache: CacheDir, processes: int = 1) -> TokenRows:
         if remote is not None and not remote_cache.is_complete(remote):
             remote_cache.publish(folder, remote)
     return rows
+
+
+def kept_rows(split: Split, rows: Path) -> Path | None:
+    """The folder made last of a text that is gone."""
+    found = [path.parent for path in rows.glob(f"*-{split.split}-*/about.json")]
+    found = [folder for folder in found if is_whole(folder) and split.is_of(about_of(folder))]
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def about_of(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
 
 
 def is_whole(folder: Path) -> bool:

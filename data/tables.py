@@ -21,6 +21,10 @@ MAGIC = {
 }
 
 
+class Gone(ValueError):
+    """The text is not there, or not any more."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a table, mostly a file; nothing is opened before it is read or counted."""
@@ -90,7 +94,7 @@ def matching(pattern: str) -> list[Path]:
         named = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
         found = [p for p in named if p.is_file()]
     if not found:
-        raise ValueError(
+        raise Gone(
             f"data: no file matches {pattern} (looked in {Path.cwd()}); known kinds:"
             f" {', '.join(READERS)}"
         )

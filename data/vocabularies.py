@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import shakespeare
+from data.tables import Gone
 from data.trial import tried
 from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock, reason
 
@@ -162,11 +163,17 @@ def shakespeare_bpe(cache_dir):
     """Byte-level BPE trained once on the training plays; kept under cache_dir/tokenizers."""
     from transformers import AutoTokenizer
 
-    texts = list(shakespeare.documents("train"))
+    kept = Path(os.path.expanduser(cache_dir or "")) / "tokenizers"
+    try:
+        texts = list(shakespeare.documents("train"))
+    except Gone:
+        made = [*kept.glob(f"shakespeare-bpe-{PLAYS_TOKENS}-*[0-9a-f]")]
+        if cache_dir is None or len(made) != 1:
+            raise
+        return AutoTokenizer.from_pretrained(str(made[0]), **LOCAL)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     if cache_dir is None:
         return train_bpe(texts, PLAYS_TOKENS)
-    kept = Path(os.path.expanduser(cache_dir)) / "tokenizers"
     folder = kept / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
     if not folder.is_dir():
         with lock(folder, waiting=f"another process trains {folder.name}; waiting for it"):

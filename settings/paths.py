@@ -1,6 +1,7 @@
 """Files and folders that settings name: do they exist, and are they of a kind that can be read?"""
 
 import glob
+import json
 import os
 import re
 import tempfile
@@ -135,18 +136,39 @@ def corpora(config: Config) -> Iterator[str]:
             yield f"{key}= is empty: name a file ({', '.join(TEXT_SUFFIXES)})"
         elif name is None:
             yield f"{key} is not set: data=files needs a file ({', '.join(TEXT_SUFFIXES)})"
-        elif name not in known_corpora():
+        elif name not in known_corpora() and not _is_prepared(config, key, name):
             yield from _files(key, name)
     for key in ("text_column", "eos_token", "train_revision", "valid_revision"):
         if getattr(config.data, key) == "":
             yield f"data.{key}= is empty: leave it out, null is its default"
-    if config.data.source is not None and names:
+    prepared = all(_is_prepared(config, key, name) for key, name in names.items())
+    if config.data.source is not None and names and not prepared:
         yield from _source(config.data.source, names)
     if config.data.cache_dir and Path(config.data.cache_dir).is_file():
         yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
     tokenizer = config.data.tokenizer_name_or_path
     if not tokenizer.startswith(ALPHABET) and _is_lost(tokenizer):
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
+
+
+def _is_prepared(config: Config, key: str, name: str | None) -> bool:
+    """Whether a text is gone, but rows of a text of that name are in the cache; whether they serve
+    is for data/ to say."""
+    place = config.data.source if name in known_corpora() else name
+    place = os.path.expanduser(place or "")
+    there = os.path.exists(place) or glob.glob(place, recursive=True)
+    if not place or not config.data.cache_dir or there:
+        return False
+    split = key.removeprefix("data.")
+    rows = Path(os.path.expanduser(config.data.cache_dir)) / "rows"
+    for path in rows.glob(f"*-{split}-*/about.json"):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            continue
+        if isinstance(about, dict) and about.get("corpus") == name:
+            return True
+    return False
 
 
 def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
