@@ -79,6 +79,12 @@ class BlockDiffusionLM(TemplateLM):
         bos = [self.prefix_token_id]
         return context if not self.add_bos or context[:1] == bos else bos + context
 
+    def cut(self, context: list[int], room: int) -> list[int]:
+        """Its last tokens; a BOS that `given` put before them stays."""
+        if self.add_bos and len(context) > room > 1:
+            return context[:1] + context[1 - room :]
+        return context[-room:]
+
     @property
     def tokenizer_name(self) -> str:
         return str(self.model.tokenizer.fingerprint)
@@ -114,9 +120,7 @@ class BlockDiffusionLM(TemplateLM):
                     f"a continuation has {len(continuation)} tokens, the model takes"
                     f" {self.max_length} with what stands before"
                 )
-            kept = context[-room:]
-            if self.add_bos and len(context) > room and room > 1:
-                kept = context[:1] + kept[1:]  # BOS stays
+            kept = self.cut(context, room)
             texts.append(kept + list(continuation))
             given.append(len(kept))
         name = f"likelihood={self.chosen.label}"
@@ -177,7 +181,7 @@ class BlockDiffusionLM(TemplateLM):
         size, algo = self.scorer.block_size, self.model.writes
         room = self.scorer.length - min(wanted, self.scorer.length - 1)
         ids = self.given(self.tok_encode(prompt)) or [self.prefix_token_id]
-        ids = ids[-room:]
+        ids = self.cut(ids, room)
         length = -(-(len(ids) + wanted) // size) * size if algo == "bamdlm" else len(ids) + wanted
         length = min(length, self.scorer.length)
         params = self.model.params.changed(

@@ -68,6 +68,14 @@ def test_what_the_greedy_rule_writes_is_greedy(adapter):
     assert isinstance(lm.generate_until([request], disable_tqdm=True)[0], str)
 
 
+def test_a_context_that_is_cut_keeps_its_bos(adapter):
+    lm = model(adapter, "bd3lm_bs4")
+    assert lm.cut([lm.prefix_token_id, 5, 6, 7], 3) == [lm.prefix_token_id, 6, 7]
+    assert lm.cut([lm.prefix_token_id, 5, 6, 7], 4) == [lm.prefix_token_id, 5, 6, 7]
+    assert lm.cut([lm.prefix_token_id, 5, 6, 7], 1) == [7]  # the model sees a token at least
+    assert model(adapter, "ar").cut([4, 5, 6, 7], 3) == [5, 6, 7]
+
+
 def test_stop_strings_end_a_text(adapter):
     lm = model(adapter, "bd3lm_bs4")
     whole = lm._continued("the work", {"max_gen_toks": 12})
