@@ -16,10 +16,10 @@ from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
 from settings.limits import unfit
 from settings.overrides import nearest, parse
-from settings.paths import checkpoints, corpora, results, sampling_files
+from settings.paths import blamed, checkpoints, corpora, results, sampling_files
 from settings.schema import Config
 from settings.tables import algorithms, attention_backends, known_corpora
-from utils import CIRCUMSTANCES, reason
+from utils import CIRCUMSTANCES
 
 Rule = Callable[[Config], Iterator[str]]
 DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
@@ -79,27 +79,6 @@ def _said(rule: Rule, config: Config) -> Iterator[str]:
         yield from rule(config)
     except CIRCUMSTANCES as error:
         yield blamed(error, config)
-
-
-def blamed(error: Exception, config: Config) -> str:
-    """The reason of an error. One about a file or a URL begins with the setting that names it."""
-    why, path = reason(error), str(getattr(error, "filename", None) or "")
-    values = {key: value for key in LEAVES if isinstance(value := get(config, key), str) and value}
-    if path:
-        found = {key: len(v) for key, v in values.items() if v in path or path in v}
-    else:
-        found = {key: -len(v) for key, v in values.items() if _is_about(why, v)}
-    if not found or any(key in why for key in LEAVES):
-        return why
-    key = max(found, key=found.get)
-    return f"{key}={values[key]}: {why.removeprefix(f'{values[key]}: ')}"
-
-
-def _is_about(text: str, url: str) -> bool:
-    """Whether a text names the protocol or the host of a URL."""
-    protocol, is_url, place = url.partition("://")
-    host = re.split("[:/]", place)[0]
-    return bool(is_url) and (text.endswith(f" {protocol}") or (bool(host) and host in text))
 
 
 def _without(keys: Iterable[str], sentences: Iterable[str]) -> list[str]:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from settings.defaults import has_user_cache, user_cache
+from settings.keys import LEAVES, get
 from settings.overrides import nearest
 from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
-from utils import ALPHABET, visible_files
+from utils import ALPHABET, reason, visible_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -41,6 +42,27 @@ def is_missing(path: str) -> bool:
 def _is_lost(name: str) -> bool:
     """Whether a tokenizer or a judge can only be a path, and does not exist."""
     return not HUB_ID.fullmatch(name) and is_missing(os.path.expanduser(name))
+
+
+def blamed(error: Exception, config: Config) -> str:
+    """The reason of an error. One about a file or a URL begins with the setting that names it."""
+    why, path = reason(error), str(getattr(error, "filename", None) or "")
+    values = {key: value for key in LEAVES if isinstance(value := get(config, key), str) and value}
+    if path:
+        found = {key: len(v) for key, v in values.items() if v in path or path in v}
+    else:
+        found = {key: -len(v) for key, v in values.items() if _is_about(why, v)}
+    if not found or any(key in why for key in LEAVES):
+        return why
+    key = max(found, key=found.get)
+    return f"{key}={values[key]}: {why.removeprefix(f'{values[key]}: ')}"
+
+
+def _is_about(text: str, url: str) -> bool:
+    """Whether a text names the protocol or the host of a URL."""
+    protocol, is_url, place = url.partition("://")
+    host = re.split("[:/]", place)[0]
+    return bool(is_url) and (text.endswith(f" {protocol}") or (bool(host) and host in text))
 
 
 def checkpoints(config: Config) -> Iterator[str]:
