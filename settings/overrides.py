@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from settings.keys import LEAVES, SCHEMA, choices, groups, unwrap
+from settings.limits import unfit
 from utils import first_line
 
 # Keys of the authors' configs that nothing in their code read.
@@ -171,6 +172,8 @@ def _unreadable(argument: str, key: str, text: str, error: Exception) -> str:
         known = key in SCHEMA or key in groups()
         return f"{argument!r} cannot be read ({first_line(error)})" if known else unknown_key(key)
     bare, _ = unwrap(LEAVES[key].hint)
+    if bare is str and (end := unfit(text)):
+        return f"{key}={text} {end}"
     if bare is str:
         home = text.startswith("~/") and f"{key}=$HOME{text[1:]}"
         return f"{argument!r} cannot be read as it stands: write {home or spelled(key, text)}"

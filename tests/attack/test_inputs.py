@@ -147,6 +147,7 @@ WORDS = {
     # texts
     "checkpointing.save_dir='a\x1b[31m'": "=a\\x1b[31m must be UTF-8 text without control",
     "data.tokenizer_name_or_path=\udcff": "=\\udcff must be UTF-8 text without control",
+    "data.train=caf\udce9.txt": "data.train=caf\\udce9.txt must be UTF-8 text",
     # empty
     "checkpointing.save_dir=": "checkpointing.save_dir= is empty: name a folder",
     "data.cache_dir=": "data.cache_dir= is empty: name a folder",
