@@ -152,6 +152,21 @@ def visible_files(folder: Path, hidden: str = ".") -> list[Path]:
     return [p for p in found if not any(x[0] in hidden for x in p.relative_to(folder).parts)]
 
 
+def matching_files(pattern: str) -> list[Path]:
+    """Of a glob pattern, or the file that has exactly this name. `**` enters no link: one that
+    leads back has no end."""
+    path = Path(os.path.expanduser(pattern))
+    if path.is_file():
+        return [path]
+    if "**" not in path.parts:
+        return [Path(name) for name in glob.glob(str(path)) if os.path.isfile(name)]
+    first = next(place for place, part in enumerate(path.parts) if glob.has_magic(part))
+    base = Path(*path.parts[:first])
+    found = base.glob(str(Path(*path.parts[first:])))
+    seen = {p for p in found if not any(x[0] == "." for x in p.relative_to(base).parts)}
+    return [each for each in seen if each.is_file()]
+
+
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a write may fail with
 
 

@@ -1,6 +1,5 @@
 """Tables of documents: their parts, mostly files, and which parts hold the documents asked for."""
 
-import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from data.readers import READERS, Piece, count_parquet
-from utils import visible_files
+from utils import matching_files, visible_files
 
 # The first bytes of compressed files, which are not read.
 MAGIC = {
@@ -91,8 +90,7 @@ def matching(pattern: str) -> list[Path]:
     if path.is_dir():
         found = [p for p in visible_files(path) if p.suffix in READERS]
     else:
-        named = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-        found = [p for p in named if p.is_file()]
+        found = matching_files(pattern)
     if not found:
         raise Gone(
             f"data: no file matches {pattern} (looked in {Path.cwd()}); known kinds:"

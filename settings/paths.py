@@ -1,6 +1,5 @@
 """Files and folders that settings name: do they exist, and are they of a kind that can be read?"""
 
-import glob
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from settings.overrides import nearest
 from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
-from utils import ALPHABET, reason, visible_files
+from utils import ALPHABET, matching_files, reason, visible_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -178,7 +177,7 @@ def _is_prepared(config: Config, key: str, name: str | None) -> bool:
     is for data/ to say."""
     place = config.data.source if name in known_corpora() else name
     place = os.path.expanduser(place or "")
-    there = os.path.exists(place) or glob.glob(place, recursive=True)
+    there = os.path.exists(place) or matching_files(place)
     if not place or not config.data.cache_dir or there:
         return False
     split = key.removeprefix("data.")
@@ -215,8 +214,7 @@ def _files(key: str, pattern: str) -> Iterator[str]:
         if not any(file.suffix in TEXT_SUFFIXES for file in visible_files(path)):
             yield f"{key}={pattern} holds no file of kind {suffixes}"
         return
-    found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-    found = [file for file in found if file.is_file()]
+    found = matching_files(pattern)
     if not found and (path.suffix or "/" in pattern):
         yield f"{key}={pattern} does not exist"
     elif not found:

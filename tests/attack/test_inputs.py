@@ -17,7 +17,7 @@ import main
 from modes import cli
 from settings.amounts import memory
 from settings.keys import CONFIGS, LEAVES
-from utils import escaped, reason, shown
+from utils import escaped, matching_files, reason, shown
 
 TRAIN = [
     *("data=files", "data.train=text.txt", "data.valid=text.txt", "model=tiny", "wandb=null"),
@@ -257,6 +257,18 @@ def test_a_file_name_with_brackets_is_that_file():
     assert cli.configure([*TRAIN, f"data.train='{name}'"]).data.train == name
     assert matching(name) == [Path(name)]
     assert matching("te[wx]t.txt") == [Path("text.txt")]
+
+
+def test_links_that_lead_back_have_an_end():
+    for name in "ab":
+        Path("folder", name).symlink_to(".")
+    refused([*TRAIN, "data.train=folder/**/*.txt"], "data.train=folder/**/*.txt does not exist")
+    Path("folder/deep/er").mkdir(parents=True)
+    for name in ("c.txt", "deep/c.txt", "deep/er/c.txt", "deep/.c.txt"):
+        Path("folder", name).write_text("A text.\n")
+    found = {f"folder/{name}" for name in ("c.txt", "deep/c.txt", "deep/er/c.txt")}
+    assert {str(path) for path in matching_files("folder/**/*.txt")} == found
+    cli.configure([*TRAIN, "data.train=folder/**/*.txt"])
 
 
 def test_the_projects_own_names_of_checkpoints_can_be_typed():
