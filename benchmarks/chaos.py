@@ -1,26 +1,43 @@
 """Kill a training at random moments, resume it each time, and compare the end with an undisturbed
-run.
+run; then with the other faults of FAULTS.
 
     python benchmarks/chaos.py [--kills 20] [--steps 240] [--seed 0] [--folder DIR] [-- OVERRIDES]
 
 Each training is a process of its own, ended by SIGKILL: during start-up, steps, validation (which
 follows every fourth step) or a save (every second step); every third kill waits for a save to
-begin. Prints a line per kill; the exit code is 0 if the last checkpoints agree in every bit.
+begin. Prints a line per kill and per fault; the exit code is 0 if the last checkpoints agree in
+every bit, and if every process ended with the code of docs/reliability.md.
 """
 
 import argparse
+import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from tests.runs import ALGORITHMS, Run, differences, read, run, tiny  # noqa: E402  needs the path
+from diffusion import Diffusion  # noqa: E402  needs the path, as the others do
+from tests.runs import (  # noqa: E402
+    ALGORITHMS,
+    TIMEOUT,
+    Run,
+    at_call,
+    differences,
+    finish,
+    ranks,
+    read,
+    run,
+    tell,
+    tiny,
+)
 
 EVERY = 2  # steps from one checkpoint to the next
 SAVE_SECONDS = 0.008  # about, from the first byte of a save to the last
@@ -86,6 +103,84 @@ def kill_at_random(
     return None
 
 
+# ---- other faults, when two thirds of the passes are done ---------------------------------------
+
+
+def full_disk(arguments: list[str], log: Path, call: int) -> str:
+    """Files of more than 20 kB cannot be written any more."""
+
+    def act():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    code, text = run(arguments, log, before=at_call(Diffusion, "training_step", call, act))
+    return "" if code == 1 and "not saved: step" in text else f"ended with {code}"
+
+
+def dead_worker(arguments: list[str], log: Path, call: int) -> str:
+    def act():
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
+
+    words = [*arguments, "loader.num_workers=2"]
+    code, text = run(words, log, before=at_call(Diffusion, "training_step", call, act))
+    return "" if code == 1 and "the same command goes on from here" in text else f"code {code}"
+
+
+def two_runs(arguments: list[str], log: Path, call: int) -> str:
+    """The second one begins within the first, which is killed later."""
+    first = Run(
+        arguments, log, before=at_call(Diffusion, "training_step", call, tell(signal.SIGKILL))
+    )
+    folder = next(word for word in arguments if word.startswith("checkpointing.save_dir="))
+    first.wait_for(Path(folder.partition("=")[2]) / "running.json")
+    code, _ = run([*arguments, "optim.lr=1e-3"], log.with_name("second.log"))
+    killed = first.wait()
+    return "" if (code, killed) == (2, -signal.SIGKILL) else f"ended with {code} and {killed}"
+
+
+def rank_death(arguments: list[str], log: Path, call: int) -> str:
+    """Of two processes one is killed; the other one ends by itself. What they have saved is
+    whole."""
+
+    def before(rank):
+        if rank == 1:
+            at_call(Diffusion, "training_step", call // 2, tell(signal.SIGKILL))()
+
+    words = [*arguments, "trainer.devices=2", "strategy=ddp", "loader.batch_size=2"]
+    codes = finish(ranks(2, words, log.with_name("ranks.log"), before=before), TIMEOUT)
+    return "" if codes[0] == 1 and codes[1] == -signal.SIGKILL else f"ended with {codes}"
+
+
+# name -> (what is wrong with the end, whether the rest of the run ends with the same bits)
+FAULTS: dict[str, tuple[Callable, bool]] = {
+    "full disk": (full_disk, True),
+    "dead worker": (dead_worker, True),
+    "two runs at once": (two_runs, True),
+    "rank death": (rank_death, False),  # two processes sum in another order
+}
+
+
+def other_faults(arguments: list[str], folder: Path, steps: int) -> int:
+    """How many of them did not end well."""
+    last, whole = (folder / name / "checkpoints/last.ckpt" for name in ("run", "whole"))
+    bad = 0
+    for name, (fault, same) in FAULTS.items():
+        shutil.rmtree(folder / "run")
+        began = time.monotonic()
+        wrong = fault(arguments, folder / f"{name}.log", 4 * steps // 3)
+        seconds, step = time.monotonic() - began, read(last)["global_step"]
+        code, _ = run(arguments, folder / f"{name}.log", timeout=3600)
+        found = differences(read(last), read(whole)) if same else []
+        ended = read(last)["global_step"] == steps and code == 0
+        bad += bool(wrong or found or not ended)
+        print(
+            f"{name}: {wrong or 'ended as it should'} after {seconds:.1f} s, at step {step}; the"
+            f" rest ended with {code}, {len(found) if same else 'not compared for'} differences",
+            flush=True,
+        )
+    return bad
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
@@ -127,10 +222,12 @@ def main() -> int:
     found = differences(read(last), read(folder / "whole/checkpoints/last.ckpt"))
     print(*found[:10], sep="\n")
     print(f"{asked.kills} kills, {in_saves} of them in a save: {len(found)} differences")
+    bad = other_faults(arguments, folder, asked.steps)
     print(f"{time.monotonic() - began:.0f} s in all")
-    if asked.folder is None and not found:
+    good = not (found or code or bad)
+    if asked.folder is None and good:
         shutil.rmtree(folder)
-    return 1 if found or code else 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

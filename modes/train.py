@@ -94,8 +94,9 @@ def prepare(config: Config) -> Callable[[], None]:
         trainer.fit(module, datamodule=data, ckpt_path=path)
         if rank() == 0:  # again: a folder that was deleted is begun anew by a save
             settings.write_settings(config)
-        if logs[0].failure:
-            raise Failure(logs[0].failure)
+        lost = [logs[0].failure, *trainer.strategy.checkpoint_io.lost()]
+        if any(lost):
+            raise Failure("; ".join(filter(None, lost)))
         if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:
             say(f"trained to step {steps:,}; checkpoints: {run_folder}/checkpoints")
 

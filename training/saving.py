@@ -65,6 +65,7 @@ class CarefulIO(SafeCheckpointIO):
 
     def __init__(self):
         self.failure: str | None = None
+        self.missing: dict[str, str] = {}  # path: the line of a file that was to be written
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         write = partial(super().save_checkpoint, checkpoint, path, storage_options)
@@ -87,8 +88,15 @@ class CarefulIO(SafeCheckpointIO):
                 " the checkpoint before it is as it was"
             )
             print(self.failure, file=sys.stderr, flush=True)
+            if done == "written":
+                self.missing[os.fspath(path)] = self.failure
             return False
+        self.missing.pop(os.fspath(path), None)
         return True
+
+    def lost(self) -> list[str]:
+        """Of files that no later save replaces: those of best checkpoints."""
+        return [line for path, line in self.missing.items() if "/step=" not in path]
 
 
 class Deadline(Timer):

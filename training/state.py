@@ -40,6 +40,11 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
     step = trainer.global_step
     if _endless(trainer):
         _set_counters(trainer, checkpoint, pending=module.validated_at != step)
+        # Lightning empties the gradients as a step begins, and that step may have been broken off
+        optimizer = "epoch_loop.automatic_optimization.optim_progress"
+        progress = checkpoint["loops"]["fit_loop"][optimizer]["optimizer"]["zero_grad"]
+        for counts in progress.values():
+            counts.update(dict.fromkeys(counts, step))
     # The authors' code restores its data order from a generator; ours is (seed, examples seen).
     checkpoint["sampler"] = {
         "random_state": torch.Generator().manual_seed(module.noise_settings.seed).get_state(),

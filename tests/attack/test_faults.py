@@ -35,7 +35,7 @@ from sampling.sample_file import SampleFile, SampleRow
 from training.csv_log import CSVLog, read_log
 from training.health import StepHealth
 from training.run_lock import NAME, RunLock, process_start
-from training.saving import CarefulIO, Deadline, _moved
+from training.saving import BestCheckpoint, CarefulIO, Deadline
 from utils import DataFailure
 
 
@@ -339,17 +339,28 @@ def best(folder, *names):
     }
 
 
+def loaded(state, folder) -> BestCheckpoint:
+    callback = BestCheckpoint(folder, monitor="val/nll", save_top_k=len(state["best_k_models"]))
+    callback.load_state_dict(state)
+    return callback
+
+
 @pytest.mark.parametrize("names", [["best.ckpt"], ["best-step=2.ckpt", "best-step=4.ckpt"]])
-def test_scores_stay_where_their_files_have_come_along(names, tmp_path):
+@pytest.mark.parametrize("before", ["/old/place", None])
+def test_scores_stay_where_their_files_have_come_along(before, names, tmp_path):
     for name in names:
         (tmp_path / name).touch()
-    assert _moved(best("/old/place", *names), str(tmp_path)) == best(tmp_path, *names)
-    assert _moved(best(tmp_path, *names), str(tmp_path)) == best(tmp_path, *names)
+    found, here = loaded(best(before or tmp_path, *names), tmp_path), best(tmp_path, *names)
+    assert found.best_model_score == 0
+    for name in ("best_k_models", "best_model_path", "kth_best_model_path", "kth_value"):
+        assert getattr(found, name) == here[name]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_scores_of_files_that_are_elsewhere_are_forgotten(tmp_path):
-    state = best("/old/place", "best.ckpt")
-    assert _moved(state, str(tmp_path)) == state  # Lightning compares the folders
+    found = loaded(best("/old/place", "best.ckpt"), tmp_path)
+    assert found.best_k_models == {}
+    assert found.best_model_score is None
 
 
 # ---- data that do not come ----------------------------------------------------------------------
@@ -394,7 +405,7 @@ def kill_a_worker():
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Diffusion, "training_step", 10), (Diffusion, "validation_step", 3)],
+    [(Diffusion, "training_step", 11), (Diffusion, "validation_step", 3)],
     ids=["training", "validation"],
 )
 def test_a_dead_worker_ends_the_run_saved(owner, name, call, base, whole, tmp_path):
@@ -411,9 +422,9 @@ def test_a_dead_worker_ends_the_run_saved(owner, name, call, base, whole, tmp_pa
     if name == "training_step":
         code, text = ended(base, tmp_path)
         assert code == 0, text
-        assert (
-            differences(read(tmp_path / LAST)["state_dict"], read(whole / LAST)["state_dict"]) == []
-        )
+        end, undisturbed = read(tmp_path / LAST), read(whole / LAST)
+        for name in ("state_dict", "ema", "optimizer_states", "loops", "sampler"):
+            assert differences(end[name], undisturbed[name], name) == []
 
 
 def few_files():
@@ -472,6 +483,23 @@ def test_a_stop_that_could_not_be_saved_is_no_success(policy, base, tmp_path):
     assert code == 1, text
     assert "stopping at step 6 on SIGTERM: could not save" in text
     assert read(tmp_path / LAST)["global_step"] == 4
+
+
+def no_room_for_best():
+    real = CarefulIO.attempt
+
+    def attempt(self, path, write, done="written"):
+        return real(self, path, no_room if str(path).endswith("best.ckpt") else write, done)
+
+    CarefulIO.attempt = attempt
+
+
+def test_a_best_checkpoint_that_is_not_written_is_a_failure(base, tmp_path):
+    words = [*base[:-1], "trainer.limit_val_batches=1"]
+    code, text = ended(words, tmp_path, before=no_room_for_best)
+    assert code == 1, text
+    assert "best.ckpt could not be written (No space left on device)" in text.splitlines()[-1]
+    assert read(tmp_path / LAST)["global_step"] == 10
 
 
 @pytest.mark.parametrize(("room_until", "code", "said"), [(99, 0, "saved"), (5, 1, "nothing")])
