@@ -315,10 +315,10 @@ def test_a_repository_of_another_form_is_named(revisions, message, hub, tmp_path
             file = put_table(hub.root, repo, revision, path, {"sentence": ["a"]})
             if not path.endswith(".parquet"):
                 file.write_text("a\n")
-    with pytest.raises(ValueError, match=r"local copy with data.source=PATH\n    .*ptb") as raised:
+    with pytest.raises(ValueError, match=r"local copy with data.source=PATH \(.*ptb") as raised:
         read("ptb", "valid", tmp_path / "cache")
     assert message in str(raised.value)
-    assert len(str(raised.value).splitlines()) == 2
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_languages_in_one_folder_are_not_mixed(hub, tmp_path):
@@ -387,13 +387,11 @@ def test_without_a_network_each_source_is_asked_once_and_the_way_out_is_named(
     monkeypatch.setattr(datasets, "load_dataset_builder", None)
     tokenizer = get_tokenizer(str(GOLDEN / "tokenizer"))
     prepare = partial(get_rows, tokenizer=tokenizer, length=16, cache_dir=tmp_path / "cache")
-    with pytest.raises(
-        ValueError, match=r"(?s)data.source=PATH\n.*hub cannot be reached"
-    ) as raised:
+    with pytest.raises(ValueError, match=r"data.source=PATH .*hub cannot be reached") as raised:
         prepare("scientific_papers_arxiv", "valid")
     repos = "armanc/scientific_papers", "ccdv/arxiv-summarization"
     assert asked == [(repo, CONNECT_SECONDS) for repo in repos]
-    assert len(str(raised.value).splitlines()) == 3  # one for each source
+    assert all(str(raised.value).count(f"{repo} (") == 1 for repo in repos)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
