@@ -145,6 +145,23 @@ def check_files(folder: Path) -> None:
             raise ValueError(f"{path} has more than {MOST_DESCRIPTION:,} bytes")
 
 
+def read_json(path: str | Path):
+    """What a JSON file holds, UTF-8.
+
+    ValueError: it is no JSON, no regular file (reading it might never end), too long, or nested too
+    deeply. OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    if path.stat().st_size > MOST_DESCRIPTION:
+        raise ValueError(f"{path} has more than {MOST_DESCRIPTION:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+
+
 def visible_files(folder: Path, hidden: str = ".") -> list[Path]:
     """What is no folder below `folder`, without what tools keep: names, and those of folders, that
     begin with one of the characters `hidden`."""

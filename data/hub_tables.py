@@ -22,7 +22,7 @@ from pathlib import Path
 from data import readers
 from data.readers import Piece
 from data.tables import Part
-from utils import CONNECT_SECONDS, HubUnreachable, first_line, hub_errors, write_json
+from utils import CONNECT_SECONDS, HubUnreachable, first_line, hub_errors, read_json, write_json
 
 log = logging.getLogger("bamdlm")
 
@@ -73,7 +73,7 @@ class Hub:
                 log.warning("%s; using what was downloaded before", error)
         elif not note.is_file():
             raise OSError(f"{table}, {split}: HF_HUB_OFFLINE is set, and it was not read before")
-        found = json.loads(note.read_text())
+        found = read_json(note)
         return [_part(self.repo, found["commit"], name, cache, download) for name in found["files"]]
 
 

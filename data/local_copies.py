@@ -8,7 +8,6 @@
 The documents are those that the hub gives.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from data import readers, tables
 from data.archives import SUFFIXES, Archive
 from data.tables import Part
-from utils import first_line, visible_files
+from utils import first_line, read_json, visible_files
 
 # What splits are called in the names of files and folders.
 NAMES = {
@@ -68,7 +67,7 @@ class LocalCopy:
                 f" with the split {split} inside, or name this folder {split}"
             )
         try:
-            known = json.loads((self.path / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+            known = read_json(self.path / SAVED_SPLITS)["splits"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"data.source={self.path}: {SAVED_SPLITS} is damaged ({error}); save it again"

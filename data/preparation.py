@@ -24,7 +24,7 @@ from data.remote_cache import CacheDir
 from data.split import Split
 from data.tables import Gone
 from data.token_rows import TokenRows
-from utils import atomic_file, atomic_folder, lock
+from utils import atomic_file, atomic_folder, lock, read_json
 
 log = logging.getLogger("bamdlm")
 
@@ -69,7 +69,7 @@ def kept_rows(split: Split, rows: Path) -> Path | None:
 
 def about_of(folder: Path) -> dict:
     try:
-        return json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        return read_json(folder / "about.json")
     except (ValueError, OSError):
         return {}
 

@@ -9,7 +9,6 @@
 It is made under a temporary name (preparation.py): a folder with its own name is complete.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import packing
+from utils import read_json
 
 FORMAT = 1  # raise it when the same settings would give other rows
 
@@ -59,7 +59,7 @@ class TokenRows:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.about = json.loads((self.folder / "about.json").read_text())
+        self.about = read_json(self.folder / "about.json")
         self.length = self.about["shape"]["length"]
         self.dtype = np.dtype(self.about["dtype"])
         self.ids = self.array("ids.bin", self.dtype, (self.about["rows"], self.length))

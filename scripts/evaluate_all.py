@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from checkpointing.load import build_backbone_args
-from utils import atomic_file, say
+from utils import atomic_file, read_json, say
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -118,7 +118,7 @@ def evaluate(words: list[str], folder: Path, likelihoods: str) -> dict | None:
         if subprocess.run(command, check=False).returncode != 0:
             return None
     (path,) = folder.glob("ppl_*.json")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def bytes_per_row(words: list[str]) -> float:

@@ -39,6 +39,7 @@ def find(folders: list[Path]) -> list[tuple[Path, dict]]:
     found = []
     for folder in folders:
         paths = [folder] if folder.is_file() else sorted(folder.rglob("*.json"))
+        paths = [path for path in paths if path.is_file()]  # a FIFO would never end
         for path in paths:
             try:
                 content = json.loads(path.read_text())

@@ -1,6 +1,5 @@
 """Files and folders that settings name: do they exist, and are they of a kind that can be read?"""
 
-import json
 import os
 import re
 import tempfile
@@ -13,7 +12,7 @@ from settings.overrides import nearest
 from settings.run_folder import EVALUATES, local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
-from utils import ALPHABET, matching_files, reason, visible_files
+from utils import ALPHABET, matching_files, read_json, reason, visible_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -184,7 +183,7 @@ def _is_prepared(config: Config, key: str, name: str | None) -> bool:
     rows = Path(os.path.expanduser(config.data.cache_dir)) / "rows"
     for path in rows.glob(f"*-{split}-*/about.json"):
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = read_json(path)
         except (ValueError, OSError):
             continue
         if isinstance(about, dict) and about.get("corpus") == name:

@@ -9,7 +9,7 @@ from pathlib import Path
 from settings.defaults import PRECISIONS, WARMUP, default_warmup
 from settings.keys import LEAVES, get, put
 from settings.schema import Config
-from utils import write_json
+from utils import read_json, write_json
 
 OUTPUTS = Path("outputs")
 SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
@@ -145,8 +145,8 @@ def _newest(algorithm: str, runs: Iterable[Path]) -> str | None:
     found = []
     for path in runs:
         try:
-            theirs = json.loads(path.read_text())["algo.name"]
-        except (ValueError, KeyError, TypeError, OSError, RecursionError):
+            theirs = read_json(path)["algo.name"]
+        except (ValueError, KeyError, TypeError, OSError):
             continue  # not written by write_settings
         if theirs == algorithm:
             found += path.parent.glob("checkpoints/*.ckpt")

@@ -5,12 +5,11 @@ killed run has left is taken over: on the same machine where its process is gone
 that was requeued. Nobody can know whether a process of another machine still runs.
 """
 
-import json
 import os
 import socket
 from pathlib import Path
 
-from utils import lock, rank, write_json
+from utils import lock, rank, read_json, write_json
 
 NAME = "running.json"
 
@@ -72,7 +71,7 @@ def process_start(pid: int) -> str | None:
 def _read(path: Path) -> dict | None:
     """None also of what RunLock did not write."""
     try:
-        holder = json.loads(path.read_text())
+        holder = read_json(path)
     except (FileNotFoundError, ValueError):
         return None
     kinds = {"host": str, "pid": int, "start": str, "job": str | None, "restarts": int}
