@@ -175,6 +175,7 @@ class _Worker:
 
 def _begin(work: Callable, reading: int, writing: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the pool ends us with; not to be heard
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     os.close(writing)
     threading.Thread(target=_end_with_parent, args=(reading,), daemon=True).start()

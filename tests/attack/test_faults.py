@@ -441,7 +441,7 @@ def few_files():
 def test_too_few_files_for_the_workers_end_the_run(base, tmp_path):
     code, text = ended([*base, "loader.num_workers=4"], tmp_path, before=few_files)
     assert code == 1, text
-    assert "no batch came: Too many open files (loader.num_workers=4)" in text
+    assert "Too many open files" in text.splitlines()[-1]  # of a worker, or of another file
 
 
 def test_rows_that_cannot_be_read_end_the_run_saved(base, tmp_path):

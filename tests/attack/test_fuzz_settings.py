@@ -26,7 +26,7 @@ BASE = [
 ]
 MODES = [[], ["mode=sample_eval", "eval.checkpoint_path=org/model"], ["mode=plan"]]
 KEYS = [*SCHEMA, *groups()]
-FEW, MANY = 40, 600
+FEW, MANY = 15, 600
 MARKS = "[]{}()<>,:;=~'\"\\$.-+@#&|!?*%/_ 09aeEnN\t\n"
 
 texts = st.text(max_size=40) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Nd"]))

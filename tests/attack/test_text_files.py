@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tools import bounded, refused
+from tools import bounded, cases, refused
 
 from data import tables
 from data.corpora import get_corpus, opened
@@ -166,7 +166,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize(("make", "message"), TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize(("make", "message"), cases(TEXTS, ["a row of 300 MB"]))
 def test_a_hostile_text_is_refused(make, message):
     name = make()
     refused(lambda: documents(name), message)
@@ -209,7 +209,9 @@ ARCHIVES = {
 }
 
 
-@pytest.mark.parametrize(("corpus", "make", "message"), ARCHIVES.values(), ids=ARCHIVES)
+@pytest.mark.parametrize(
+    ("corpus", "make", "message"), cases(ARCHIVES, ["a text8 of 1 GB", "a sparse text8"])
+)
 def test_a_hostile_archive_is_refused(corpus, make, message):
     source = make()
     refused(lambda: documents(corpus, source=source), message, writes=CACHE)
@@ -230,6 +232,7 @@ def test_what_only_looks_hostile_is_read():
     assert MOST_LINE > 1 << 25
 
 
+@pytest.mark.slow
 def test_one_long_text_in_many_rows_is_read_in_turn():
     """A dictionary holds it once, and the rows point to it."""
     table(rows=pyarrow.array(["a" * (1 << 20)] * 600).dictionary_encode())

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+
 import main
 from settings import ConfigError
 
@@ -27,6 +29,14 @@ HEAD = "this run cannot start:"
 # Unicode categories that change what a terminal shows: control, bidirectional marks and other
 # formats, halves of a pair, separators of lines and paragraphs
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def cases(table: dict[str, tuple], slow: Iterable[str] = ()) -> list:
+    """Of parametrize: each under its name, those named `slow` with scripts/test.sh --slow only."""
+    marked = {name: [pytest.mark.slow] for name in slow}
+    return [
+        pytest.param(*value, id=name, marks=marked.pop(name, ())) for name, value in table.items()
+    ]
 
 
 class Endless(BaseException):

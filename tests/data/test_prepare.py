@@ -297,6 +297,20 @@ def test_a_process_that_is_ended_from_outside_is_one_message(tokenizer, rows):
     prepare(rows / "rows", tokenizer)
 
 
+def test_the_others_end_whatever_this_process_does_with_sigterm(tokenizer, rows):
+    """As in a run of main.py, which hears the signal: processes that were forked must not."""
+
+    def encode(batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with pytest.raises(OSError, match="ended from outside"):
+            prepare(rows / "rows", tokenizer, encode=encode, processes=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_process_that_ended_before_a_part_was_handed_over_is_the_same_message(tmp_path):
     part = shards.Shard(0, ["a"], [True], 1.0)
 
