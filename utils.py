@@ -5,6 +5,7 @@ import errno
 import glob
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -135,27 +136,31 @@ def reason(error: BaseException) -> str:
 MOST_DESCRIPTION = 1 << 28  # bytes of a JSON or text file that describes a model; most have some MB
 
 
+def check_file(path: Path, most: float = MOST_DESCRIPTION) -> None:
+    """ValueError where it is no regular file (a device, a FIFO, a link to nowhere) or has more than
+    `most` bytes: reading it might never end."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path} has more than {most:,} bytes")
+
+
 def check_files(folder: Path) -> None:
-    """ValueError where a file of a foreign folder is none (a device, a FIFO, a link to nowhere), or
-    is a description too long to be read."""
+    """check_file() of all in a foreign folder; only descriptions have a bound."""
     for path in sorted(folder.iterdir()):
-        if not path.is_dir() and not path.is_file():
-            raise ValueError(f"{path} is no regular file")
-        if path.suffix in (".json", ".txt") and path.stat().st_size > MOST_DESCRIPTION:
-            raise ValueError(f"{path} has more than {MOST_DESCRIPTION:,} bytes")
+        if not path.is_dir():
+            check_file(path, MOST_DESCRIPTION if path.suffix in (".json", ".txt") else math.inf)
 
 
 def read_json(path: str | Path):
     """What a JSON file holds, UTF-8.
 
-    ValueError: it is no JSON, no regular file (reading it might never end), too long, or nested too
-    deeply. OSError: it cannot be read.
+    ValueError: check_file() refuses it, it is no JSON, or nested too deeply. OSError: it is not
+    there or cannot be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file")
-    if path.stat().st_size > MOST_DESCRIPTION:
-        raise ValueError(f"{path} has more than {MOST_DESCRIPTION:,} bytes")
+    if path.exists():  # reading names what is not there
+        check_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
