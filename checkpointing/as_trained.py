@@ -40,10 +40,10 @@ def check_as_trained(
     trained = section(record, "algo").get("name")
     if config is not None and ALIASES.get(trained, trained) == config.algo.name:
         groups.append("algo")
-    found = []
+    found, defaults = [], _defaults(f"algo={checkpoint.algorithms[0]}")
     for key in (key for key in LEAVES if key.split(".")[0] in groups and key not in MAY_DIFFER):
         group, setting = key.split(".")
-        default = _defaults(f"algo={checkpoint.algorithms[0]}")[group][setting]
+        default = defaults[group][setting]
         theirs = section(record, group).get(setting, default)
         found.append((key, theirs, default if config is None else get(config, key)))
     if ours and config is not None and config.mode == "ppl_eval":
