@@ -26,6 +26,17 @@ WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love",
 TIMEOUT = 120.0
 
 
+def ends_with_2(words, capsys) -> str:
+    """What a command that must be refused says, run in this process."""
+    capsys.readouterr()
+    try:
+        code = main.main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    return capsys.readouterr().err
+
+
 def write_text(path, count, seed):
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(0, len(WORDS), (count,), generator=generator).tolist()

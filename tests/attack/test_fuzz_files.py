@@ -20,7 +20,8 @@ from conftest import GOLDEN
 from tools import bounded
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings
+from examples import alike
+from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointing import torch_file
@@ -43,17 +44,6 @@ def _audit(event: str, arguments) -> None:
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def alike(most: int) -> settings:
-    """The same `most` examples in every run."""
-    return settings(
-        max_examples=most,
-        derandomize=True,
-        database=None,
-        deadline=None,  # `bounded` is the limit
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def changed(data: bytes) -> st.SearchStrategy[bytes]:

@@ -10,7 +10,8 @@ import pytest
 from tools import bounded, clear
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings
+from examples import alike
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.tokenizer import get_tokenizer
@@ -50,17 +51,6 @@ odd_words = st.one_of(words, st.builds("~{}".format, st.sampled_from(KEYS)), tex
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("A cat sat on a mat.\n" * 50)
-
-
-def alike(most: int) -> settings:
-    """The same `most` examples in every run."""
-    return settings(
-        max_examples=most,
-        derandomize=True,
-        database=None,
-        deadline=None,  # `bounded` is the limit
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def settles(arguments: list[str], capsys) -> None:

@@ -33,10 +33,9 @@ HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 def cases(table: dict[str, tuple], slow: Iterable[str] = ()) -> list:
     """Of parametrize: each under its name, those named `slow` with scripts/test.sh --slow only."""
-    marked = {name: [pytest.mark.slow] for name in slow}
-    return [
-        pytest.param(*value, id=name, marks=marked.pop(name, ())) for name, value in table.items()
-    ]
+    assert table.keys() >= set(slow)
+    marks = {name: [pytest.mark.slow] if name in slow else [] for name in table}
+    return [pytest.param(*value, id=name, marks=marks[name]) for name, value in table.items()]
 
 
 class Endless(BaseException):

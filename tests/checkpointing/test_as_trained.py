@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ALGORITHMS, tiny
+from runs import ALGORITHMS, ends_with_2, tiny
 
 import main
 import settings
@@ -51,16 +51,6 @@ def changed(run, tmp_path):
     return make
 
 
-def refused(words, capsys) -> str:
-    capsys.readouterr()
-    try:
-        code = main.main(words)
-    except SystemExit as stopped:
-        code = stopped.code
-    assert code == 2
-    return capsys.readouterr().err
-
-
 LOADS = {
     "resume": lambda path: ["trainer.max_steps=12"],
     "finetune": lambda path: [
@@ -76,7 +66,7 @@ LOADS = {
 def test_a_setting_that_shapes_cannot_show_is_refused(changed, capsys):
     words, path = changed(lambda h: h["config"]["algo"].update(parameterization="sedd"))
     for load_words in LOADS.values():
-        found = refused([*words, *load_words(path)], capsys)
+        found = ends_with_2([*words, *load_words(path)], capsys)
         assert "algo.parameterization=s" in found
         assert "sedd" in found
         assert "subs" in found
@@ -85,7 +75,7 @@ def test_a_setting_that_shapes_cannot_show_is_refused(changed, capsys):
 def test_another_tokenizer_is_refused(changed, capsys):
     words, path = changed(lambda h: h["tokenizer"].update(fingerprint="0", name_or_path="other"))
     for load_words in LOADS.values():
-        found = refused([*words, *load_words(path)], capsys)
+        found = ends_with_2([*words, *load_words(path)], capsys)
         assert "was trained with the tokenizer other" in found
         assert "data.tokenizer_name_or_path" in found
     with pytest.raises(CheckpointError, match="trained with the tokenizer other"):
@@ -108,7 +98,7 @@ def test_a_tokenizer_of_the_same_name_has_the_same_ids(changed):
 def test_documents_apart_are_evaluated_apart(changed, capsys):
     words, path = changed(lambda h: h["config"]["data"].update(pack="whole"))
     evaluate = [*words, "mode=ppl_eval", f"eval.checkpoint_path={path}"]
-    found = refused(evaluate, capsys)
+    found = ends_with_2(evaluate, capsys)
     assert "was trained with data.pack=whole, here it is wrap" in found
     assert "give data.pack=whole" in found
     assert main.main([*evaluate, "data.pack=documents"]) == 0
@@ -150,7 +140,7 @@ def test_an_unknown_version_of_the_random_streams_is_refused(run, version):
 )
 def test_a_tokenizer_that_is_described_badly_is_refused(changed, about, capsys):
     words, path = changed(lambda h: h.update(tokenizer=about))
-    assert "was trained with the tokenizer" in refused([*words, *LOADS["resume"](path)], capsys)
+    assert "was trained with the tokenizer" in ends_with_2([*words, *LOADS["resume"](path)], capsys)
 
 
 def test_what_the_file_does_not_say_had_the_default(changed):

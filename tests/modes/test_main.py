@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN
-from runs import ALGORITHMS, run, tiny, write_text
+from runs import ALGORITHMS, ends_with_2, run, tiny, write_text
 
 import main
 import settings
@@ -76,14 +76,8 @@ def evaluated(words, folder, *more) -> dict:
 def refused(words, capsys, *watched) -> str:
     """The message of a command that must end with 2 and write nothing."""
     before = files(Path.cwd(), *watched)
-    capsys.readouterr()
-    try:
-        code = main.main(words)
-    except SystemExit as stopped:
-        code = stopped.code
-    assert code == 2
+    message = ends_with_2(words, capsys)
     assert files(Path.cwd(), *watched) == before
-    message = capsys.readouterr().err
     assert message.startswith("this run cannot start:\n  - ")
     assert message.count("\n  - ") == 1
     assert "Traceback" not in message

@@ -1,7 +1,6 @@
 """One table from several checkpoints and corpora."""
 
 import csv
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,22 +10,11 @@ import pytest
 from runs import ALGORITHMS, tiny, write_text
 
 import main
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_all.py"
-
-
-@pytest.fixture(scope="module")
-def evaluate_all():
-    found = importlib.util.spec_from_file_location("evaluate_all", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+from scripts import evaluate_all
 
 
 @pytest.mark.usefixtures("_launch_folder")
-def test_the_table_has_every_corpus_model_and_likelihood(
-    evaluate_all, tmp_path, capsys, monkeypatch
-):
+def test_the_table_has_every_corpus_model_and_likelihood(tmp_path, capsys, monkeypatch):
     def in_this_process(command, check):
         return SimpleNamespace(returncode=main.main(command[2:]))
 
@@ -71,7 +59,7 @@ def test_the_table_has_every_corpus_model_and_likelihood(
 
 
 @pytest.fixture
-def measured(evaluate_all, tmp_path, monkeypatch):
+def measured(tmp_path, monkeypatch):
     """Corpora by name that were measured; `no.txt` fails. Nothing but the script itself runs."""
     seen = []
 
@@ -98,9 +86,7 @@ def measured(evaluate_all, tmp_path, monkeypatch):
     return seen
 
 
-def test_other_settings_and_files_of_the_same_name_are_measured_anew(
-    evaluate_all, measured, tmp_path
-):
+def test_other_settings_and_files_of_the_same_name_are_measured_anew(measured, tmp_path):
     words = ["a.ckpt", "--data", "one/a.txt,two/a.txt", "--out", str(tmp_path / "table"), "--"]
     assert evaluate_all.main(words) == 0
     assert measured == ["one/a.txt", "two/a.txt"]
@@ -112,7 +98,7 @@ def test_other_settings_and_files_of_the_same_name_are_measured_anew(
     assert len(measured) == 4
 
 
-def test_after_one_that_failed_the_others_go_on(evaluate_all, measured, tmp_path, capsys):
+def test_after_one_that_failed_the_others_go_on(measured, tmp_path, capsys):
     words = ["a.ckpt", "--data", "one.txt,no.txt,two.txt", "--out", str(tmp_path / "table")]
     assert evaluate_all.main(words) == 1
     said = capsys.readouterr()
@@ -121,9 +107,7 @@ def test_after_one_that_failed_the_others_go_on(evaluate_all, measured, tmp_path
     assert measured == ["one.txt", "no.txt", "two.txt"]
 
 
-def test_a_checkpoint_that_is_not_there_is_told_before_anything_runs(
-    evaluate_all, measured, tmp_path, capsys
-):
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_runs(measured, tmp_path, capsys):
     words = ["a.ckpt", "absent.ckpt", "--data", "one.txt", "--out", str(tmp_path / "table")]
     assert evaluate_all.main(words) == 2
     assert "absent.ckpt does not exist" in capsys.readouterr().err
