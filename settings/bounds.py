@@ -19,13 +19,15 @@ MOST_BYTES, MOST_NODES, DEEPEST = 1 << 16, 1000, 20
 MOST_TEXT = 100_000  # characters of a value when its ${...} are written out
 
 
-def file_problems(chosen: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Sentences about the files of configs/ that are chosen as (group, name), and about those that
-    they name in turn."""
+def file_problems(chosen: Iterable[tuple[str, str]], own: Path | None = None) -> Iterator[str]:
+    """Sentences about the files of configs/ or of --config-dir (own) that are chosen as (group,
+    name), and about those that they name in turn."""
     waiting, seen = list(chosen), set()
     while waiting:
         group, name = waiting.pop()
         path = CONFIGS / group / f"{name}.yaml"
+        if own is not None and not path.exists():
+            path = own / group / f"{name}.yaml"
         if path in seen or not path.exists():  # for the latter Hydra has a sentence
             continue
         seen.add(path)

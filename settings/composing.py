@@ -14,9 +14,11 @@ import copy
 import re
 import typing
 from functools import cache
+from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException, ValidationError
@@ -114,9 +116,9 @@ def composed_defaults(*groups: str) -> dict:
 
 def _hydra(parsed: ParsedOverrides) -> DictConfig:
     OmegaConf.register_new_resolver("cwd", lambda: RUN_FOLDER, replace=True)
-    if problems := list(file_problems(parsed.chosen())):
+    if problems := list(file_problems(parsed.chosen(), parsed.own)):
         raise ConfigError(problems)
-    cfg = copy.deepcopy(_chosen(tuple(parsed.groups.values())))
+    cfg = copy.deepcopy(_chosen(tuple(parsed.groups.values()), parsed.own))
     for key, value in parsed.values:
         try:
             OmegaConf.update(cfg, key, value, force_add=True)
@@ -133,10 +135,13 @@ def _is_causal(algorithm) -> bool:
 
 
 @cache
-def _chosen(groups: tuple[str, ...]) -> DictConfig:
-    """The configuration of these groups, before any single setting is changed."""
+def _chosen(groups: tuple[str, ...], own: Path | None = None) -> DictConfig:
+    """The configuration of these groups, before any single setting is changed. own: the folder of
+    --config-dir."""
+    found = QuotedString(f"file://{own}", Quote.single).with_quotes()
+    more = [] if own is None else [f"hydra.searchpath=[{found}]"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", list(groups))
+        cfg = compose("config", [*groups, *more])
     _refuse_growth(cfg)
     for key, leaf in LEAVES.items():
         if leaf.default is not None and OmegaConf.select(cfg, key) is None:

@@ -24,7 +24,8 @@ Examples
   python main.py --cfg job experiment=quickstart    # print the settings and stop
 
 A + or ++ before a setting changes nothing. ~key means key=null. wandb=null turns Weights & Biases
-off."""
+off. With --config-dir DIR, experiment=NAME may also be DIR/experiment/NAME.yaml; the same for the
+other groups."""
 WIDTH = 96
 
 

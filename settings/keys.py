@@ -48,9 +48,10 @@ SCHEMA = dict(walk())
 LEAVES = {key: entry for key, entry in SCHEMA.items() if isinstance(entry, Leaf)}
 
 
-def choices(group: str) -> list[str]:
-    """What may stand behind `group=`, in alphabetical order."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if path.stem[0] != "_")
+def choices(group: str, own: Path | None = None) -> list[str]:
+    """What may stand behind `group=`, in alphabetical order. own: the folder of --config-dir."""
+    found = [*(CONFIGS / group).glob("*.yaml"), *((own / group).glob("*.yaml") if own else ())]
+    return sorted(path.stem for path in found if path.stem[0] != "_")
 
 
 def groups() -> list[str]:

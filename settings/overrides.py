@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -46,16 +47,17 @@ INSTEAD = {
 }
 PROSE = {"sampling.prompt", "wandb.notes", "data.tokenizer_name_or_path"}
 PRINT = "`--cfg job` prints the settings that a command has"
-OWN_FILE = "a file of your own is configs/experiment/NAME.yaml, chosen by experiment=NAME"
+OWN_FILE = "a file of your own is DIR/experiment/NAME.yaml: --config-dir DIR experiment=NAME"
 # Options of Hydra that are not offered: what to do instead.
 OPTIONS = {
     ("-m", "--multirun"): "a command is one run, so loop over commands in the shell",
     ("-r", "--run"): "leave it out, a command runs without it",
     ("-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"): PRINT,
-    ("-cp", "--config-path", "-cd", "--config-dir", "-cn", "--config-name"): OWN_FILE,
+    ("-cp", "--config-path", "-cn", "--config-name"): OWN_FILE,
     ("-sc", "--shell-completion", "--hydra-help", "--version"): "--help lists all settings",
     ("--experimental-rerun",): "the same command goes on with its run",
 }
+CONFIG_DIR = ("--config-dir", "-cd")
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
@@ -74,7 +76,7 @@ def unknown_key(key: str) -> str:
     if key.startswith("hydra."):
         return f"{key} does not exist: the run folder is checkpointing.save_dir"
     if key in groups():
-        return f"a file of configs/{key}/ must begin with the line `# @package _global_`"
+        return f"a file of the group {key} must begin with the line `# @package _global_`"
     same_name = [known for known in LEAVES if known.split(".")[-1] == key.split(".")[-1]]
     if same_name and difflib.SequenceMatcher(None, key, same_name[0]).ratio() < 0.95:
         return f"{key} is not a setting. Did you mean {' or '.join(same_name)}?"
@@ -99,8 +101,8 @@ def spelled(key: str, text: str) -> str:
     return shlex.quote(f"{key}={QuotedString(text, Quote.double).with_quotes()}")
 
 
-def _check_group(group: str, value) -> None:
-    known, several = choices(group), isinstance(value, list)
+def _check_group(group: str, value, own: Path | None) -> None:
+    known, several = choices(group, own), isinstance(value, list)
     if group == "experiment" and value is None:
         return
     if several and group != "callbacks":
@@ -118,6 +120,7 @@ class ParsedOverrides:
     groups: dict[str, str]  # {group: override}
     values: list[tuple[str, object]]  # (key, value), in the order given
     problems: list[str]
+    own: Path | None = None  # the folder of --config-dir
 
     def without(self, keys) -> "ParsedOverrides":
         values = [
@@ -125,10 +128,10 @@ class ParsedOverrides:
             for key, value in self.values
             if not any(f"{bad}.".startswith(f"{key}.") for bad in keys)
         ]
-        return ParsedOverrides(self.groups, values, self.problems)
+        return dataclasses.replace(self, values=values)
 
     def chosen(self) -> Iterator[tuple[str, str]]:
-        """(group, name) of every file of configs/ that the command names."""
+        """(group, name) of every file of settings that the command names."""
         for group, override in self.groups.items():
             yield from ((group, name) for name in re.findall(r"[\w.-]+", override)[1:])
 
@@ -204,16 +207,60 @@ def section_problem(key: str, value: object) -> str:
     return f"{key}={value} must be a section; its settings are {names}"
 
 
+def _own_folder(overrides: list[str]) -> tuple[list[str], Path | None, list[str]]:
+    """The words without --config-dir DIR, DIR as an absolute path if it can serve, and what is
+    wrong with it."""
+    words, given, left = [], [], iter(overrides)
+    for word in left:
+        option, equals, text = word.partition("=")
+        if option in CONFIG_DIR:
+            given.append(text if equals else next(left, ""))
+        else:
+            words.append(word)
+    if not given:
+        return words, None, []
+    try:
+        problem = _folder_problem(given)
+    except OSError as error:
+        problem = f"--config-dir={given[0]}: {error.strerror}"
+    return words, None if problem else Path(given[0]).absolute(), [problem] * bool(problem)
+
+
+def _folder_problem(given: list[str]) -> str | None:
+    """The sentence about what stands behind --config-dir, or None."""
+    named, known = f"--config-dir={given[0]}", groups()
+    if len(given) > 1:
+        return f"--config-dir is given {len(given)} times: name one folder"
+    if not given[0]:
+        return f"--config-dir names no folder; {OWN_FILE}"
+    if end := unfit(given[0]):
+        return f"{named} {end}"
+    folder = Path(given[0])
+    if not folder.is_dir():
+        return f"{named} {'is no folder' if folder.exists() else 'does not exist'}; {OWN_FILE}"
+    inside = [group for group in known if (folder / group).is_dir()]
+    if not inside:
+        return f"{named} has no folder of a group ({', '.join(known)}); {OWN_FILE}"
+    for group in inside:
+        if twice := set(choices(group)) & {path.stem for path in (folder / group).glob("*.yaml")}:
+            name = min(twice)
+            return f"{named}: {group}={name} is a file of configs/ too: rename {group}/{name}.yaml"
+    return None
+
+
 def parse(overrides: list[str]) -> ParsedOverrides:
     """Sorts a command line into groups and values; a leading + or ++ makes no difference."""
     parser, known_groups = OverridesParser.create(), groups()
-    parsed, last = ParsedOverrides({}, [], []), {}
-    for argument in overrides:
+    words, own, lost = _own_folder(overrides)
+    parsed, last = ParsedOverrides({}, [], [*lost], own), {}
+    for argument in words:
         try:
             key, value, text = _read(argument, parser)
             section = key.partition(".")[0]
             if key in known_groups and not isinstance(value, dict):
-                _check_group(key, value)
+                if lost and str(value) not in choices(key):
+                    continue  # it may lie in the folder that cannot be used
+                _check_group(key, value, own)
                 if value is None:  # experiment=null takes an earlier choice back
                     parsed.groups.pop(key, None)
                 else:

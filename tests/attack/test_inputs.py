@@ -65,11 +65,19 @@ WORDS = {
     # options of Hydra: what to do instead
     "-m": "-m is not an option: settings are key=value; a command is one run",
     "--multirun": "loop over commands in the shell",
-    "--config-dir=x": "a file of your own is configs/experiment/NAME.yaml, chosen by experiment=NA",
-    "-cd": "configs/experiment/NAME.yaml",
-    "--config-path=x": "configs/experiment/NAME.yaml",
-    "--config-name=x": "configs/experiment/NAME.yaml",
-    "-cn": "configs/experiment/NAME.yaml",
+    "--config-path=x": "a file of your own is DIR/experiment/NAME.yaml: --config-dir DIR exper",
+    "--config-name=x": "DIR/experiment/NAME.yaml",
+    "-cn": "DIR/experiment/NAME.yaml",
+    "--config-dir": "--config-dir names no folder; a file of your own is DIR/experiment/NAME.yaml",
+    "-cd": "--config-dir names no folder",
+    "--config-dir=": "--config-dir names no folder",
+    "--config-dir=nowhere": "--config-dir=nowhere does not exist; a file of your own is DIR/",
+    "--config-dir=text.txt": "--config-dir=text.txt is no folder",
+    "-cd=fifo.csv": "--config-dir=fifo.csv is no folder",
+    "--config-dir=folder": "--config-dir=folder has no folder of a group (algo, callbacks, data, e",
+    "--config-dir=a\x1b[31m": "--config-dir=a\\x1b[31m must be UTF-8 text",
+    f"--config-dir={NAME}": "File name too long",
+    f"--config-dir={CONFIGS}": ": algo=ar is a file of configs/ too: rename algo/ar.yaml",
     "--info": "`--cfg job` prints the settings",
     "--info=all": "`--cfg job` prints the settings",
     "--resolve": "`--cfg job` prints the settings",
@@ -371,50 +379,47 @@ YAML = {
 
 
 @pytest.fixture
-def configs(tmp_path_factory, monkeypatch):
-    """A copy of configs/, so that files can be added."""
-    import shutil
-
-    import settings.bounds
-    import settings.composing
-    import settings.keys
-
-    folder = tmp_path_factory.mktemp("own") / "configs"
-    shutil.copytree(CONFIGS, folder)
-    for module in (settings.bounds, settings.composing, settings.keys):
-        monkeypatch.setattr(module, "CONFIGS", folder)
-    settings.composing._chosen.cache_clear()
-    yield folder
-    settings.composing._chosen.cache_clear()
+def configs(tmp_path_factory):
+    """What chooses one's own experiment, and the folder with it."""
+    folder = tmp_path_factory.mktemp("own")
+    for group in ("experiment", "model"):
+        (folder / group).mkdir()
+    return ["--config-dir", str(folder), "experiment=own"], folder
 
 
 @pytest.mark.parametrize("kind", YAML)
 def test_a_bad_file_of_settings_is_refused(kind, configs):
-    text, piece = YAML[kind]
+    (words, folder), (text, piece) = configs, YAML[kind]
     content = text if isinstance(text, bytes) else text.replace("OWN", "own").encode()
-    (configs / "experiment" / "own.yaml").write_bytes(content)
-    words = [word for word in TRAIN if word != "wandb=null"]
-    refused([*words, "experiment=own"], piece)
+    (folder / "experiment" / "own.yaml").write_bytes(content)
+    refused([*(word for word in TRAIN if word != "wandb=null"), *words], piece)
 
 
 def test_a_file_of_settings_that_is_no_file_is_refused(configs):
-    own = configs / "experiment" / "own.yaml"
+    words, folder = configs
+    own = folder / "experiment" / "own.yaml"
     os.mkfifo(own)
-    refused([*TRAIN, "experiment=own"], "experiment=own", "is no regular file")
+    refused([*TRAIN, *words], "experiment=own", "is no regular file")
     own.unlink()
     own.symlink_to("/dev/zero")
-    refused([*TRAIN, "experiment=own"], "experiment=own", "is no regular file")
+    refused([*TRAIN, *words], "experiment=own", "is no regular file")
     own.unlink()
     own.symlink_to(own)
-    refused([*TRAIN, "experiment=own"], "'experiment/own'")
+    refused([*TRAIN, *words], "'experiment/own'")
 
 
 def test_a_file_that_another_file_names_is_looked_at_too(configs):
+    words, folder = configs
     named = "defaults:\n  - override /model: bad\n"
-    (configs / "experiment" / "own.yaml").write_text(TOP + named)
-    (configs / "model" / "bad.yaml").write_text("length: [\n")
-    words = [word for word in TRAIN if word != "model=tiny"]
-    refused([*words, "experiment=own"], "model=bad", "bad.yaml, line 2")
+    (folder / "experiment" / "own.yaml").write_text(TOP + named)
+    (folder / "model" / "bad.yaml").write_text("length: [\n")
+    refused([*(w for w in TRAIN if w != "model=tiny"), *words], "model=bad", "bad.yaml, line 2")
+
+
+def test_beside_a_folder_that_cannot_be_used_its_names_are_no_second_problem():
+    message = refused([*TRAIN, "--config-dir=nowhere", "experiment=mine", "modle=x"], problems=2)
+    assert "experiment=mine" not in message
+    refused([*TRAIN, "-cd", "folder", "--config-dir=folder"], "--config-dir is given 2 times")
 
 
 # ---- the environment ----------------------------------------------------------------------------

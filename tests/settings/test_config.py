@@ -612,3 +612,26 @@ def test_a_later_experiment_null_takes_an_earlier_choice_back():
         ["experiment=quickstart", "block_size=4", "wandb=null", "experiment=null"]
     )
     assert settings.shaping(taken_back) == settings.shaping(plain)
+
+
+# ---- files of one's own -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["own", "a 'b' {c}, d=e"])
+def test_a_file_of_config_dir_counts_as_one_of_configs(name):
+    """Whatever the folder is called, and also where it names another file of its own."""
+    for group in ("experiment", "model"):
+        Path(name, group).mkdir(parents=True)
+    Path(name, "model", "own.yaml").write_text((CONFIGS / "model/tiny.yaml").read_text())
+    text = (CONFIGS / "experiment/quickstart.yaml").read_text()
+    line = "  - override /algo: bamdlm\n"
+    text = text.replace(line, f"{line}  - override /model: own\n")
+    Path(name, "experiment", "own.yaml").write_text(text)
+    for words in (["--config-dir", name], [f"--config-dir={Path(name).absolute()}"]):
+        own = settings.load(["experiment=own", *words, "seed=3"])
+        theirs = settings.load(["experiment=quickstart", "model=tiny", "seed=3"])
+        assert settings.shaping(own) == settings.shaping(theirs)
+        assert settings.run_dir(own) == settings.run_dir(theirs)
+    assert "seed: 3" in settings.composed_yaml(["experiment=own", *words, "seed=3"])
+    with pytest.raises(settings.ConfigError, match=r"experiment=ow does not exist. .* mean own\?"):
+        settings.load(["experiment=ow", *words])
