@@ -128,14 +128,16 @@ def build_texts(config: Config, tokenizer: Tokenizer, wanted: SamplingParams) ->
 def sampling_run_id(config: Config, checkpoint: Checkpoint, wanted: SamplingParams) -> str:
     """Changes with whatever changes a row; the size of the batch and of the job do not.
 
-    The number of a step rule that has `if_read` (see rule_number) counts only where the rule reads
-    it.
+    A number that has `if_read` counts only where the step rule reads it, one that has `if_changed`
+    only where it is not the default (see samplers/params.py).
     """
     reads = STEPS[wanted.steps].reads
     numbers = dataclasses.asdict(wanted)
     for field in dataclasses.fields(wanted):
         unread = field.metadata.get("if_read", False) and field.name not in reads
-        if unread or field.name in ("batch_size", "move_chance"):
+        same = numbers[field.name] == field.default
+        unchanged = field.metadata.get("if_changed", False) and same
+        if unread or unchanged or field.name in ("batch_size", "move_chance"):
             del numbers[field.name]
     prompts = config.sampling.prompts and Path(config.sampling.prompts).read_text()
     return run_id(

@@ -2,8 +2,8 @@
 section 4).
 
 A step from time t to s < t takes the ratios p_t(y) / p_t(x) that the network gives and moves every
-position at once: a masked token becomes y, or stays masked. The nucleus acts on the chances of the
-tokens among each other; the chance to stay masked is not touched.
+position at once: a masked token becomes y, or stays masked. Temperature, top-k and nucleus act on
+the chances of the tokens among each other; the chance to stay masked is not touched.
 """
 
 from itertools import pairwise
@@ -14,10 +14,11 @@ from torch import Tensor
 from noise_schedule import total_noise
 
 from .draw import fold, sample
-from .nucleus import nucleus
+from .params import Warp
 from .sending import to_device
 from .steps import DRAW
 from .texts import ActiveTexts
+from .warping import warped
 
 LAST_TIME = 1e-5
 
@@ -48,14 +49,14 @@ def reverse_chances(
     return chances
 
 
-def next_log_probs(chances: Tensor, nucleus_p: float, mask_id: int) -> Tensor:
+def next_log_probs(chances: Tensor, warp: Warp, mask_id: int) -> Tensor:
     """Normalised; an imperfect score may make staying masked negative, which counts as 0."""
     log = chances.clamp(min=0).log()
-    if nucleus_p < 1:
+    if warp != Warp():
         tokens = log.clone()
         tokens[..., mask_id] = -torch.inf
         mass = tokens.logsumexp(-1, keepdim=True)
-        kept = nucleus(tokens - mass, nucleus_p).log_softmax(-1) + mass
+        kept = warped(tokens - mass, warp).log_softmax(-1) + mass
         kept[..., mask_id] = log[..., mask_id]
         log = kept
     return log.log_softmax(-1)
@@ -76,8 +77,8 @@ def one_round(texts: ActiveTexts) -> int:
         level = torch.full((len(texts),), now, device=canvas.device)
         log_score, last = canvas.ask(tokens, level), number == len(steps) - 1
         chances = reverse_chances(log_score, tokens, level - then, canvas.mask_id, last)
-        log_probs = next_log_probs(chances, params.nucleus_p, canvas.mask_id)
-        new = sample(log_probs, fold(keys, DRAW + number), 1.0, params.dtype)
+        log_probs = next_log_probs(chances, params.warp, canvas.mask_id)
+        new = sample(log_probs, fold(keys, DRAW + number), Warp(), params.dtype)
         canvas.x[:, :-1] = new.where(tokens == canvas.mask_id, tokens)
         texts.show()
     return len(texts) * params.length

@@ -71,7 +71,7 @@ class Canvas:
         read, write, key = step
         log_probs = self.denoise(tokens, read, cache)
         with compiling(self.compiled):
-            drawn = self.sample(log_probs, key, self.params.nucleus_p, self.params.dtype)
+            drawn = self.sample(log_probs, key, self.params.warp, self.params.dtype)
         self.x.scatter_(1, write, drawn)
 
     def _count(self) -> None:

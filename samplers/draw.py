@@ -21,7 +21,9 @@ from torch import Tensor
 
 from models.randomness import GOLDEN_GAMMA, logical_shift, mix
 
-from .nucleus import call, nucleus
+from .nucleus import call
+from .params import Warp
+from .warping import likeliest_alone, warped
 
 CACHED = 1 << 17  # numbers that a CPU handles at once
 AT_ONCE = 1 << 26  # and another device: the nucleus takes about 40 bytes each
@@ -57,22 +59,24 @@ def _numbers(count: int, device: torch.device) -> Tensor:
 def sample(
     log_probs: Tensor,
     key: Tensor,
-    nucleus_p: float,
+    warp: Warp,
     dtype: str,
     search: bool = False,
     apart: Callable = call,
 ) -> Tensor:
-    """Nucleus (`search`, `apart`: see there) and draw: [..., V] and keys [...] -> tokens [...].
+    """Warp and draw: [..., V] and keys [...] -> tokens [...]. search, apart: see `nucleus`.
 
     A CPU takes few rows at a time, so that what is made on the way stays in its cache; another
     device takes all but where they would need gigabytes.
     """
+    if likeliest_alone(warp):
+        return log_probs.argmax(-1)
     rows, keys = log_probs.flatten(0, -2), key.flatten()
     if dtype == "float64":
         rows = rows.double()
     at_once = max(1, (CACHED if rows.device.type == "cpu" else AT_ONCE) // rows.shape[-1])
     tokens = [
-        draw(nucleus(part, nucleus_p, search, apart), some, dtype, apart)
+        draw(warped(part, warp, search, apart), some, dtype, apart)
         for part, some in zip(rows.split(at_once), keys.split(at_once), strict=True)
     ]
     return torch.cat(tokens).view(key.shape)

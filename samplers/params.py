@@ -4,6 +4,7 @@ command line is checked with it at once."""
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 CONTEXT_TOKENS = 1024  # that a sampler sees, where the checkpoint does not say its length
 
@@ -15,9 +16,11 @@ def whole_blocks(tokens: int, size: int) -> int:
 
 # the limits of numbers: comparisons of `operator` that must hold. settings/ reads them from here
 RANGES = {
+    "at least 0": {"ge": 0},
     "at least 1": {"ge": 1},
     "in (0, 1]": {"gt": 0, "le": 1},
     "in [0, 1]": {"ge": 0, "le": 1},
+    "in [0, 100]": {"ge": 0, "le": 100},
 }
 
 
@@ -31,9 +34,26 @@ def rule_number(*, default: float, limit: str, doc: str, if_read: bool = True):
 
     settings/ reads the type and these literals from the source, for the help and the checks.
     limit: a key of RANGES. if_read: the number is part of a run's name only where the step rule
-    reads it, so that a new number leaves the names of older runs as they are.
+    reads it and it is not the default, so that a new number leaves the names of older runs as they
+    are.
     """
-    return field(default=default, metadata={"limit": limit, "doc": doc, "if_read": if_read})
+    about = {"limit": limit, "doc": doc, "if_read": if_read, "if_changed": if_read}
+    return field(default=default, metadata=about)
+
+
+def number(*, default: float, limit: str, doc: str):
+    """A field for a number that every step rule obeys; it makes the setting sampling.NAME. It is
+    part of a run's name only where it is not the default. Else as rule_number."""
+    return field(default=default, metadata={"limit": limit, "doc": doc, "if_changed": True})
+
+
+class Warp(NamedTuple):
+    """What is done to a distribution before a token is drawn from it, in this order. The defaults
+    leave it as it is. See SamplingParams and warping.py."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    nucleus_p: float = 1.0
 
 
 def linear(t):
@@ -75,12 +95,26 @@ class SamplingParams:
         doc="steps=remask: largest probability that a revealed token is masked again",
         if_read=False,
     )
+    temperature: float = number(
+        default=1.0,
+        limit="in [0, 100]",
+        doc="divides the logits before a token is drawn; 0: always the likeliest token",
+    )
+    top_k: int = number(
+        default=0,
+        limit="at least 0",
+        doc="draw from this many of the likeliest tokens, before sampling.nucleus_p; 0: from all",
+    )
     nucleus_p: float = 1.0
     dtype: str = "float32"  # of the draw: float32 (right in the tails) or float64 (all V numbers)
     kv_cache: bool = False
     var_length: bool = False  # end at EOS or low entropy, and cut
     reject_low_entropy: bool = False  # the reference's rule: up to 10 tries
     move_chance: Callable = linear  # noise: p(t), for ancestral and remask
+
+    @property
+    def warp(self) -> Warp:
+        return Warp(self.temperature, self.top_k, self.nucleus_p)
 
     def changed(self, also: Iterable[str] = (), /, **changes) -> "SamplingParams":
         """With other values. ValueError for a name that is no setting; it lists those there are,

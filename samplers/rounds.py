@@ -6,14 +6,15 @@ committed by the same pass that is the first evaluation of the next one.
 """
 
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from torch import Tensor
 
-from .draw import fold, sample
+from .draw import fold
 from .params import SamplingParams
 from .sending import Countdown, to_device
-from .steps import DRAW, STEPS, Adaptive, Planned, RevealPlan, rank_in_group
+from .steps import DRAW, STEPS, Adaptive, Chance, Planned, RevealPlan, rank_in_group
 from .texts import ActiveTexts
 
 # (a masked position, params) -> (start, stop): what is visible while it is filled
@@ -102,7 +103,8 @@ def planned(texts: ActiveTexts, rule: Planned, spans, fills) -> None:
     for slot, evaluations in zip(texts.slots, plan.evaluations(len(texts)), strict=True):
         slot.nfe += evaluations
     view = View(texts, spans)
-    for step, again in make_steps(texts, view, plan):
+    keys = fold(texts.keys(plan.row, plan.position), plan.drawn + DRAW)
+    for step, again in make_steps(texts, view, plan, keys):
         if again is not None:
             texts.canvas.x.scatter_(1, again, texts.canvas.mask_id)
         view.reveal(step)
@@ -116,9 +118,10 @@ def listed(fills: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def make_steps(
-    texts: ActiveTexts, view: View, plan: RevealPlan
+    texts: ActiveTexts, view: View, plan: RevealPlan, keys: Tensor
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """All evaluations of a round, brought to the device together: (step, again) for each.
+    """All evaluations of a round, brought to the device together: (step, again) for each. keys: of
+    the entries of the plan, int64 [n].
 
     step int64 [3, B, R]: where to read in the view, where to write, with which key. again [B, R']:
     positions to mask beforehand. Rows with fewer positions than others read something and write it
@@ -126,8 +129,7 @@ def make_steps(
     """
     evaluations = int(plan.evaluation.max()) + 1
     starts = torch.tensor([view.starts, view.later])[plan.evaluation.clamp(max=1), plan.row]
-    key = fold(texts.keys(plan.row, plan.position), plan.drawn + DRAW)
-    given = torch.stack([plan.position - starts, plan.position, key])
+    given = torch.stack([plan.position - starts, plan.position, keys])
     nobody = torch.tensor([[0], [texts.canvas.dump], [0]])
     numbers = laid_out(texts, given, nobody, plan.evaluation, plan.row, evaluations)
     if plan.again is None:
@@ -170,15 +172,20 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         torch.arange(2).repeat_interleave(len(row)),
         torch.zeros(2 * len(row), dtype=torch.int64),
     )
-    (first, _), (later, _) = make_steps(texts, view, twice)
+    keys = texts.keys(twice.row, twice.position)
+    (first, _), (later, _) = make_steps(texts, view, twice, keys)
     step = first  # of a cached round it starts a block earlier
     left = Countdown([len(fill) for fill in fills])
     each = params.k if "k" in rule.reads else 1  # revealed in a step, where it is sequential
-    while before := left.most():
+    for evaluation in count():
+        before = left.most()
+        if before == 0:
+            break
         read, write, keys = step
         masked = (canvas.x.gather(1, write) == canvas.mask_id) & (write != canvas.dump)
         log_probs = view.ask(read)
-        reveal = rule.choose(log_probs, masked, params)
+        chance = Chance(log_probs, keys, evaluation, params)
+        reveal = rule.choose(log_probs, masked, params, chance)
         if rule.sequential:
             left.send(torch.tensor([max(0, n - each) for n in left.known[-1]]))
         else:
@@ -187,8 +194,7 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         if most == 0:
             break
         picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
-        chosen = log_probs.gather(1, picked[..., None].expand(-1, -1, log_probs.shape[-1]))
-        token = sample(chosen, keys.gather(1, picked), params.nucleus_p, params.dtype)
+        token = chance.drawn(picked)
         target = write.gather(1, picked).where(reveal.gather(1, picked), canvas.dump)
         canvas.x.scatter_(1, target, token)
         step = later

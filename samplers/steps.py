@@ -2,7 +2,8 @@
 
 A *planned* rule does not look at the network: its whole plan for a block is made on the host before
 the block begins, so nothing has to be asked back from the device. An *adaptive* rule looks at the
-distributions of all masked positions and chooses.
+distributions of all masked positions, at temperature 1 and before top-k and nucleus, and chooses;
+it may look at chance too.
 
     first_hitting  one position per evaluation, uniformly chosen (arXiv:2409.02908)
     ancestral      T steps from t = 1 to 1e-3: a masked token stays masked with chance p(s) / p(t);
@@ -16,11 +17,12 @@ distributions of all masked positions and chooses.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .draw import fold, uniform
+from .draw import fold, sample, uniform
 
 LAST_TIME = 1e-3
 ORDER, CHAIN = 0, 1  # numbers of the streams of a position; its draws are numbered from DRAW on
@@ -113,6 +115,45 @@ def remask_chances(p_t: Tensor, p_s: Tensor, cap: float) -> tuple[Tensor, Tensor
     return reveal, sigma
 
 
+@dataclass(frozen=True)
+class Chance:
+    """The random numbers of one evaluation, for an adaptive rule: one stream for each position
+    [B, R], a function of the seed, the row, the position and the number of the evaluation in its
+    block, whatever the batch. Asked twice in an evaluation, it answers alike."""
+
+    log_probs: Tensor  # [B, R, V]
+    keys: Tensor  # of the positions, int64 [B, R]
+    evaluation: int  # 0, 1, 2 … in the block
+    params: object
+
+    def uniform(self) -> Tensor:
+        """In (0, 1), float64 [B, R]."""
+        return uniform(fold(fold(self.keys, CHAIN), self.evaluation))
+
+    def gumbel(self) -> Tensor:
+        """Gumbel(0, 1), float64 [B, R]: the k greatest of score + noise are k draws without
+        replacement from softmax(score)."""
+        return -(-self.uniform().log()).log()
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """A token drawn for each position in this evaluation, int64 [B, R]; what is revealed is
+        written as it was drawn."""
+        return self._sample(self.log_probs, fold(self.keys, DRAW + 1 + self.evaluation))
+
+    def drawn(self, picked: Tensor) -> Tensor:
+        """The tokens of picked [B, P], places among the R. Where the rule saw none they are drawn
+        for these places only."""
+        if "tokens" in vars(self):
+            return self.tokens.gather(1, picked)
+        chosen = picked[..., None].expand(-1, -1, self.log_probs.shape[-1])
+        keys = fold(self.keys.gather(1, picked), DRAW)
+        return self._sample(self.log_probs.gather(1, chosen), keys)
+
+    def _sample(self, log_probs: Tensor, keys: Tensor) -> Tensor:
+        return sample(log_probs, keys, self.params.warp, self.params.dtype)
+
+
 def by_probability(log_probs: Tensor) -> Tensor:
     return log_probs.amax(-1)
 
@@ -129,13 +170,13 @@ def by_entropy(log_probs: Tensor) -> Tensor:
 CONFIDENCES = {"probability": by_probability, "margin": by_margin, "entropy": by_entropy}
 
 
-def most_confident(log_probs: Tensor, masked: Tensor, params) -> Tensor:
+def most_confident(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
     score = CONFIDENCES[params.confidence](log_probs).masked_fill(~masked, -torch.inf)
     best = score.argsort(dim=-1, descending=True, stable=True)[:, : params.k]
     return torch.zeros_like(masked).scatter(1, best, True) & masked
 
 
-def above_threshold(log_probs: Tensor, masked: Tensor, params) -> Tensor:
+def above_threshold(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
     score = by_probability(log_probs).masked_fill(~masked, -torch.inf)
     first = torch.zeros_like(masked).scatter(1, score.argmax(1, keepdim=True), True)
     if params.threshold >= 1:  # rounding may turn a chance just below 1 into 1: stay sequential
@@ -154,15 +195,15 @@ class Planned:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """`choose(log_probs [B, R, V], masked [B, R], params) -> reveal [B, R]`, at least one where
-    any is masked.
+    """`choose(log_probs [B, R, V], masked [B, R], params, chance) -> reveal [B, R]`, at least one
+    where any is masked.
 
     `sequential`: exactly `k` are revealed, or as many as are left; exactly one where the rule does
     not read `k`. So the host knows how many are left. `reads`: the fields of SamplingParams that it
     looks at.
     """
 
-    choose: Callable[[Tensor, Tensor, object], Tensor]
+    choose: Callable[[Tensor, Tensor, object, Chance], Tensor]
     sequential: bool
     reads: tuple[str, ...] = ()
 

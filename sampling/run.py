@@ -217,6 +217,8 @@ class SamplingRun:
             "steps": steps,
             **{name: getattr(s, name) for name in rule_numbers(steps)},
             "T": s.num_steps,
+            "temperature": s.temperature,
+            "top_k": s.top_k,
             "nucleus_p": s.nucleus_p,
             "nucleus": RULES["nucleus"] if s.nucleus_p < 1 else "none",
             "dtype": s.dtype,

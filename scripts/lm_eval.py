@@ -30,7 +30,6 @@ from samplers.writing import check, generate  # noqa: E402
 from sampling.notebook import load  # noqa: E402
 
 GENERATED_TOKENS = 256  # where a task does not say
-FIRST_ALONE = 1e-9  # as nucleus_p: the likeliest token
 
 
 @register_model("bamdlm", "bd3lm")
@@ -173,10 +172,7 @@ class BlockDiffusionLM(TemplateLM):
     def _continued(self, prompt: str, options: dict) -> str:
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
-        sampled = options.get("do_sample", False) and options.get("temperature", 1.0) > 0
-        temperature = options.get("temperature", 1.0)
-        if sampled and temperature != 1:
-            raise ValueError(f"temperature={temperature}: the samplers draw at 1, or 0 for greedy")
+        sampled = options.get("do_sample", False)
         wanted = int(options.get("max_gen_toks", GENERATED_TOKENS))
         size, algo = self.scorer.block_size, self.model.writes
         room = self.scorer.length - min(wanted, self.scorer.length - 1)
@@ -186,7 +182,9 @@ class BlockDiffusionLM(TemplateLM):
         length = min(length, self.scorer.length)
         params = self.model.params.changed(
             length=length,
-            nucleus_p=float(options.get("top_p", 1.0)) if sampled else FIRST_ALONE,
+            temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
+            top_k=int(options.get("top_k") or 0),
+            nucleus_p=float(options.get("top_p", 1.0)),
             batch_size=1,
         )
         check(params, algo)

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+NUMBERS = ("rule_number", "number")  # of samplers/params.py: what a field of a setting is made with
 
 
 def _source(file: str) -> str:
@@ -63,11 +64,12 @@ def class_defaults(file: str, name: str) -> dict:
 
 
 def step_numbers() -> dict[str, dict]:
-    """{field: its type, default, limit and doc} of the numbers of step rules: sampling.NAME."""
+    """{field: its type, default, limit and doc} of what rule_number and number make:
+    sampling.NAME."""
     return {
         field.target.id: {"type": ast.unparse(field.annotation)} | _keywords(field.value)
         for field in _fields("samplers/params.py", "SamplingParams")
-        if isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "rule_number"
+        if isinstance(field.value, ast.Call) and ast.unparse(field.value.func) in NUMBERS
     }
 
 

@@ -232,7 +232,7 @@ def test_the_path_is_that_of_the_samplers_step_rule(name):
     masked, total = torch.ones_like(x0, dtype=torch.bool), torch.zeros(len(x0)).double()
     while masked.any():
         log_probs = toy_log_probs(torch.where(masked, 3, x0), 3)
-        now = STEPS[rule].choose(log_probs.float(), masked, settings) & masked
+        now = STEPS[rule].choose(log_probs.float(), masked, settings, None) & masked
         total -= (log_probs.gather(-1, x0[..., None])[..., 0] * now).sum(1)
         masked &= ~now
     torch.testing.assert_close(estimate(toy(3), texts_of(x0, 3)).sum(1), total)

@@ -21,7 +21,7 @@ from models.compiling import GRAPHS, compiled
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
 from samplers import canvas, draw, nucleus
-from samplers.params import SamplingParams
+from samplers.params import SamplingParams, Warp
 
 
 @pytest.fixture
@@ -117,12 +117,13 @@ def test_compiled_draws_are_the_plain_ones(monkeypatch):
         draw.torch, "compile", functools.partial(torch.compile, backend="aot_eager")
     )
     compiled = draw.compiled_sample.__wrapped__()
+    warp = Warp(temperature=0.7, top_k=1000, nucleus_p=0.9)
     for rows in (1, 4, 3, nucleus.SEARCHED_ROWS):
         log_p = (torch.randn(rows, 1, 5000) * 3).log_softmax(-1)
         key = torch.randint(1 << 60, (rows, 1))
         with torch.inference_mode():
-            token = compiled(log_p, key, 0.9, "float32")
-            assert torch.equal(token, draw.sample(log_p, key, 0.9, "float32"))
+            token = compiled(log_p, key, warp, "float32")
+            assert torch.equal(token, draw.sample(log_p, key, warp, "float32"))
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -65,18 +65,29 @@ def test_a_step_rule_reads_numbers_that_are_settings():
 
 
 def test_a_new_number_leaves_the_names_of_older_runs(monkeypatch):
-    """It is part of the name only where the step rule reads it."""
+    """It is part of the name only where the step rule reads it and it is not the default."""
     jump = rule_number(default=3, limit="at least 1", doc="tokens passed over")
     later = make_dataclass("Later", [("jump", int, jump)], bases=(SamplingParams,), frozen=True)
     wanted = later(length=8, bos_id=0, eos_id=0)
     assert name(wanted=wanted) == name(wanted=replace(wanted, jump=4)) == name()
     monkeypatch.setitem(STEPS, wanted.steps, replace(STEPS[wanted.steps], reads=("jump",)))
-    names = {name(wanted=wanted), name(wanted=replace(wanted, jump=4)), name()}
-    assert len(names) == 3
+    assert name(wanted=wanted) == name() != name(wanted=replace(wanted, jump=4))
     assert list(wanted.problems("bamdlm", ("steps",), ())) == []
     assert list(replace(wanted, jump=0).problems("bamdlm", ("steps",), ())) == [
         "sampling.jump=0 must be at least 1"
     ]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [f for f in fields(SamplingParams) if f.metadata.get("if_changed")],
+    ids=lambda f: f.name,
+)
+def test_a_number_added_later_is_part_of_the_name_where_it_is_not_the_default(field):
+    rules = [rule for rule in STEPS if field.name in STEPS[rule].reads] or list(STEPS)
+    for rule in rules:
+        wanted = replace(WANTED, steps=rule)
+        assert name(wanted=replace(wanted, **{field.name: 0.5})) != name(wanted=wanted)
 
 
 def test_the_name_of_a_run_stays_over_versions_of_the_code():

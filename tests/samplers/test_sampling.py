@@ -13,11 +13,12 @@ from models.masks import BlockCausal
 from samplers.analytic import one_round as write_analytically
 from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
-from samplers.params import SamplingParams
+from samplers.params import SamplingParams, Warp
 from samplers.request import TextRequest
 from samplers.steps import CHAIN, CONFIDENCES, STEPS, Adaptive, remask_chances, times
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 from samplers.texts import ActiveTexts
+from samplers.warping import warped
 from samplers.writing import generate
 
 V, MASK = 30, 29
@@ -116,6 +117,39 @@ def test_the_nuclei_without_sorting_are_the_sorted_one(vocabulary, scale):
         kept = by_sorting(log_p.double(), p)
         assert torch.equal(by_digits(log_p, p), kept)
         assert torch.equal(by_search(log_p, p), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_k_keeps_k_tokens_and_of_equal_ones_the_smaller_ids(dtype):
+    log_p = torch.tensor([0.1, 0.3, 0.1, 0.3, 0.1, 0.1, 0.0]).to(dtype).log()
+    for k, kept in ((1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 4])):
+        found = warped(log_p, Warp(top_k=k))
+        assert (found > -torch.inf).nonzero()[:, 0].tolist() == kept
+        even = (log_p[kept].exp() / log_p[kept].exp().sum()).log()
+        torch.testing.assert_close(found[kept], even)
+
+
+def test_a_warp_that_is_off_changes_no_bit():
+    log_p = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)).log_softmax(-1)
+    for k in (0, 40, 41):
+        assert warped(log_p, Warp(temperature=1.0, top_k=k)) is log_p
+
+
+@pytest.mark.parametrize("warp", [Warp(temperature=1e-5), Warp(temperature=1e-29), Warp(top_k=1)])
+@pytest.mark.parametrize("algo", ALGOS)
+def test_towards_temperature_0_and_with_top_k_1_it_is_the_argmax(algo, warp):
+    """The network's chances are further apart than that; its noise would decide at 1."""
+    denoise, params = network(algo), SMALL | {"batch_size": 3}
+    coldest = texts(write(algo, denoise, 3, **params, temperature=0.0))
+    assert coldest == texts(write(algo, denoise, 3, **params, **warp._asdict()))
+    assert coldest != texts(write(algo, denoise, 3, **params))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_at_temperature_0_the_smallest_of_equal_ids_is_drawn(dtype):
+    even = Table(lambda tokens, position: [0, 1, 3, 3, 3, 0], 6, 5, block_size=4)
+    for text in texts(write("bamdlm", even, 4, **SMALL, temperature=0.0, dtype=dtype)):
+        assert text == [0] + [2] * (SMALL["length"] - 1)
 
 
 # rows
@@ -345,7 +379,7 @@ def test_counts_that_arrive_late_change_neither_text_nor_nfe(monkeypatch, after,
 
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
 def test_a_sequential_rule_that_does_not_read_k_reveals_one_in_a_step(algo, monkeypatch):
-    def leftmost(log_probs, masked, params):
+    def leftmost(log_probs, masked, params, chance):
         return masked & (masked.cumsum(-1) == 1)
 
     monkeypatch.setitem(STEPS, "leftmost", Adaptive(leftmost, sequential=True))
@@ -618,6 +652,9 @@ WRONG = [
     ("bamdlm", {"length": 22}, "block_size=4 does not divide model.length=22"),
     ("bamdlm", {"context_size": 13}, "sampling.context_size=13 is not a multiple of block_size=4"),
     ("bamdlm", {"nucleus_p": 0}, r"sampling.nucleus_p=0 must be in \(0, 1\]"),
+    ("bamdlm", {"temperature": -0.5}, r"sampling.temperature=-0.5 must be in \[0, 100\]"),
+    ("ar", {"temperature": float("nan")}, r"sampling.temperature=nan must be in \[0, 100\]"),
+    ("sedd", {"top_k": -1}, "sampling.top_k=-1 must be at least 0"),
     ("bamdlm", {"nucleus_p": 1.5}, r"sampling.nucleus_p=1.5 must be in \(0, 1\]"),
     ("bamdlm", {"steps": "greedy"}, "sampling.steps='greedy' must be one of"),
     ("bamdlm", {"confidence": "luck"}, "sampling.confidence='luck' must be one of"),

@@ -11,6 +11,7 @@ from noise_schedule import total_noise
 from samplers import draw as draw_module
 from samplers.analytic import next_log_probs, reverse_chances, staggered, transition
 from samplers.nucleus import nucleus
+from samplers.params import Warp
 from samplers.steps import STEPS, Planned, RevealPlan
 from samplers.stopping import ENTROPY_TOKENS, entropy, find_stop, low_entropy
 from sampling.notebook import load as load_writer
@@ -257,7 +258,7 @@ def test_sedd_makes_the_recorded_transitions():
         chances = reverse_chances(log_score, x, change, MASK, last)
         probs = golden[f"p=1.0.{kind}.probs"]
         assert_within(chances[hidden].double(), probs[hidden], LOGITS, kind)
-        log_probs = next_log_probs(chances, 1.0, MASK)
+        log_probs = next_log_probs(chances, Warp(), MASK)
         torch.manual_seed(1984)
         u = torch.rand(probs.shape, dtype=torch.float64)
         new = (log_probs + noise_of(u)).argmax(-1).where(hidden, x)
@@ -268,8 +269,8 @@ def test_the_nucleus_of_sedd_leaves_the_chance_to_stay_hidden_alone():
     """Mended: the reference filters the score and collapses to id 0 (reference-quirks.md)."""
     golden = load("sampling/sedd.safetensors")
     probs, hidden = golden["p=1.0.analytic.probs"], golden["x"] == MASK
-    plain = next_log_probs(probs, 1.0, MASK)[hidden].exp()
-    filtered = next_log_probs(probs, 0.9, MASK)[hidden].exp()
+    plain = next_log_probs(probs, Warp(), MASK)[hidden].exp()
+    filtered = next_log_probs(probs, Warp(nucleus_p=0.9), MASK)[hidden].exp()
     torch.testing.assert_close(filtered[:, MASK], plain[:, MASK])
     alone = plain.clone()
     alone[:, MASK] = 0

@@ -14,14 +14,15 @@ from networks import chi_square_p, small
 from sampling_tools import Table, denoiser, write
 
 from noise_schedule import total_noise
-from samplers.analytic import LAST_TIME, next_log_probs, reverse_chances
+from samplers.analytic import LAST_TIME, reverse_chances
 from samplers.draw import fold, row_keys
-from samplers.nucleus import nucleus
+from samplers.params import Warp
 from samplers.steps import CONFIDENCES, STEPS, remask_chances, times
 
 MASK, LENGTH, ROWS = 3, 4, 1500
 FALSE_ALARM = 1e-4
 START = (0, MASK, MASK, MASK)
+PLAIN = Warp()
 
 
 def law_of_context(tokens, position):
@@ -34,10 +35,26 @@ def table(**kwargs):
     return Table(law_of_context, 4, MASK, **kwargs)
 
 
-def chances(denoise, x, position, p=1.0):
+def chances(denoise, x, position, warp=PLAIN):
     """Probability of each token at `position` of the text x (what is visible of it)."""
     log_p = denoise(torch.tensor([x]), torch.tensor([[position]]))[0, 0]
-    return nucleus(log_p, p).double().softmax(-1).tolist()
+    return warped_by_hand(log_p.double().exp().tolist(), warp)
+
+
+def warped_by_hand(chances, warp):
+    """Temperature, top-k and the nucleus of some chances, as they are told."""
+    ranked = sorted(range(len(chances)), key=lambda v: -chances[v])
+    if warp.temperature == 0:
+        return [float(v == ranked[0]) for v in range(len(chances))]
+    out = [c ** (1 / warp.temperature) for c in chances]
+    for v in ranked[warp.top_k :] if warp.top_k else ():
+        out[v] = 0.0
+    out = [c / sum(out) for c in out]
+    sums = itertools.accumulate(out[v] for v in ranked)
+    for v, mass in list(zip(ranked, sums, strict=True))[1:]:
+        if mass > warp.nucleus_p + 1e-9:
+            out[v] = 0.0
+    return [c / sum(out) for c in out]
 
 
 def products(x, options):
@@ -89,7 +106,7 @@ def blocks(size):
     return [range(s, s + size) for s in range(0, LENGTH, size)]
 
 
-def one_at_a_time(denoise, block, p=1.0):
+def one_at_a_time(denoise, block, warp=PLAIN):
     """First hitting: any hidden position, equally likely."""
 
     def mixture(law):
@@ -99,7 +116,7 @@ def one_at_a_time(denoise, block, p=1.0):
             if not hidden:
                 out[x] += chance
             for i in hidden:
-                for v, c in enumerate(chances(denoise, x[: block.stop], i, p)):
+                for v, c in enumerate(chances(denoise, x[: block.stop], i, warp)):
                     if c > 0:
                         out[(*x[:i], v, *x[i + 1 :])] += chance / len(hidden) * c
         return out
@@ -107,26 +124,26 @@ def one_at_a_time(denoise, block, p=1.0):
     return mixture
 
 
-def first_hitting_law(denoise, size, p=1.0):
+def first_hitting_law(denoise, size, warp=PLAIN):
     law = Counter({START: 1.0})
     for block in blocks(size):
         for _ in block:
-            law = one_at_a_time(denoise, block, p)(law)
+            law = one_at_a_time(denoise, block, warp)(law)
     return law
 
 
 @pytest.mark.parametrize(  # every pair of values of two arguments
-    ("size", "cached", "dtype", "p"),
+    ("size", "cached", "dtype", "warp"),
     [
-        (1, False, "float32", 1.0),
-        (1, True, "float64", 0.8),
-        (2, False, "float64", 0.8),
-        (2, True, "float32", 1.0),
-        (4, False, "float64", 1.0),
-        (4, True, "float32", 0.8),
+        (1, False, "float32", Warp()),
+        (1, True, "float64", Warp(nucleus_p=0.8)),
+        (2, False, "float64", Warp(temperature=0.4, nucleus_p=0.8)),
+        (2, True, "float32", Warp(temperature=1.6, top_k=2)),
+        (4, False, "float64", Warp(top_k=2)),
+        (4, True, "float32", Warp(temperature=2.5, nucleus_p=0.8)),
     ],
 )
-def test_first_hitting(size, cached, dtype, p):
+def test_first_hitting(size, cached, dtype, warp):
     denoise = table(block_size=size)
     samples = write(
         "bamdlm",
@@ -137,10 +154,10 @@ def test_first_hitting(size, cached, dtype, p):
         kv_cache=cached,
         context_size=4,
         batch_size=1000,
-        nucleus_p=p,
         dtype=dtype,
+        **warp._asdict(),
     )
-    assert_samples_follow(first_hitting_law(denoise, size, p), samples)
+    assert_samples_follow(first_hitting_law(denoise, size, warp), samples)
 
 
 def stepwise_law(denoise, block, law, reveals, hides):
@@ -306,15 +323,16 @@ def test_threshold():
     assert {s.nfe for s in samples} <= {1, 2, 3}
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_autoregressive(cached):
+@pytest.mark.parametrize(
+    ("cached", "warp"), [(False, Warp(nucleus_p=0.9)), (True, Warp(temperature=0.5, top_k=2))]
+)
+def test_autoregressive(cached, warp):
     denoise = table(next_token=True, block_size=1)
-    samples = write(
-        "ar", denoise, ROWS, length=LENGTH, batch_size=1000, kv_cache=cached, nucleus_p=0.9
-    )
+    options = {"length": LENGTH, "batch_size": 1000, "kv_cache": cached, **warp._asdict()}
+    samples = write("ar", denoise, ROWS, **options)
     law = Counter({START: 1.0})
     for i in range(1, LENGTH):
-        law = step(law, lambda x, i=i: {i: dict(enumerate(chances(denoise, x[:i], i - 1, 0.9)))})
+        law = step(law, lambda x, i=i: {i: dict(enumerate(chances(denoise, x[:i], i - 1, warp)))})
     assert_samples_follow(law, samples)
 
 
@@ -330,12 +348,20 @@ class ScoreTable:
         return log_score.scatter(-1, tokens[..., None], 0.0)
 
 
-@pytest.mark.parametrize("p", [1.0, 0.8])
-def test_sedd(p):
+def warped_but_for_the_mask(odds, warp):
+    """Of the chances of a position, those of the tokens among each other are warped."""
+    staying = odds[MASK] / sum(odds)
+    tokens = [c / (sum(odds) - odds[MASK]) for c in odds[:MASK]]
+    return [c * (1 - staying) for c in warped_by_hand(tokens, warp)] + [staying]
+
+
+@pytest.mark.parametrize(
+    "warp", [Warp(), Warp(nucleus_p=0.8), Warp(temperature=0.5, top_k=2), Warp(temperature=0.0)]
+)
+def test_sedd(warp):
     score, steps, samples_wanted = ScoreTable(), 2, 1000
-    samples = write(
-        "sedd", score, samples_wanted, length=LENGTH, num_steps=steps, batch_size=1000, nucleus_p=p
-    )
+    options = {"length": LENGTH, "num_steps": steps, "batch_size": 1000, **warp._asdict()}
+    samples = write("sedd", score, samples_wanted, **options)
     sigma = total_noise(torch.linspace(1, LAST_TIME, steps + 1, dtype=torch.float64)).tolist()
     law = Counter({START: 1.0})
     for i in range(steps + 1):
@@ -345,8 +371,9 @@ def test_sedd(p):
         def options(x, i=i, last=last, change=change):
             tokens, level = torch.tensor([x]), torch.tensor([sigma[i]])
             odds = reverse_chances(score(tokens, level), tokens, torch.tensor([change]), MASK, last)
-            probs = next_log_probs(odds, p, MASK)[0].double().exp().tolist()
-            return {j: dict(enumerate(probs[j])) for j in hidden_of(x, range(LENGTH))}
+            odds = odds[0].double().clamp(min=0).tolist()
+            hidden = hidden_of(x, range(LENGTH))
+            return {j: dict(enumerate(warped_but_for_the_mask(odds[j], warp))) for j in hidden}
 
         law = step(law, options)
     assert_samples_follow(law, samples)

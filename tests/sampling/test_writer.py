@@ -100,8 +100,8 @@ def test_what_the_file_does_not_fit_is_said(tmp_path):
 
 def test_options_that_there_are_not_or_that_cannot_be_are_named():
     path = GOLDEN / CHECKPOINTS["mdlm"]["file"]
-    with pytest.raises(ValueError, match="no option temperature; the options are length, "):
-        load(path, tokenizer=TOKENIZER, temperature=0.7)
+    with pytest.raises(ValueError, match="no option warmth; the options are length, "):
+        load(path, tokenizer=TOKENIZER, warmth=0.7)
     writer = load(path, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="no option max_length, top_p; the options are length, "):
         writer.generate("any", top_p=0.9, max_length=9)

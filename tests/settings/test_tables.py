@@ -66,7 +66,7 @@ def test_a_type_or_limit_of_a_step_number_that_is_unknown_is_named():
     assert set(BY_WORDS) == set(RANGES)
     for change, named in (
         ({"type": "str"}, "the type of jump must be one of 'int', 'float', got 'str'"),
-        ({"limit": "odd"}, "the limit of jump must be one of 'at least 1', .* got 'odd'"),
+        ({"limit": "odd"}, "the limit of jump must be one of 'at least 0', .* got 'odd'"),
     ):
         with pytest.raises(ValueError, match=named):
             _step_number("jump", number | change)
