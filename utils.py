@@ -351,12 +351,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def lock(path: str | Path, timeout: float = -1, *, waiting: str | None = None) -> Iterator[None]:
+def lock(
+    path: str | Path, timeout: float = -1, *, waiting: str | None = None, wait: float = 0.05
+) -> Iterator[None]:
     """Held by one process at a time, as the file PATH.lock; freed when the process ends.
 
     timeout: seconds to wait; -1 for ever. filelock.Timeout where it passes. waiting: what the log
-    says where another process holds it. The file is removed where nothing exists at `path` in the
-    end; a process that waits for the lock then makes the file again.
+    says where another process holds it. wait: seconds until it is tried again. The file is removed
+    where nothing exists at `path` in the end; a process that waits then makes the file again.
     """
     from filelock import FileLock, Timeout
 
@@ -368,7 +370,7 @@ def lock(path: str | Path, timeout: float = -1, *, waiting: str | None = None) -
     except Timeout:
         if waiting is not None:
             log.info(waiting)
-        held.acquire(timeout=timeout)
+        held.acquire(timeout=timeout, poll_interval=wait)
     try:
         yield
     finally:

@@ -3,15 +3,48 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 
 from evaluation.judge import TextScore, corpus_perplexity
+from objectives.algorithms import get_algorithm
+from samplers.params import SamplingParams
 from samplers.steps import STEPS
+from samplers.writing import SAMPLERS
 from sampling.sample_file import SampleRow
 
 RULES = {
     "nucleus": "tokens whose cumulative probability including their own is <= p, always the first",
     "low_entropy": "redrawn where 256 tokens have an entropy below 4 nats, at most 10 tries",
 }
+# fields of SamplingParams that say nothing of how a text was made, or have a place of their own
+UNTOLD = ("bos_id", "eos_id", "seed", "batch_size", "move_chance")
+SHOWN = {"num_steps": "T"}  # a field by another name: as the paper and the setting have it
+
+
+def made_with(algo: str, params: SamplingParams) -> dict:
+    """{name: value} of all numbers of a run: columns of the CSV, and in the report. None: this
+    algorithm or step rule does not read it."""
+    writes = get_algorithm(algo).writes
+    can = SAMPLERS[writes].can
+    reads = STEPS[params.steps].reads if "steps" in can else ()
+    unread = {name for rule in STEPS.values() for name in rule.reads}.difference(reads)
+    if writes == "sedd":
+        unread.discard("num_steps")
+    unread |= {
+        name
+        for name, has in (
+            ("block_size", writes == "bamdlm"),
+            ("window", writes == "mdlm"),
+            ("context_size", "cache" in can),
+        )
+        if not has
+    }
+    found = {
+        SHOWN.get(each.name, each.name): None if each.name in unread else getattr(params, each.name)
+        for each in fields(params)
+        if each.name not in UNTOLD
+    }
+    return found | {"steps": params.steps if "steps" in can else algo}
 
 
 def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> dict:

@@ -19,10 +19,10 @@ from objectives.algorithms import get_algorithm
 from samplers.params import SamplingParams
 from samplers.request import Sample, TextRequest
 from samplers.writing import SAMPLERS, check, generate
-from sampling.report import RULES, lines, rule_numbers, summarise
+from sampling.report import RULES, lines, made_with, summarise
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory
-from utils import say, write_json
+from utils import say
 
 
 def run_id(*parts: object) -> str:
@@ -61,11 +61,16 @@ class Texts:
     prompts: Sequence[tuple[int, ...]] = ()
     infill: bool = False  # fill the gaps of the prompts
 
+    def prompt_number(self, row: int) -> int | None:
+        """Which of the prompts text `row` has, from 0; None without prompts."""
+        return row % len(self.prompts) if self.prompts else None
+
     def request(self, row: int, bos_id: int) -> TextRequest:
         """What the sampler is given for text `row`; without prompts BOS alone."""
-        if not self.prompts:
+        number = self.prompt_number(row)
+        if number is None:
             return TextRequest(row, (bos_id,))
-        tokens = self.prompts[row % len(self.prompts)]
+        tokens = self.prompts[number]
         return TextRequest(row, tokens, total=len(tokens) if self.infill else None)
 
 
@@ -98,14 +103,22 @@ class SamplingRun:
             raise ValueError(f"sampling.num_sample_batches leaves {count} texts to write")
         if not 0 <= self.rank < self.ranks:
             raise ValueError(f"rank {self.rank} is not one of {self.ranks} processes")
-        self.output.file.check()
 
     def missing(self) -> list[int]:
         """Rows of this process that are not in the file."""
-        done = self.output.file.rows(self.output.run)
+        done = self.output.file.numbers(self.output.run)
         return [r for r in range(self.rank, self.texts.count, self.ranks) if r not in done]
 
     def run(self) -> dict | None:
+        """complete(), and the report is printed."""
+        summary, file = self.complete(), self.output.file
+        if summary is not None:
+            for line in lines(summary):
+                print(line, flush=True)
+            print(f"texts: {file.path}; report: {file.summary}", flush=True)
+        return summary
+
+    def complete(self) -> dict | None:
         """Write the missing texts. Returns the report, or None where rows of the run miss."""
         missing, path = self.missing(), self.output.file.path
         if missing:
@@ -123,10 +136,7 @@ class SamplingRun:
         if len(rows) < self.texts.count:
             return None  # another process is still writing; the last one reports
         summary = summarise(rows, file.notes(self.output.run), self.report_facts())
-        write_json(file.summary, summary)
-        for line in lines(summary):
-            print(line, flush=True)
-        print(f"texts: {file.path}; report: {file.summary}", flush=True)
+        file.report(self.output.run, summary)
         return summary
 
     def cache_bytes(self) -> int:
@@ -197,34 +207,30 @@ class SamplingRun:
                 seed=params.seed,
                 row=sample.row,
                 run=self.output.run,
+                made=self.made(sample.row),
             )
             for sample, text, score in zip(samples, texts, scores, strict=True)
         ]
 
+    def made(self, row: int) -> dict:
+        """How the text of this row was made, as the CSV has it."""
+        return {
+            "algo": self.model.algo,
+            "checkpoint": self.output.about.get("checkpoint"),
+            "prompt": self.texts.prompt_number(row),
+            **made_with(self.model.algo, self.model.params),
+        }
+
     def report_facts(self) -> dict:
         """The settings that decide the texts, as the report has them."""
-        algo, writes, s = self.model.algo, self.model.writes, self.model.params
-        can = SAMPLERS[writes].can
-        steps = s.steps if "steps" in can else algo
+        algo, params = self.model.algo, self.model.params
+        read = {name: x for name, x in made_with(algo, params).items() if x is not None}
         return {
             "algo": algo,
             "run": self.output.run,
-            "seed": s.seed,
-            "length": s.length,
-            "block_size": s.block_size if writes == "bamdlm" else None,
-            "window": s.window if writes == "mdlm" else None,
-            "context_size": s.context_size if "cache" in can else None,
-            "steps": steps,
-            **{name: getattr(s, name) for name in rule_numbers(steps)},
-            "T": s.num_steps,
-            "temperature": s.temperature,
-            "top_k": s.top_k,
-            "nucleus_p": s.nucleus_p,
-            "nucleus": RULES["nucleus"] if s.nucleus_p < 1 else "none",
-            "dtype": s.dtype,
-            "kv_cache": s.kv_cache,
-            "var_length": s.var_length,
-            "reject_low_entropy": s.reject_low_entropy,
+            "seed": params.seed,
+            **read,
+            "nucleus": RULES["nucleus"] if params.nucleus_p < 1 else "none",
             "prompts": len(self.texts.prompts),
             "infill": self.texts.infill,
             "ranks": self.ranks,

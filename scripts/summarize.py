@@ -47,8 +47,9 @@ def find(folders: list[Path]) -> list[tuple[Path, dict]]:
                 print(f"skipped: {path} ({error})", file=sys.stderr)
                 continue
             if isinstance(content, dict) and any(key in content for key in TELLING):
-                several = content.get("likelihoods", [{}])
-                found += [(path, content | each) for each in several]
+                runs = content.get("runs", {"": content}).values()  # of texts, whole reports
+                likelihoods = content.get("likelihoods", [{}])
+                found += [(path, run | each) for run in runs for each in likelihoods]
     return found
 
 

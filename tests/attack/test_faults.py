@@ -648,7 +648,8 @@ def no_room():
     [
         (["mode=sample_eval"], at_call(sample_file, "write_whole", 1, no_room), "texts.csv"),
         (["mode=sample_eval"], at_call(sample_file, "write_whole", 2, no_room), "texts.csv.log"),
-        (["mode=sample_eval"], at_call(utils.os, "fsync", 2, no_room), "texts.json"),
+        (["mode=sample_eval"], at_call(utils.os, "fsync", 1, no_room), "texts.csv"),
+        (["mode=sample_eval"], at_call(utils.os, "fsync", 3, no_room), "texts.json"),
         (["mode=ppl_eval"], at_call(utils.os, "fsync", 1, no_room), "ppl_valid"),
     ],
 )

@@ -26,7 +26,7 @@ from samplers.request import Frame
 from sampling import run as generation
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import Model, Output, SamplingRun, Texts, run_id
-from sampling.sample_file import COLUMNS, SampleFile, SampleRow, complete
+from sampling.sample_file import COLUMNS, SampleFile, SampleRow
 from sampling.view import FRESH, MASKED, SETTLED, Progress, Show, Trajectory, pieces
 
 TOKENIZER = get_tokenizer(str(GOLDEN / "tokenizer"))
@@ -89,14 +89,15 @@ def test_one_row_a_text_with_a_header_and_the_authors_columns(tmp_path):
     one = job(tmp_path)
     report = one.run()
     rows = read(one)
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
     assert [int(r["row"]) for r in rows] == list(range(5))
     assert {r["run"] for r in rows} == {"a"}
     assert {r["seed"] for r in rows} == {"1"}
     assert {r["gen_nfes"] for r in rows} == {"15"}
     assert {r["gen_ppl"] for r in rows} == {""}  # no judge
     assert all(r["samples"].startswith("<|endoftext|>") for r in rows)
-    assert report == json.loads((tmp_path / "samples.json").read_text())
+    written = json.loads((tmp_path / "samples.json").read_text())
+    assert written == {**report, "runs": {"a": report}}
     assert report["rows"] == 5
     assert report["gen_nfes"] == 15
     assert report["tokens_per_evaluation"] == 1
@@ -236,10 +237,40 @@ def test_two_processes_write_one_file_with_every_row_once(tmp_path):
     assert json.loads((tmp_path / "two" / "samples.json").read_text())["rows"] == 8
 
 
-def test_a_complete_record_ends_outside_of_quotes():
-    assert complete(b'a,"x\r\ny",b\r\nc,"d\r\n') == len(b'a,"x\r\ny",b\r\n')
-    assert complete(b'a,"x""\r\n"\r\n') == len(b'a,"x""\r\n"\r\n')
-    assert complete(b"") == complete(b"abc") == 0
+def test_a_process_waits_for_no_text_of_another(tmp_path, monkeypatch):
+    """The second runs from start to end while the first makes its second text."""
+    first, second = (job(tmp_path, num_samples=8, rank=r, ranks=2) for r in (0, 1))
+    real, inside = generation.generate, []
+
+    def slow(*args, **kwargs):
+        for number, samples in enumerate(real(*args, **kwargs)):
+            if number == 1 and not inside:
+                inside.append(second)
+                assert second.run() is None
+                assert second.missing() == []
+            yield samples
+
+    monkeypatch.setattr(generation, "generate", slow)
+    assert first.run()["rows"] == 8
+    assert inside
+
+
+def test_every_row_says_how_its_text_was_made(tmp_path):
+    about = {"checkpoint": "x.ckpt"}
+    prompts = [(BOS, 5), (BOS, 6), (BOS, 7)]
+    changes = {"steps": "threshold", "threshold": 0.5}
+    one = finished(job(tmp_path, changes=changes, num_samples=4, prompts=prompts, about=about))
+    other = finished(job(tmp_path, run="b", num_samples=1, changes={"nucleus_p": 0.9}))
+    first, *_ = rows = read(other)
+    assert [row["prompt"] for row in sorted(rows[:4], key=lambda r: int(r["row"]))] == [*"0120"]
+    assert [row["threshold"] for row in rows] == [*["0.5"] * 4, ""]
+    assert [row["steps"] for row in rows] == [*["threshold"] * 4, "first_hitting"]
+    assert [row["nucleus_p"] for row in rows] == [*["1.0"] * 4, "0.9"]
+    assert [row["checkpoint"] for row in rows] == [*["x.ckpt"] * 4, ""]
+    assert (first["algo"], first["block_size"], first["window"]) == ("bamdlm", "4", "")
+    assert (first["k"], first["T"], rows[-1]["prompt"]) == ("", "", "")
+    assert one.output.file.reports().keys() == {"a", "b"}
+    assert one.output.file.reports()["a"]["threshold"] == 0.5
 
 
 def test_a_run_is_named_by_all_that_decides_its_texts():
@@ -449,12 +480,12 @@ def test_a_run_that_cannot_be_is_refused(tmp_path, change, message):
 def test_a_file_of_something_else_is_not_touched(tmp_path):
     (tmp_path / "samples").write_text("name,age\nx,3\n")
     with pytest.raises(ValueError, match="is not a file of samples: it begins with 'name,age'"):
-        job(tmp_path)
+        job(tmp_path).output.file.check()
     assert (tmp_path / "samples").read_text() == "name,age\nx,3\n"
     (tmp_path / "samples").unlink()
     (tmp_path / "samples").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
-        job(tmp_path)
+        job(tmp_path).output.file.check()
 
 
 # looking on

@@ -36,6 +36,16 @@ def test_every_finished_evaluation_is_a_row(folder, capsys):
     assert rows[1]["NFEs"] == "1000.00"
 
 
+def test_every_run_of_a_report_is_a_row(tmp_path, capsys):
+    runs = {"a": SAMPLES, "b": {**SAMPLES, "algo": "mdlm", "gen_ppl": 41.0}}
+    del runs["b"]["block_size"]
+    (tmp_path / "texts.json").write_text(json.dumps({**SAMPLES, "runs": runs}))
+    assert summarize.main([str(tmp_path)]) == 0
+    _, _, mdlm, sedd = capsys.readouterr().out.splitlines()
+    assert ("41.00" in mdlm, "1024" in mdlm) == (True, False)
+    assert ("52.00" in sedd, "1024" in sedd) == (True, True)
+
+
 def test_nothing_found_is_said(tmp_path, capsys):
     assert summarize.main([str(tmp_path)]) == 1
     assert "no finished evaluation" in capsys.readouterr().err
