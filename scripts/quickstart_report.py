@@ -5,7 +5,6 @@
 Reads what training, evaluation and sampling left behind; computes only the unigram model.
 """
 
-import csv
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from plot_run import plot
 
 import settings
 from modes.build import build_rows, build_tokenizer
+from sampling.sample_file import SampleFile
 from training.csv_log import read_log
 
 SAMPLE_LINES = 16
@@ -75,10 +75,9 @@ def main(arguments: list[str]) -> int:
     print(f"\nBAM-DLM, block size {run.block_size}: {steps:,} steps of {batch}\n")
     for name, value in lines.items():
         print(f"  {name:22} {value}")
-    with Path(sampling.sampling.logdir).open(newline="") as file:
-        sample = next(csv.DictReader(file))["samples"]
+    sample = next(iter(SampleFile(sampling.sampling.logdir)))
     print("\nThe first lines of a text:\n")
-    shown = [line for line in sample.splitlines() if line.strip()][:SAMPLE_LINES]
+    shown = [line for line in sample.samples.splitlines() if line.strip()][:SAMPLE_LINES]
     print("\n".join(f"  | {line}" for line in shown))
     return 0 if found["ppl"] < unigram / 2 else 1
 
