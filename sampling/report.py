@@ -102,6 +102,17 @@ def rule_numbers(rule: str) -> list[str]:
     return [name for name in reads if name != "num_steps"]
 
 
+def changed_numbers(summary: dict) -> dict:
+    """Those that every rule obeys, such as the temperature, where they are not the default."""
+    return {
+        each.name: summary[each.name]
+        for each in fields(SamplingParams)
+        if each.metadata.get("if_changed")
+        and not each.metadata.get("if_read")
+        and summary.get(each.name, each.default) != each.default
+    }
+
+
 def lines(summary: dict) -> list[str]:
     """The report as text."""
 
@@ -125,6 +136,7 @@ def lines(summary: dict) -> list[str]:
     facts = {
         "steps": summary["steps"],
         **{name: summary.get(name) for name in rule_numbers(summary["steps"])},
+        **changed_numbers(summary),
         "nucleus": summary["nucleus_p"],
         "precision": summary.get("precision"),
         "draws": summary["dtype"],

@@ -349,6 +349,7 @@ def test_rejection_is_reported(tmp_path):
         ({"steps": "confidence", "k": 2}, "steps confidence, k 2, confidence probability, nucleus"),
         ({"steps": "remask", "num_steps": 3}, "steps remask, remask_eta 0.02, nucleus"),
         ({}, "steps first_hitting, nucleus"),
+        ({"temperature": 0.5, "top_k": 3}, "first_hitting, temperature 0.5, top_k 3, nucleus"),
     ],
 )
 def test_the_report_has_the_numbers_of_the_step_rule(tmp_path, capsys, rule, told):
