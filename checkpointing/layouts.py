@@ -12,7 +12,7 @@ import operator
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,8 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Other weights, other name: a hash of the first numbers of every tensor, 16 hex digits."""
-        digest = hashlib.sha256()
-        for group in (self.weights, self.ema or {}):
-            for name, value in group.items():
-                digest.update(f"{name} {tuple(value.shape)} ".encode())
-                digest.update(str(value.flatten()[:16].tolist()).encode())
-        return digest.hexdigest()[:16]
+        """Other weights, other name."""
+        return fingerprint(self.weights, self.ema or {})
 
     @property
     def length(self) -> int | None:
@@ -82,6 +77,16 @@ class Checkpoint:
         if self.layout == "hub":
             return self.config.get("model_length")
         return section(self.config, "model").get("length")
+
+
+def fingerprint(*groups: Mapping[str, Tensor]) -> str:
+    """A hash of the first numbers of every tensor, 16 hex digits."""
+    digest = hashlib.sha256()
+    for group in groups:
+        for name, value in group.items():
+            digest.update(f"{name} {tuple(value.shape)} ".encode())
+            digest.update(str(value.flatten()[:16].tolist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_checkpoint(path_or_id: str | Path, *, revision: str | None = None) -> Checkpoint:

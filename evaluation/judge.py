@@ -1,26 +1,32 @@
 """Quality of texts without a reference: perplexity under a judge, unigram entropy, length.
 
-The judge is any causal language model. A text is tokenized for the judge, seen in windows of the
-judge's context that move by 512 tokens, and every token but the first is scored once, with all
-that its window shows before it. EOS tokens are context but not counted. Entropy is that of the
-frequencies of all the text's tokens, in nats; length counts the tokens scored.
+The judge is any causal language model, one of this project included. A text is tokenized for the
+judge, seen in windows of the judge's context that move by 512 tokens, or by half of a context that
+is shorter than 1 024, and every token but the first is scored once, with all that its window shows
+before it. EOS tokens are context but not counted.
+Entropy is that of the frequencies of all the text's tokens, in nats; length counts the tokens
+scored.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from checkpointing.layouts import CheckpointError, fingerprint
 from data.trial import tried
+from evaluation.own_judge import is_own, load_own
+from samplers.params import CONTEXT_TOKENS
 from samplers.stopping import entropy
-from utils import reason
+from utils import check_files, reason
 
 STRIDE_TOKENS = 512
-CONTEXT_TOKENS = 1024  # of a judge that does not say
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class Judge:
         if batch_size < 1:
             raise ValueError(f"eval.perplexity_batch_size={batch_size} must be at least 1")
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.context, self.stride = context, min(stride, context)
+        # a window that moved further would leave its first token without any before it
+        self.context, self.stride = context, min(stride, max(1, context // 2))
         self.batch_size = batch_size
         known = tokenizer.get_vocab()
         self.foreign = [token for token in foreign if token not in known]
@@ -126,6 +133,31 @@ class Judge:
         return [describe(x, self.eos_id, n) for x, n in zip(ids, nll, strict=True)]
 
     @torch.inference_mode()
+    def last_states(self, ids: list[Tensor]) -> Tensor:
+        """The last hidden state of the last token of each text, float32 [N, E] on the CPU. A text
+        is cut at the judge's context; an empty one is EOS alone."""
+        end = torch.tensor([self.eos_id])
+        texts = [x[: self.context] if len(x) else end for x in ids]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        device, found = next(self.model.parameters()).device, {}
+        for first in range(0, len(order), self.batch_size):
+            part = order[first : first + self.batch_size]
+            tokens = pad_sequence([texts[i] for i in part], True, self.eos_id)
+            lengths = torch.tensor([len(texts[i]) for i in part])
+            seen = torch.arange(tokens.shape[1]) < lengths[:, None]
+            states = self.model.base_model(
+                input_ids=tokens.to(device), attention_mask=seen.long().to(device)
+            ).last_hidden_state
+            last = states[torch.arange(len(part)), lengths - 1].float().cpu()
+            found.update(zip(part, last, strict=True))
+        return torch.stack([found[i] for i in range(len(texts))])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Other weights, other name: 16 hex digits."""
+        return fingerprint(self.model.state_dict())
+
+    @torch.inference_mode()
     def _nll(self, ids: list[Tensor], batch: list[Window]) -> list[float]:
         """NLL in nats of the tokens scored in each window."""
         width = max(w.stop - w.start for w in batch)
@@ -150,19 +182,56 @@ class Judge:
 
 
 def load_judge(
-    name_or_path: str, *, batch_size: int = 8, device="cpu", foreign: Sequence[str] = ()
+    name_or_path: str,
+    *,
+    batch_size: int = 8,
+    device="cpu",
+    foreign: Sequence[str] = (),
+    setting: str = "eval.gen_ppl_eval_model_name_or_path",
+    cache_dir: str | Path | None = None,
 ) -> Judge:
-    """A folder or a hub id; nothing of it is executed, and no weight may be missing."""
+    """A folder, a hub id or an autoregressive checkpoint of this project; nothing of it is
+    executed, and no weight may be missing. setting: what messages call it; cache_dir: see
+    get_tokenizer."""
+    try:
+        if Path(name_or_path).is_dir():
+            check_files(Path(name_or_path))
+        load = partial(load_own, cache_dir=cache_dir) if is_own(name_or_path) else _load_foreign
+        model, tokenizer, context = load(name_or_path)
+    except CheckpointError as error:  # says what it is
+        raise ValueError(
+            f"{setting}={name_or_path!r} cannot be used ({reason(error)[:400]}). Give an ar"
+            " checkpoint of this project, or the folder or hub id of a causal language model"
+        ) from error
+    except Exception as error:  # transformers and torch raise anything for what is in the files
+        raise ValueError(
+            f"{setting}={name_or_path!r} cannot be loaded"
+            f" ({type(error).__name__}, {reason(error)[:160]}). Give the"
+            " folder of a causal language model, an ar checkpoint of this project, go online once"
+            " so that the hub's files are cached, or set it to null to leave generative perplexity"
+            " out"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of the judge {name_or_path!r} has no EOS token, which must not be"
+            f" counted: choose another {setting}"
+        )
+    return Judge(
+        model.to(device), tokenizer, context=context, batch_size=batch_size, foreign=foreign
+    )
+
+
+def _load_foreign(name_or_path: str):
+    """A model of transformers, its tokenizer and the tokens it sees."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as library
-
-    bars = library.is_progress_bar_enabled()
-    library.disable_progress_bar()
 
     def encoder(place: str | Path):
         made = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
         return lambda texts: made(texts, add_special_tokens=False)
 
+    bars = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
     try:
         if Path(name_or_path).is_dir():
             tried(Path(name_or_path), encoder)
@@ -170,26 +239,12 @@ def load_judge(
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=False, output_loading_info=True
         )
-        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
-            raise ValueError(f"its files lack {', '.join(missing[:5])}")
-        context = getattr(model.config, "max_position_embeddings", None) or CONTEXT_TOKENS
-        if type(context) is not int or context < 2:
-            raise ValueError(f"its max_position_embeddings is {context!r:.40}")
-    except Exception as error:  # transformers and torch raise anything for what is in the files
-        raise ValueError(
-            f"eval.gen_ppl_eval_model_name_or_path={name_or_path!r} cannot be loaded"
-            f" ({type(error).__name__}, {reason(error)[:160]}). Give the"
-            " folder of a causal language model, go online once so that the hub's files are"
-            " cached, or set it to null to leave generative perplexity out"
-        ) from error
     finally:
         if bars:
             library.enable_progress_bar()
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of the judge {name_or_path!r} has no EOS token, which must not be"
-            " counted: choose another eval.gen_ppl_eval_model_name_or_path"
-        )
-    return Judge(
-        model.to(device), tokenizer, context=context, batch_size=batch_size, foreign=foreign
-    )
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"its files lack {', '.join(missing[:5])}")
+    context = getattr(model.config, "max_position_embeddings", None) or CONTEXT_TOKENS
+    if type(context) is not int or context < 2:
+        raise ValueError(f"its max_position_embeddings is {context!r:.40}")
+    return model, tokenizer, context

@@ -9,7 +9,7 @@ import lightning as L
 from checkpointing.layouts import Checkpoint
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, load_judge
-from modes.build import build_tokenizer, trained_module
+from modes.build import build_cache, build_tokenizer, trained_module
 from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
 from objectives.algorithms import get_algorithm
@@ -86,6 +86,7 @@ def build_judge(config: Config, tokenizer: Tokenizer) -> Judge | None:
         path_or_id,
         batch_size=config.eval.perplexity_batch_size,
         foreign=tokenizer.hf.all_special_tokens,
+        cache_dir=build_cache(config).folder,
     )
 
 

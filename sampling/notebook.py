@@ -15,12 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import ALIASES, Checkpoint, read_checkpoint, section
-from checkpointing.load import build_backbone_args, load_into
-from data.tokenizer import Tokenizer, get_tokenizer
+from checkpointing.trained import trained_network, trained_tokenizer
 from evaluation.judge import Judge, TextScore, describe
-from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.algorithms import ObjectiveSettings, build_objective, get_algorithm
 from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
@@ -94,10 +91,8 @@ def load(
     """
     found = read_checkpoint(checkpoint)
     algo, block_size = trained_as(found, algo, block_size)
-    name = tokenizer or section(found.config, "data").get("tokenizer_name_or_path") or "gpt2"
-    words = word_list(found, name, cache_dir)
-    check_as_trained(found, None, words, name)
-    network = loaded_network(found, words, algo, use_ema)
+    words = trained_tokenizer(found, tokenizer, cache_dir)
+    network = trained_network(found, words, algo, use_ema)
     settings = objective_settings(found, words.mask_id, block_size)
     length, schedule = settings.length, settings.schedule
     denoise = build_objective(algo, settings).denoiser(network.to(device).eval())
@@ -126,17 +121,6 @@ def trained_as(found: Checkpoint, algo: str | None, size: int | None) -> tuple[s
     return algo, size
 
 
-def loaded_network(found: Checkpoint, words: Tokenizer, algo: str, use_ema: bool) -> DiT:
-    network = DiT(**build_backbone_args(found), attn_backend="sdpa")
-    if network.vocab_size != words.vocab_size:
-        raise ValueError(
-            f"{found.source} has {network.vocab_size} ids, the tokenizer {words.vocab_size}:"
-            " give the one it was trained with as tokenizer="
-        )
-    load_into(network, found, use_ema=use_ema, algo=algo)
-    return network
-
-
 def objective_settings(found: Checkpoint, mask_id: int, block_size: int) -> ObjectiveSettings:
     """What decides how the network's logits are read when it samples."""
     return ObjectiveSettings(
@@ -161,9 +145,3 @@ def trained_algo(found: Checkpoint) -> dict:
     if found.layout == "lightning":
         return section(found.config, "algo")
     return found.config
-
-
-def word_list(found: Checkpoint, name: str, cache_dir) -> Tokenizer:
-    """The tokenizer named, with the checkpoint's own EOS."""
-    eos_token = section(found.config, "data").get("eos_token")
-    return get_tokenizer(name, eos_token=eos_token, cache_dir=cache_dir)

@@ -153,7 +153,8 @@ class Eval:
     max_passes: int = doc("most passes over a text that a likelihood may take", "at least 1")
     perplexity_batch_size: int = doc("texts that the judge scores together", "at least 1")
     gen_ppl_eval_model_name_or_path: str | None = doc(
-        "language model that judges samples (generative perplexity): folder or hub id; null: none"
+        "language model that judges samples (generative perplexity): folder, hub id or checkpoint"
+        " of algo=ar; null: none"
     )
 
 

@@ -1,0 +1,45 @@
+"""A trained network and its tokenizer, as the checkpoint itself says."""
+
+from pathlib import Path
+
+from checkpointing.as_trained import check_as_trained
+from checkpointing.layouts import Checkpoint, section
+from checkpointing.load import build_backbone_args, load_into
+from data.tokenizer import Tokenizer, get_tokenizer
+from models.dit import DiT
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def trained_tokenizer(found: Checkpoint, name: str | None = None, cache_dir=None) -> Tokenizer:
+    """The tokenizer `name`, else the one that the checkpoint was trained with, with the
+    checkpoint's own EOS. CheckpointError where it is another one."""
+    name = name or tokenizer_name(found)
+    eos_token = section(found.config, "data").get("eos_token")
+    words = get_tokenizer(name, eos_token=eos_token, cache_dir=cache_dir)
+    check_as_trained(found, None, words, name)
+    return words
+
+
+def tokenizer_name(found: Checkpoint) -> str:
+    """A run says it, an export of this project has it in its folder; the published models have
+    GPT-2's."""
+    if said := section(found.config, "data").get("tokenizer_name_or_path"):
+        return said
+    folder = Path(found.source).expanduser()
+    if folder.is_dir():
+        holds = any((folder / name).exists() for name in TOKENIZER_FILES)
+    else:
+        holds = found.layout == "hub" and "algo" in found.config  # only our exports say it
+    return found.source if holds else "gpt2"
+
+
+def trained_network(found: Checkpoint, words: Tokenizer, algo: str, use_ema: bool = True) -> DiT:
+    network = DiT(**build_backbone_args(found), attn_backend="sdpa")
+    if network.vocab_size != words.vocab_size:
+        raise ValueError(
+            f"{found.source} has {network.vocab_size} ids, the tokenizer {words.vocab_size}:"
+            " give the one it was trained with as tokenizer="
+        )
+    load_into(network, found, use_ema=use_ema, algo=algo)
+    return network
