@@ -13,6 +13,7 @@ that one run of the command shows them all. Only this file sees Hydra's composed
 import copy
 import re
 import typing
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -157,34 +158,81 @@ def _refuse_growth(cfg: DictConfig) -> None:
 
 def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
     """The settings in their types, None with {key: problem} of a composed configuration."""
-    raw = OmegaConf.to_container(cfg, resolve=False)
-    problems, absent = dict(_unknown(raw)), []
-    typed = OmegaConf.structured(Config)  # what is put into it is checked and converted
+    raw, resolved = OmegaConf.to_container(cfg, resolve=False), _resolved(cfg)
+    problems, values = dict(_unknown(raw)), {}
+    absent = ()  # sections, as beginnings of keys
     for key, entry in SCHEMA.items():
-        if any(key.startswith(f"{section}.") for section in absent):
+        if key.startswith(absent):
             continue
         try:
-            value = OmegaConf.select(cfg, key)
-            if OmegaConf.is_config(value):
-                value = OmegaConf.to_container(value, resolve=isinstance(entry, Leaf))
+            value = _selected(cfg, key, entry) if resolved is None else _entry(resolved, key)
         except OmegaConfBaseException as error:
             problems[key] = f"{key}: {_unwrapped(first_line(error))}"
             continue
         if isinstance(entry, Leaf):
             try:
-                OmegaConf.update(typed, key, _prepared(key, entry, value), merge=False)
+                values[key] = _converted(key, _prepared(key, entry, value))
             except (ValidationError, ValueError):
                 problems[key] = type_problem(key, value)
-        elif isinstance(value, dict):
-            OmegaConf.update(typed, key, entry)
-        else:
-            absent.append(key)
+        elif not isinstance(value, dict):
+            absent += (f"{key}.",)
             if value is None and (key == "wandb" or key.startswith("callbacks.")):
-                OmegaConf.update(typed, key, None)
+                values[key] = None
             else:
                 problems[key] = section_problem(key, value)
     problems = _begun(problems, raw)
-    return None if problems else OmegaConf.to_object(typed), problems
+    return None if problems else _built(Config, values), problems
+
+
+def _resolved(cfg: DictConfig) -> dict | None:
+    """All values at once, None where one cannot be told."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException:
+        return None
+
+
+def _selected(cfg: DictConfig, key: str, entry: Leaf | type) -> object:
+    """One value where others cannot be told."""
+    value = OmegaConf.select(cfg, key)
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=isinstance(entry, Leaf))
+    return value
+
+
+def _converted(key: str, value: object) -> object:
+    """The value in the type that the schema has for it; ValidationError where it has no such form.
+
+    What was converted before is looked up: composing is most of what a refused command costs.
+    """
+    name = key, repr(value)
+    if name not in _CONVERTED:
+        section, _, field = key.rpartition(".")
+        typed = _typed(SCHEMA[section] if section else Config)
+        OmegaConf.update(typed, field, value, merge=False)
+        found = OmegaConf.select(typed, field)
+        _CONVERTED[name] = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+    return copy.deepcopy(_CONVERTED[name])
+
+
+_CONVERTED: dict[tuple[str, str], object] = {}
+
+
+@cache
+def _typed(section: type) -> DictConfig:
+    """Checks and converts what is put into it."""
+    return OmegaConf.structured(section)
+
+
+def _built(section: type, values: dict[str, object], prefix: str = "") -> object:
+    """The dataclass of a section with those below it; a section may be None in `values`."""
+    keys = {field.name: prefix + field.name for field in fields(section)}
+    return section(
+        **{
+            name: values[key] if key in values else _built(SCHEMA[key], values, f"{key}.")
+            for name, key in keys.items()
+        }
+    )
 
 
 def _begun(problems: dict[str, str], raw: dict) -> dict[str, str]:
