@@ -20,6 +20,7 @@ nothing of each other.
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,10 +79,12 @@ FILES = [path for paths in SOURCES.values() for path in paths]
 PROGRAMS = [ROOT / p for p in TRACKED if p.suffix == ".py" and p.parts[0] in ("ssd-lm", "scripts")]
 
 
+@cache
 def parse(path):
     return ast.parse(path.read_text(), filename=str(path))
 
 
+@cache
 def imported(path):
     """The top-level names of all modules that a file imports, also inside functions; relative
     imports are "."."""
@@ -100,6 +103,7 @@ IMPORTS = {
 }
 
 
+@cache
 def relative(path):
     return str(path.relative_to(ROOT))
 

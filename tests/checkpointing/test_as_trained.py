@@ -19,6 +19,7 @@ from checkpointing.layouts import read_checkpoint
 from checkpointing.restricted_pickle import CheckpointError
 from data.tokenizer import get_tokenizer
 from sampling.notebook import load
+from scripts import export_hf
 from settings.keys import LEAVES
 
 ROOT = Path(__file__).parents[2]
@@ -80,10 +81,8 @@ def test_another_tokenizer_is_refused(changed, capsys):
         assert "data.tokenizer_name_or_path" in found
     with pytest.raises(CheckpointError, match="trained with the tokenizer other"):
         load(path, tokenizer="text8")
-    export = [sys.executable, ROOT / "scripts/export_hf.py", path, "out", "--tokenizer", "text8"]
-    done = subprocess.run(export, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "trained with the tokenizer other" in done.stderr
+    assert export_hf.main([str(path), "out", "--tokenizer", "text8"]) == 2
+    assert "trained with the tokenizer other" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_the_same_name_has_the_same_ids(changed):

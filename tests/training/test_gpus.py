@@ -9,7 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from runs import ALGORITHMS, differences, read, tiny
-from test_launchers import DEATHS, dies, launched
+from test_launchers import dies, launched
 from test_ranks import LAST, TOLERANCE, equal_runs, equal_states
 
 from training.signals import GO_ON
@@ -131,6 +131,14 @@ def test_two_gpus_write_the_texts_of_one(base, alone, tmp_path):
     one, two = found
     assert len(one) == 8
     assert two == one
+
+
+DEATHS = [("torchrun", "1", fault) for fault in ("SIGKILL", "raises")]
+DEATHS += [
+    ("lightning", "1", "SIGKILL"),
+    ("lightning", "1", "raises"),
+    ("lightning", "0", "SIGKILL"),
+]
 
 
 @pytest.mark.parametrize(("launcher", "rank", "fault"), DEATHS)

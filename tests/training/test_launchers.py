@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -60,12 +61,27 @@ class Forked(Run):
 
     returncode = None
 
-    def __init__(self, command, env, cwd=None, *, arguments, log):
-        super().__init__(arguments, log, before=program.patch, environment=env)
+    def __init__(self, args, env, cwd=None, *, arguments, log, start_new_session=False, **streams):
+        assert not any(streams.values()), "they share what this process prints to"
+
+        def begin():
+            if start_new_session:
+                os.setsid()
+            program.patch()
+
+        super().__init__(arguments, log, before=begin, environment=env)
 
     def poll(self):
         if self.returncode is None:
             self.returncode = super().poll()
+        return self.returncode
+
+    def wait(self, timeout=150):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked run", timeout)
+            time.sleep(0.01)
         return self.returncode
 
     def send_signal(self, number):
@@ -73,8 +89,8 @@ class Forked(Run):
             self.send(number)
 
 
-def forked(arguments, folder, *, rank="none", fault="raises", timeout=150):
-    """As `launched` by Lightning, whose own code forks this process instead of starting Python."""
+def forked(launcher, arguments, folder, *, rank="none", fault="raises", timeout=150):
+    """As `launched`; but the launcher's own code forks this process instead of starting Python."""
     log = folder / "log.txt"
 
     def begin():
@@ -86,6 +102,14 @@ def forked(arguments, folder, *, rank="none", fault="raises", timeout=150):
             script.subprocess = SimpleNamespace(Popen=popen)
         seconds = 0.2  # from one look at the others to the next
         fabric_script._ChildProcessObserver.__init__.__defaults__ = (seconds,)
+        if launcher == "torchrun":
+            from torch.distributed import run as torchrun
+            from torch.distributed.elastic.multiprocessing.subprocess_handler import (
+                subprocess_handler,
+            )
+
+            subprocess_handler.Popen = popen
+            sys.exit(torchrun.main([*LAUNCHERS["torchrun"][2:], program.__file__]))
         program.patch()
         sys.exit(program.run(arguments))
 
@@ -93,10 +117,11 @@ def forked(arguments, folder, *, rank="none", fault="raises", timeout=150):
     return run(arguments, log, timeout, before=begin, environment=environment)
 
 
-def test_both_launchers_train_the_same(overrides, tmp_path):
+@pytest.mark.parametrize("start", [forked, pytest.param(launched, marks=pytest.mark.slow)])
+def test_both_launchers_train_the_same(start, overrides, tmp_path):
     few = ["trainer.max_steps=4", "trainer.limit_val_batches=1"]
     arguments = [*overrides, *few, f"checkpointing.save_dir={tmp_path / 'run'}"]
-    code, text = launched("lightning", arguments, tmp_path)
+    code, text = start("lightning", arguments, tmp_path)
     assert code == 0, text
     assert "Warning" not in text
     ours = read(tmp_path / LAST)
@@ -115,30 +140,31 @@ def test_who_is_done_with_its_texts_ends_nobody(overrides, tmp_path):
     words = [*overrides, "mode=sample_eval", f"eval.checkpoint_path={tmp_path / LAST}"]
     words += ["eval.gen_ppl_eval_model_name_or_path=null", "sampling.batch_size=4"]
     words += ["sampling.logdir=texts.csv"]
-    code, text = forked(words, tmp_path, rank="1", fault="late")
+    code, text = forked("lightning", words, tmp_path, rank="1", fault="late")
     assert code == 0, text
     assert "at the end the report is there" in text
     assert json.loads((tmp_path / "texts.json").read_text())["rows"] == 4
 
 
 DEATHS = [
-    ("torchrun", "1", "SIGKILL"),
-    ("torchrun", "1", "raises"),
-    ("lightning", "1", "SIGKILL"),
-    ("lightning", "1", "raises"),
-    ("lightning", "0", "SIGKILL"),  # with the first process goes the one that watches the others
+    (launched, "torchrun", "1", "SIGKILL"),  # three processes that import everything
+    (forked, "torchrun", "1", "raises"),
+    (forked, "lightning", "1", "SIGKILL"),
+    (forked, "lightning", "1", "raises"),
+    (forked, "lightning", "0", "SIGKILL"),  # with it goes the one that watches the others
+    pytest.param(launched, "torchrun", "1", "raises", marks=pytest.mark.slow),
+    pytest.param(launched, "lightning", "0", "SIGKILL", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("launcher", "rank", "fault"), DEATHS)
-def test_a_rank_that_dies_brings_the_job_down(launcher, rank, fault, overrides, tmp_path):
+@pytest.mark.parametrize(("start", "launcher", "rank", "fault"), DEATHS)
+def test_a_rank_that_dies_brings_the_job_down(start, launcher, rank, fault, overrides, tmp_path):
     arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
-    start = functools.partial(launched, launcher) if launcher == "torchrun" else forked
-    dies(start, arguments, tmp_path, rank=rank, fault=fault)
+    dies(functools.partial(start, launcher), arguments, tmp_path, rank=rank, fault=fault)
 
 
 def dies(start, arguments, folder, *, rank, fault, timeout=150):
-    """start: `forked`, or `launched` by one of the launchers."""
+    """start: `forked` or `launched` by one of the launchers."""
     code, text = start(arguments, folder, rank=rank, fault=fault, timeout=timeout)
     assert code, text
     assert "the fault" in text
