@@ -15,6 +15,10 @@ def main(argv: list[str]) -> int:
     from settings import ConfigError, blamed
     from utils import CIRCUMSTANCES, Failure, reason, shown
 
+    if cli.asks_for_several(argv):
+        from modes import multirun
+
+        return multirun.main(argv)
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
     from checkpointing.layouts import CheckpointError

@@ -22,13 +22,8 @@ def configure(argv: list[str]) -> settings.Config:
     if any(word in ("-h", "--help") for word in argv):
         say(full_help())
         sys.exit(0)
-    from modes.sampling_params import sampling_problems  # not for --help
-
     overrides, show = split_cfg(argv)
-    try:
-        config, problems, warnings = settings.examine(overrides, rules=[sampling_problems])
-    except CIRCUMSTANCES as error:
-        config, problems, warnings = None, [reason(error)], []
+    config, problems, warnings = examined(overrides)
     messages = [f"note: {shown(warning)}" for warning in warnings]
     if problems:
         messages.append(str(settings.ConfigError(problems)))
@@ -40,6 +35,21 @@ def configure(argv: list[str]) -> settings.Config:
         say(settings.composed_yaml(overrides).rstrip())
         sys.exit(0)
     return config
+
+
+def examined(overrides: list[str]) -> tuple[settings.Config | None, list[str], list[str]]:
+    """settings.examine() with the rules of all modes; what it cannot look at is a problem."""
+    from modes.sampling_params import sampling_problems  # not for --help
+
+    try:
+        return settings.examine(overrides, rules=[sampling_problems])
+    except CIRCUMSTANCES as error:
+        return None, [reason(error)], []
+
+
+def asks_for_several(argv: list[str]) -> bool:
+    """Whether -m stands in the command line; --help answers first."""
+    return bool({"-m", "--multirun"} & set(argv)) and not {"-h", "--help"} & set(argv)
 
 
 def split_cfg(argv: list[str]) -> tuple[list[str], bool]:

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.picture import picture
-from training.csv_log import read_log
+from training.log_reading import read_log
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LABELS = {

@@ -19,7 +19,7 @@ from plot_run import plot
 import settings
 from modes.build import build_rows, build_tokenizer
 from sampling.sample_file import SampleFile
-from training.csv_log import read_log
+from training.log_reading import read_log
 
 SAMPLE_LINES = 16
 

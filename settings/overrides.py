@@ -50,7 +50,7 @@ PRINT = "`--cfg job` prints the settings that a command has"
 OWN_FILE = "a file of your own is DIR/experiment/NAME.yaml: --config-dir DIR experiment=NAME"
 # Options of Hydra that are not offered: what to do instead.
 OPTIONS = {
-    ("-m", "--multirun"): "a command is one run, so loop over commands in the shell",
+    ("-m", "--multirun"): "python main.py -m starts one run after the other, and nothing else does",
     ("-r", "--run"): "leave it out, a command runs without it",
     ("-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"): PRINT,
     ("-cp", "--config-path", "-cn", "--config-name"): OWN_FILE,
@@ -75,6 +75,8 @@ def unknown_key(key: str) -> str:
         return f"{key} does not exist: use {INSTEAD[key]}"
     if key.startswith("hydra."):
         return f"{key} does not exist: the run folder is checkpointing.save_dir"
+    if key == "hydra/launcher":
+        return f"{key} has no effect without -m, which starts several runs"
     if key in groups():
         return f"a file of the group {key} must begin with the line `# @package _global_`"
     same_name = [known for known in LEAVES if known.split(".")[-1] == key.split(".")[-1]]
@@ -187,9 +189,8 @@ def _one_value(key: str, text: str) -> str:
     bare = unwrap(LEAVES[key].hint)[0] if key in LEAVES else None
     if typing.get_origin(bare) is list:
         return f"write {shlex.quote(f'{key}=[{text}]')}"
-    if bare is str:
-        return f"give one, or put quotes round a comma: {spelled(key, text)}"
-    return "give one, or put quotes round a comma"
+    quotes = f": {spelled(key, text)}" if bare is str else ""
+    return f"give one, or put quotes round a comma{quotes}; with -m each is a run of its own"
 
 
 def _check_value(key: str, value: object, text: str) -> None:
@@ -207,7 +208,7 @@ def section_problem(key: str, value: object) -> str:
     return f"{key}={value} must be a section; its settings are {names}"
 
 
-def _own_folder(overrides: list[str]) -> tuple[list[str], Path | None, list[str]]:
+def own_folder(overrides: list[str]) -> tuple[list[str], Path | None, list[str]]:
     """The words without --config-dir DIR, DIR as an absolute path if it can serve, and what is
     wrong with it."""
     words, given, left = [], [], iter(overrides)
@@ -251,7 +252,7 @@ def _folder_problem(given: list[str]) -> str | None:
 def parse(overrides: list[str]) -> ParsedOverrides:
     """Sorts a command line into groups and values; a leading + or ++ makes no difference."""
     parser, known_groups = OverridesParser.create(), groups()
-    words, own, lost = _own_folder(overrides)
+    words, own, lost = own_folder(overrides)
     parsed, last = ParsedOverrides({}, [], [*lost], own), {}
     for argument in words:
         try:

@@ -11,6 +11,7 @@ import yaml
 
 from settings.keys import SCHEMA, groups
 from settings.overrides import parse
+from settings.sweeps import expand
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -74,7 +75,8 @@ def test_every_program_of_a_command_exists(page):
 
 
 def commands(page):
-    """The arguments of every call of main.py, as a shell would pass them; … is left out."""
+    """The arguments of every call of main.py, as a shell would pass them, those of -m for each of
+    its jobs; … is left out."""
     variables = {}
     for block in SHELL.findall(page.read_text()):
         variables |= re.findall(r'^ *([A-Z]+)="(.*?)"', block, re.M | re.S)
@@ -82,7 +84,10 @@ def commands(page):
             if "main.py" in line and "$@" not in line and "--help" not in line:
                 line = Template(line.partition("main.py")[2]).substitute(variables)
                 arguments = shlex.split(line, comments=True)
-                yield [word for word in arguments if "=" in word and "…" not in word]
+                words = [word for word in arguments if "=" in word and "…" not in word]
+                yield from (
+                    (job.words for job in expand(words).jobs) if "-m" in arguments else [words]
+                )
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TO_BE_WRITTEN], ids=name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import tiny
 
-from training.csv_log import read_log
+from training.log_reading import read_log
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "extending.md"

@@ -10,17 +10,14 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from training.log_reading import NO_FIGURES, is_old, log_rows
 from utils import atomic_file, naming, reason, write_whole
-
-OLD_HEADER = ["step", "name", "value", "unix_time"]  # of the logs that were one line a figure
-NO_FIGURES = ("step", "unix_time")
 
 
 def record(trainer: L.Trainer, figures: dict[str, float]) -> None:
@@ -76,7 +73,7 @@ class CSVLog(Logger):
             self._open()
         last = int(self._row.get("step", -1))
         if step < last or not figures.keys() <= set(self._columns):
-            self._rewrite([*_rows(self.path)], step, [*figures])
+            self._rewrite([*log_rows(self.path)], step, [*figures])
             last = int(self._row.get("step", -1))
         if step != last:
             self._begin = self.path.stat().st_size
@@ -90,8 +87,8 @@ class CSVLog(Logger):
         """The file of the run so far, or a new one."""
         rows = []
         if self.path.exists():
-            rows = [*_rows(self.path)]
-            if _is_old(self.path):
+            rows = [*log_rows(self.path)]
+            if is_old(self.path):
                 shutil.copyfile(self.path, self.path.with_name("metrics.old.csv"))
         self._rewrite(rows, math.inf, [])
 
@@ -110,59 +107,3 @@ class CSVLog(Logger):
 
     def _line(self) -> bytes:
         return (",".join(self._row.get(name, "") for name in self._columns) + "\n").encode()
-
-
-def _is_old(path: Path) -> bool:
-    with path.open(newline="", errors="replace") as file:
-        return next(csv.reader(file), []) == OLD_HEADER
-
-
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a log as text, those of the old format put together; not one that was cut off,
-    nor one that was written behind it on the same line."""
-    if not _is_old(path):
-        yield from _whole_rows(path)
-        return
-    rows: dict[int, dict[str, str]] = {}
-    for line in _whole_rows(path):
-        # but for the throughput, steps were counted from 0
-        step = int(line["step"]) + (not line["name"].startswith("throughput/"))
-        row = rows.setdefault(step, {"step": str(step), "unix_time": line["unix_time"]})
-        row[line["name"]] = line["value"]
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    for step in sorted(rows):
-        yield {name: rows[step].get(name, "") for name in names}
-
-
-def _whole_rows(path: Path) -> Iterator[dict[str, str]]:
-    """Lines with a cell for each column, all of them numbers but for a name."""
-    with path.open(newline="", errors="replace") as file:
-        lines = csv.reader(line for line in file if line.endswith("\n") and "\0" not in line)
-        columns = next(lines, [])
-        for line in lines:
-            row = dict(zip(columns, line, strict=False))
-            cells = [value for name, value in row.items() if name not in ("name", "step") and value]
-            if (
-                len(line) == len(columns)
-                and row.get("step", "").isdecimal()
-                and all(map(_number, cells))
-            ):
-                yield row
-
-
-def _number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """{name: {optimizer steps made: value}} of a metrics.csv of either format."""
-    series: dict[str, dict[int, float]] = {}
-    for row in _rows(Path(path)):
-        for name, value in row.items():
-            if value and name not in NO_FIGURES:
-                series.setdefault(name, {})[int(row["step"])] = float(value)
-    return series

@@ -32,8 +32,9 @@ from evaluation.likelihood import RowResults
 from modes import train
 from sampling import sample_file
 from sampling.sample_file import SampleFile, SampleRow
-from training.csv_log import CSVLog, read_log
+from training.csv_log import CSVLog
 from training.health import StepHealth
+from training.log_reading import read_log
 from training.run_lock import NAME, RunLock, process_start
 from training.saving import BestCheckpoint, CarefulIO, Deadline
 from utils import DataFailure

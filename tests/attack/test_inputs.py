@@ -60,11 +60,9 @@ WORDS = {
     "модель=1": "модель is not a setting",
     "a@b@c=1": "a@b@c is not a setting",
     "seed@x=1": "packages (@) are not offered",
-    "hydra/launcher=x": "hydra/launcher is not a setting",
+    "hydra/launcher=x": "hydra/launcher has no effect without -m, which starts several runs",
     "hydra.sweep.dir=x": "hydra.sweep.dir does not exist",
     # options of Hydra: what to do instead
-    "-m": "-m is not an option: settings are key=value; a command is one run",
-    "--multirun": "loop over commands in the shell",
     "--config-path=x": "a file of your own is DIR/experiment/NAME.yaml: --config-dir DIR exper",
     "--config-name=x": "DIR/experiment/NAME.yaml",
     "-cn": "DIR/experiment/NAME.yaml",

@@ -11,6 +11,7 @@ import main
 from modes import cli
 from settings.keys import CONFIGS
 from settings.overrides import DEAD
+from settings.sweeps import expand
 
 MAIN = CONFIGS.parent / "main.py"
 TRAIN = ["data=shakespeare", "wandb=null"]
@@ -32,11 +33,15 @@ WRONG = [
     (TRAIN, ["trainer.max_epochs=4"], "use trainer.max_steps: the training data are one endless"),
     (TRAIN, ["hydra.run.dir=x"], "hydra.run.dir does not exist: use checkpointing.save_dir"),
     (TRAIN, ["hydra.verbose=1"], "hydra.verbose does not exist: the run folder is"),
-    (TRAIN, ["--multirun"], "--multirun is not an option: settings are key=value"),
+    (TRAIN, ["--multirun"], "is not an option: settings are key=value; python main.py -m starts"),
     (TRAIN, ["quickstart"], "'quickstart' is not key=value"),
     (TRAIN, ["=40"], "'=40' names no setting: write key=value, without spaces"),
     (TRAIN, ["wandb.name=a]b"], "'wandb.name=a]b' cannot be read"),
-    (TRAIN, ["seed=1,2"], "'seed=1,2' names several values: give one, or put quotes"),
+    (
+        TRAIN,
+        ["seed=1,2"],
+        "names several values: give one, or put quotes round a comma; with -m each",
+    ),
     (TRAIN, ["model@net=tiny"], "'model@net=tiny': packages (@) are not offered"),
     (TRAIN, ["seed=${nowhere}"], "seed: Interpolation key 'nowhere' not found"),
     (TRAIN, ["seed=${eval:'2'}"], "seed: Unsupported interpolation type eval"),
@@ -526,7 +531,9 @@ def test_the_commands_of_the_help_can_be_run(capsys, folder):
         if "mode=" in " ".join(arguments) and "checkpoint_path" not in " ".join(arguments):
             arguments = [*arguments, "eval.checkpoint_path=org/model"]
         if "--cfg" not in arguments:
-            cli.configure(arguments)
+            jobs = expand(arguments).jobs if "-m" in arguments else []
+            for words in [job.words for job in jobs] or [arguments]:
+                cli.configure(words)
 
 
 def test_cfg_shows_the_composed_settings(capsys):

@@ -23,7 +23,7 @@ from models.masks import BlockDiffusion, Causal, Full
 from modes.build import build_data, build_objective
 from objectives.corruption import draw_example_noise
 from random_streams import key
-from training.csv_log import read_log
+from training.log_reading import read_log
 
 ROOT = Path(__file__).parents[2]
 EVALUATE = ["mode=ppl_eval"]

@@ -22,8 +22,9 @@ from objectives.corruption import draw_example_noise
 from scripts.show_mask import document_ids_of
 from scripts.show_mask import main as show_mask
 from scripts.show_mask import seen_pairs as drawn_pairs
-from training.csv_log import CSVLog, read_log
+from training.csv_log import CSVLog
 from training.flops import PEAK_SIZE, NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
+from training.log_reading import read_log
 from training.logged import LOGGED, StepLog
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ import utils
 from checkpointing import torch_file
 from diffusion import Diffusion
 from training import health
-from training.csv_log import read_log
 from training.health import StallWatch
+from training.log_reading import read_log
 from training.saving import CarefulIO
 
 

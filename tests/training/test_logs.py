@@ -12,7 +12,8 @@ import torch
 
 from scripts.plot_run import smoothed
 from training import progress
-from training.csv_log import CSVLog, read_log
+from training.csv_log import CSVLog
+from training.log_reading import read_log
 from training.progress import RunProgress
 
 OLD = (

@@ -17,8 +17,8 @@ from checkpointing import torch_file
 from data import streaming
 from diffusion import Diffusion
 from training import saving
-from training.csv_log import read_log
 from training.distributed import Poll
+from training.log_reading import read_log
 from training.saving import Deadline
 from training.signals import GO_ON
 

@@ -1,0 +1,131 @@
+"""One run of several: its process here, the signals that end it, and what it has written."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import settings
+from modes.results import LOG, number, reports
+from settings import Config
+from settings.sweeps import Job
+from training.log_reading import read_log
+from training.signals import HEARD
+from utils import CIRCUMSTANCES, say, shown
+
+MAIN = Path(__file__).parent.parent / "main.py"
+
+
+@dataclass
+class Run:
+    """A job and what became of it."""
+
+    job: Job
+    config: Config
+    code: int | None = None  # exit code, negative for a signal; None: it did not end
+    seconds: float | None = None
+    job_id: str | None = None  # of Slurm
+    figures: dict[str, object] = field(default_factory=dict)  # {column: what it wrote last}
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(MAIN), *self.job.words]
+
+    @property
+    def outcome(self) -> str:
+        if self.code is None:
+            return "-"
+        return signal.Signals(-self.code).name if self.code < 0 else str(self.code)
+
+
+class Told:
+    """Signals that end the jobs: the first is kept, and all are passed on to the one that runs."""
+
+    def __init__(self):
+        self.by: signal.Signals | None = None
+        self.child: subprocess.Popen | None = None
+
+    def _hear(self, number: int, frame) -> None:
+        # a terminal sends Ctrl-C to the child as well, where a second one would end it at once
+        again = self.by is not None
+        self.by = self.by or signal.Signals(number)
+        if self.child is not None:
+            self.child.send_signal(number if again else signal.SIGTERM)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        heard = [each for each in HEARD if signal.getsignal(each) is not signal.SIG_IGN]  # nohup
+        before = {each: signal.signal(each, self._hear) for each in heard}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def run_here(runs: list[Run]) -> signal.Signals | None:
+    """One after the other, with this process's output. The signal that ended it, or None."""
+    told = Told()
+    with told.listening():
+        for index, run in enumerate(runs, 1):
+            say(f"job {index} of {len(runs)}: {run.job.name}")
+            started = time.monotonic()
+            told.child = subprocess.Popen(run.command)
+            if told.by is not None:  # while it was started
+                told.child.send_signal(signal.SIGTERM)
+            run.code = told.child.wait()
+            told.child, run.seconds = None, time.monotonic() - started
+            run.figures = last_figures(run)
+            if told.by is not None:
+                say(f"{told.by.name}: stopped; the same command goes on with what is not finished")
+                break
+    return told.by
+
+
+def last_figures(run: Run) -> dict[str, object]:
+    """The last figures that a run has written, by the names of their columns."""
+    config, folder = run.config, settings.local_folder(run.config.checkpointing.save_dir)
+    if config.mode == "train":
+        return _trained(folder)
+    if run.code != 0:
+        return {}
+    if config.mode == "ppl_eval":
+        wanted = {"checkpoint": config.eval.checkpoint_path, "data": config.data.valid}
+        paths = sorted(folder.glob("ppl_*.json"), key=lambda path: path.stat().st_mtime)
+        found = _matching(paths, wanted | {"ema": not config.eval.disable_ema})
+        newest = [each for path, each in found if path == found[-1][0]]
+        return {f"PPL {shown(each.get('likelihood'))}": _with_error(each) for each in newest}
+    if config.mode == "sample_eval":
+        path = Path(config.sampling.logdir)
+        path = path.with_suffix(".json") if path.suffix == ".csv" else Path(f"{path}.json")
+        wanted = {"checkpoint": config.eval.checkpoint_path, "seed": config.seed}
+        found = _matching([path], wanted)
+        columns = {"gen PPL": "gen_ppl", "entropy": "gen_entropy", "NFE": "gen_nfes"}
+        last = found[-1][1] if found else {}
+        return {name: number(last.get(key)) for name, key in columns.items()}
+    return {}
+
+
+def _matching(paths: list[Path], wanted: dict) -> list[tuple[Path, dict]]:
+    """The reports about what was asked for; a file that cannot be read has none."""
+    found = reports(paths, [])
+    return [(p, each) for p, each in found if all(each.get(k) == v for k, v in wanted.items())]
+
+
+def _with_error(report: dict) -> str | None:
+    ppl, error = number(report.get("ppl")), number(report.get("ppl_error"))
+    if ppl is None:
+        return None
+    return f"{ppl:,.2f}" if error is None else f"{ppl:,.2f} ± {error:,.2f}"
+
+
+def _trained(folder: Path) -> dict[str, object]:
+    try:
+        valid = read_log(folder / LOG).get("val/ppl", {})
+    except (ValueError, *CIRCUMSTANCES):
+        return {}  # it was stopped before its first row
+    return {"validated at step": max(valid), "val PPL": valid[max(valid)]} if valid else {}

@@ -1,0 +1,126 @@
+"""`-m`: several command lines in one, each in a process of its own, and one table at the end.
+
+All of them are checked before the first starts. One that fails leaves the others as they are, and
+the same command goes on with those that are not finished.
+"""
+
+import os
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import timedelta
+
+import settings
+from modes import slurm
+from modes.cli import examined
+from modes.launching import Run, run_here
+from modes.tables import filled, text
+from settings import Config
+from settings.keys import LEAVES
+from settings.sweeps import Job, expand
+from training.signals import BY_HAND, GO_ON
+from utils import Failure, reason, say, shown, whole_number
+
+MOST_NAMES = 3  # of jobs behind a problem
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 all is done, 1 some failed, 2 nothing was started; told to stop, that of
+    training."""
+    sweep = expand(argv)
+    problems, on_slurm = [*sweep.problems, *_surroundings(argv)], sweep.launcher == "submitit_slurm"
+    if not problems:
+        configs, problems = _checked(sweep.jobs)
+        problems += [] if problems else _shared(sweep.jobs, configs)
+    problems += slurm.problems(sweep) if on_slurm else []
+    if problems:
+        print(settings.ConfigError(problems), file=sys.stderr)
+        return 2
+    runs = [Run(job, config) for job, config in zip(sweep.jobs, configs, strict=True)]
+    try:
+        told = slurm.run(runs, sweep) if on_slurm else run_here(runs)
+    except Failure as error:
+        print(shown(reason(error)), file=sys.stderr)
+        return 1
+    say(table(runs))
+    failed = any(run.code != 0 for run in runs)
+    if told is not None and failed:
+        return BY_HAND if told == signal.SIGINT else GO_ON
+    return int(failed)
+
+
+def _surroundings(argv: list[str]) -> Iterator[str]:
+    """Why there cannot be several runs here."""
+    if {"--cfg", "-c"} & set(argv):
+        yield "--cfg shows one run: leave -m out, and give one value for each setting"
+    stepped = (
+        "SLURM_STEP_ID" in os.environ and (whole_number(os.environ.get("SLURM_NTASKS")) or 1) > 1
+    )
+    if "TORCHELASTIC_RUN_ID" in os.environ or stepped:
+        yield (
+            f"-m under {'srun' if stepped else 'torchrun'} would start everything several times:"
+            " run it alone, each run takes the processes that trainer.devices names"
+        )
+
+
+def _checked(jobs: list[Job]) -> tuple[list[Config | None], list[str]]:
+    """The settings of all jobs, and each problem once, with the jobs that have it."""
+    configs, found = [], defaultdict(list)
+    for job in jobs:
+        config, problems, _ = examined([*job.words])
+        configs.append(config)
+        for problem in problems:
+            found[problem].append(job)
+    several = {problem: those for problem, those in found.items() if len(those) < len(jobs)}
+    return configs, [
+        f"{problem} (in {_named(several[problem])})" if problem in several else problem
+        for problem in found
+    ]
+
+
+def _named(jobs: list[Job]) -> str:
+    rest = len(jobs) - MOST_NAMES
+    names = "; ".join(job.name for job in jobs[:MOST_NAMES])
+    return f"{names}; {rest} more" if rest > 0 else names
+
+
+def _shared(jobs: list[Job], configs: list[Config]) -> Iterator[str]:
+    """Jobs that would write over each other's files."""
+    writers = defaultdict(list)
+    for job, config in zip(jobs, configs, strict=True):
+        for place in _written(config):
+            writers[place].append(job)
+    for (setting, path, *_), those in writers.items():
+        keys = [word.lstrip("+").partition("=")[0] for word in those[-1].swept]
+        keys = [key if key in LEAVES else f"{key}.name" for key in keys]
+        inside = "-".join(f"${{{key}}}" for key in keys if key in LEAVES) or "${seed}"
+        if len(those) > 1:
+            yield (
+                f"{setting}={path} is the same in {_named(those)}, and they would write over each"
+                f" other: put what differs into it, as in '{setting}={path}-{inside}'"
+            )
+
+
+def _written(config: Config) -> Iterator[tuple]:
+    """(setting, its value, what else decides the name) of files that a second run would write
+    over. Texts are added to a file."""
+    c, e = config.checkpointing, config.eval
+    if config.mode == "train":
+        yield "checkpointing.save_dir", c.save_dir
+    if config.mode == "ppl_eval":
+        named = e.checkpoint_path, e.disable_ema, config.data.valid
+        yield "checkpointing.save_dir", c.save_dir, named
+    if config.mode == "sample_eval" and config.sampling.trajectory is not None:
+        yield "sampling.trajectory", config.sampling.trajectory
+
+
+def table(runs: list[Run]) -> str:
+    """What became of the jobs."""
+    more = [*dict.fromkeys(name for run in runs for name in run.figures)]
+    rows = [["job", "overrides", "Slurm", "exit code", "time", *more]]
+    for index, run in enumerate(runs, 1):
+        spent = None if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
+        values = [run.figures.get(name) for name in more]
+        rows.append([index, run.job.name, run.job_id, run.outcome, spent, *values])
+    return text(filled(rows))

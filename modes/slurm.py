@@ -1,0 +1,136 @@
+"""`-m hydra/launcher=submitit_slurm`: each job of a command as one job of Slurm, by submitit.
+
+Ahead of its time limit Slurm sends USR1; training saves, and the job goes back into the queue. What
+submitit keeps in its folder is pickled, by this command and for this user.
+"""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from modes.launching import Run, Told, last_figures
+from settings.sweeps import SLURM, Sweep
+from training.run_lock import process_start
+from utils import Failure, rank, read_json, reason, say, write_json
+
+ROOT = Path(__file__).parent.parent
+LOGS = Path("watch_folder")  # as of scripts/job.sh
+PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
+MOST_REQUEUES = 1000  # at the time limit
+POLL_SECONDS = 2.0
+LOST_SECONDS = 20.0  # that a result of a job which has left the queue may take to be seen
+
+
+def problems(sweep: Sweep) -> Iterator[str]:
+    """Why nothing can be submitted from here."""
+    launcher = f"hydra/launcher={sweep.launcher}"
+    if importlib.util.find_spec("submitit") is None:
+        yield f"{launcher}: submitit is not installed: pip install -r requirements-submitit.txt"
+    if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
+        yield f"{launcher}: there is no Slurm here ({', '.join(absent)} not found)"
+    if "timeout_min" not in sweep.slurm:
+        yield (
+            f"{launcher} needs hydra.launcher.timeout_min=MINUTES: after these a job saves and goes"
+            " back into the queue"
+        )
+
+
+@dataclass
+class SlurmJob:
+    """What runs in a job of Slurm, in each of its tasks; submitit pickles it. `result`: where the
+    exit code and the seconds of this start are written."""
+
+    command: list[str]
+    folder: str  # of the launch
+    result: str
+
+    def __call__(self) -> None:
+        started = time.monotonic()
+        self.child = subprocess.Popen(self.command, cwd=self.folder)
+        while self.child.poll() is None:  # in wait() a handler could not ask about the child
+            time.sleep(0.2)
+        if rank() == 0:
+            seconds = time.monotonic() - started
+            write_json(Path(self.result), {"code": self.child.returncode, "seconds": seconds})
+
+    def checkpoint(self):
+        """Called in a signal handler: training saves, then submitit requeues this again."""
+        import submitit
+
+        os.kill(self.child.pid, signal.SIGUSR1)
+        while process_start(self.child.pid) is not None:
+            time.sleep(0.1)
+        again = SlurmJob(self.command, self.folder, self.result)
+        return submitit.helpers.DelayedSubmission(again)
+
+
+def run(runs: list[Run], sweep: Sweep) -> signal.Signals | None:
+    """Submits the jobs and waits until they have left the queue. The signal that ended the waiting,
+    or None. Failure: sbatch refuses a job."""
+    told = Told()
+    with told.listening():
+        results = _submit(runs, sweep)
+        waiting, missed = list(range(len(runs))), {}
+        while waiting and told.by is None:
+            time.sleep(POLL_SECONDS)
+            queued, now = _queued(), time.monotonic()
+            for index in waiting:
+                if queued is not None and runs[index].job_id not in queued:
+                    missed.setdefault(index, now)
+            for index, since in missed.items():
+                late = now - since > LOST_SECONDS
+                if index in waiting and (results[index].exists() or late):
+                    waiting.remove(index)
+                    _finish(runs[index], index + 1, results[index])
+    if waiting:
+        ids = " ".join(runs[index].job_id for index in waiting)
+        say(f"{told.by.name}: the jobs stay in the queue; `scancel {ids}` ends them")
+    return told.by if waiting else None
+
+
+def _submit(runs: list[Run], sweep: Sweep) -> list[Path]:
+    """Where each job will write its exit code."""
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # what training listens to; read in the import
+    import submitit
+
+    folder = (LOGS / f"multirun-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").absolute()
+    executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
+    path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    asked = {SLURM[name][1]: value for name, value in sweep.slurm.items()}
+    asked |= {"slurm_setup": [path], "slurm_stderr_to_stdout": True}
+    results = []
+    try:
+        executor.update_parameters(**asked)
+        for index, run in enumerate(runs, 1):
+            results.append(folder / f"{index}.json")
+            job = executor.submit(SlurmJob(run.command, str(Path.cwd()), str(results[-1])))
+            run.job_id = job.job_id
+            say(f"job {index} of {len(runs)} is job {job.job_id} of Slurm: {run.job.name}")
+    except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
+        ids = " ".join(run.job_id for run in runs if run.job_id)
+        before = f"; submitted before it: {ids}" if ids else ""
+        raise Failure(f"sbatch: {reason(error)}{before}") from error
+    say(f"their logs: {folder}/*.out")
+    return results
+
+
+def _queued() -> set[str] | None:
+    """Numbers of this user's jobs that wait or run; None: Slurm does not answer."""
+    done = subprocess.run(["squeue", "--me", "-h", "-o", "%A"], capture_output=True, text=True)
+    return None if done.returncode else set(done.stdout.split())
+
+
+def _finish(run: Run, number: int, result: Path) -> None:
+    if result.exists():
+        found = read_json(result)
+        run.code, run.seconds = found["code"], found["seconds"]
+        run.figures = last_figures(run)
+    else:
+        say(f"job {number} ({run.job_id} of Slurm) has left the queue without an exit code")
