@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 import pty
+import runpy
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from checkpointing import torch_file
 from training import flops
 from training.signals import HEARD
 
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love", "war", "time")
 TIMEOUT = 120.0
 
@@ -186,6 +188,31 @@ def run(arguments, log: Path, timeout=TIMEOUT, **kwargs) -> tuple[int, str]:
     begin = log.stat().st_size if log.exists() else 0
     process = Run(arguments, log, **kwargs)
     return process.wait(timeout), log.read_bytes()[begin:].decode()
+
+
+def in_a_copy(folder: Path, script: str, arguments=()) -> tuple[int, str]:
+    """A script of a copy of the project: its exit code, and what it printed. The process is forked
+    and forgets this project's modules, so that no library has to be imported again."""
+    place = folder.with_name("in_the_copy.py")
+    place.write_text(script)
+
+    def program(arguments):
+        os.chdir(folder)
+        sys.path[:] = [str(folder), str(folder / "tests"), *(p for p in sys.path if not ours(p))]
+        for name, module in list(sys.modules.items()):
+            if ours(getattr(module, "__file__", None) or sys.prefix):
+                del sys.modules[name]
+        sys.argv = [str(place), *arguments]
+        runpy.run_path(str(place), run_name="__main__")
+        return 0
+
+    return run(list(arguments), folder.with_name("log.txt"), program=program)
+
+
+def ours(path: str) -> bool:
+    """A file or folder of this project, and not of its environment."""
+    place = Path(path).absolute()
+    return place.is_relative_to(ROOT) and ".venv" not in place.relative_to(ROOT).parts
 
 
 def ranks(count: int, arguments, log: Path, *, before=None) -> list[Run]:

@@ -1,15 +1,13 @@
 """The diffs of docs/extending.md, applied to a copy of the tree and run there."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from runs import tiny
+from runs import in_a_copy, tiny
 
 from training.log_reading import read_log
 
@@ -23,10 +21,9 @@ OF_THE_KINDS = ["tests/test_noise.py", "tests/objectives/test_algorithms.py"]
 # In the copy: the help, runs of main.py and pytest, all in one interpreter.
 DRIVER = """
 import json, sys
-import pytest, torch
+import pytest
 import main
 from settings.help import full_help
-torch.set_num_threads(1)
 runs, tests, result = json.loads(sys.argv[1])
 done = {"help": full_help(), "codes": [main.main(words) for words in runs]}
 done["tests"] = int(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))
@@ -53,16 +50,9 @@ def extended(tmp_path_factory):
     for split in ("train", "validation"):
         (stories / f"{split}.txt").write_text("once upon a time there was a dog " * 20)
     asked = json.dumps([runs(folder, stories), [*TESTS, *OF_THE_KINDS], str(folder / "result")])
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, asked],
-        cwd=copy,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{copy}:{copy / 'tests'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "result").read_text()), folder, done.stdout + done.stderr
+    code, text = in_a_copy(copy, DRIVER, [asked])
+    assert code == 0, text
+    return json.loads((folder / "result").read_text()), folder, text
 
 
 def needed(name: str) -> bool:

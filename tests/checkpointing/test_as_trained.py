@@ -4,13 +4,11 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import ALGORITHMS, ends_with_2, tiny
+from runs import ALGORITHMS, ends_with_2, in_a_copy, tiny
 
 import main
 import settings
@@ -188,22 +186,21 @@ print(json.dumps({
 
 def test_a_new_flag_of_the_network_is_compared_without_further_work(tmp_path):
     """One line in a copy of the schema, nothing else."""
+    copy = tmp_path / "copy"
     for name in ("configs", "settings", "checkpointing", "data", "models", "objectives"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+        shutil.copytree(ROOT / name, copy / name)
     for name in ("samplers", "training", "evaluation", "modes"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+        shutil.copytree(ROOT / name, copy / name)
     for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    schema = tmp_path / "settings/schema.py"
+        shutil.copy(path, copy)
+    schema = copy / "settings/schema.py"
     line = '    compile: bool = doc("compile the layers'
     flag = '    qk_norm: bool = doc("normalise queries and keys", default=False)\n'
     assert schema.read_text().count(line) == 1
     schema.write_text(schema.read_text().replace(line, flag + line))
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, text = in_a_copy(copy, SCRIPT)
+    assert code == 0, text
+    found = json.loads(text)
     for same in ("on as on", "absent as off"):
         assert found[same] == []
     assert found["off in a notebook"] is None
