@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.randomness import uniform
 from objectives.corruption import log_binomial
-from samplers.steps import by_margin, by_probability
+from samplers.steps import by_entropy, by_margin, by_probability, within_entropy
 
 Ask = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
 
@@ -273,6 +273,16 @@ def threshold(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.9) -> 
         return first if number >= 1 else first | ((scores.exp() >= number) & masked)
 
     return walk(ask, texts, by_probability, reveal).nll
+
+
+def entropy_bounded(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.0) -> Tensor:
+    """The law of revealing the places of least entropy that the bound `number`, in nats, lets pass
+    together, [B, L]."""
+
+    def reveal(scores: Tensor, masked: Tensor) -> Tensor:
+        return within_entropy(-scores, masked, number)
+
+    return walk(ask, texts, by_entropy, reveal).nll
 
 
 def left_to_right(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:

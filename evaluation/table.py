@@ -1,6 +1,8 @@
 """Which likelihoods there are, what each is, and how many passes over a text it takes.
 
 A name may carry a number: iw:8 (orders), threshold:0.9, greedy:4 (positions revealed at a time).
+A step rule that looks at the drawn token (low_confidence) or at chance has no likelihood here: the
+way to a text is not known from the text.
 """
 
 import math
@@ -10,19 +12,27 @@ from dataclasses import dataclass
 from evaluation import estimators
 
 BOUND = "upper bound (NELBO)"
+NO_LIKELIHOOD = "a step rule that looks at the drawn token or at chance has no likelihood"
+# what the number of a name must be: how it is read, and whether it is that
+NUMBERS = {
+    "a whole number, at least 1": (int, lambda number: number >= 1),
+    "in (0, 1]": (float, lambda number: 0 < number <= 1),
+    "at least 0": (float, lambda number: number >= 0),
+}
 
 
 @dataclass(frozen=True)
 class Kind:
     """`estimate(ask, texts, chance, number)` -> nats per token float64 [B, L]; `law`: whose
     likelihood that is. `passes(S, number)`: over the noised half, for each draw. `number`: what the
-    name may carry, with its default; None in `default`: it must be given."""
+    name may carry, with its limit, a key of NUMBERS, and its default; None: it must be given."""
 
     estimate: Callable
     passes: Callable[[int, float | None], int]
     law: str
     sampled: bool = False
     number: str = ""
+    limit: str = "a whole number, at least 1"
     default: float | None = None
 
 
@@ -60,6 +70,14 @@ LIKELIHOODS = {
         lambda size, number: size,  # at most
         "exact for steps=threshold",
         number="a probability",
+        limit="in (0, 1]",
+    ),
+    "entropy_bounded": Kind(
+        estimators.entropy_bounded,
+        lambda size, number: size,  # at most
+        "exact for steps=entropy_bounded",
+        number="a bound in nats",
+        limit="at least 0",
     ),
 }
 
@@ -88,7 +106,9 @@ def parse_likelihood(label: str) -> Chosen:
     """The likelihood of a name, such as iw:8. ValueError says what is wrong with it."""
     name, colon, text = label.partition(":")
     if name not in LIKELIHOODS:
-        raise ValueError(f"eval.likelihood={label} must be one of {', '.join(LIKELIHOODS)}")
+        raise ValueError(
+            f"eval.likelihood={label} must be one of {', '.join(LIKELIHOODS)}; {NO_LIKELIHOOD}"
+        )
     kind = LIKELIHOODS[name]
     if colon and not kind.number:
         raise ValueError(f"eval.likelihood={label}: {name} takes no number")
@@ -96,14 +116,14 @@ def parse_likelihood(label: str) -> Chosen:
         raise ValueError(f"eval.likelihood={label} needs a number, {kind.number}: {name}:NUMBER")
     if not colon:
         return Chosen(name, kind.default, label)
-    chance = name == "threshold"
+    read, holds = NUMBERS[kind.limit]
     try:
-        number = float(text) if chance else int(text)
+        number = read(text)
     except ValueError:
-        number = 0
-    if not 0 < number <= (1 if chance else math.inf):  # nan is neither
-        allowed = "in (0, 1]" if chance else "a whole number, at least 1"
-        raise ValueError(f"eval.likelihood={label}: {kind.number} must be {allowed}, got {text!r}")
+        number = math.nan  # which no limit holds
+    if not holds(number):
+        allowed = f"{kind.number} must be {kind.limit}"
+        raise ValueError(f"eval.likelihood={label}: {allowed}, got {text!r}")
     return Chosen(name, number, label)
 
 

@@ -79,7 +79,7 @@ class SamplingParams:
     k: int = rule_number(
         default=1,
         limit="at least 1",
-        doc="tokens that steps=confidence reveals in a step",
+        doc="tokens that steps=confidence and low_confidence reveal in a step",
         if_read=False,
     )
     confidence: str = "probability"  # confidence: a name of steps.CONFIDENCES
@@ -94,6 +94,17 @@ class SamplingParams:
         limit="in [0, 1]",
         doc="steps=remask: largest probability that a revealed token is masked again",
         if_read=False,
+    )
+    order_temperature: float = rule_number(
+        default=0.0,
+        limit="at least 0",
+        doc="steps=confidence draws positions, by exp(confidence / this); 0: takes the surest",
+    )
+    entropy_bound: float = rule_number(
+        default=0.1,
+        limit="at least 0",
+        doc="steps=entropy_bounded: nats, by which tokens revealed together may depend on each "
+        "other",
     )
     temperature: float = number(
         default=1.0,

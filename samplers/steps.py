@@ -11,8 +11,14 @@ it may look at chance too.
                    the input is unchanged
     remask         ancestral, and in each step a token seen is masked again with chance sigma
                    (ReMDM-cap, arXiv:2503.00307)
-    confidence     the k positions of greatest confidence
+    confidence     the k positions of greatest confidence; with an order temperature k are drawn
+                   with chances exp(confidence / temperature), as in Dream (arXiv:2508.15487)
+    low_confidence the k positions whose tokens, drawn anew in each evaluation, are most probable;
+                   the others stay masked (LLaDA, arXiv:2502.09992)
     threshold      all positions whose greatest probability reaches a threshold, at least one
+    entropy_bounded
+                   the positions of least entropy, as long as the entropies of those before the last
+                   one sum to at most a bound (EB-Sampler, arXiv:2505.24857)
 """
 
 from collections.abc import Callable
@@ -20,9 +26,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .draw import fold, sample, uniform
+from .warping import COLDEST
 
 LAST_TIME = 1e-3
 ORDER, CHAIN = 0, 1  # numbers of the streams of a position; its draws are numbered from DRAW on
@@ -170,10 +178,25 @@ def by_entropy(log_probs: Tensor) -> Tensor:
 CONFIDENCES = {"probability": by_probability, "margin": by_margin, "entropy": by_entropy}
 
 
-def most_confident(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
-    score = CONFIDENCES[params.confidence](log_probs).masked_fill(~masked, -torch.inf)
-    best = score.argsort(dim=-1, descending=True, stable=True)[:, : params.k]
+def greatest(score: Tensor, masked: Tensor, k: int) -> Tensor:
+    """The k masked positions of greatest score; of equal ones the first. [B, R] all."""
+    score = score.masked_fill(~masked, -torch.inf)
+    best = score.argsort(dim=-1, descending=True, stable=True)[:, :k]
     return torch.zeros_like(masked).scatter(1, best, True) & masked
+
+
+def most_confident(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
+    score = CONFIDENCES[params.confidence](log_probs)
+    if params.order_temperature > COLDEST:
+        # of the probability itself, whose logarithm tells more of them apart
+        score = score.exp() if params.confidence == "probability" else score
+        score = score.double() / params.order_temperature + chance.gumbel()
+    return greatest(score, masked, params.k)
+
+
+def low_confidence(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
+    score = log_probs.gather(-1, chance.tokens[..., None])[..., 0]
+    return greatest(score, masked, params.k)
 
 
 def above_threshold(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
@@ -182,6 +205,18 @@ def above_threshold(log_probs: Tensor, masked: Tensor, params, chance: Chance) -
     if params.threshold >= 1:  # rounding may turn a chance just below 1 into 1: stay sequential
         return first & masked
     return (first | (score.exp() >= params.threshold)) & masked
+
+
+def entropy_bounded(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
+    return within_entropy(-by_entropy(log_probs), masked, params.entropy_bound)
+
+
+def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
+    """The masked positions of least entropy, of equal ones the first, as long as the sum without
+    the last is at most `bound`: one at least. [..., R] all."""
+    ordered, order = entropy.double().masked_fill(~masked, torch.inf).sort(dim=-1, stable=True)
+    before = F.pad(ordered.cumsum(-1)[..., :-1], (1, 0))
+    return torch.zeros_like(masked).scatter(-1, order, before <= bound) & masked
 
 
 @dataclass(frozen=True)
@@ -214,6 +249,10 @@ STEPS = {
     "first_hitting": Planned(first_hitting),
     "ancestral": Planned(ancestral, reads=("num_steps",)),
     "remask": Planned(remask, reads=("num_steps", "remask_eta")),
-    "confidence": Adaptive(most_confident, sequential=True, reads=("k", "confidence")),
+    "confidence": Adaptive(
+        most_confident, sequential=True, reads=("k", "confidence", "order_temperature")
+    ),
+    "low_confidence": Adaptive(low_confidence, sequential=True, reads=("k",)),
     "threshold": Adaptive(above_threshold, sequential=False, reads=("threshold",)),
+    "entropy_bounded": Adaptive(entropy_bounded, sequential=False, reads=("entropy_bound",)),
 }

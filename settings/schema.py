@@ -24,7 +24,8 @@ from settings.limits import (
 
 TYPES = {"int": int, "float": float}
 LIKELIHOODS = Limit(
-    f"made of {', '.join(tables.likelihoods())}, some with a number, such as iw:8 or threshold:0.9",
+    f"made of {', '.join(tables.likelihoods())}, some with a number, such as iw:8 or threshold:0.9;"
+    " a step rule that looks at the drawn token or at chance has no likelihood",
     lambda value: bool(value) and all(name.split(":")[0] in tables.likelihoods() for name in value),
     ["nelbo"],
 )

@@ -203,14 +203,25 @@ def test_a_block_of_one_has_one_likelihood(name):
 class Rule:
     """The settings that a step rule reads."""
 
-    def __init__(self, k=1, confidence="probability", threshold=0.9):
-        self.k, self.confidence, self.threshold = k, confidence, threshold
+    def __init__(self, k=1, confidence="probability", threshold=0.9, entropy_bound=0.0):
+        self.k, self.confidence, self.order_temperature = k, confidence, 0.0
+        self.threshold, self.entropy_bound = threshold, entropy_bound
 
 
 STEP_RULES = {
     "greedy": (estimators.greedy, "confidence", Rule()),
     "greedy:2": (functools.partial(estimators.greedy, number=2), "confidence", Rule(k=2)),
     "margin": (estimators.margin, "confidence", Rule(confidence="margin")),
+    "entropy_bounded:0": (
+        functools.partial(estimators.entropy_bounded, number=0.0),
+        "entropy_bounded",
+        Rule(),
+    ),
+    "entropy_bounded:.8": (
+        functools.partial(estimators.entropy_bounded, number=0.8),
+        "entropy_bounded",
+        Rule(entropy_bound=0.8),
+    ),
     "threshold:.5": (
         functools.partial(estimators.threshold, number=0.5),
         "threshold",

@@ -15,7 +15,8 @@ from objectives.block_diffusion import MaskedDiffusion
 from training import progress
 from training.validation import even_in_p
 
-EVERY = "nelbo,counts,exact,first_hitting,iw:2,left_to_right,greedy,margin,threshold:0.5"
+RULES = "left_to_right,greedy,margin,threshold:0.5,entropy_bounded:1"
+EVERY = f"nelbo,counts,exact,first_hitting,iw:2,{RULES}"
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,21 @@ def test_an_unknown_name_is_answered_at_once(trained, capsys):
     assert "eval.likelihood=['nelbo', 'exct'] must be made of nelbo, counts, exact" in said
 
 
+def test_a_rule_that_looks_at_the_drawn_token_has_no_likelihood(trained, capsys):
+    with pytest.raises(SystemExit):
+        main.main([*trained("bamdlm"), "eval.likelihood=low_confidence"])
+    said = "a step rule that looks at the drawn token or at chance has no likelihood"
+    assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match=said):
+        parse_likelihood("low_confidence")
+
+
+@pytest.mark.parametrize("wrong", ["entropy_bounded", "entropy_bounded:-1", "entropy_bounded:nan"])
+def test_the_bound_of_a_likelihood_is_a_number_of_at_least_0(wrong):
+    with pytest.raises(ValueError, match=f"eval.likelihood={wrong}.* a bound in nats"):
+        parse_likelihood(wrong)
+
+
 def test_a_stopped_evaluation_goes_on_where_it_was(evaluate, monkeypatch, capsys):
     """Two batches of four rows are done; then the batches have other sizes."""
     words = "eval.likelihood=[exact,counts]", "eval.draws=2"
@@ -255,7 +271,7 @@ def test_passes_are_those_of_the_table():
     passes = {name: parse_likelihood(name).passes(4) for name in EVERY.split(",")}
     assert passes == dict.fromkeys(["nelbo", "counts"], 1) | dict.fromkeys(
         ["exact", "first_hitting"], 15
-    ) | {"iw:2": 8} | dict.fromkeys(["left_to_right", "greedy", "margin", "threshold:0.5"], 4)
+    ) | {"iw:2": 8} | dict.fromkeys(RULES.split(","), 4)
     assert parse_likelihood("greedy:4").passes(1024) == 256
     assert {parse_likelihood(name).name for name in EVERY.split(",")} == set(LIKELIHOODS)
 

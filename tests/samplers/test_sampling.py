@@ -159,10 +159,12 @@ def texts(samples):
     return [sample.tokens.tolist() for sample in samples]
 
 
-@pytest.mark.parametrize("steps", list(STEPS))
+@pytest.mark.parametrize("steps", [*STEPS, "confidence in a drawn order"])
 @pytest.mark.parametrize(("algo", "cached"), [("bamdlm", False), ("bamdlm", True), ("mdlm", False)])
 def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
-    params = SMALL | {"length": 16, "kv_cache": cached, "steps": steps, "k": 2, "threshold": 0.3}
+    numbers = {"k": 2, "threshold": 0.3, "entropy_bound": 3.5, "temperature": 0.9, "top_k": 20}
+    params = SMALL | numbers | {"length": 16, "kv_cache": cached, "steps": steps.split()[0]}
+    params["order_temperature"] = 0.1 if "drawn" in steps else 0.0
     denoise = network(algo)
     runs = [write(algo, denoise, 5, batch_size=b, **params) for b in (1, 2, 5)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
@@ -336,6 +338,42 @@ def test_a_threshold_of_one_and_k_of_one_are_the_sequential_case(algo):
     sure = write(algo, network(algo), 4, steps="threshold", threshold=1.0, **params)
     assert texts(one) == texts(sure)
     assert {s.nfe for s in one + sure} == {SMALL["length"] - 1}
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
+def test_an_entropy_bound_of_0_reveals_one_in_a_step_and_an_endless_one_all(algo):
+    params = SMALL | {"batch_size": 3}
+    rule = params | {"steps": "entropy_bounded"}
+    one = write(algo, network(algo), 4, **params, steps="confidence", confidence="entropy")
+    bounded = write(algo, network(algo), 4, **rule, entropy_bound=0.0)
+    assert texts(one) == texts(bounded)
+    assert {s.nfe for s in bounded} == {SMALL["length"] - 1}
+    every = write(algo, network(algo), 4, **params, steps="threshold", threshold=1e-9)
+    bounded = write(algo, network(algo), 4, **rule, entropy_bound=float("inf"))
+    assert texts(every) == texts(bounded)
+    assert {s.nfe for s in bounded} == {6 if algo == "bamdlm" else 3}
+
+
+def test_what_is_certain_is_revealed_together_whatever_the_bound():
+    table = Table(knows(GOOD_TEXT), V, MASK, block_size=4)
+    (sample,) = write("bamdlm", table, 1, **SMALL, steps="entropy_bounded", entropy_bound=0.0)
+    assert sample.nfe == SMALL["length"] // SMALL["block_size"]
+
+
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
+def test_low_confidence_at_temperature_0_is_confidence_by_probability(algo):
+    params = SMALL | {"batch_size": 3, "temperature": 0.0, "k": 2}
+    cold = texts(write(algo, network(algo), 4, **params, steps="low_confidence"))
+    assert cold == texts(write(algo, network(algo), 4, **params, steps="confidence"))
+
+
+@pytest.mark.parametrize("confidence", list(CONFIDENCES))
+def test_an_order_temperature_towards_0_takes_the_surest(confidence):
+    params = SMALL | {"batch_size": 3, "steps": "confidence", "k": 2, "confidence": confidence}
+    first = texts(write("bamdlm", network("bamdlm"), 4, **params))
+    for little in (1e-9, 1e-29, 1e-200):
+        near = write("bamdlm", network("bamdlm"), 4, **params, order_temperature=little)
+        assert first == texts(near)
 
 
 class Late:
@@ -654,6 +692,8 @@ WRONG = [
     ("bamdlm", {"nucleus_p": 0}, r"sampling.nucleus_p=0 must be in \(0, 1\]"),
     ("bamdlm", {"temperature": -0.5}, r"sampling.temperature=-0.5 must be in \[0, 100\]"),
     ("ar", {"temperature": float("nan")}, r"sampling.temperature=nan must be in \[0, 100\]"),
+    ("bamdlm", {"order_temperature": -1}, "sampling.order_temperature=-1 must be at least 0"),
+    ("mdlm", {"entropy_bound": -0.1}, "sampling.entropy_bound=-0.1 must be at least 0"),
     ("sedd", {"top_k": -1}, "sampling.top_k=-1 must be at least 0"),
     ("bamdlm", {"nucleus_p": 1.5}, r"sampling.nucleus_p=1.5 must be in \(0, 1\]"),
     ("bamdlm", {"steps": "greedy"}, "sampling.steps='greedy' must be one of"),

@@ -5,6 +5,7 @@ seed that a right sampler fails with chance 1e-4 (over all tests of this file: u
 """
 
 import itertools
+import math
 import random
 from collections import Counter
 
@@ -271,32 +272,108 @@ def test_mdlm_windows_move_by_half_their_length():
     assert_samples_follow(law, samples)
 
 
+def sharper(tokens, position):
+    numbers = random.Random(f"6{tokens}{position}")
+    return [numbers.random() ** 4 + 0.01 for _ in range(4)]
+
+
+def write_whole(steps, warp=PLAIN, law=law_of_context, **options):
+    """A table, and what mdlm writes with it in one window of LENGTH tokens."""
+    denoise = Table(law, 4, MASK)
+    options |= {"length": LENGTH, "window": LENGTH, "batch_size": 1000, **warp._asdict()}
+    return denoise, write("mdlm", denoise, ROWS, steps=steps, **options)
+
+
 @pytest.mark.parametrize("kind", list(CONFIDENCES))
 @pytest.mark.parametrize("k", [1, 2])
 def test_confidence(kind, k):
-    denoise = table()
-    samples = write(
-        "mdlm",
-        denoise,
-        ROWS,
-        length=LENGTH,
-        window=LENGTH,
-        batch_size=1000,
-        steps="confidence",
-        confidence=kind,
-        k=k,
-    )
+    denoise, samples = write_whole("confidence", confidence=kind, k=k)
 
     def options(x):
-        hidden = hidden_of(x, range(LENGTH))
-        p = {i: chances(denoise, x, i) for i in hidden}
-        log_p = torch.tensor([p[i] for i in hidden]).log()
-        score = CONFIDENCES[kind](log_p).tolist() if hidden else []
-        best = sorted(range(len(hidden)), key=lambda j: -score[j])[:k]
-        return {hidden[j]: dict(enumerate(p[hidden[j]])) for j in best}
+        p = {i: chances(denoise, x, i) for i in hidden_of(x, range(LENGTH))}
+        best = sorted(p, key=lambda i: -confidence_by_hand(kind, p[i]))[:k]
+        return {i: dict(enumerate(p[i])) for i in best}
 
     assert_samples_follow(until_written(Counter({START: 1.0}), options), samples)
     assert {s.nfe for s in samples} == {-(-3 // k)}
+
+
+def confidence_by_hand(kind, chances):
+    ranked = sorted(chances, reverse=True)
+    return {
+        "probability": ranked[0],
+        "margin": ranked[0] - ranked[1],
+        "entropy": sum(c * math.log(c) for c in chances if c > 0),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "warmth"),
+    [("probability", 1, 0.1), ("margin", 2, 0.2), ("entropy", 1, 0.5), ("entropy", 2, 1e9)],
+)
+def test_an_order_temperature_draws_positions_by_the_softmax_of_confidence(kind, k, warmth):
+    """k of them without replacement: one after the other, by the chances of those that are left. At
+    an endless temperature it is first hitting."""
+    denoise, samples = write_whole("confidence", confidence=kind, k=k, order_temperature=warmth)
+
+    def chosen(weights, most):
+        """{positions: chance}"""
+        if not most or not weights:
+            return {frozenset(): 1.0}
+        out = Counter()
+        for i, weight in weights.items():
+            others = {j: w for j, w in weights.items() if j != i}
+            for rest, chance in chosen(others, most - 1).items():
+                out[rest | {i}] += weight / sum(weights.values()) * chance
+        return out
+
+    law = Counter({START: 1.0})
+    while any(MASK in x for x in law):
+        after = Counter()
+        for x, chance in law.items():
+            p = {i: chances(denoise, x, i) for i in hidden_of(x, range(LENGTH))}
+            weights = {i: math.exp(confidence_by_hand(kind, p[i]) / warmth) for i in p}
+            for positions, c in chosen(weights, k).items():
+                for new, d in products(x, {i: dict(enumerate(p[i])) for i in positions}):
+                    after[new] += chance * c * d
+        law = after
+    assert_samples_follow(law, samples)
+    if warmth == 1e9 and k == 1:
+        assert law == pytest.approx(first_hitting_law(denoise, LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("k", "warp"), [(1, PLAIN), (1, Warp(temperature=0.5)), (2, Warp(temperature=2.0, top_k=2))]
+)
+def test_low_confidence_draws_all_and_keeps_the_k_most_probable_at_temperature_1(k, warp):
+    denoise, samples = write_whole("low_confidence", warp, k=k)
+    law = Counter({START: 1.0})
+    while any(MASK in x for x in law):
+        after = Counter()
+        for x, chance in law.items():
+            hidden = hidden_of(x, range(LENGTH))
+            plain = {i: chances(denoise, x, i) for i in hidden}
+            drawn = {i: dict(enumerate(chances(denoise, x, i, warp))) for i in hidden}
+            for new, c in products(x, drawn):
+                best = sorted(hidden, key=lambda i, new=new: -plain[i][new[i]])[:k]
+                after[tuple(new[i] if i in best else x[i] for i in range(LENGTH))] += chance * c
+        law = after
+    assert_samples_follow(law, samples)
+    assert {s.nfe for s in samples} == {-(-3 // k)}
+
+
+@pytest.mark.parametrize(("bound", "evaluations"), [(0.3, {2, 3}), (0.7, {2})])
+def test_entropy_bounded(bound, evaluations):
+    denoise, samples = write_whole("entropy_bounded", law=sharper, entropy_bound=bound)
+
+    def options(x):
+        p = {i: chances(denoise, x, i) for i in hidden_of(x, range(LENGTH))}
+        ranked = sorted(p, key=lambda i: -confidence_by_hand("entropy", p[i]))
+        sums = [0.0, *itertools.accumulate(-confidence_by_hand("entropy", p[i]) for i in ranked)]
+        return {i: dict(enumerate(p[i])) for i, s in zip(ranked, sums, strict=False) if s <= bound}
+
+    assert_samples_follow(until_written(Counter({START: 1.0}), options), samples)
+    assert {s.nfe for s in samples} == evaluations
 
 
 def test_threshold():
