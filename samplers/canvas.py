@@ -23,6 +23,8 @@ class Canvas:
         self.mask_id, self.watch = denoise.mask_id, watch
         self.dump = params.length  # the column for writes that concern nobody
         self.x = torch.full((rows, params.length + 1), self.mask_id, device=device)
+        # the log-probability of each token when it was drawn, for a corrector
+        self.sure = torch.zeros(self.x.shape, device=device) if params.corrector else None
         self.cache = None
         self.committed = [0] * rows  # tokens of each row that the cache holds for good
         cuda = torch.device(device).type == "cuda"
@@ -72,7 +74,19 @@ class Canvas:
         log_probs = self.denoise(tokens, read, cache)
         with compiling(self.compiled):
             drawn = self.sample(log_probs, key, self.params.warp, self.params.dtype)
-        self.x.scatter_(1, write, drawn)
+        self.write(write, drawn, log_probs)
+
+    def write(
+        self, where: Tensor, tokens: Tensor, log_probs: Tensor, read: Tensor | None = None
+    ) -> None:
+        """tokens [B, P] to where [B, P]; they were drawn at places read [B, P] of log_probs [B, R,
+        V], None: at all R."""
+        self.x.scatter_(1, where, tokens)
+        if self.sure is not None:
+            places, vocabulary = log_probs.shape[1:]
+            read = torch.arange(places, device=self.device) if read is None else read
+            sure = log_probs.flatten(1).gather(1, read * vocabulary + tokens)
+            self.sure.scatter_(1, where, sure.to(self.sure.dtype))
 
     def _count(self) -> None:
         """One more evaluation of the batch; who watches will see what it was asked about."""
@@ -129,7 +143,7 @@ class Canvas:
         self.committed = [self.committed[row] for row in keep]
         if len(new) + len(empty) == before:  # nobody stays
             if empty:
-                self.x = self.x[keep]
+                self._keep(keep)
             if self.replay is not None and self.cache is not None and not empty:
                 self.cache = self.cache.restarted()  # recordings stay, with all they know
             elif keep:
@@ -140,11 +154,16 @@ class Canvas:
             self.cache = self.cache.reset(to_device(forget, self.device, torch.bool))
         if empty:
             rows = to_device(keep, self.device)
-            self.x = self.x[rows]
+            self._keep(rows)
             if self.cache is not None:
                 self.cache = self.cache.select(rows)
             if self.replay is not None:
                 self.replay.forget()
+
+    def _keep(self, rows: list[int] | Tensor) -> None:
+        self.x = self.x[rows]
+        if self.sure is not None:
+            self.sure = self.sure[rows]
 
     def window(self, starts: list[int], width: int) -> Tensor:
         """Tokens starts[b] .. starts[b] + width - 1 of row b, [B, width]; past the end any."""

@@ -103,8 +103,7 @@ class SamplingParams:
     entropy_bound: float = rule_number(
         default=0.1,
         limit="at least 0",
-        doc="steps=entropy_bounded: nats, by which tokens revealed together may depend on each "
-        "other",
+        doc="steps=entropy_bounded: nats of entropy revealed in a step, beside the largest one",
     )
     temperature: float = number(
         default=1.0,
@@ -115,6 +114,11 @@ class SamplingParams:
         default=0,
         limit="at least 0",
         doc="draw from this many of the likeliest tokens, before sampling.nucleus_p; 0: from all",
+    )
+    corrector: int = number(
+        default=0,
+        limit="at least 0",
+        doc="tokens of a finished block, the least probable, that are masked and filled once more",
     )
     nucleus_p: float = 1.0
     dtype: str = "float32"  # of the draw: float32 (right in the tails) or float64 (all V numbers)
@@ -153,8 +157,14 @@ class SamplingParams:
             )
         yield from self._lengths(algo)
         size = self.window if algo == "mdlm" else self.block_size
-        if "k" in reads and self.k > size:
-            yield f"sampling.k={self.k} is more than the block_size={size} of a block"
+        for name in ("k",) * ("k" in reads) + ("corrector",) * ("corrector" in can):
+            if (value := getattr(self, name)) > size:
+                yield f"sampling.{name}={value} is more than the block_size={size} of a block"
+        if self.corrector and "corrector" not in can:
+            yield (
+                f"sampling.corrector={self.corrector} fills tokens of finished blocks once more,"
+                f" which bamdlm writes, not algo={algo}: set sampling.corrector=0"
+            )
         if self.kv_cache and "cache" not in can:
             yield f"sampling.kv_cache=True is exact for bamdlm and ar only, not for algo={algo}"
         if self.var_length and self.reject_low_entropy:

@@ -3,6 +3,9 @@
 The step rule says which positions each evaluation reveals (steps.py); a text that needs fewer
 evaluations than its neighbours waits for the round to end. With a cache the finished block is
 committed by the same pass that is the first evaluation of the next one.
+
+A corrector, where one is asked for, masks the tokens of the finished block that were least probable
+when they were drawn, and the same rule fills them once more; what was given is left as it is.
 """
 
 from collections.abc import Callable
@@ -51,12 +54,35 @@ def one_round(texts: ActiveTexts, span: Span) -> int:
         start, stop = span(slot.total - 1 if first is None else first, texts.params)
         spans.append((start, stop))
         fills.append(slot.masked(start, stop))
-    rule = STEPS[texts.params.steps]
-    if any(fills):
-        (planned if isinstance(rule, Planned) else adaptive)(texts, rule, spans, fills)
+    fill(texts, spans, fills)
+    if texts.params.corrector and any(fills):
+        fill(texts, spans, mask_again(texts, fills), again=True)
     for slot, (_, stop) in zip(texts.slots, spans, strict=True):
         slot.filled = stop
     return sum(map(len, fills))
+
+
+def fill(texts: ActiveTexts, spans, fills: list[list[int]], again: bool = False) -> None:
+    """Write the masked positions fills[b] of each row, given what is in its span."""
+    rule = STEPS[texts.params.steps]
+    if any(fills):
+        (planned if isinstance(rule, Planned) else adaptive)(texts, rule, spans, fills, again)
+
+
+def mask_again(texts: ActiveTexts, fills: list[list[int]]) -> list[list[int]]:
+    """Mask the `corrector` positions of fills[b] (all, where there are fewer) whose tokens had the
+    least probability when they were drawn, of equal ones the first. Returns them. Waits for the
+    device."""
+    canvas = texts.canvas
+    row, position = listed(fills)
+    places = torch.full((len(fills), max(map(len, fills))), canvas.dump)
+    places[row, rank_in_group(row)] = position
+    places = to_device(places, canvas.device)
+    sure = canvas.sure.gather(1, places).masked_fill(places == canvas.dump, torch.inf)
+    least = sure.argsort(dim=1, stable=True)[:, : texts.params.corrector]
+    places = places.gather(1, least)
+    canvas.x.scatter_(1, places, canvas.mask_id)
+    return [sorted(set(found) - {canvas.dump}) for found in places.tolist()]
 
 
 class View:
@@ -96,17 +122,17 @@ class View:
         self.starts, self.width = self.later, self.later_width
 
 
-def planned(texts: ActiveTexts, rule: Planned, spans, fills) -> None:
+def planned(texts: ActiveTexts, rule: Planned, spans, fills, again: bool) -> None:
     """All of the round but the tokens is known beforehand: the device is never waited for."""
     row, position = listed(fills)
-    plan = rule.plan(texts.keys(row, position), row, position, texts.params)
+    plan = rule.plan(texts.keys(row, position, again), row, position, texts.params)
     for slot, evaluations in zip(texts.slots, plan.evaluations(len(texts)), strict=True):
         slot.nfe += evaluations
     view = View(texts, spans)
-    keys = fold(texts.keys(plan.row, plan.position), plan.drawn + DRAW)
-    for step, again in make_steps(texts, view, plan, keys):
-        if again is not None:
-            texts.canvas.x.scatter_(1, again, texts.canvas.mask_id)
+    keys = fold(texts.keys(plan.row, plan.position, again), plan.drawn + DRAW)
+    for step, masked in make_steps(texts, view, plan, keys):
+        if masked is not None:
+            texts.canvas.x.scatter_(1, masked, texts.canvas.mask_id)
         view.reveal(step)
         texts.show()
 
@@ -157,7 +183,7 @@ def laid_out(texts: ActiveTexts, given, nobody, evaluation, row, evaluations: in
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
+def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills, again: bool) -> None:
     """The network decides what is revealed, so all that was masked at first is read each time.
 
     Of a rule that is not `sequential` the host learns late how many are left (Countdown): a pass
@@ -172,7 +198,7 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         torch.arange(2).repeat_interleave(len(row)),
         torch.zeros(2 * len(row), dtype=torch.int64),
     )
-    keys = texts.keys(twice.row, twice.position)
+    keys = texts.keys(twice.row, twice.position, again)
     (first, _), (later, _) = make_steps(texts, view, twice, keys)
     step = first  # of a cached round it starts a block earlier
     left = Countdown([len(fill) for fill in fills])
@@ -196,7 +222,7 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills) -> None:
         picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
         token = chance.drawn(picked)
         target = write.gather(1, picked).where(reveal.gather(1, picked), canvas.dump)
-        canvas.x.scatter_(1, target, token)
+        canvas.write(target, token, log_probs, picked)
         step = later
         texts.show()
     for slot, asked in zip(texts.slots, left.evaluations(), strict=True):

@@ -18,6 +18,8 @@ from .request import Sample, TextRequest
 from .sending import to_device
 from .stopping import ENTROPY_TOKENS, MOST_TRIES, Stop, find_stop, low_entropy
 
+AGAIN = 1 << 40  # streams of a position that is filled once more: behind those of all positions
+
 
 @dataclass
 class Slot:
@@ -61,9 +63,11 @@ class ActiveTexts:
     def __len__(self) -> int:
         return len(self.slots)
 
-    def keys(self, slot: Tensor, position: Tensor) -> Tensor:
-        """Key of each (slot, position), int64 on the CPU; the two broadcast."""
-        return fold(torch.tensor([slot.key for slot in self.slots])[slot], position)
+    def keys(self, slot: Tensor, position: Tensor, again: bool = False) -> Tensor:
+        """Key of each (slot, position), int64 on the CPU; the two broadcast. again: for what a
+        corrector fills once more."""
+        key = torch.tensor([slot.key for slot in self.slots])[slot]
+        return fold(key, position + (AGAIN if again else 0))
 
     def show(self) -> None:
         """To who watches, after an evaluation."""

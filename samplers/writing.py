@@ -30,7 +30,8 @@ from .texts import ActiveTexts
 class Sampler:
     """`one_round` brings all texts one round further and returns how many tokens it wrote. `can`:
     steps (it follows the rules of STEPS), cache (sampling.kv_cache gives the same texts), infill
-    (it fills the gaps of a prompt). `ends_anywhere`: a text may stop inside a round."""
+    (it fills the gaps of a prompt), corrector (it fills tokens of a finished block once more).
+    `ends_anywhere`: a text may stop inside a round."""
 
     one_round: Callable[[ActiveTexts], int]
     can: tuple[str, ...] = ()
@@ -38,7 +39,9 @@ class Sampler:
 
 
 SAMPLERS = {
-    "bamdlm": Sampler(partial(one_round, span=block_span), can=("steps", "cache", "infill")),
+    "bamdlm": Sampler(
+        partial(one_round, span=block_span), can=("steps", "cache", "infill", "corrector")
+    ),
     "mdlm": Sampler(partial(one_round, span=window_span), can=("steps", "infill")),
     "sedd": Sampler(analytic_round, can=()),
     "ar": Sampler(ar_round, can=("cache",), ends_anywhere=True),

@@ -36,6 +36,7 @@ def made_with(algo: str, params: SamplingParams) -> dict:
             ("block_size", writes == "bamdlm"),
             ("window", writes == "mdlm"),
             ("context_size", "cache" in can),
+            ("corrector", "corrector" in can),
         )
         if not has
     }

@@ -1,6 +1,7 @@
 """Texts belong to their rows, prompts stay, and a step asks for no more than it uses."""
 
 import random
+import re
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 
@@ -159,12 +160,18 @@ def texts(samples):
     return [sample.tokens.tolist() for sample in samples]
 
 
-@pytest.mark.parametrize("steps", [*STEPS, "confidence in a drawn order"])
+@pytest.mark.parametrize(
+    "steps",
+    [*STEPS, "confidence in a drawn order", "remask, corrected", "entropy_bounded, corrected"],
+)
 @pytest.mark.parametrize(("algo", "cached"), [("bamdlm", False), ("bamdlm", True), ("mdlm", False)])
 def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
     numbers = {"k": 2, "threshold": 0.3, "entropy_bound": 3.5, "temperature": 0.9, "top_k": 20}
-    params = SMALL | numbers | {"length": 16, "kv_cache": cached, "steps": steps.split()[0]}
+    params = (
+        SMALL | numbers | {"length": 16, "kv_cache": cached, "steps": re.split("[ ,]", steps)[0]}
+    )
     params["order_temperature"] = 0.1 if "drawn" in steps else 0.0
+    params["corrector"] = 2 if "corrected" in steps and algo == "bamdlm" else 0
     denoise = network(algo)
     runs = [write(algo, denoise, 5, batch_size=b, **params) for b in (1, 2, 5)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
@@ -226,9 +233,9 @@ def test_prompts_of_any_length_share_a_batch_and_never_change(algo, cached):
         assert (sample.tokens != MASK).all()
 
 
-@pytest.mark.parametrize("algo", ["bamdlm", "ar"])
-def test_with_a_cache_the_text_is_the_same(algo):
-    params = SMALL | {"context_size": 24, "batch_size": 3}
+@pytest.mark.parametrize(("algo", "corrector"), [("bamdlm", 0), ("bamdlm", 3), ("ar", 0)])
+def test_with_a_cache_the_text_is_the_same(algo, corrector):
+    params = SMALL | {"context_size": 24, "batch_size": 3, "corrector": corrector}
     plain = write(algo, network(algo), ragged(), **params)
     assert texts(plain) == texts(write(algo, network(algo), ragged(), kv_cache=True, **params))
 
@@ -547,6 +554,39 @@ def test_what_is_hidden_again_is_asked_again_and_drawn_anew():
     assert sum(redrawn) < len(redrawn) / 3
 
 
+@pytest.mark.parametrize("steps", [steps for steps in STEPS if steps != "remask"])
+def test_a_corrector_masks_the_least_probable_tokens_of_a_block_that_were_drawn(steps):
+    """Seen from outside: what is masked when a block is full, and never what was given."""
+
+    def law(tokens, position):
+        numbers = random.Random(f"{tokens}{position}")
+        return [numbers.random() ** 4 for _ in range(V)]
+
+    table, frames = Table(law, V, MASK, block_size=4), []
+    params = SamplingParams(bos_id=0, eos_id=0, steps=steps, corrector=2, temperature=2.0, **SMALL)
+    given = (0, 5, 6, MASK, 7, MASK, MASK, MASK, 8)
+    groups = generate("bamdlm", table, [TextRequest(0, given)], params, watch=frames.append)
+    ((sample,),) = [group for group in groups if group]
+    drawn, corrected = {}, []
+    for frame in frames:
+        before, after = frame.before[0].tolist(), frame.tokens[0].tolist()
+        new = [i for i in range(SMALL["length"]) if before[i] == MASK != after[i]]
+        block = new[0] // 4
+        stop = 4 * block + 4
+        again = [i for i in drawn if 4 * block <= i < stop and before[i] == MASK]
+        if again and block not in corrected:
+            places = [i for i in range(stop - 4, stop) if given[i : i + 1] in ((), (MASK,))]
+            assert all(i in drawn for i in places)
+            assert sorted(again) == sorted(sorted(places, key=drawn.get)[:2])
+            corrected.append(block)
+        visible = before[:stop][-SMALL["context_size"] :]
+        for i in new:
+            drawn[i] = float(table.distribution(visible, i - stop + len(visible))[after[i]])
+        assert all(before[i] == token for i, token in enumerate(given) if token != MASK)
+    assert corrected == list(range(SMALL["length"] // 4))
+    assert (sample.tokens != MASK).all()
+
+
 # infilling
 
 GAPS = TextRequest(0, (0, 5, 6, MASK, MASK, 7, 8, MASK, 9, 10, MASK, 11), total=12)
@@ -565,9 +605,10 @@ def test_infilling_fills_the_gaps_and_nothing_else(algo):
             assert sample.written == request.tokens.count(MASK)
 
 
-def test_infilling_with_a_cache_gives_the_same_text():
+@pytest.mark.parametrize("corrector", [0, 1])
+def test_infilling_with_a_cache_gives_the_same_text(corrector):
     requests = [GAPS, TextRequest(1, (0, MASK, 3), total=3)]
-    params = SMALL | {"context_size": 24, "batch_size": 2}
+    params = SMALL | {"context_size": 24, "batch_size": 2, "corrector": corrector}
     plain = write("bamdlm", network("bamdlm"), requests, **params)
     assert texts(plain) == texts(
         write("bamdlm", network("bamdlm"), requests, kv_cache=True, **params)
@@ -602,6 +643,7 @@ def test_ar_cannot_fill_gaps():
 )
 def test_rows_that_end_leave_and_others_take_their_place(algo, cached):
     params = SMALL | {"length": 40, "var_length": True, "eos_id": 3, "kv_cache": cached}
+    params["corrector"] = 2 if algo == "bamdlm" and cached else 0
     denoise = network(algo)
     alone = write(algo, denoise, 8, batch_size=1, **params)
     assert len({len(s.tokens) for s in alone}) > 3
@@ -694,6 +736,12 @@ WRONG = [
     ("ar", {"temperature": float("nan")}, r"sampling.temperature=nan must be in \[0, 100\]"),
     ("bamdlm", {"order_temperature": -1}, "sampling.order_temperature=-1 must be at least 0"),
     ("mdlm", {"entropy_bound": -0.1}, "sampling.entropy_bound=-0.1 must be at least 0"),
+    ("bamdlm", {"corrector": 5}, "sampling.corrector=5 is more than the block_size=4 of a block"),
+    ("bamdlm", {"corrector": -1}, "sampling.corrector=-1 must be at least 0"),
+    *(
+        (algo, {"corrector": 1}, f"which bamdlm writes, not algo={algo}: set sampling.corrector=0")
+        for algo in ("mdlm", "ar", "sedd")
+    ),
     ("sedd", {"top_k": -1}, "sampling.top_k=-1 must be at least 0"),
     ("bamdlm", {"nucleus_p": 1.5}, r"sampling.nucleus_p=1.5 must be in \(0, 1\]"),
     ("bamdlm", {"steps": "greedy"}, "sampling.steps='greedy' must be one of"),

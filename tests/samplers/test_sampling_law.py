@@ -161,6 +161,47 @@ def test_first_hitting(size, cached, dtype, warp):
     assert_samples_follow(first_hitting_law(denoise, size, warp), samples)
 
 
+def corrected_law(denoise, size, k):
+    """First hitting; of each finished block the k tokens of least probability are filled again."""
+    law = Counter({START: 1.0})
+    for block in blocks(size):
+        states = Counter({(x, ()): chance for x, chance in law.items()})  # with (chance, position)s
+        for _ in block:
+            after = Counter()
+            for (x, drawn), chance in states.items():
+                hidden = hidden_of(x, block)
+                if not hidden:
+                    after[x, drawn] += chance
+                for i in hidden:
+                    for v, c in enumerate(chances(denoise, x[: block.stop], i)):
+                        if c > 0:
+                            new = (*x[:i], v, *x[i + 1 :])
+                            after[new, (*drawn, (c, i))] += chance / len(hidden) * c
+            states = after
+        law = Counter()
+        for (x, drawn), chance in states.items():
+            least = [i for _, i in sorted(drawn)[:k]]
+            law[tuple(MASK if i in least else v for i, v in enumerate(x))] += chance
+        for _ in block:
+            law = one_at_a_time(denoise, block)(law)
+    return law
+
+
+@pytest.mark.parametrize(
+    ("size", "k", "cached"), [(2, 1, True), (2, 2, False), (4, 1, False), (4, 2, True)]
+)
+def test_a_corrector(size, k, cached):
+    denoise = table(block_size=size)
+    options = {"length": LENGTH, "block_size": size, "context_size": 4, "batch_size": 1000}
+    samples = write("bamdlm", denoise, ROWS, kv_cache=cached, corrector=k, **options)
+    law = corrected_law(denoise, size, k)
+    assert_samples_follow(law, samples)
+    first, others = min(k, size - 1), k * (LENGTH // size - 1)
+    assert {s.nfe for s in samples} == {LENGTH - 1 + first + others}
+    if k == size:  # the block is written twice, and the second time counts
+        assert law == pytest.approx(first_hitting_law(denoise, size))
+
+
 def stepwise_law(denoise, block, law, reveals, hides):
     """Per step each hidden token is revealed with chance reveals[i], each seen hidden again."""
     written = [i for i in block if START[i] == MASK]
