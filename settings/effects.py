@@ -89,6 +89,8 @@ def _sampling(config: Config) -> Iterator[str]:
         yield f"sampling.first_hitting=False has no effect: algo={algo.name} has its own steps"
     if "cache" not in entry["can"] and sampling.context_size is not None:
         yield f"sampling.context_size has no effect: algo={algo.name} has no blocks to look back on"
+    if sampling.temperature == 0 and sampling.top_k:
+        yield "sampling.top_k has no effect: sampling.temperature=0 takes the likeliest token"
     defaults = class_defaults("samplers/params.py", "SamplingParams")
     defaults |= {name: number["default"] for name, number in step_numbers().items()}
     for key, value in vars(sampling).items():

@@ -34,6 +34,10 @@ DETERMINISTIC = {
     "threshold_08": functools.partial(estimators.threshold, number=0.8),
 }
 LAWS = [name for name in DETERMINISTIC if name != "nelbo"]
+NEVER_RECORDED = {
+    f"entropy_bounded_{bound}": functools.partial(estimators.entropy_bounded, number=bound)
+    for bound in (0.0, 0.6, 1.2)
+}
 
 
 def toy_log_probs(x_t, vocabulary):
@@ -92,10 +96,11 @@ def test_the_mean_over_pairs_of_orders_is_the_recorded_one(case):
 
 
 @pytest.mark.parametrize(("vocabulary", "size"), [(2, 2), (2, 3), (2, 4), (3, 3)])
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", [*LAWS, *NEVER_RECORDED])
 def test_a_law_sums_to_one_over_all_texts(vocabulary, size, name):
     texts = texts_of(every_text(vocabulary, size), vocabulary)
-    nll = DETERMINISTIC[name](toy(vocabulary), texts).sum(1)
+    law = (DETERMINISTIC | NEVER_RECORDED)[name]
+    nll = law(toy(vocabulary), texts).sum(1)
     assert float((-nll).exp().sum()) == pytest.approx(1, abs=1e-12)
 
 
@@ -407,7 +412,27 @@ SAMPLED = {
         functools.partial(estimators.threshold, number=0.3),
         {"steps": "threshold", "threshold": 0.3},
     ),
+    "entropy_bounded": (
+        functools.partial(estimators.entropy_bounded, number=1.0),
+        {"steps": "entropy_bounded", "entropy_bound": 1.0},
+    ),
 }
+
+
+def test_at_temperature_0_the_sampler_walks_the_greedy_path():
+    """Of all texts of a block it writes the one whose every token is the likeliest on that path."""
+    net, x0 = trained(), blocks_of_all_texts()
+    sizes = {"length": L, "block_size": S, "context_size": L}
+    request = [TextRequest(0, tuple(x0[0, :S].tolist()))]
+    for rule in ("confidence", "low_confidence"):
+        (sample,) = write(
+            "bamdlm", denoiser(net, "bamdlm", V, S), request, **sizes, steps=rule, temperature=0.0
+        )
+        scored = (torch.arange(L) >= S).expand_as(x0)
+        ask = asker(net, x0, block_size=S, mask_id=V)
+        path = estimators.greedy_path(ask, AskedTexts(x0, scored, S, V))
+        (written,) = path.likeliest.all(1).nonzero()[:, 0]
+        assert x0[written].tolist() == sample.tokens.tolist()
 
 
 @pytest.mark.parametrize("name", SAMPLED)

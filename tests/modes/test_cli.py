@@ -473,6 +473,12 @@ HARMLESS = [
     ),
     (SAMPLE, ["algo=mdlm", "sampling.context_size=64"], "sampling.context_size has no effect"),
     (SAMPLE, ["sampling.k=2"], "sampling.k has no effect without sampling.steps=confidence"),
+    (
+        SAMPLE,
+        ["sampling.entropy_bound=1"],
+        "has no effect without sampling.steps=entropy_bounded",
+    ),
+    (SAMPLE, ["sampling.temperature=0", "sampling.top_k=9"], "sampling.top_k has no effect: "),
     (SAMPLE, ["sampling.threshold=.5"], "has no effect without sampling.steps=threshold"),
 ]
 

@@ -813,6 +813,11 @@ CACHED = {"kv_cache": True}
         ),
         *(("bamdlm", CACHED | {"steps": "threshold", "threshold": p}) for p in (0.15, 1.0)),
         ("bamdlm", {"steps": "threshold", "threshold": 0.15}),
+        ("bamdlm", CACHED | {"steps": "low_confidence", "temperature": 0.8, "top_k": 20}),
+        ("mdlm", {"steps": "entropy_bounded", "entropy_bound": 3.0, "length": 48}),
+        ("bamdlm", CACHED | {"steps": "confidence", "order_temperature": 0.1}),
+        ("bamdlm", CACHED | {"temperature": 0.8, "top_k": 20}),
+        ("ar", CACHED | {"temperature": 0.0}),
         ("mdlm", {"steps": "threshold", "threshold": 0.15, "length": 48}),
         ("mdlm", {"length": 48}),
         ("ar", CACHED | {"length": 128}),
@@ -845,7 +850,9 @@ def test_the_host_never_waits_for_the_device_inside_a_block(cuda, monkeypatch, a
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("change", [{}, CACHED], ids=["uncached", "cached"])
+@pytest.mark.parametrize(
+    "change", [{}, CACHED, CACHED | {"corrector": 2}], ids=["uncached", "cached", "corrected"]
+)
 def test_batches_on_a_gpu_are_recorded_one_after_the_other(cuda, change):
     """The last of them is smaller."""
     options = SMALL | change | {"dtype": "float64"}

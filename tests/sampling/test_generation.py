@@ -346,7 +346,11 @@ def test_rejection_is_reported(tmp_path):
     ("rule", "told"),
     [
         ({"steps": "threshold", "threshold": 0.25}, "steps threshold, threshold 0.25, nucleus"),
-        ({"steps": "confidence", "k": 2}, "steps confidence, k 2, confidence probability, nucleus"),
+        (
+            {"steps": "confidence", "k": 2},
+            "steps confidence, k 2, confidence probability, order_temperature 0.0, nucleus",
+        ),
+        ({"corrector": 1}, "steps first_hitting, corrector 1, nucleus"),
         ({"steps": "remask", "num_steps": 3}, "steps remask, remask_eta 0.02, nucleus"),
         ({}, "steps first_hitting, nucleus"),
         ({"temperature": 0.5, "top_k": 3}, "first_hitting, temperature 0.5, top_k 3, nucleus"),
