@@ -84,15 +84,20 @@ def load_into(
         raise CheckpointError(
             f"{checkpoint.source} cannot be used here: {_other(checkpoint, algo)}"
         )
+    check_block_size(checkpoint, algo, block_size)
+    values = {**checkpoint.weights, **(_averages(checkpoint) if use_ema else {})}
+    _check_finite(checkpoint.source, values)
+    _copy(backbone, values)
+
+
+def check_block_size(checkpoint: Checkpoint, algo: str, block_size: int | None) -> None:
+    """CheckpointError where weights trained in blocks are to be used at another size."""
     blocks, trained_at = get_algorithm(algo).blocks, checkpoint.block_size
     if blocks and None not in (block_size, trained_at) and block_size != trained_at:
         raise CheckpointError(
             f"{checkpoint.source} was trained with block_size={trained_at}, the run asks for"
             f" block_size={block_size}; training.from_pretrained can adapt it"
         )
-    values = {**checkpoint.weights, **(_averages(checkpoint) if use_ema else {})}
-    _check_finite(checkpoint.source, values)
-    _copy(backbone, values)
 
 
 def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -> Pretrained:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import lightning as L
 
+import settings
 from checkpointing.layouts import Checkpoint
+from checkpointing.load import check_block_size
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, load_judge
-from modes.build import build_cache, build_tokenizer, trained_module
+from modes.build import build_cache, build_objective, build_tokenizer, trained_module
 from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
 from objectives.algorithms import get_algorithm
@@ -18,6 +20,7 @@ from samplers.steps import STEPS
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import Model, Output, SamplingRun, Texts, run_id, visible_tokens
 from sampling.sample_file import SampleFile
+from sampling.sweep import Sweep
 from settings import Config
 from training.flops import matmul_dtype
 from utils import say
@@ -33,23 +36,28 @@ def prepare(config: Config) -> Callable[[], None]:
         strategy="ddp" if t.devices * t.num_nodes > 1 else "auto",
         precision=t.precision,
     )
-    module, checkpoint = trained_module(config, tokenizer)
-    wanted = checkpoint_params(config, tokenizer, checkpoint)
+    file = SampleFile(config.sampling.logdir)
+    file.check()
+    swept = settings.sweep(config)
+    module, checkpoint = trained_module(swept.points[0].config, tokenizer)
     if t.precision.endswith("-mixed"):
         module.backbone.freeze(matmul_dtype(t.precision))
-    texts = build_texts(config, tokenizer, wanted)
-    output = build_output(config, checkpoint, wanted)
+    points = build_points(swept, tokenizer, checkpoint, file)
     judge = build_judge(config, tokenizer)
     fabric.launch()
-    denoise = module.objective.denoiser(module.to(fabric.device).eval().backbone)
-    made = SamplingRun(
-        Model(config.algo.name, denoise, tokenizer, wanted, fabric.device),
-        texts,
-        output,
-        judge=judge,
-        rank=fabric.global_rank,
-        ranks=fabric.world_size,
-    )
+    backbone = module.to(fabric.device).eval().backbone
+    runs = {}
+    for name, (chosen, wanted, texts, output) in points.items():
+        denoise = build_objective(chosen, tokenizer.mask_id).denoiser(backbone)
+        runs[name] = SamplingRun(
+            Model(chosen.algo.name, denoise, tokenizer, wanted, fabric.device),
+            texts,
+            output,
+            judge=judge,
+            rank=fabric.global_rank,
+            ranks=fabric.world_size,
+        )
+    made = next(iter(runs.values())) if config.sampling.sweep is None else Sweep(runs)
 
     def run() -> None:
         if judge is not None:
@@ -63,10 +71,40 @@ def prepare(config: Config) -> Callable[[], None]:
     return run
 
 
-def build_output(config: Config, checkpoint: Checkpoint, wanted: SamplingParams) -> Output:
+def build_points(
+    swept: settings.Sweep, tokenizer: Tokenizer, checkpoint: Checkpoint, file: SampleFile
+) -> dict[str, tuple[Config, SamplingParams, Texts, Output]]:
+    """{what is said of it: a run} of all points, those of equal rows once. ValueError names the
+    point."""
+    found, texts = {}, {}
+    for point in swept.points:
+        config = point.config
+        try:
+            check_block_size(checkpoint, config.algo.name, config.block_size)
+            wanted = checkpoint_params(config, tokenizer, checkpoint)
+            visible = visible_tokens(config.algo.name, wanted)
+            if visible not in texts:
+                texts[visible] = build_texts(config, tokenizer, wanted)
+        except ValueError as error:
+            if not point.values:
+                raise
+            raise ValueError(f"sampling.sweep, point {point.text}: {error}") from error
+        output = build_output(config, file, checkpoint, wanted)
+        found.setdefault(output.run, (point.text, (config, wanted, texts[visible], output)))
+    chosen = {w.window for _, (c, w, *_) in found.values() if w.window != c.block_size}
+    for window in chosen:  # not what was asked for
+        say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")
+    if swept.combinations > 1:
+        same = swept.combinations - len(found)
+        also = f" (of {swept.combinations}, {same} differ in nothing that is read)" if same else ""
+        say(f"{len(found)} points in one start{also}")
+    return dict(found.values())
+
+
+def build_output(
+    config: Config, file: SampleFile, checkpoint: Checkpoint, wanted: SamplingParams
+) -> Output:
     sampling = config.sampling
-    file = SampleFile(sampling.logdir)
-    file.check()
     about = {
         "checkpoint": config.eval.checkpoint_path,
         "ema": not config.eval.disable_ema,
@@ -98,7 +136,6 @@ def checkpoint_params(
     whole = window == config.model.length
     if writes == "mdlm" and whole and (checkpoint.length or window) < window:
         window = checkpoint.length
-        say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")
     trained = checkpoint.length or CONTEXT_TOKENS
     if writes == "bamdlm" and config.model.length > trained:
         trained = whole_blocks(trained, config.block_size)

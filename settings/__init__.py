@@ -20,3 +20,4 @@ from settings.run_folder import (
     write_settings,
 )
 from settings.schema import Checkpointing, Config
+from settings.sweep import Sweep, sweep

@@ -18,6 +18,7 @@ from settings.limits import unfit
 from settings.overrides import nearest, parse
 from settings.paths import blamed, checkpoints, corpora, results, sampling_files
 from settings.schema import Config
+from settings.sweep import sweep
 from settings.tables import algorithms, attention_backends, known_corpora
 from utils import CIRCUMSTANCES
 
@@ -46,8 +47,30 @@ def check(
 ) -> tuple[list[str], list[str]]:
     """(problems, warnings): why the run cannot start, and what is set without effect.
 
-    typed: the settings that stand on the command line. rules: beside those of this file.
+    typed: the settings that stand on the command line. rules: beside those of this file. Of a
+    sweep, each point is checked like a run.
     """
+    if config.mode != "sample_eval" or config.sampling.sweep is None:
+        return _check_one(config, typed, rules)
+    made = sweep(config)
+    found = [_check_one(each.config, {*typed, *each.keys}, rules) for each in made.points]
+    problems, warnings = (_shared([pair[part] for pair in found]) for part in (0, 1))
+    for point, (own, _) in zip(made.points, found, strict=True):
+        if own := [problem for problem in own if problem not in problems]:
+            made.problems.append(f"sampling.sweep, point {point.text}: {'; '.join(own)}")
+    return made.problems + problems, warnings
+
+
+def _shared(sentences: list[list[str]]) -> list[str]:
+    """Those that are in every list."""
+    first = sentences[0] if sentences else ()
+    return [each for each in first if all(each in others for others in sentences)]
+
+
+def _check_one(
+    config: Config, typed: Collection[str], rules: Iterable[Rule]
+) -> tuple[list[str], list[str]]:
+    """check() of a run without a sweep."""
     outside = {}
     for key, leaf in LEAVES.items():
         value, limit = get(config, key), leaf.limit

@@ -122,7 +122,7 @@ def _hydra(parsed: ParsedOverrides) -> DictConfig:
     cfg = copy.deepcopy(_chosen(tuple(parsed.groups.values()), parsed.own))
     for key, value in parsed.values:
         try:
-            OmegaConf.update(cfg, key, value, force_add=True)
+            OmegaConf.update(cfg, key, value, force_add=True, merge=key not in LEAVES)
         except GrammarParseError as error:
             raise ConfigError([f"{key}={value}: {first_line(error)}"]) from error
     _refuse_growth(cfg)

@@ -90,7 +90,9 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     """The sentence about a value of a leaf that is of another type. typed: the value as it stands
     on the command line."""
     bare, optional = unwrap(LEAVES[key].hint)
-    if typing.get_origin(bare) is list:
+    if typing.get_origin(bare) is dict:
+        wanted = "lists of values by name, like {temperature: [0.8, 1]},"
+    elif typing.get_origin(bare) is list:
         wanted = "a list like [0.5,0.6]" if float in typing.get_args(bare) else "a list like [a,b]"
     else:
         wanted = TYPE_NAMES.get(bare, "a number")
@@ -196,8 +198,8 @@ def _one_value(key: str, text: str) -> str:
 def _check_value(key: str, value: object, text: str) -> None:
     if key not in SCHEMA:
         raise ValueError(unknown_key(key))
-    lists = key in LEAVES and typing.get_origin(unwrap(LEAVES[key].hint)[0]) is list
-    if key in LEAVES and isinstance(value, dict if lists else dict | list):
+    kind = typing.get_origin(unwrap(LEAVES[key].hint)[0]) if key in LEAVES else None
+    if key in LEAVES and isinstance(value, dict | list) and not isinstance(value, kind or ()):
         raise ValueError(type_problem(key, value, text))
     if key not in LEAVES and isinstance(value, list):
         raise ValueError(section_problem(key, value))

@@ -8,6 +8,7 @@ None, settings.load has chosen. A device is a GPU, or a process on a CPU.
 # ruff: noqa: RUF009  doc() is dataclasses.field
 
 from dataclasses import dataclass, field, make_dataclass
+from typing import Any
 
 import settings.tables as tables
 from settings.limits import (
@@ -111,6 +112,10 @@ class Sampling(_StepNumbers):
     reject_low_entropy: bool = doc("redraw texts of low entropy up to 10 times, as the authors did")
     show: bool = doc("show the text in the terminal while it is denoised")
     trajectory: str | None = doc(".html file that replays the denoising")
+    sweep: dict[str, Any] | None = doc(
+        "several settings in one start: lists of values by name, such as {threshold: [0.6, 0.9], "
+        "temperature: [0.8, 1]}; each combination is a run of its own in the same files"
+    )
 
 
 @dataclass

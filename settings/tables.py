@@ -63,6 +63,11 @@ def class_defaults(file: str, name: str) -> dict:
     }
 
 
+def sampling_fields() -> list[str]:
+    """The names of the fields of SamplingParams."""
+    return [field.target.id for field in _fields("samplers/params.py", "SamplingParams")]
+
+
 def step_numbers() -> dict[str, dict]:
     """{field: its type, default, limit and doc} of what rule_number and number make:
     sampling.NAME."""

@@ -27,6 +27,7 @@ from sampling import run as generation
 from sampling.prompts import encode_prompts, read_prompts
 from sampling.run import Model, Output, SamplingRun, Texts, run_id
 from sampling.sample_file import COLUMNS, SampleFile, SampleRow
+from sampling.sweep import Sweep
 from sampling.view import FRESH, MASKED, SETTLED, Progress, Show, Trajectory, pieces
 
 TOKENIZER = get_tokenizer(str(GOLDEN / "tokenizer"))
@@ -271,6 +272,32 @@ def test_every_row_says_how_its_text_was_made(tmp_path):
     assert (first["k"], first["T"], rows[-1]["prompt"]) == ("", "", "")
     assert one.output.file.reports().keys() == {"a", "b"}
     assert one.output.file.reports()["a"]["threshold"] == 0.5
+
+
+def test_the_processes_of_a_sweep_share_the_rows_of_each_point(tmp_path, capsys):
+    """The last one to be done with a point prints its line, the last of all prints the table."""
+    points = {"k=1": {"k": 1}, "k=2": {"k": 2}}
+
+    def sweep(folder, **more):
+        return Sweep(
+            {
+                text: job(folder, run=text, changes={"steps": "confidence", **change}, **more)
+                for text, change in points.items()
+            }
+        )
+
+    sweep(tmp_path / "ranks", rank=0, ranks=2).run()
+    first = capsys.readouterr().out.splitlines()
+    assert [line for line in first if line.startswith("k=")] == []
+    sweep(tmp_path / "ranks", rank=1, ranks=2).run()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said if line.startswith("k=")] == [*points, *points]
+    assert said[-1].startswith("texts: ")
+    sweep(tmp_path / "one").run()
+    for text in points:
+        assert by_row(job(tmp_path / "ranks", run=text)) == by_row(job(tmp_path / "one", run=text))
+    reports = job(tmp_path / "ranks").output.file.reports()
+    assert [reports[text]["gen_nfes"] for text in points] == [15, 8]
 
 
 def test_a_run_is_named_by_all_that_decides_its_texts():
