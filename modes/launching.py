@@ -112,7 +112,7 @@ def last_figures(run: Run) -> dict[str, object]:
 
 def _matching(paths: list[Path], wanted: dict) -> list[tuple[Path, dict]]:
     """The reports about what was asked for; a file that cannot be read has none."""
-    found = reports(paths, [])
+    found, _ = reports(paths)
     return [(p, each) for p, each in found if all(each.get(k) == v for k, v in wanted.items())]
 
 

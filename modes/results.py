@@ -5,24 +5,29 @@ line for each that cannot be read.
 """
 
 import csv
+import itertools
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from settings.run_folder import SETTINGS
 from training.log_reading import read_log
-from utils import CIRCUMSTANCES, read_json, reason
+from utils import CIRCUMSTANCES, check_file, read_json, reason
 
 LOG = "metrics.csv"
+MOST_STEPS = 1 << 53  # a number of more is none that was measured
 TELLING = ("ppl", "gen_nfes")  # one of them is in every report
+LONGEST_CELL = 1 << 30  # bytes; csv's own limit is less than a long text
 Summary = dict[str, object]  # of an evaluation or a sampling run
 
 
 def number(value: object) -> float | None:
     """A finite number as it is, None for anything else."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if fits else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < MOST_STEPS else None  # nor nan
 
 
 def summaries(path: Path) -> list[Summary]:
@@ -39,9 +44,9 @@ def summaries(path: Path) -> list[Summary]:
     return [content | each for each in several if isinstance(each, dict)]
 
 
-def reports(paths: Iterable[Path], trouble: list[str]) -> list[tuple[Path, Summary]]:
-    """Every summary in these files."""
-    found = []
+def reports(paths: Iterable[Path]) -> tuple[list[tuple[Path, Summary]], list[str]]:
+    """Every summary in these files, and a line about each that cannot be read."""
+    found, trouble = [], []
     for path in paths:
         if not path.is_file():  # a FIFO would never end
             continue
@@ -49,7 +54,7 @@ def reports(paths: Iterable[Path], trouble: list[str]) -> list[tuple[Path, Summa
             found += [(path, summary) for summary in summaries(path)]
         except (ValueError, *CIRCUMSTANCES) as error:
             trouble.append(f"left out: {path} ({reason(error)})")
-    return found
+    return found, trouble
 
 
 @dataclass
@@ -59,8 +64,9 @@ class Results:
     folder: Path
     settings: dict[str, object] = field(default_factory=dict)  # by dotted keys
     log: dict[str, dict[int, float]] = field(default_factory=dict)  # {figure: {step: value}}
-    evaluations: list[tuple[Path, Summary]] = field(default_factory=list)  # the newest last
-    samples: list[tuple[Path, Summary]] = field(default_factory=list)  # of its checkpoints
+    # of its checkpoints, the newest last
+    evaluations: list[tuple[Path, Summary]] = field(default_factory=list)
+    samples: list[tuple[Path, Summary]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
 
     @property
@@ -68,7 +74,9 @@ class Results:
         """Optimizer steps made, as far as the log and the checkpoints tell."""
         logged = [step for series in self.log.values() for step in series]
         names = [path.stem[5:] for path in self.folder.glob("checkpoints/step=*.ckpt")]
-        return max([*logged, *(int(name) for name in names if name.isdecimal())], default=None)
+        return max(
+            [*logged, *(int(n) for n in names if re.fullmatch("[0-9]{1,15}", n))], default=None
+        )
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -76,56 +84,88 @@ class Results:
         sizes = [self.settings.get(key) for key in ("loader.global_batch_size", "model.length")]
         return math.prod(sizes) if all(type(size) is int for size in sizes) else None
 
-    def last(self, name: str) -> tuple[int, float] | None:
-        """The step and value of a figure's last entry."""
-        return max(self.log.get(name, {}).items(), default=None)
+    @property
+    def tokens(self) -> int | None:
+        """Seen in training."""
+        known = self.steps is not None and self.tokens_per_step is not None
+        return self.steps * self.tokens_per_step if known else None
+
+    def last(self, name: str) -> float | None:
+        """A figure of the log as it was measured last."""
+        series = self.log.get(name, {})
+        return series[max(series)] if series else None
 
 
-def read_run(folder: Path, sampled: Iterable[Path] = ()) -> Results:
-    """What lies in a run folder. sampled: JSON files beside those in the folder that may be reports
-    of sampling with its checkpoints. ValueError where the folder is none of a run."""
+def read_run(folder: Path, elsewhere: Iterable[Path] = ()) -> Results:
+    """What lies in a run folder. elsewhere: JSON files that may be reports about its checkpoints;
+    one in the folder may be about those of another run with the same settings. ValueError where the
+    folder is none of a run."""
     if not folder.is_dir():
         problem = "is no folder" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {problem}: give the folder of a run, outputs/…/…")
-    run, inside = Results(folder), sorted(folder.glob("*.json"))
-    settings, log = folder / SETTINGS, folder / LOG
-    evaluated = [path for path in inside if path.name.startswith("ppl_")]
-    if not (settings.exists() or log.exists() or evaluated):
+    inside = [path for path in folder.glob("*.json") if path.name != SETTINGS]
+    known = (folder / SETTINGS, folder / LOG)
+    if not any(path.exists() for path in (*known, *folder.glob("ppl_*.json"))):
         raise ValueError(
             f"{folder} holds no {SETTINGS}, {LOG} or ppl_*.json: give the folder of a run,"
             " outputs/…/…"
         )
-    for path, read in ((settings, read_json), (log, read_log)):
-        try:
-            content = read(path) if path.is_file() else {}
-        except (ValueError, csv.Error, *CIRCUMSTANCES) as error:
-            run.trouble.append(f"left out: {path} ({reason(error)})")
-            continue
-        if path is settings:
-            run.settings = content if isinstance(content, dict) else {}
-        else:
-            run.log = content
-        if path.exists() and not content:
-            run.trouble.append(f"left out: {path} has nothing that can be read")
-    run.evaluations = reports(sorted(evaluated, key=_age), run.trouble)
-    own = folder.resolve()
-    others = [path for path in (*inside, *sampled) if path not in evaluated and path != settings]
-    found = reports(sorted(dict.fromkeys(others), key=_age), run.trouble)
-    run.samples = [(path, each) for path, each in found if _names_checkpoint(each, own)]
+    run = Results(folder)
+    found = _read(folder / SETTINGS, read_json, run.trouble)
+    run.settings = found if isinstance(found, dict) else {}
+    found = _read(folder / LOG, read_log, run.trouble) or {}
+    run.log = {
+        name: {step: value for step, value in series.items() if step < MOST_STEPS}
+        for name, series in found.items()
+    }
+    own = {path.resolve() for path in inside}
+    files = {path.resolve(): path for path in (*elsewhere, *inside)}
+    found, trouble = reports(sorted(files.values(), key=_age))
+    for path, each in found:
+        if _is_about(each, folder, inside=path.resolve() in own, trained=bool(run.settings)):
+            (run.evaluations if "ppl" in each else run.samples).append((path, each))
+    run.trouble += trouble
     return run
 
 
-def _age(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0.0
-
-
-def _names_checkpoint(summary: Summary, folder: Path) -> bool:
-    place = summary.get("checkpoint")
-    return isinstance(place, str) and "\0" not in place and _inside(Path(place), folder)
-
-
-def _inside(path: Path, folder: Path) -> bool:
+def _read(path: Path, read: Callable, trouble: list[str]):
+    """What `read` finds in a file that may be missing; None, and a line, where that is nothing."""
+    if not path.exists():
+        return None
     try:
-        return path.resolve().is_relative_to(folder)
-    except (OSError, RuntimeError):  # too long a name, a circle of links
-        return False
+        check_file(path)
+        if content := read(path):
+            return content
+        trouble.append(f"left out: {path} (nothing in it can be read)")
+    except (ValueError, csv.Error, *CIRCUMSTANCES) as error:
+        trouble.append(f"left out: {path} ({reason(error)})")
+    return None
+
+
+def first_texts(path: Path, run: object, count: int) -> list[str]:
+    """The first texts of a run of sampling, from the CSV beside its report. OSError, ValueError or
+    csv.Error where there is none."""
+    name = path.with_suffix("")
+    name = name if name.is_file() else path.with_suffix(".csv")
+    check_file(name, math.inf)
+    csv.field_size_limit(LONGEST_CELL)
+    with name.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        own = (row["samples"] for row in rows if row.get("run") == run and row.get("samples"))
+        return list(itertools.islice(own, count))
+
+
+def _age(path: Path) -> tuple[float, str]:
+    return path.stat().st_mtime if path.exists() else 0.0, str(path)
+
+
+def _is_about(summary: Summary, folder: Path, *, inside: bool, trained: bool) -> bool:
+    """Whether a report is about a checkpoint of this run. Of one inside the folder that cannot be
+    told where its checkpoint is gone, or of the hub; a folder without training has no other."""
+    try:
+        place = Path(str(summary.get("checkpoint")))
+        if place.resolve().is_relative_to(folder.resolve()):
+            return True
+        return inside and not (trained and place.exists())
+    except (OSError, ValueError, RuntimeError):  # no name of a file, a circle of links
+        return inside

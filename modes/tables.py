@@ -4,6 +4,7 @@ or a page."""
 import csv
 import html
 import io
+import re
 from collections.abc import Sequence
 
 from utils import escaped, shown
@@ -30,11 +31,16 @@ def text(rows: Rows) -> str:
 
 def markdown(rows: Rows) -> str:
     """Columns side by side, between bars."""
-    lines = [[html.escape(cell(c), quote=False).replace("|", "\\|") for c in row] for row in rows]
+    lines = [[markdown_text(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
     padded.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def markdown_text(value: object) -> str:
+    """A cell in which nothing is a tag, a link or another cell."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(cell(value), quote=False))
 
 
 def html_table(rows: Rows) -> str:
@@ -51,7 +57,8 @@ def csv_text(rows: Rows) -> str:
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
     for row in rows:
-        writer.writerow(["" if c is None else escaped(c) if type(c) is str else c for c in row])
+        plain = ["" if c is None else c if type(c) in (int, float) else str(c) for c in row]
+        writer.writerow([escaped(c) if isinstance(c, str) else c for c in plain])
     return file.getvalue()
 
 

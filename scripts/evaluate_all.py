@@ -10,7 +10,6 @@ written to OUT.txt, OUT.csv and OUT.md.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -22,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from checkpointing.load import build_backbone_args
-from utils import atomic_file, read_json, say
+from modes.tables import csv_text, markdown, text
+from utils import atomic_file, read_json, say, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -39,7 +39,7 @@ def main(argv=None) -> int:
         checkpoints = [(name, read_checkpoint(name)) for name in args.checkpoints]
         models = [(name, c, model_words(name, c, args) + more) for name, c in checkpoints]
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(shown(error), file=sys.stderr)
         return 2
     table, failed = [], []
     for name, checkpoint, words in models:
@@ -54,10 +54,10 @@ def main(argv=None) -> int:
             table += [row(each, name, corpus, size) for each in found.get("likelihoods", [found])]
             write(args.out, table)
     if table:
-        print(as_text(table))
+        print(text(figures(table)))
         say(f"written to {args.out}.txt, {args.out}.csv and {args.out}.md")
     for each in failed:
-        print(f"failed, not in the table: {each}", file=sys.stderr)
+        print(shown(f"failed, not in the table: {each}"), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -143,7 +143,12 @@ def row(entry: dict, model: str, corpus: str, size: float) -> dict:
     return {key: named.get(key, entry.get(key)) for key in COLUMNS}
 
 
-def shown(value) -> str:
+def figures(table: list[dict]) -> list[list[str]]:
+    """As it is read, with a header."""
+    return [[*COLUMNS], *([figure(each[key]) for key in COLUMNS] for each in table)]
+
+
+def figure(value) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -151,28 +156,15 @@ def shown(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def as_text(table: list[dict]) -> str:
-    lines = [list(COLUMNS), *([shown(each[key]) for key in COLUMNS] for each in table)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def as_markdown(table: list[dict]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([shown(e[key]) for key in COLUMNS] for e in table)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def write(out: str, table: list[dict]) -> None:
-    for suffix, made in (("txt", as_text), ("md", as_markdown)):
+    in_full = [[*COLUMNS], *([each[key] for key in COLUMNS] for each in table)]
+    for suffix, made in (
+        ("txt", text(figures(table)) + "\n"),
+        ("md", markdown(figures(table)) + "\n"),
+        ("csv", csv_text(in_full)),
+    ):
         with atomic_file(f"{out}.{suffix}") as file:
-            file.write(made(table) + "\n")
-    with atomic_file(f"{out}.csv") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+            file.write(made)
 
 
 if __name__ == "__main__":

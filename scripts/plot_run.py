@@ -3,7 +3,7 @@
     python scripts/plot_run.py outputs/quickstart
     python scripts/plot_run.py outputs/quickstart curve.png
 
-Without a second argument the picture is curve.png in the folder.
+Without a second argument the picture is curve.png in the folder. compare.py draws several runs.
 """
 
 import argparse
@@ -13,8 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modes.results import LOG
 from scripts.picture import picture
 from training.log_reading import read_log
+from utils import shown
 
 SMOOTHING = 0.02  # of the run: what the training loss is averaged over
 
@@ -30,30 +32,43 @@ def smoothed(steps: list[int], values: list[float]) -> list[float]:
     return out
 
 
+def losses(log: dict[str, dict[int, float]]) -> dict[int, float]:
+    """{step: finite training loss} of a log; step 0 has none."""
+    logged = log.get("trainer/loss", {}).items()
+    return {step: value for step, value in sorted(logged) if math.isfinite(value) and step > 0}
+
+
+def perplexities(nats: list[float]) -> list[float]:
+    return [math.exp(min(x, 30)) for x in nats]
+
+
+def finish(axes, unit: str, title: str = "") -> None:
+    axes.set(yscale="log", xlabel=unit, ylabel="perplexity", title=title)
+    axes.grid(True, which="both", alpha=0.2)
+
+
 def plot(folder: Path, target: Path) -> Path:
     """Perplexity per step, from the folder's metrics.csv."""
-    log = folder / "metrics.csv"
+    log = folder / LOG
     if not log.is_file():
         raise ValueError(f"{log} does not exist: give the folder of a training run (outputs/…/…)")
     series = read_log(log)
-    logged = series.get("trainer/loss", {}).items()
-    loss = {step: value for step, value in logged if math.isfinite(value)}
+    loss = losses(series)
     if not loss:
         raise ValueError(
             f"{log} holds no trainer/loss yet; train for trainer.log_every_n_steps steps"
         )
-    steps, losses = list(loss), list(loss.values())
+    steps, nats = list(loss), list(loss.values())
     with picture(target, 8, 4.5) as axes:
         for values, look in (
-            (losses, {"alpha": 0.2, "lw": 0.8}),
-            (smoothed(steps, losses), {"label": "training, smoothed"}),
+            (nats, {"alpha": 0.2, "lw": 0.8}),
+            (smoothed(steps, nats), {"label": "training, smoothed"}),
         ):
-            axes.plot(steps, [math.exp(min(x, 30)) for x in values], color="tab:blue", **look)
+            axes.plot(steps, perplexities(values), color="tab:blue", **look)
         if valid := series.get("val/ppl"):
             label = f"validation (last {valid[max(valid)]:.1f})"
             axes.plot([*valid], [*valid.values()], "o-", color="tab:red", label=label)
-        axes.set(yscale="log", xlabel="optimizer steps", ylabel="perplexity", title=folder.name)
-        axes.grid(True, which="both", alpha=0.2)
+        finish(axes, "optimizer steps", folder.name)
         axes.legend()
     return target
 
@@ -68,7 +83,7 @@ def main() -> int:
     try:
         print(plot(arguments.folder, arguments.out or arguments.folder / "curve.png"))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(shown(error), file=sys.stderr)
         return 2
     return 0
 

@@ -4,14 +4,18 @@
 
 FOLDER (default: outputs; samples lie in sampling.logdir) is searched for what evaluations write:
 ppl_*.json, and the .json beside a CSV of samples. A file that cannot be read is named on stderr
-and skipped.
+and skipped. compare.py shows what the runs themselves were.
 """
 
 import argparse
-import csv
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modes.results import Summary, reports
+from modes.tables import csv_text, filled, markdown
+from utils import atomic_file, reason, shown
 
 # column: the key in a summary
 COLUMNS = {
@@ -31,52 +35,34 @@ COLUMNS = {
     "seed": "seed",
     "checkpoint": "checkpoint",
 }
-TELLING = ("ppl", "gen_nfes")  # one of them is in every summary
 
 
-def find(folders: list[Path]) -> list[tuple[Path, dict]]:
+def find(folders: list[Path]) -> list[tuple[Path, Summary]]:
     """Every summary in these folders, with its file, in the order of their paths."""
-    found = []
-    for folder in folders:
-        paths = [folder] if folder.is_file() else sorted(folder.rglob("*.json"))
-        paths = [path for path in paths if path.is_file()]  # a FIFO would never end
-        for path in paths:
-            try:
-                content = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                print(f"skipped: {path} ({error})", file=sys.stderr)
-                continue
-            if isinstance(content, dict) and any(key in content for key in TELLING):
-                runs = content.get("runs", {"": content}).values()  # of texts, whole reports
-                likelihoods = content.get("likelihoods", [{}])
-                found += [(path, run | each) for run in runs for each in likelihoods]
+    paths = [
+        path
+        for folder in folders
+        for path in ([folder] if folder.is_file() else sorted(folder.rglob("*.json")))
+    ]
+    found, trouble = reports(paths)
+    for line in trouble:
+        print(shown(line), file=sys.stderr)
     return found
 
 
-def table(summaries: list[tuple[Path, dict]]) -> list[list[str]]:
+def table(summaries: list[tuple[Path, Summary]]) -> list[list[str]]:
     """A header and a row for each summary; columns that no summary fills are left out."""
     rows = [
-        [*(shown(content.get(key)) for key in COLUMNS.values()), str(path)]
+        [*(figure(content.get(key)) for key in COLUMNS.values()), str(path)]
         for path, content in summaries
     ]
-    columns = zip([*COLUMNS, "file"], *sorted(rows), strict=True)
-    filled = [column for column in columns if any(column[1:])]
-    return [list(row) for row in zip(*filled, strict=True)]
+    return filled([[*COLUMNS, "file"], *sorted(rows)])
 
 
-def shown(value) -> str:
+def figure(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)) + " |" for r in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -86,17 +72,24 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     absent = [str(folder) for folder in asked.folders if not folder.exists()]
     if absent:
-        print(f"does not exist: {', '.join(absent)}", file=sys.stderr)
+        print(shown(f"does not exist: {', '.join(absent)}"), file=sys.stderr)
         return 2
     summaries = find(asked.folders)
     if not summaries:
-        print(f"no finished evaluation in {', '.join(map(str, asked.folders))}", file=sys.stderr)
+        print(
+            shown(f"no finished evaluation in {', '.join(map(str, asked.folders))}"),
+            file=sys.stderr,
+        )
         return 1
     rows = table(summaries)
     print(markdown(rows))
-    if asked.csv is not None:
-        with asked.csv.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
+    try:
+        if asked.csv is not None:
+            with atomic_file(asked.csv) as file:
+                file.write(csv_text(rows))
+    except OSError as error:
+        print(shown(reason(error)), file=sys.stderr)
+        return 1
     return 0
 
 

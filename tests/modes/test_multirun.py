@@ -3,6 +3,8 @@ its seed says; the slow test trains."""
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from runs import ALGORITHMS, Run, ends_with_2, run, tiny
 
 import main
 from modes import launching, slurm
+from scripts import compare
 from training.log_reading import read_log
 
 # seed=N exits with N; seed=9 is killed; seed=100 waits for two signals and exits with 75 or 130
@@ -199,3 +202,13 @@ def test_a_sweep_is_trained_stopped_continued_evaluated_and_sampled(tmp_path, mo
     code, said = run([*same, "mode=sample_eval", *quiet], log, LONG)
     assert code == 0, said
     assert "entropy" in said.rpartition("overrides")[2]
+    compared = subprocess.run(
+        [sys.executable, compare.__file__, *folders, "--out", tmp_path / "compared"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert compared.stderr == ""
+    assert all(f"{ppl:,.2f} ± " in compared.stdout for ppl in found)
+    page = (tmp_path / "compared/compare.html").read_text()
+    assert page.count("<pre>") >= 2

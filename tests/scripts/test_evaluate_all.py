@@ -76,7 +76,7 @@ def measured(tmp_path, monkeypatch):
 
     def read(name):
         if name == "absent.ckpt":
-            raise ValueError("absent.ckpt does not exist")
+            raise ValueError("absent.ckpt does not\x1b exist")
         return SimpleNamespace(fingerprint="0" * 64)
 
     monkeypatch.setattr(evaluate_all.subprocess, "run", run)
@@ -110,5 +110,5 @@ def test_after_one_that_failed_the_others_go_on(measured, tmp_path, capsys):
 def test_a_checkpoint_that_is_not_there_is_told_before_anything_runs(measured, tmp_path, capsys):
     words = ["a.ckpt", "absent.ckpt", "--data", "one.txt", "--out", str(tmp_path / "table")]
     assert evaluate_all.main(words) == 2
-    assert "absent.ckpt does not exist" in capsys.readouterr().err
+    assert "absent.ckpt does not\\x1b exist" in capsys.readouterr().err
     assert measured == []

@@ -60,3 +60,18 @@ def test_every_likelihood_of_an_evaluation_is_a_row(tmp_path, capsys):
     assert [("counts" in line, "50.25" in line) for line in lines] == [(True, True), (False, False)]
     assert "exact" in lines[1]
     assert "49.75" in lines[1]
+
+
+def test_foreign_text_does_nothing_to_the_terminal(tmp_path, capsys):
+    (tmp_path / "a\x1b.json").write_text("{")
+    (tmp_path / "ppl.json").write_text(json.dumps(PPL | {"data": "b\x1b|c"}))
+    table = tmp_path / "table.csv"
+    assert summarize.main([str(tmp_path), "--csv", str(table)]) == 0
+    said = capsys.readouterr()
+    assert "a\\x1b.json" in said.err
+    assert "b\\\\x1b\\|c" in said.out  # Markdown has its own backslash
+    assert "\x1b" not in said.out + said.err + table.read_text()
+    assert summarize.main([str(tmp_path / "c\x1b")]) == 2
+    assert "c\\x1b" in capsys.readouterr().err
+    assert summarize.main([str(tmp_path), "--csv", "/dev/full/x"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("/dev/full")
