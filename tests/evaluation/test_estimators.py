@@ -412,10 +412,6 @@ SAMPLED = {
         functools.partial(estimators.threshold, number=0.3),
         {"steps": "threshold", "threshold": 0.3},
     ),
-    "entropy_bounded": (
-        functools.partial(estimators.entropy_bounded, number=1.0),
-        {"steps": "entropy_bounded", "entropy_bound": 1.0},
-    ),
 }
 
 

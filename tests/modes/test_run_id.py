@@ -84,10 +84,9 @@ def test_a_new_number_leaves_the_names_of_older_runs(monkeypatch):
     ids=lambda f: f.name,
 )
 def test_a_number_added_later_is_part_of_the_name_where_it_is_not_the_default(field):
-    rules = [rule for rule in STEPS if field.name in STEPS[rule].reads] or list(STEPS)
-    for rule in rules:
-        wanted = replace(WANTED, steps=rule)
-        assert name(wanted=replace(wanted, **{field.name: 0.5})) != name(wanted=wanted)
+    readers = [rule for rule in STEPS if field.name in STEPS[rule].reads]
+    wanted = replace(WANTED, steps=readers[0] if readers else WANTED.steps)
+    assert name(wanted=replace(wanted, **{field.name: 0.5})) != name(wanted=wanted)
 
 
 def test_the_name_of_a_run_stays_over_versions_of_the_code():

