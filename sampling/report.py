@@ -37,7 +37,6 @@ def made_with(algo: str, params: SamplingParams) -> dict:
             ("window", writes == "mdlm"),
             ("context_size", "cache" in can),
             ("corrector", "corrector" in can),
-            ("corrector", "corrector" in can),
         )
         if not has
     }
