@@ -90,6 +90,7 @@ def columns(runs: Sequence[Results]) -> dict[str, list]:
     for key in dict.fromkeys(key for each in likelihoods for key in each):
         found[key] = [each.get(key) for each in likelihoods]
     newest = [run.samples[-1][1] if run.samples else {} for run in runs]
+    found["texts by"] = [s.get("steps") for s in newest]
     found |= {name: [number(s.get(key)) for s in newest] for name, key in QUALITY.items()}
     found["training tokens/s and device"] = [speed(run) for run in runs]
     return found

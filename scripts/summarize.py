@@ -9,12 +9,14 @@ and skipped. compare.py shows what the runs themselves were.
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modes.results import Summary, reports
 from modes.tables import csv_text, filled, markdown
+from samplers.params import SamplingParams
 from utils import atomic_file, reason, shown
 
 # column: the key in a summary
@@ -29,12 +31,18 @@ COLUMNS = {
     "entropy": "gen_entropy",
     "length": "gen_lengths",
     "NFEs": "gen_nfes",
+    "steps": "steps",
     "rows": "rows",
     "tokens": "tokens",
     "EMA": "ema",
     "seed": "seed",
     "checkpoint": "checkpoint",
 }
+
+
+# The numbers of sampling; of these a column is shown where one is not the default.
+NUMBERS = {each.name: each.default for each in fields(SamplingParams) if each.metadata}
+NUMBERS |= {"nucleus_p": 1.0}
 
 
 def find(folders: list[Path]) -> list[tuple[Path, Summary]]:
@@ -52,11 +60,17 @@ def find(folders: list[Path]) -> list[tuple[Path, Summary]]:
 
 def table(summaries: list[tuple[Path, Summary]]) -> list[list[str]]:
     """A header and a row for each summary; columns that no summary fills are left out."""
+    told = [content for _, content in summaries]
+    numbers = [
+        name
+        for name, default in NUMBERS.items()
+        if any(content.get(name) not in (None, default) for content in told)
+    ]
     rows = [
-        [*(figure(content.get(key)) for key in COLUMNS.values()), str(path)]
+        [figure(content.get(key)) for key in (*COLUMNS.values(), *numbers)] + [str(path)]
         for path, content in summaries
     ]
-    return filled([[*COLUMNS, "file"], *sorted(rows)])
+    return filled([[*COLUMNS, *numbers, "file"], *sorted(rows)])
 
 
 def figure(value: object) -> str:

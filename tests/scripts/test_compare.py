@@ -49,7 +49,7 @@ def runs(tmp_path, monkeypatch):
     # the evaluation of a run with the same settings lies in the folder of the first
     report(one / "ppl_ptb-b.json", PPL | COUNTS | {"ppl": 60.0, "ppl_error": 0.75}, two)
     first = SAMPLED | {"run": "a", "checkpoint": f"{one}/checkpoints/last.ckpt"}
-    last = first | {"run": "b", "gen_ppl": 31.5}
+    last = first | {"run": "b", "gen_ppl": 31.5, "steps": "threshold", "threshold": 0.7}
     report(Path("outputs/texts.json"), last | {"runs": {"a": first, "b": last}}, one)
     texts(Path("outputs/texts.csv"), [[1, "of a", "a"], *([1, f"text {i}", "b"] for i in range(3))])
     report(Path("samples_len16.json"), SAMPLED | {"run": "c"}, two)  # of before there were several
@@ -70,7 +70,13 @@ def test_the_table_has_what_differs_and_what_was_measured(runs, capsys):
         **{"val PPL in training": "10.0", "val PPL in training: error": str(error)},
         **{f"PPL counts, {ptb}": "50.25", f"PPL counts, {ptb}: error": "0.5"},
         f"PPL exact, {ptb}": "49.75",
-        **{"gen PPL": "31.5", "entropy": "3.25", "length": "16.0", "NFE": "8.0"},
+        **{
+            "texts by": "threshold",
+            "gen PPL": "31.5",
+            "entropy": "3.25",
+            "length": "16.0",
+            "NFE": "8.0",
+        },
         "training tokens/s and device": "200.0",
     }
     assert rows[1][f"PPL counts, {ptb}"] == "60.0"
@@ -86,6 +92,8 @@ def test_the_table_has_what_differs_and_what_was_measured(runs, capsys):
     assert "    text 0\n\n    text 1\n" in page
     assert "text 2" not in page
     assert "of a" not in page
+    head = next(line for line in page.splitlines() if "checkpoint" in line)
+    assert [name.strip() for name in head.split("|")][-4:-1] == ["checkpoint", "threshold", "file"]
     assert page.count("| outputs/one/ppl_ptb-a.json ") == 2
 
 
