@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LOGS = Path("watch_folder")  # as of scripts/job.sh
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
 MOST_REQUEUES = 1000  # at the time limit
-POLL_SECONDS = 2.0
+POLL_SECONDS = 10.0
 LOST_SECONDS = 20.0  # that a result of a job which has left the queue may take to be seen
 
 
@@ -103,7 +103,7 @@ def _submit(runs: list[Run], sweep: Sweep) -> list[Path]:
     folder = (LOGS / f"multirun-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").absolute()
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
     path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    asked = {SLURM[name][1]: value for name, value in sweep.slurm.items()}
+    asked = {"name": "bamdlm"} | {SLURM[name][1]: value for name, value in sweep.slurm.items()}
     asked |= {"slurm_setup": [path], "slurm_stderr_to_stdout": True}
     results = []
     try:
