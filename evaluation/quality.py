@@ -5,16 +5,17 @@ distinct-n falls as texts are added, so only sets of the same size can be compar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow  # numbers things faster than numpy, which sorts them
 import torch
 
 from evaluation.judge import TextScore
 from evaluation.likelihood import LikelihoodMeter
 
-NGRAMS = (1, 2, 3, 4)
-REPEATED = 4  # tokens of the n-grams that `repetition` looks for
+NGRAMS = 4  # distinct-1 .. 4; repetition is that of 4-grams
 
 Ids = Sequence[int] | torch.Tensor
 
@@ -53,34 +54,56 @@ def perplexity(scores: Sequence[TextScore]) -> Figure:
     return Figure(found.ppl, found.ppl_error)
 
 
-def ngrams(ids: Ids, n: int) -> list[tuple[int, ...]]:
-    ids = torch.as_tensor(ids).tolist()
-    return list(zip(*(ids[i:] for i in range(n)), strict=False))
+@dataclass(frozen=True)
+class Ngrams:
+    """All n-grams of a set of texts. `number` int64 [M]: equal where they are equal;
+    `text` int64 [M]: which of the `texts` each stands in."""
+
+    number: np.ndarray
+    text: np.ndarray
+    texts: int
+
+    @property
+    def distinct(self) -> float:
+        """Distinct-n (Li et al., arXiv:1510.03055): different n-grams of all texts together,
+        divided by their n-grams. nan where there is none."""
+        different = len(pyarrow.array(self.number).unique())
+        return different / len(self.number) if len(self.number) else math.nan
+
+    @property
+    def repetition(self) -> list[float]:
+        """The share of each text's n-grams that stood in it before; texts of none are left out."""
+        width = self.number.max(initial=0) + 1
+        new = pyarrow.array(self.text * width + self.number).unique().to_numpy() // width
+        every, new = (np.bincount(x, minlength=self.texts).tolist() for x in (self.text, new))
+        return [1 - b / a for a, b in zip(every, new, strict=True) if a]
 
 
-def distinct(texts: Sequence[Ids], n: int) -> float:
-    """Distinct-n (Li et al., arXiv:1510.03055): different n-grams of all texts together, divided by
-    their n-grams. nan where there is no n-gram."""
-    found = [gram for ids in texts for gram in ngrams(ids, n)]
-    return len(set(found)) / len(found) if found else math.nan
-
-
-def repetition(ids: Ids, n: int = REPEATED) -> float:
-    """The share of a text's n-grams that stood in it before. nan where it has none."""
-    found = ngrams(ids, n)
-    return 1 - len(set(found)) / len(found) if found else math.nan
+def ngrams(texts: Sequence[Ids], most: int) -> Iterator[Ngrams]:
+    """Those of 1, 2 … `most` tokens."""
+    ids = [np.asarray(x, dtype=np.int64) for x in texts]
+    flat = np.concatenate([np.empty(0, np.int64), *ids])
+    owner = np.repeat(np.arange(len(ids)), [len(x) for x in ids])
+    number, width = flat, flat.max(initial=0) + 1
+    for n in range(1, most + 1):
+        if n > 1:  # numbered from 0 first, so that no product is too large
+            found = pyarrow.array(number).dictionary_encode().indices.to_numpy()
+            number = found[:-1].astype(np.int64) * width + flat[n - 1 :]
+        inside = owner[: len(number)] == owner[n - 1 :]
+        yield Ngrams(number[inside], owner[n - 1 :][inside], len(ids))
 
 
 def ended(texts: Sequence[Ids], eos_id: int) -> float:
     """The share of texts that end with EOS."""
-    return sum(len(x) > 1 and x[-1] == eos_id for x in texts) / len(texts) if texts else math.nan
+    found = [len(x) > 1 and int(x[-1]) == eos_id for x in texts]
+    return sum(found) / len(found) if found else math.nan
 
 
 def diversity(texts: Sequence[Ids], eos_id: int) -> dict[str, Figure]:
     """{name: figure} of a set of texts, without a judge."""
-    repeated = [r for r in map(repetition, texts) if not math.isnan(r)]
+    found = list(ngrams(texts, NGRAMS))
     return {
-        **{f"distinct_{n}": Figure(distinct(texts, n)) for n in NGRAMS},
-        "repetition": mean(repeated),
+        **{f"distinct_{n}": Figure(each.distinct) for n, each in enumerate(found, 1)},
+        "repetition": mean(found[-1].repetition),
         "ended_by_eos": Figure(ended(texts, eos_id)),
     }

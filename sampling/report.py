@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from evaluation.judge import TextScore, corpus_perplexity
+from evaluation.quality import NGRAMS, mean, perplexity
 from objectives.algorithms import get_algorithm
 from samplers.params import SamplingParams
 from samplers.steps import STEPS
@@ -54,12 +55,14 @@ def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> 
         sum(note[name] for note in notes)
         for name in ("tries", "rows", "rejected", "tokens", "nfes")
     )
-    seconds = _seconds(notes)
+    seconds, scores = _seconds(notes), [score_of(row) for row in rows]
     found = {
         "rows": len(rows),
-        "gen_ppl": corpus_perplexity([_score(r) for r in rows]),
+        "gen_ppl": corpus_perplexity(scores),
+        "gen_ppl_error": perplexity(scores).error,
         "gen_ppl_mean": _mean([r.gen_ppl for r in rows if r.gen_ppl is not None]),
         "gen_entropy": _mean([r.gen_entropy for r in rows]),
+        "gen_entropy_error": mean([r.gen_entropy for r in rows]).error,
         "gen_lengths": _mean([r.gen_lengths for r in rows]),
         "gen_nfes": _mean([r.gen_nfes for r in rows]),
         "tokens_per_evaluation": tokens / nfes if nfes else math.nan,
@@ -68,11 +71,10 @@ def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> 
         "seconds": round(seconds, 2),
         "tokens_per_second": tokens / seconds if seconds else math.nan,
     }
-    known = {name: value if value == value else None for name, value in found.items()}  # not nan
-    return known | about
+    return {name: value if value == value else None for name, value in (found | about).items()}
 
 
-def _score(row: SampleRow) -> TextScore:
+def score_of(row: SampleRow) -> TextScore:
     """What the judge said of a row; a text of no tokens has no nats."""
     nats = None
     if row.gen_ppl is not None:
@@ -126,10 +128,17 @@ def lines(summary: dict) -> list[str]:
     found = [
         f"{summary['rows']} texts of {summary['algo']}, {show('gen_nfes', '{:,.1f}')} evaluations"
         f" each, {show('tokens_per_evaluation')} tokens per evaluation",
-        f"generative perplexity {show('gen_ppl')} (judge: {judge or 'none'})",
-        f"entropy {show('gen_entropy', '{:.3f}')} nats, length {show('gen_lengths', '{:,.1f}')}"
-        f" ({over})",
+        f"generative perplexity {show('gen_ppl')} ± {show('gen_ppl_error')} (judge:"
+        f" {judge or 'none'})",
+        f"entropy {show('gen_entropy', '{:.3f}')} ± {show('gen_entropy_error', '{:.3f}')} nats,"
+        f" length {show('gen_lengths', '{:,.1f}')} ({over})",
     ]
+    if "repetition" in summary:
+        several = ", ".join(show(f"distinct_{n}", "{:.3f}") for n in range(1, NGRAMS + 1))
+        found.append(
+            f"distinct-1 to -{NGRAMS} {several}, repeated {NGRAMS}-grams"
+            f" {show('repetition', '{:.1%}')}, ended by EOS {show('ended_by_eos', '{:.1%}')}"
+        )
     if summary["seconds"]:
         found.append(
             f"{show('tokens_per_second', '{:,.0f}')} tokens/s, {show('seconds', '{:,.1f}')} s"

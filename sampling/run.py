@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, describe
+from evaluation.quality import diversity
 from objectives.algorithms import get_algorithm
 from samplers.params import SamplingParams
 from samplers.request import Sample, TextRequest
@@ -135,9 +136,15 @@ class SamplingRun:
         rows = [rows[r] for r in range(self.texts.count) if r in rows]
         if len(rows) < self.texts.count:
             return None  # another process is still writing; the last one reports
-        summary = summarise(rows, file.notes(self.output.run), self.report_facts())
+        facts = self.diversity([row.samples for row in rows]) | self.report_facts()
+        summary = summarise(rows, file.notes(self.output.run), facts)
         file.report(self.output.run, summary)
         return summary
+
+    def diversity(self, texts: list[str]) -> dict[str, float]:
+        """Of the texts in the tokens of the model, whoever judges them."""
+        ids = self.model.tokenizer.encode_batch(texts)
+        return {name: x.value for name, x in diversity(ids, self.model.params.eos_id).items()}
 
     def cache_bytes(self) -> int:
         """Memory of the cache, known before the run: a ring of context + one block per text."""

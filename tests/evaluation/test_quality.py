@@ -8,31 +8,40 @@ import torch
 from evaluation.judge import TextScore, corpus_perplexity
 from evaluation.quality import (
     Figure,
-    distinct,
     diversity,
     ended,
     mean,
     ngrams,
     perplexity,
-    repetition,
 )
 
 
 def test_diversity_by_hand():
     texts = [[1, 2, 1, 2, 1], [1, 2, 3]]
-    assert ngrams(texts[1], 2) == [(1, 2), (2, 3)]
-    assert distinct(texts, 1) == 3 / 8
-    assert distinct(texts, 2) == 3 / 6  # 12 21 12 21 | 12 23
-    assert distinct(texts, 4) == 2 / 2
-    assert math.isnan(distinct(texts, 6))
-    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
-    assert repetition([7] * 10) == pytest.approx(6 / 7)
-    assert math.isnan(repetition([1, 2, 3]))
+    one, two, _, four, _, six = ngrams(texts, 6)
+    assert one.distinct == 3 / 8
+    assert two.distinct == 3 / 6  # 12 21 12 21 | 12 23
+    assert four.distinct == 2 / 2
+    assert math.isnan(six.distinct)
+    *_, four = ngrams([[1, 2, 3, 4, 1, 2, 3, 4], [7] * 10, [1, 2, 3]], 4)
+    assert four.repetition == pytest.approx([1 / 5, 6 / 7])  # the third has no n-gram
     assert ended([[0, 1, 0], [0, 1], [0]], eos_id=0) == 1 / 3
     found = diversity([torch.tensor(x) for x in texts], eos_id=3)
     assert found["distinct_2"].value == 1 / 2
     assert found["repetition"] == Figure(0.0)
     assert found["ended_by_eos"].value == 1 / 2
+
+
+def test_ngrams_of_large_vocabularies_are_told_apart():
+    """Against sets of tuples."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(5, (n,), generator=generator) * 49_999 for n in (0, 3, 200, 700)]
+    for n, found in enumerate(ngrams(texts, 6), 1):
+        grams = [[tuple(x[i : i + n].tolist()) for i in range(len(x) - n + 1)] for x in texts]
+        every = [gram for of_text in grams for gram in of_text]
+        assert found.distinct == len(set(every)) / len(every)
+        expected = [1 - len(set(of_text)) / len(of_text) for of_text in grams if of_text]
+        assert found.repetition == expected
 
 
 def test_a_set_of_nothing_has_no_figure():

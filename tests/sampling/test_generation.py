@@ -21,6 +21,7 @@ from sampling_tools import denoiser
 
 from data.tokenizer import get_tokenizer
 from evaluation.judge import load_judge
+from evaluation.quality import diversity
 from samplers.params import SamplingParams
 from samplers.request import Frame
 from sampling import run as generation
@@ -328,7 +329,11 @@ def test_every_row_has_the_figures_of_its_own_text(tmp_path, judge, capsys):
     report = one.run()
     said = capsys.readouterr().out
     assert "steps first_hitting, nucleus 1.0, precision 32, draws float32, seed 1" in said
-    assert f"generative perplexity {report['gen_ppl']:,.2f} (judge: golden)" in said
+    figures = f"{report['gen_ppl']:,.2f} ± {report['gen_ppl_error']:,.2f}"
+    assert f"generative perplexity {figures} (judge: golden)" in said
+    own = diversity(TOKENIZER.encode_batch([row["samples"] for row in read(one)]), TOKENIZER.eos_id)
+    assert {name: report[name] for name in own} == {name: x.value for name, x in own.items()}
+    assert f"repeated 4-grams {own['repetition'].value:.1%}" in said
     rows = read(one)
     scores = judge.score([r["samples"] for r in rows])
     for row, score in zip(rows, scores, strict=True):
