@@ -1,9 +1,12 @@
 """What the tests of checkpoints share."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import GOLDEN, load_json
 
+from checkpointing import torch_file
 from checkpointing.layouts import CheckpointError, read_checkpoint
 from checkpointing.load import build_backbone_args, load_into
 from models.dit import DiT
@@ -68,3 +71,13 @@ def unchanged_by(net, action):
         action()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     return str(caught.value)
+
+
+def recorded_file(name: str, folder) -> str:
+    """A recorded checkpoint that says where its tokenizer lies now."""
+    with path(name).open("rb") as file:
+        raw = torch_file.load(file, name)
+    raw["hyper_parameters"]["config"]["data"]["tokenizer_name_or_path"] = str(GOLDEN / "tokenizer")
+    target = Path(folder) / f"{name}.ckpt"
+    torch.save(raw, target)
+    return str(target)

@@ -1,17 +1,17 @@
 """An autoregressive checkpoint of this project judges texts and makes their features."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_helpers import recorded_file
 from conftest import GOLDEN
 from networks import CHECKPOINTS, MANIFEST
 from runs import write_text
 
 import main
 import settings
-from checkpointing import export, torch_file
+from checkpointing import export
 from checkpointing.layouts import read_checkpoint
 from data.tokenizer import get_tokenizer
 from evaluation.judge import load_judge
@@ -21,19 +21,9 @@ from sampling.notebook import load
 TOKENIZER, SPLITS = GOLDEN / "tokenizer", ("train", "valid")
 
 
-def recorded(name, folder):
-    """A recorded checkpoint that says where its tokenizer lies now."""
-    with (GOLDEN / CHECKPOINTS[name]["file"]).open("rb") as file:
-        raw = torch_file.load(file, name)
-    raw["hyper_parameters"]["config"]["data"]["tokenizer_name_or_path"] = str(TOKENIZER)
-    path = Path(folder) / f"{name}.ckpt"
-    torch.save(raw, path)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    return load_judge(recorded("ar", tmp_path_factory.mktemp("ar")), batch_size=3)
+    return load_judge(recorded_file("ar", tmp_path_factory.mktemp("ar")), batch_size=3)
 
 
 @pytest.mark.usefixtures("_launch_folder")
@@ -44,7 +34,7 @@ def test_its_score_is_the_exact_likelihood_of_ppl_eval(judge, tmp_path):
     words += [f"data.cache_dir={tmp_path}", f"data.tokenizer_name_or_path={TOKENIZER}"]
     words += [f"model.{key}={MANIFEST[key]}" for key in ("hidden_size", "n_blocks", "n_heads")]
     words += [f"model.length={MANIFEST['length']}", "loader.num_workers=0"]
-    words += [f"eval.checkpoint_path={recorded('ar', tmp_path)}"]
+    words += [f"eval.checkpoint_path={recorded_file('ar', tmp_path)}"]
     words += [f"checkpointing.save_dir={tmp_path}"]
     assert main.main(words) == 0
     (path,) = tmp_path.glob("ppl_*.json")
@@ -64,7 +54,7 @@ def test_a_text_longer_than_the_training_is_seen_in_windows(judge, tmp_path):
     (score,) = judge.score_tokens([ids])
     context, half = judge.context, judge.context // 2
     assert len(ids) > 2 * context
-    model, total, done = load(recorded("ar", tmp_path)), 0.0, 1
+    model, total, done = load(recorded_file("ar", tmp_path)), 0.0, 1
     for start in range(0, len(ids), half):
         part = ids[start : start + context]
         read = range(done - start, len(part))

@@ -1,0 +1,391 @@
+"""Generative perplexity against entropy, for several checkpoints and step rules.
+
+    python scripts/frontier.py my_run/checkpoints/last.ckpt ar=other_run/checkpoints/last.ckpt \\
+        --judge judge_run/checkpoints/last.ckpt --steps first_hitting,confidence,threshold \\
+        --temperatures 0.8,1 --nfe 32,128 --set threshold=0.6,0.9 --reference shakespeare
+
+A point is a checkpoint with a step rule, a number of evaluations (NFE) and a temperature. Lower
+generative perplexity at the same entropy is better; a lower one alone may be a lower temperature.
+OUT gets frontier.csv, frontier.json, frontier.png and the texts. The same command again goes on
+where it was. ar and sedd have samplers of their own, so each has them in place of the step rules.
+What stands behind -- are settings of main.py for the data, such as data.source=/corpora.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from matplotlib.lines import Line2D
+
+from checkpointing.layouts import fingerprint
+from evaluation.judge import Judge, load_judge
+from evaluation.quality import Figure, diversity, mean, perplexity
+from samplers.params import SamplingParams
+from samplers.steps import STEPS
+from samplers.writing import SAMPLERS
+from sampling.notebook import Writer, load
+from sampling.report import SHOWN, made_with
+from sampling.run import Model, Output, SamplingRun, Texts, run_id
+from sampling.sample_file import SampleFile
+from scripts.picture import picture
+from scripts.texts import cache_folder, read_texts
+from utils import atomic_file, reason, say, shown, write_json
+
+NUMBERS = {each.name: each for each in fields(SamplingParams)}
+COLUMNS = (
+    *("model", "algo", "block_size", "steps", "numbers", "temperature", "nucleus_p", "nfe"),
+    *("gen_ppl", "gen_ppl_error", "entropy", "entropy_error", "length", "texts"),
+    *("distinct_1", "distinct_2", "distinct_3", "distinct_4", "repetition", "ended_by_eos"),
+    *("tokens_per_evaluation", "tokens_per_second", "seconds", "run"),
+)
+FROM_REPORT = {  # a column by another name
+    "nfe": "gen_nfes",
+    "entropy": "gen_entropy",
+    "entropy_error": "gen_entropy_error",
+    "length": "gen_lengths",
+    "texts": "rows",
+}
+MARKERS = "osD^vPX*<>hp"
+REAL = "real text"
+
+
+@dataclass(frozen=True)
+class Point:
+    """`numbers`: what the rule reads, and what --nfe made of it."""
+
+    model: str
+    rule: str
+    numbers: dict
+    run: SamplingRun
+
+    @property
+    def text(self) -> str:
+        said = {**self.numbers, "temperature": self.run.model.params.temperature}
+        return ", ".join([self.model, self.rule, *(f"{k} {v}" for k, v in said.items())])
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parse(argv[:end])
+    try:
+        words = argv[end + 1 :]
+        judge = judge_of(args, words)
+        points = [
+            p for name, path in args.checkpoints for p in plan(name, path, judge, args, words)
+        ]
+        real = reference(args, judge, words)
+        say(f"{len(points)} points of {args.texts} texts, judged by {args.judge}")
+    except (ValueError, OSError) as error:
+        print(shown(reason(error)), file=sys.stderr)
+        return 2
+    try:
+        rows = [real] if real else []
+        for point, left in with_time_left(points):
+            say(f"point {points.index(point) + 1} of {len(points)}: {point.text}{left}")
+            rows.append(row(point, point.run.complete()))
+            write(args.out, rows, args)
+        draw(rows, args.out / "frontier.png", args.judge)
+    except (OSError, MemoryError) as error:
+        print(shown(reason(error)), file=sys.stderr)
+        return 1
+    print(as_text(rows))
+    for line in matched(rows):
+        print(line)
+    say(f"written to {args.out}: frontier.csv, frontier.json, frontier.png and the texts")
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def numbers(text: str) -> list[float]:
+        return [float(each) for each in text.split(",")]
+
+    def positive(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+        return value
+
+    def named(text: str) -> tuple[str, str]:
+        name, _, path = text.rpartition("=")
+        return name or short(path), path
+
+    def setting(text: str) -> tuple[str, list]:
+        name, _, values = text.partition("=")
+        if name not in NUMBERS or NUMBERS[name].type not in (int, float, str):
+            raise argparse.ArgumentTypeError(
+                f"{name} is no number or name that a sampling run takes"
+            )
+        return name, [NUMBERS[name].type(each) for each in values.split(",")]
+
+    parser.add_argument("checkpoints", nargs="+", type=named, help="[NAME=]file, export or hub id")
+    parser.add_argument("--judge", default="gpt2-large", help="causal model or ar checkpoint")
+    parser.add_argument("--steps", default="first_hitting", help="rules, separated by commas")
+    parser.add_argument("--temperatures", type=numbers, default=[0.8, 0.9, 1.0])
+    parser.add_argument("--nfe", type=numbers, help="about so many evaluations a text: sets k, T")
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=1,2")
+    parser.add_argument("--texts", type=positive, default=64, help="of each point (%(default)s)")
+    parser.add_argument("--length", type=positive, help="tokens of a text (that of the training)")
+    parser.add_argument("--batch-size", type=positive, help="texts side by side (all)")
+    parser.add_argument("--judge-batch-size", type=positive, default=16)
+    parser.add_argument("--nucleus-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--reference", help="real texts: a file, or a corpus such as shakespeare")
+    parser.add_argument("--device", help="(the accelerator, if there is one)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/frontier"), help="(%(default)s)")
+    args = parser.parse_args(argv)
+    for rule in args.steps.split(","):
+        if rule not in STEPS:
+            parser.error(f"--steps: {rule} is none of {', '.join(STEPS)}")
+    names = [name for name, _ in args.checkpoints]
+    if len(set(names)) < len(names):
+        parser.error(f"two checkpoints are called {names}: give NAME=PATH")
+    return args
+
+
+def short(path: str) -> str:
+    """A name for a checkpoint: the folder of its run."""
+    parts = [part for part in Path(path).parts if part not in ("checkpoints", "last.ckpt", "/")]
+    return parts[-1] if parts else path
+
+
+def device(args) -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(args.device or found or "cpu")
+
+
+def judge_of(args, words) -> Judge:
+    """Special tokens of the writers are told apart when they are known, see `plan`."""
+    return load_judge(
+        args.judge,
+        batch_size=args.judge_batch_size,
+        device=device(args),
+        setting="--judge",
+        cache_dir=cache_folder(words),
+    )
+
+
+def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
+    """The points of a checkpoint, all checked. ValueError where one cannot be."""
+    writer = load(path, device=device(args), cache_dir=cache_folder(words))
+    length = args.length or writer.params.context_size
+    base = writer.params.changed(
+        length=length,
+        seed=args.seed,
+        batch_size=args.batch_size or args.texts,
+        nucleus_p=args.nucleus_p,
+    )
+    file = SampleFile(args.out / f"{name}.csv")
+    file.check()
+    weights = fingerprint(writer.denoise.backbone.state_dict())
+    about = {"checkpoint": path, "judge": args.judge, "precision": "32-true"}
+    found = {}
+    for rule, numbers in rules(writer, length, args):
+        for temperature in args.temperatures:
+            params = base.changed(temperature=temperature, **numbers)
+            model = Model(writer.algo, writer.denoise, writer.tokenizer, params, writer.device)
+            made = made_with(writer.algo, params)
+            run = run_id(weights, made, params.seed, judge.fingerprint)
+            output = Output(file, run, about=about)
+            numbers_of_rule = {k: v for k, v in numbers.items() if k != "steps"}
+            made = SamplingRun(model, Texts(args.texts), output, judge)
+            found.setdefault(run, Point(name, rule, numbers_of_rule, made))
+    return list(found.values())
+
+
+def rules(writer: Writer, length: int, args) -> Iterator[tuple[str, dict]]:
+    """(name, changes of the parameters) of each way to write that the algorithm has."""
+    base, rounds, size = writer.params, 1, length
+    if writer.writes == "bamdlm":
+        size = base.block_size
+        rounds = length / size
+    elif writer.writes == "mdlm":
+        size = min(base.window, length)
+        rounds = 1 + max(0, length - size) / max(1, size // 2)
+    chosen = dict(args.set)
+    follows = "steps" in SAMPLERS[writer.writes].can
+    for rule in args.steps.split(",") if follows else [writer.writes]:
+        steps = {"steps": rule} if follows else {}
+        read = made_with(writer.algo, base.changed(**steps))
+        read = {name for name in NUMBERS if read.get(SHOWN.get(name, name)) is not None}
+        grid = {name: values for name, values in chosen.items() if name in read}
+        for nfe in args.nfe or [None]:
+            each = max(1.0, (nfe or length) / rounds)  # evaluations of a block or window
+            if "num_steps" in read - chosen.keys():
+                grid["num_steps"] = [round(each)]
+            if "k" in read - chosen.keys() and nfe:
+                grid["k"] = [min(size, max(1, round(size / each)))]
+            for values in itertools.product(*grid.values()):
+                yield rule, dict(zip(grid, values, strict=True)) | steps
+
+
+def with_time_left(points: list[Point]) -> Iterator[tuple[Point, str]]:
+    """Each with what remains, after those of this start. Points that are done take no time."""
+    started, done = time.monotonic(), 0
+    todo = sum(bool(point.run.missing()) for point in points)
+    for point in points:
+        missing = bool(point.run.missing())
+        left = (time.monotonic() - started) / done * (todo - done) if done else 0
+        yield point, f", about {left:,.0f} s left" if done and missing else ""
+        done += missing
+
+
+def reference(args, judge: Judge, words) -> dict | None:
+    """The row of real texts, as long as those of the models."""
+    if args.reference is None:
+        return None
+    length = args.length or judge.context
+    texts = read_texts(args.reference, length, args.texts, words)
+    scores, ids = judge.score(texts), judge.tokenize(texts)
+    ppl, entropy = perplexity(scores), mean([score.entropy for score in scores])
+    return {
+        **dict.fromkeys(COLUMNS),
+        "model": REAL,
+        **{"gen_ppl": ppl.value, "gen_ppl_error": number(ppl.error)},
+        **{"entropy": entropy.value, "entropy_error": number(entropy.error)},
+        **{"length": mean([score.tokens for score in scores]).value, "texts": len(texts)},
+        **{name: number(x.value) for name, x in diversity(ids, judge.eos_id).items()},
+    }
+
+
+def number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def row(point: Point, report: dict) -> dict:
+    found = {name: report.get(FROM_REPORT.get(name, name)) for name in COLUMNS}
+    said = " ".join(f"{name}={value}" for name, value in point.numbers.items())
+    return found | {"model": point.model, "steps": point.rule, "numbers": said}
+
+
+def matched(rows: list[dict]) -> Iterator[str]:
+    """The generative perplexity of each curve where its entropy is that of real text, by a straight
+    line between two temperatures in log perplexity; the error is that of these two points."""
+    real = next((r for r in rows if r["model"] == REAL), None)
+    for name, curve in curves(rows).items() if real else ():
+        target = real["entropy"]
+        curve = sorted(curve, key=lambda r: r["entropy"])
+        for a, b in itertools.pairwise(curve):
+            if a["entropy"] <= target <= b["entropy"] and a["entropy"] < b["entropy"]:
+                at = between(a, b, target)
+                yield f"{' '.join(name)}: generative perplexity {at} at the entropy of real text"
+
+
+def between(a: dict, b: dict, entropy: float) -> Figure:
+    width = b["entropy"] - a["entropy"]
+    share = (entropy - a["entropy"]) / width
+    slope = math.log(b["gen_ppl"] / a["gen_ppl"]) / width
+    value = a["gen_ppl"] * math.exp(slope * (entropy - a["entropy"]))
+    variance = 0.0
+    for point, weight in ((a, 1 - share), (b, share)):
+        errors = (point["gen_ppl_error"] or math.nan) / point["gen_ppl"]
+        errors = math.hypot(errors, slope * (point["entropy_error"] or math.nan))
+        variance += (weight * errors) ** 2
+    return Figure(value, value * math.sqrt(variance))
+
+
+def curves(rows: list[dict]) -> dict[tuple[str, ...], list[dict]]:
+    """The points that differ in temperature alone."""
+    found = {}
+    for each in rows:
+        if each["model"] != REAL and each["gen_ppl"] is not None:
+            name = each["model"], each["steps"], each["numbers"]
+            found.setdefault(tuple(filter(None, name)), []).append(each)
+    return found
+
+
+def as_text(rows: list[dict]) -> str:
+    lines = [["model", "steps", "", "T", "NFE", "gen. PPL", "entropy", "tokens/NFE", "seconds"]]
+    for each in rows:
+        figures = (Figure(each[x], each[f"{x}_error"] or math.nan) for x in ("gen_ppl", "entropy"))
+        others = [
+            "" if each[name] is None else format(each[name], form)
+            for name, form in (
+                ("temperature", "g"),
+                ("nfe", ",.1f"),
+                ("tokens_per_evaluation", ".2f"),
+                ("seconds", ",.1f"),
+            )
+        ]
+        said = [each[name] or "" for name in ("model", "steps", "numbers")]
+        lines.append([*said, *others[:2], *map(str, figures), *others[2:]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def write(out: Path, rows: list[dict], args) -> None:
+    """The table so far."""
+    with atomic_file(out / "frontier.csv") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    write_json(out / "frontier.json", {"judge": args.judge, "seed": args.seed, "points": rows})
+
+
+def draw(rows: list[dict], target: Path, judge: str) -> None:
+    """A line for each curve: a colour for a model, a marker for a rule, its size for the NFE."""
+    found = curves(rows)
+    models = list(dict.fromkeys(name[0] for name in found))
+    steps = list(dict.fromkeys(curve[0]["steps"] for curve in found.values()))
+    marker = {rule: MARKERS[i % len(MARKERS)] for i, rule in enumerate(steps)}
+    with picture(target, 8.5, 5.5) as axes:
+        for name, curve in found.items():
+            curve = sorted(curve, key=lambda r: r["temperature"])
+            axes.errorbar(
+                *([r[x] for r in curve] for x in ("entropy", "gen_ppl")),
+                *([r[x] or 0 for r in curve] for x in ("gen_ppl_error", "entropy_error")),
+                color=f"C{models.index(name[0]) % 10}",
+                marker=marker[curve[0]["steps"]],
+                markersize=marker_size(sum(r["nfe"] for r in curve) / len(curve)),
+                linewidth=0.7,
+                elinewidth=0.7,
+                alpha=0.75,
+            )
+        keys = [{"color": f"C{i % 10}", "label": name} for i, name in enumerate(models)]
+        grey = {"color": "0.4", "linestyle": ""}
+        keys += [{**grey, "marker": marker[rule], "label": rule} for rule in steps]
+        evaluations = sorted({round(r["nfe"]) for curve in found.values() for r in curve})
+        sizes = sorted({evaluations[0], evaluations[len(evaluations) // 2], evaluations[-1]})
+        keys += [
+            {**grey, "marker": "o", "markersize": marker_size(n), "label": f"{n:,} NFE"}
+            for n in sizes
+        ]
+        for each in rows:
+            if each["model"] == REAL:
+                axes.plot(each["entropy"], each["gen_ppl"], "k*", markersize=14)
+                axes.axvline(each["entropy"], color="k", linewidth=0.5, linestyle=":")
+                keys.append({"color": "k", "marker": "*", "linestyle": "", "label": REAL})
+        axes.set(yscale="log", xlabel="entropy of a text in nats")
+        axes.set_ylabel(f"generative perplexity (judge: {short(judge)})")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")
+        axes.grid(True, which="both", alpha=0.2)
+        axes.legend(
+            handles=[Line2D([], [], **key) for key in keys],
+            fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+        )
+
+
+def marker_size(nfe: float) -> float:
+    return 1 + 1.2 * math.log2(1 + nfe)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

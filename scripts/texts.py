@@ -1,0 +1,77 @@
+"""Texts that scripts compare: from a file of samples, a plain file, or a corpus."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import settings
+from modes.build import build_cache, build_rows, build_tokenizer
+from sampling.sample_file import SampleFile
+from utils import check_file
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"
+
+
+def cache_folder(words: Sequence[str] = ()) -> str:
+    """Where tokenizers that are trained here are kept; words: overrides of main.py."""
+    return build_cache(settings.load(list(words))).folder
+
+
+def corpus_rows(
+    name: str, length: int, count: int | None, words: Sequence[str] = (), seed: int = 1
+):
+    """Whole rows of the validation split of data=NAME, `count` of them or as many as there are,
+    from random places, int64 [N, length]; and their tokenizer. ValueError where there is no such
+    corpus."""
+    if not (CONFIGS / f"{name}.yaml").exists():
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise ValueError(f"{name} is neither a file nor a corpus: a corpus is one of {known}")
+    special = ["data.insert_valid_special=false"]
+    config = settings.load([f"data={name}", f"model.length={length}", *special, *words])
+    tokenizer = build_tokenizer(config)
+    rows = build_rows(config, tokenizer, "valid")
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    ids, mask = rows.read(sorted(chosen.tolist()))
+    return ids[mask.all(1)], tokenizer
+
+
+def read_texts(source: str, length: int, count: int | None, words: Sequence[str] = ()) -> list[str]:
+    """.txt: a text a line; .jsonl: the field `text`; .csv: samples of this project; else the name
+    of a corpus, whose validation rows of `length` tokens are texts."""
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        rows, tokenizer = corpus_rows(source, length, count, words)
+        return [tokenizer.decode(row.tolist()) for row in rows]
+    if path.suffix == ".csv":
+        if not path.exists():
+            raise ValueError(f"{source} does not exist")
+        found = [row.samples for row in SampleFile(path)]
+    else:
+        found = _lines(path)
+    if not found:
+        raise ValueError(f"{source} has no text")
+    return found[:count]
+
+
+def _lines(path: Path) -> list[str]:
+    import json
+
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path} must be a .txt, .jsonl or .csv file, or the name of a corpus")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    check_file(path)
+    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    if path.suffix == ".txt":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f"{path}, line {number} must be an object with a text under `text`")
+        found.append(record["text"])
+    return found
