@@ -22,8 +22,9 @@ WORDS = [
     "block_size=4",
     *(
         f"model.{name}={MANIFEST[name]}"
-        for name in ("hidden_size", "cond_dim", "n_blocks", "n_heads", "length")
+        for name in ("hidden_size", "cond_dim", "n_blocks", "n_heads")
     ),
+    "model.length=16",
     f"eval.checkpoint_path={GOLDEN / 'checkpoints/bd3lm_bs4.ckpt'}",
     "eval.gen_ppl_eval_model_name_or_path=null",
     f"data.tokenizer_name_or_path={GOLDEN / 'tokenizer'}",
