@@ -137,7 +137,7 @@ def _read(path: Path, read: Callable, trouble: list[str]):
         if content := read(path):
             return content
         trouble.append(f"left out: {path} (nothing in it can be read)")
-    except (ValueError, csv.Error, *CIRCUMSTANCES) as error:
+    except (ValueError, *CIRCUMSTANCES) as error:
         trouble.append(f"left out: {path} ({reason(error)})")
     return None
 

@@ -81,8 +81,9 @@ def names(runs: Sequence[Results]) -> list[str]:
 
 def columns(runs: Sequence[Results]) -> dict[str, list]:
     """{header: one value for each run, None where it has none}."""
-    found = {"run": names(runs)}
+    found = dict.fromkeys(["run"])
     found |= {key: [run.settings.get(key) for run in runs] for key in differing(runs)}
+    found["run"] = names(runs)  # whatever a settings.json calls its settings
     found["steps"] = [run.steps for run in runs]
     found["tokens seen"] = [run.tokens for run in runs]
     found["val PPL in training"] = [validation(run) for run in runs]

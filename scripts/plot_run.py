@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modes.results import LOG
 from scripts.picture import picture
 from training.log_reading import read_log
-from utils import shown
+from utils import reason, shown
 
 SMOOTHING = 0.02  # of the run: what the training loss is averaged over
 
@@ -85,6 +85,9 @@ def main() -> int:
     except ValueError as error:
         print(shown(error), file=sys.stderr)
         return 2
+    except OSError as error:
+        print(shown(reason(error)), file=sys.stderr)
+        return 1
     return 0
 
 

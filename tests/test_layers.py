@@ -258,7 +258,7 @@ def test_house_rules_of_a_file(path):
 def test_the_command_line_is_checked_before_anything_heavy_is_imported():
     heavy = ["torch", "lightning", "transformers", "datasets"]
     code = (
-        "import sys, main, settings; from modes import cli;"
+        "import sys, main, settings; from modes import cli, multirun;"
         f" print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run(

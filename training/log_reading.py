@@ -55,10 +55,14 @@ def _number(text: str) -> bool:
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """{name: {optimizer steps made: value}} of a metrics.csv of either format."""
+    """{name: {optimizer steps made: value}} of a metrics.csv of either format. ValueError: it is
+    another file."""
     series: dict[str, dict[int, float]] = {}
-    for row in log_rows(Path(path)):
-        for name, value in row.items():
-            if value and name not in NO_FIGURES:
-                series.setdefault(name, {})[int(row["step"])] = float(value)
+    try:
+        for row in log_rows(Path(path)):
+            for name, value in row.items():
+                if value and name not in NO_FIGURES:
+                    series.setdefault(name, {})[int(row["step"])] = float(value)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from error
     return series

@@ -200,6 +200,8 @@ BROKEN = {
     "runs": b'{"gen_nfes": 1, "runs": {"a": 1, "b": {"gen_nfes": NaN, "checkpoint": 3}}}',
     "Lightning's": b"epoch,step,train_loss\n0,x,1.0\n",
     "huge": b"step,trainer/loss,val/ppl\n" + b"9" * 300 + b",1.0,2.0\n",
+    "a long cell": b"step,trainer/loss\n1," + b"x" * 200_000 + b"\n",
+    "a name of ours": b'{"run": [1], "steps": 2}',
     "many digits": b"step,trainer/loss\n" + b"9" * 5000 + b",1.0\n",
     "not finite": b"step,trainer/loss,val/ppl,val/nll_error\n1,nan,inf,nan\n2,-inf,nan,\n",
 }
@@ -253,3 +255,12 @@ def test_the_picture_of_one_run_is_drawn_as_before(runs, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plot_run.py", "a\x1bb"])
     assert plot_run.main() == 2
     assert "a\\x1bb/metrics.csv does not exist" in capsys.readouterr().err
+    (runs[0] / "metrics.csv").write_bytes(BROKEN["a long cell"])
+    csv.field_size_limit(1 << 17)  # as in a new process
+    monkeypatch.setattr("sys.argv", ["plot_run.py", str(runs[0])])
+    assert plot_run.main() == 2
+    assert "metrics.csv: field larger than field limit" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["plot_run.py", str(runs[1]), "settings.json/curve.png"])
+    Path("settings.json").touch()
+    assert plot_run.main() == 1
+    assert capsys.readouterr().err.startswith("settings.json")
