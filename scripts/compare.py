@@ -27,7 +27,7 @@ from modes.tables import Rows, cell, csv_text, filled, html_table, markdown, mar
 from scripts import summarize
 from scripts.picture import picture
 from scripts.plot_run import finish, losses, perplexities, smoothed
-from utils import atomic_file, harmless, reason, shown
+from utils import atomic_file, harmless, reason, say, shown
 
 TEXTS, LONGEST_TEXT = 2, 4000  # of each run that are shown, and their characters
 # column: the key in a report of sampling; of each run the newest report counts
@@ -286,11 +286,11 @@ def main(argv: list[str]) -> int:
         print(*map(shown, problems), sep="\n", file=sys.stderr)
         return 2
     found, code = columns(runs), 0
-    print(text(read_rows(found)))
+    say(text(read_rows(found)))
     try:
         if asked.out is not None:
             write(asked.out, runs, found)
-            print(shown(f"written: {asked.out}/compare.csv, .md, .html and, of curves, .png"))
+            say(shown(f"written: {asked.out}/compare.csv, .md, .html and, of curves, .png"))
     except OSError as error:
         print(shown(reason(error)), file=sys.stderr)
         code = 1

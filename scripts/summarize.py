@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modes.results import Summary, reports
 from modes.tables import csv_text, filled, markdown
 from samplers.params import SamplingParams
-from utils import atomic_file, reason, shown
+from utils import atomic_file, reason, say, shown
 
 # column: the key in a summary
 COLUMNS = {
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         )
         return 1
     rows = table(summaries)
-    print(markdown(rows))
+    say(markdown(rows))
     try:
         if asked.csv is not None:
             with atomic_file(asked.csv) as file:

@@ -4,12 +4,14 @@ import base64
 import csv
 import json
 import os
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from scripts import compare, plot_run
+from scripts import compare, plot_run, summarize
 
 HOSTILE = "<img src=x onerror=alert(1)>|`[a](b) \x1b[31m \u202e"
 SETTINGS = {"seed": 1, "block_size": 4, "loader.global_batch_size": 8, "model.length": 16}
@@ -245,6 +247,16 @@ def test_a_full_disk_is_told(runs, monkeypatch, capsys):
     monkeypatch.setattr(compare, "write", lambda *args: Path("/dev/full").write_text("x"))
     assert compare.main([str(runs[0]), "--out", "out"]) == 1
     assert "No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [compare, summarize])
+def test_a_reader_that_goes_away_is_no_error(runs, program):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, program.__file__, *map(str, runs)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_picture_of_one_run_is_drawn_as_before(runs, monkeypatch, capsys):
