@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import settings
 from modes.results import LOG, number, reports
+from samplers.params import SamplingParams
 from settings import Config
+from settings.keys import get
 from settings.sweeps import Job
 from training.log_reading import read_log
 from training.signals import HEARD
@@ -103,7 +105,7 @@ def last_figures(run: Run) -> dict[str, object]:
         path = Path(config.sampling.logdir)
         path = path.with_suffix(".json") if path.suffix == ".csv" else Path(f"{path}.json")
         wanted = {"checkpoint": config.eval.checkpoint_path, "seed": config.seed}
-        found = _matching([path], wanted)
+        found = [each for each in _matching([path], wanted) if _asked_for(each[1], config)]
         columns = {"gen PPL": "gen_ppl", "entropy": "gen_entropy", "NFE": "gen_nfes"}
         last = found[-1][1] if found else {}
         return {name: number(last.get(key)) for name, key in columns.items()}
@@ -114,6 +116,18 @@ def _matching(paths: list[Path], wanted: dict) -> list[tuple[Path, dict]]:
     """The reports about what was asked for; a file that cannot be read has none."""
     found, _ = reports(paths)
     return [(p, each) for p, each in found if all(each.get(k) == v for k, v in wanted.items())]
+
+
+def _asked_for(report: dict, config: Config) -> bool:
+    """Whether a report is about these settings: jobs that share a file may run side by side."""
+    if config.sampling.sweep is not None:  # then it is about one of its points
+        return True
+    names = [each.name for each in fields(SamplingParams) if each.metadata]
+    asked = {name: get(config, f"sampling.{name}") for name in (*names, "nucleus_p")}
+    asked["block_size"] = config.block_size
+    if report.get("steps") != report.get("algo"):  # ar has no step rule
+        asked["steps"] = config.sampling.steps
+    return all(report.get(name) in (None, value) for name, value in asked.items())
 
 
 def _with_error(report: dict) -> str | None:

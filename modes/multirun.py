@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     runs = [Run(job, config) for job, config in zip(sweep.jobs, configs, strict=True)]
     try:
         told = slurm.run(runs, sweep) if on_slurm else run_here(runs)
-    except Failure as error:
+    except (Failure, OSError, MemoryError) as error:
         print(shown(reason(error)), file=sys.stderr)
         return 1
     say(table(runs))

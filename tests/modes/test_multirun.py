@@ -146,24 +146,26 @@ def test_under_a_launcher_of_several_processes_it_is_refused(started, capsys, mo
 
 
 def test_texts_of_several_runs_may_share_a_file(monkeypatch, capfd):
-    """Each job's figures are those that were last in the report as it ended."""
+    """Each job's figures are those of its own settings, whatever was reported last."""
     words = ["mode=sample_eval", "eval.checkpoint_path=org/x", "sampling.logdir=texts.csv"]
-    shown = []
+    figures = launching.last_figures
+    runs = {
+        str(n): {"checkpoint": "org/x", "seed": 0, "gen_nfes": 2.0, "gen_ppl": n, "temperature": t}
+        for n, t in ((10.0, 0.5), (20.0, 1.0), (30.0, 0.75))
+    }
 
     def write(run):
-        shown.append(run.config.seed)
-        report = {"checkpoint": "org/x", "seed": run.config.seed, "gen_nfes": 2.0}
-        report |= {"gen_ppl": 10.0 * run.config.seed + 10, "gen_entropy": 3.0}
+        report = {**runs["30.0"], "runs": runs}
         Path("texts.json").write_text(json.dumps(report))
         return figures(run)
 
-    figures = launching.last_figures
     monkeypatch.setattr(launching, "last_figures", write)
-    assert main.main(["-m", *SMALL, *words, "seed=0,1"]) == 1
-    assert shown == [0, 1]
+    several = ["seed=0", "sampling.temperature=0.5,1"]
+    assert main.main(["-m", *several[1:], *SMALL, *words, several[0]]) == 0
     table = [line.split() for line in capfd.readouterr().out.splitlines()[-2:]]
-    assert table[0][4:] == ["10.00", "3.00", "2.00"]
-    assert table[1][4:] == []  # it failed, and its report is an older one's
+    assert [line[4:] for line in table] == [["10.00", "2.00"], ["20.00", "2.00"]]
+    assert main.main(["-m", *SMALL, *words, "seed=1"]) == 1
+    assert capfd.readouterr().out.split()[-4:-1] == ["1", "-", "1"]  # it failed: no figures
 
 
 @pytest.mark.slow
