@@ -1,0 +1,146 @@
+"""BrierLM of checkpoints: how well what they write goes on as real texts do.
+
+    python scripts/brier.py my_run/checkpoints/last.ckpt other_run/checkpoints/last.ckpt \\
+        --reference shakespeare --set steps=confidence
+
+From each of --prefixes real texts one prefix is taken, of random length, and the model writes four
+tokens behind it, --draws times. No probability is needed, so algorithms and samplers of all kinds
+can be compared, where their tokens are the same. docs/evaluation.md has the definition. What stands
+behind -- are settings of main.py for the data, such as data.source=/corpora.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from evaluation.brier import BrierLM, brier_lm, closed_form, continuations, cut, estimates
+from evaluation.quality import mean
+from modes import tables
+from samplers.params import SamplingParams
+from samplers.writing import check
+from sampling.notebook import Writer, load
+from scripts.texts import cache_folder, read_texts
+from utils import reason, shown, write_json
+
+NUMBERS = {f.name: f.type for f in fields(SamplingParams) if f.type in (int, float, str)}
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, words = parse(argv[:end]), argv[end + 1 :]
+    try:
+        found = {path: measured(path, args, words) for path in args.checkpoints}
+    except (ValueError, OSError) as error:
+        print(shown(reason(error)), file=sys.stderr)
+        return 2
+    print(as_text(found))
+    for path, (each, _) in found.items():
+        few = [f"Brier-{n}" for n, figure in each.orders.items() if not figure.value > 0]
+        if few:
+            print(f"{path}: {', '.join(few)} not above 0: take more --prefixes or --draws")
+    if args.out:
+        write_json(args.out, {path: as_dict(each) for path, each in found.items()})
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def several(text: str) -> int:
+        if (value := int(text)) < 2:
+            raise argparse.ArgumentTypeError(f"{value} must be at least 2")
+        return value
+
+    def setting(text: str):
+        name, _, value = text.partition("=")
+        if name not in NUMBERS:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(NUMBERS)}")
+        return name, NUMBERS[name](value)
+
+    parser.add_argument("checkpoints", nargs="+", help=".ckpt, exported folder or hub id")
+    parser.add_argument("--reference", required=True, help="real texts: a file or a corpus")
+    parser.add_argument("--prefixes", type=several, default=512, help="(%(default)s)")
+    parser.add_argument("--draws", type=several, default=4, help="of each (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", help="(the accelerator, if there is one)")
+    parser.add_argument("--out", type=Path, help="a .json file")
+    return parser.parse_args(argv)
+
+
+def measured(path: str, args, words) -> tuple[BrierLM, dict]:
+    """BrierLM of a checkpoint, and of ar Brier-1 from its probabilities."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    where = torch.device(args.device or accelerator or "cpu")
+    writer = load(path, device=where, cache_dir=cache_folder(words))
+    changes = {"batch_size": args.batch_size, "seed": args.seed} | dict(args.set)
+    params = writer.params.changed(**changes)
+    check(params, writer.writes)
+    texts = read_texts(args.reference, params.length, args.prefixes, words)
+    rows = writer.tokenizer.encode_batch(texts)
+    prefixes, truth = cut(rows, params.bos_id, params.length, args.seed)
+    if len(prefixes) < 2:
+        raise ValueError(f"{args.reference} has fewer than two texts of more than four tokens")
+    with tqdm(total=len(prefixes) * args.draws, desc=path, disable=None) as bar:
+        drawn = continuations(
+            writer.writes,
+            writer.denoise,
+            prefixes,
+            params,
+            draws=args.draws,
+            device=where,
+            tick=bar.update,
+        )
+    warped = params.warp != SamplingParams(length=1, bos_id=0, eos_id=0).warp
+    exact = exact_first(writer, prefixes, truth) if writer.writes == "ar" and not warped else {}
+    return brier_lm(estimates(drawn, truth)), exact
+
+
+def exact_first(writer: Writer, prefixes, truth: torch.Tensor) -> dict:
+    """Brier-1 without draws, at temperature 1."""
+    found = []
+    for prefix, behind in zip(prefixes, truth, strict=True):
+        log_probs = writer.log_probs([*prefix, 0], [len(prefix)])[0].cpu()
+        found.append(float(closed_form(log_probs, behind[:1])))
+    return {"Brier-1 exact": mean(found)}
+
+
+def as_text(found: dict) -> str:
+    columns = dict.fromkeys(name for each in found.values() for name in figures(*each))
+    rows = [["", *columns]]
+    for path, each in found.items():
+        known = figures(*each)
+        rows.append([path, *(str(known[name]) if name in known else None for name in columns)])
+    return tables.text(rows)
+
+
+def figures(found: BrierLM, exact: dict) -> dict:
+    orders = {f"Brier-{n}": figure for n, figure in found.orders.items()}
+    return {f"BrierLM-n{found.prefixes}": found.value, **orders, **exact}
+
+
+def as_dict(each) -> dict:
+    """nan is no JSON."""
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    return {
+        name: {"value": number(x.value), "error": number(x.error)}
+        for name, x in figures(*each).items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
