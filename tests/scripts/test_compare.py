@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import compare, plot_run, summarize
+from scripts import compare, plot_run
 
 HOSTILE = "<img src=x onerror=alert(1)>|`[a](b) \x1b[31m \u202e"
 SETTINGS = {"seed": 1, "block_size": 4, "loader.global_batch_size": 8, "model.length": 16}
@@ -207,7 +207,7 @@ BROKEN = {
     "many digits": b"step,trainer/loss\n" + b"9" * 5000 + b",1.0\n",
     "not finite": b"step,trainer/loss,val/ppl,val/nll_error\n1,nan,inf,nan\n2,-inf,nan,\n",
 }
-DRAWN = ("huge", "not finite")  # drawing takes longest
+DRAWN = ("not finite",)  # drawing takes longest
 FILES = ("settings.json", "metrics.csv", "ppl_x.json", "texts.json", "texts.csv")
 
 
@@ -249,11 +249,10 @@ def test_a_full_disk_is_told(runs, monkeypatch, capsys):
     assert "No space left" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [compare, summarize])
-def test_a_reader_that_goes_away_is_no_error(runs, program):
+def test_a_reader_that_goes_away_is_no_error(runs):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, program.__file__, *map(str, runs)]
+    command = [sys.executable, compare.__file__, *map(str, runs)]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
