@@ -23,8 +23,9 @@ class Canvas:
         self.mask_id, self.watch = denoise.mask_id, watch
         self.dump = params.length  # the column for writes that concern nobody
         self.x = torch.full((rows, params.length + 1), self.mask_id, device=device)
-        # the log-probability of each token when it was drawn, for a corrector
-        self.sure = torch.zeros(self.x.shape, device=device) if params.corrector else None
+        # the log-probability of each token when it was drawn, for a corrector and who watches
+        wanted = params.corrector or watch is not None
+        self.sure = torch.full(self.x.shape, torch.nan, device=device) if wanted else None
         self.cache = None
         self.committed = [0] * rows  # tokens of each row that the cache holds for good
         cuda = torch.device(device).type == "cuda"
@@ -92,15 +93,16 @@ class Canvas:
         """One more evaluation of the batch; who watches will see what it was asked about."""
         self.evaluations += 1
         if self.watch is not None:
-            self.before = self._copy()
+            self.before = self._copy(self.x)
 
-    def _copy(self) -> Tensor:
-        return self.x[:, :-1].to("cpu", copy=True)
+    def _copy(self, numbers: Tensor) -> Tensor:
+        return numbers[:, :-1].to("cpu", copy=True)
 
     def show(self, names: list[int]) -> None:
         """Let who watches see what was written; names: the row number of each text."""
         if self.watch is not None:
-            self.watch(Frame(names, self.before, self._copy(), self.evaluations))
+            tokens, sure = self._copy(self.x), self._copy(self.sure)
+            self.watch(Frame(names, self.before, tokens, self.evaluations, sure))
 
     def _fresh_cache(self) -> None:
         if self.replay is not None:

@@ -34,3 +34,5 @@ class Frame:
     before: Tensor  # int64 [B, L], on the CPU: what the evaluation was asked about
     tokens: Tensor  # the same after it; mask tokens where nothing is written yet
     nfe: int  # evaluations so far
+    # float32 [B, L]: of each token when it was drawn, by the network itself; NaN: none was drawn
+    log_probs: Tensor

@@ -543,8 +543,8 @@ def test_the_terminal_shows_the_text_being_written(tmp_path):
     after = before.clone()
     after[0, -2] = TOKENIZER.encode(" of")[0]
     with Show(TOKENIZER, console=console) as show:
-        show(Frame([3], before, before, 1))
-        show(Frame([3], before, after, 2))
+        show(Frame([3], before, before, 1, before.log()))
+        show(Frame([3], before, after, 2, after.log()))
     text = console.export_text()
     assert "text 3, evaluation 2" in text
     assert "<|endoftext|>the work" in text
