@@ -74,7 +74,7 @@ class Writer(Model, Reading):
 
 
 def load(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     *,
     tokenizer: str | None = None,
     algo: str | None = None,
@@ -84,12 +84,13 @@ def load(
     cache_dir: str | None = None,
     **params,
 ) -> Writer:
-    """A .ckpt, an exported folder or a hub id. What the file says of itself need not be said again.
+    """A .ckpt, an exported folder or a hub id, or one that was read. What the file says of itself
+    need not be said again.
 
     use_ema: the averaged weights, which must be there, or else the raw ones. `params`: fields of
     SamplingParams, as the defaults of `generate`. The cache is on where it is exact.
     """
-    found = read_checkpoint(checkpoint)
+    found = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     algo, block_size = trained_as(found, algo, block_size)
     words = trained_tokenizer(found, tokenizer, cache_dir)
     network = trained_network(found, words, algo, use_ema)

@@ -129,7 +129,7 @@ def algorithm(config: Config) -> Iterator[str]:
         if (value := getattr(algo, key)) != entry[key]:
             yield f"algo.{key}={value} does not fit algo={algo.name}, which needs {entry[key]}"
     whole = entry["noise"] and not entry["blocks"]
-    windows = "steps" in entry["can"] and config.mode == "sample_eval"
+    windows = "steps" in entry["can"] and config.mode in ("sample_eval", "demo")
     if whole and blocks and not windows:
         yield (
             f"block_size={config.block_size}: algo={algo.name} is one block of"
@@ -350,8 +350,20 @@ def sampling(config: Config) -> Iterator[str]:
     yield from sampling_files(config)
 
 
+def demo(config: Config) -> Iterator[str]:
+    if config.mode != "demo":
+        return
+    if not config.demo.host:
+        yield "demo.host= is empty: 127.0.0.1 is this machine alone, 0.0.0.0 is for all others too"
+    if not has_package("gradio"):
+        yield (
+            "mode=demo: the package gradio is not installed; run"
+            " pip install -r requirements-demo.txt"
+        )
+
+
 FILES = (checkpoints, corpora, results)
 RULES = (
-    *(amounts, network, algorithm, clipping, batches, machine, optimization, data, sampling),
+    *(amounts, network, algorithm, clipping, batches, machine, optimization, data, sampling, demo),
     *FILES,
 )

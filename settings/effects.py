@@ -17,6 +17,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             f"training.from_pretrained={config.training.from_pretrained} has no effect:"
             f" mode={config.mode} reads eval.checkpoint_path"
         )
+    if config.mode == "demo":
+        yield from _demo(typed)
     if config.mode == "sample_eval":
         yield from _sampling(config)
         if config.eval.tokens_per_batch is not None:
@@ -36,6 +38,18 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
     yield from _algorithm(config)
     yield from _data(config)
+
+
+def _demo(typed: Collection[str]) -> Iterator[str]:
+    """What neither the page has nor the checkpoint leaves open."""
+    names = {"steps", "first_hitting", "nucleus_p", "prompt", *step_numbers()}
+    names |= {name for rule in step_rules().values() for name in rule.get("reads", ())}
+    read = {"model.length", *(f"sampling.{name}" for name in names)}
+    for key in typed:
+        if key.startswith(("model.", "sampling.")) and key not in read:
+            yield f"{key} has no effect: mode=demo asks the checkpoint and the page"
+    if "trainer.precision" in typed:
+        yield "trainer.precision has no effect: mode=demo computes in float32"
 
 
 def _training(config: Config) -> Iterator[str]:

@@ -54,7 +54,7 @@ BY_WORDS = {words: _of_range(words, bounds) for words, bounds in sampling_ranges
 # what is more would take hours to make, whatever the machine has
 BETWEEN = {
     f"at least {least} and at most {most}": _between(least, most)
-    for least, most in ((1, 1000), (0, 1_000_000), (1, 1_000_000))
+    for least, most in ((1, 1000), (0, 65_535), (0, 1_000_000), (1, 1_000_000))
 }
 LIMITS = (
     BY_WORDS

@@ -105,7 +105,7 @@ def results(config: Config) -> Iterator[str]:
     known = cache is None or "://" in cache
     known = known or (bool(cache) and Path(os.path.expanduser(cache)).exists())
     # sampling prepares no rows, so nobody need have chosen a place for them
-    known = known or (mode == "sample_eval" and cache == str(user_cache()))
+    known = known or (mode in ("sample_eval", "demo") and cache == str(user_cache()))
     if mode != "plan" and not known:  # one that exists may be only to read
         made["data.cache_dir"] = os.path.expanduser(cache)
     if mode == "sample_eval":

@@ -13,7 +13,7 @@ from utils import read_json, write_json
 
 OUTPUTS = Path("outputs")
 SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
-EVALUATES = ("ppl_eval", "sample_eval")  # modes that read eval.checkpoint_path
+EVALUATES = ("ppl_eval", "sample_eval", "demo")  # modes that read eval.checkpoint_path
 RUN_FOLDER = "<run folder>"  # stands for ${cwd:} until place(), since it depends on other settings
 # What else a value is called in the authors' checkpoints.
 SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {

@@ -119,6 +119,12 @@ class Sampling(_StepNumbers):
 
 
 @dataclass
+class Demo:
+    host: str = doc("address that mode=demo listens on; 127.0.0.1: this machine alone reaches it")
+    port: int = doc("port of the page; 0: any that is free", "at least 0 and at most 65535")
+
+
+@dataclass
 class Training:
     ema: float = doc("decay of the moving average of the weights; 0: no average", "in [0, 1)")
     antithetic_sampling: bool = doc(
@@ -369,6 +375,7 @@ class Config:
     block_size: int = doc("tokens of a block; divides model.length; 1 for algo=ar", "at least 1")
     loader: Loader
     sampling: Sampling
+    demo: Demo
     training: Training
     eval: Eval
     optim: Optim
