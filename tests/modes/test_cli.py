@@ -80,7 +80,7 @@ WRONG = [
     (TRAIN, ["data.train=[a,b]"], "data.train=['a', 'b'] must be text or null"),
     (TRAIN, ["trainer.devices=[0,1]"], "trainer.devices=[0, 1] must be a whole number or null"),
     # choices and ranges
-    (TRAIN, ["mode=eval"], "mode=eval must be one of train, demo, plan, ppl_eval, prepare, sample_eval"),
+    (TRAIN, ["mode=eval"], "mode=eval must be one of train, demo, plan, ppl_eval, prepare, sampl"),
     (TRAIN, ["algo.name=foo"], "algo.name=foo must be one of bamdlm, "),
     (TRAIN, ["trainer.precision=fp8"], "trainer.precision=fp8 must be one of 32-true"),
     (TRAIN, ["trainer.accelerator=tpu"], "trainer.accelerator=tpu must be one of auto, gpu, cpu"),
