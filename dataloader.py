@@ -31,7 +31,7 @@ from data.streaming import StreamedText
 from data.token_rows import TokenRows
 from models.randomness import uniform
 from training.signals import ignore_signals
-from utils import DataFailure, end_children, reason
+from utils import DataFailure, end_children, reason, shown
 
 log = logging.getLogger("bamdlm")
 
@@ -80,8 +80,8 @@ class StreamedExamples(Dataset):
 
     When an earlier batch is asked for, it reads again from a bookmark. This happens at a new epoch,
     when workers had fetched batches ahead. Some batches hold a "bookmark", which says where to read
-    on (streaming.to_text). When the text cannot be read, the batch is {"error": why}: an exception
-    would leave a worker as a traceback.
+    on (streaming.to_text), as the bytes of a tensor. When the text cannot be read, the batch is
+    {"error": why}: an exception would leave a worker as a traceback.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class StreamedExamples(Dataset):
             rows = self.stream.read(positions)
             self.next = positions[-1] + 1
         except streaming.TextError as error:
-            return {"error": str(error)}
+            return {"error": shown(error)}
         length = rows.ids.shape[1]
         mask = np.arange(length) < rows.counts[:, None]
         batch = {"row": torch.tensor(positions)}
@@ -127,7 +127,8 @@ class StreamedExamples(Dataset):
         batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.batches % BOOKMARK_EVERY == 0:
             self.own.append((self.next, self.stream.bookmarks()))
-            batch["bookmark"] = streaming.to_text(self.stream.bookmarks(), self.fingerprint)
+            text = streaming.to_text(self.stream.bookmarks(), self.fingerprint)
+            batch["bookmark"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         self.batches += 1
         return batch
 
@@ -142,7 +143,12 @@ class _Workers(_MultiProcessingDataLoaderIter):
 
 class Loader(DataLoader):
     """DataFailure where batches do not come: workers that cannot be started or have died, files
-    that are gone. It is raised between two steps, so that the run can be saved."""
+    that are gone. It is raised between two steps, so that the run can be saved.
+
+    A worker that is killed leaves no half of a message, for which this process would wait without
+    end: tensors go through shared memory, so a message is shorter than PIPE_BUF (4 096 bytes), and
+    the kernel writes it whole or not at all.
+    """
 
     def __iter__(self) -> Iterator[dict]:
         end = object()
@@ -264,7 +270,8 @@ class DataModule(LightningDataModule):
         """Called with each batch when its turn comes, not when it is fetched."""
         if "error" in batch:
             raise streaming.TextError(batch["error"])
-        self.bookmark = batch.pop("bookmark", self.bookmark)
+        if "bookmark" in batch:
+            self.bookmark = batch.pop("bookmark").numpy().tobytes().decode()
         return batch
 
     def state_dict(self) -> dict:

@@ -34,7 +34,7 @@ from data.readers import Piece
 from data.split import Split
 from data.token_rows import check_ids
 from random_streams import order, version_of
-from utils import DataFailure, reason
+from utils import DataFailure, reason, shown
 
 log = logging.getLogger("bamdlm")
 
@@ -266,6 +266,14 @@ def to_text(bookmarks: dict[int, Bookmark], of: str) -> str:
 
 def from_texts(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
     """The bookmarks of all devices, by lane; none where they are of another stream."""
+    try:
+        return _read_bookmarks(texts, of)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("the bookmarks cannot be read (%s): reading the text anew", shown(error))
+        return {}
+
+
+def _read_bookmarks(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
     found = {}
     for text in texts:
         noted = json.loads(text)

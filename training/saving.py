@@ -269,7 +269,21 @@ class BestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "current_score": self.best_model_score}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(_moved(state_dict, self.dirpath))
+        """Files elsewhere are forgotten: the checkpoint may be anyone's, and what is no longer
+        among the best is deleted."""
+        state = _moved(state_dict, self.dirpath)
+        named = [*state.get("best_k_models", {}), *(state.get(name, "") for name in BEST_PATHS)]
+        if all(_is_best(path, self.dirpath) for path in named if path):
+            super().load_state_dict(state)
+
+
+BEST_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+
+def _is_best(path: object, folder: str) -> bool:
+    """Whether a path is one that a BestCheckpoint of this folder writes."""
+    place, _, name = str(path).rpartition("/")
+    return place == folder and re.fullmatch(r"best(-step=\d+)?\.ckpt", name) is not None
 
 
 def _moved(state: dict, folder: str) -> dict:
@@ -282,8 +296,7 @@ def _moved(state: dict, folder: str) -> dict:
     best = {here(path): score for path, score in state.get("best_k_models", {}).items()}
     if not best or not all(fs.exists(place) for fs, place in map(url_to_fs, best)):
         return state
-    names = ("best_model_path", "kth_best_model_path", "last_model_path")
-    paths = {name: here(state.get(name, "")) for name in names}
+    paths = {name: here(state.get(name, "")) for name in BEST_PATHS}
     return state | paths | {"dirpath": folder, "best_k_models": best}
 
 

@@ -9,10 +9,12 @@ import errno
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from runs import ALGORITHMS, LAST, Run, at_call, differences, read, run, tell, t
 from torch.utils.data import Dataset
 
 import main
+import settings
 import utils
 from data import preparation, shards
 from data.token_rows import TokenRows
@@ -29,7 +32,7 @@ from dataloader import Loader
 from diffusion import Diffusion
 from evaluation.journal import Journal
 from evaluation.likelihood import RowResults
-from modes import train
+from modes import build, train
 from sampling import sample_file
 from sampling.sample_file import SampleFile, SampleRow
 from training.csv_log import CSVLog
@@ -364,6 +367,36 @@ def test_scores_of_files_that_are_elsewhere_are_forgotten(tmp_path):
     assert found.best_model_score is None
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "s3://bucket/best.ckpt",
+        "FOLDER/../best.ckpt",
+        "FOLDER/../../victim",
+        "FOLDER/sub/best.ckpt",
+        "FOLDER/step=4.ckpt",
+        "FOLDER/last.ckpt",
+        "best.ckpt",
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["best_k_models", "best_model_path", "kth_best_model_path", "last_model_path"]
+)
+def test_a_foreign_checkpoint_names_no_file_that_is_deleted(name, path, tmp_path):
+    """Its state says what to delete when a better one comes."""
+    path, folder = path.replace("FOLDER", str(tmp_path)), tmp_path / "run"
+    folder.mkdir()
+    path = path.replace(str(tmp_path), str(folder))
+    state = best(folder, "best.ckpt")
+    state[name] = {path: 1} if name == "best_k_models" else path
+    callback = BestCheckpoint(folder, monitor="val/nll")
+    callback.load_state_dict(state)
+    assert callback.best_k_models == {}
+    assert callback.best_model_path == callback.kth_best_model_path == ""
+    assert callback.last_model_path == ""
+
+
 # ---- data that do not come ----------------------------------------------------------------------
 
 
@@ -397,6 +430,27 @@ def test_a_fault_of_reading_is_told_from_a_bug(fault, kind, words, workers):
     with pytest.raises(kind, match=words) as raised:
         list(loader)
     assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("kind", ["rows", "documents", "streamed", "unreadable"])
+def test_a_worker_writes_a_message_whole_or_not_at_all(kind, tmp_path):
+    """The kernel does so below PIPE_BUF: a worker that is killed leaves no half of one, for which
+    the run would wait without end."""
+    (tmp_path / "a.txt").write_text("one two three " * 3000)
+    words = tiny(tmp_path)
+    words += [f"data.train={tmp_path / 'a.txt'}", "model.length=64", "block_size=16"]
+    words += ["data.pack=documents"] * (kind == "documents")
+    words += ["data.streaming=true"] * (kind in ("streamed", "unreadable"))
+    config = settings.load([*words, "loader.batch_size=64", "loader.global_batch_size=64"])
+    data = build.build_data(config, build.build_tokenizer(config), train=True)
+    if kind == "unreadable":
+        (tmp_path / "a.txt").write_bytes(b"\xff" * 9000)
+    loader = data.train_dataloader()
+    batch = loader.dataset.__getitems__(next(iter(loader.batch_sampler)))
+    assert set(batch) >= {"error"} if kind == "unreadable" else {"input_ids"}
+    assert ("bookmark" in batch) == (kind == "streamed")
+    size = len(ForkingPickler.dumps((1 << 40, batch)))
+    assert size + 16 < select.PIPE_BUF
 
 
 def kill_a_worker():
