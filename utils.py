@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def _without_middle(text: str, most: int) -> str:
 
 
 # What libraries put into their messages: the number of an error, its type, and types of values.
-FOR_PROGRAMS = re.compile(r"\[Errno \d+\] |\b\w+Error: |<class '([\w.]+)'>")
+FOR_PROGRAMS = re.compile(r"\[Errno -?\d+\] |\b\w+Error: |<class '([\w.]+)'>")
 
 
 def reason(error: BaseException) -> str:
@@ -143,6 +144,12 @@ def check_file(path: Path, most: float = MOST_DESCRIPTION) -> None:
         raise ValueError(f"{path} is no regular file")
     if path.stat().st_size > most:
         raise ValueError(f"{path} has more than {most:,} bytes")
+
+
+def check_place(path: Path, most: float = MOST_DESCRIPTION) -> None:
+    """check_file() of what stands where a file is kept on with, or nothing does."""
+    if os.path.lexists(path):
+        check_file(path, most)
 
 
 def check_files(folder: Path) -> None:
@@ -219,6 +226,16 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.filename is None and error.errno in DISK:
             error.filename = str(path)
         raise
+
+
+def answered(name: str, work: Callable[[], int | None]) -> int:
+    """The exit code of a script: of `work` (None: 0), or 2 after one line about what it was given
+    and cannot use."""
+    try:
+        return work() or 0
+    except (ValueError, *CIRCUMSTANCES) as error:
+        print(f"{name}: {shown(reason(error))}", file=sys.stderr)
+        return 2
 
 
 class Failure(RuntimeError):

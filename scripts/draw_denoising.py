@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.picture import picture
+from utils import answered, check_place
 
 COLUMNS, LINES = 46, 10  # of a panel, in characters
 START = "<|endoftext|>"  # stands before every text and says nothing
@@ -27,9 +28,11 @@ MASKED = ("block", "later")
 
 def read(page: Path) -> dict:
     """The record in the page: {"given": [[position, piece], ...], "steps": [the same, ...]}."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    check_place(page)
+    text = page.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
     if found is None:
-        raise SystemExit(f"{page} is not a page of sampling.trajectory")
+        raise ValueError(f"{page} is not a page of sampling.trajectory")
     return json.loads(found[1])
 
 
@@ -66,7 +69,7 @@ def draw(axes, pieces: list[tuple[str, str]]) -> None:
     axes.axis("off")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("page", type=Path)
     parser.add_argument("out", type=Path)
@@ -74,6 +77,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="the first N tokens (default 64)")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 22, 38, 61])
     arguments = parser.parse_args()
+    return answered("draw_denoising", lambda: draw_all(arguments))
+
+
+def draw_all(arguments: argparse.Namespace) -> None:
     record = read(arguments.page)
     rows = -(-len(arguments.evaluations) // 2)
     with picture(arguments.out, 10.8, 2.3 * rows, rows=rows, columns=2, dpi=100) as panels:
@@ -88,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

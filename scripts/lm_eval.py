@@ -18,8 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # this file has the name of the package it starts
 
+try:
+    from lm_eval.__main__ import cli_evaluate
+except ModuleNotFoundError as missing:
+    print(f"{missing}: pip install -r {ROOT / 'requirements-lm-eval.txt'}", file=sys.stderr)
+    sys.exit(2)
 import torch  # noqa: E402
-from lm_eval.__main__ import cli_evaluate  # noqa: E402
 from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402

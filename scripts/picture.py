@@ -12,8 +12,13 @@ def picture(
     target: Path, width: float, height: float, *, rows: int = 1, columns: int = 1, dpi: int = 120
 ) -> Iterator:
     """`with picture(…) as axes:` draws on matplotlib's Axes, an array of them if there is more
-    than one; then `target` is written as a PNG. Sizes in inches."""
-    from matplotlib.figure import Figure
+    than one; then `target` is written as a PNG. Sizes in inches. ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "the package matplotlib is not installed: pip install matplotlib"
+        ) from error
 
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure.subplots(rows, columns)

@@ -7,7 +7,6 @@ mode=ppl_eval. Prints the table and writes the curves of the validation perplexi
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.picture import picture
 from training.log_reading import read_log
+from utils import answered, read_json
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LABELS = {
@@ -32,7 +32,7 @@ def read_runs(folder: Path) -> dict[str, tuple[dict[int, float], dict]]:
     for name in LABELS:
         log, found = folder / f"{name}.csv", folder / f"{name}.ppl.json"
         if log.is_file() and found.is_file():
-            runs[name] = (read_log(log)["val/ppl"], json.loads(found.read_text()))
+            runs[name] = (read_log(log)["val/ppl"], read_json(found))
     if not runs:
         raise ValueError(f"{folder} holds no NAME.csv with NAME.ppl.json, NAME of {list(LABELS)}")
     return runs
@@ -75,15 +75,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=DOCS / "results")
     parser.add_argument("out", type=Path, nargs="?", default=DOCS / "images/learning_check.png")
     arguments = parser.parse_args()
-    try:
-        runs = read_runs(arguments.folder)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return answered("plot_results", lambda: show(arguments.folder, arguments.out))
+
+
+def show(folder: Path, out: Path) -> None:
+    runs = read_runs(folder)
     print(table(runs))
-    plot(runs, arguments.out)
-    print(f"\n{arguments.out}")
-    return 0
+    plot(runs, out)
+    print(f"\n{out}")
 
 
 if __name__ == "__main__":

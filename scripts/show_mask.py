@@ -22,6 +22,7 @@ import torch
 from models.attention import CHUNK_TOKENS, dense_mask
 from models.masks import BlockDiffusion
 from scripts.picture import picture
+from utils import answered
 
 LONGEST = 4096  # a picture of 8192 x 8192 pairs
 
@@ -116,11 +117,14 @@ def main(argv=None) -> int:
         document_ids = document_ids_of(args.documents, args.length, args.block_size)
     except ValueError as error:
         parser.error(str(error))
+    return answered("show_mask", lambda: show(args, document_ids))
+
+
+def show(args: argparse.Namespace, document_ids) -> None:
     shares = draw(args.length, args.block_size, args.tile, args.out, document_ids)
     for name, share in shares.items():
         print(f"{name:<6}{share:8.2%} of the dense (2L)^2")
     print(f"written to {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
 from settings.limits import unfit
 from settings.overrides import nearest, parse
+from settings.packages import packages
 from settings.paths import blamed, checkpoints, corpora, results, sampling_files
 from settings.schema import Config
 from settings.sweep import sweep
@@ -255,7 +256,8 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
     elif not gpu and not entry["cpu_backward"] and config.mode == "train":
         yield f"{needed} cannot train on a CPU (no backward pass); {way_out}"
     elif gpu and entry["package"] and not has_package(entry["package"]):
-        yield f"{needed}: the package {entry['package']} is not installed; {way_out}"
+        name = entry["package"]
+        yield f"{needed}: the package {name} is not installed: pip install {name}; or {way_out}"
     elif not entry["full_precision"] and not config.trainer.precision.startswith(("bf16", "16")):
         yield f"{needed} needs trainer.precision=bf16; or {way_out}"
     if gpu and model.hidden_size < entry["least_head_width"] * model.n_heads:
@@ -282,7 +284,10 @@ def _compiled(config: Config, gpu: bool) -> Iterator[str]:
     if config.strategy.name == "fsdp":
         yield "model.compile=True does not go with strategy=fsdp, which hooks into every block"
     if gpu and not has_package("triton"):
-        yield "model.compile=True: the package triton is not installed; use model.compile=False"
+        yield (
+            "model.compile=True: the package triton is not installed: pip install triton; or use"
+            " model.compile=False"
+        )
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         yield "model.compile=True needs a C++ compiler (g++, or $CXX); use model.compile=False"
 
@@ -364,6 +369,7 @@ def demo(config: Config) -> Iterator[str]:
 
 FILES = (checkpoints, corpora, results)
 RULES = (
-    *(amounts, network, algorithm, clipping, batches, machine, optimization, data, sampling, demo),
+    *(amounts, network, algorithm, clipping, batches, machine, packages, optimization),
+    *(data, sampling, demo),
     *FILES,
 )
