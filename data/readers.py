@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 PIECE_CHARACTERS = 1 << 18
 MOST_LINE = 1 << 26  # bytes of a line that is a document; the longest books have a tenth
+ZEROS = 1 << 12  # bytes, all of them zero: what a crash or a sparse file leaves
 LONGEST_WHOLE = 1 << 22  # characters of a document that is tokenized at once
 ROWS_AT_ONCE = 100  # they are in memory together, and may all be the one long text of a dictionary
 MOST_UNPACKED, MOST_PACKED = 1 << 28, 200  # bytes of a column, and times its bytes in the file
@@ -162,6 +163,11 @@ def decoded_lines(
     for part in iter(partial(file.readline, longest or MOST_LINE), b""):
         if longest is None and len(part) == MOST_LINE:
             raise ValueError(f"{place}, line {number} has {MOST_LINE:,} bytes or more")
+        if len(part) >= ZEROS and not part.strip(b"\0"):
+            raise ValueError(
+                f"{place}, line {number} has {len(part):,} bytes of zero and no others: the file is"
+                " damaged or no text; get it again"
+            )
         line, rest = rest + part, b""
         if read == 0:
             line = line.removeprefix(BYTE_ORDER_MARK)

@@ -9,6 +9,7 @@
 It is made under a temporary name (preparation.py): a folder with its own name is complete.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -17,8 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from data import packing
-from utils import read_json
+from utils import check_place, read_json
 
+AGAIN = "the file was changed or damaged; delete the folder, and it will be made again"
+DTYPES = ("uint16", "uint32")
 FORMAT = 1  # raise it when the same settings would give other rows
 
 
@@ -58,8 +61,10 @@ class TokenRows:
     """A prepared folder, read through the page cache: opening it costs nothing."""
 
     def __init__(self, folder: str | Path):
+        """ValueError where the files are not those that were written."""
         self.folder = Path(folder)
         self.about = read_json(self.folder / "about.json")
+        self._check()
         self.length = self.about["shape"]["length"]
         self.dtype = np.dtype(self.about["dtype"])
         self.ids = self.array("ids.bin", self.dtype, (self.about["rows"], self.length))
@@ -68,17 +73,27 @@ class TokenRows:
             shape = (self.about["rows"], 2, -(-self.length // 8))
             self.marks = self.array("marks.bin", np.dtype(np.uint8), shape)
 
+    def _check(self) -> None:
+        """Whether about.json has what the other files are read by."""
+        about = self.about if isinstance(self.about, dict) else {}
+        shape = about.get("shape")
+        sizes = (about.get("rows"), shape.get("length") if isinstance(shape, dict) else None)
+        whole = all(type(size) is int and 0 < size < 1 << 48 for size in sizes)
+        if not whole or about.get("dtype") not in DTYPES:
+            raise ValueError(f"{self.folder / 'about.json'} is not what was written: {AGAIN}")
+
     @property
     def apart(self) -> bool:
         """Whether documents are kept apart (data.pack=documents, whole)."""
         return self.about["shape"].get("align") is not None
 
     def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-        expected, found = np.prod(shape) * dtype.itemsize, (self.folder / name).stat().st_size
+        check_place(self.folder / name, math.inf)
+        expected = math.prod(shape) * dtype.itemsize
+        found = (self.folder / name).stat().st_size
         if found != expected:
             raise ValueError(
-                f"{self.folder / name} has {found} bytes, {expected} were written: the file was"
-                " changed or damaged; delete the folder, and it will be made again"
+                f"{self.folder / name} has {found} bytes, {expected} were written: {AGAIN}"
             )
         return np.memmap(self.folder / name, dtype, "r", shape=shape)
 

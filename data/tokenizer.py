@@ -117,6 +117,10 @@ def get_tokenizer(
         hf = vocabularies.character_set(name.removeprefix(ALPHABET))
     elif Path(os.path.expanduser(name)).is_dir():
         hf = vocabularies.from_folder(Path(os.path.expanduser(name)))
+    elif os.path.lexists(os.path.expanduser(name)):
+        raise ValueError(
+            f"data.tokenizer_name_or_path={name} is no folder: name one with a tokenizer.json"
+        )
     else:
         hf = vocabularies.from_hub(name)
     return wrap(hf, name, eos_token)

@@ -10,23 +10,29 @@ import json
 from pathlib import Path
 
 from evaluation.likelihood import RowResults
-from utils import naming, write_whole
+from utils import check_place, naming, write_whole
 
 
 class Journal:
     """`facts`: all that shapes the numbers of one likelihood; another evaluation has another
-    file."""
+    file. ValueError where something else than a file has its place."""
 
     def __init__(self, folder: Path, facts: dict, rank: int = 0):
         text = json.dumps(facts, sort_keys=True, default=str)
         self.folder, self.key = folder, hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = folder / f"{self.key}-{rank}.jsonl"
+        for path in (self.path, *self._files()):
+            check_place(path)
+
+    def _files(self) -> list[Path]:
+        """Those of all processes."""
+        return sorted(self.folder.glob(f"{self.key}-*.jsonl"))
 
     def read(self, into: RowResults) -> None:
         """Everything that any process has written; what was cut off while it was written is left
         out."""
-        for path in sorted(self.folder.glob(f"{self.key}-*.jsonl")):
-            for line in path.read_text().splitlines():
+        for path in self._files():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     batch = json.loads(line)
                     into.add(batch["rows"], batch["tokens"], batch["nll"])
@@ -43,7 +49,7 @@ class Journal:
 
     def remove(self) -> None:
         """When the result is written."""
-        for path in self.folder.glob(f"{self.key}-*.jsonl"):
+        for path in self._files():
             path.unlink(missing_ok=True)
         if self.folder.exists() and not any(self.folder.iterdir()):
             self.folder.rmdir()

@@ -9,6 +9,7 @@ scored.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpointing.layouts import CheckpointError, fingerprint
-from data.trial import tried
+from data.trial import TEXTS, tried
 from evaluation.own_judge import is_own, load_own
 from samplers.params import CONTEXT_TOKENS
 from samplers.stopping import entropy
@@ -181,6 +182,17 @@ class Judge:
         return values.tolist()
 
 
+def _check_vocabulary(tokenizer, model) -> None:
+    """ValueError where text has no ids, as without a tokenizer.json, or ids that the model lacks:
+    transformers takes both, and the texts would have no perplexity."""
+    ids = [id for text in TEXTS for id in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    rows = model.get_input_embeddings().num_embeddings
+    if not ids:
+        raise ValueError("its tokenizer gives no ids: tokenizer.json or the like is not there")
+    if max(ids) >= rows:
+        raise ValueError(f"its tokenizer gives the id {max(ids)}, the model has {rows}")
+
+
 def load_judge(
     name_or_path: str,
     *,
@@ -196,6 +208,8 @@ def load_judge(
     try:
         if Path(name_or_path).is_dir():
             check_files(Path(name_or_path))
+        elif os.path.lexists(name_or_path) and not os.path.isfile(name_or_path):
+            raise ValueError("it is no regular file")
         load = partial(load_own, cache_dir=cache_dir) if is_own(name_or_path) else _load_foreign
         model, tokenizer, context = load(name_or_path)
     except CheckpointError as error:  # says what it is
@@ -247,4 +261,5 @@ def _load_foreign(name_or_path: str):
     context = getattr(model.config, "max_position_embeddings", None) or CONTEXT_TOKENS
     if type(context) is not int or context < 2:
         raise ValueError(f"its max_position_embeddings is {context!r:.40}")
+    _check_vocabulary(tokenizer, model)
     return model, tokenizer, context

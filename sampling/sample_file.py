@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from sampling.csv_records import cells, records
-from utils import lock, naming, read_json, write_json, write_whole
+from utils import check_place, lock, naming, read_json, write_json, write_whole
 
 WAIT = 0.002  # seconds between looks at the lock, which is held for about so long
 
@@ -67,11 +67,11 @@ class SampleFile:
         return self.path.with_suffix(".json") if named else Path(f"{self.path}.json")
 
     def check(self) -> None:
-        """ValueError if the path cannot be such a file; nothing is written."""
+        """ValueError or OSError if the path cannot be such a file; nothing is written."""
         if self.path.is_dir():
             raise ValueError(f"sampling.logdir={self.path} is a folder: name a file in it")
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"sampling.logdir={self.path} is no regular file")
+        for path in (self.path, self.log):
+            check_place(path)
         for _ in self:
             pass
         self.reports()
@@ -81,7 +81,8 @@ class SampleFile:
         else."""
         if not self.path.exists():
             return
-        content, columns = self.path.read_bytes(), ()
+        with naming(self.path):
+            content, columns = self.path.read_bytes(), ()
         for record in records(content):
             row = self._row(record, columns)
             if row is not None:

@@ -47,13 +47,29 @@ def blamed(error: Exception, config: Config) -> str:
     why, path = reason(error), str(getattr(error, "filename", None) or "")
     values = {key: value for key in LEAVES if isinstance(value := get(config, key), str) and value}
     if path:
-        found = {key: len(v) for key, v in values.items() if v in path or path in v}
+        found = {key: len(v) for key, v in values.items() if _is_in(path, v)}
+        found = found or {key: len(v) for key, v in values.items() if v in path or path in v}
     else:
-        found = {key: -len(v) for key, v in values.items() if _is_about(why, v)}
-    if not found or any(key in why for key in LEAVES):
+        found = {key: len(v) for key, v in values.items() if os.path.lexists(v) and _is_in(why, v)}
+        found = found or {key: -len(v) for key, v in values.items() if _is_about(why, v)}
+    if not found or any(re.search(rf"\b{re.escape(key)}\b", why) for key in LEAVES):
         return why
     key = max(found, key=found.get)
-    return f"{key}={values[key]}: {why.removeprefix(f'{values[key]}: ')}"
+    return f"{key}={values[key]}: {_less(why, values[key])}"
+
+
+def _less(text: str, place: str) -> str:
+    """A text without the place that it begins with."""
+    text = text.removeprefix("data: ")
+    return text.removeprefix(f"{place}: ").removeprefix(f"{place}, ")
+
+
+def _is_in(text: str, place: str) -> bool:
+    """Whether a path, or a text that begins with one, is this place or inside of it."""
+    text = text.removeprefix("data: ")
+    names = (place, os.path.expanduser(place), os.path.abspath(place))
+    ends = ("", "/", ".", ":", " ", ",")
+    return any(text.startswith(name) and text[len(name) :][:1] in ends for name in names)
 
 
 def _is_about(text: str, url: str) -> bool:
@@ -131,6 +147,9 @@ def _unwritable(key: str, name: str) -> Iterator[str]:
     path = local_folder(name)
     is_file = key in FILES_MADE
     try:
+        if not is_file and path.is_symlink() and not path.exists():
+            yield f"{key}={name} is a link to nowhere"
+            return
         if is_file and path.is_dir():
             yield f"{key}={name} is a folder: name a file in it"
         elif is_file and path.exists() and not path.is_file():

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from training.log_reading import NO_FIGURES, is_old, log_rows
-from utils import atomic_file, naming, reason, write_whole
+from utils import atomic_file, check_place, naming, reason, write_whole
 
 
 def record(trainer: L.Trainer, figures: dict[str, float]) -> None:
@@ -32,8 +32,10 @@ class CSVLog(Logger):
     figures go into the new one."""
 
     def __init__(self, path: Path):
+        """ValueError where something else than a file has its place."""
         super().__init__()
         self.path = Path(path)
+        check_place(self.path)
         self._columns: list[str] = []
         self._row: dict[str, str] = {}  # the last one
         self._begin = 0  # of the last row in the file, in bytes

@@ -4,6 +4,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils import check_place
+
 OLD_HEADER = ["step", "name", "value", "unix_time"]  # of the logs that were one line a figure
 NO_FIGURES = ("step", "unix_time")
 
@@ -57,6 +59,7 @@ def _number(text: str) -> bool:
 def read_log(path: Path) -> dict[str, dict[int, float]]:
     """{name: {optimizer steps made: value}} of a metrics.csv of either format. ValueError: it is
     another file."""
+    check_place(Path(path))
     series: dict[str, dict[int, float]] = {}
     try:
         for row in log_rows(Path(path)):

@@ -164,6 +164,14 @@ def cut():
     Path("x/model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def larger_tokenizer():
+    """Every id is one that the model does not have."""
+    made = json.loads(Path("x/tokenizer.json").read_text())
+    vocab = made["model"]["vocab"]
+    made["model"]["vocab"] = {token: id + len(vocab) for token, id in vocab.items()}
+    Path("x/tokenizer.json").write_text(json.dumps(made))
+
+
 def without(name: str):
     return lambda: os.remove(f"x/{name}")
 
@@ -200,6 +208,8 @@ JUDGES = {
     "a context below zero": changed(max_position_embeddings=-5, n_positions=-5),
     "escape sequences": changed(model_type=ESCAPE),
     "a broken tokenizer": rewritten("tokenizer.json", "{"),
+    "no tokenizer": without("tokenizer.json"),
+    "a tokenizer of many more": larger_tokenizer,
 }
 
 
