@@ -7,6 +7,7 @@ are known by their number, so the batches and the number of processes may be oth
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from evaluation.likelihood import RowResults
@@ -22,7 +23,7 @@ class Journal:
         self.folder, self.key = folder, hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = folder / f"{self.key}-{rank}.jsonl"
         for path in (self.path, *self._files()):
-            check_place(path)
+            check_place(path, math.inf)
 
     def _files(self) -> list[Path]:
         """Those of all processes."""
