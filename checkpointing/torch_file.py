@@ -5,7 +5,7 @@ nothing. Tensors land on the CPU.
 """
 
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, BinaryIO
 
 import torch
@@ -55,11 +55,20 @@ class _Archive:
         return torch.empty(numel, dtype=STORAGES[kind], device="meta")
 
 
+def check(file: BinaryIO, name: str) -> None:
+    """CheckpointError where load() would refuse the file for its pickle; no tensor is read."""
+    _load(file, name, lambda archive: archive.describe, ())
+
+
 def load(file: BinaryIO, name: str, *, described: Collection[str] = ()) -> Any:
     """What torch.save wrote to `file`, in plain containers; `name` is for the messages.
 
     Of the top-level keys `described` no tensor is read: theirs are on the meta device.
     """
+    return _load(file, name, lambda archive: archive.storage, described)
+
+
+def _load(file: BinaryIO, name: str, reader: Callable, described: Collection[str]) -> Any:
     start = file.read(4)
     file.seek(0)
     if not start:
@@ -72,7 +81,7 @@ def load(file: BinaryIO, name: str, *, described: Collection[str] = ()) -> Any:
     try:
         archive = _Archive(file)
         data = archive.record("data.pkl", MOST_BYTES)
-        return unpickle(data, archive.storage, describe=archive.describe, described=described)
+        return unpickle(data, reader(archive), describe=archive.describe, described=described)
     except CheckpointError as error:
         raise CheckpointError(f"{name} cannot be read: {error}") from None
     except (zipfile.BadZipFile, *FAILURES) as error:

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpointing.layouts import CheckpointError, fingerprint
 from data.trial import TEXTS, tried
+from evaluation.judge_files import check_judge
 from evaluation.own_judge import is_own, load_own
 from samplers.params import CONTEXT_TOKENS
 from samplers.stopping import entropy
@@ -248,6 +249,7 @@ def _load_foreign(name_or_path: str):
     library.disable_progress_bar()
     try:
         if Path(name_or_path).is_dir():
+            check_judge(Path(name_or_path))
             tried(Path(name_or_path), encoder)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,21 @@ def cut():
     Path("x/model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def packed(data: bytes):
+    """A torch zip file around a pickle, in the place of the weights."""
+    os.remove("x/model.safetensors")
+    with zipfile.ZipFile("x/pytorch_model.bin", "w") as out:
+        out.writestr("archive/data.pkl", data)
+
+
+def bomb():
+    packed(b"\x80\x02N" + b"q\x010h\x01h\x01\x86" * 60 + b".")
+
+
+def memo():
+    packed(b"\x80\x02Nr\xff\xff\xff\x7f.")
+
+
 def larger_tokenizer():
     """Every id is one that the model does not have."""
     made = json.loads(Path("x/tokenizer.json").read_text())
@@ -204,6 +220,13 @@ JUDGES = {
     "a width of text": changed(hidden_size="wide", n_embd="wide"),
     "a width of 2^40": changed(hidden_size=1 << 40, n_embd=1 << 40),
     "a vocabulary of 2^40": changed(vocab_size=1 << 40),
+    "a vocabulary of 10^9": changed(vocab_size=10**9),
+    "10^9 layers": changed(n_layer=10**9),
+    "10^9 layers of another name": changed(num_hidden_layers=10**9),
+    "900 layers": changed(n_layer=900, n_embd=4096),
+    "a width of 10^6": changed(n_embd=10**6),
+    "a pickle of doubled tuples": bomb,
+    "a pickle of a huge memo": memo,
     "a context of text": changed(max_position_embeddings="x", n_positions="x"),
     "a context below zero": changed(max_position_embeddings=-5, n_positions=-5),
     "escape sequences": changed(model_type=ESCAPE),

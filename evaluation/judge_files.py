@@ -1,0 +1,52 @@
+"""The files of a foreign judge, looked at before transformers makes a network of them.
+
+It makes every layer that config.json asks for, and memory for every weight that is not there,
+before it says that some are missing; and it unpickles without a bound.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpointing import torch_file
+from utils import read_json
+
+LAYERS = re.compile(r"(num|n)(_\w+)?_layers?|num_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+MOST_LAYERS = 1000
+MOST_PER_BYTE = 16  # weights; those of two bits are four
+
+
+def check_judge(folder: Path) -> None:
+    """ValueError where config.json describes more weights than the folder can hold, or a pickle of
+    weights is refused."""
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    size = sum(path.stat().st_size for path in weights)
+    config = read_json(folder / "config.json")
+    for part in _dicts(config):
+        layers = max((n for name, n in part.items() if _is_layers(name, n)), default=1)
+        width = max((part[name] for name in WIDTHS if type(part.get(name)) is int), default=1)
+        rows = part.get("vocab_size") if type(part.get("vocab_size")) is int else 1
+        if layers > MOST_LAYERS:
+            raise ValueError(f"its config.json asks for {layers:,} layers")
+        least = max(layers * width, rows) * width  # every layer has a matrix of width times width
+        if least > MOST_PER_BYTE * size:
+            raise ValueError(
+                f"its config.json asks for {least:,} weights, its files have {size:,} bytes"
+            )
+    for path in weights:
+        if path.suffix == ".bin":
+            with path.open("rb") as file:
+                torch_file.check(file, str(path))
+
+
+def _dicts(node: object, deep: int = 0) -> Iterator[dict]:
+    """A configuration and those inside of it, such as text_config."""
+    if isinstance(node, dict) and deep < 4:
+        yield node
+        for value in node.values():
+            yield from _dicts(value, deep + 1)
+
+
+def _is_layers(name: object, value: object) -> bool:
+    return type(value) is int and LAYERS.fullmatch(str(name)) is not None
