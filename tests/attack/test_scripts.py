@@ -88,6 +88,5 @@ def test_pictures_without_matplotlib_are_one_line(tmp_path, monkeypatch, capsys)
     log.write_text("step,unix_time,trainer/loss\n1,1.0,3.0\n2,2.0,2.0\n")
     monkeypatch.setattr(sys, "argv", ["plot_run", str(tmp_path)])
     assert plot_run.main() == 2
-    assert capsys.readouterr().err == (
-        "plot_run: the package matplotlib is not installed: pip install matplotlib\n"
-    )
+    said = "the package matplotlib is not installed: pip install matplotlib\n"
+    assert capsys.readouterr().err == said
