@@ -502,6 +502,6 @@ def test_a_data_error_of_the_mode_is_one_message(tmp_path, monkeypatch):
     code, said = run(arguments, tmp_path / "log")
     assert code == 2
     assert "this run cannot start:" in said
-    assert "bad.jsonl, line 2 is not JSON" in said
+    assert "bad.jsonl: line 2 is not JSON" in said
     assert "Traceback" not in said
     assert list((tmp_path / "cache" / "rows").iterdir()) == []
