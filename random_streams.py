@@ -31,7 +31,8 @@ def version_of(seed: int) -> int:
 
 
 def key(seed: int, name: str, *numbers: int) -> int:
-    """A seed of 64 bits, signed, of the same version. name: `evaluate`, `windows` or `dropout`."""
+    """A seed of 64 bits, signed, of the same version. name: `evaluate`, `windows`, `dropout`
+    or `prefixes`."""
     if not isinstance(seed, OldSeed):
         return int(hashed(seed, _number(name), *numbers))
     if name == "dropout":
@@ -41,7 +42,8 @@ def key(seed: int, name: str, *numbers: int) -> int:
 
 def order(seed: int, name: str, number: int, length: int) -> np.ndarray:
     """A random order of 0 .. length - 1, int64. name: `strata` of step `number`, `rows` of an
-    epoch; of a streamed text `parts` of an epoch, `lanes` of a turn, rows of a `unit`."""
+    epoch; of a streamed text `parts` of an epoch, `lanes` of a turn, rows of a `unit`; `halves` of
+    reference texts."""
     if not isinstance(seed, OldSeed):
         places = torch.arange(length)
         size = 1 << length.bit_length()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from evaluation.quality import Figure, mean
+from models.randomness import uniform
+from random_streams import key
 from samplers.params import SamplingParams
 from samplers.request import TextRequest
 from samplers.writing import SAMPLERS, generate
@@ -75,10 +77,9 @@ def cut(rows: Sequence[Sequence[int]], bos_id: int, length: int, seed: int = 1):
     places are uniform, the same for every model with these tokens. Rows that are too short for one
     are left out; length: most tokens of a prefix with its continuation."""
     prefixes, truth = [], []
-    generator = torch.Generator().manual_seed(seed)
-    for row in rows:
+    chances = uniform(key(seed, "prefixes"), torch.arange(len(rows)), dtype=torch.float64)
+    for row, chance in zip(rows, chances.tolist(), strict=True):
         ids = [*(() if list(row[:1]) == [bos_id] else (bos_id,)), *row][:length]
-        chance = float(torch.rand((), generator=generator, dtype=torch.float64))
         if len(ids) > TOKENS:
             place = 1 + int(chance * (len(ids) - TOKENS))
             prefixes.append(tuple(ids[:place]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.judge import Judge
+from random_streams import order
 from utils import atomic_file, say
 
 MOST_TOKENS = 1024  # of a text, as published
@@ -122,8 +123,8 @@ def ceiling_halves(texts: int, reference: int, seed: int = 1) -> tuple[np.ndarra
     size = min(texts, reference // 2)
     if size < 2:
         raise ValueError(f"MAUVE of {texts} texts and {reference} of reference: 2 and 4 are needed")
-    order = np.random.default_rng(seed).permutation(reference)
-    return order[:size], order[size : 2 * size]
+    places = order(seed, "halves", texts, reference)
+    return places[:size], places[size : 2 * size]
 
 
 def features(featurizer: Judge, texts: Sequence[str], folder: str | Path) -> np.ndarray:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 import settings
 from modes.build import build_cache, build_rows, build_tokenizer
 from sampling.sample_file import SampleFile
+from random_streams import order
 from utils import check_file
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"
@@ -31,7 +30,7 @@ def corpus_rows(
     config = settings.load([f"data={name}", f"model.length={length}", *special, *words])
     tokenizer = build_tokenizer(config)
     rows = build_rows(config, tokenizer, "valid")
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    chosen = order(seed, "rows", 0, len(rows))[:count]
     ids, mask = rows.read(sorted(chosen.tolist()))
     return ids[mask.all(1)], tokenizer
 

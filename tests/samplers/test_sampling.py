@@ -825,7 +825,7 @@ CACHED = {"kv_cache": True}
         ("mdlm", {"steps": "entropy_bounded", "entropy_bound": 3.0, "length": 48}),
         ("bamdlm", CACHED | {"steps": "confidence", "order_temperature": 0.1}),
         ("bamdlm", CACHED | {"temperature": 0.8, "top_k": 20}),
-        ("ar", CACHED | {"temperature": 0.0}),
+        ("ar", CACHED | {"temperature": 0.0, "length": 128}),
         ("mdlm", {"steps": "threshold", "threshold": 0.15, "length": 48}),
         ("mdlm", {"length": 48}),
         ("ar", CACHED | {"length": 128}),
