@@ -5,8 +5,8 @@ from pathlib import Path
 
 import settings
 from modes.build import build_cache, build_rows, build_tokenizer
-from sampling.sample_file import SampleFile
 from random_streams import order
+from sampling.sample_file import SampleFile
 from utils import check_file
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"

@@ -22,7 +22,7 @@ from settings.keys import LEAVES
 TEXTS = {
     *("data.text_column", "data.eos_token", "data.train_revision", "data.valid_revision"),
     *("sampling.prompt", "wandb.project", "wandb.notes", "wandb.group", "wandb.job_type"),
-    *("wandb.name", "wandb.id"),
+    *("wandb.name", "wandb.id", "demo.host"),
 }
 PLACES = [
     key

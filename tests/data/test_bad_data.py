@@ -430,7 +430,7 @@ WRONG = {
     "a bad copy": (["data=ag_news", "data.source=a.txt"], "its name does not say that it is the"),
     "a bad file": (
         ["data=files", "data.train=a.txt", "data.valid=bad.jsonl"],
-        "bad.jsonl, line 1 is not JSON",
+        "bad.jsonl: line 1 is not JSON",
     ),
 }
 
