@@ -250,7 +250,8 @@ def test_the_message_has_the_spelling_that_works_in_a_shell(text, capsys):
     except SystemExit:
         message = capsys.readouterr().err
     clear(message)
-    advice = re.search(r"(?:write|as text:|comma:) (.*data\.eos_token=.*)", message)[1]
+    advice = r"(?:write|as text:|comma:) (.*data\.eos_token=.*?)(?:; with -m each is .*)?$"
+    advice = re.search(advice, message, re.M)[1]
     (word,) = shlex.split(advice)
     assert cli.configure([*TRAIN, word]).data.eos_token == text
 
