@@ -32,6 +32,14 @@ class Figure:
         shown = f"{self.value:,.{digits}f}"
         return shown if math.isnan(self.error) else f"{shown} ± {self.error:,.{digits}f}"
 
+    def as_dict(self) -> dict[str, float | None]:
+        return {"value": number(self.value), "error": number(self.error)}
+
+
+def number(value: float) -> float | None:
+    """As JSON has it: nan is none."""
+    return None if math.isnan(value) else value
+
 
 def mean(values: Sequence[float]) -> Figure:
     """Of independent values; nan where there are none."""

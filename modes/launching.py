@@ -12,6 +12,7 @@ from pathlib import Path
 import settings
 from modes.results import LOG, number, reports
 from samplers.params import SamplingParams
+from sampling.sample_file import SampleFile
 from settings import Config
 from settings.keys import get
 from settings.sweeps import Job
@@ -102,8 +103,7 @@ def last_figures(run: Run) -> dict[str, object]:
         newest = [each for path, each in found if path == found[-1][0]]
         return {f"PPL {shown(each.get('likelihood'))}": _with_error(each) for each in newest}
     if config.mode == "sample_eval":
-        path = Path(config.sampling.logdir)
-        path = path.with_suffix(".json") if path.suffix == ".csv" else Path(f"{path}.json")
+        path = SampleFile(config.sampling.logdir).summary
         wanted = {"checkpoint": config.eval.checkpoint_path, "seed": config.seed}
         found = [each for each in _matching([path], wanted) if _asked_for(each[1], config)]
         columns = {"gen PPL": "gen_ppl", "entropy": "gen_entropy", "NFE": "gen_nfes"}

@@ -10,7 +10,6 @@ behind -- are settings of main.py for the data, such as data.source=/corpora.
 """
 
 import argparse
-import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +25,7 @@ from modes import tables
 from samplers.params import SamplingParams
 from samplers.writing import check
 from sampling.notebook import Writer, load
-from scripts.texts import cache_folder, read_texts
+from scripts.texts import at_least_two, cache_folder, read_texts
 from utils import reason, shown, write_json
 
 NUMBERS = {f.name: f.type for f in fields(SamplingParams) if f.type in (int, float, str)}
@@ -56,11 +55,6 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def several(text: str) -> int:
-        if (value := int(text)) < 2:
-            raise argparse.ArgumentTypeError(f"{value} must be at least 2")
-        return value
-
     def setting(text: str):
         name, _, value = text.partition("=")
         if name not in NUMBERS:
@@ -69,8 +63,8 @@ def parse(argv):
 
     parser.add_argument("checkpoints", nargs="+", help=".ckpt, exported folder or hub id")
     parser.add_argument("--reference", required=True, help="real texts: a file or a corpus")
-    parser.add_argument("--prefixes", type=several, default=512, help="(%(default)s)")
-    parser.add_argument("--draws", type=several, default=4, help="of each (%(default)s)")
+    parser.add_argument("--prefixes", type=at_least_two, default=512, help="(%(default)s)")
+    parser.add_argument("--draws", type=at_least_two, default=4, help="of each (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seed", type=int, default=1)
@@ -131,15 +125,7 @@ def figures(found: BrierLM, exact: dict) -> dict:
 
 
 def as_dict(each) -> dict:
-    """nan is no JSON."""
-
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    return {
-        name: {"value": number(x.value), "error": number(x.error)}
-        for name, x in figures(*each).items()
-    }
+    return {name: figure.as_dict() for name, figure in figures(*each).items()}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from matplotlib.lines import Line2D
 
 from checkpointing.layouts import fingerprint
 from evaluation.judge import Judge, load_judge
-from evaluation.quality import Figure, diversity, mean, perplexity
+from evaluation.quality import Figure, diversity, mean, number, perplexity
+from modes import tables
 from samplers.params import SamplingParams
 from samplers.steps import STEPS
 from samplers.writing import SAMPLERS
@@ -260,10 +261,6 @@ def reference(args, judge: Judge, words) -> dict | None:
     }
 
 
-def number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def row(point: Point, report: dict) -> dict:
     found = {name: report.get(FROM_REPORT.get(name, name)) for name in COLUMNS}
     said = " ".join(f"{name}={value}" for name, value in point.numbers.items())
@@ -321,11 +318,7 @@ def as_text(rows: list[dict]) -> str:
         ]
         said = [each[name] or "" for name in ("model", "steps", "numbers")]
         lines.append([*said, *others[:2], *map(str, figures), *others[2:]])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return tables.text(lines)
 
 
 def write(out: Path, rows: list[dict], args) -> None:

@@ -26,7 +26,7 @@ from evaluation.quality import Figure, diversity, mean, perplexity
 from modes import tables
 from sampling.report import summarise
 from sampling.sample_file import SampleFile
-from scripts.texts import cache_folder, read_texts
+from scripts.texts import at_least_two, cache_folder, read_texts
 from utils import reason, say, shown, write_json
 
 OF_RUNS = ("gen_nfes", "tokens_per_evaluation", "tokens_per_second", "seconds")
@@ -61,18 +61,17 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def several(text: str) -> int:
-        if (value := int(text)) < 2:
-            raise argparse.ArgumentTypeError(f"{value} must be at least 2")
-        return value
-
     parser.add_argument("samples", help=".csv of sample_eval, .txt or .jsonl")
     parser.add_argument("--judge", default="gpt2-large", help="causal model or ar checkpoint")
     parser.add_argument("--reference", help="real texts: a file, or a corpus such as shakespeare")
     parser.add_argument("--featurizer", help="causal model for MAUVE (the judge)")
-    parser.add_argument("--length", type=several, help="tokens of a row of a corpus (as sampled)")
-    parser.add_argument("--clusterings", type=several, default=CLUSTERINGS, help="(%(default)s)")
-    parser.add_argument("--buckets", type=several, help="clusters (one for ten texts)")
+    parser.add_argument(
+        "--length", type=at_least_two, help="tokens of a row of a corpus (as sampled)"
+    )
+    parser.add_argument(
+        "--clusterings", type=at_least_two, default=CLUSTERINGS, help="(%(default)s)"
+    )
+    parser.add_argument("--buckets", type=at_least_two, help="clusters (one for ten texts)")
     parser.add_argument("--batch-size", type=int, default=8, help="of the judge (%(default)s)")
     parser.add_argument("--features", type=Path, default=Path("outputs/features"))
     parser.add_argument("--device", help="(the accelerator, if there is one)")
@@ -155,19 +154,13 @@ def as_text(found: dict[str, dict[str, Figure]]) -> str:
 
 
 def write(found: dict[str, dict[str, Figure]], args) -> None:
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
     write_json(
         args.out,
         {
             "judge": args.judge,
             "reference": args.reference,
             "figures": {
-                run: {
-                    name: {"value": number(x.value), "error": number(x.error)}
-                    for name, x in each.items()
-                }
+                run: {name: figure.as_dict() for name, figure in each.items()}
                 for run, each in found.items()
             },
         },

@@ -1,5 +1,6 @@
 """Texts that scripts compare: from a file of samples, a plain file, or a corpus."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from sampling.sample_file import SampleFile
 from utils import check_file
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"
+
+
+def at_least_two(text: str) -> int:
+    """The value of an option."""
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 2")
+    return value
 
 
 def cache_folder(words: Sequence[str] = ()) -> str:
