@@ -4,7 +4,6 @@ Read without torch. Any of the files may be missing, of an older format or broke
 line for each that cannot be read.
 """
 
-import csv
 import itertools
 import math
 import re
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sampling.csv_records import cells, records
 from settings.run_folder import SETTINGS
 from training.log_reading import read_log
 from utils import CIRCUMSTANCES, check_file, read_json, reason
@@ -19,7 +19,6 @@ from utils import CIRCUMSTANCES, check_file, read_json, reason
 LOG = "metrics.csv"
 MOST_STEPS = 1 << 53  # a number of more is none that was measured
 TELLING = ("ppl", "gen_nfes")  # one of them is in every report
-LONGEST_CELL = 1 << 30  # bytes; csv's own limit is less than a long text
 Summary = dict[str, object]  # of an evaluation or a sampling run
 
 
@@ -143,16 +142,16 @@ def _read(path: Path, read: Callable, trouble: list[str]):
 
 
 def first_texts(path: Path, run: object, count: int) -> list[str]:
-    """The first texts of a run of sampling, from the CSV beside its report. OSError, ValueError or
-    csv.Error where there is none."""
+    """The first texts of a run of sampling, from the CSV beside its report. OSError or ValueError
+    where there is none."""
     name = path.with_suffix("")
     name = name if name.is_file() else path.with_suffix(".csv")
     check_file(name, math.inf)
-    csv.field_size_limit(LONGEST_CELL)
-    with name.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = csv.DictReader(file)
-        own = (row["samples"] for row in rows if row.get("run") == run and row.get("samples"))
-        return list(itertools.islice(own, count))
+    found = map(cells, records(name.read_bytes()))
+    header = next(found, [])
+    rows = (dict(zip(header, line, strict=False)) for line in found)
+    own = (row["samples"] for row in rows if row.get("run") == run and row.get("samples"))
+    return list(itertools.islice(own, count))
 
 
 def _age(path: Path) -> tuple[float, str]:
