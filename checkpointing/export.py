@@ -15,6 +15,7 @@ import torch
 
 from checkpointing.layouts import INTERVAL, Checkpoint, CheckpointError, section
 from checkpointing.load import build_backbone_args, load_into
+from checkpointing.trained import begins_with_bos
 from data.tokenizer import Tokenizer
 from models.dit import DiT
 from objectives.algorithms import get_algorithm
@@ -99,6 +100,7 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         "architectures": ["BD3LM"],
         "attn_backend": "sdpa",
         "auto_map": {auto: f"{ENTRY.stem}.{name}" for auto, name in classes.items()},
+        "begins_with_bos": begins_with_bos(checkpoint),
         "block_size": checkpoint.block_size if trains.blocks else block_size,
         "bos_token_id": tokenizer.bos_id,
         "causal": trains.causal,

@@ -34,6 +34,14 @@ def tokenizer_name(found: Checkpoint) -> str:
     return found.source if holds else "gpt2"
 
 
+def begins_with_bos(found: Checkpoint) -> bool:
+    """Whether the rows it was trained on begin with BOS. The published code puts it there where a
+    run does not say otherwise; its exports do not tell."""
+    if found.layout == "lightning":
+        return bool(section(found.config, "data").get("insert_train_special", True))
+    return bool(found.config.get("begins_with_bos", False))
+
+
 def trained_network(found: Checkpoint, words: Tokenizer, algo: str, use_ema: bool = True) -> DiT:
     network = DiT(**build_backbone_args(found), attn_backend="sdpa")
     if network.vocab_size != words.vocab_size:

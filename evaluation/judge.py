@@ -3,7 +3,8 @@
 The judge is any causal language model, one of this project included. A text is tokenized for the
 judge, seen in windows of the judge's context that move by 512 tokens, or by half of a context that
 is shorter than 1 024, and every token but the first is scored once, with all that its window shows
-before it. EOS tokens are context but not counted.
+before it. EOS tokens are context but not counted. Where the rows that a judge was trained on begin
+with BOS, so do a text and its windows: without it such a network is far from what it knows.
 Entropy is that of the frequencies of all the text's tokens, in nats; length counts the tokens
 scored.
 """
@@ -69,13 +70,14 @@ class Window:
     scored: int
 
 
-def windows(lengths: Sequence[int], context: int, stride: int) -> list[Window]:
-    """Every token but the first of each text is scored in exactly one window."""
+def windows(lengths: Sequence[int], context: int, stride: int, bos: int = 0) -> list[Window]:
+    """Every token but the first of each text is scored in exactly one window; bos: tokens that are
+    put in front of all but its first window."""
     found = []
     for text, length in enumerate(lengths):
         start, scored = 0, 1
         while scored < length:
-            stop = min(start + context, length)
+            stop = min(start + context - (bos if start else 0), length)
             found.append(Window(text, start, stop, scored))
             start, scored = start + stride, stop
     return found
@@ -85,7 +87,8 @@ class Judge:
     """A causal language model with its tokenizer.
 
     `foreign`: special tokens of the writer ("[CLS]"), which are shown to the judge as its own EOS
-    where its vocabulary does not have them.
+    where its vocabulary does not have them. `bos_id`: what begins each row of its training, if
+    anything does.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Judge:
         batch_size: int = 8,
         stride: int = STRIDE_TOKENS,
         foreign: Sequence[str] = (),
+        bos_id: int | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"eval.perplexity_batch_size={batch_size} must be at least 1")
@@ -104,6 +108,7 @@ class Judge:
         # a window that moved further would leave its first token without any before it
         self.context, self.stride = context, min(stride, max(1, context // 2))
         self.batch_size = batch_size
+        self.bos = torch.tensor([] if bos_id is None else [bos_id], dtype=torch.int64)
         known = tokenizer.get_vocab()
         self.foreign = [token for token in foreign if token not in known]
 
@@ -117,7 +122,9 @@ class Judge:
             for token in self.foreign:
                 text = text.replace(token, self.tokenizer.eos_token)
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            found.append(torch.tensor(ids, dtype=torch.int64))
+            ids = torch.tensor(ids, dtype=torch.int64)
+            begun = torch.equal(ids[: len(self.bos)], self.bos)
+            found.append(ids if begun else torch.cat([self.bos, ids]))
         return found
 
     def score(self, texts: Sequence[str]) -> list[TextScore]:
@@ -126,7 +133,7 @@ class Judge:
 
     def score_tokens(self, ids: list[Tensor]) -> list[TextScore]:
         nll = [0.0] * len(ids)
-        todo = windows([len(x) for x in ids], self.context, self.stride)
+        todo = windows([len(x) for x in ids], self.context, self.stride, len(self.bos))
         todo.sort(key=lambda w: w.start - w.stop)  # long ones together: little padding
         for first in range(0, len(todo), self.batch_size):
             batch = todo[first : first + self.batch_size]
@@ -159,17 +166,19 @@ class Judge:
         """Other weights, other name: 16 hex digits."""
         return fingerprint(self.model.state_dict())
 
+    def _shown(self, ids: Tensor, w: Window) -> Tensor:
+        bos = self.bos if w.start else self.bos[:0]
+        return torch.cat([bos, ids[w.start : w.stop].long()])
+
     @torch.inference_mode()
     def _nll(self, ids: list[Tensor], batch: list[Window]) -> list[float]:
         """NLL in nats of the tokens scored in each window."""
-        width = max(w.stop - w.start for w in batch)
-        tokens = torch.full((len(batch), width), self.eos_id)
-        seen = torch.zeros(len(batch), width, dtype=torch.int64)
-        loss_mask = torch.zeros(len(batch), width)
-        for row, w in enumerate(batch):
-            tokens[row, : w.stop - w.start] = ids[w.text][w.start : w.stop]
-            seen[row, : w.stop - w.start] = 1
-            loss_mask[row, w.scored - w.start : w.stop - w.start] = 1
+        shown = [self._shown(ids[w.text], w) for w in batch]
+        tokens = pad_sequence(shown, True, self.eos_id)
+        ends = torch.tensor([len(x) for x in shown])[:, None]
+        begins = ends - torch.tensor([w.stop - w.scored for w in batch])[:, None]
+        place = torch.arange(tokens.shape[1])
+        seen, loss_mask = (place < ends).long(), ((begins <= place) & (place < ends)).float()
         loss_mask *= tokens != self.eos_id
         device = next(self.model.parameters()).device
         tokens, seen, loss_mask = tokens.to(device), seen.to(device), loss_mask.to(device)
@@ -212,7 +221,7 @@ def load_judge(
         elif os.path.lexists(name_or_path) and not os.path.isfile(name_or_path):
             raise ValueError("it is no regular file")
         load = partial(load_own, cache_dir=cache_dir) if is_own(name_or_path) else _load_foreign
-        model, tokenizer, context = load(name_or_path)
+        model, tokenizer, context, bos_id = load(name_or_path)
     except CheckpointError as error:  # says what it is
         raise ValueError(
             f"{setting}={name_or_path!r} cannot be used ({reason(error)[:400]}). Give an ar"
@@ -232,12 +241,17 @@ def load_judge(
             f" counted: choose another {setting}"
         )
     return Judge(
-        model.to(device), tokenizer, context=context, batch_size=batch_size, foreign=foreign
+        model.to(device),
+        tokenizer,
+        context=context,
+        batch_size=batch_size,
+        foreign=foreign,
+        bos_id=bos_id,
     )
 
 
 def _load_foreign(name_or_path: str):
-    """A model of transformers, its tokenizer and the tokens it sees."""
+    """A model of transformers, its tokenizer, the tokens it sees and no BOS, as published."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as library
 
@@ -264,4 +278,4 @@ def _load_foreign(name_or_path: str):
     if type(context) is not int or context < 2:
         raise ValueError(f"its max_position_embeddings is {context!r:.40}")
     _check_vocabulary(tokenizer, model)
-    return model, tokenizer, context
+    return model, tokenizer, context, None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from checkpointing.layouts import MODEL_TYPES, read_checkpoint
 from checkpointing.restricted_pickle import CheckpointError
-from checkpointing.trained import trained_network, trained_tokenizer
+from checkpointing.trained import begins_with_bos, trained_network, trained_tokenizer
 from data.tokenizer import Tokenizer
 from models.dit import DiT
 from models.masks import Causal
@@ -61,9 +61,9 @@ def is_own(name_or_path: str) -> bool:
     return config.get("model_type") in MODEL_TYPES
 
 
-def load_own(name_or_path: str, cache_dir=None) -> tuple[NextToken, Words, int]:
-    """The network, its tokenizer and the tokens it sees. CheckpointError where it is no
-    autoregressive one."""
+def load_own(name_or_path: str, cache_dir=None) -> tuple[NextToken, Words, int, int | None]:
+    """The network, its tokenizer, the tokens it sees and the BOS that begins its rows, if one does.
+    CheckpointError where it is no autoregressive one."""
     found = read_checkpoint(name_or_path)
     if found.algorithms != ("ar",):
         raise CheckpointError(
@@ -71,4 +71,10 @@ def load_own(name_or_path: str, cache_dir=None) -> tuple[NextToken, Words, int]:
         )
     words = trained_tokenizer(found, cache_dir=cache_dir)
     backbone = trained_network(found, words, "ar")
-    return NextToken(backbone, words.mask_id), Words(words), found.length or CONTEXT_TOKENS
+    bos_id = words.bos_id if begins_with_bos(found) else None
+    return (
+        NextToken(backbone, words.mask_id),
+        Words(words),
+        found.length or CONTEXT_TOKENS,
+        bos_id,
+    )

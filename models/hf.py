@@ -18,6 +18,7 @@ from .masks import AttentionMask, BlockCausal, BlockDiffusion, Causal, Full
 
 DEFAULTS = {  # of config.json, beside those of transformers
     "algo": None,
+    "begins_with_bos": False,
     "block_size": 1,
     "vocab_size": 50258,
     "model_length": 1024,
@@ -40,7 +41,7 @@ DEFAULTS = {  # of config.json, beside those of transformers
 
 class BD3LMConfig(PretrainedConfig):
     """The published keys, and what a sampler needs to know: `algo` (without it, what the published
-    switches imply) and the ids of special tokens."""
+    switches imply), the ids of special tokens and whether its training rows begin with BOS."""
 
     model_type = "bd3lm"
     attribute_map: ClassVar = {"max_position_embeddings": "model_length"}  # where others look

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from checkpoint_helpers import recorded_file
+from checkpoint_helpers import recorded_file, variant
 from conftest import GOLDEN
 from networks import CHECKPOINTS, MANIFEST
 from runs import write_text
@@ -49,21 +49,48 @@ def test_its_score_is_the_exact_likelihood_of_ppl_eval(judge, tmp_path):
 
 def test_a_text_longer_than_the_training_is_seen_in_windows(judge, tmp_path):
     """They move by half the context, so that every token but the first is scored with some before
-    it."""
+    it, and each begins with BOS."""
     (ids,) = judge.tokenize(["the work of the king and the day of the night " * 4])
     (score,) = judge.score_tokens([ids])
     context, half = judge.context, judge.context // 2
     assert len(ids) > 2 * context
     model, total, done = load(recorded_file("ar", tmp_path)), 0.0, 1
+    assert ids[0] == model.params.bos_id
     for start in range(0, len(ids), half):
         part = ids[start : start + context]
-        read = range(done - start, len(part))
+        if start:
+            part = torch.cat([ids[:1], part[:-1] if len(part) == context else part])
+        end = start + len(part) - bool(start)
+        read = range(len(part) - (end - done), len(part))
         if read:
             log_p = model.log_probs(part, read)[0]
             total -= float(log_p.gather(1, part[list(read)][:, None]).double().sum())
-            done = start + len(part)
+            done = end
     assert score.nll == pytest.approx(total, rel=1e-5)
     assert score.tokens == len(ids) - 1
+
+
+@pytest.mark.parametrize("inserted", [None, True, False])
+def test_a_text_begins_as_the_rows_of_the_training_did(inserted, tmp_path):
+    """The published code puts BOS there where a run does not say. A text is scored alike with BOS
+    and without; an export remembers."""
+
+    def change(raw):
+        data = raw["hyper_parameters"]["config"]["data"]
+        data["tokenizer_name_or_path"] = str(TOKENIZER)
+        if inserted is not None:
+            data["insert_train_special"] = inserted
+
+    variant(tmp_path, "ar", change).rename(tmp_path / "ar.ckpt")
+    folder = export.export(
+        read_checkpoint(tmp_path / "ar.ckpt"), tmp_path / "export", get_tokenizer(str(TOKENIZER))
+    )
+    for path in (tmp_path / "ar.ckpt", folder):
+        judge = load_judge(str(path))
+        plain, begun = judge.score(["the work of the king", "<|endoftext|>the work of the king"])
+        (ids,) = judge.tokenize(["the work of the king"])
+        assert (plain == begun) == (ids[0] == judge.eos_id) == (inserted is not False)
+        assert plain.tokens == len(ids) - 1
 
 
 def test_an_export_judges_as_the_checkpoint_does(judge, tmp_path):
