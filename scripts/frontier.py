@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from checkpointing.layouts import fingerprint
 from evaluation.judge import Judge, load_judge
@@ -365,9 +366,10 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
                 keys.append({"color": "k", "marker": "*", "linestyle": "", "label": REAL})
         axes.set(yscale="log", xlabel="entropy of a text in nats")
         axes.set_ylabel(f"generative perplexity (judge: {short(judge)})")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which("{x:g}")
-        axes.grid(True, which="both", alpha=0.2)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())  # else its labels lie over the others
+        axes.grid(True, alpha=0.2)
         axes.legend(
             handles=[Line2D([], [], **key) for key in keys],
             fontsize=8,
