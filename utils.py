@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,16 +225,6 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.filename is None and error.errno in DISK:
             error.filename = str(path)
         raise
-
-
-def answered(name: str, work: Callable[[], int | None]) -> int:
-    """The exit code of a script: of `work` (None: 0), or 2 after one line about what it was given
-    and cannot use."""
-    try:
-        return work() or 0
-    except (ValueError, *CIRCUMSTANCES) as error:
-        print(f"{name}: {shown(reason(error))}", file=sys.stderr)
-        return 2
 
 
 class Failure(RuntimeError):

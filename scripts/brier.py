@@ -25,21 +25,20 @@ from modes import tables
 from samplers.params import SamplingParams
 from samplers.writing import check
 from sampling.notebook import Writer, load
+from scripts.command import answered, chosen_device, new_parser, parsed
 from scripts.texts import at_least_two, cache_folder, read_texts
-from utils import reason, shown, write_json
+from utils import write_json
 
 NUMBERS = {f.name: f.type for f in fields(SamplingParams) if f.type in (int, float, str)}
 
 
 def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, words = parse(argv[:end]), argv[end + 1 :]
-    try:
-        found = {path: measured(path, args, words) for path in args.checkpoints}
-    except (ValueError, OSError) as error:
-        print(shown(reason(error)), file=sys.stderr)
-        return 2
+    args, words = parsed(options(), argv)
+    return answered("brier", lambda: run(args, words))
+
+
+def run(args: argparse.Namespace, words: list[str]) -> None:
+    found = {path: measured(path, args, words) for path in args.checkpoints}
     print(as_text(found))
     for path, (each, _) in found.items():
         few = [f"Brier-{n}" for n, figure in each.orders.items() if not figure.value > 0]
@@ -47,20 +46,16 @@ def main(argv=None) -> int:
             print(f"{path}: {', '.join(few)} not above 0: take more --prefixes or --draws")
     if args.out:
         write_json(args.out, {path: as_dict(each) for path, each in found.items()})
-    return 0
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
+def options() -> argparse.ArgumentParser:
     def setting(text: str):
         name, _, value = text.partition("=")
         if name not in NUMBERS:
             raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(NUMBERS)}")
         return name, NUMBERS[name](value)
 
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help=".ckpt, exported folder or hub id")
     parser.add_argument("--reference", required=True, help="real texts: a file or a corpus")
     parser.add_argument("--prefixes", type=at_least_two, default=512, help="(%(default)s)")
@@ -70,13 +65,12 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", help="(the accelerator, if there is one)")
     parser.add_argument("--out", type=Path, help="a .json file")
-    return parser.parse_args(argv)
+    return parser
 
 
 def measured(path: str, args, words) -> tuple[BrierLM, dict]:
     """BrierLM of a checkpoint, and of ar Brier-1 from its probabilities."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    where = torch.device(args.device or accelerator or "cpu")
+    where = chosen_device(args.device)
     writer = load(path, device=where, cache_dir=cache_folder(words))
     changes = {"batch_size": args.batch_size, "seed": args.seed} | dict(args.set)
     params = writer.params.changed(**changes)

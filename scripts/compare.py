@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modes.results import Results, first_texts, number, read_run
 from modes.tables import Rows, cell, csv_text, filled, html_table, markdown, markdown_text, text
 from scripts import summarize
+from scripts.command import new_parser
 from scripts.picture import picture
 from scripts.plot_run import finish, losses, perplexities, smoothed
 from utils import atomic_file, harmless, reason, say, shown
@@ -271,9 +272,7 @@ def read(asked: argparse.Namespace) -> tuple[list[Results], list[str]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files are written")
     parser.add_argument(

@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.command import answered, new_parser
 from scripts.picture import picture
-from utils import answered, check_place
+from utils import check_place
 
 COLUMNS, LINES = 46, 10  # of a panel, in characters
 START = "<|endoftext|>"  # stands before every text and says nothing
@@ -70,7 +71,7 @@ def draw(axes, pieces: list[tuple[str, str]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--block-size", type=int, required=True)

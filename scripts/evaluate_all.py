@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from checkpointing.load import build_backbone_args
 from modes.tables import csv_text, markdown, text
+from scripts.command import new_parser, parsed
 from utils import atomic_file, read_json, say, shown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,9 +33,7 @@ COLUMNS = (
 
 
 def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, more = parse(argv[:end]), argv[end + 1 :]
+    args, more = parsed(options(), argv)
     try:
         checkpoints = [(name, read_checkpoint(name)) for name in args.checkpoints]
         models = [(name, c, model_words(name, c, args) + more) for name, c in checkpoints]
@@ -69,17 +68,15 @@ def run_folder(args, checkpoint: Checkpoint, run: list[str], corpus: str) -> Pat
     return Path(f"{args.out}.runs") / name
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help=".ckpt, exported folder or hub id")
     parser.add_argument("--data", required=True, help="corpora or files, separated by commas")
     parser.add_argument("--likelihood", default="counts", help="separated by commas")
     parser.add_argument("--algo", help="where a checkpoint does not say")
     parser.add_argument("--block-size", type=int, help="the same")
     parser.add_argument("--out", default="evaluation", help="(%(default)s)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def known(corpus: str) -> bool:

@@ -6,7 +6,6 @@ The folder works where this project is not installed (AutoModelForMaskedLM.from_
 trust_remote_code=True), and inside it without remote code (algo.backbone=hf_dit).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,14 +15,14 @@ from checkpointing import export
 from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
+from scripts.command import answered, new_parser
 from settings.tables import algorithms
-from utils import reason, shown
 
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="file, folder, fsspec URL or hub id")
     parser.add_argument("folder", metavar="FOLDER", help="to be written")
     parser.add_argument("--push", metavar="ID", help="then upload it as this hub model")
@@ -33,12 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--disable-ema", action="store_true", help="plain weights, not averages")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")
     options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"export_hf: {shown(reason(error))}", file=sys.stderr)
-        return 2
-    return 0
+    return answered("export_hf", lambda: run(options))
 
 
 def run(options) -> None:

@@ -17,21 +17,22 @@ import torch
 
 from checkpointing.layouts import BUFFERS, Checkpoint, CheckpointError, read_checkpoint, section
 from checkpointing.load import build_backbone_args
-from utils import escaped, shown
+from scripts.command import answered, new_parser
+from utils import escaped
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("path", metavar="PATH", help="file, folder, fsspec URL or hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--keys", action="store_true", help="list every tensor")
     parser.add_argument("--config", action="store_true", help="print the configuration as JSON")
     options = parser.parse_args(arguments)
-    try:
-        checkpoint = read_checkpoint(options.path, revision=options.revision)
-    except CheckpointError as error:
-        print(f"inspect_checkpoint: {shown(error)}", file=sys.stderr)
-        return 2
+    return answered("inspect_checkpoint", lambda: inspect(options))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(options.path, revision=options.revision)
     for name, value in facts(checkpoint).items():
         print(f"{name:<18}{escaped(value)}")
     if options.keys:
@@ -41,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {escaped(name):<56}{dtype:<10}{list(value.shape)}")
     if options.config:
         print(json.dumps(checkpoint.config, indent=2, default=str))
-    return 0
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, str]:

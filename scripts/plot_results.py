@@ -6,15 +6,15 @@ FOLDER (docs/results) holds NAME.csv, the run's metrics.csv, and NAME.ppl.json, 
 mode=ppl_eval. Prints the table and writes the curves of the validation perplexity.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.command import answered, new_parser
 from scripts.picture import picture
 from training.log_reading import read_log
-from utils import answered, read_json
+from utils import read_json
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LABELS = {
@@ -69,9 +69,7 @@ def plot(runs: dict, target: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=DOCS / "results")
     parser.add_argument("out", type=Path, nargs="?", default=DOCS / "images/learning_check.png")
     arguments = parser.parse_args()

@@ -6,7 +6,6 @@
 Without a second argument the picture is curve.png in the folder. compare.py draws several runs.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modes.results import LOG
+from scripts.command import new_parser
 from scripts.picture import picture
 from training.log_reading import read_log
 from utils import reason, shown
@@ -74,9 +74,7 @@ def plot(folder: Path, target: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, help="run folder, outputs/<data>/<name>-<hash>")
     parser.add_argument("out", type=Path, nargs="?", help="PNG to write")
     arguments = parser.parse_args()

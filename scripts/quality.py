@@ -18,49 +18,42 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from evaluation.judge import Judge, load_judge
 from evaluation.mauve import CLUSTERINGS, ceiling_halves, features, mauve
 from evaluation.quality import Figure, diversity, mean, perplexity
 from modes import tables
 from sampling.report import summarise
 from sampling.sample_file import SampleFile
+from scripts.command import answered, chosen_device, new_parser, parsed
 from scripts.texts import at_least_two, cache_folder, read_texts
-from utils import reason, say, shown, write_json
+from utils import say, write_json
 
 OF_RUNS = ("gen_nfes", "tokens_per_evaluation", "tokens_per_second", "seconds")
 REAL = "real texts"
 
 
 def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, words = parse(argv[:end]), argv[end + 1 :]
-    try:
-        runs = read_runs(args.samples, words)
-        judge = judge_of(args, args.judge, words)
-        found = {name: figures(judge, texts) | of for name, (texts, of) in runs.items()}
-        if args.reference:
-            other = args.featurizer not in (None, args.judge)
-            featurizer = judge_of(args, args.featurizer, words) if other else judge
-            texts = {name: texts for name, (texts, _) in runs.items()}
-            compare(found, texts, judge, featurizer, args, words)
-        print(as_text(found))
-        if args.out:
-            write(found, args)
-            say(f"written to {args.out}")
-    except (ValueError, OSError) as error:
-        print(shown(reason(error)), file=sys.stderr)
-        return 2
-    return 0
+    args, words = parsed(options(), argv)
+    return answered("quality", lambda: run(args, words))
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def run(args: argparse.Namespace, words: list[str]) -> None:
+    runs = read_runs(args.samples, words)
+    judge = judge_of(args, args.judge, words)
+    found = {name: figures(judge, texts) | of for name, (texts, of) in runs.items()}
+    if args.reference:
+        other = args.featurizer not in (None, args.judge)
+        featurizer = judge_of(args, args.featurizer, words) if other else judge
+        texts = {name: texts for name, (texts, _) in runs.items()}
+        compare(found, texts, judge, featurizer, args, words)
+    print(as_text(found))
+    if args.out:
+        write(found, args)
+        say(f"written to {args.out}")
 
+
+def options() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("samples", help=".csv of sample_eval, .txt or .jsonl")
     parser.add_argument("--judge", default="gpt2-large", help="causal model or ar checkpoint")
     parser.add_argument("--reference", help="real texts: a file, or a corpus such as shakespeare")
@@ -76,15 +69,14 @@ def parse(argv):
     parser.add_argument("--features", type=Path, default=Path("outputs/features"))
     parser.add_argument("--device", help="(the accelerator, if there is one)")
     parser.add_argument("--out", type=Path, help="a .json file")
-    return parser.parse_args(argv)
+    return parser
 
 
 def judge_of(args, name: str, words) -> Judge:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return load_judge(
         name,
         batch_size=args.batch_size,
-        device=torch.device(args.device or accelerator or "cpu"),
+        device=chosen_device(args.device),
         setting="--judge" if name == args.judge else "--featurizer",
         cache_dir=cache_folder(words),
     )

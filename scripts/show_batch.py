@@ -31,9 +31,9 @@ from dataloader import DataModule
 from main import quiet
 from modes import cli
 from modes.build import build_cache, build_data, build_split, build_tokenizer
+from scripts.command import answered, new_parser
 from scripts.picture import picture
 from settings import Config
-from utils import harmless
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
 BLOCKS = ("", "cyan")  # in turn
@@ -196,9 +196,7 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for main.py")
     parser.add_argument("--split", choices=("train", "valid"), default="train")
     parser.add_argument("--batch", type=int, default=0, help="the first one shown, from 0")
@@ -215,12 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--histogram {options.histogram}: the folder does not exist")
     config = cli.configure(options.settings)
     quiet()
-    try:
-        show(config, options, Console(highlight=False, markup=False, emoji=False))
-    except (ValueError, OSError) as error:
-        print(harmless(f"show_batch: {error}"), file=sys.stderr)
-        return cli.TROUBLE
-    return 0
+    console = Console(highlight=False, markup=False, emoji=False)
+    return answered("show_batch", lambda: show(config, options, console))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch
 
 from models.attention import CHUNK_TOKENS, dense_mask
 from models.masks import BlockDiffusion
+from scripts.command import answered, new_parser
 from scripts.picture import picture
-from utils import answered
 
 LONGEST = 4096  # a picture of 8192 x 8192 pairs
 
@@ -94,9 +94,7 @@ def draw(
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--tile", type=int, default=128)

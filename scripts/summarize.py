@@ -7,7 +7,6 @@ ppl_*.json, and the .json beside a CSV of samples. A file that cannot be read is
 and skipped. compare.py shows what the runs themselves were.
 """
 
-import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modes.results import Summary, reports
 from modes.tables import csv_text, filled, markdown
 from samplers.params import SamplingParams
+from scripts.command import new_parser
 from utils import atomic_file, reason, say, shown
 
 # column: the key in a summary
@@ -80,7 +80,7 @@ def figure(value: object) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")])
     parser.add_argument("--csv", type=Path, help="also write the table there")
     asked = parser.parse_args(argv)

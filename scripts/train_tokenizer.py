@@ -25,9 +25,10 @@ from data import corpora, detokenizers, tokenizer, vocabularies
 from data.preparation import Report
 from data.remote_cache import open_cache
 from main import quiet
+from scripts.command import answered, new_parser
 from settings.defaults import user_cache
 from settings.schema import Data
-from utils import atomic_folder, harmless, say
+from utils import atomic_folder, say
 
 SAMPLE_CHARACTERS = 1 << 20  # of the beginning of the text; compression is measured on them
 LARGEST = 1 << 24
@@ -103,9 +104,7 @@ def check(arguments: argparse.Namespace, data: Data, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE", help="as for main.py")
     parser.add_argument(
         "--files", nargs="+", metavar="PATTERN", help=".txt, .jsonl or .parquet files, or folders"
@@ -118,17 +117,16 @@ def main(argv: list[str] | None = None) -> int:
     behind = [word for word in arguments.files or [] if SETTING.match(word)]
     arguments.files = [word for word in arguments.files or [] if word not in behind]
     quiet()
-    try:
-        chosen = [*arguments.settings, *behind]
-        if not any(word.startswith("data=") for word in chosen):
-            chosen = ["data=files", *chosen]
-        data, out = settings.load(chosen).data, arguments.out.expanduser()
-        check(arguments, data, out)
-        train(arguments, data, out)
-    except (ValueError, OSError) as error:
-        print(harmless(f"train_tokenizer: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    return answered("train_tokenizer", lambda: run(arguments, [*arguments.settings, *behind]))
+
+
+def run(arguments: argparse.Namespace, chosen: list[str]) -> None:
+    """chosen: settings of main.py."""
+    if not any(word.startswith("data=") for word in chosen):
+        chosen = ["data=files", *chosen]
+    data, out = settings.load(chosen).data, arguments.out.expanduser()
+    check(arguments, data, out)
+    train(arguments, data, out)
 
 
 if __name__ == "__main__":
