@@ -22,7 +22,14 @@ from torch import Tensor
 
 from models.randomness import uniform
 from objectives.corruption import log_binomial
-from samplers.steps import by_entropy, by_margin, by_probability, within_entropy
+from samplers.steps import (
+    at_least,
+    by_entropy,
+    by_margin,
+    by_probability,
+    greatest,
+    within_entropy,
+)
 
 Ask = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
 
@@ -243,14 +250,8 @@ def walk(ask: Ask, texts: AskedTexts, score: Callable, reveal: Callable) -> Path
     return Path(total, likeliest)
 
 
-def best(scores: Tensor, masked: Tensor, number: int) -> Tensor:
-    """The `number` masked places of greatest score of each block; of equal ones the first."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :number]
-    return torch.zeros_like(masked).scatter(-1, order, True) & masked
-
-
 def greedy_path(ask: Ask, texts: AskedTexts, number: int = 1) -> Path:
-    return walk(ask, texts, by_probability, lambda s, masked: best(s, masked, number))
+    return walk(ask, texts, by_probability, lambda s, masked: greatest(s, masked, number))
 
 
 def greedy(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
@@ -260,29 +261,19 @@ def greedy(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
 
 def margin(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
     """The same by the distance of the two greatest probabilities."""
-    return walk(ask, texts, by_margin, lambda s, masked: best(s, masked, number)).nll
+    return walk(ask, texts, by_margin, lambda s, masked: greatest(s, masked, number)).nll
 
 
 def threshold(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.9) -> Tensor:
     """The law of revealing all places whose greatest probability is at least `number`, or else the
     greatest one; with 1 always one."""
-
-    def reveal(scores: Tensor, masked: Tensor) -> Tensor:
-        first = best(scores, masked, 1)
-        # rounding may turn a chance just below 1 into 1, see samplers/steps.py
-        return first if number >= 1 else first | ((scores.exp() >= number) & masked)
-
-    return walk(ask, texts, by_probability, reveal).nll
+    return walk(ask, texts, by_probability, lambda s, masked: at_least(s, masked, number)).nll
 
 
 def entropy_bounded(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.0) -> Tensor:
     """The law of revealing the places of least entropy that the bound `number`, in nats, lets pass
     together, [B, L]."""
-
-    def reveal(scores: Tensor, masked: Tensor) -> Tensor:
-        return within_entropy(-scores, masked, number)
-
-    return walk(ask, texts, by_entropy, reveal).nll
+    return walk(ask, texts, by_entropy, lambda s, masked: within_entropy(-s, masked, number)).nll
 
 
 def left_to_right(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:

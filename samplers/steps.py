@@ -179,10 +179,10 @@ CONFIDENCES = {"probability": by_probability, "margin": by_margin, "entropy": by
 
 
 def greatest(score: Tensor, masked: Tensor, k: int) -> Tensor:
-    """The k masked positions of greatest score; of equal ones the first. [B, R] all."""
+    """The k masked positions of greatest score; of equal ones the first. [..., R] all."""
     score = score.masked_fill(~masked, -torch.inf)
-    best = score.argsort(dim=-1, descending=True, stable=True)[:, :k]
-    return torch.zeros_like(masked).scatter(1, best, True) & masked
+    best = score.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return torch.zeros_like(masked).scatter(-1, best, True) & masked
 
 
 def most_confident(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
@@ -200,11 +200,16 @@ def low_confidence(log_probs: Tensor, masked: Tensor, params, chance: Chance) ->
 
 
 def above_threshold(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
-    score = by_probability(log_probs).masked_fill(~masked, -torch.inf)
-    first = torch.zeros_like(masked).scatter(1, score.argmax(1, keepdim=True), True)
-    if params.threshold >= 1:  # rounding may turn a chance just below 1 into 1: stay sequential
-        return first & masked
-    return (first | (score.exp() >= params.threshold)) & masked
+    return at_least(by_probability(log_probs), masked, params.threshold)
+
+
+def at_least(log_p: Tensor, masked: Tensor, threshold: float) -> Tensor:
+    """The masked positions whose probability reaches the threshold, and always the greatest; of
+    equal ones the first. [..., R] all."""
+    first = greatest(log_p, masked, 1)
+    if threshold >= 1:  # rounding may turn a chance just below 1 into 1: stay sequential
+        return first
+    return first | ((log_p.exp() >= threshold) & masked)
 
 
 def entropy_bounded(log_probs: Tensor, masked: Tensor, params, chance: Chance) -> Tensor:
