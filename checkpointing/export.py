@@ -85,11 +85,7 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
     sizes = build_backbone_args(checkpoint)
     _check(checkpoint, algo, sizes["vocab_size"], tokenizer.vocab_size)
     trains, length = get_algorithm(algo), checkpoint.length
-    settings, noise = checkpoint.config, checkpoint.config.get("noise", "loglinear")
-    if checkpoint.layout == "lightning":
-        settings = section(checkpoint.config, "algo")
-        noise = section(checkpoint.config, "noise").get("type", "loglinear")
-    width = sizes.pop("hidden_size")
+    settings, width = checkpoint.algo_settings, sizes.pop("hidden_size")
     low, high = checkpoint.interval or (1e-3, 1.0)
     block_size = 1 if trains.causal else length
     classes = CLASSES | (CAUSAL if trains.causal else {})
@@ -111,7 +107,7 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         "mdlm_loss_scale": settings.get("mdlm_loss_scale", False),
         "model_length": length,
         "model_type": "bd3lm",
-        "noise": noise,
+        "noise": checkpoint.noise,
         "pad_token_id": tokenizer.pad_id,
         "return_dict": True,
         "sampling_eps_max": high,

@@ -52,9 +52,9 @@ class Checkpoint:
     optimizer: Any = field(default=None, repr=False)  # those, their tensors on the meta device
 
     def __post_init__(self):
-        _whole(self.source, "block_size", self.block_size)
-        _whole(self.source, "the length of the model", self.length)
-        _whole(self.source, "global_step", self.step, least=0)
+        _check_whole(self.source, "block_size", self.block_size)
+        _check_whole(self.source, "the length of the model", self.length)
+        _check_whole(self.source, "global_step", self.step, least=0)
 
     @property
     def algo(self) -> str | None:
@@ -65,6 +65,18 @@ class Checkpoint:
     @property
     def block_size(self) -> int | None:
         return self.config.get("block_size")
+
+    @property
+    def algo_settings(self) -> dict:
+        """Those of algo.* by name; config.json of a hub folder has some of them at its top."""
+        return self.config if self.layout == "hub" else section(self.config, "algo")
+
+    @property
+    def noise(self) -> str:
+        """Name of the noise schedule that it was trained with."""
+        lightning = self.layout == "lightning"
+        said = section(self.config, "noise").get("type") if lightning else self.config.get("noise")
+        return said or "loglinear"
 
     @property
     def fingerprint(self) -> str:
@@ -194,11 +206,10 @@ def _interval(source: str, bounds: Sequence) -> tuple[float, float] | None:
     return tuple(bounds) or None
 
 
-def _whole(source: str, name: str, value, least: int = 1) -> int | None:
-    """A whole number of a file, or None; a CheckpointError for anything else."""
-    if value is None or (type(value) is int and least <= value < 1 << 63):
-        return value
-    raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}, not a whole number")
+def _check_whole(source: str, name: str, value, least: int = 1) -> None:
+    """CheckpointError where a value of a file is neither a whole number nor None."""
+    if value is not None and not (type(value) is int and least <= value < 1 << 63):
+        raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}, not a whole number")
 
 
 def section(config: dict, name: str) -> dict:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing.layouts import ALIASES, Checkpoint, read_checkpoint, section
+from checkpointing.layouts import ALIASES, Checkpoint, read_checkpoint
 from checkpointing.trained import trained_network, trained_tokenizer
 from evaluation.judge import Judge, TextScore, describe
 from noise_schedule import get_schedule
@@ -126,23 +126,8 @@ def objective_settings(found: Checkpoint, mask_id: int, block_size: int) -> Obje
     """What decides how the network's logits are read when it samples."""
     return ObjectiveSettings(
         mask_id,
-        get_schedule(*trained_noise(found)),
+        get_schedule(found.noise, bool(found.algo_settings.get("mdlm_loss_scale"))),
         block_size,
         whole_blocks(found.length or CONTEXT_TOKENS, block_size),
-        time_conditioning=trained_algo(found).get("time_conditioning", True),
+        time_conditioning=found.algo_settings.get("time_conditioning", True),
     )
-
-
-def trained_noise(found: Checkpoint) -> tuple[str, bool]:
-    """Name of the schedule and algo.mdlm_loss_scale of a run; an export has them in config.json."""
-    noise = found.config.get("noise")
-    if found.layout == "lightning":
-        noise = section(found.config, "noise").get("type")
-    return noise or "loglinear", bool(trained_algo(found).get("mdlm_loss_scale"))
-
-
-def trained_algo(found: Checkpoint) -> dict:
-    """The settings algo.* of a run; an export has those it needs in config.json."""
-    if found.layout == "lightning":
-        return section(found.config, "algo")
-    return found.config
