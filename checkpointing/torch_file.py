@@ -5,7 +5,7 @@ nothing. Tensors land on the CPU.
 """
 
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, BinaryIO
 
 import torch
@@ -55,20 +55,14 @@ class _Archive:
         return torch.empty(numel, dtype=STORAGES[kind], device="meta")
 
 
-def check(file: BinaryIO, name: str) -> None:
-    """CheckpointError where load() would refuse the file for its pickle; no tensor is read."""
-    _load(file, name, lambda archive: archive.describe, ())
-
-
-def load(file: BinaryIO, name: str, *, described: Collection[str] = ()) -> Any:
+def load(
+    file: BinaryIO, name: str, *, described: Collection[str] = (), numbers: bool = True
+) -> Any:
     """What torch.save wrote to `file`, in plain containers; `name` is for the messages.
 
-    Of the top-level keys `described` no tensor is read: theirs are on the meta device.
+    Of the top-level keys `described`, or of all without `numbers`, no tensor is read: theirs are on
+    the meta device. CheckpointError where it is another file, is damaged, or its pickle is refused.
     """
-    return _load(file, name, lambda archive: archive.storage, described)
-
-
-def _load(file: BinaryIO, name: str, reader: Callable, described: Collection[str]) -> Any:
     start = file.read(4)
     file.seek(0)
     if not start:
@@ -81,7 +75,8 @@ def _load(file: BinaryIO, name: str, reader: Callable, described: Collection[str
     try:
         archive = _Archive(file)
         data = archive.record("data.pkl", MOST_BYTES)
-        return unpickle(data, reader(archive), describe=archive.describe, described=described)
+        read = archive.storage if numbers else archive.describe
+        return unpickle(data, read, describe=archive.describe, described=described)
     except CheckpointError as error:
         raise CheckpointError(f"{name} cannot be read: {error}") from None
     except (zipfile.BadZipFile, *FAILURES) as error:
