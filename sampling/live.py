@@ -20,7 +20,7 @@ from sampling.prompts import encode_prompts
 from sampling.run import visible_tokens
 from sampling.view import FRESH, MASKED, SETTLED
 from settings.limits import Limit, unfit
-from utils import escaped, reason, shown
+from utils import escaped, harmless, reason, shown
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def piece_reader(tokenizer):
 
 def plain(text: str) -> str:
     """Any text as HTML that shows it: no markup, and no characters that hide or turn others."""
-    return "\n".join(html.escape(escaped(line)) for line in text.split("\n"))
+    return html.escape(harmless(text))
 
 
 def text_html(progress: Progress, mask_id: int, piece, seen: int | None) -> str:

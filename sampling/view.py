@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from samplers.request import Frame
-from utils import atomic_file, escaped, say
+from utils import atomic_file, harmless, say
 
 PAGE = Path(__file__).with_name("page.html")
 LINE_SECONDS = 15  # between lines in a log file
@@ -103,13 +103,10 @@ class Show(Live):
         before = None if before is None else before[start:stop]
         text = Text()
         for state, ids in pieces(tokens[start:stop], before, mask):
-            shown = "░" * len(ids) if state == MASKED else self.decoded(ids)
+            # tokens may hold what would change the terminal
+            shown = "░" * len(ids) if state == MASKED else harmless(self.tokenizer.decode(ids))
             text.append(shown, style=STYLES[state])
         return text
-
-    def decoded(self, ids: list[int]) -> str:
-        """Tokens may hold what would change the terminal."""
-        return "\n".join(map(escaped, self.tokenizer.decode(ids).split("\n")))
 
 
 class Trajectory:
