@@ -11,18 +11,13 @@ split.
 """
 
 import logging
-import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import random_streams
 from data import packing, streaming
@@ -30,8 +25,8 @@ from data.order import ExampleIndex, InOrder, ShuffledStream, TrainBatches, Vali
 from data.streaming import StreamedText
 from data.token_rows import TokenRows
 from models.randomness import uniform
-from training.signals import ignore_signals
-from utils import DataFailure, end_children, reason, shown
+from training.loading import Loader, prepare_worker
+from utils import end_children, shown
 
 log = logging.getLogger("bamdlm")
 
@@ -131,66 +126,6 @@ class StreamedExamples(Dataset):
             batch["bookmark"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         self.batches += 1
         return batch
-
-
-class _Workers(_MultiProcessingDataLoaderIter):
-    """torch's, which can also be ended where only some of its workers could be started."""
-
-    def __init__(self, loader: DataLoader):
-        self._workers_status = [True] * loader.num_workers
-        super().__init__(loader)
-
-
-class Loader(DataLoader):
-    """DataFailure where batches do not come: workers that cannot be started or have died, files
-    that are gone. It is raised between two steps, so that the run can be saved.
-
-    A worker that is killed leaves no half of a message, for which this process would wait without
-    end: tensors go through shared memory, so a message is shorter than PIPE_BUF (4 096 bytes), and
-    the kernel writes it whole or not at all.
-    """
-
-    def __iter__(self) -> Iterator[dict]:
-        end = object()
-        with self.failures():  # at the first batch: Lightning cannot end what did not begin
-            batches = super().__iter__()
-        if self.num_workers and threading.current_thread() is threading.main_thread():
-            # torch's handler would raise wherever training is when a worker dies
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        while True:
-            with self.failures():
-                batch = next(batches, end)
-            if batch is end:
-                return
-            yield batch
-
-    def _get_iterator(self) -> Iterator[dict]:
-        return _Workers(self) if self.num_workers else super()._get_iterator()
-
-    @contextmanager
-    def failures(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, OSError, EOFError) as error:
-            runtime = isinstance(error, RuntimeError)
-            if runtime and (not self.num_workers or str(error).startswith("Caught")):
-                raise  # a bug, in this process or in a worker
-            raise DataFailure(f"no batch came: {self.why(error)}") from error
-
-    def why(self, error: Exception) -> str:
-        workers = getattr(self._iterator, "_workers", ())
-        for worker in workers:
-            worker.join(0.5)  # the pipe of one that was killed may end before it
-            if not worker.is_alive():
-                return (
-                    f"a data worker (process {worker.pid}) was ended from outside, perhaps for"
-                    f" want of memory; try a smaller loader.num_workers={self.num_workers}"
-                )
-        if isinstance(error, OSError) and error.errno is not None:
-            line = reason(error)
-        else:  # a worker's own error comes with its traceback
-            line = str(error).strip().splitlines()[-1]
-        return f"{line} (loader.num_workers={self.num_workers})"
 
 
 class DataModule(LightningDataModule):
@@ -313,14 +248,7 @@ class DataModule(LightningDataModule):
             examples,
             batch_sampler=batches,
             collate_fn=dict,  # the examples are batches already
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
             num_workers=workers,
             persistent_workers=workers > 0,
         )
-
-
-def _prepare_worker(worker: int) -> None:
-    """Ignore signals: one that is sent to the whole job must not end the workers before the last
-    steps are made. And use no threads in `tokenizers`: they do not survive a fork."""
-    ignore_signals()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

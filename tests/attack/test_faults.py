@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import ALGORITHMS, LAST, Run, at_call, differences, read, run, tell, tiny
+from tools import bounded
 from torch.utils.data import Dataset
 
 import main
@@ -28,7 +29,6 @@ import settings
 import utils
 from data import preparation, shards
 from data.token_rows import TokenRows
-from dataloader import Loader
 from diffusion import Diffusion
 from evaluation.journal import Journal
 from evaluation.likelihood import RowResults
@@ -37,6 +37,7 @@ from sampling import sample_file
 from sampling.sample_file import SampleFile, SampleRow
 from training.csv_log import CSVLog
 from training.health import StepHealth
+from training.loading import Loader, _Workers, prepare_worker
 from training.log_reading import read_log
 from training.run_lock import NAME, RunLock, process_start
 from training.saving import BestCheckpoint, CarefulIO, Deadline
@@ -401,13 +402,13 @@ def test_a_foreign_checkpoint_names_no_file_that_is_deleted(name, path, tmp_path
 
 
 class Faulty(Dataset):
-    def __init__(self, fault):
-        self.fault = fault
+    def __init__(self, fault, *more):
+        self.fault, self.more = fault, more
 
     def __getitems__(self, indices):
         if indices[0] == 3:
             self.fault()
-        return {"row": indices[0]}
+        return {"row": indices[0], "more": [each.clone() for each in self.more]}
 
 
 def gone():
@@ -497,6 +498,31 @@ def test_too_few_files_for_the_workers_end_the_run(base, tmp_path):
     code, text = ended([*base, "loader.num_workers=4"], tmp_path, before=few_files)
     assert code == 1, text
     assert "Too many open files" in text.splitlines()[-1]  # of a worker, or of another file
+
+
+def test_a_worker_without_descriptors_is_not_waited_for(monkeypatch):
+    """Wherever on the way of a batch they run out: each margin is another place."""
+    monkeypatch.setattr(_Workers._try_get_data, "__defaults__", (0.2,))  # torch looks each 5 s
+
+    def limit(margin):
+        def begin(worker):
+            prepare_worker(worker)
+            used = len(os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + margin, used + margin))
+
+        return begin
+
+    for margin in range(6):
+        loader = Loader(
+            Faulty(lambda: None, *torch.zeros(3, 4)),
+            batch_sampler=[[i] for i in range(9)],
+            collate_fn=dict,
+            num_workers=1,
+            worker_init_fn=limit(margin),
+            persistent_workers=True,
+        )
+        with bounded(20), pytest.raises(DataFailure, match=r"came: Too many open files \(load"):
+            list(loader)
 
 
 def test_rows_that_cannot_be_read_end_the_run_saved(base, tmp_path):
