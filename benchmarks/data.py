@@ -105,7 +105,7 @@ def measured(args, folder: Path) -> dict:
 
 
 def write_text(folder: Path, megabytes: int) -> Path:
-    from data import shakespeare
+    from data.packaged import shakespeare
 
     path = folder / f"{megabytes}.jsonl"
     scenes = [json.dumps({"text": scene}) + "\n" for scene in shakespeare.documents("train")]

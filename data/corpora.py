@@ -18,8 +18,8 @@ from data import archives, readers, tables
 from data.archives import Archive, Text8
 from data.hub_tables import CONVERTED, Hub
 from data.local_copies import LocalCopy
+from data.packaged.shakespeare import Plays
 from data.readers import Piece
-from data.shakespeare import Plays
 from data.tables import Files, Part
 
 log = logging.getLogger("bamdlm")

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,17 @@ def stamp(path: Path) -> dict:
     if status.st_size == 0:
         raise ValueError(f"data: {path} is empty; remove it or leave it out of the pattern")
     return {"path": str(path.resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns}
+
+
+def in_memory(place: str, documents: Callable[[], Iterable[str]]) -> Part:
+    """A part of few documents, none of which is long."""
+
+    def read(column: str) -> Iterator[Piece]:
+        found = list(documents())
+        for number, text in enumerate(found, 1):
+            yield Piece(text, True, number / len(found))
+
+    return Part(place, 1, read)
 
 
 def file_part(path: Path) -> Part:

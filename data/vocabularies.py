@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from data import shakespeare
+from data.packaged import shakespeare
 from data.tables import Gone
 from data.trial import tried
 from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock, reason

