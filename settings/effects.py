@@ -6,6 +6,9 @@ from settings.run_folder import EVALUATES
 from settings.schema import Config
 from settings.tables import algorithms, class_defaults, lr_schedules, step_numbers, step_rules
 
+# Corpora that have no revision (data.train_revision).
+NOT_ON_THE_HUB = ("shakespeare", "text8", "text8-crop")
+
 
 def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     """Sentences; settings left at their defaults are never mentioned, and what an experiment sets
@@ -124,7 +127,7 @@ def _data(config: Config) -> Iterator[str]:
         if data.pack != "wrap" and getattr(data, special) and not getattr(data, eos):
             yield f"data.{eos}=False has no effect: data.{special} puts EOS after each document"
         name, revision = getattr(data, split), getattr(data, f"{split}_revision")
-        if revision is not None and name is not None and (name == "shakespeare" or "." in name):
+        if revision is not None and name is not None and (name in NOT_ON_THE_HUB or "." in name):
             yield f"data.{split}_revision has no effect: {name} does not come from the hub"
         elif revision is not None and data.source is not None:
             yield f"data.{split}_revision has no effect: data.source={data.source} is read"

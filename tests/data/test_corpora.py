@@ -15,6 +15,7 @@ from data.hub_tables import CONVERTED, Hub
 from data.packaged import shakespeare
 from data.packaged.shakespeare import Plays
 from data.tokenizer import get_tokenizer
+from settings.effects import NOT_ON_THE_HUB
 from settings.keys import CONFIGS
 
 
@@ -175,6 +176,15 @@ def test_every_data_configuration_names_corpora_of_the_table():
         data = configuration(name)
         assert {data["train"], data["valid"]} <= set(corpora.CORPORA)
         assert data["streaming"] == (name == "openwebtext-streaming")
+
+
+def test_a_corpus_that_is_not_on_the_hub_has_no_revision():
+    on_the_hub = {
+        name
+        for name, corpus in corpora.CORPORA.items()
+        if any(isinstance(source, Hub) for source in corpus.sources)
+    }
+    assert corpora.CORPORA.keys() - on_the_hub == set(NOT_ON_THE_HUB)
 
 
 def test_the_plays_are_plain_text_and_held_out_whole():
