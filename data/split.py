@@ -107,10 +107,9 @@ class Split:
         paths = [Path(file["path"]) for file in found if isinstance(file, dict)]
         if place is None:
             return not paths
+        paths = paths or [Path(about.get("read_from", ""))]  # known by its text, wherever it lay
         place = Path(place).expanduser().absolute()
-        return bool(paths) and all(
-            place in (path, *path.parents) or path.match(str(place)) for path in paths
-        )
+        return all(place in (path, *path.parents) or path.match(str(place)) for path in paths)
 
     def open(self, cache: Path) -> tuple[str, Iterator[Piece]]:
         """(the place that the text is read from, the text); cache: where downloads are kept."""

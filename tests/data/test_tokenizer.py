@@ -123,8 +123,8 @@ def test_fingerprints_tell_tokenizers_apart(golden, text8, gpt2, bpe):
 
 def test_shakespeare_bpe_spells_every_play(bpe):
     assert (bpe.vocab_size, bpe.mask_id) == (
-        vocabularies.PLAYS_TOKENS + 1,
-        vocabularies.PLAYS_TOKENS,
+        vocabularies.CORPUS_TOKENS + 1,
+        vocabularies.CORPUS_TOKENS,
     )
     assert bpe.bos_id == bpe.eos_id == bpe.encode("<|endoftext|>")[0]
     texts = [*shakespeare.documents("validation"), "unseen: ÄÖ 漢字 🙂"]
