@@ -20,6 +20,7 @@ import random_streams
 from evaluation.likelihood import Likelihood
 from models.ema import EMA
 from objectives.corruption import Interval, Noise, draw_example_noise
+from objectives.counts import CountLaw
 from objectives.graphs import GraphedLoss
 from objectives.loss import LossInputs, Objective, TokenLoss
 from training import averaging, distributed
@@ -32,7 +33,12 @@ from training.validation import Validation
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """Which times are drawn, and how. The full interval is (sampling_eps, 1)."""
+    """Which times are drawn, and how. The full interval is (sampling_eps, 1).
+
+    `counts`: the law that training begins with where numbers of masked tokens are drawn in place of
+    times; the interval is then that of their shares. `learn_counts`: each validation finds the law
+    anew.
+    """
 
     seed: int
     interval: Interval
@@ -40,11 +46,14 @@ class NoiseSettings:
     antithetic: bool
     global_batch: int
     eval_global_batch: int
+    counts: CountLaw | None = None
+    learn_counts: bool = False
 
 
 @dataclass(frozen=True)
 class ClippingSettings:
-    """The search for the training interval with the least variance; `fix`: search and log only."""
+    """The search for the training interval, or range of counts, with the least variance; `fix`:
+    search and log only."""
 
     widths: tuple[float, ...]
     delta: float
@@ -88,7 +97,8 @@ class Diffusion(L.LightningModule):
         self.pad_apart, self.pin_memory = pad_apart, pin_memory
         self.health = health or StepHealth()
         self.description = description or {}
-        self.interval = noise.interval
+        self.count_law = noise.counts
+        self.interval = noise.interval if noise.counts is None else noise.counts.ends
         if clip is not None:
             self.register_buffer("sampling_eps_min", torch.tensor(float(self.interval[0])))
             self.register_buffer("sampling_eps_max", torch.tensor(float(self.interval[1])))
@@ -130,10 +140,18 @@ class Diffusion(L.LightningModule):
         seed = self.noise_settings.seed
         random_streams.seed_dropout(seed, int(batch["row"][0]), self.device)
         noise = self.noise(batch, seed, self.noise_settings.global_batch)
-        inputs = self.loss_inputs(batch, self.interval, noise, training=True)
+        inputs = self.training_inputs(batch, noise)
         loss = self.training_loss(inputs)
         self.health.saw(batch, loss, inputs.loss_mask)
         return loss
+
+    def training_inputs(self, batch: dict, noise: Noise | None) -> LossInputs:
+        if self.count_law is None:
+            return self.loss_inputs(batch, self.interval, noise, training=True)
+        x0, mask, document_ids = self.documents(batch)
+        return self.objective.inputs_by_counts(
+            x0, mask, noise, law=self.count_law, document_ids=document_ids
+        )
 
     def training_loss(self, inputs: LossInputs) -> Tensor:
         """Of a micro-batch: nats per token, counted or not (TokenLoss.per_place)."""

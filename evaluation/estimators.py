@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from models.randomness import uniform
-from objectives.corruption import log_binomial
+from objectives.corruption import log_binomial, rank_in_block
+from objectives.counts import UNIFORM, masked_by_counts
 from samplers.steps import (
     at_least,
     by_entropy,
@@ -116,11 +117,10 @@ class Chance:
         return found.to(blocks.device)
 
 
-def rank_in_block(keys: Tensor, texts: AskedTexts) -> Tensor:
+def rank_of_scored(keys: Tensor, texts: AskedTexts) -> Tensor:
     """Where each token stands in its block when those scored are ordered by keys [B, L]; the others
     stand behind them. int64 [B, N, S]."""
-    keys = texts.per_block(keys.masked_fill(~texts.scored, math.inf))
-    return keys.argsort(dim=-1, stable=True).argsort(-1)
+    return rank_in_block(keys.masked_fill(~texts.scored, math.inf), texts.block_size)
 
 
 # ---- bounds
@@ -138,16 +138,14 @@ def counts(ask: Ask, texts: AskedTexts, chance: Chance, number=None) -> Tensor:
     """Nats per token [B, L], one draw: m tokens of a block masked, weight n / m. The bound of
     `nelbo` over all of (0, 1], the time summed out: given the number of masked tokens every set is
     equally likely, whatever the schedule."""
-    masked, weight = masked_by_counts(texts, chance)
+    masked, weight = drawn_counts(texts, chance)
     return weight * texts.surprisal(ask, masked)
 
 
-def masked_by_counts(texts: AskedTexts, chance: Chance) -> tuple[Tensor, Tensor]:
+def drawn_counts(texts: AskedTexts, chance: Chance) -> tuple[Tensor, Tensor]:
     """Which tokens `counts` masks, boolean [B, L], and its weights n / m, float64 [B, L]."""
-    n = texts.counts
-    m = (chance.strata(texts.per_block(texts.x0))[..., None] * n).long() + 1  # [B, N, 1]
-    masked = (rank_in_block(chance.tokens(texts.x0), texts) < m).flatten(1) & texts.scored
-    return masked, (n / m).double().expand(-1, -1, texts.block_size).flatten(1)
+    u = chance.strata(texts.per_block(texts.x0))
+    return masked_by_counts(UNIFORM, u, chance.tokens(texts.x0), texts.scored)
 
 
 def exact(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tensor:
@@ -176,7 +174,7 @@ def importance(ask: Ask, texts: AskedTexts, chance: Chance, number: int) -> Tens
     value in equal shares."""
     found = []
     for draw in range(number):
-        place = rank_in_block(chance.tokens(texts.x0, 1 + draw), texts)
+        place = rank_of_scored(chance.tokens(texts.x0, 1 + draw), texts)
         found.append(-texts.per_block(in_order(ask, texts, place)).sum(-1))
     return texts.shared_out(math.log(number) - torch.stack(found).logsumexp(0))
 
@@ -279,4 +277,4 @@ def entropy_bounded(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.
 def left_to_right(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
     """The law of revealing the first `number` masked places of a block at a time, [B, L]."""
     even = torch.zeros(texts.x0.shape, dtype=torch.float64, device=texts.x0.device)
-    return in_order(ask, texts, rank_in_block(even, texts) // number)
+    return in_order(ask, texts, rank_of_scored(even, texts) // number)

@@ -22,10 +22,13 @@ from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives import algorithms
 from objectives.algorithms import ObjectiveSettings
+from objectives.corruption import Interval
+from objectives.counts import CountLaw, to_learn, within
 from objectives.loss import Objective
 from random_streams import VERSION, seed_of
 from settings import Config, local_folder
-from settings.defaults import default_likelihood, needs_block_mask, user_cache
+from settings.defaults import default_likelihood, needs_block_mask, noise_block, user_cache
+from settings.schema import Training
 from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
@@ -93,11 +96,13 @@ def build_module(
         objective=build_objective(config, tokenizer.mask_id),
         noise=NoiseSettings(
             seed=seed_of(config.seed, version),
-            interval=(training.sampling_eps_min, training.sampling_eps_max),
+            interval=interval(training),
             sampling_eps=training.sampling_eps,
             antithetic=training.antithetic_sampling,
             global_batch=config.loader.global_batch_size,
             eval_global_batch=config.loader.eval_global_batch_size,
+            counts=build_counts(config),
+            learn_counts=training.count_law == "learnt",
         ),
         optimizer={
             "lr": optim.lr,
@@ -122,6 +127,20 @@ def build_module(
         health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
         description=description(config, tokenizer),
     )
+
+
+def interval(training: Training) -> Interval:
+    return training.sampling_eps_min, training.sampling_eps_max
+
+
+def build_counts(config: Config) -> CountLaw | None:
+    """The law that training.noise=counts begins with."""
+    training, size = config.training, noise_block(config)
+    if training.noise != "counts" or not algorithms.get_algorithm(config.algo.name).counts:
+        return None
+    if training.count_law == "learnt":
+        return to_learn(size)
+    return within(*(training.counts or (1, size)), size)
 
 
 def description(config: Config, tokenizer: Tokenizer) -> dict:
@@ -164,11 +183,13 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
 
 def build_shape(config: Config, backbone: DiT) -> NetworkShape:
     """What the cost of training depends on."""
-    algo, training = config.algo, config.training
-    lo, hi = training.sampling_eps_min, training.sampling_eps_max
-    share = 1.0
-    if algorithms.get_algorithm(algo.name).noise:
-        times = torch.linspace(lo, hi, 1001, dtype=torch.float64)
+    algo, law, share = config.algo, build_counts(config), 1.0
+    if law is not None:
+        size = torch.tensor(noise_block(config))
+        m = torch.arange(1, int(size) + 1)
+        share = float((m * law.chance(m, size)).sum() / size)
+    elif algorithms.get_algorithm(algo.name).noise:
+        times = torch.linspace(*interval(config.training), 1001, dtype=torch.float64)
         schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
         share = float(schedule(times).p.mean())
     return NetworkShape(

@@ -38,6 +38,7 @@ class Algorithm:
     sampler: str  # algo.sampler
     writes: str  # how its network is asked: a name of SAMPLERS in samplers/writing.py
     noise: bool = True  # draws noise, so the settings of noise and its times have an effect
+    counts: bool = False  # training.noise=counts: its objective has inputs_by_counts
     blocks: bool = False  # trains in blocks: algo.cross_attn, algo.var_min, exact at block_size=1
     causal: bool = False  # predicts each token from those before it; its blocks have one token
     likelihood: str = "counts"  # eval.likelihood where none is given

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.denoiser import Denoiser
-from models.document_ids import positions
+from models.document_ids import begins, positions
 from models.masks import BlockCausal, BlockDiffusion, Full
 from noise_schedule import EPS, NoiseLevel, Schedule
 
@@ -26,6 +26,7 @@ from .corruption import (
     per_token,
     times,
 )
+from .counts import CountLaw, masked_by_counts
 from .loss import LossInputs, MaskingObjective
 
 
@@ -71,6 +72,26 @@ class MaskedDiffusion(MaskingObjective):
         else:
             masked = masked_independently(noise.token, p)
         return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
+
+    def inputs_by_counts(
+        self,
+        x0: Tensor,
+        valid: Tensor,
+        noise: Noise,
+        *,
+        law: CountLaw,
+        document_ids: Tensor | None = None,
+    ) -> LossInputs:
+        """For training: of each block a drawn number of tokens is masked (objectives/counts.py),
+        which noise.time draws. With `ignore_bos` the first token of a text is none of the block's
+        scored tokens; arguments as for `loss_inputs`."""
+        loss_mask = self.loss_mask(valid, True, document_ids)
+        scored = loss_mask > 0
+        if self.ignore_bos:
+            scored &= ~begins(x0, document_ids)
+        masked, weight = masked_by_counts(law, noise.time, noise.token, scored)
+        x_t = torch.where(masked, self.mask_id, x0)
+        return self.weighted_inputs(x0, x_t, weight.float(), loss_mask, document_ids)
 
     def loss_inputs_at(
         self,
@@ -134,6 +155,9 @@ ALGORITHMS = {
         sampler="semi_ar",
         writes="bamdlm",
         blocks=True,
+        counts=True,
     ),
-    "mdlm": Algorithm(_whole, parameterization="subs", sampler="semi_ar", writes="mdlm"),
+    "mdlm": Algorithm(
+        _whole, parameterization="subs", sampler="semi_ar", writes="mdlm", counts=True
+    ),
 }

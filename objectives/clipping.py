@@ -1,15 +1,22 @@
 """Clipped schedules: the interval of times whose loss varies least becomes the training interval.
 
 Arriola et al. 2025 (arXiv:2503.09573), section 5: training on times in [lo, hi] instead of [0, 1]
-lowers the variance of the gradient; which interval is best is read off the validation data.
+lowers the variance of the gradient; which interval is best is read off the validation data. With
+noise by counts the same is done with ranges of counts.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from noise_schedule import EPS
+
 from .block_diffusion import MaskedDiffusion
 from .corruption import EXACT, Interval, count_law, log_binomial, times
+from .counts import CountLaw
 
+Counts = tuple[int, int]  # least and most masked tokens of a block
 BATCHES = 100  # validation batches that enter a candidate's figure
 TIMES = 4096  # of an interval, where a mean over its times is taken
 
@@ -79,10 +86,42 @@ def variances(of_counts: Tensor, nll: Tensor, m: Tensor, n: Tensor) -> Tensor:
     return square - mean.square()
 
 
+def count_candidates(block_size: int, widths: list[float], delta: float) -> list[Counts]:
+    """The ranges of counts whose shares of the block lie in an interval of `candidates`: all counts
+    first, each range once."""
+    ranges = [(1, block_size)]
+    for interval in candidates(block_size, widths, delta, EPS)[1:]:
+        inside = [m for m in _counts_within(block_size, interval) if m]
+        if inside and (inside[0], inside[-1]) not in ranges:
+            ranges.append((inside[0], inside[-1]))
+    return ranges
+
+
+def _counts_within(block_size: int, interval: Interval) -> list[int]:
+    low, high = interval
+    return list(range(math.ceil(low * block_size - 1e-6), int(high * block_size + 1e-6) + 1))
+
+
+def name_of_counts(counts: Counts) -> str:
+    """How a range of counts is logged."""
+    return "valid_var_counts_{} - {}".format(*counts)
+
+
+def law_variances(laws: list[CountLaw], nll: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    """Of each law the variance of a block's mean loss; as for `variances`: [C]."""
+    real = ~nll.isnan()
+    nll, m, n = nll[real].double(), m[real], n[real]
+    found = []
+    for law in laws:
+        chance, loss = n * law.chance(m, n), nll * law.weight(m, n)
+        found.append((chance * loss.square()).mean() - (chance * loss).mean().square())
+    return torch.stack(found)
+
+
 class Search:
     """Collects one variance per candidate and batch; the least mean wins, the first on a tie."""
 
-    def __init__(self, grid: list[Interval]):
+    def __init__(self, grid: list[Interval] | list[Counts]):
         self.grid = grid
         self.figures: list[list[Tensor]] = [[] for _ in grid]
 
@@ -97,6 +136,6 @@ class Search:
     def means(self) -> list[float]:
         return [float(torch.stack(figures).mean()) for figures in self.figures]
 
-    def best(self) -> Interval:
+    def best(self) -> Interval | Counts:
         means = self.means()
         return self.grid[min(range(len(means)), key=means.__getitem__)]

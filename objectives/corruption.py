@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
 from models.document_ids import begins
@@ -26,7 +26,7 @@ TIMES, TOKENS, COUNTS = range(3)  # independent streams of random numbers
 class Noise:
     """The uniform numbers that corrupt a batch; everything after them is deterministic."""
 
-    time: Tensor  # [B, N] in [0, 1): where in the interval each block is
+    time: Tensor  # [B, N] in [0, 1): where in the interval, or in the law of counts, each block is
     token: Tensor  # [B, L] in [0, 1): a token is masked where this is <= p
     count: Tensor  # [B, N] in [0, 1): how many tokens of a block are masked, where that is bounded
 
@@ -128,9 +128,13 @@ def masked_within_bounds(token: Tensor, count: Tensor, p: Tensor, interval: Inte
     # smallest k whose cdf exceeds u; never one outside the bounds, whatever the rounding
     drawn = (cdf <= count.double()[..., None]).sum(-1)
     drawn = drawn.clamp(max=most)
-    in_blocks = rearrange(token, "b (n k) -> b n k", k=size)
-    rank = in_blocks.argsort(dim=-1, stable=True).argsort(-1)
-    return rearrange(rank < drawn[..., None], "b n k -> b (n k)")
+    return (rank_in_block(token, size) < drawn[..., None]).flatten(1)
+
+
+def rank_in_block(keys: Tensor, size: int) -> Tensor:
+    """Where each token stands in its block of `size` when they are ordered by keys [B, L], of equal
+    ones the first first: int64 [B, N, S]."""
+    return keys.unflatten(1, (-1, size)).argsort(dim=-1, stable=True).argsort(-1)
 
 
 def count_law(size: int, p: Tensor, interval: Interval = (0.0, 1.0)) -> Tensor:

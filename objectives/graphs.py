@@ -3,6 +3,11 @@ them one by one takes the host longer than the device needs to run them.
 
 A graph has fixed shapes. The number of masked tokens changes from batch to batch, so there are some
 more loss positions than needed (`LossInputs.padded`); a batch of more still gets another graph.
+
+With noise by counts the number is the same in every step where one pass holds the global batch, all
+tokens of its blocks are scored and the law deals whole strata to each count. Otherwise it varies a
+little: first blocks have a law of their own, and a pass holds a part of the strata. The room is
+left in any case; it costs at most 1 / 64 of the rows read, and ROWS more.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from settings.amounts import MOST_INTERVALS, amounts
 from settings.composing import read
-from settings.defaults import has_package, needs_block_mask, started_by_torchrun, visible_gpus
+from settings.defaults import (
+    has_package,
+    needs_block_mask,
+    noise_block,
+    started_by_torchrun,
+    visible_gpus,
+)
 from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
 from settings.limits import unfit
@@ -166,8 +172,48 @@ def clipping(config: Config) -> Iterator[str]:
     low, high = training.sampling_eps_min, training.sampling_eps_max
     if low > high:
         yield f"training.sampling_eps_min={low} is above training.sampling_eps_max={high}"
-    elif training.resample and algorithms()[algo.name]["noise"]:
+    elif training.resample and algorithms()[algo.name]["noise"] and training.noise == "times":
         yield from _impossible_shares(config, low, high)
+
+
+def counts(config: Config) -> Iterator[str]:
+    """What goes with training.noise=counts, and what does not."""
+    algo, training = config.algo, config.training
+    learnt, bounds = training.count_law == "learnt", training.counts
+    if training.noise != "counts":
+        if bounds is not None:
+            yield f"training.counts={bounds} needs training.noise=counts"
+        if learnt:
+            yield "training.count_law=learnt needs training.noise=counts"
+        return
+    if not algorithms()[algo.name]["counts"]:
+        yield (
+            f"training.noise=counts does not fit algo={algo.name}, only {_names('counts')}; use"
+            " training.noise=times"
+        )
+        return
+    if training.resample:
+        yield (
+            "training.resample=True has no meaning with training.noise=counts, which draws how"
+            " many tokens are masked: training.counts bounds that; set training.resample=False"
+        )
+    size = noise_block(config)
+    if bounds is not None and bounds[1] > size:
+        yield f"training.counts={bounds} is more than the {size} tokens of a block"
+    searched = f"algo.clip_search_widths={algo.clip_search_widths}"
+    if learnt and bounds is not None:
+        yield f"training.count_law=learnt draws all counts: leave training.counts={bounds} out"
+    if learnt and algo.clip_search_widths:
+        yield f"training.count_law=learnt does not go with {searched}: choose one"
+    if learnt and size == 1:
+        yield "training.count_law=learnt: a block of one token has one count only"
+    if config.mode == "train" and size > 1 and config.eval.likelihood[0] != "counts":
+        asked = "training.count_law=learnt" if learnt else searched
+        if learnt or algo.clip_search_widths:
+            yield (
+                f"{asked} with training.noise=counts is found by the validation's counts, not by"
+                f" eval.likelihood={config.eval.likelihood[0]}; use eval.likelihood=counts"
+            )
 
 
 def _has_share(low: float, high: float, block_size: int) -> bool:
@@ -369,7 +415,7 @@ def demo(config: Config) -> Iterator[str]:
 
 FILES = (checkpoints, corpora, results)
 RULES = (
-    *(amounts, network, algorithm, clipping, batches, machine, packages, optimization),
+    *(amounts, network, algorithm, clipping, counts, batches, machine, packages, optimization),
     *(data, sampling, demo),
     *FILES,
 )

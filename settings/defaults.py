@@ -119,6 +119,11 @@ def has_package(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def noise_block(config: Config) -> int:
+    """Tokens that share one time, or one number of masked tokens."""
+    return config.block_size if _entry(config).get("blocks") else config.model.length
+
+
 def needs_block_mask(config: Config) -> bool:
     """Whether attention is more than full or causal."""
     return bool(_entry(config).get("blocks")) and config.block_size < config.model.length

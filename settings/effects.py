@@ -36,9 +36,13 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             " choice"
         )
     if config.mode == "ppl_eval" and entry["noise"]:
-        for key in ("sampling_eps_min", "sampling_eps_max", "resample"):
+        for key in ("sampling_eps_min", "sampling_eps_max", "resample", "noise", "counts"):
             if f"training.{key}" in typed:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
+    if config.mode == "train" and config.training.noise == "counts":
+        for key in ("training.sampling_eps_min", "training.sampling_eps_max", "noise.type"):
+            if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
+                yield f"{key} has no effect: training.noise=counts draws no times"
     yield from _algorithm(config)
     yield from _data(config)
 

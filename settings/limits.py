@@ -68,6 +68,11 @@ LIMITS = (
     }
 )
 SHARES = Limit("a list of numbers in (0, 1]", lambda value: all(0 < x <= 1 for x in value), [])
+COUNTS = Limit(
+    "two numbers [least, most] of masked tokens with 1 <= least <= most",
+    lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
+    [1, 1],
+)
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(
     "a number of batches, at least 1: the training data are an endless stream",

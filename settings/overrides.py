@@ -93,7 +93,8 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     if typing.get_origin(bare) is dict:
         wanted = "lists of values by name, like {temperature: [0.8, 1]},"
     elif typing.get_origin(bare) is list:
-        wanted = "a list like [0.5,0.6]" if float in typing.get_args(bare) else "a list like [a,b]"
+        examples = {float: "[0.5,0.6]", int: "[2,3]"}
+        wanted = f"a list like {examples.get(typing.get_args(bare)[0], '[a,b]')}"
     else:
         wanted = TYPE_NAMES.get(bare, "a number")
     way_out = f"; as text: {spelled(key, typed)}" if bare is str and typed is not None else ""

@@ -40,7 +40,15 @@ NOT_SHAPING = {
     "training.eval_nll",
     "training.max_bad_steps",
 }
-# They decide which intervals the clip search compares, and when.
+# Settings that came later, with what every run before them did: at that they leave the name of a
+# run folder as it was.
+LATER = {
+    "training.noise": "times",
+    "training.counts": None,
+    "training.count_law": "uniform",
+}
+# They decide which intervals the clip search compares, what a law of counts is learnt from, and
+# when.
 SEARCH_KEYS = (
     "loader.eval_global_batch_size",
     "trainer.val_check_interval",
@@ -53,13 +61,14 @@ def shaping(config: Config) -> dict:
 
     Left out: devices, workers, logging, checkpoints, evaluation, sampling. trainer.max_steps
     counts only where the learning rate depends on it, so that a run can be made longer; validation
-    settings only where the clip search uses them.
+    settings only where the clip search or the law of counts uses them.
     """
     keys = [key for key in LEAVES if key.split(".")[0] in SHAPING_SECTIONS]
     keys = [*SHAPING_KEYS, *(key for key in keys if key not in NOT_SHAPING)]
     if config.lr_scheduler.name == "cosine_decay_warmup":
         keys.append("trainer.max_steps")
-    if config.algo.clip_search_widths and not config.algo.fix_clipping:
+    searched = config.algo.clip_search_widths and not config.algo.fix_clipping
+    if searched or config.training.count_law == "learnt":
         keys.extend(SEARCH_KEYS)
     return {key: get(config, key) for key in sorted(keys)}
 
@@ -84,10 +93,12 @@ def differences(config: Config, recorded: dict | None) -> list[str]:
 
 
 def run_dir(config: Config) -> Path:
-    """outputs/<data.train>/<wandb.name, else algo-length-block>-<8 hex digits of shaping>."""
+    """outputs/<data.train>/<wandb.name, else algo-length-block>-<8 hex digits of shaping>; settings
+    of LATER count only where they are another value."""
     name = get(config, "wandb.name")
     name = name or f"{config.algo.name}-{config.model.length}-{config.block_size}"
-    digest = hashlib.sha256(json.dumps(shaping(config), sort_keys=True).encode()).hexdigest()
+    shapes = {k: v for k, v in shaping(config).items() if k not in LATER or v != LATER[k]}
+    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
     corpus = Path(config.data.train or "none")
     corpus = corpus.stem if corpus.suffix else str(corpus)
     return OUTPUTS / _slug(corpus) / f"{_slug(name)}-{digest[:8]}"

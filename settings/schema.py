@@ -15,6 +15,7 @@ from settings.limits import (
     BATCHES,
     BATCHES_OR_SHARE,
     BY_WORDS,
+    COUNTS,
     DURATION,
     LIMITS,
     SEED,
@@ -137,6 +138,21 @@ class Training:
     sampling_eps_max: float = doc("upper end of the interval of t in training", "in (0, 1]")
     resample: bool = doc(
         "redraw until each block's masked share is in [sampling_eps_min, sampling_eps_max]"
+    )
+    noise: str = doc(
+        "what is drawn for each block: a time in [sampling_eps_min, sampling_eps_max], or the "
+        "number of its masked tokens (bamdlm, mdlm)",
+        one_of("times", "counts"),
+    )
+    counts: list[int] | None = doc(
+        "with noise=counts, the least and the most masked tokens of a block, such as [2, 3], not "
+        "reweighted: such a range is no bound; null: all, whose loss is the bound",
+        COUNTS,
+    )
+    count_law: str = doc(
+        "with noise=counts, each count equally likely, or as each validation finds it to vary "
+        "least; both are the bound",
+        one_of("uniform", "learnt"),
     )
     from_pretrained: str | None = doc("weights to start from: .ckpt, exported folder or hub id")
     eval_nll: bool = doc("with block_size=1, validate the exact NLL, not the bound")
@@ -267,8 +283,14 @@ class Algo:
     cross_attn: bool = doc("train on noised and clean text with the block-diffusion mask (bamdlm)")
     var_min: bool = doc("allow the search for the interval of t with the least variance (bamdlm)")
     clip_search_delta: float = doc("distance between the intervals searched", "in (0, 1)")
-    clip_search_widths: list[float] = doc("widths of the intervals searched; []: no search", SHARES)
-    fix_clipping: bool = doc("search and log, but keep training.sampling_eps_min and _max")
+    clip_search_widths: list[float] = doc(
+        "widths of the intervals searched, or of the ranges of counts as shares of a block; []: no "
+        "search",
+        SHARES,
+    )
+    fix_clipping: bool = doc(
+        "search and log, but keep training.sampling_eps_min and _max, or training.counts"
+    )
     sampler: str = doc("how samples are drawn; fixed by the algorithm", one_of(*_values("sampler")))
     mdlm_loss_scale: bool = doc("loglinear noise by its total noise, as in MDLM: p = (1 - 1e-3) t")
 

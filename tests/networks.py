@@ -3,6 +3,7 @@
 import torch
 from conftest import load, load_json
 
+from evaluation.estimators import AskedTexts
 from models.dit import DiT
 
 MANIFEST = load_json("manifest.json")
@@ -92,3 +93,30 @@ def loss_at(objective, backbone, *corrupted, **settings):
     """TokenLoss of a given corruption; arguments as for `loss_inputs_at`."""
     inputs = objective.loss_inputs_at(*corrupted, **settings)
     return objective.compute_loss(backbone, inputs)
+
+
+def toy_log_probs(x_t, vocabulary):
+    """The recorded network without weights: x_t [B, S], `vocabulary` is the mask -> [B, S, V]."""
+    places, words = torch.arange(x_t.shape[1]).double(), torch.arange(vocabulary).double()
+    i, j, v = places[:, None, None], places[None, :, None], words[None, None, :]
+    base = torch.sin(1 + 3 * i[:, 0] + 7 * v[0])  # [S, V]
+    angle = 2 + 5 * i + 3 * j + 11 * v + 13 * x_t[:, None, :, None].double()  # [B, S, S, V]
+    seen = (x_t != vocabulary)[:, None, :, None]
+    return (base + (angle.cos() * seen).sum(2)).log_softmax(-1)
+
+
+def toy(vocabulary):
+    def ask(x_t, read, reduce):
+        log_probs = toy_log_probs(x_t, vocabulary).flatten(0, 1)[read]
+        # in pieces, as a network's head gives them
+        parts = zip(log_probs.tensor_split(3), read.tensor_split(3), strict=True)
+        return torch.cat([reduce(*part) for part in parts])
+
+    return ask
+
+
+def texts_of(x0, vocabulary, block_size=None):
+    x0 = torch.as_tensor(x0)
+    return AskedTexts(
+        x0, torch.ones_like(x0, dtype=torch.bool), block_size or x0.shape[1], vocabulary
+    )

@@ -85,6 +85,7 @@ ALGORITHMS = {
     "mdlm": ["algo=mdlm"],
     "sedd": ["algo=sedd"],
 }
+COUNTS = ["block_size=4", "training.noise=counts", "training.count_law=learnt"]
 
 
 @functools.cache
@@ -256,7 +257,7 @@ class Wholes:
         folder = self.folder / algo
         overrides = [
             *self.base,
-            *ALGORITHMS[algo],
+            *(ALGORITHMS | {"counts": COUNTS})[algo],
             f"checkpointing.save_dir={folder / 'run'}",
         ]
         if algo not in self.made:

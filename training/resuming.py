@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpointing.layouts import Checkpoint, CheckpointError, section
+from objectives.counts import FLOOR, CountLaw
 
 LARGEST = 1 << 62
 FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
@@ -63,6 +64,7 @@ def problems(checkpoint: Checkpoint, module, trainer) -> Iterator[str]:
     yield from schedules(raw.get("lr_schedulers"))
     yield from optimizer(checkpoint.optimizer, list(module.backbone.parameters()))
     yield from average(checkpoint, module)
+    yield from count_law(raw.get("count_law"), module.count_law)
 
 
 def like(theirs, ours) -> bool:
@@ -184,3 +186,20 @@ def average(checkpoint: Checkpoint, module) -> Iterator[str]:
         and 0 <= float(bounds[0]) <= float(bounds[1]) <= 1
     ):
         yield f"sampling_eps_min and sampling_eps_max are {reprlib.repr(bounds)}"
+
+
+def count_law(theirs, ours: CountLaw | None) -> Iterator[str]:
+    """Of a run with noise by counts: as many numbers as ours, of mean 1, none below 0; where they
+    make the weights all are above 0."""
+    if ours is None:
+        return
+    wanted = ours.density
+    if not isinstance(theirs, Tensor) or (theirs.dtype, theirs.shape) != (
+        wanted.dtype,
+        wanted.shape,
+    ):
+        yield f"it has no count_law of {len(wanted)} numbers"
+    elif not (abs(float(theirs.mean()) - 1) < 1e-9 and float(theirs.min()) >= 0) or (
+        ours.reweighted and float(theirs.min()) < FLOOR / 2
+    ):
+        yield f"its count_law is {reprlib.repr(theirs.tolist())}"

@@ -1,11 +1,13 @@
 """What a checkpoint holds of the module beside its weights, in the published layout: the average,
-the clipped interval, the place in the data; and Lightning's counters.
+the clipped interval, the law of counts, the place in the data; and Lightning's counters.
 
 Lightning also stores how far it had come in its own loops, which depends on the number of devices
 and on when the file was written; resumed as it stands, a step could begin in the middle of its
 micro-batches, or a validation be left out. So the counters are written, and read again, from the
 optimizer step alone: they are those at its end.
 """
+
+from dataclasses import replace
 
 import lightning as L
 import torch
@@ -37,6 +39,8 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
     if module.clip is not None:
         checkpoint["sampling_eps_min"] = module.sampling_eps_min.clone()
         checkpoint["sampling_eps_max"] = module.sampling_eps_max.clone()
+    if module.count_law is not None:
+        checkpoint["count_law"] = module.count_law.density.clone()
     step = trainer.global_step
     if _endless(trainer):
         _set_counters(trainer, checkpoint, pending=module.validated_at != step)
@@ -66,6 +70,8 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
         bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
         # float32 buffers: 0.45 is stored as 0.44999999
         set_interval(module, (round(float(bounds[0]), 6), round(float(bounds[1]), 6)))
+    if module.count_law is not None:
+        module.count_law = replace(module.count_law, density=checkpoint["count_law"].cpu())
     if module.ema is not None:
         _load_average(module, checkpoint)
 

@@ -1,38 +1,58 @@
-"""One validation of a Diffusion: its likelihood, and the search for the training interval."""
+"""One validation of a Diffusion: its likelihood, and the search for the training interval, or for
+the counts to train on."""
 
 from dataclasses import replace
+from functools import partial
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from evaluation.estimators import AskedTexts, Chance, masked_by_counts
+from evaluation.estimators import AskedTexts, Chance, drawn_counts
 from evaluation.likelihood import Likelihood, LikelihoodMeter
 from noise_schedule import LogLinear
 from objectives import clipping
 from objectives.corruption import EXACT, Interval, Noise
+from objectives.counts import CountLaw, SecondMoments, least_variance, within
 from objectives.loss import LossInputs, Objective, TokenLoss
 from random_streams import key
 
 
 class Validation:
     """`search` is None unless the schedule is clipped and the run trains: then the candidates for
-    the interval to train on are compared."""
+    the interval to train on, or for the range of counts, are compared. `second` is None unless the
+    law of the counts is learnt and the run trains."""
 
     def __init__(self, module: L.LightningModule):
         self.module, self.meter = module, LikelihoodMeter()
         self.search: clipping.Search | None = None
-        clip, trainer = module.clip, module.trainer
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if clip is not None and fitting:
-            size, eps = module.objective.block_size, module.noise_settings.sampling_eps
-            grid = clipping.candidates(size, list(clip.widths), clip.delta, eps)
-            if len(grid) > 1:  # with the full interval alone there is nothing to choose
-                self.search = clipping.Search(grid)
-                self.timed = by_time(module, module.validate_by)
-                if not self.timed:
-                    self.moments = clipping.moments(module.objective, grid).to(module.device)
+        self.second: SecondMoments | None = None
+        trainer = module.trainer
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if module.noise_settings.learn_counts:
+            self.second = SecondMoments(len(module.count_law.density), module.device)
+        if module.clip is not None:
+            self._begin_search(module.clip)
+
+    def _begin_search(self, clip) -> None:
+        module, widths = self.module, list(clip.widths)
+        size, eps = module.objective.block_size, module.noise_settings.sampling_eps
+        counted = module.count_law is not None
+        if counted:
+            grid = clipping.count_candidates(size, widths, clip.delta)
+        else:
+            grid = clipping.candidates(size, widths, clip.delta, eps)
+        if len(grid) == 1:  # there is nothing to choose
+            return
+        self.search, self.timed = clipping.Search(grid), by_time(module, module.validate_by)
+        if counted:
+            laws = [within(*counts, size) for counts in grid]
+            self.variances = partial(clipping.law_variances, laws)
+        elif not self.timed:
+            moments = clipping.moments(module.objective, grid).to(module.device)
+            self.variances = partial(clipping.variances, moments)
 
     def add(self, batch: dict) -> None:
         module = self.module
@@ -41,6 +61,9 @@ class Validation:
         if self.search is not None and self.search.wants_more():
             add = self._by_times if self.timed else self._by_counts
             self.search.add(add(batch, loss))
+        if self.second is not None:
+            sums = loss.block_means(module.objective.block_size) * module.objective.block_size
+            self.second.add(sums, *self._counts(batch))
 
     def _by_times(self, batch: dict, loss: TokenLoss) -> list[Tensor]:
         """The variance of each candidate, as published: a pass for each, but for that of `loss`."""
@@ -58,14 +81,20 @@ class Validation:
 
     def _by_counts(self, batch: dict, loss: TokenLoss) -> list[Tensor]:
         """The variance of each candidate, all from the numbers of masked tokens of `loss`."""
-        module, (texts, _) = self.module, texts_of(self.module, batch)
-        masked, _ = masked_by_counts(texts, chance(module, batch))
-        m, n = texts.per_block(masked).sum(-1), texts.counts[..., 0]  # [B, N]
-        means = loss.block_means(texts.block_size, batch["attention_mask"].to(module.device))
-        each = [x.to(module.device).double() for x in (means, m, n)]
-        means, m, n = self._of_all(torch.stack(each, -1)).flatten(0, 1).unbind(-1)
+        module, (m, n) = self.module, self._counts(batch)
+        real = batch["attention_mask"].to(module.device)
+        means = loss.block_means(module.objective.block_size, real).double()
+        each = torch.stack([means, m.double(), n.double()], -1)
+        means, m, n = self._of_all(each).flatten(0, 1).unbind(-1)
         # `loss` weighs what is masked with n / m
-        return list(clipping.variances(self.moments, means * m / n.clamp(min=1), m, n))
+        return list(self.variances(means * m / n.clamp(min=1), m, n))
+
+    def _counts(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """How many tokens of each block `loss` masks, and of how many: int64 [B, N] each."""
+        module, (texts, _) = self.module, texts_of(self.module, batch)
+        masked, _ = drawn_counts(texts, chance(module, batch))
+        counts = texts.per_block(masked).sum(-1), texts.counts[..., 0]
+        return tuple(count.to(module.device) for count in counts)
 
     def likelihood(self) -> Likelihood:
         """What was measured so far, over all devices; every rank must call it."""
@@ -76,15 +105,32 @@ class Validation:
         return self.meter.compute(sums)
 
     def adopt(self) -> dict[str, float]:
-        """Train on the best interval from here on. Every candidate's variance, for the log."""
+        """Train on the best interval or law from here on. What is logged of it: every candidate's
+        variance, or how likely each part of the law is."""
+        if self.second is not None:
+            return self._adopt_law()
         if self.search is None:
             return {}
-        module, grid, means = self.module, self.search.grid, self.search.means()
-        if not module.clip.fix:
-            set_interval(module, self.search.best())
+        module, search, size = self.module, self.search, self.module.objective.block_size
+        counted = module.count_law is not None
+        name = clipping.name_of_counts if counted else clipping.name
+        found = {name(each): mean for each, mean in zip(search.grid, search.means(), strict=True)}
+        if not module.clip.fix and counted:
+            set_law(module, within(*search.best(), size))
+        elif not module.clip.fix:
+            set_interval(module, search.best())
         low, high = module.interval
-        found = {clipping.name(i): mean for i, mean in zip(grid, means, strict=True)}
+        if counted:
+            return {**found, "counts_min": round(low * size) + 1, "counts_max": round(high * size)}
         return {**found, "sampling_eps_min": low, "sampling_eps_max": high}
+
+    def _adopt_law(self) -> dict[str, float]:
+        module, sums = self.module, self.second.sums
+        if module.trainer.world_size > 1:
+            sums = module.all_gather(sums).sum(0)
+        set_law(module, least_variance(sums))
+        density = module.count_law.density
+        return {f"count_law_{i}": float(x) / len(density) for i, x in enumerate(density, 1)}
 
     def _of_all(self, rows: Tensor) -> Tensor:
         """The rows [B, ...] of all devices; the last batches of a split differ in B."""
@@ -105,6 +151,13 @@ def set_interval(module: L.LightningModule, interval: Interval) -> None:
     module.sampling_eps_max.fill_(interval[1])
 
 
+def set_law(module: L.LightningModule, law: CountLaw) -> None:
+    """The law by which training draws counts; the buffers, where there are any, keep its ends."""
+    module.count_law = law
+    if module.clip is not None:
+        set_interval(module, law.ends)
+
+
 # ---- the draws of a validation: of a Diffusion, for a batch on the host --------------------------
 
 
@@ -118,7 +171,7 @@ def one_pass(module: L.LightningModule, batch: dict, likelihood: str, draw: int 
     is the likelihood itself."""
     if not by_time(module, likelihood):
         texts, loss_mask = texts_of(module, batch)
-        masked, weight = masked_by_counts(texts, chance(module, batch, draw))
+        masked, weight = drawn_counts(texts, chance(module, batch, draw))
         x_t = torch.where(masked, texts.mask_id, texts.x0)
         inputs = module.objective.weighted_inputs(
             texts.x0, x_t, weight.float(), loss_mask, module.documents(batch)[2]

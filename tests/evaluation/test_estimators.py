@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from conftest import load_json
-from networks import chi_square_p
+from networks import chi_square_p, texts_of, toy, toy_log_probs
 from sampling_tools import denoiser, write
 
 from evaluation import estimators
@@ -38,33 +38,6 @@ NEVER_RECORDED = {
     f"entropy_bounded_{bound}": functools.partial(estimators.entropy_bounded, number=bound)
     for bound in (0.0, 0.6, 1.2)
 }
-
-
-def toy_log_probs(x_t, vocabulary):
-    """The recorded network without weights: x_t [B, S], `vocabulary` is the mask -> [B, S, V]."""
-    places, words = torch.arange(x_t.shape[1]).double(), torch.arange(vocabulary).double()
-    i, j, v = places[:, None, None], places[None, :, None], words[None, None, :]
-    base = torch.sin(1 + 3 * i[:, 0] + 7 * v[0])  # [S, V]
-    angle = 2 + 5 * i + 3 * j + 11 * v + 13 * x_t[:, None, :, None].double()  # [B, S, S, V]
-    seen = (x_t != vocabulary)[:, None, :, None]
-    return (base + (angle.cos() * seen).sum(2)).log_softmax(-1)
-
-
-def toy(vocabulary):
-    def ask(x_t, read, reduce):
-        log_probs = toy_log_probs(x_t, vocabulary).flatten(0, 1)[read]
-        # in pieces, as a network's head gives them
-        parts = zip(log_probs.tensor_split(3), read.tensor_split(3), strict=True)
-        return torch.cat([reduce(*part) for part in parts])
-
-    return ask
-
-
-def texts_of(x0, vocabulary, block_size=None):
-    x0 = torch.as_tensor(x0)
-    return AskedTexts(
-        x0, torch.ones_like(x0, dtype=torch.bool), block_size or x0.shape[1], vocabulary
-    )
 
 
 def every_text(vocabulary, size):
@@ -159,7 +132,7 @@ def test_more_orders_come_closer_to_the_law_from_above():
 def test_every_number_of_masked_tokens_comes_equally_often():
     """In every text, and over the evaluation whatever its batches are."""
     x0 = torch.zeros(6, 8, dtype=torch.int64)
-    masked, weight = estimators.masked_by_counts(
+    masked, weight = estimators.drawn_counts(
         texts_of(x0, 2, block_size=2), Chance(3, torch.arange(6), 6)
     )
     number = masked.unflatten(1, (4, 2)).sum(-1)
@@ -167,7 +140,7 @@ def test_every_number_of_masked_tokens_comes_equally_often():
     assert torch.equal(weight.unflatten(1, (4, 2))[..., 0], 2 / number)
     x0 = torch.zeros(12, 4, dtype=torch.int64)  # one block a text
     found = [
-        estimators.masked_by_counts(texts_of(x0[rows], 2), Chance(3, rows, 12))[0].sum(1)
+        estimators.drawn_counts(texts_of(x0[rows], 2), Chance(3, rows, 12))[0].sum(1)
         for rows in torch.arange(12).split(5)
     ]
     assert torch.cat(found).bincount().tolist() == [0, 3, 3, 3, 3]

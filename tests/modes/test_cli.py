@@ -19,6 +19,8 @@ PPL = [*TRAIN, "mode=ppl_eval", "eval.checkpoint_path=org/model"]
 SAMPLE = [*TRAIN, "mode=sample_eval", "eval.checkpoint_path=org/model"]
 BLOCKS = ["block_size=4"]
 CLIP = "algo.clip_search_widths"
+COUNTS = "training.noise=counts"
+LEARNT = [COUNTS, "training.count_law=learnt"]
 
 # context: (arguments, what the one line says)
 WRONG = [
@@ -171,6 +173,45 @@ WRONG = [
         TRAIN,
         [*BLOCKS, "training.resample=True", f"{CLIP}=[.1]"],
         f"{CLIP}: 0.1 is narrower than 1/4",
+    ),
+    # noise by counts
+    (TRAIN, ["training.counts=[2,3]"], "training.counts=[2, 3] needs training.noise=counts"),
+    (TRAIN, ["training.count_law=learnt"], "training.count_law=learnt needs training.noise=counts"),
+    (TRAIN, [COUNTS, "algo=sedd"], "training.noise=counts does not fit algo=sedd, only bamdlm"),
+    (TRAIN, [COUNTS, "algo=ar"], "training.noise=counts does not fit algo=ar, only bamdlm"),
+    (TRAIN, [COUNTS, "training.counts=[0,3]"], "training.counts=[0, 3] must be two numbers"),
+    (TRAIN, [COUNTS, "training.counts=[3,2]"], "training.counts=[3, 2] must be two numbers"),
+    (TRAIN, [COUNTS, "training.counts=3"], "training.counts=3 must be a list like [2,3] or null"),
+    (
+        TRAIN,
+        [*BLOCKS, COUNTS, "training.counts=[2,5]"],
+        "training.counts=[2, 5] is more than the 4 tokens of a block",
+    ),
+    (
+        TRAIN,
+        [*BLOCKS, COUNTS, "training.resample=True"],
+        "training.resample=True has no meaning with training.noise=counts",
+    ),
+    (
+        TRAIN,
+        [*BLOCKS, *LEARNT, "training.counts=[2,3]"],
+        "training.count_law=learnt draws all counts: leave training.counts=[2, 3] out",
+    ),
+    (
+        TRAIN,
+        [*BLOCKS, *LEARNT, f"{CLIP}=[.5]"],
+        f"training.count_law=learnt does not go with {CLIP}=[0.5]",
+    ),
+    (TRAIN, ["block_size=1", *LEARNT], "a block of one token has one count only"),
+    (
+        TRAIN,
+        [*BLOCKS, *LEARNT, "eval.likelihood=nelbo"],
+        "training.count_law=learnt with training.noise=counts is found by the validation's counts",
+    ),
+    (
+        TRAIN,
+        [*BLOCKS, COUNTS, f"{CLIP}=[.5]", "eval.likelihood=nelbo"],
+        f"{CLIP}=[0.5] with training.noise=counts is found by the validation's counts",
     ),
     # batches and machine
     (TRAIN, ["loader.batch_size=7"], "loader.global_batch_size=512 is not a multiple of 7"),
@@ -459,6 +500,17 @@ HARMLESS = [
     ),
     (PPL, ["training.eval_nll=False"], "training.eval_nll=False has no effect"),
     (PPL, ["training.sampling_eps_min=.3"], "training.sampling_eps_min has no effect: mode=ppl"),
+    (PPL, ["training.noise=counts"], "training.noise has no effect: mode=ppl_eval draws from"),
+    (
+        TRAIN,
+        [COUNTS, "training.sampling_eps_min=.3"],
+        "training.sampling_eps_min has no effect: training.noise=counts draws no times",
+    ),
+    (
+        TRAIN,
+        [COUNTS, "noise=cosine"],
+        "noise.type has no effect: training.noise=counts draws no times",
+    ),
     (PPL, ["training.from_pretrained=org/x"], "training.from_pretrained=org/x has no effect"),
     (
         SAMPLE,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import settings
+from settings import run_folder
 from settings.defaults import visible_gpus
 from settings.keys import CONFIGS, LEAVES, SCHEMA, choices, get, groups
 from settings.schema import Config
@@ -62,6 +64,9 @@ DEFAULTS = {
     "training.sampling_eps_min": 1e-3,
     "training.sampling_eps_max": 1.0,
     "training.resample": False,
+    "training.noise": "times",
+    "training.counts": None,
+    "training.count_law": "uniform",
     "training.from_pretrained": None,
     "training.eval_nll": True,
     "eval.checkpoint_path": None,
@@ -446,6 +451,16 @@ def test_run_folder_is_named_by_data_algorithm_and_shaping_settings():
     assert made.checkpointing.resume_ckpt_path == f"{folder}/checkpoints/last.ckpt"
 
 
+def test_settings_that_came_later_leave_the_folders_of_older_runs():
+    """The name that a command had before they were there."""
+    made = settings.load(["block_size=4", "data=text8"])
+    shapes = settings.shaping(made)
+    assert {key: shapes[key] for key in run_folder.LATER} == run_folder.LATER
+    older = {key: value for key, value in shapes.items() if key not in run_folder.LATER}
+    digest = hashlib.sha256(json.dumps(older, sort_keys=True).encode()).hexdigest()
+    assert settings.run_dir(made).name == f"bamdlm-1024-4-{digest[:8]}"
+
+
 def test_run_folder_takes_the_name_given_to_wandb():
     folder = settings.run_dir(settings.load(["wandb.name=my run/4"]))
     assert folder.parent == Path("outputs/openwebtext")
@@ -496,6 +511,9 @@ def test_setting_that_does_not_shape_training_keeps_the_run(same):
         "noise=cosine",
         "lr_scheduler.num_warmup_steps=5",
         "algo.clip_search_widths=[.5]",
+        "training.noise=counts",
+        "training.counts=[2,3]",
+        "training.count_law=learnt",
     ],
 )
 def test_setting_that_shapes_training_makes_another_run(other):
@@ -507,6 +525,7 @@ def test_setting_that_shapes_training_makes_another_run(other):
     [
         ("lr_scheduler=cosine_decay_warmup", "trainer.max_steps=99999"),
         ("algo.clip_search_widths=[.5]", "trainer.val_check_interval=5"),
+        ("training.count_law=learnt", "trainer.limit_val_batches=5"),
     ],
 )
 def test_setting_may_shape_training_through_another(context, setting):

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from runs import ALGORITHMS, differences, finish, ranks, read, run, tiny
+from runs import ALGORITHMS, COUNTS, differences, finish, ranks, read, run, tiny
 
 from checkpointing import torch_file
 from data import streaming
@@ -26,6 +26,7 @@ LAST = "run/checkpoints/last.ckpt"
 BY_ONE = ["loader.batch_size=8", "loader.eval_batch_size=8", "trainer.val_check_interval=4"]
 TWO = ["trainer.devices=2", "trainer.val_check_interval=4"]
 TOLERANCE = 1e-5
+WAYS = ALGORITHMS | {"counts": COUNTS}
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +93,26 @@ def test_two_processes_train_as_one(strategy, one, tmp_path):
     equal_runs(tmp_path, alone)
 
 
+def test_two_processes_learn_the_law_of_counts_that_one_learns(one, tmp_path):
+    """From the blocks of both."""
+    overrides = [*one[0], *COUNTS, "algo.clip_search_widths=[]"]
+    save_dir = f"checkpointing.save_dir={tmp_path / 'alone/run'}"
+    code, text = run([*overrides, *BY_ONE, save_dir], tmp_path / "alone.txt")
+    assert code == 0, text
+    started = of_two(overrides, tmp_path)
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    equal_runs(tmp_path, tmp_path / "alone", ("trainer/loss", "val/nll", "count_law_1"))
+    ours, theirs = (read(f / LAST)["count_law"] for f in (tmp_path, tmp_path / "alone"))
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=0)
+    assert not torch.equal(theirs, torch.ones(4).double())
+
+
 @pytest.mark.parametrize(
     ("strategy", "algo", "way"),
     [
         ("ddp", "bamdlm", ["data.pack=documents"]),
         ("fsdp", "bamdlm", ["data.wrap=false"]),
+        ("ddp", "counts", ["data.pack=documents"]),
         ("ddp", "sedd", ["data.wrap=false", "block_size=16"]),
         ("fsdp", "ar", ["data.wrap=false"]),
         ("ddp", "bamdlm", ["data.pack=documents", "data.streaming=true"]),
@@ -111,7 +127,7 @@ def test_tokens_count_the_same_on_one_process_and_two(
     lines = [json.dumps({"text": "abcdefgh ijklmno"[: 1 + 7 * i % 15]}) for i in range(600)]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(lines))
-    overrides = [*one[0], *ALGORITHMS[algo], *way, f"data.train={texts}", f"data.valid={texts}"]
+    overrides = [*one[0], *WAYS[algo], *way, f"data.train={texts}", f"data.valid={texts}"]
     overrides += ["trainer.max_steps=8", "trainer.limit_val_batches=0", "optim.eps=1e-4"]
     overrides += ["algo.clip_search_widths=[]"]
     # micro-batches of 8; of 2 by each of two processes

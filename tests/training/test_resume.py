@@ -17,9 +17,10 @@ MOMENTS = {
     "the renaming of a checkpoint": (os, "replace", 3),
     "the first micro-batch after resuming": (Diffusion, "training_step", 1),
 }
-KILLED_AT = {  # every algorithm is killed, and killed at every moment
+KILLED_AT = {  # every algorithm is killed, noise by counts too, and at every moment
     "bamdlm": list(MOMENTS),
     "ar": ["the second micro-batch of a step"],
+    "counts": ["validation, once step 4 is saved", "the first micro-batch after resuming"],
     "mdlm": ["validation, once step 4 is saved"],
     "sedd": ["the renaming of a checkpoint"],
 }

@@ -17,9 +17,12 @@ from objectives import clipping
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT
+from objectives.counts import CountLaw, least_variance, to_learn, within
 from objectives.sedd import ScoreEntropy
+from training import resuming, validation
 from training.lr_schedules import lr_factor
 from training.saving import SafeCheckpointIO
+from training.state import load_state
 
 LENGTH, MASK, GLOBAL = 16, 6, 8
 ALGORITHMS = {
@@ -71,6 +74,8 @@ def module(
     eps=1e-8,
     interval=(1e-3, 1),
     validate_by="nelbo",
+    counts=None,
+    learn=False,
 ):
     objective = ALGORITHMS[algo]()
     if block:
@@ -89,6 +94,8 @@ def module(
             antithetic=True,
             global_batch=GLOBAL,
             eval_global_batch=4,
+            counts=counts,
+            learn_counts=learn,
         ),
         optimizer={
             "lr": 1e-2,
@@ -153,6 +160,47 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(algo, tmp_path):
     ):
         assert torch.equal(ours, theirs), name
         assert torch.equal(resumed.ema.shadow[name], whole.ema.shadow[name]), name
+
+
+COUNTS = [("bamdlm", within(2, 3, 4)), ("bamdlm", to_learn(4)), ("mdlm", to_learn(LENGTH))]
+
+
+def test_by_counts_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
+    """mdlm, with a law that is another than the one that a run begins with."""
+    law = CountLaw(torch.linspace(0.5, 1.5, LENGTH).double())
+    whole = trained("mdlm", tmp_path / "a", 6, save_every=3, counts=law)
+    path = str(tmp_path / "a" / "step=3.ckpt")
+    resumed = trained("mdlm", tmp_path / "b", 6, resume=path, counts=to_learn(LENGTH))
+    assert torch.equal(resumed.count_law.density, law.density)
+    pairs = zip(resumed.backbone.parameters(), whole.backbone.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize(("algo", "law"), COUNTS)
+def test_by_counts_the_split_into_micro_batches_does_not_change_a_run(algo, law, tmp_path):
+    one = trained(algo, tmp_path, 4, batch_size=8, eps=1e-3, counts=law)
+    four = trained(algo, tmp_path, 4, batch_size=2, eps=1e-3, counts=law)
+    for ours, theirs in zip(one.backbone.parameters(), four.backbone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("algo", "law"), COUNTS)
+def test_training_by_counts_masks_what_the_law_draws(algo, law):
+    """All eight rows of a step at once; a mask in the text is none of them."""
+    m = module(algo, counts=law)
+    ids = torch.tensor(MemoryRows(GLOBAL, 3).ids)
+    ids[1, 5] = MASK
+    batch = {"input_ids": ids, "row": torch.arange(GLOBAL), "attention_mask": ids * 0 + 1}
+    inputs = m.training_inputs(batch, m.noise(batch, 1, GLOBAL))
+    size = m.objective.block_size
+    x_t = inputs.tokens[:, :LENGTH]
+    masked = ((x_t == MASK) & (ids != MASK)).unflatten(1, (-1, size))
+    m_drawn, lowest = masked.sum(-1), 1 + (law.ends[0] * size if not law.reweighted else 0)
+    assert not masked[:, 0, 0].any()  # the first token of a row
+    assert (m_drawn[:, 1:] >= lowest).all()
+    assert (m_drawn >= 1).all()
+    assert len(inputs.loss_positions) == int(m_drawn.sum())
+    assert m.compute_loss(inputs).mean.isfinite()
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -269,6 +317,52 @@ def test_by_counts_the_search_needs_no_pass_of_its_own(tmp_path, monkeypatch):
     assert ours == pytest.approx(published, rel=0.1)
 
 
+def fitted_by_counts(tmp_path, **settings):
+    m = module("bamdlm", validate_by="counts", **settings)
+    t = trainer(tmp_path, 3, validate=2, callbacks=[saver(tmp_path, 3)])
+    t.fit(m, datamodule=data())
+    saved = read_checkpoint(str(next(tmp_path.glob("*.ckpt"))))
+    return m, {k: float(v) for k, v in t.callback_metrics.items()}, saved
+
+
+def test_a_law_is_learnt_at_each_validation_from_its_second_moments(tmp_path, monkeypatch):
+    """Logged, saved, and used from the next step on; the last validation comes after the save."""
+    found = []
+
+    def watched(sums):
+        found.append(least_variance(sums))
+        return found[-1]
+
+    monkeypatch.setattr(validation, "least_variance", watched)
+    m, logged, saved = fitted_by_counts(tmp_path, counts=to_learn(4), learn=True)
+    assert len(found) == 3
+    assert torch.equal(m.count_law.density, found[-1].density)
+    assert torch.equal(saved.raw["count_law"], found[1].density)
+    shares = [logged[f"count_law_{i}"] for i in range(1, 5)]
+    assert shares == pytest.approx((m.count_law.density / 4).tolist(), rel=1e-6)
+    assert saved.interval == (0, 1)
+
+
+@pytest.mark.parametrize("fix", [False, True])
+def test_the_range_of_counts_of_least_variance_becomes_the_training_range(tmp_path, fix):
+    m, logged, saved = fitted_by_counts(
+        tmp_path, counts=within(1, 4, 4), widths=(0.5, 0.75), fix=fix
+    )
+    grid = clipping.count_candidates(4, [0.5, 0.75], 0.25)
+    figures = {counts: logged[clipping.name_of_counts(counts)] for counts in grid}
+    best = (1, 4) if fix else min(figures, key=figures.get)
+    assert fix or best != (1, 4)
+    assert torch.equal(m.count_law.density, within(*best, 4).density)
+    assert (logged["counts_min"], logged["counts_max"]) == best
+    low, high = (round(4 * bound) for bound in saved.interval)
+    assert torch.equal(saved.raw["count_law"], within(1 + low, high, 4).density)
+    resumed = module("bamdlm", counts=within(1, 4, 4))
+    resumed.trainer = trainer(None, 1)
+    load_state(resumed, saved.raw)
+    assert torch.equal(resumed.count_law.density, saved.raw["count_law"])
+    assert not resumed.count_law.reweighted
+
+
 def test_dropout_is_a_function_of_the_place_in_the_stream(monkeypatch):
     m = module("ar", dropout=0.5).train()
     monkeypatch.setattr(m, "log", lambda *args, **kwargs: None)
@@ -345,3 +439,27 @@ def test_a_mask_token_in_the_text_is_seen_and_not_predicted(algo, training):
     assert (loss.loss_mask == 0)[1, 5 - first]
     assert (loss.loss_mask == 0)[2, 9 - first]
     assert (loss.nll[ids[:, first:] == MASK] == 0).all()
+
+
+BROKEN_LAWS = {
+    "none": None,
+    "text": "x",
+    "of other parts": torch.ones(3).double(),
+    "of float32": torch.ones(4),
+    "of nan": torch.full((4,), torch.nan).double(),
+    "below zero": torch.tensor([-1.0, 1, 2, 2]).double(),
+    "of another mean": torch.full((4,), 2.0).double(),
+    "with a weight that explodes": torch.tensor([1e-9, 4 / 3, 4 / 3, 4 / 3]).double(),
+}
+
+
+@pytest.mark.parametrize("theirs", BROKEN_LAWS.values(), ids=BROKEN_LAWS)
+def test_a_run_by_counts_needs_a_law_in_the_checkpoint(theirs):
+    (problem,) = resuming.count_law(theirs, to_learn(4))
+    assert "count_law" in problem
+
+
+def test_a_run_by_counts_goes_on_with_a_law():
+    for ours in (to_learn(4), within(2, 3, 4), None):
+        density = None if ours is None else ours.density
+        assert list(resuming.count_law(density, ours)) == []
