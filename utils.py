@@ -14,6 +14,7 @@ import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -133,7 +134,8 @@ def reason(error: BaseException) -> str:
     return FOR_PROGRAMS.sub(lambda found: found[1] or "", text) or type(error).__name__
 
 
-MOST_DESCRIPTION = 1 << 28  # bytes of a JSON or text file that describes a model; most have some MB
+MOST_DESCRIPTION = 1 << 28  # bytes of a file that is read whole, such as a model's JSON: some MB
+MOST_LINE = 1 << 26  # of a file that is read line by line, whatever its size
 
 
 def check_file(path: Path, most: float = MOST_DESCRIPTION) -> None:
@@ -145,10 +147,11 @@ def check_file(path: Path, most: float = MOST_DESCRIPTION) -> None:
         raise ValueError(f"{path} has more than {most:,} bytes")
 
 
-def check_place(path: Path, most: float = MOST_DESCRIPTION) -> None:
-    """check_file() of what stands where a file is kept on with, or nothing does."""
+def check_place(path: Path) -> None:
+    """ValueError where neither a regular file of this project stands nor nothing: what is kept on
+    with may have any size, and is read bit by bit."""
     if os.path.lexists(path):
-        check_file(path, most)
+        check_file(path, math.inf)
 
 
 def check_files(folder: Path) -> None:
@@ -171,6 +174,13 @@ def read_json(path: str | Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Of a text that may be damaged: what is no UTF-8 is replaced, and a line of more than
+    MOST_LINE characters comes in pieces."""
+    with path.open(encoding="utf-8", newline="", errors="replace") as file:
+        yield from iter(partial(file.readline, MOST_LINE), "")
 
 
 def visible_files(folder: Path, hidden: str = ".") -> list[Path]:

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from utils import MOST_LINE  # bytes of a line that is a document; the longest books have a tenth
+
 PIECE_CHARACTERS = 1 << 18
-MOST_LINE = 1 << 26  # bytes of a line that is a document; the longest books have a tenth
 ZEROS = 1 << 12  # bytes, all of them zero: what a crash or a sparse file leaves
 LONGEST_WHOLE = 1 << 22  # characters of a document that is tokenized at once
 ROWS_AT_ONCE = 100  # they are in memory together, and may all be the one long text of a dictionary

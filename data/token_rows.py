@@ -88,7 +88,7 @@ class TokenRows:
         return self.about["shape"].get("align") is not None
 
     def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-        check_place(self.folder / name, math.inf)
+        check_place(self.folder / name)
         expected = math.prod(shape) * dtype.itemsize
         found = (self.folder / name).stat().st_size
         if found != expected:

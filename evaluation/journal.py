@@ -7,11 +7,10 @@ are known by their number, so the batches and the number of processes may be oth
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 from evaluation.likelihood import RowResults
-from utils import check_place, naming, write_whole
+from utils import check_place, lines_of, naming, write_whole
 
 
 class Journal:
@@ -23,7 +22,7 @@ class Journal:
         self.folder, self.key = folder, hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = folder / f"{self.key}-{rank}.jsonl"
         for path in (self.path, *self._files()):
-            check_place(path, math.inf)
+            check_place(path)
 
     def _files(self) -> list[Path]:
         """Those of all processes."""
@@ -33,7 +32,7 @@ class Journal:
         """Everything that any process has written; what was cut off while it was written is left
         out."""
         for path in self._files():
-            for line in path.read_text(errors="replace").splitlines():
+            for line in lines_of(path):
                 try:
                     batch = json.loads(line)
                     into.add(batch["rows"], batch["tokens"], batch["nll"])

@@ -132,7 +132,6 @@ def _read(path: Path, read: Callable, trouble: list[str]):
     if not path.exists():
         return None
     try:
-        check_file(path)
         if content := read(path):
             return content
         trouble.append(f"left out: {path} (nothing in it can be read)")
@@ -147,11 +146,12 @@ def first_texts(path: Path, run: object, count: int) -> list[str]:
     name = path.with_suffix("")
     name = name if name.is_file() else path.with_suffix(".csv")
     check_file(name, math.inf)
-    found = map(cells, records(name.read_bytes()))
-    header = next(found, [])
-    rows = (dict(zip(header, line, strict=False)) for line in found)
-    own = (row["samples"] for row in rows if row.get("run") == run and row.get("samples"))
-    return list(itertools.islice(own, count))
+    with name.open("rb") as file:
+        found = map(cells, records(file))
+        header = next(found, [])
+        rows = (dict(zip(header, line, strict=False)) for line in found)
+        own = (row["samples"] for row in rows if row.get("run") == run and row.get("samples"))
+        return list(itertools.islice(own, count))
 
 
 def _age(path: Path) -> tuple[float, str]:

@@ -6,21 +6,29 @@ project leaves it alone and reads with these few lines.
 
 import re
 from collections.abc import Iterator
+from typing import BinaryIO
+
+from utils import MOST_LINE
 
 # a cell in quotes, where "" is a quote, or one without; then the comma or the end of the record
 CELL = re.compile(r'(?:"((?:[^"]++|"")*+)"|([^",\r\n]*+))(,|\r?\n\Z)')
 
 
-def records(content: bytes) -> Iterator[bytes]:
-    """The whole records, each with its line break; what stands behind the last one, outside of
-    quotes, was not finished."""
-    begin = end = quotes = 0
-    for line in content.splitlines(keepends=True):
-        end += len(line)
-        quotes += line.count(b'"')
-        if quotes % 2 == 0 and line.endswith(b"\n"):
-            yield content[begin:end]
-            begin = end
+def records(file: BinaryIO) -> Iterator[bytes]:
+    """The whole records from here on, each with its line break; what stands behind the last one,
+    outside of quotes, was not finished. ValueError: it has MOST_LINE bytes or more."""
+    lines, rest, size, quotes = [], b"", 0, 0  # of the record that is not whole yet
+    while content := file.read(1 << 20):
+        *whole, rest = (rest + content).split(b"\n")
+        for line in whole:
+            lines.append(line)
+            size += len(line) + 1
+            quotes += line.count(b'"')
+            if quotes % 2 == 0:
+                yield b"\n".join([*lines, b""])
+                lines, size, quotes = [], 0, 0
+        if size + len(rest) >= MOST_LINE:
+            raise ValueError(f"a row has {MOST_LINE:,} bytes or more")
 
 
 def cells(record: bytes) -> list[str]:

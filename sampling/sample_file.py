@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from sampling.csv_records import cells, records
-from utils import check_place, lock, naming, read_json, write_json, write_whole
+from utils import check_place, lines_of, lock, naming, read_json, write_json, write_whole
 
 WAIT = 0.002  # seconds between looks at the lock, which is held for about so long
 
@@ -81,16 +81,18 @@ class SampleFile:
         else."""
         if not self.path.exists():
             return
-        with naming(self.path):
-            content, columns = self.path.read_bytes(), ()
-        for record in records(content):
-            row = self._row(record, columns)
-            if row is not None:
-                yield row
-            columns = columns or self._header(record)
-        begun = ",".join(COLUMNS).encode()
-        if not columns and content[: len(begun)] != begun[: len(content)]:
-            self._header(content)  # not a header that was cut off
+        columns = ()
+        with naming(self.path), open(self.path, "rb") as file:
+            for record in self._records(file):
+                row = self._row(record, columns)
+                if row is not None:
+                    yield row
+                columns = columns or self._header(record)
+            if not columns:
+                file.seek(0)
+                begun, content = ",".join(COLUMNS).encode(), file.read(1 << 10)
+                if content[: len(begun)] != begun[: len(content)]:
+                    self._header(content)  # not a header that was cut off
 
     def numbers(self, run: str) -> set[int]:
         """The rows of this run that are there."""
@@ -126,10 +128,10 @@ class SampleFile:
         if not self.log.exists():
             return []
         found = []
-        for line in self.log.read_text(errors="replace").splitlines():
+        for line in lines_of(self.log):
             try:
                 found.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue  # its writer was killed
         return [note for note in found if isinstance(note, dict) and note.get("run") == run]
 
@@ -177,12 +179,18 @@ class SampleFile:
         if self._identity != (there.st_dev, there.st_ino) or there.st_size < self._end:
             self._forget((there.st_dev, there.st_ino))
         file.seek(self._end)
-        for record in records(file.read()):
+        for record in self._records(file):
             row = self._row(record, self._columns)
             begin, self._end = self._end, self._end + len(record)
             if row is not None:
                 self._places.setdefault(row.run, {})[row.row] = begin, self._end
             self._columns = self._columns or self._header(record)
+
+    def _records(self, file: IO[bytes]) -> Iterator[bytes]:
+        try:
+            yield from records(file)
+        except ValueError as error:
+            raise ValueError(f"sampling.logdir={self.path}: {error}: name another file") from error
 
     def _append(self, file: IO[bytes], rows: Sequence[SampleRow]) -> None:
         text = io.StringIO(newline="")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import answered, new_parser
 from scripts.picture import picture
-from utils import check_place
+from utils import check_file
 
 COLUMNS, LINES = 46, 10  # of a panel, in characters
 START = "<|endoftext|>"  # stands before every text and says nothing
@@ -29,7 +29,8 @@ MASKED = ("block", "later")
 
 def read(page: Path) -> dict:
     """The record in the page: {"given": [[position, piece], ...], "steps": [the same, ...]}."""
-    check_place(page)
+    if page.exists():  # reading names what is not there
+        check_file(page)
     text = page.read_text(encoding="utf-8", errors="replace")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
     if found is None:

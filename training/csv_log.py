@@ -6,10 +6,12 @@ steps, because it makes those steps again.
 """
 
 import csv
+import itertools
 import math
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
@@ -75,7 +77,7 @@ class CSVLog(Logger):
             self._open()
         last = int(self._row.get("step", -1))
         if step < last or not figures.keys() <= set(self._columns):
-            self._rewrite([*log_rows(self.path)], step, [*figures])
+            self._rewrite(log_rows(self.path), step, [*figures])
             last = int(self._row.get("step", -1))
         if step != last:
             self._begin = self.path.stat().st_size
@@ -89,23 +91,23 @@ class CSVLog(Logger):
         """The file of the run so far, or a new one."""
         rows = []
         if self.path.exists():
-            rows = [*log_rows(self.path)]
+            rows = log_rows(self.path)
             if is_old(self.path):
                 shutil.copyfile(self.path, self.path.with_name("metrics.old.csv"))
         self._rewrite(rows, math.inf, [])
 
-    def _rewrite(self, rows: list[dict], step: float, more: list[str]) -> None:
+    def _rewrite(self, rows: Iterable[dict], step: float, more: list[str]) -> None:
         """With the rows up to this step, and columns for the figures `more`."""
-        rows = [row for row in rows if int(row["step"]) <= step]
-        names = [*NO_FIGURES, *self._columns, *(name for row in rows[:1] for name in row), *more]
-        columns = [*dict.fromkeys(names)]
+        rows = (row for row in rows if int(row["step"]) <= step)
+        last = first = next(rows, {})
+        columns = [*dict.fromkeys([*NO_FIGURES, *self._columns, *first, *more])]
         with atomic_file(self.path, "w") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
-        self._columns = columns
-        self._row = rows[-1] if rows else {}
-        self._begin = self.path.stat().st_size - len(self._line() if rows else b"")
+            for last in itertools.chain([first] * bool(first), rows):
+                writer.writerow(last)
+        self._columns, self._row = columns, last
+        self._begin = self.path.stat().st_size - len(self._line() if last else b"")
 
     def _line(self) -> bytes:
         return (",".join(self._row.get(name, "") for name in self._columns) + "\n").encode()

@@ -1,18 +1,18 @@
 """Reading a metrics.csv, of either format; nothing here imports lightning."""
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils import check_place
+from utils import check_file, lines_of
 
 OLD_HEADER = ["step", "name", "value", "unix_time"]  # of the logs that were one line a figure
 NO_FIGURES = ("step", "unix_time")
 
 
 def is_old(path: Path) -> bool:
-    with path.open(newline="", errors="replace") as file:
-        return next(csv.reader(file), []) == OLD_HEADER
+    return _cells(next(lines_of(path), "")) == OLD_HEADER
 
 
 def log_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -34,18 +34,22 @@ def log_rows(path: Path) -> Iterator[dict[str, str]]:
 
 def _whole_rows(path: Path) -> Iterator[dict[str, str]]:
     """Lines with a cell for each column, all of them numbers but for a name."""
-    with path.open(newline="", errors="replace") as file:
-        lines = csv.reader(line for line in file if line.endswith("\n") and "\0" not in line)
-        columns = next(lines, [])
-        for line in lines:
-            row = dict(zip(columns, line, strict=False))
-            cells = [value for name, value in row.items() if name not in ("name", "step") and value]
-            if (
-                len(line) == len(columns)
-                and row.get("step", "").isdecimal()
-                and all(map(_number, cells))
-            ):
-                yield row
+    lines = (_cells(line) for line in lines_of(path) if line.endswith("\n") and "\0" not in line)
+    columns = next(lines, [])
+    for line in lines:
+        row = dict(zip(columns, line, strict=False))
+        cells = [value for name, value in row.items() if name not in ("name", "step") and value]
+        step = re.fullmatch("[0-9]{1,15}", row.get("step", ""))
+        if len(line) == len(columns) and step and all(map(_number, cells)):
+            yield row
+
+
+def _cells(line: str) -> list[str]:
+    """None where csv cannot read it."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
 
 
 def _number(text: str) -> bool:
@@ -59,13 +63,12 @@ def _number(text: str) -> bool:
 def read_log(path: Path) -> dict[str, dict[int, float]]:
     """{name: {optimizer steps made: value}} of a metrics.csv of either format. ValueError: it is
     another file."""
-    check_place(Path(path))
+    path = Path(path)
+    if path.exists():  # reading names what is not there
+        check_file(path)
     series: dict[str, dict[int, float]] = {}
-    try:
-        for row in log_rows(Path(path)):
-            for name, value in row.items():
-                if value and name not in NO_FIGURES:
-                    series.setdefault(name, {})[int(row["step"])] = float(value)
-    except csv.Error as error:
-        raise ValueError(f"{path}: {error}") from error
+    for row in log_rows(path):
+        for name, value in row.items():
+            if value and name not in NO_FIGURES:
+                series.setdefault(name, {})[int(row["step"])] = float(value)
     return series

@@ -185,6 +185,9 @@ OLD = "step,name,value,unix_time\n0,trainer/loss,3.0,1.0\n1,trainer/loss,2.0,2.0
         "3,3.0,\udcff\n",
         "\n",
         "²,3.0,1.0\n",
+        f"{'9' * 5000},3.0,1.0\n",
+        f"3,3.0,{'1' * 200_000}\n",
+        '3,3.0,"\n',
     ],
 )
 def test_a_torn_line_is_no_row(torn, tmp_path):
@@ -211,6 +214,32 @@ def test_a_torn_line_of_the_old_format_is_no_figure(torn, tmp_path):
     assert read_log(path) == {"trainer/loss": {1: 3.0, 2: 2.0}}
     CSVLog(path).log_metrics({"trainer/loss": 1.0}, step=3)
     assert read_log(path) == {"trainer/loss": {1: 3.0, 2: 2.0, 3: 1.0}}
+
+
+def test_what_this_project_adds_to_may_have_any_size(tmp_path, monkeypatch):
+    """It is read bit by bit, also where a part of it is damaged: here 100 MB of zeros."""
+    monkeypatch.setattr(utils, "MOST_LINE", 1 << 20)
+    log, samples = tmp_path / "metrics.csv", SampleFile(tmp_path / "texts.csv")
+    CSVLog(log).log_metrics({"trainer/loss": 3.0}, step=1)
+    samples.add([sample(0)], {"n": 1})
+    journal = Journal(tmp_path, {"of": "this"})
+    journal.write([0], [4], [[1.0]], 1.0)
+    for path in (log, samples.log, journal.path):
+        os.truncate(path, 100 << 20)
+        with path.open("a") as file:
+            file.write("\n")
+    with monkeypatch.context() as patch, bounded(memory=64 << 20):
+        patch.setattr(utils.check_file, "__defaults__", (10,))  # bytes of what is read whole
+        CSVLog(log).log_metrics({"trainer/loss": 2.0}, step=2)
+        again = SampleFile(samples.path)
+        again.check()
+        again.add([sample(1)], {"n": 2})
+        assert again.notes("a") == [{"run": "a", "n": 1}, {"run": "a", "n": 2}]
+        found = RowResults(sampled=True)
+        Journal(tmp_path, {"of": "this"}).read(found)
+    assert [*again.rows("a")] == [0, 1]
+    assert read_log(log) == {"trainer/loss": {1: 3.0, 2: 2.0}}
+    assert found.seconds == 1.0
 
 
 @pytest.mark.parametrize("text", ["", "step,uni", "step,unix_time,trainer/loss", "\0\0\0"])

@@ -312,6 +312,12 @@ def test_no_samples_are_added_to_it(make):
     refused(lambda: SampleFile(path).check(), "s.csv")
 
 
+def test_a_row_without_end_is_no_sample():
+    """8 GB, of which no more than one row is in memory."""
+    os.truncate(written("s.csv", HEADER + ',1,1.0,1,"'), 8 << 30)
+    refused(lambda: SampleFile("s.csv").check(), "s.csv: a row has 67,108,864 bytes or more")
+
+
 def test_a_long_sample_is_read_again():
     text = "long " * 100_000
     with open("s.csv", "w", newline="") as file:

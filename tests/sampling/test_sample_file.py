@@ -38,8 +38,8 @@ def test_records_are_read_as_csv_reads_them():
         for _ in range(500)
     ]
     content = written(*rows)
-    assert [cells(record) for record in records(content)] == rows
-    assert b"".join(records(content)) == content
+    assert [cells(record) for record in records(io.BytesIO(content))] == rows
+    assert b"".join(records(io.BytesIO(content))) == content
 
 
 def test_only_whole_records_are_read():
@@ -47,7 +47,7 @@ def test_only_whole_records_are_read():
     content = written(*rows)
     ends = [*itertools.accumulate(len(written(row)) for row in rows)]
     for cut in range(len(content) + 1):
-        found = [*records(content[:cut])]
+        found = [*records(io.BytesIO(content[:cut]))]
         assert len(found) == sum(end <= cut for end in ends)
         assert b"".join(found) == content[: ([0, *ends])[len(found)]]
 
