@@ -1,5 +1,6 @@
 """One run of several: its process here, the signals that end it, and what it has written."""
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from training.signals import HEARD
 from utils import CIRCUMSTANCES, say, shown
 
 MAIN = Path(__file__).parent.parent / "main.py"
+DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass
@@ -77,7 +79,7 @@ def run_here(runs: list[Run]) -> signal.Signals | None:
         for index, run in enumerate(runs, 1):
             say(f"job {index} of {len(runs)}: {run.job.name}")
             started = time.monotonic()
-            told.child = subprocess.Popen(run.command)
+            told.child = subprocess.Popen(run.command, preexec_fn=_end_with_parent)
             if told.by is not None:  # while it was started
                 told.child.send_signal(signal.SIGTERM)
             run.code = told.child.wait()
@@ -87,6 +89,12 @@ def run_here(runs: list[Run]) -> signal.Signals | None:
                 say(f"{told.by.name}: stopped; the same command goes on with what is not finished")
                 break
     return told.by
+
+
+def _end_with_parent() -> None:
+    """In the new process: it is told to stop where the one that started it is killed, or the same
+    command would find its run folder in use."""
+    ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 def last_figures(run: Run) -> dict[str, object]:

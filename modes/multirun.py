@@ -44,10 +44,12 @@ def main(argv: list[str]) -> int:
         print(shown(reason(error)), file=sys.stderr)
         return 1
     say(table(runs))
-    failed = any(run.code != 0 for run in runs)
-    if told is not None and failed:
+    left = [str(number) for number, run in enumerate(runs, 1) if run.code != 0]
+    if told is not None and left:
         return BY_HAND if told == signal.SIGINT else GO_ON
-    return int(failed)
+    if left:
+        print(f"{len(left)} of {len(runs)} jobs are not done: {', '.join(left)}", file=sys.stderr)
+    return int(bool(left))
 
 
 def _surroundings(argv: list[str]) -> Iterator[str]:

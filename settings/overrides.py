@@ -73,10 +73,10 @@ def unknown_key(key: str) -> str:
         return f"{key} had no effect in the original code and does not exist here: leave it out"
     if key in INSTEAD:
         return f"{key} does not exist: use {INSTEAD[key]}"
+    if key.startswith(("hydra/launcher", "hydra.launcher.")):
+        return f"{key} has no effect without -m, which starts several runs"
     if key.startswith("hydra."):
         return f"{key} does not exist: the run folder is checkpointing.save_dir"
-    if key == "hydra/launcher":
-        return f"{key} has no effect without -m, which starts several runs"
     if key in groups():
         return f"a file of the group {key} must begin with the line `# @package _global_`"
     same_name = [known for known in LEAVES if known.split(".")[-1] == key.split(".")[-1]]

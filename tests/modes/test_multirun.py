@@ -53,7 +53,8 @@ def test_every_job_runs_in_a_process_of_its_own_and_the_table_says_how_it_ended(
     assert main.main(["-m", *SMALL, "seed=0,3,9,0", "trainer.max_steps=5,6", "seed=0,3,9"]) == 2
     capfd.readouterr()
     assert main.main([*SMALL, "-m", "seed=0,3,9,4"]) == 1
-    said = capfd.readouterr().out.splitlines()
+    said, wrong = (each.splitlines() for each in capfd.readouterr())
+    assert wrong == ["3 of 4 jobs are not done: 2, 3, 4"]
     words = " ".join(SMALL)
     assert said[:8:2] == [f"job {n} of 4: seed={s}" for n, s in ((1, 0), (2, 3), (3, 9), (4, 4))]
     assert said[1:8:2] == [f"words: {words} seed={s}" for s in (0, 3, 9, 4)]
@@ -97,6 +98,18 @@ def test_a_signal_ends_the_job_that_runs_and_starts_no_other(tmp_path, sent, hea
     ]
 
 
+def test_where_it_is_killed_the_job_that_runs_is_told_to_stop(tmp_path):
+    log = tmp_path / "log"
+    process = Run(["-m", *SMALL, "seed=100,1"], log, environment={"SIGNALS": "1"})
+    process.wait_for(tmp_path / "ready")
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    end = time.monotonic() + LONG
+    while "heard: SIGTERM" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
 # words: what the problems say
 REFUSED = {
     "algo=bamdlm seed=1,x block_size=1,3": [
@@ -113,6 +126,11 @@ REFUSED = {
     "mode=ppl_eval eval.checkpoint_path=org/x eval.draws=1,2": ["checkpointing.save_dir=outputs/"],
     "mode=sample_eval eval.checkpoint_path=org/x seed=1,2 sampling.trajectory=a.html": [
         "'sampling.trajectory=a.html-${seed}'"
+    ],
+    "hydra/launcher=submitit_slurm hydra.launcher.timeout_min=2 seed=1,2": [
+        "submitit_slurm: submitit is not installed",
+        "submitit_slurm: there is no Slurm here",
+        "timeout_min=2 leaves no time for work: Slurm may tell a job 150 seconds before its limit",
     ],
     "seed=1,2 --cfg job": ["--cfg shows one run: leave -m out"],
     "seed=glob(*)": ["seed=glob(*): glob is for a group"],
