@@ -135,9 +135,7 @@ def test_at_the_time_limit_it_saves_and_goes_back_into_the_queue(capfd, queue, t
 def test_what_sbatch_refuses_is_told_in_one_line(monkeypatch, capfd):
     monkeypatch.setenv("REFUSE", "1")
     assert main.main([*SLURM, *SMALL, "seed=1,2", "hydra.launcher.partition=x"]) == 1
-    assert capfd.readouterr().err.splitlines()[-1] == (
-        "sbatch: sbatch: error: invalid partition specified: x"
-    )
+    assert capfd.readouterr().err.splitlines()[-1] == ("sbatch: invalid partition specified: x")
 
 
 def test_a_signal_ends_the_waiting_and_leaves_the_jobs(capfd, queue, tmp_path):

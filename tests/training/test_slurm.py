@@ -3,16 +3,20 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import slurm_cluster
 from runs import ALGORITHMS, differences, read, run, tiny, write_text
 from test_ranks import BY_ONE, equal_states
+
+from training.log_reading import read_log as read_metrics
 
 pytestmark = pytest.mark.slurm
 
@@ -59,8 +63,8 @@ def until(ready, cluster, job):
         time.sleep(0.1)
 
 
-def until_saved(cluster, job, step, folder):
-    until((folder / f"run/checkpoints/step={step}.ckpt").exists, cluster, job)
+def until_saved(cluster, job, step, folder, run="run"):
+    until((folder / run / f"checkpoints/step={step}.ckpt").exists, cluster, job)
 
 
 def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, overrides, tmp_path):
@@ -171,3 +175,55 @@ def test_an_array_of_evaluations_ends_in_one_table(cluster, overrides, tmp_path)
         assert table[seed]["block size"] == "4"
         assert f"| {summary['ppl']:.2f}" in done.stdout
     assert len(done.stdout.splitlines()) == 2 + 2
+
+
+def multirun(cluster, folder, words):
+    """-m with two seeds, started in the folder; what it prints goes to log there."""
+    launcher = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10"]
+    save = f"checkpointing.save_dir={folder}/run-${{seed}}"
+    command = [sys.executable, SCRIPTS.parent / "main.py", *launcher, *words, save, "seed=1,2"]
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env=cluster.environment
+        )
+
+
+def test_a_command_with_m_waits_for_its_jobs_names_what_failed_and_goes_on(
+    cluster, overrides, tmp_path
+):
+    """Job 1 is sent back into the queue and then cancelled; job 2 finds a broken checkpoint."""
+    if find_spec("submitit") is None:
+        pytest.skip("submitit is not installed: pip install -r requirements-submitit.txt")
+    broken, log = tmp_path / "run-2/checkpoints/last.ckpt", tmp_path / "log"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("x")
+    process = multirun(cluster, tmp_path, [*overrides, "trainer.max_steps=100000"])
+    try:
+        until(lambda: "job 2 of 2 is job" in log.read_text(), cluster, "0")
+        first, second = re.findall(r"job \d of 2 is job (\d+) of Slurm: seed=", log.read_text())
+        until_saved(cluster, first, 4, tmp_path, "run-1")
+        cluster.command(f"scancel --signal=USR1 {first}")
+        read_log = lambda: next(tmp_path.glob(f"watch_folder/*/{first}_*.out")).read_text()  # noqa: E731
+        until(lambda: "going on from step" in read_log(), cluster, first)
+        cluster.command(f"scancel {first}")
+        assert process.wait(120) == 1
+    finally:
+        process.kill()
+    said = log.read_text()
+    assert "2 of 2 jobs are not done: 1, 2" in said
+    place = re.search(
+        rf"job 2 \({second} of Slurm\) has ended with exit code 2; its log: (.*)", said
+    )
+    assert str(broken) in Path(place[1]).read_text()
+    assert cluster.state(second) == "FAILED"
+    shutil.rmtree(tmp_path / "run-2")
+    end = 5 + max(int(p.stem[5:]) for p in tmp_path.glob("run-1/checkpoints/step=*.ckpt"))
+    code = multirun(cluster, tmp_path, [*overrides, f"trainer.max_steps={end}"]).wait(300)
+    assert code == 0, log.read_text()
+    head, *jobs = [line.split() for line in log.read_text().splitlines()[-3:]]
+    assert head[2:5] == ["Slurm", "exit", "code"]
+    assert [job[:2] + job[3:4] for job in jobs] == [["1", "seed=1", "0"], ["2", "seed=2", "0"]]
+    for seed, job in enumerate(jobs, 1):
+        last = read_metrics(tmp_path / f"run-{seed}/metrics.csv")["val/ppl"]
+        assert job[-1] == f"{last[max(last)]:,.2f}"
+        assert read(tmp_path / f"run-{seed}/checkpoints/last.ckpt")["global_step"] == end
