@@ -10,29 +10,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from evaluation import estimators
+from samplers.params import in_range
 
 BOUND = "upper bound (NELBO)"
 NO_LIKELIHOOD = "a step rule that looks at the drawn token or at chance has no likelihood"
-# what the number of a name must be: how it is read, and whether it is that
-NUMBERS = {
-    "a whole number, at least 1": (int, lambda number: number >= 1),
-    "in (0, 1]": (float, lambda number: 0 < number <= 1),
-    "at least 0": (float, lambda number: number >= 0),
-}
 
 
 @dataclass(frozen=True)
 class Kind:
     """`estimate(ask, texts, chance, number)` -> nats per token float64 [B, L]; `law`: whose
     likelihood that is. `passes(S, number)`: over the noised half, for each draw. `number`: what the
-    name may carry, with its limit, a key of NUMBERS, and its default; None: it must be given."""
+    name may carry, with its type, its limit (a key of RANGES) and its default; None: it must be
+    given."""
 
     estimate: Callable
     passes: Callable[[int, float | None], int]
     law: str
     sampled: bool = False
     number: str = ""
-    limit: str = "a whole number, at least 1"
+    type: type = int
+    limit: str = "at least 1"
     default: float | None = None
 
 
@@ -70,6 +67,7 @@ LIKELIHOODS = {
         lambda size, number: size,  # at most
         "exact for steps=threshold",
         number="a probability",
+        type=float,
         limit="in (0, 1]",
     ),
     "entropy_bounded": Kind(
@@ -77,6 +75,7 @@ LIKELIHOODS = {
         lambda size, number: size,  # at most
         "exact for steps=entropy_bounded",
         number="a bound in nats",
+        type=float,
         limit="at least 0",
     ),
 }
@@ -116,13 +115,13 @@ def parse_likelihood(label: str) -> Chosen:
         raise ValueError(f"eval.likelihood={label} needs a number, {kind.number}: {name}:NUMBER")
     if not colon:
         return Chosen(name, kind.default, label)
-    read, holds = NUMBERS[kind.limit]
     try:
-        number = read(text)
+        number = kind.type(text)
     except ValueError:
-        number = math.nan  # which no limit holds
-    if not holds(number):
-        allowed = f"{kind.number} must be {kind.limit}"
+        number = math.nan  # which is in no range
+    if not in_range(kind.limit, number):
+        whole = "a whole number, " if kind.type is int else ""
+        allowed = f"{kind.number} must be {whole}{kind.limit}"
         raise ValueError(f"eval.likelihood={label}: {allowed}, got {text!r}")
     return Chosen(name, number, label)
 
