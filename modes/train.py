@@ -38,10 +38,7 @@ from utils import Failure, rank, say
 
 def prepare(config: Config) -> Callable[[], None]:
     L.seed_everything(config.seed, workers=True, verbose=False)
-    wanted = [parse_likelihood(label) for label in config.eval.likelihood]
-    writes = get_algorithm(config.algo.name).writes
-    check_likelihoods(wanted, algo=writes, block_size=1, draws=1, most=config.eval.max_passes)
-    check_training(wanted, exact=default_likelihood(config) == "exact")
+    check_validation(config)
     saved = steps_in(checkpoint_folder(config.checkpointing))
     resume, start = resume_point(config), config.training.from_pretrained
     pretrained = read_checkpoint(start) if start and resume is None else None
@@ -56,16 +53,12 @@ def prepare(config: Config) -> Callable[[], None]:
         start_from(module, pretrained, config)
     data = build_data(config, tokenizer, train=True, version=version)
     module.validation_rows = len(data.valid)
-    run_folder, signals = config.checkpointing.save_dir, Signals()
-    logs = training_logs(config)
-    trainer = build_trainer(
-        config,
-        loggers=logs,
-        signals=signals,
-        step_flops=flops(build_shape(config, backbone)).step,
-    )
+    logs, signals = training_logs(config), Signals()
+    cost = flops(build_shape(config, backbone))
+    trainer = build_trainer(config, loggers=logs, signals=signals, step_flops=cost.step)
     if resume is not None:
         check_resumable(resume, module, trainer)
+    run_folder = config.checkpointing.save_dir
     lock = RunLock(settings.local_folder(run_folder))
     if saved != steps_in(checkpoint_folder(config.checkpointing)):
         with lock:
@@ -75,32 +68,40 @@ def prepare(config: Config) -> Callable[[], None]:
 
     def run() -> None:
         with lock:
-            train()
-
-    def train() -> None:
-        if rank() == 0:
-            settings.write_settings(config)
-        if resume is not None:
-            go_on(config, data, resume)
-        steps = config.trainer.max_steps
-        finished = resume is not None and resume.step >= steps
-        if finished:
-            say(f"nothing is left to train: trainer.max_steps={steps}")
-        log = f" (its log: {settings.local_folder(run_folder)})" if "://" in run_folder else ""
-        say(f"run folder: {run_folder}{log}")
-        if config.trainer.enable_checkpointing:  # else nobody would read what they note
-            signals.listen()
-        path = None if resume is None else resume.source
-        trainer.fit(module, datamodule=data, ckpt_path=path)
-        if rank() == 0:  # again: a folder that was deleted is begun anew by a save
-            settings.write_settings(config)
-        lost = [logs[0].failure, *trainer.strategy.checkpoint_io.lost()]
-        if any(lost):
-            raise Failure("; ".join(filter(None, lost)))
-        if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:
-            say(f"trained to step {steps:,}; checkpoints: {run_folder}/checkpoints")
+            if rank() == 0:
+                settings.write_settings(config)
+            if resume is not None:
+                go_on(config, data, resume)
+            if config.trainer.enable_checkpointing:  # else nobody would read what they note
+                signals.listen()
+            fit(config, trainer, module, data, resume)
 
     return run
+
+
+def check_validation(config: Config) -> None:
+    """ValueError where training cannot validate by eval.likelihood."""
+    wanted = [parse_likelihood(label) for label in config.eval.likelihood]
+    writes = get_algorithm(config.algo.name).writes
+    check_likelihoods(wanted, algo=writes, block_size=1, draws=1, most=config.eval.max_passes)
+    check_training(wanted, exact=default_likelihood(config) == "exact")
+
+
+def fit(config: Config, trainer, module, data: DataModule, resume: Checkpoint | None) -> None:
+    steps, folder = config.trainer.max_steps, config.checkpointing.save_dir
+    finished = resume is not None and resume.step >= steps
+    if finished:
+        say(f"nothing is left to train: trainer.max_steps={steps}")
+    log = f" (its log: {settings.local_folder(folder)})" if "://" in folder else ""
+    say(f"run folder: {folder}{log}")
+    trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else resume.source)
+    if rank() == 0:  # again: a folder that was deleted is begun anew by a save
+        settings.write_settings(config)
+    lost = [trainer.loggers[0].failure, *trainer.strategy.checkpoint_io.lost()]
+    if any(lost):
+        raise Failure("; ".join(filter(None, lost)))
+    if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:
+        say(f"trained to step {steps:,}; checkpoints: {folder}/checkpoints")
 
 
 def go_on(config: Config, data: DataModule, resume: Checkpoint) -> None:
