@@ -84,18 +84,8 @@ class Scorer:
         has no token, one that is none of the model's, or too many."""
         if min(draws, batch_size) < 1:
             raise ValueError(f"draws={draws} and batch_size={batch_size} must be at least 1")
-        for text in texts:
-            if len(text) == 0 or min(text) < 0 or max(text) >= self.backbone.vocab_size:
-                raise ValueError(
-                    f"a text must be ids in 0..{self.backbone.vocab_size - 1} that begin with BOS,"
-                    f" got {list(text[:8])}"
-                )
-        room = self.length + (self.algo == "ar")  # whose last token is only predicted
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        if order and len(texts[order[0]]) > room:
-            longest = len(texts[order[0]])
-            raise ValueError(f"a text has {longest} tokens with BOS, the model takes {room}")
-        found = {}
+        self._check(texts)
+        order, found = sorted(range(len(texts)), key=lambda i: -len(texts[i])), {}
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             batch = [texts[i] for i in part], [given[i] for i in part]
@@ -110,6 +100,17 @@ class Scorer:
                 found[i] = ScoredText(of_text[:size], size - given[i] - masks, likeliest)
             tick(len(part))
         return [found[i] for i in range(len(texts))]
+
+    def _check(self, texts: Sequence[Sequence[int]]) -> None:
+        room = self.length + (self.algo == "ar")  # whose last token is only predicted
+        for text in texts:
+            if len(text) == 0 or min(text) < 0 or max(text) >= self.backbone.vocab_size:
+                raise ValueError(
+                    f"a text must be ids in 0..{self.backbone.vocab_size - 1} that begin with BOS,"
+                    f" got {list(text[:8])}"
+                )
+            if len(text) > room:
+                raise ValueError(f"a text has {len(text)} tokens with BOS, the model takes {room}")
 
     def _padded(self, texts, given, width: int) -> tuple[Tensor, Tensor]:
         """Ids with masks behind them, and which are scored: [B, width] each."""

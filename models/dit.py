@@ -85,6 +85,9 @@ class DiT(nn.Module):
         behind the committed ones, with one of clean_half.py they are the noised half alone;
         `attention_mask` must be the cache's.
         """
+        if cache is not None and attention_mask != cache.attention_mask:
+            made = f"this cache was made for {cache.attention_mask}"
+            raise ValueError(f"{made}, the pass asks for {attention_mask}")
         # sampling on a CPU is not worth the compiler's minutes
         by_compiler = self.compiled and (cache is None or tokens.device.type != "cpu")
         length = tokens.shape[1]
@@ -92,9 +95,9 @@ class DiT(nn.Module):
         num_queries = length // 2 if noised_only else length
         with compiling(by_compiler):
             if cache is not None:
-                attends, positions = self._cached(attention_mask, cache, length, by_compiler)
+                attends, positions = cache.begin(length, by_compiler)
             else:
-                attends = self._uncached(attention_mask, length, document_ids, tokens.device)
+                attends = self._attends(attention_mask, length, document_ids, tokens.device)
                 if positions is None:
                     positions = torch.arange(length, device=tokens.device) % num_queries
             begin = compiled(_begin) if by_compiler and cache is not None else _begin
@@ -107,20 +110,13 @@ class DiT(nn.Module):
                 torch._dynamo.maybe_mark_dynamic(read, 0)
             return run(self.blocks[-1], x, c, attends[-1], *angles, num_queries, read)
 
-    def _uncached(self, mask, length, document_ids, device) -> list:
+    def _attends(self, mask, length, document_ids, device) -> list:
         """The attention of each layer: all alike but the last, which may ask for fewer rows."""
         inner = self.prepare_attention(mask, length, length, document_ids, device)
         final = inner
         if isinstance(mask, BlockDiffusion):
             final = self.prepare_attention(mask, length // 2, length, document_ids, device)
         return [inner] * (len(self.blocks) - 1) + [final]
-
-    def _cached(self, mask, cache, length, by_compiler: bool) -> tuple[list, Tensor]:
-        if mask != cache.attention_mask:
-            raise ValueError(
-                f"this cache was made for {cache.attention_mask}, the pass asks for {mask}"
-            )
-        return cache.begin(length, by_compiler)
 
     @contextmanager
     def states(self, rows: int | None = None) -> Iterator[list[Tensor]]:

@@ -103,6 +103,13 @@ class BD3LM(PreTrainedModel):
         mask = BlockCausal if sample_mode else BlockDiffusion
         return mask(self.config.block_size)
 
+    def _sigma(self, timesteps: Tensor | None) -> Tensor | None:
+        if not self.config.time_conditioning:
+            return None
+        if timesteps is None:
+            raise ValueError("this model is conditioned on time: give timesteps [B]")
+        return timesteps.flatten()
+
     def forward(
         self,
         input_ids: Tensor,
@@ -121,11 +128,7 @@ class BD3LM(PreTrainedModel):
         sigma, for time-conditioned models. attention_mask [B, T or T/2]: 0 at padding.
         """
         mask = self.mask_for(sample_mode) if cache is None else cache.attention_mask
-        sigma = document_ids = None
-        if self.config.time_conditioning:
-            if timesteps is None:
-                raise ValueError("this model is conditioned on time: give timesteps [B]")
-            sigma = timesteps.flatten()
+        sigma, document_ids = self._sigma(timesteps), None
         if attention_mask is not None and not bool(attention_mask.all()):
             times = input_ids.shape[1] // attention_mask.shape[1]
             document_ids = attention_mask.long().repeat(1, times)

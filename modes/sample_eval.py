@@ -28,20 +28,14 @@ from utils import say
 
 def prepare(config: Config) -> Callable[[], None]:
     """Rows are shared out over the processes of srun, torchrun, or trainer.devices of this one."""
-    t, tokenizer = config.trainer, build_tokenizer(config)
-    fabric = L.Fabric(
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy="ddp" if t.devices * t.num_nodes > 1 else "auto",
-        precision=t.precision,
-    )
+    tokenizer, precision = build_tokenizer(config), config.trainer.precision
+    fabric = build_fabric(config)
     file = SampleFile(config.sampling.logdir)
     file.check()
     swept = settings.sweep(config)
     module, checkpoint = trained_module(swept.points[0].config, tokenizer)
-    if t.precision.endswith("-mixed"):
-        module.backbone.freeze(matmul_dtype(t.precision))
+    if precision.endswith("-mixed"):
+        module.backbone.freeze(matmul_dtype(precision))
     points = build_points(swept, tokenizer, checkpoint, file)
     judge = build_judge(config, tokenizer)
     fabric.launch()
@@ -69,6 +63,14 @@ def prepare(config: Config) -> Callable[[], None]:
             process.wait()
 
     return run
+
+
+def build_fabric(config: Config) -> L.Fabric:
+    """What starts the processes and says which of them this is."""
+    t = config.trainer
+    strategy = "ddp" if t.devices * t.num_nodes > 1 else "auto"
+    placed = {"accelerator": t.accelerator, "devices": t.devices, "num_nodes": t.num_nodes}
+    return L.Fabric(**placed, strategy=strategy, precision=t.precision)
 
 
 def build_points(

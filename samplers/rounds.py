@@ -183,14 +183,9 @@ def laid_out(texts: ActiveTexts, given, nobody, evaluation, row, evaluations: in
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills, again: bool) -> None:
-    """The network decides what is revealed, so all that was masked at first is read each time.
-
-    Of a rule that is not `sequential` the host learns late how many are left (Countdown): a pass
-    that turns out to ask nothing may follow the last one, and changes nothing.
-    """
-    params, canvas = texts.params, texts.canvas
-    view = View(texts, spans)
+def whole_steps(texts: ActiveTexts, view: View, fills, again: bool) -> tuple[Tensor, Tensor]:
+    """Steps that read all of fills: the first of a round, which with a cache starts a block
+    earlier, and every later one."""
     row, position = listed(fills)
     twice = RevealPlan(
         row.repeat(2),
@@ -200,7 +195,18 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills, again: bool) -> N
     )
     keys = texts.keys(twice.row, twice.position, again)
     (first, _), (later, _) = make_steps(texts, view, twice, keys)
-    step = first  # of a cached round it starts a block earlier
+    return first, later
+
+
+def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills, again: bool) -> None:
+    """The network decides what is revealed, so all that was masked at first is read each time.
+
+    Of a rule that is not `sequential` the host learns late how many are left (Countdown): a pass
+    that turns out to ask nothing may follow the last one, and changes nothing.
+    """
+    params, canvas = texts.params, texts.canvas
+    view = View(texts, spans)
+    step, later = whole_steps(texts, view, fills, again)
     left = Countdown([len(fill) for fill in fills])
     each = params.k if "k" in rule.reads else 1  # revealed in a step, where it is sequential
     for evaluation in count():
