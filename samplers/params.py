@@ -86,24 +86,24 @@ class SamplingParams:
     threshold: float = rule_number(
         default=0.9,
         limit="in (0, 1]",
-        doc="steps=threshold reveals all tokens at least this probable, and always one",
+        doc="least probability of a token that steps=threshold reveals; one is always revealed",
         if_read=False,
     )
     remask_eta: float = rule_number(
         default=0.02,
         limit="in [0, 1]",
-        doc="steps=remask: largest probability that a revealed token is masked again",
+        doc="largest probability with which steps=remask masks a revealed token again",
         if_read=False,
     )
     order_temperature: float = rule_number(
         default=0.0,
         limit="at least 0",
-        doc="steps=confidence draws positions, by exp(confidence / this); 0: takes the surest",
+        doc="for steps=confidence: draw positions by exp(confidence / this); 0: take the surest",
     )
     entropy_bound: float = rule_number(
         default=0.1,
         limit="at least 0",
-        doc="steps=entropy_bounded: nats of entropy revealed in a step, beside the largest one",
+        doc="nats of entropy that steps=entropy_bounded reveals in a step, beside the largest",
     )
     temperature: float = number(
         default=1.0,
