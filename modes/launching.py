@@ -16,7 +16,7 @@ from samplers.params import SamplingParams
 from sampling.sample_file import SampleFile
 from settings import Config
 from settings.keys import get
-from settings.sweeps import Job
+from settings.multirun import Job
 from training.log_reading import read_log
 from training.signals import HEARD
 from utils import CIRCUMSTANCES, say, shown

@@ -18,7 +18,7 @@ from modes.launching import Run, run_here
 from modes.tables import filled, text
 from settings import Config
 from settings.keys import LEAVES
-from settings.sweeps import Job, expand
+from settings.multirun import Job, expand
 from training.signals import BY_HAND, GO_ON
 from utils import Failure, reason, say, shown, whole_number
 
@@ -28,18 +28,21 @@ MOST_NAMES = 3  # of jobs behind a problem
 def main(argv: list[str]) -> int:
     """Exit code: 0 all is done, 1 some failed, 2 nothing was started; told to stop, that of
     training."""
-    sweep = expand(argv)
-    problems, on_slurm = [*sweep.problems, *_surroundings(argv)], sweep.launcher == "submitit_slurm"
+    multirun = expand(argv)
+    problems, on_slurm = (
+        [*multirun.problems, *_surroundings(argv)],
+        multirun.launcher == "submitit_slurm",
+    )
     if not problems:
-        configs, problems = _checked(sweep.jobs)
-        problems += [] if problems else _shared(sweep.jobs, configs)
-    problems += slurm.problems(sweep) if on_slurm else []
+        configs, problems = _checked(multirun.jobs)
+        problems += [] if problems else _shared(multirun.jobs, configs)
+    problems += slurm.problems(multirun) if on_slurm else []
     if problems:
         print(settings.ConfigError(problems), file=sys.stderr)
         return 2
-    runs = [Run(job, config) for job, config in zip(sweep.jobs, configs, strict=True)]
+    runs = [Run(job, config) for job, config in zip(multirun.jobs, configs, strict=True)]
     try:
-        told = slurm.run(runs, sweep) if on_slurm else run_here(runs)
+        told = slurm.run(runs, multirun) if on_slurm else run_here(runs)
     except (Failure, OSError, MemoryError) as error:
         print(shown(reason(error)), file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modes.launching import Run, Told, last_figures
-from settings.sweeps import SLURM, Sweep
+from settings.multirun import SLURM, Multirun
 from training.run_lock import process_start
 from utils import Failure, rank, read_json, say, write_json
 
@@ -32,20 +32,20 @@ POLL_SECONDS = 10.0
 LOST_SECONDS = 20.0  # that a result of a job which has left the queue may take to be seen
 
 
-def problems(sweep: Sweep) -> Iterator[str]:
+def problems(multirun: Multirun) -> Iterator[str]:
     """Why nothing can be submitted from here."""
-    launcher = f"hydra/launcher={sweep.launcher}"
+    launcher = f"hydra/launcher={multirun.launcher}"
     if importlib.util.find_spec("submitit") is None:
         yield f"{launcher}: submitit is not installed: pip install -r requirements-submitit.txt"
     if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
         yield f"{launcher}: there is no Slurm here ({', '.join(absent)} not found)"
-    if "timeout_min" not in sweep.slurm:
+    if "timeout_min" not in multirun.slurm:
         yield (
             f"{launcher} needs hydra.launcher.timeout_min=MINUTES: after these a job saves and goes"
             " back into the queue"
         )
-    elif limit := sweep.slurm["timeout_min"]:
-        early = (sweep.slurm.get("signal_delay_s", SIGNAL_SECONDS) or 0) + EARLY_SECONDS
+    elif limit := multirun.slurm["timeout_min"]:
+        early = (multirun.slurm.get("signal_delay_s", SIGNAL_SECONDS) or 0) + EARLY_SECONDS
         if limit * 60 <= early:
             yield (
                 f"hydra.launcher.timeout_min={limit} leaves no time for work: Slurm may tell a job"
@@ -86,12 +86,12 @@ class SlurmJob:
         return submitit.helpers.DelayedSubmission(again)
 
 
-def run(runs: list[Run], sweep: Sweep) -> signal.Signals | None:
+def run(runs: list[Run], multirun: Multirun) -> signal.Signals | None:
     """Submits the jobs and waits until they have left the queue, saying how each ended. The signal
     that ended the waiting, or None. Failure: sbatch refuses a job."""
     told = Told()
     with told.listening():
-        places = _submit(runs, sweep)
+        places = _submit(runs, multirun)
         waiting, missed = list(range(len(runs))), {}
         while waiting and told.by is None:
             time.sleep(POLL_SECONDS)
@@ -110,7 +110,7 @@ def run(runs: list[Run], sweep: Sweep) -> signal.Signals | None:
     return told.by if waiting else None
 
 
-def _submit(runs: list[Run], sweep: Sweep) -> list[tuple[Path, Path]]:
+def _submit(runs: list[Run], multirun: Multirun) -> list[tuple[Path, Path]]:
     """For each job where it will write its exit code, and its log."""
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # what training listens to; read in the import
     import submitit
@@ -118,7 +118,7 @@ def _submit(runs: list[Run], sweep: Sweep) -> list[tuple[Path, Path]]:
     folder = (LOGS / f"multirun-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").absolute()
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
     path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    asked = {"name": "bamdlm"} | {SLURM[name][1]: value for name, value in sweep.slurm.items()}
+    asked = {"name": "bamdlm"} | {SLURM[name][1]: value for name, value in multirun.slurm.items()}
     asked |= {"slurm_setup": [path], "slurm_stderr_to_stdout": True}
     places = []
     try:

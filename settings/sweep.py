@@ -1,4 +1,4 @@
-"""sampling.sweep: several settings in one start.
+"""sampling.sweep: several settings in one start. Several starts (-m) are in settings/multirun.py.
 
 Each combination of its values is a point: a sampling run with the settings of a command of its own.
 """

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from settings.keys import SCHEMA, groups
+from settings.multirun import expand
 from settings.overrides import parse
-from settings.sweeps import expand
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

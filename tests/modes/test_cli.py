@@ -10,8 +10,8 @@ import pytest
 import main
 from modes import cli
 from settings.keys import CONFIGS
+from settings.multirun import expand
 from settings.overrides import DEAD
-from settings.sweeps import expand
 
 MAIN = CONFIGS.parent / "main.py"
 TRAIN = ["data=shakespeare", "wandb=null"]

@@ -1,4 +1,5 @@
-"""The command lines that stand in one with -m: `block_size=4,16 seed=1,2` are four.
+"""The command lines that stand in one with -m, as in Hydra's multirun: `block_size=4,16 seed=1,2`
+are four. settings/sweep.py has the settings of one sampling run, which are no command lines.
 
 Swept are values with commas, choice(…), range(…) and, for groups, glob(…), in Hydra's order: the
 last one changes fastest.
@@ -52,7 +53,7 @@ class Job:
 
 
 @dataclass
-class Sweep:
+class Multirun:
     """A command line with -m, in parts."""
 
     jobs: list[Job] = field(default_factory=list)
@@ -61,9 +62,9 @@ class Sweep:
     problems: list[str] = field(default_factory=list)
 
 
-def expand(arguments: list[str]) -> Sweep:
+def expand(arguments: list[str]) -> Multirun:
     """The jobs of a command line with -m; whether each can run is for examine() to say."""
-    sweep, lists = Sweep(), []
+    multirun, lists = Multirun(), []
     own = own_folder(arguments)[1]
     parser, words = OverridesParser.create(), iter(arguments)
     for word in words:
@@ -73,24 +74,24 @@ def expand(arguments: list[str]) -> Sweep:
         if word in CONFIG_DIR:
             lists.append([(word, *itertools.islice(words, 1))])
         elif key == "hydra/launcher" or key.startswith("hydra.launcher."):
-            sweep.problems += _launcher_problems(sweep, key, value)
+            multirun.problems += _launcher_problems(multirun, key, value)
         else:
             try:
                 lists.append([(each,) for each in _values(word, key, parser, own)])
             except ValueError as problem:
-                sweep.problems.append(str(problem))
+                multirun.problems.append(str(problem))
     if (count := math.prod(map(len, lists))) > MOST_RUNS:
-        sweep.problems.append(f"-m: these are {count:,} runs; at most {MOST_RUNS:,} are allowed")
-    if sweep.slurm and sweep.launcher == "basic":
-        first = next(iter(sweep.slurm))
-        sweep.problems.append(f"hydra.launcher.{first} needs hydra/launcher=submitit_slurm")
-    if not sweep.problems:
+        multirun.problems.append(f"-m: these are {count:,} runs; at most {MOST_RUNS:,} are allowed")
+    if multirun.slurm and multirun.launcher == "basic":
+        first = next(iter(multirun.slurm))
+        multirun.problems.append(f"hydra.launcher.{first} needs hydra/launcher=submitit_slurm")
+    if not multirun.problems:
         several = [len(each) > 1 for each in lists]
         for chosen in itertools.product(*lists):
             swept = itertools.compress(chosen, several)
             flat = itertools.chain.from_iterable
-            sweep.jobs.append(Job(tuple(flat(chosen)), tuple(flat(swept))))
-    return sweep
+            multirun.jobs.append(Job(tuple(flat(chosen)), tuple(flat(swept))))
+    return multirun
 
 
 def _values(word: str, key: str, parser: OverridesParser, own: Path | None) -> list[str]:
@@ -127,11 +128,11 @@ def _listed(override: Override, own: Path | None) -> Iterator[str]:
     return override.sweep_string_iterator()
 
 
-def _launcher_problems(sweep: Sweep, key: str, value: str) -> Iterator[str]:
-    """Takes hydra/launcher=… or hydra.launcher.NAME=… into the sweep."""
+def _launcher_problems(multirun: Multirun, key: str, value: str) -> Iterator[str]:
+    """Takes hydra/launcher=… or hydra.launcher.NAME=… into the command."""
     name = key.removeprefix("hydra.launcher.")
     if key == "hydra/launcher":
-        sweep.launcher = value
+        multirun.launcher = value
         if value not in LAUNCHERS:
             hint = nearest(value, LAUNCHERS)
             yield f"{key}={value} must be {' or '.join(LAUNCHERS)}{hint and '.'}{hint}"
@@ -140,8 +141,8 @@ def _launcher_problems(sweep: Sweep, key: str, value: str) -> Iterator[str]:
     else:
         kind, _ = SLURM[name]
         try:
-            sweep.slurm[name] = kind(value)
+            multirun.slurm[name] = kind(value)
         except ValueError:
-            sweep.slurm[name] = None
-        if sweep.slurm[name] in (None, "") or (kind is not str and not sweep.slurm[name] > 0):
+            multirun.slurm[name] = None
+        if multirun.slurm[name] in (None, "") or (kind is not str and not multirun.slurm[name] > 0):
             yield f"{key}={value} must be {'a name' if kind is str else 'a number above 0'}"

@@ -7,7 +7,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from settings.keys import choices
-from settings.sweeps import SLURM, expand
+from settings.multirun import SLURM, expand
 
 # words: those of each job
 SWEPT = {
@@ -25,10 +25,12 @@ SWEPT = {
 
 @pytest.mark.parametrize("words", SWEPT)
 def test_the_jobs_are_the_product_in_the_order_of_hydra(words):
-    sweep = expand(["-m", *words.split()])
-    assert sweep.problems == []
-    assert [" ".join(w.partition("=")[2] for w in job.swept) for job in sweep.jobs] == SWEPT[words]
-    for job in sweep.jobs:
+    multirun = expand(["-m", *words.split()])
+    assert multirun.problems == []
+    assert [" ".join(w.partition("=")[2] for w in job.swept) for job in multirun.jobs] == SWEPT[
+        words
+    ]
+    for job in multirun.jobs:
         assert [w.partition("=")[0] for w in job.words] == [
             w.partition("=")[0] for w in words.split()
         ]
@@ -76,8 +78,8 @@ def test_one_s_own_folder_goes_to_every_job(tmp_path):
     (tmp_path / "experiment").mkdir()
     for name in ("mine_a", "mine_b"):
         (tmp_path / "experiment" / f"{name}.yaml").touch()
-    sweep = expand(["--config-dir", str(tmp_path), "experiment=glob(mine*)", "--multirun"])
-    assert [job.words for job in sweep.jobs] == [
+    multirun = expand(["--config-dir", str(tmp_path), "experiment=glob(mine*)", "--multirun"])
+    assert [job.words for job in multirun.jobs] == [
         ("--config-dir", str(tmp_path), f"experiment={name}") for name in ("mine_a", "mine_b")
     ]
     assert "mine_a" not in choices("experiment")
@@ -85,8 +87,8 @@ def test_one_s_own_folder_goes_to_every_job(tmp_path):
 
 def test_the_options_of_slurm_have_hydra_s_names():
     words = "hydra/launcher=submitit_slurm hydra.launcher.timeout_min=60 hydra.launcher.mem_gb=1.5"
-    sweep = expand(["-m", *words.split(), "hydra.launcher.partition=gpu", "seed=1,2"])
-    assert sweep.problems == []
-    assert sweep.slurm == {"timeout_min": 60, "mem_gb": 1.5, "partition": "gpu"}
-    assert sweep.slurm.keys() <= SLURM.keys()
-    assert [job.words for job in sweep.jobs] == [("seed=1",), ("seed=2",)]
+    multirun = expand(["-m", *words.split(), "hydra.launcher.partition=gpu", "seed=1,2"])
+    assert multirun.problems == []
+    assert multirun.slurm == {"timeout_min": 60, "mem_gb": 1.5, "partition": "gpu"}
+    assert multirun.slurm.keys() <= SLURM.keys()
+    assert [job.words for job in multirun.jobs] == [("seed=1",), ("seed=2",)]
