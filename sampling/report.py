@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 
-from evaluation.judge import TextScore, corpus_perplexity
+from evaluation.judge import TextScore
 from evaluation.quality import NGRAMS, mean, perplexity
 from objectives.algorithms import get_algorithm
 from samplers.params import SamplingParams
@@ -55,11 +55,11 @@ def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> 
         sum(note[name] for note in notes)
         for name in ("tries", "rows", "rejected", "tokens", "nfes")
     )
-    seconds, scores = _seconds(notes), [score_of(row) for row in rows]
+    seconds, ppl = _seconds(notes), perplexity([score_of(row) for row in rows])
     found = {
         "rows": len(rows),
-        "gen_ppl": corpus_perplexity(scores),
-        "gen_ppl_error": perplexity(scores).error,
+        "gen_ppl": ppl.value,
+        "gen_ppl_error": ppl.error,
         "gen_ppl_mean": _mean([r.gen_ppl for r in rows if r.gen_ppl is not None]),
         "gen_entropy": _mean([r.gen_entropy for r in rows]),
         "gen_entropy_error": mean([r.gen_entropy for r in rows]).error,

@@ -92,7 +92,7 @@ def check(args, samples: dict[Path, list[dict]]) -> None:
 
 def report(args, samples: dict[Path, list[dict]]) -> list[dict]:
     """One row a file."""
-    from evaluation.judge import corpus_perplexity
+    from evaluation.quality import perplexity
 
     rows = []
     for file, scores in zip(samples, score(args, list(samples.values())), strict=True):
@@ -102,7 +102,7 @@ def report(args, samples: dict[Path, list[dict]]) -> list[dict]:
             {
                 "file": str(file),
                 "samples": len(records),
-                "gen_ppl": finite(corpus_perplexity(scores)),
+                "gen_ppl": finite(perplexity(scores).value),
                 "mean_gen_ppl": fmean(own) if own else None,
                 "entropy": fmean(s.entropy for s in scores),
                 "length": fmean(s.tokens for s in scores),

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from evaluation.judge import (
     Judge,
     TextScore,
-    corpus_perplexity,
     describe,
     load_judge,
     windows,
 )
+from evaluation.quality import perplexity
 from samplers.stopping import entropy
 
 RECORDED = load_json("metrics/gen_ppl.json")
@@ -45,7 +45,7 @@ def test_figures_of_a_text_are_the_recorded_ones(judge, name):
     assert [s.tokens for s in scores] == entry["gen_lengths"]
     if "token_ids" in entry:
         assert [tokens.tolist() for tokens in ids] == entry["token_ids"]
-    assert corpus_perplexity(scores) == pytest.approx(entry["gen_ppl"], rel=1e-5)
+    assert perplexity(scores).value == pytest.approx(entry["gen_ppl"], rel=1e-5)
 
 
 def test_a_batch_gives_every_text_its_own_figures(judge):
@@ -58,7 +58,7 @@ def test_a_batch_gives_every_text_its_own_figures(judge):
         assert score.nll == pytest.approx(alone.nll, rel=1e-6)
         assert (score.tokens, score.entropy) == (alone.tokens, alone.entropy)
     batch = RECORDED["batch2_padded"]
-    assert corpus_perplexity(together[:2]) == pytest.approx(batch["gen_ppl"], rel=1e-5)
+    assert perplexity(together[:2]).value == pytest.approx(batch["gen_ppl"], rel=1e-5)
     assert sum(s.tokens for s in together[:2]) == batch["gen_lengths"][0]
 
 
@@ -114,8 +114,8 @@ def test_without_a_judge_the_writers_own_tokens_are_described():
     assert score.entropy == pytest.approx(math.log(3))
     assert math.isnan(score.perplexity)
     assert entropy(torch.tensor([], dtype=torch.int64)) == 0
-    assert math.isnan(corpus_perplexity([score]))
-    assert corpus_perplexity([TextScore(2.0, 2, 0.0), TextScore(0.0, 2, 0.0)]) == math.exp(0.5)
+    assert math.isnan(perplexity([score]).value)
+    assert perplexity([TextScore(2.0, 2, 0.0), TextScore(0.0, 2, 0.0)]).value == math.exp(0.5)
 
 
 def test_a_judge_without_all_its_weights_is_refused(tmp_path):

@@ -9,7 +9,8 @@ from ssd_lm_tools import JUDGE, command, generate, samples, texts
 
 
 def test_the_report_is_the_projects_generative_perplexity(tmp_path):
-    from evaluation.judge import corpus_perplexity, load_judge
+    from evaluation.judge import load_judge
+    from evaluation.quality import perplexity
 
     assert generate(tmp_path, "--num_samples_to_generate", 4, length=30)[0] == 0
     out = tmp_path / "report.json"
@@ -20,7 +21,7 @@ def test_the_report_is_the_projects_generative_perplexity(tmp_path):
     (row,) = json.loads(out.read_text())["files"]
     scores = load_judge(str(JUDGE)).score(texts(tmp_path))
     assert row["samples"] == 4
-    assert row["gen_ppl"] == pytest.approx(corpus_perplexity(scores), rel=1e-5)
+    assert row["gen_ppl"] == pytest.approx(perplexity(scores).value, rel=1e-5)
     for each, expected in zip(row["each"], scores, strict=True):
         assert each["gen_ppl"] == pytest.approx(expected.perplexity, rel=1e-5)
         assert each["entropy"] == pytest.approx(expected.entropy)
