@@ -27,6 +27,7 @@ from training import averaging, distributed
 from training.csv_log import record
 from training.health import StepHealth
 from training.logged import figures
+from training.optimizers import OptimizerSettings, build_optimizer
 from training.state import load_state, save_state
 from training.validation import Validation
 
@@ -62,7 +63,7 @@ class ClippingSettings:
 
 class Diffusion(L.LightningModule):
     """`clip` is None for algorithms without a clipped schedule: those have no sampling_eps buffers
-    either. `optimizer`: arguments of AdamW. `lr_factor`: step -> factor on its learning rate.
+    either. `lr_factor`: step -> factor on the optimizer's learning rate.
 
     `exact_nll`: validate at the interval (1, 1), which for blocks of one token is the exact
     likelihood; else `validate_by` says by which draw, nelbo or counts. `pad_apart`: rows may end in
@@ -76,7 +77,7 @@ class Diffusion(L.LightningModule):
         backbone: nn.Module,
         objective: Objective,
         noise: NoiseSettings,
-        optimizer: dict,
+        optimizer: OptimizerSettings,
         lr_factor: Callable[[int], float],
         ema_decay: float,
         clip: ClippingSettings | None = None,
@@ -207,9 +208,7 @@ class Diffusion(L.LightningModule):
     # ---- optimizer ----------------------------------------------------------------------------
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(
-            self.backbone.parameters(), fused=self.fused(), **self.optimizer_settings
-        )
+        optimizer = build_optimizer(self.backbone, self.optimizer_settings, self.fused())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "trainer/lr"}]
 
@@ -236,7 +235,8 @@ class Diffusion(L.LightningModule):
         if self.ema is not None:
             self.ema.to(self.device)
         on_host = self.device.type == "cpu" or distributed.is_sharded(self.backbone)
-        self.health.late = self.fused() and not on_host
+        reads_found = self.fused() and self.optimizer_settings.momentum is None  # Muon does not
+        self.health.late = reads_found and not on_host
         self.graphed = None
         # the gradients of a graph come all at once at its end. Between hosts their exchange takes
         # long, and goes on during a backward pass that is not a graph

@@ -32,6 +32,7 @@ from settings.schema import Training
 from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
+from training.optimizers import OptimizerSettings
 from utils import say
 
 
@@ -104,12 +105,15 @@ def build_module(
             counts=build_counts(config),
             learn_counts=training.count_law == "learnt",
         ),
-        optimizer={
-            "lr": optim.lr,
-            "betas": (optim.beta1, optim.beta2),
-            "eps": optim.eps,
-            "weight_decay": optim.weight_decay,
-        },
+        optimizer=OptimizerSettings(
+            adamw={
+                "lr": optim.lr,
+                "betas": (optim.beta1, optim.beta2),
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+            },
+            momentum=optim.momentum if optim.name == "muon" else None,
+        ),
         lr_factor=lr_factor(
             schedule.name,
             lr=optim.lr,

@@ -1,8 +1,9 @@
 """mode=plan: estimate the memory, tokens, FLOPs and hours of a training run, and train nothing.
 
-Memory: weights, gradients, two moments and the average in float32 (16-mixed and bf16-mixed add a
-copy of the weights in two bytes), the activations that the backward pass keeps, and the head's
-chunk of logits with the gradient of its weight. fsdp shares out all but the last two.
+Memory: weights, gradients, two moments (one with Muon) and the average in float32 (16-mixed and
+bf16-mixed add a copy of the weights in two bytes), the activations that the backward pass keeps,
+and the head's chunk of logits with the gradient of its weight. fsdp shares out all but the last
+two.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from modes.build import build_backbone, build_shape, build_tokenizer
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
 from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak
+from training.optimizers import matrices
 from utils import say
 
 MFU = 0.4  # share of the peak that a training run reaches: what the hours assume
@@ -47,11 +49,13 @@ class Plan:
         return self.flops / (peak * MFU * self.devices) / 3600
 
 
-def plan(config: Config, shape: NetworkShape, parameters: int) -> Plan:
+def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0) -> Plan:
+    """by_muon: of the parameters, those with one moment."""
     trainer, loader = config.trainer, config.loader
     devices = trainer.devices * trainer.num_nodes
     size = min(matmul_dtype(trainer.precision).itemsize, 4)  # bytes of a number in products
     per_weight = 4 + 4 + 8 + 4 * (config.training.ema > 0) + (2 if size == 2 else 0)
+    weights = parameters * per_weight - 4 * by_muon
     rows = loader.batch_size * shape.length * (2 if shape.clean_half else 1)
     # the last layer keeps little more than its keys and values, and the rows that are read
     layers = shape.n_blocks - 1 + (loader.batch_size * shape.read) / rows
@@ -62,7 +66,7 @@ def plan(config: Config, shape: NetworkShape, parameters: int) -> Plan:
         shape=shape,
         devices=devices,
         parameters=parameters,
-        weights=parameters * per_weight / (devices if config.strategy.name == "fsdp" else 1),
+        weights=weights / (devices if config.strategy.name == "fsdp" else 1),
         activations=rows * layers * shape.hidden_size * kept,
         head=logits * (6 if size == 2 else 4)  # in half precision a float32 copy
         + 4 * shape.vocab_size * shape.hidden_size,
@@ -108,7 +112,9 @@ def prepare(config: Config) -> Callable[[], None]:
     with torch.device("meta"):
         backbone = build_backbone(config, tokenizer, checkpoint)
     parameters = sum(p.numel() for p in backbone.parameters())
-    made = plan(config, build_shape(config, backbone), parameters)
+    muon = config.optim.name == "muon"
+    by_muon = sum(p.numel() for p in matrices(backbone)) if muon else 0
+    made = plan(config, build_shape(config, backbone), parameters, by_muon)
 
     def run() -> None:
         device = torch.accelerator.current_accelerator()

@@ -13,8 +13,8 @@ GIB = 1 << 30
 LARGE_MACHINE = 512 * GIB
 # Least bytes of a process that loads data, of one that trains, of a text that is still to write
 WORKER, PROCESS, TEXT = 64 << 20, 256 << 20, 64
-# Least bytes of a weight, also of one that is trained with AdamW
-WEIGHT, TRAINED_WEIGHT = 4, 16
+# Least bytes of a weight, also of one that is trained with Muon
+WEIGHT, TRAINED_WEIGHT = 4, 12
 # Least bytes per token and unit of width: of each layer that the backward pass goes through, and of
 # one that is left again (mode=plan estimates 62 and more)
 KEPT, PASSED = 8, 4

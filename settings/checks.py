@@ -16,6 +16,7 @@ from settings.defaults import (
     needs_block_mask,
     noise_block,
     started_by_torchrun,
+    torch_version,
     visible_gpus,
 )
 from settings.effects import without_effect
@@ -31,6 +32,7 @@ from utils import CIRCUMSTANCES
 
 Rule = Callable[[Config], Iterator[str]]
 DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
+MUON_SINCE = (2, 9)  # of torch
 SPECIAL_TOKENS = 2  # BOS and EOS of a chunk
 
 
@@ -338,6 +340,23 @@ def _compiled(config: Config, gpu: bool) -> Iterator[str]:
         yield "model.compile=True needs a C++ compiler (g++, or $CXX); use model.compile=False"
 
 
+def optimizer(config: Config) -> Iterator[str]:
+    if config.optim.name != "muon":
+        return
+    if config.optim.momentum is None:
+        yield "optim.momentum=null: optim=muon needs a number in [0, 1), such as 0.95"
+    if config.strategy.name == "fsdp":
+        yield (
+            "optim=muon works on whole matrices, which strategy=fsdp shards; use strategy=ddp or"
+            " optim=adamw"
+        )
+    if config.mode == "train" and (found := torch_version()) < MUON_SINCE:
+        yield (
+            f"optim=muon needs torch {'.'.join(map(str, MUON_SINCE))} or newer, here is"
+            f" {'.'.join(map(str, found))}; use optim=adamw"
+        )
+
+
 def optimization(config: Config) -> Iterator[str]:
     schedule, trainer = config.lr_scheduler, config.trainer
     if schedule.name == "cosine_decay_warmup":
@@ -415,7 +434,7 @@ def demo(config: Config) -> Iterator[str]:
 
 FILES = (checkpoints, corpora, results)
 RULES = (
-    *(amounts, network, algorithm, clipping, counts, batches, machine, packages, optimization),
-    *(data, sampling, demo),
+    *(amounts, network, algorithm, clipping, counts, batches, machine, packages),
+    *(optimizer, optimization, data, sampling, demo),
     *FILES,
 )

@@ -1,5 +1,6 @@
 """What null and auto mean: settings that depend on the machine or on others."""
 
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -117,6 +118,11 @@ def has_user_cache() -> bool:
 
 def has_package(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
+
+
+def torch_version() -> tuple[int, ...]:
+    """Of the installed torch, without importing it: (2, 13)."""
+    return tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
 
 
 def noise_block(config: Config) -> int:

@@ -66,6 +66,8 @@ def _training(config: Config) -> Iterator[str]:
     for key, nothing in unset.items():
         if key not in reads and getattr(schedule, key) != nothing:
             yield f"lr_scheduler.{key} has no effect: lr_scheduler={schedule.name}"
+    if config.optim.name == "adamw" and config.optim.momentum is not None:
+        yield "optim.momentum has no effect: optim=adamw has beta1"
     if schedule.name == "constant_warmup" and schedule.num_warmup_steps >= trainer.max_steps:
         yield (
             f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"

@@ -46,6 +46,8 @@ LATER = {
     "training.noise": "times",
     "training.counts": None,
     "training.count_law": "uniform",
+    "optim.name": "adamw",
+    "optim.momentum": None,
 }
 # They decide which intervals the clip search compares, what a law of counts is learnt from, and
 # when.

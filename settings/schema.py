@@ -188,11 +188,17 @@ class Eval:
 
 @dataclass
 class Optim:
-    lr: float = doc("AdamW: learning rate, after the warm-up", "above 0")
+    name: str = doc(
+        "optimizer; choose it with optim=NAME: AdamW, or Muon for the matrices of the blocks and "
+        "AdamW for all else",
+        one_of("adamw", "muon"),
+    )
+    lr: float = doc("learning rate, after the warm-up; of Muon too", "above 0")
     beta1: float = doc("AdamW: decay of the average of gradients", "in [0, 1)")
     beta2: float = doc("AdamW: decay of the average of squared gradients", "in [0, 1)")
     eps: float = doc("AdamW: added to the denominator", "above 0")
-    weight_decay: float = doc("AdamW: weight decay", "at least 0")
+    weight_decay: float = doc("weight decay; of Muon too", "at least 0")
+    momentum: float | None = doc("Muon: decay of the average of gradients", "in [0, 1)")
 
 
 @dataclass

@@ -107,7 +107,8 @@ def set_fused(checkpoint: dict, fused: bool | None) -> None:
     weights alone has none."""
     for state in checkpoint.get("optimizer_states", []):
         for group in state.get("param_groups", []):  # with fsdp rank 0 alone has it
-            group["fused"] = fused
+            if "betas" in group:
+                group["fused"] = fused
 
 
 class Poll:

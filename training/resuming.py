@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from checkpointing.layouts import Checkpoint, CheckpointError, section
 from objectives.counts import FLOOR, CountLaw
+from training.optimizers import STATES, OptimizerSettings, shared_out
 
 LARGEST = 1 << 62
 FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
@@ -34,9 +35,9 @@ def check_resumable(checkpoint: Checkpoint, module: L.LightningModule, trainer: 
         raise CheckpointError(f"{checkpoint.source} cannot be resumed from: {problem}")
 
 
-def check_optimizer(states, backbone: nn.Module) -> None:
+def check_optimizer(states, module: L.LightningModule) -> None:
     """The same of optimizer states whose numbers are there."""
-    problem = next(optimizer(states, list(backbone.parameters())), None)
+    problem = next(optimizer(states, module.backbone, module.optimizer_settings), None)
     if problem is not None:
         raise CheckpointError(f"the checkpoint cannot be resumed from: {problem}")
 
@@ -61,8 +62,9 @@ def problems(checkpoint: Checkpoint, module, trainer) -> Iterator[str]:
     yield from weights(raw["state_dict"], module)
     yield from loops(raw["loops"], trainer)
     yield from callbacks(raw.get("callbacks", {}), trainer)
-    yield from schedules(raw.get("lr_schedulers"))
-    yield from optimizer(checkpoint.optimizer, list(module.backbone.parameters()))
+    settings = module.optimizer_settings
+    yield from schedules(raw.get("lr_schedulers"), len(shared_out(module.backbone, settings)))
+    yield from optimizer(checkpoint.optimizer, module.backbone, settings)
     yield from average(checkpoint, module)
     yield from count_law(raw.get("count_law"), module.count_law)
 
@@ -117,38 +119,57 @@ def callbacks(theirs, trainer) -> Iterator[str]:
             yield f"its callbacks hold no state of {type(callback).__name__}"
 
 
-def schedules(theirs) -> Iterator[str]:
-    """Ours, or the authors', who keep no step."""
+def schedules(theirs, groups: int) -> Iterator[str]:
+    """Ours, or the authors', who keep no step. groups: of the optimizer, a learning rate each."""
     kinds = {"last_epoch": 0, "_step_count": 0, "base_lrs": [], "_last_lr": [], "base_values": []}
     if not isinstance(theirs, list) or len(theirs) != 1 or not like(theirs[0], kinds):
         yield "its lr_schedulers are not those of one optimizer"
-    rates = [theirs[0].get(name, [0.0]) for name in ("base_lrs", "_last_lr", "base_values")]
-    if not all(len(each) == 1 and like(each[0], 0.0) for each in rates):
+    names = ("base_lrs", "_last_lr", "base_values")
+    rates = [theirs[0].get(name, [0.0] * groups) for name in names]
+    if not all(len(each) == groups and all(like(x, 0.0) for x in each) for each in rates):
         yield "its lr_schedulers have no learning rate"
     if not {"last_epoch", "base_values"} & theirs[0].keys():
         yield "its lr_schedulers have no step"
 
 
-def optimizer(theirs, parameters: list[Tensor]) -> Iterator[str]:
-    """One AdamW over all parameters; its tensors have their shapes, one number after another."""
+def optimizer(theirs, backbone: nn.Module, settings: OptimizerSettings) -> Iterator[str]:
+    """One optimizer of our groups, which are numbered one after another; its tensors have the
+    shapes of the weights, one number after another."""
+    parts = shared_out(backbone, settings)
+    count = sum(map(len, parts.values()))
     if not isinstance(theirs, list) or len(theirs) != 1 or not isinstance(theirs[0], dict):
         yield "it has no state of one optimizer"
     groups, states = theirs[0].get("param_groups"), theirs[0].get("state")
-    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
-        yield "its optimizer has not one group of parameters"
-    yield from group(groups[0], len(parameters))
-    if not isinstance(states, dict) or (states and states.keys() != set(range(len(parameters)))):
-        yield f"its optimizer is not that of {len(parameters)} parameters"
-    for number, state in states.items():
-        kinds = {"step", "exp_avg", "exp_avg_sq"}
-        if not isinstance(state, dict) or state.keys() != kinds or not like(state["step"], 0.0):
-            yield f"its optimizer has no state of AdamW for parameter {number}"
-        step = state["step"]
+    if not isinstance(groups, list) or len(groups) != len(parts):
+        yield f"its optimizer has not {len(parts)} groups of parameters: {' and '.join(parts)}"
+    if not isinstance(states, dict) or (states and states.keys() != set(range(count))):
+        yield f"its optimizer is not that of {count} parameters"
+    first = 0
+    for (kind, weights), theirs in zip(parts.items(), groups, strict=True):
+        numbers = range(first, first + len(weights))
+        if not isinstance(theirs, dict) or theirs.get("params") != list(numbers):
+            yield f"its optimizer is not that of {count} parameters"
+        yield from adamw_group(theirs) if kind == "adamw" else muon_group(theirs, settings)
+        for number, weight in zip(numbers, weights, strict=True):
+            if states:
+                yield from state(states[number], kind, number, weight)
+        first += len(weights)
+
+
+def state(theirs, kind: str, number: int, weight: Tensor) -> Iterator[str]:
+    counted = kind == "adamw"
+    kinds = {*STATES[kind], *(["step"] if counted else [])}
+    if not isinstance(theirs, dict) or theirs.keys() != kinds:
+        yield f"its optimizer has no state of {kind} for parameter {number}"
+    if counted:
+        step = theirs["step"]
+        if not like(step, 0.0):
+            yield f"its optimizer has no state of {kind} for parameter {number}"
         if not (isinstance(step, Tensor) and step.is_meta) and not 0 <= float(step) < LARGEST:
             yield f"its optimizer counts {float(step)} steps for parameter {number}"
-        for name in ("exp_avg", "exp_avg_sq"):
-            if trouble := moment(state[name], parameters[number]):
-                yield f"its optimizer's {name} of parameter {number} is {trouble}"
+    for name in STATES[kind]:
+        if trouble := moment(theirs[name], weight):
+            yield f"its optimizer's {name} of parameter {number} is {trouble}"
 
 
 def moment(theirs, parameter: Tensor) -> str | None:
@@ -162,9 +183,7 @@ def moment(theirs, parameter: Tensor) -> str | None:
     return None if theirs.is_contiguous() else f"of strides {theirs.stride()}"
 
 
-def group(theirs: dict, count: int) -> Iterator[str]:
-    if theirs.get("params") != list(range(count)):
-        yield f"its optimizer is not that of {count} parameters"
+def adamw_group(theirs: dict) -> Iterator[str]:
     rates = [theirs.get(name, math.nan if name == "lr" else 0.0) for name in RATES]
     betas = theirs.get("betas")
     if not isinstance(betas, list | tuple) or len(betas) != 2:
@@ -174,6 +193,20 @@ def group(theirs: dict, count: int) -> Iterator[str]:
     flags = [theirs.get(name) for name in FLAGS]
     if not all(flag is None or isinstance(flag, bool) for flag in flags) or theirs.get("amsgrad"):
         yield "its optimizer is not our AdamW"
+
+
+def muon_group(theirs: dict, settings: OptimizerSettings) -> Iterator[str]:
+    """Its learning rate is of the schedule; all else is as we would make it."""
+    rates = [theirs.get(name, math.nan) for name in ("lr", "initial_lr")]
+    if not all(like(rate, 0.0) for rate in rates):
+        yield f"its optimizer has the numbers {reprlib.repr(rates)}"
+    weight = nn.Parameter(torch.zeros(1, 1))
+    (ours,) = torch.optim.Muon([weight], **settings.muon).param_groups
+    fixed = ours.keys() - {"lr", "params"}
+    if theirs.keys() - {"initial_lr"} != ours.keys() or any(
+        type(theirs[key]) is not type(ours[key]) or theirs[key] != ours[key] for key in fixed
+    ):
+        yield "its optimizer is not our Muon"
 
 
 def average(checkpoint: Checkpoint, module) -> Iterator[str]:

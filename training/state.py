@@ -61,7 +61,7 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
     """Take over from a checkpoint what `save_state` put there; changes its counters in place."""
     trainer = module.trainer
     if trainer.state.fn == TrainerFn.FITTING:
-        check_optimizer(checkpoint.get("optimizer_states"), module.backbone)
+        check_optimizer(checkpoint.get("optimizer_states"), module)
     distributed.set_fused(checkpoint, module.fused())
     if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):
         due = _set_counters(trainer, checkpoint, pending=_validation_due(checkpoint["loops"]))

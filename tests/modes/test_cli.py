@@ -213,6 +213,19 @@ WRONG = [
         [*BLOCKS, COUNTS, f"{CLIP}=[.5]", "eval.likelihood=nelbo"],
         f"{CLIP}=[0.5] with training.noise=counts is found by the validation's counts",
     ),
+    # optimizer
+    (TRAIN, ["optim=sgd"], "optim=sgd does not exist. Choices: adamw, muon"),
+    (
+        TRAIN,
+        ["optim=muon", "optim.momentum=null"],
+        "optim.momentum=null: optim=muon needs a number",
+    ),
+    (TRAIN, ["optim=muon", "optim.momentum=1"], "optim.momentum=1.0 must be in [0, 1)"),
+    (
+        TRAIN,
+        ["optim=muon", "strategy=fsdp", "trainer.devices=2"],
+        "optim=muon works on whole matrices, which strategy=fsdp shards; use strategy=ddp",
+    ),
     # batches and machine
     (TRAIN, ["loader.batch_size=7"], "loader.global_batch_size=512 is not a multiple of 7"),
     (
@@ -500,6 +513,7 @@ HARMLESS = [
     ),
     (PPL, ["training.eval_nll=False"], "training.eval_nll=False has no effect"),
     (PPL, ["training.sampling_eps_min=.3"], "training.sampling_eps_min has no effect: mode=ppl"),
+    (TRAIN, ["optim.momentum=.9"], "optim.momentum has no effect: optim=adamw has beta1"),
     (PPL, ["training.noise=counts"], "training.noise has no effect: mode=ppl_eval draws from"),
     (
         TRAIN,
@@ -543,6 +557,13 @@ def test_option_without_effect_gets_one_line(context, words, message, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("note: ")
     assert message in line
+
+
+def test_an_older_torch_has_no_muon(monkeypatch, capsys):
+    monkeypatch.setattr("settings.checks.torch_version", lambda: (2, 8))
+    said = "\n".join(refused([*TRAIN, "optim=muon"], capsys))
+    assert "optim=muon needs torch 2.9 or newer, here is 2.8; use optim=adamw" in said
+    cli.configure(TRAIN)
 
 
 @pytest.mark.parametrize("context", [TRAIN, PPL, SAMPLE])

@@ -101,11 +101,13 @@ def test_matrix_products_are_made_in(precision, dtype):
 SMALL = NetworkShape("bamdlm", 768, 12, 50_258, 1024, 16)
 
 
+PLANNED = ["trainer.accelerator=cpu", "trainer.precision=bf16", "loader.global_batch_size=512"]
+PLANNED += ["loader.batch_size=16", "trainer.max_steps=10"]
+
+
 def planned(*words):
     """Of ten steps in bf16, on a CPU."""
-    sizes = ["loader.global_batch_size=512", "loader.batch_size=16", "trainer.max_steps=10"]
-    words = ["trainer.accelerator=cpu", "trainer.precision=bf16", *sizes, *words]
-    return plan(settings.load(words), SMALL, 170_000_000)
+    return plan(settings.load([*PLANNED, *words]), SMALL, 170_000_000)
 
 
 def test_a_plan_adds_up():
@@ -117,6 +119,8 @@ def test_a_plan_adds_up():
     assert planned("loader.batch_size=32").activations == 2 * made.activations
     assert planned("strategy=fsdp", "trainer.devices=8").weights == made.weights / 8
     assert planned("training.ema=0").weights == 170e6 * 18
+    by_muon = plan(settings.load(PLANNED), SMALL, 170_000_000, by_muon=100_000_000)
+    assert by_muon.weights == 170e6 * 22 - 4 * 100e6  # those have one moment
 
 
 def test_a_plan_reads_well():

@@ -93,6 +93,19 @@ def test_two_processes_train_as_one(strategy, one, tmp_path):
     equal_runs(tmp_path, alone)
 
 
+def test_two_processes_train_by_muon_as_one(one, tmp_path):
+    """Their losses: what the order of sums does to gradients near 0, Muon magnifies in weights."""
+    overrides = [*one[0], "optim=muon", "algo.clip_search_widths=[]"]
+    overrides += ["trainer.limit_val_batches=0", "callbacks.checkpoint_monitor=null"]
+    save_dir = f"checkpointing.save_dir={tmp_path / 'alone/run'}"
+    code, text = run([*overrides, *BY_ONE, save_dir], tmp_path / "alone.txt")
+    assert code == 0, text
+    started = of_two(overrides, tmp_path)
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    ours, theirs = (read_log(f / "run/metrics.csv") for f in (tmp_path, tmp_path / "alone"))
+    assert ours["trainer/loss"] == pytest.approx(theirs["trainer/loss"], rel=1e-4)
+
+
 def test_two_processes_learn_the_law_of_counts_that_one_learns(one, tmp_path):
     """From the blocks of both."""
     overrides = [*one[0], *COUNTS, "algo.clip_search_widths=[]"]

@@ -21,6 +21,7 @@ from objectives.counts import CountLaw, least_variance, to_learn, within
 from objectives.sedd import ScoreEntropy
 from training import resuming, validation
 from training.lr_schedules import lr_factor
+from training.optimizers import OptimizerSettings
 from training.saving import SafeCheckpointIO
 from training.state import load_state
 
@@ -76,6 +77,7 @@ def module(
     validate_by="nelbo",
     counts=None,
     learn=False,
+    momentum=None,
 ):
     objective = ALGORITHMS[algo]()
     if block:
@@ -97,12 +99,9 @@ def module(
             counts=counts,
             learn_counts=learn,
         ),
-        optimizer={
-            "lr": 1e-2,
-            "betas": (0.9, 0.999),
-            "eps": eps,
-            "weight_decay": 0.0,
-        },
+        optimizer=OptimizerSettings(
+            {"lr": 1e-2, "betas": (0.9, 0.999), "eps": eps, "weight_decay": 0.0}, momentum
+        ),
         lr_factor=lr_factor("constant_warmup", lr=1e-3, max_steps=10, warmup_steps=2),
         ema_decay=ema,
         clip=ClippingSettings(tuple(widths), 0.25, fix) if algo == "bamdlm" else None,

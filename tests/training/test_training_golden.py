@@ -18,6 +18,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
 from training.lr_schedules import lr_factor
+from training.optimizers import OptimizerSettings
 from training.saving import SafeCheckpointIO
 
 RUNS = load_json("optim/steps.json")
@@ -126,12 +127,14 @@ def replay(name, tmp_path):
             global_batch=size,
             eval_global_batch=size,
         ),
-        optimizer={
-            "lr": optim["lr"],
-            "betas": (optim["beta1"], optim["beta2"]),
-            "eps": optim["eps"],
-            "weight_decay": optim["weight_decay"],
-        },
+        optimizer=OptimizerSettings(
+            {
+                "lr": optim["lr"],
+                "betas": (optim["beta1"], optim["beta2"]),
+                "eps": optim["eps"],
+                "weight_decay": optim["weight_decay"],
+            }
+        ),
         lr_factor=factor_of(run),
         ema_decay=run["ema_decay"],
         clip=ClippingSettings((), 0.05, False) if checkpoint["algo"] == "bd3lm" else None,
