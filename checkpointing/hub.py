@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from fsspec.core import url_to_fs
@@ -29,7 +30,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
-MOST_JSON = 1 << 24  # bytes of a config.json, or of an index of shards
+MOST_JSON = 1 << 24  # bytes of a config.json, an index of shards, or a head of safetensors
 
 _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json")
@@ -185,6 +186,7 @@ def read_tensors(fs, path: str) -> dict:
         if not isinstance(tensors, dict):
             raise CheckpointError(f"{path} holds a {type(tensors).__name__}, not a state_dict")
         return dict(tensors)
+    check_header(fs, path)
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file
 
@@ -194,6 +196,33 @@ def read_tensors(fs, path: str) -> dict:
         raise CheckpointError(
             f"{path} is damaged or was cut short ({error}); copy or download it again"
         ) from error
+
+
+def check_header(fs, path: str) -> None:
+    """CheckpointError where the head of a safetensors file, which names its tensors, is too large,
+    or names one twice: readers differ in which of them they take."""
+    with fs.open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MOST_JSON:
+            raise CheckpointError(
+                f"{path} is damaged or no checkpoint: its head of {size:,} bytes is more than"
+                f" {MOST_JSON:,}"
+            )
+        head = file.read(size)
+    try:
+        json.loads(head, object_pairs_hook=partial(_once, path))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError):
+        return  # for the library to say
+
+
+def _once(path: str, pairs: list[tuple[str, object]]) -> None:
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise CheckpointError(f"{path} is damaged: it names {name!r} twice")
+        seen.add(name)
 
 
 def _read_shards(fs, index_path: str) -> dict:

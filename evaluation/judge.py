@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpointing.layouts import CheckpointError, fingerprint
-from data.trial import TEXTS, tried
+from data.trial import TEXTS, tried, unheard
 from evaluation.judge_files import check_judge
 from evaluation.own_judge import is_own, load_own
 from samplers.params import CONTEXT_TOKENS
@@ -253,25 +253,24 @@ def load_judge(
 def _load_foreign(name_or_path: str):
     """A model of transformers, its tokenizer, the tokens it sees and no BOS, as published."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as library
 
     def encoder(place: str | Path):
         made = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
         return lambda texts: made(texts, add_special_tokens=False)
 
-    bars = library.is_progress_bar_enabled()
-    library.disable_progress_bar()
-    try:
+    with unheard():
         if Path(name_or_path).is_dir():
             check_judge(Path(name_or_path))
             tried(Path(name_or_path), encoder)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=False, output_loading_info=True
+            name_or_path,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it is refused here, and transformers prints a page
         )
-    finally:
-        if bars:
-            library.enable_progress_bar()
+    if other := sorted(name for name, *_ in found["mismatched_keys"]):
+        raise ValueError(f"its config.json asks for other shapes of {', '.join(other[:5])}")
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"its files lack {', '.join(missing[:5])}")
     context = getattr(model.config, "max_position_embeddings", None) or CONTEXT_TOKENS

@@ -8,7 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from fsspec.implementations.local import LocalFileSystem
+
 from checkpointing import torch_file
+from checkpointing.hub import check_header
 from utils import read_json
 
 LAYERS = re.compile(r"(num|n)(_\w+)?_layers?|num_layers")
@@ -19,7 +22,7 @@ MOST_PER_BYTE = 16  # weights; those of two bits are four
 
 def check_judge(folder: Path) -> None:
     """ValueError where config.json describes more weights than the folder can hold, or a pickle of
-    weights is refused."""
+    weights or a head of safetensors is refused."""
     weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
     size = sum(path.stat().st_size for path in weights)
     config = read_json(folder / "config.json")
@@ -36,7 +39,9 @@ def check_judge(folder: Path) -> None:
                 f"its config.json asks for {least:,} weights, its files have {size:,} bytes"
             )
     for path in weights:
-        if path.suffix == ".bin":
+        if path.suffix == ".safetensors":
+            check_header(LocalFileSystem(), str(path))
+        else:
             with path.open("rb") as file:
                 torch_file.load(file, str(path), numbers=False)
 

@@ -200,7 +200,7 @@ def _check_value(key: str, value: object, text: str) -> None:
     if key not in SCHEMA:
         raise ValueError(unknown_key(key))
     kind = typing.get_origin(unwrap(LEAVES[key].hint)[0]) if key in LEAVES else None
-    if key in LEAVES and isinstance(value, dict | list) and not isinstance(value, kind or ()):
+    if key in LEAVES and isinstance(value, dict | list) and type(value) is not kind:
         raise ValueError(type_problem(key, value, text))
     if key not in LEAVES and isinstance(value, list):
         raise ValueError(section_problem(key, value))

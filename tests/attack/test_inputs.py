@@ -95,6 +95,7 @@ WORDS = {
     "algo.clip_search_widths=[": "algo.clip_search_widths=[ must be a list like [0.5,0.6]",
     "algo.clip_search_widths=0.5,0.6": "write 'algo.clip_search_widths=[0.5,0.6]'",
     "eval.likelihood=nelbo,counts": "write 'eval.likelihood=[nelbo,counts]'",
+    "trainer.limit_train_batches=[]": "trainer.limit_train_batches=[] must be a number or null",
     "trainer=[]": "trainer=[] must be a section; its settings are accelerator",
     "seed=range(1,3)": "'seed=range(1,3)' names several values: give one",
     "seed=glob(*)": "names several values",
