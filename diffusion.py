@@ -38,7 +38,7 @@ class NoiseSettings:
 
     `counts`: the law that training begins with where numbers of masked tokens are drawn in place of
     times; the interval is then that of their shares. `learn_counts`: each validation finds the law
-    anew.
+    anew. `views`: 2 for two complementary noised versions of each row.
     """
 
     seed: int
@@ -49,6 +49,7 @@ class NoiseSettings:
     eval_global_batch: int
     counts: CountLaw | None = None
     learn_counts: bool = False
+    views: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ class Diffusion(L.LightningModule):
         if self.count_law is None:
             return self.loss_inputs(batch, self.interval, noise, training=True)
         x0, mask, document_ids = self.documents(batch)
+        if self.noise_settings.views > 1:
+            return self.objective.inputs_by_views(x0, mask, noise, document_ids=document_ids)
         return self.objective.inputs_by_counts(
             x0, mask, noise, law=self.count_law, document_ids=document_ids
         )

@@ -6,8 +6,8 @@ What depends on the mask alone is made once by `prepare` and shared by all layer
     q [B, H, T, D]   k, v [B, H, S, D]   ->   [B, H, T, D]
 
 `document_ids` [B, S] keep texts of one row apart (documents packed together, padding): a query sees
-only keys of its own document. With the block-diffusion mask T is S (both halves ask) or S / 2 (only
-the noised half is read).
+only keys of its own document. With the block-diffusion mask T is S (all parts ask) or, where only
+what is noised is read, S / 2, with two views 2 S / 3.
 """
 
 import functools
@@ -81,36 +81,39 @@ def sdpa(
 
 
 def _split_block_diffusion(mask, queries, keys, document_ids, device) -> Attend:
-    """Chunk i of x_t and of x0 asks; chunk i of x_t and chunks 0..i of x0 answer.
+    """Chunk i of x_t and of x0 asks; chunk i of x_t and chunks 0..i of x0 answer. With two views
+    chunk i of each is in the place of that of x_t.
 
     About a quarter of the dense (2L)^2 is computed, and no mask of that size exists.
     """
-    length = keys // 2
-    both = queries == keys
+    views = mask.views
+    length = keys // (views + 1)
+    asking = queries // length  # parts that ask
     size = min(mask.block_size * max(1, CHUNK_TOKENS // mask.block_size), length)
     borders = [(start, min(start + size, length)) for start in range(0, length, size)]
     masks = []
     for start, stop in borders:
-        noised = torch.arange(start, stop, device=device)
-        q = torch.cat([noised, noised + length]) if both else noised
-        k = torch.cat([noised, torch.arange(length, length + stop, device=device)])
+        chunks = [torch.arange(start, stop, device=device) + i * length for i in range(views + 1)]
+        clean = torch.arange(stop, device=device) + views * length
+        q, k = torch.cat(chunks[:asking]), torch.cat([*chunks[:views], clean])
         masks.append(dense_mask(mask, q, k, keys, document_ids))
     sizes = [stop - start for start, stop in borders]
     count = len(sizes)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # split, never slice: the backward pass of a slice fills a whole tensor with zeros
-        q = q.split(sizes * 2 if both else sizes, 2)
-        k, v = k.split(sizes * 2, 2), v.split(sizes * 2, 2)
-        noised, clean = [], []
+        q = q.split(sizes * asking, 2)
+        k, v = k.split(sizes * (views + 1), 2), v.split(sizes * (views + 1), 2)
+        answers = [[] for _ in range(asking)]
+        first = views * count  # chunk of x0
         for i, mask in enumerate(masks):
-            asked = torch.cat([q[i], q[count + i]], 2) if both else q[i]
-            seen = (torch.cat([x[i], *x[count : count + i + 1]], 2) for x in (k, v))
+            asked = q[i] if asking == 1 else torch.cat(q[i::count], 2)
+            seen = (torch.cat([*x[i:first:count], *x[first : first + i + 1]], 2) for x in (k, v))
             out = F.scaled_dot_product_attention(asked, *seen, attn_mask=mask).transpose(1, 2)
-            parts = out.split(sizes[i], 1)
-            noised.append(parts[0])
-            clean += parts[1:]
-        return torch.cat(noised + clean, 1).transpose(1, 2)  # in memory [B, T, H, D], as read next
+            for answer, part in zip(answers, out.split(sizes[i], 1), strict=True):
+                answer.append(part)
+        # in memory [B, T, H, D], as read next
+        return torch.cat([part for answer in answers for part in answer], 1).transpose(1, 2)
 
     return attend
 

@@ -76,14 +76,14 @@ class DiT(nn.Module):
         read: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, E] of tokens [B, T]; under BlockDiffusion only of the noised
-        half, [B, T/2, E].
+        half, [B, T/2, E], or of both views, [B, 2T/3, E].
 
         sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1,
-        twice under BlockDiffusion. document_ids [B, T]: tokens see only their own document.
-        read [M]: indices into the flattened rows of the result, none twice where gradients are
-        wanted; then only those are finished and [M, E] is returned. With a cache the tokens stand
-        behind the committed ones, with one of clean_half.py they are the noised half alone;
-        `attention_mask` must be the cache's.
+        under BlockDiffusion those of each part. document_ids [B, T]: tokens see only their own
+        document. read [M]: indices into the flattened rows of the result, none twice where
+        gradients are wanted; then only those are finished and [M, E] is returned. With a cache the
+        tokens stand behind the committed ones, with one of clean_half.py they are the noised half
+        alone; `attention_mask` must be the cache's.
         """
         if cache is not None and attention_mask != cache.attention_mask:
             made = f"this cache was made for {cache.attention_mask}"
@@ -92,14 +92,15 @@ class DiT(nn.Module):
         by_compiler = self.compiled and (cache is None or tokens.device.type != "cpu")
         length = tokens.shape[1]
         noised_only = isinstance(attention_mask, BlockDiffusion) and cache is None
-        num_queries = length // 2 if noised_only else length
+        num_queries = attention_mask.noised(length) if noised_only else length
         with compiling(by_compiler):
             if cache is not None:
                 attends, positions = cache.begin(length, by_compiler)
             else:
                 attends = self._attends(attention_mask, length, document_ids, tokens.device)
                 if positions is None:
-                    positions = torch.arange(length, device=tokens.device) % num_queries
+                    of_text = length - num_queries or length
+                    positions = torch.arange(length, device=tokens.device) % of_text
             begin = compiled(_begin) if by_compiler and cache is not None else _begin
             x, *angles = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
             c = self.conditioning(sigma)
@@ -115,7 +116,8 @@ class DiT(nn.Module):
         inner = self.prepare_attention(mask, length, length, document_ids, device)
         final = inner
         if isinstance(mask, BlockDiffusion):
-            final = self.prepare_attention(mask, length // 2, length, document_ids, device)
+            asked = mask.noised(length)
+            final = self.prepare_attention(mask, asked, length, document_ids, device)
         return [inner] * (len(self.blocks) - 1) + [final]
 
     @contextmanager

@@ -49,17 +49,33 @@ class BlockDiffusion:
     """The training mask over [x_t ; x0] (arXiv:2503.09573, section 3.1), both halves keys / 2 long.
 
     A query in block b of x_t sees block b of x_t and the blocks before b of x0; a query in block b
-    of x0 sees the blocks up to b of x0.
+    of x0 sees the blocks up to b of x0. With two `views` it is over [x_t ; x_t' ; x0], three parts
+    of equal length: the noised versions do not see each other.
     """
 
     block_size: int
+    views: int = 1
+
+    def noised(self, keys: int) -> int:
+        """How many of the tokens are noised."""
+        return keys // (self.views + 1) * self.views
 
     def allowed(self, q: Tensor, k: Tensor, keys: int) -> Tensor:
+        if self.views > 1:
+            return self._allowed_in_views(q, k, keys // (self.views + 1))
         length = keys // 2
         clean_q, clean_k = q >= length, k >= length
         block_q = (q - length * clean_q) // self.block_size
         block_k = (k - length * clean_k) // self.block_size
         own = ~clean_q & ~clean_k & (block_q == block_k)
+        earlier = ~clean_q & clean_k & (block_q > block_k)
+        return own | earlier | (clean_q & clean_k & (block_q >= block_k))
+
+    def _allowed_in_views(self, q: Tensor, k: Tensor, length: int) -> Tensor:
+        part_q, part_k = q // length, k // length
+        block_q, block_k = q % length // self.block_size, k % length // self.block_size
+        clean_q, clean_k = part_q == self.views, part_k == self.views
+        own = ~clean_q & (part_q == part_k) & (block_q == block_k)
         earlier = ~clean_q & clean_k & (block_q > block_k)
         return own | earlier | (clean_q & clean_k & (block_q >= block_k))
 

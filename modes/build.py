@@ -104,6 +104,7 @@ def build_module(
             eval_global_batch=config.loader.eval_global_batch_size,
             counts=build_counts(config),
             learn_counts=training.count_law == "learnt",
+            views=training.views,
         ),
         optimizer=OptimizerSettings(
             adamw={
@@ -188,11 +189,11 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
 def build_shape(config: Config, backbone: DiT) -> NetworkShape:
     """What the cost of training depends on."""
     algo, law, share = config.algo, build_counts(config), 1.0
-    if law is not None:
+    if law is not None and config.training.views == 1:
         size = torch.tensor(noise_block(config))
         m = torch.arange(1, int(size) + 1)
         share = float((m * law.chance(m, size)).sum() / size)
-    elif algorithms.get_algorithm(algo.name).noise:
+    elif law is None and algorithms.get_algorithm(algo.name).noise:
         times = torch.linspace(*interval(config.training), 1001, dtype=torch.float64)
         schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
         share = float(schedule(times).p.mean())
@@ -204,6 +205,7 @@ def build_shape(config: Config, backbone: DiT) -> NetworkShape:
         length=config.model.length,
         block_size=config.block_size,
         masked_share=share,
+        views=config.training.views,
     )
 
 

@@ -56,7 +56,7 @@ def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0)
     size = min(matmul_dtype(trainer.precision).itemsize, 4)  # bytes of a number in products
     per_weight = 4 + 4 + 8 + 4 * (config.training.ema > 0) + (2 if size == 2 else 0)
     weights = parameters * per_weight - 4 * by_muon
-    rows = loader.batch_size * shape.length * (2 if shape.clean_half else 1)
+    rows = loader.batch_size * shape.length * shape.parts
     # the last layer keeps little more than its keys and values, and the rows that are read
     layers = shape.n_blocks - 1 + (loader.batch_size * shape.read) / rows
     kept = KEPT[size] * (KEPT_COMPILED if config.model.compile else 1)

@@ -26,7 +26,7 @@ from .corruption import (
     per_token,
     times,
 )
-from .counts import CountLaw, masked_by_counts
+from .counts import CountLaw, complementary, masked_by_counts
 from .loss import LossInputs, MaskingObjective
 
 
@@ -86,12 +86,37 @@ class MaskedDiffusion(MaskingObjective):
         which noise.time draws. With `ignore_bos` the first token of a text is none of the block's
         scored tokens; arguments as for `loss_inputs`."""
         loss_mask = self.loss_mask(valid, True, document_ids)
-        scored = loss_mask > 0
-        if self.ignore_bos:
-            scored &= ~begins(x0, document_ids)
+        scored = self._scored(x0, loss_mask, document_ids)
         masked, weight = masked_by_counts(law, noise.time, noise.token, scored)
         x_t = torch.where(masked, self.mask_id, x0)
         return self.weighted_inputs(x0, x_t, weight.float(), loss_mask, document_ids)
+
+    def inputs_by_views(
+        self, x0: Tensor, valid: Tensor, noise: Noise, *, document_ids: Tensor | None = None
+    ) -> LossInputs:
+        """For training: two noised versions of a text, whose masks are complementary, share its
+        clean half. With blocks only; arguments as for `inputs_by_counts`."""
+        loss_mask = self.loss_mask(valid, True, document_ids)
+        scored = self._scored(x0, loss_mask, document_ids)
+        masked, weight = complementary(noise.time, noise.token, scored)
+        x_t = torch.where(masked, self.mask_id, x0[:, None])  # [B, 2, L]
+        read = masked.flatten().nonzero()[:, 0]
+        places = None if document_ids is None else positions(document_ids)
+        return LossInputs(
+            tokens=torch.cat([x_t.flatten(1), x0], 1),
+            attention_mask=BlockDiffusion(self.block_size, views=2),
+            loss_mask=loss_mask,
+            loss_positions=read,
+            targets=x0[:, None].expand_as(x_t).flatten()[read],
+            weights=weight.float().flatten()[read],
+            document_ids=None if document_ids is None else torch.cat([document_ids] * 3, 1),
+            positions=None if places is None else torch.cat([places] * 3, 1),
+        )
+
+    def _scored(self, x0: Tensor, loss_mask: Tensor, document_ids: Tensor | None) -> Tensor:
+        """The tokens that noise by counts may mask, boolean [B, L]."""
+        scored = loss_mask > 0
+        return scored & ~begins(x0, document_ids) if self.ignore_bos else scored
 
     def loss_inputs_at(
         self,

@@ -94,6 +94,26 @@ def masked_by_counts(
     return (rank < m[..., None]).flatten(1) & scored, per_token(weight, scored.shape[1])
 
 
+def complementary(u: Tensor, keys: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Two views of each text that mask complementary parts of the scored tokens, so that each is
+    predicted once: masked boolean and weights float64, [B, 2, L]. Arguments as for
+    `masked_by_counts`.
+
+    The first masks m = 0 .. n tokens of a block, each as likely, the second the other n - m, which
+    has the same law. With weights (n + 1) / (2 m) and (n + 1) / (2 (n - m)) each view has half of
+    the NELBO as its expected loss.
+    """
+    size = scored.shape[1] // u.shape[1]
+    n = scored.unflatten(1, (-1, size)).sum(-1)
+    m = (u.double() * (n + 1)).long()
+    rank = rank_in_block(keys.masked_fill(~scored, torch.inf), size)
+    first = (rank < m[..., None]).flatten(1) & scored
+    m = torch.stack([m, n - m], 1)  # [B, 2, N]
+    weight = (n + 1)[:, None] / (2 * m.clamp(min=1)).double()
+    masked = torch.stack([first, scored & ~first], 1)
+    return masked, weight.repeat_interleave(size, -1)
+
+
 # ---- the law of least variance
 
 

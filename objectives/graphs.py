@@ -7,7 +7,8 @@ more loss positions than needed (`LossInputs.padded`); a batch of more still get
 With noise by counts the number is the same in every step where one pass holds the global batch, all
 tokens of its blocks are scored and the law deals whole strata to each count. Otherwise it varies a
 little: first blocks have a law of their own, and a pass holds a part of the strata. The room is
-left in any case; it costs at most 1 / 64 of the rows read, and ROWS more.
+left in any case; it costs at most 1 / 64 of the rows read, and ROWS more. With two views every
+scored token is read once, so there is room for all tokens of the batch and no more.
 """
 
 from collections.abc import Callable

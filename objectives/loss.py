@@ -47,7 +47,8 @@ class TokenLoss:
 @dataclass(frozen=True)
 class LossInputs:
     """`loss_positions`: which rows of the network's output, flattened, predict a token that enters
-    the loss; None: all. M is their number; the training loss is sum(weights * nll) / (B L)."""
+    the loss; None: all. M is their number; the training loss is sum(weights * nll) / (B L). With
+    two views the output of a row is that of one and then of the other."""
 
     tokens: Tensor  # int64 [B, T], what the network sees
     attention_mask: AttentionMask
@@ -59,6 +60,11 @@ class LossInputs:
     expm1: Tensor | None = None  # [B], e^sigma - 1 where the loss needs it
     document_ids: Tensor | None = None  # int64 [B, T]
     positions: Tensor | None = None  # int64 [B, T]
+
+    @property
+    def views(self) -> int:
+        """Of each text that the network's output has."""
+        return getattr(self.attention_mask, "views", 1)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -80,7 +86,8 @@ class LossInputs:
         positions = self.loss_positions
         if positions is None or len(positions) >= rows:
             return self
-        free = torch.ones(self.loss_mask.numel(), dtype=torch.bool, device=positions.device)
+        outputs = self.views * self.loss_mask.numel()
+        free = torch.ones(outputs, dtype=torch.bool, device=positions.device)
         free[positions] = False
         more = free.nonzero()[: rows - len(positions), 0]
         # their target is that of a row that counts: never the mask, whose probability is 0
@@ -132,7 +139,10 @@ class Objective:
         )
         nll = head.losses * inputs.weights
         if positions is not None:
-            nll = nll.new_zeros(loss_mask.numel()).index_copy_(0, positions, nll)
+            outputs = nll.new_zeros(inputs.views * loss_mask.numel())
+            nll = outputs.index_copy_(0, positions, nll)
+        if inputs.views > 1:
+            nll = nll.view(len(loss_mask), inputs.views, -1).sum(1)
         return TokenLoss(nll=nll.view_as(loss_mask), loss_mask=loss_mask, per_place=head.total)
 
     def loss(self, backbone, *batch, **settings) -> TokenLoss:

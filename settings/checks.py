@@ -187,6 +187,8 @@ def counts(config: Config) -> Iterator[str]:
             yield f"training.counts={bounds} needs training.noise=counts"
         if learnt:
             yield "training.count_law=learnt needs training.noise=counts"
+        if training.views > 1:
+            yield f"training.views={training.views} needs training.noise=counts"
         return
     if not algorithms()[algo.name]["counts"]:
         yield (
@@ -199,6 +201,8 @@ def counts(config: Config) -> Iterator[str]:
             "training.resample=True has no meaning with training.noise=counts, which draws how"
             " many tokens are masked: training.counts bounds that; set training.resample=False"
         )
+    if training.views > 1:
+        yield from _views(config)
     size = noise_block(config)
     if bounds is not None and bounds[1] > size:
         yield f"training.counts={bounds} is more than the {size} tokens of a block"
@@ -216,6 +220,24 @@ def counts(config: Config) -> Iterator[str]:
                 f"{asked} with training.noise=counts is found by the validation's counts, not by"
                 f" eval.likelihood={config.eval.likelihood[0]}; use eval.likelihood=counts"
             )
+
+
+def _views(config: Config) -> Iterator[str]:
+    """What goes with two views of a row."""
+    training, algo, blocks = config.training, config.algo, config.block_size
+    views = f"training.views={training.views}"
+    if not algorithms()[algo.name]["blocks"] or blocks == config.model.length:
+        yield f"{views} share the clean half, which only algo=bamdlm in blocks of several has"
+    elif blocks == 1:
+        yield f"{views}: with block_size=1 one of them would always be empty"
+    others = {
+        f"training.count_law={training.count_law}": training.count_law != "uniform",
+        f"training.counts={training.counts}": training.counts is not None,
+        f"algo.clip_search_widths={algo.clip_search_widths}": bool(algo.clip_search_widths),
+    }
+    for other, given in others.items():
+        if given:
+            yield f"{views} have a law of their own, without {other}: choose one"
 
 
 def _has_share(low: float, high: float, block_size: int) -> bool:

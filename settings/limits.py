@@ -73,6 +73,7 @@ COUNTS = Limit(
     lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
     [1, 1],
 )
+VIEWS = Limit("1 or 2", lambda value: value in (1, 2), 1)
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(
     "a number of batches, at least 1: the training data are an endless stream",

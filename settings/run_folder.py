@@ -46,6 +46,7 @@ LATER = {
     "training.noise": "times",
     "training.counts": None,
     "training.count_law": "uniform",
+    "training.views": 1,
     "optim.name": "adamw",
     "optim.momentum": None,
 }

@@ -20,6 +20,7 @@ from settings.limits import (
     LIMITS,
     SEED,
     SHARES,
+    VIEWS,
     Limit,
     one_of,
 )
@@ -153,6 +154,11 @@ class Training:
         "with noise=counts, each count equally likely, or as each validation finds it to vary "
         "least; both are the bound",
         one_of("uniform", "learnt"),
+    )
+    views: int = doc(
+        "noised versions of a row in a step; 2: with noise=counts, of complementary masks, which "
+        "share its clean half (bamdlm)",
+        VIEWS,
     )
     from_pretrained: str | None = doc("weights to start from: .ckpt, exported folder or hub id")
     eval_nll: bool = doc("with block_size=1, validate the exact NLL, not the bound")

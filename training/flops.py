@@ -30,6 +30,7 @@ class NetworkShape:
     length: int
     block_size: int
     masked_share: float = 0.5  # of the tokens, on average: the mean of p(t)
+    views: int = 1  # noised versions of a sequence that share its clean half
 
     @property
     def causal(self) -> bool:
@@ -39,6 +40,11 @@ class NetworkShape:
     def clean_half(self) -> bool:
         """Whether the pass is over [x_t ; x0]."""
         return get_algorithm(self.algo).blocks and self.block_size < self.length
+
+    @property
+    def parts(self) -> int:
+        """Of the length of a sequence, in a pass."""
+        return 1 + self.views if self.clean_half else 1
 
     @property
     def read(self) -> float:
@@ -72,17 +78,17 @@ def seen_pairs(shape: NetworkShape) -> tuple[int, int]:
         return pairs, pairs
     blocks = length // size
     earlier = size**2 * blocks * (blocks - 1) // 2
-    noised = length * size + earlier  # own block, and x0 of the blocks before
+    noised = shape.views * (length * size + earlier)  # own block, and x0 of the blocks before
     return noised + length * size + earlier, noised
 
 
 def flops(shape: NetworkShape) -> Flops:
     width = shape.hidden_size
     square, length = 2 * width**2, shape.length
-    rows = length * (2 if shape.clean_half else 1)
+    rows = length * shape.parts
     inner, last = seen_pairs(shape)
     layer = 12 * square * rows  # 3 of q, k, v, 1 after attention, 8 of the MLP
-    last_layer = square * (2 * rows + length + 9 * shape.read)
+    last_layer = square * (2 * rows + shape.views * length + 9 * shape.read)
     per_pair = 4 * width  # q k^T and the weighted sum
     return Flops(
         layers=(shape.n_blocks - 1) * layer + last_layer,

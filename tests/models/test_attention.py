@@ -19,6 +19,7 @@ RULES = [
     BlockDiffusion(1),
     BlockDiffusion(4),
     BlockDiffusion(12),
+    BlockDiffusion(4, views=2),
 ]
 
 
@@ -41,15 +42,16 @@ def by_hand(mask, q, k, v, document_ids=None):
 
 
 def asked_rows(mask, keys):
-    """Under the training rule either both halves ask or the noised one alone."""
-    return (keys, keys // 2) if isinstance(mask, BlockDiffusion) else (keys,)
+    """Under the training rule either all parts ask or what is noised alone."""
+    return (keys, mask.noised(keys)) if isinstance(mask, BlockDiffusion) else (keys,)
 
 
 def packed(mask, keys, batch=2):
-    """Three texts of uneven length in a row, other borders in each row; twice for [x_t ; x0]."""
-    length = keys // 2 if isinstance(mask, BlockDiffusion) else keys
+    """Three texts of uneven length in a row, other borders in each row; for each part the same."""
+    parts = mask.views + 1 if isinstance(mask, BlockDiffusion) else 1
+    length = keys // parts
     ids = torch.stack([(torch.arange(length) * 3 + 2 * row) // length for row in range(batch)])
-    return torch.cat([ids, ids], 1) if isinstance(mask, BlockDiffusion) else ids
+    return torch.cat([ids] * parts, 1)
 
 
 @pytest.mark.parametrize("with_documents", [False, True], ids=["one text", "packed"])
@@ -66,6 +68,7 @@ def test_every_backend_computes_what_the_rule_says(mask, backend, with_documents
         torch.testing.assert_close(attend(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("with_documents", [False, True], ids=["one text", "packed"])
 @pytest.mark.parametrize(
     ("length", "block_size", "chunk"),
@@ -81,10 +84,10 @@ def test_every_backend_computes_what_the_rule_says(mask, backend, with_documents
     ],
 )
 def test_split_attention_equals_dense_forward_and_backward(
-    length, block_size, chunk, with_documents, monkeypatch
+    length, block_size, chunk, with_documents, views, monkeypatch
 ):
     monkeypatch.setattr(attention, "CHUNK_TOKENS", chunk)
-    mask, keys = BlockDiffusion(block_size), 2 * length
+    mask, keys = BlockDiffusion(block_size, views), (1 + views) * length
     document_ids = packed(mask, keys) if with_documents else None
     for queries in asked_rows(mask, keys):
         results = []

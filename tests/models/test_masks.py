@@ -35,6 +35,19 @@ def test_the_training_rule_says_in_words_what_it_says_in_tensors(length, block_s
             assert mask[q, k] == seen, (q, k)
 
 
+@pytest.mark.parametrize(("length", "block_size"), [(6, 1), (6, 2), (6, 6), (7, 3)])
+def test_each_of_two_views_sees_what_it_would_see_alone(length, block_size):
+    """Itself and the clean part; the other view nothing."""
+    mask = table(BlockDiffusion(block_size, views=2), 3 * length)
+    alone = table(BlockDiffusion(block_size), 2 * length)
+    parts = torch.arange(3 * length).split(length)
+    for view in parts[:2]:
+        both = torch.cat([view, parts[2]])
+        assert torch.equal(mask[both][:, both], alone)
+    assert not mask[parts[0]][:, parts[1]].any()
+    assert not mask[parts[1]][:, parts[0]].any()
+
+
 def test_a_noised_block_sees_what_sampling_shows_it():
     """A block of x_t in the training form sees as many tokens as under the block-causal rule."""
     length, block_size = 12, 3

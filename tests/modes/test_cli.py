@@ -213,6 +213,24 @@ WRONG = [
         [*BLOCKS, COUNTS, f"{CLIP}=[.5]", "eval.likelihood=nelbo"],
         f"{CLIP}=[0.5] with training.noise=counts is found by the validation's counts",
     ),
+    (TRAIN, ["training.views=3"], "training.views=3 must be 1 or 2"),
+    (TRAIN, [*BLOCKS, "training.views=2"], "training.views=2 needs training.noise=counts"),
+    (TRAIN, [COUNTS, "algo=mdlm", "training.views=2"], "training.views=2 share the clean half"),
+    (
+        TRAIN,
+        [COUNTS, "block_size=1", "training.views=2"],
+        "training.views=2: with block_size=1 one of them would always be empty",
+    ),
+    (
+        TRAIN,
+        [*BLOCKS, *LEARNT, "training.views=2"],
+        "training.views=2 have a law of their own, without training.count_law=learnt",
+    ),
+    (
+        TRAIN,
+        [*BLOCKS, COUNTS, f"{CLIP}=[.5]", "training.views=2"],
+        f"training.views=2 have a law of their own, without {CLIP}=[0.5]",
+    ),
     # optimizer
     (TRAIN, ["optim=sgd"], "optim=sgd does not exist. Choices: adamw, muon"),
     (

@@ -16,6 +16,7 @@ from test_identities import enumerated_nelbo, gauss_legendre, masks
 from evaluation import estimators
 from evaluation.estimators import AskedTexts
 from evaluation.network import asker
+from models.document_ids import begins
 from noise_schedule import LogLinear, get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.clipping import count_candidates, law_variances, name_of_counts
@@ -176,6 +177,71 @@ def test_a_range_of_counts_is_not_the_bound():
     """Of the toy the expected loss of counts 2 and 3 is 7.5 % more."""
     (bound, _), (found, _) = moments(UNIFORM), moments(within(2, 3, 4))
     assert found / bound == pytest.approx(1.075, abs=1e-3)
+
+
+# ---- two views
+
+
+def by_views(name, net):
+    """Every m = 0 .. n and every order of the keys."""
+    objective, x0, valid, ids = case(name)
+    size, blocks = objective.block_size, x0.shape[1] // objective.block_size
+    borders = torch.tensor(sorted({m / (n + 1) for n in range(size + 1) for m in range(n + 2)}))
+    middles, widths = (borders[1:] + borders[:-1]) / 2, borders.diff()
+    orders = torch.tensor(list(itertools.permutations(range(size)))) / size
+    keys = orders.repeat(len(middles), blocks)
+    u = middles.repeat_interleave(len(orders))[:, None].expand(-1, blocks)
+    chances = widths.repeat_interleave(len(orders)) / len(orders)
+    rows = len(keys)
+    inputs = objective.inputs_by_views(
+        of_rows(x0, rows), of_rows(valid, rows), Noise(u, keys, u), document_ids=of_rows(ids, rows)
+    )
+    return inputs, chances
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("bamdlm")])
+def test_two_complementary_views_have_the_expected_loss_and_gradient_of_one(name):
+    net = network()
+    inputs, chances = by_views(name, net)
+    row = inputs.loss_positions // (2 * inputs.loss_mask.shape[1])
+    weighed = replace(inputs, weights=inputs.weights * chances[row].float())
+    found = case(name)[0].compute_loss(net, weighed)
+    total = found.per_place * inputs.loss_mask.numel()
+    ours = torch.autograd.grad(total, list(net.parameters()), allow_unused=True)
+    ours = torch.cat([g.flatten() for g in ours if g is not None])
+    theirs, gradient = by_times(name, net)
+    assert float(total.detach()) == pytest.approx(theirs, rel=1e-5)
+    assert float(found.nll.double().sum()) == pytest.approx(theirs, rel=1e-5)
+    assert (ours - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("bamdlm")])
+def test_two_views_predict_every_scored_token_once(name):
+    objective, x0, valid, ids = case(name)
+    inputs, _ = by_views(name, network())
+    length = x0.shape[1]
+    places = torch.zeros(len(inputs.tokens) * 2 * length, dtype=torch.int64)
+    places[inputs.loss_positions] = 1
+    predicted = places.view(-1, 2, length).sum(1)
+    scored = (valid > 0) & ~(objective.ignore_bos & begins(x0, ids))
+    assert torch.equal(predicted, scored.long().expand_as(predicted))
+    first, second, clean = inputs.tokens.split(length, 1)
+    assert torch.equal(clean, x0.expand_as(clean))
+    both = torch.stack([first, second], 1)
+    masked = (both == MASK) & (x0 != MASK)[:, None]
+    assert torch.equal(masked.flatten().nonzero()[:, 0], inputs.loss_positions)
+
+
+@torch.no_grad()
+def test_rows_to_spare_change_no_loss_of_two_views():
+    inputs, _ = by_views("bamdlm, first token seen", network())
+    objective = case("bamdlm, first token seen")[0]
+    for more in (1, 10**6):
+        padded = inputs.padded(len(inputs.loss_positions) + more)
+        assert len(padded.loss_positions.unique()) == len(padded.loss_positions)
+        assert len(padded.loss_positions) <= 2 * inputs.loss_mask.numel()
+        ours, plain = (objective.compute_loss(network(), q) for q in (padded, inputs))
+        torch.testing.assert_close(ours.nll, plain.nll, rtol=1e-5, atol=1e-6)
 
 
 # ---- what is drawn

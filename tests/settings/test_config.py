@@ -67,6 +67,7 @@ DEFAULTS = {
     "training.noise": "times",
     "training.counts": None,
     "training.count_law": "uniform",
+    "training.views": 1,
     "training.from_pretrained": None,
     "training.eval_nll": True,
     "eval.checkpoint_path": None,
@@ -518,6 +519,7 @@ def test_setting_that_does_not_shape_training_keeps_the_run(same):
         "training.noise=counts",
         "training.counts=[2,3]",
         "training.count_law=learnt",
+        "training.views=2",
     ],
 )
 def test_setting_that_shapes_training_makes_another_run(other):

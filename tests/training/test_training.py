@@ -77,6 +77,7 @@ def module(
     validate_by="nelbo",
     counts=None,
     learn=False,
+    views=1,
     momentum=None,
 ):
     objective = ALGORITHMS[algo]()
@@ -98,6 +99,7 @@ def module(
             eval_global_batch=4,
             counts=counts,
             learn_counts=learn,
+            views=views,
         ),
         optimizer=OptimizerSettings(
             {"lr": 1e-2, "betas": (0.9, 0.999), "eps": eps, "weight_decay": 0.0}, momentum
@@ -181,6 +183,16 @@ def test_by_counts_the_split_into_micro_batches_does_not_change_a_run(algo, law,
     four = trained(algo, tmp_path, 4, batch_size=2, eps=1e-3, counts=law)
     for ours, theirs in zip(one.backbone.parameters(), four.backbone.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_with_two_views_the_split_into_micro_batches_does_not_change_a_run(tmp_path):
+    two = {"counts": within(1, 4, 4), "views": 2, "eps": 1e-3}
+    runs = [trained("bamdlm", tmp_path, 4, batch_size=size, **two) for size in (8, 2)]
+    plain = trained("bamdlm", tmp_path, 4, batch_size=8, **{**two, "views": 1})
+    for ours, theirs in zip(*(m.backbone.parameters() for m in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    weights = [m.backbone.output_layer.linear.weight for m in (*runs, plain)]
+    assert (weights[0] - weights[2]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("algo", "law"), COUNTS)
