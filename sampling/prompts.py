@@ -20,38 +20,45 @@ MASKS_AND_SPACES = re.compile(r"\s*((?:\[MASK\]\s*)*\[MASK\])")
 
 def read_prompts(path: str | Path) -> list[str]:
     """.txt: one prompt a line, empty lines left out; .jsonl: objects with the field `prompt`."""
-    path = Path(path)
+    path, name = Path(path), f"sampling.prompts={path}"
     if not path.is_file():
-        raise ValueError(f"sampling.prompts={path} does not exist")
+        raise ValueError(f"{name} does not exist")
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"sampling.prompts={path} must be a .txt or .jsonl file")
+        raise ValueError(f"{name} must be a .txt or .jsonl file")
     if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"sampling.prompts={path} has more than {MOST_BYTES:,} bytes")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # without a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"sampling.prompts={path} is not UTF-8 text ({error.reason})") from error
-    prompts = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+        raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes")
+    prompts = lines_of_text(path, "prompt", name)
     if not prompts:
-        raise ValueError(f"sampling.prompts={path} is empty: write one prompt a line")
-    if path.suffix == ".txt":
-        return list(prompts.values())
-    return [_record(line, f"sampling.prompts={path}, line {n}") for n, line in prompts.items()]
+        raise ValueError(f"{name} is empty: write one prompt a line")
+    return prompts
 
 
-def _record(line: str, where: str) -> str:
-    """The prompt of a line of .jsonl; `where` names the line in messages."""
+def lines_of_text(path: Path, field: str, name: str) -> list[str]:
+    """One text a line, empty lines left out; .jsonl has it under `field`. name: of the file, in
+    messages. ValueError where a line is something else."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # without a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason})") from error
+    found = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+    if path.suffix != ".jsonl":
+        return list(found.values())
+    return [_record(line, field, f"{name}, line {number}") for number, line in found.items()]
+
+
+def _record(line: str, field: str, where: str) -> str:
+    """The text of a line of .jsonl; `where` names the line in messages."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # thousands of digits or brackets
         raise ValueError(f"{where} cannot be read: {reason(error)}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ValueError(f"{where} must be an object with a text under `prompt`")
-    if HALF_A_PAIR.search(record["prompt"]):
-        raise ValueError(f"{where}: the prompt has half of a surrogate pair, which is no text")
-    return record["prompt"]
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        raise ValueError(f"{where} must be an object with a text under `{field}`")
+    if HALF_A_PAIR.search(record[field]):
+        raise ValueError(f"{where}: the {field} has half of a surrogate pair, which is no text")
+    return record[field]
 
 
 def encode_prompts(

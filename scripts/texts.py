@@ -7,6 +7,7 @@ from pathlib import Path
 import settings
 from modes.build import build_cache, build_rows, build_tokenizer
 from random_streams import order
+from sampling.prompts import lines_of_text
 from sampling.sample_file import SampleFile
 from utils import check_file
 
@@ -50,35 +51,15 @@ def read_texts(source: str, length: int, count: int | None, words: Sequence[str]
     if not path.suffix and not path.exists():
         rows, tokenizer = corpus_rows(source, length, count, words)
         return [tokenizer.decode(row.tolist()) for row in rows]
-    if path.suffix == ".csv":
-        if not path.exists():
-            raise ValueError(f"{source} does not exist")
-        found = [row.samples for row in SampleFile(path)]
-    else:
-        found = _lines(path)
-    if not found:
-        raise ValueError(f"{source} has no text")
-    return found[:count]
-
-
-def _lines(path: Path) -> list[str]:
-    import json
-
-    if path.suffix not in (".txt", ".jsonl"):
+    if path.suffix not in (".csv", ".txt", ".jsonl"):
         raise ValueError(f"{path} must be a .txt, .jsonl or .csv file, or the name of a corpus")
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    check_file(path)
-    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    if path.suffix == ".txt":
-        return lines
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f"{path}, line {number} must be an object with a text under `text`")
-        found.append(record["text"])
-    return found
+    if path.suffix == ".csv":
+        found = [row.samples for row in SampleFile(path)]
+    else:
+        check_file(path)
+        found = lines_of_text(path, "text", str(path))
+    if not found:
+        raise ValueError(f"{source} has no text")
+    return found[:count]
