@@ -9,12 +9,11 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from settings.amounts import MOST_INTERVALS, amounts
+from settings.amounts import amounts
 from settings.composing import read
 from settings.defaults import (
     has_package,
     needs_block_mask,
-    noise_block,
     started_by_torchrun,
     torch_version,
     visible_gpus,
@@ -22,12 +21,13 @@ from settings.defaults import (
 from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
 from settings.limits import unfit
+from settings.noise import clipping, counts
 from settings.overrides import nearest, parse
 from settings.packages import packages
 from settings.paths import blamed, checkpoints, corpora, results, sampling_files
 from settings.schema import Config
 from settings.sweep import sweep
-from settings.tables import algorithms, attention_backends, known_corpora
+from settings.tables import algorithms, attention_backends, known_corpora, names_with
 from utils import CIRCUMSTANCES
 
 Rule = Callable[[Config], Iterator[str]]
@@ -147,122 +147,16 @@ def algorithm(config: Config) -> Iterator[str]:
     if algo.time_conditioning and not entry["time_conditioning"]:
         yield (
             f"algo.time_conditioning=True: algo={algo.name} does not tell its network the noise"
-            f" level, only {_names('time_conditioning')} does; set it to False"
+            f" level, only {names_with('time_conditioning')} does; set it to False"
         )
     if entry["blocks"] and blocks and not algo.cross_attn:
         yield f"algo.cross_attn=False: algo={algo.name} with block_size < model.length needs it"
     for key, does in (("cross_attn", "has blocks to cross"), ("var_min", "clips its schedule")):
         if getattr(algo, key) and not entry["blocks"]:
-            only = f"only {_names('blocks')} {does}"
+            only = f"only {names_with('blocks')} {does}"
             yield f"algo.{key}=True does not fit algo={algo.name}: {only}"
     if algo.mdlm_loss_scale and config.noise.type != "loglinear":
         yield f"algo.mdlm_loss_scale=True is defined for noise=loglinear, not {config.noise.type}"
-
-
-def _names(field: str) -> str:
-    """The algorithms whose entry says that they have it."""
-    return " and ".join(name for name, entry in algorithms().items() if entry[field])
-
-
-def clipping(config: Config) -> Iterator[str]:
-    algo, training = config.algo, config.training
-    if algo.clip_search_widths and not algo.var_min:
-        yield (
-            f"algo.clip_search_widths={algo.clip_search_widths} needs algo.var_min=True;"
-            " [] turns the search off"
-        )
-    low, high = training.sampling_eps_min, training.sampling_eps_max
-    if low > high:
-        yield f"training.sampling_eps_min={low} is above training.sampling_eps_max={high}"
-    elif training.resample and algorithms()[algo.name]["noise"] and training.noise == "times":
-        yield from _impossible_shares(config, low, high)
-
-
-def counts(config: Config) -> Iterator[str]:
-    """What goes with training.noise=counts, and what does not."""
-    algo, training = config.algo, config.training
-    learnt, bounds = training.count_law == "learnt", training.counts
-    if training.noise != "counts":
-        if bounds is not None:
-            yield f"training.counts={bounds} needs training.noise=counts"
-        if learnt:
-            yield "training.count_law=learnt needs training.noise=counts"
-        if training.views > 1:
-            yield f"training.views={training.views} needs training.noise=counts"
-        return
-    if not algorithms()[algo.name]["counts"]:
-        yield (
-            f"training.noise=counts does not fit algo={algo.name}, only {_names('counts')}; use"
-            " training.noise=times"
-        )
-        return
-    if training.resample:
-        yield (
-            "training.resample=True has no meaning with training.noise=counts, which draws how"
-            " many tokens are masked: training.counts bounds that; set training.resample=False"
-        )
-    if training.views > 1:
-        yield from _views(config)
-    size = noise_block(config)
-    if bounds is not None and bounds[1] > size:
-        yield f"training.counts={bounds} is more than the {size} tokens of a block"
-    searched = f"algo.clip_search_widths={algo.clip_search_widths}"
-    if learnt and bounds is not None:
-        yield f"training.count_law=learnt draws all counts: leave training.counts={bounds} out"
-    if learnt and algo.clip_search_widths:
-        yield f"training.count_law=learnt does not go with {searched}: choose one"
-    if learnt and size == 1:
-        yield "training.count_law=learnt: a block of one token has one count only"
-    if config.mode == "train" and size > 1 and config.eval.likelihood[0] != "counts":
-        asked = "training.count_law=learnt" if learnt else searched
-        if learnt or algo.clip_search_widths:
-            yield (
-                f"{asked} with training.noise=counts is found by the validation's counts, not by"
-                f" eval.likelihood={config.eval.likelihood[0]}; use eval.likelihood=counts"
-            )
-
-
-def _views(config: Config) -> Iterator[str]:
-    """What goes with two views of a row."""
-    training, algo, blocks = config.training, config.algo, config.block_size
-    views = f"training.views={training.views}"
-    if not algorithms()[algo.name]["blocks"] or blocks == config.model.length:
-        yield f"{views} share the clean half, which only algo=bamdlm in blocks of several has"
-    elif blocks == 1:
-        yield f"{views}: with block_size=1 one of them would always be empty"
-    others = {
-        f"training.count_law={training.count_law}": training.count_law != "uniform",
-        f"training.counts={training.counts}": training.counts is not None,
-        f"algo.clip_search_widths={algo.clip_search_widths}": bool(algo.clip_search_widths),
-    }
-    for other, given in others.items():
-        if given:
-            yield f"{views} have a law of their own, without {other}: choose one"
-
-
-def _has_share(low: float, high: float, block_size: int) -> bool:
-    """Whether a multiple of 1/S lies in [low, high]."""
-    return int(high * block_size + 1e-6) >= low * block_size - 1e-6
-
-
-def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]:
-    size, delta = config.block_size, config.algo.clip_search_delta
-    if not _has_share(low, high, size):
-        yield (
-            f"training.resample=True: no multiple of 1/{size} lies in [{low:g}, {high:g}]; widen"
-            " training.sampling_eps_min and sampling_eps_max"
-        )
-    if config.algo.fix_clipping or size == 1:
-        return
-    for width in config.algo.clip_search_widths:
-        if (1 - width) / delta > MOST_INTERVALS:  # refused already
-            continue
-        starts = range(int((1 - width) / delta + 1e-6) + 1)
-        if not all(_has_share(i * delta, i * delta + width, size) for i in starts):
-            yield (
-                f"algo.clip_search_widths: {width:g} is narrower than 1/{size}, the share of one"
-                " token, so training.resample=True may find no mask; leave it out"
-            )
 
 
 def batches(config: Config) -> Iterator[str]:

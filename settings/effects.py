@@ -9,6 +9,11 @@ from settings.tables import algorithms, class_defaults, lr_schedules, step_numbe
 # Corpora that have no revision (data.train_revision).
 NOT_ON_THE_HUB = ("shakespeare", "state_of_the_union", "text8", "text8-crop")
 
+DRAWN_IN_TRAINING = (  # of training.*
+    *("sampling_eps_min", "sampling_eps_max", "resample"),
+    *("noise", "counts", "count_law", "views"),
+)
+
 
 def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     """Sentences; settings left at their defaults are never mentioned, and what an experiment sets
@@ -36,7 +41,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             " choice"
         )
     if config.mode == "ppl_eval" and entry["noise"]:
-        for key in ("sampling_eps_min", "sampling_eps_max", "resample", "noise", "counts"):
+        for key in DRAWN_IN_TRAINING:
             if f"training.{key}" in typed:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
     if config.mode == "train" and config.training.noise == "counts":

@@ -112,6 +112,11 @@ def algorithms() -> dict[str, dict]:
     return {"bamdlm": found.pop("bamdlm"), **found}
 
 
+def names_with(field: str) -> str:
+    """The algorithms whose entry says that they have it, as words."""
+    return " and ".join(name for name, entry in algorithms().items() if entry[field])
+
+
 def attention_backends() -> dict[str, dict]:
     """{backend: all literal fields of its entry}: model.attn_backend, beside auto."""
     defaults = class_defaults("models/attention.py", "Backend")

@@ -202,7 +202,8 @@ WRONG = [
         [*BLOCKS, *LEARNT, f"{CLIP}=[.5]"],
         f"training.count_law=learnt does not go with {CLIP}=[0.5]",
     ),
-    (TRAIN, ["block_size=1", *LEARNT], "a block of one token has one count only"),
+    (TRAIN, ["block_size=1", *LEARNT], "training.count_law=learnt: a block of one token has"),
+    (TRAIN, ["block_size=1", COUNTS, f"{CLIP}=[.5]"], f"{CLIP}=[0.5]: a block of one token has"),
     (
         TRAIN,
         [*BLOCKS, *LEARNT, "eval.likelihood=nelbo"],

@@ -39,6 +39,10 @@ def test_pairs_are_those_of_the_rule(size):
         return
     allowed = BlockDiffusion(size).allowed(index[:, None], index[None], 2 * length)
     assert (inner, last) == (int(allowed.sum()), int(allowed[:length].sum()))
+    two, index = BlockDiffusion(size, views=2), torch.arange(3 * length)
+    allowed = two.allowed(index[:, None], index[None], 3 * length)
+    found = seen_pairs(NetworkShape("bamdlm", 16, 2, 7, length, size, views=2))
+    assert found == (int(allowed.sum()), int(allowed[: 2 * length].sum()))
 
 
 def test_pairs_of_ar_are_causal():

@@ -1,0 +1,113 @@
+"""What must hold between the settings of training's noise; rules as in checks.py."""
+
+from collections.abc import Iterator
+
+from settings.amounts import MOST_INTERVALS
+from settings.defaults import noise_block
+from settings.schema import Config
+from settings.tables import algorithms, names_with
+
+
+def clipping(config: Config) -> Iterator[str]:
+    algo, training = config.algo, config.training
+    if algo.clip_search_widths and not algo.var_min:
+        yield (
+            f"algo.clip_search_widths={algo.clip_search_widths} needs algo.var_min=True;"
+            " [] turns the search off"
+        )
+    low, high = training.sampling_eps_min, training.sampling_eps_max
+    if low > high:
+        yield f"training.sampling_eps_min={low} is above training.sampling_eps_max={high}"
+    elif training.resample and algorithms()[algo.name]["noise"] and training.noise == "times":
+        yield from _impossible_shares(config, low, high)
+
+
+def _has_share(low: float, high: float, block_size: int) -> bool:
+    """Whether a multiple of 1/S lies in [low, high]."""
+    return int(high * block_size + 1e-6) >= low * block_size - 1e-6
+
+
+def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]:
+    size, delta = config.block_size, config.algo.clip_search_delta
+    if not _has_share(low, high, size):
+        yield (
+            f"training.resample=True: no multiple of 1/{size} lies in [{low:g}, {high:g}]; widen"
+            " training.sampling_eps_min and sampling_eps_max"
+        )
+    if config.algo.fix_clipping or size == 1:
+        return
+    for width in config.algo.clip_search_widths:
+        if (1 - width) / delta > MOST_INTERVALS:  # refused already
+            continue
+        starts = range(int((1 - width) / delta + 1e-6) + 1)
+        if not all(_has_share(i * delta, i * delta + width, size) for i in starts):
+            yield (
+                f"algo.clip_search_widths: {width:g} is narrower than 1/{size}, the share of one"
+                " token, so training.resample=True may find no mask; leave it out"
+            )
+
+
+def counts(config: Config) -> Iterator[str]:
+    """What needs training.noise=counts, and what goes with it."""
+    training, name = config.training, config.algo.name
+    drawn = training.noise == "counts"
+    if drawn and not algorithms()[name]["counts"]:
+        yield (
+            f"training.noise=counts does not fit algo={name}, only {names_with('counts')}; use"
+            " training.noise=times"
+        )
+        return
+    if drawn and training.resample:
+        yield (
+            "training.resample=True has no meaning with training.noise=counts, which draws how"
+            " many tokens are masked: training.counts bounds that; set training.resample=False"
+        )
+    for key, unset in (("counts", None), ("count_law", "uniform"), ("views", 1)):
+        if not drawn and (value := getattr(training, key)) != unset:
+            yield f"training.{key}={value} needs training.noise=counts"
+    if drawn:
+        yield from _law(config)
+    if drawn and training.views > 1:
+        yield from _views(config)
+
+
+def _law(config: Config) -> Iterator[str]:
+    """How counts are drawn: all alike, from a range, as learnt, or from a range that is searched.
+    The last two are found by validation."""
+    training, size, by = config.training, noise_block(config), config.eval.likelihood[0]
+    bounds = training.counts
+    if bounds is not None and bounds[1] > size:
+        yield f"training.counts={bounds} is more than the {size} tokens of a block"
+    learnt = "training.count_law=learnt" if training.count_law == "learnt" else None
+    widths = config.algo.clip_search_widths
+    searched = f"algo.clip_search_widths={widths}" if widths else None
+    if learnt and bounds is not None:
+        yield f"{learnt} draws all counts: leave training.counts={bounds} out"
+    if learnt and searched:
+        yield f"{learnt} does not go with {searched}: choose one"
+    asked = learnt or searched
+    if asked and size == 1:
+        yield f"{asked}: a block of one token has one count only"
+    elif asked and config.mode == "train" and by != "counts":
+        yield (
+            f"{asked} with training.noise=counts is found by the validation's counts, not by"
+            f" eval.likelihood={by}; use eval.likelihood=counts"
+        )
+
+
+def _views(config: Config) -> Iterator[str]:
+    """What goes with two views of a row."""
+    training, algo, blocks = config.training, config.algo, config.block_size
+    views = f"training.views={training.views}"
+    if not algorithms()[algo.name]["blocks"] or blocks == config.model.length:
+        yield f"{views} share the clean half, which only algo=bamdlm in blocks of several has"
+    elif blocks == 1:
+        yield f"{views}: with block_size=1 one of them would always be empty"
+    others = {
+        f"training.count_law={training.count_law}": training.count_law != "uniform",
+        f"training.counts={training.counts}": training.counts is not None,
+        f"algo.clip_search_widths={algo.clip_search_widths}": bool(algo.clip_search_widths),
+    }
+    for other, given in others.items():
+        if given:
+            yield f"{views} have a law of their own, without {other}: choose one"
