@@ -23,7 +23,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -38,6 +37,7 @@ from sampling.notebook import Writer, load
 from sampling.report import SHOWN, made_with
 from sampling.run import Model, Output, SamplingRun, Texts, run_id
 from sampling.sample_file import SampleFile
+from scripts.command import chosen_device, new_parser, parsed
 from scripts.picture import picture
 from scripts.texts import cache_folder, read_texts
 from utils import atomic_file, reason, say, shown, write_json
@@ -76,11 +76,8 @@ class Point:
 
 
 def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args = parse(argv[:end])
+    args, words = parse(argv)
     try:
-        words = argv[end + 1 :]
         judge = judge_of(args, words)
         points = [
             p for name, path in args.checkpoints for p in plan(name, path, judge, args, words)
@@ -107,10 +104,8 @@ def main(argv=None) -> int:
     return 0
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the settings of main.py behind --."""
 
     def numbers(text: str) -> list[float]:
         return [float(each) for each in text.split(",")]
@@ -132,6 +127,7 @@ def parse(argv):
             )
         return name, [NUMBERS[name].type(each) for each in values.split(",")]
 
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=named, help="[NAME=]file, export or hub id")
     parser.add_argument("--judge", default="gpt2-large", help="causal model or ar checkpoint")
     parser.add_argument("--steps", default="first_hitting", help="rules, separated by commas")
@@ -147,14 +143,14 @@ def parse(argv):
     parser.add_argument("--reference", help="real texts: a file, or a corpus such as shakespeare")
     parser.add_argument("--device", help="(the accelerator, if there is one)")
     parser.add_argument("--out", type=Path, default=Path("outputs/frontier"), help="(%(default)s)")
-    args = parser.parse_args(argv)
+    args, words = parsed(parser, argv)
     for rule in args.steps.split(","):
         if rule not in STEPS:
             parser.error(f"--steps: {rule} is none of {', '.join(STEPS)}")
     names = [name for name, _ in args.checkpoints]
     if len(set(names)) < len(names):
         parser.error(f"two checkpoints are called {names}: give NAME=PATH")
-    return args
+    return args, words
 
 
 def short(path: str) -> str:
@@ -163,17 +159,12 @@ def short(path: str) -> str:
     return parts[-1] if parts else path
 
 
-def device(args) -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device(args.device or found or "cpu")
-
-
 def judge_of(args, words) -> Judge:
     """Special tokens of the writers are told apart when they are known, see `plan`."""
     return load_judge(
         args.judge,
         batch_size=args.judge_batch_size,
-        device=device(args),
+        device=chosen_device(args.device),
         setting="--judge",
         cache_dir=cache_folder(words),
     )
@@ -181,7 +172,7 @@ def judge_of(args, words) -> Judge:
 
 def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
     """The points of a checkpoint, all checked. ValueError where one cannot be."""
-    writer = load(path, device=device(args), cache_dir=cache_folder(words))
+    writer = load(path, device=chosen_device(args.device), cache_dir=cache_folder(words))
     length = args.length or writer.params.context_size
     base = writer.params.changed(
         length=length,

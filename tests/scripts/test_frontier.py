@@ -41,7 +41,7 @@ def test_every_algorithm_has_its_points(files, tmp_path):
     """NFE decides how many positions a step reveals, or how many steps there are."""
     words = ["--steps=confidence,ancestral", "--nfe=8,31", "--set=corrector=0,1"]
     argv = arguments(files, tmp_path, *words)
-    args, data = frontier.parse(argv[: argv.index("--")]), argv[argv.index("--") + 1 :]
+    args, data = frontier.parse(argv)
     judge = frontier.judge_of(args, data)
     points = [
         p for name, path in args.checkpoints for p in frontier.plan(name, path, judge, args, data)
