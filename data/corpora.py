@@ -8,6 +8,7 @@ miniatures of them. Corpus.unverified says what could not be made sure, and is l
 import difflib
 import glob
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ ROWS = re.compile(r"(?P<name>\w+)(\[(?P<begin>-\d+)?:(?P<end>-\d+)?\])?")
 @dataclass(frozen=True)
 class Corpus:
     """train, valid: what the sources call these splits, or which rows of it, such as
-    train[-100000:]; None where there is no such split."""
+    train[-100000:]; None where there is no such split. ValueError where both have rows in common.
+    """
 
     sources: tuple[Source, ...]  # in order of preference
     licence: str
@@ -47,6 +49,22 @@ class Corpus:
     whole: str | None = None  # of windows: the corpus of the same text in rows of L
     archive: Archive | None = None  # how it was published before there was a hub
     unverified: str = ""
+
+    def __post_init__(self):
+        if self.train is None or self.valid is None:
+            return
+        (name, *train), (other, *valid) = self.rows("train"), self.rows("valid")
+        alike = any(isinstance(source, Files) for source in self.sources)  # for any name
+        begins, ends = zip(train, valid, strict=True)  # counted from the end of the split
+        common = max(begin or -math.inf for begin in begins) < min(end or 0 for end in ends)
+        if common and (name == other or alike):
+            why = "; Files reads the same text for both" if alike else ""
+            raise ValueError(
+                f"a corpus of {self.sources[0]}: train={self.train} and valid={self.valid} have"
+                f" documents in common{why}. Cut them apart (train[:-100] and train[-100:]), leave"
+                " one out (None), or give each split files of its own with data.train and"
+                " data.valid"
+            )
 
     def split(self, split: str) -> str | None:
         return self.train if split == "train" else self.valid
@@ -180,7 +198,8 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
                 f"data.{split}={name} is neither a corpus ({', '.join(CORPORA)}) nor a file that"
                 f" exists{hint}"
             )
-        return Corpus((Files(name),), licence="yours")
+        other = "valid" if split == "train" else "train"
+        return Corpus((Files(name),), licence="yours", **{other: None})
     corpus = CORPORA[name]
     if corpus.split(split) is None:
         raise ValueError(
@@ -201,7 +220,10 @@ def local_copy(corpus: Corpus, name: str, source: str) -> Source:
     if isinstance(corpus.sources[0], Text8 | Addresses):
         return replace(corpus.sources[0], path=str(path))
     if not isinstance(corpus.sources[0], Hub):
-        raise ValueError(f"data.source={source} has no meaning for the embedded corpus {name}")
+        raise ValueError(
+            f"data.source={source}: {name} is not on the hub, so data.source has no meaning for it;"
+            " leave data.source out"
+        )
     names = (name, *(hub.name or hub.data_dir for hub in corpus.sources))
     inside = (path / folder for folder in names if folder is not None)
     path = next((folder for folder in inside if folder.is_dir()), path)

@@ -60,7 +60,7 @@ class LocalCopy:
 
     def saved_folder(self, split: str) -> Path:
         if (self.path / SAVED).is_file():
-            if words(_own_name(self.path)) & NAMES[split] or self.one_split:
+            if names_split(_own_name(self.path), split) or self.one_split:
                 return self.path
             raise ValueError(
                 f"data.source={self.path} is one saved table: give the folder of the DatasetDict,"
@@ -148,9 +148,21 @@ class LocalCopy:
         or else by the name of source."""
         folder = self.path.parent if path == self.path else self.path
         for name in (path.relative_to(folder).as_posix(), _own_name(folder)):
-            if found := words(name) & set().union(*NAMES.values()):
-                return bool(found & NAMES[split])
+            if (found := names_split(name, split)) is not None:
+                return found
         return self.one_split
+
+
+def names_split(name: str, split: str) -> bool | None:
+    """Whether a path names the split; None where it names none. ValueError where it names another
+    one as well: its text would be in both."""
+    found = [each for each, known in NAMES.items() if words(name) & known]
+    if split in found and len(found) > 1:
+        raise ValueError(
+            f"data.source: {name} names the splits {' and '.join(found)}; rename it, so that the"
+            " file and its folders name one"
+        )
+    return split in found if found else None
 
 
 def _own_name(folder: Path) -> str:

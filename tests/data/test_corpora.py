@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from data.hub_tables import CONVERTED, Hub
 from data.packaged import shakespeare
 from data.packaged.shakespeare import Plays
 from data.packaged.state_of_the_union import Addresses
+from data.tables import Files
 from data.tokenizer import get_tokenizer
 from settings.effects import NOT_ON_THE_HUB
 from settings.keys import CONFIGS
@@ -159,6 +161,40 @@ def test_a_corpus_names_a_licence_and_rules_that_there_are(corpus):
     assert corpus.detokenizer is None or corpus.detokenizer in detokenizers.DETOKENIZERS
 
 
+@pytest.mark.parametrize(
+    ("train", "valid", "common"),
+    [
+        ("train", "validation", {Files}),
+        ("train", "train", {Files, Hub}),
+        ("train", "train[-2:]", {Files, Hub}),
+        ("train[:-1]", "train[-2:]", {Files, Hub}),
+        ("train[:-2]", "train[-2:]", set()),
+        ("train[-4:-2]", "train[:-4]", set()),
+        ("train", None, set()),
+        (None, "validation", set()),
+    ],
+)
+def test_a_corpus_whose_splits_share_documents_is_refused(train, valid, common):
+    for kind in (Files, Hub):
+        made = partial(corpora.Corpus, (kind("a"),), licence="yours", train=train, valid=valid)
+        if kind in common:
+            with pytest.raises(ValueError, match=r"documents in common.*Cut them apart"):
+                made()
+        else:
+            assert made().split("train") == train
+
+
+def test_a_corpus_of_local_files_is_cut_by_its_entry(tmp_path):
+    path = Path(write_lines(tmp_path, 6))
+    entry = corpora.Corpus((Files(str(path)),), "yours", train="train[:-2]", valid="train[-2:]")
+    train, valid = (
+        texts(corpora.opened(entry, split, None, "text", tmp_path)[1])
+        for split in ("train", "valid")
+    )
+    assert train + valid == [json.loads(line)["text"] for line in path.open()]
+    assert len(valid) == 2
+
+
 def configuration(name):
     """The values of a file in configs/data, with those that it takes over."""
     found = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
@@ -188,6 +224,11 @@ def test_a_corpus_that_is_not_on_the_hub_has_no_revision():
         if any(isinstance(source, Hub) for source in corpus.sources)
     }
     assert corpora.CORPORA.keys() - on_the_hub == set(NOT_ON_THE_HUB)
+
+
+def test_a_corpus_that_is_not_on_the_hub_has_no_local_copy(tmp_path):
+    with pytest.raises(ValueError, match="shakespeare is not on the hub"):
+        corpora.get_corpus("shakespeare", "train", source=str(tmp_path))
 
 
 def test_the_plays_are_plain_text_and_held_out_whole():

@@ -247,6 +247,39 @@ def test_a_split_has_several_names_and_latest_is_not_test(tmp_path):
     assert read("wikitext2", "train", tmp_path, tmp_path) == ["contest-train.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [
+        ("test/training.jsonl", ["train", "test"]),
+        ("train-test.jsonl", ["train", "test"]),
+        ("train/dev/a.jsonl", ["train", "validation"]),
+    ],
+)
+def test_a_file_that_names_two_splits_is_in_neither(name, splits, tmp_path):
+    """It was in both, so that a validation text was trained on."""
+    for other in ("train", "test", "dev"):
+        write_table(tmp_path / f"{other}.jsonl", [other])
+    write_table(tmp_path / name, ["of which?"])
+    for corpus, split in (("ag_news", "train"), ("ag_news", "valid"), ("wikitext2", "valid")):
+        if corpora.CORPORA[corpus].split(split) in splits:
+            with pytest.raises(ValueError, match=f"{name} names the splits {' and '.join(splits)}"):
+                read(corpus, split, tmp_path, tmp_path)
+        else:
+            assert "of which?" not in read(corpus, split, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["files", "saved"])
+def test_a_copy_that_names_two_splits_is_neither(kind, tmp_path):
+    source = tmp_path / "train_and_test"
+    if kind == "files":
+        write_table(source / "0.jsonl", ["of which?"])
+    else:
+        datasets.Dataset.from_dict({"text": ["of which?"]}).save_to_disk(source)
+    for split in ("train", "valid"):
+        with pytest.raises(ValueError, match="train_and_test names the splits train and test"):
+            read("ag_news", split, source, tmp_path)
+
+
 def test_a_copy_of_the_whole_repository_is_narrowed_to_the_configuration(tmp_path):
     for name in ("wikitext-2-raw-v1", "wikitext-103-raw-v1", "wikitext-103-v1"):
         write_table(tmp_path / name / "validation-00000-of-00001.parquet", [name])
