@@ -99,17 +99,19 @@ def complementary(u: Tensor, keys: Tensor, scored: Tensor) -> tuple[Tensor, Tens
     predicted once: masked boolean and weights float64, [B, 2, L]. Arguments as for
     `masked_by_counts`.
 
-    The first masks m = 0 .. n tokens of a block, each as likely, the second the other n - m, which
-    has the same law. With weights (n + 1) / (2 m) and (n + 1) / (2 (n - m)) each view has half of
-    the NELBO as its expected loss.
+    The first masks m = 1 .. n tokens of a block, each as likely, the second the other n - m. Each m
+    below n comes with a chance of 2 / n in one of them, n itself with 1 / n. So the weights are
+    n / (2 m) and n / (2 (n - m)), and 1 where the first has all: the expected loss is the NELBO,
+    and the weights of a block add up to n in every draw.
     """
     size = scored.shape[1] // u.shape[1]
     n = scored.unflatten(1, (-1, size)).sum(-1)
-    m = (u.double() * (n + 1)).long()
+    m, _ = UNIFORM.draw(u, n, size)
     rank = rank_in_block(keys.masked_fill(~scored, torch.inf), size)
     first = (rank < m[..., None]).flatten(1) & scored
-    m = torch.stack([m, n - m], 1)  # [B, 2, N]
-    weight = (n + 1)[:, None] / (2 * m.clamp(min=1)).double()
+    sizes = torch.stack([m, n - m], 1)  # [B, 2, N]
+    used = (sizes > 0).sum(1, keepdim=True)
+    weight = n[:, None] / (used * sizes.clamp(min=1)).double()
     masked = torch.stack([first, scored & ~first], 1)
     return masked, weight.repeat_interleave(size, -1)
 

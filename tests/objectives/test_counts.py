@@ -183,10 +183,10 @@ def test_a_range_of_counts_is_not_the_bound():
 
 
 def by_views(name, net):
-    """Every m = 0 .. n and every order of the keys."""
+    """Every m = 1 .. n and every order of the keys."""
     objective, x0, valid, ids = case(name)
     size, blocks = objective.block_size, x0.shape[1] // objective.block_size
-    borders = torch.tensor(sorted({m / (n + 1) for n in range(size + 1) for m in range(n + 2)}))
+    borders = torch.tensor(sorted({m / n for n in range(1, size + 1) for m in range(n + 1)}))
     middles, widths = (borders[1:] + borders[:-1]) / 2, borders.diff()
     orders = torch.tensor(list(itertools.permutations(range(size)))) / size
     keys = orders.repeat(len(middles), blocks)
@@ -230,6 +230,19 @@ def test_two_views_predict_every_scored_token_once(name):
     both = torch.stack([first, second], 1)
     masked = (both == MASK) & (x0 != MASK)[:, None]
     assert torch.equal(masked.flatten().nonzero()[:, 0], inputs.loss_positions)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("bamdlm")])
+def test_the_weights_of_two_views_add_up_to_the_tokens_of_the_block_in_every_draw(name):
+    objective, x0, valid, ids = case(name)
+    inputs, _ = by_views(name, network())
+    weights = torch.zeros(2 * inputs.loss_mask.numel())
+    weights[inputs.loss_positions] = inputs.weights
+    length = x0.shape[1]
+    totals = weights.view(-1, 2, length // objective.block_size, objective.block_size).sum((1, 3))
+    scored = (valid > 0) & ~(objective.ignore_bos & begins(x0, ids))
+    wanted = scored.unflatten(1, (-1, objective.block_size)).sum(-1).float()
+    torch.testing.assert_close(totals, wanted.expand_as(totals))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from networks import GRADIENTS
-from test_training import ALGORITHMS, GLOBAL, LENGTH, MASK, module, trainer
+from test_training import ALGORITHMS, COUNTED, GLOBAL, LENGTH, MASK, module, trainer
 
 from models.masks import Full
 from objectives.graphs import ROWS, GraphedLoss, rows_for
@@ -21,7 +21,7 @@ def batch(step):
 
 def asked(m, step):
     given = batch(step)
-    return m.loss_inputs(given, (1e-3, 1.0), m.noise(given, 1, GLOBAL), training=True)
+    return m.training_inputs(given, m.noise(given, 1, GLOBAL))
 
 
 def gradients(m, loss):
@@ -34,13 +34,14 @@ def assert_same(ours, plain):
         assert a is None or (a - b).norm() <= GRADIENTS * b.norm() + 1e-9
 
 
-@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "sedd"])
+@pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "sedd", *COUNTED])
 @pytest.mark.parametrize("more", [0, 5, 10**6])
 def test_rows_to_spare_change_no_loss_and_no_gradient(algo, more):
     m = module(algo)
     inputs = asked(m, 0)
     padded = inputs.padded(len(inputs.loss_positions) + more)
-    assert len(padded.loss_positions) == min(len(inputs.loss_positions) + more, GLOBAL * LENGTH)
+    most = inputs.views * GLOBAL * LENGTH
+    assert len(padded.loss_positions) == min(len(inputs.loss_positions) + more, most)
     assert len(padded.loss_positions.unique()) == len(padded.loss_positions)
     plain, ours = (m.objective.compute_loss(m.backbone, q) for q in (inputs, padded))
     torch.testing.assert_close(ours.mean, plain.mean, rtol=1e-6, atol=0)
@@ -76,7 +77,7 @@ def test_documents_and_empty_inputs_are_computed_as_they_are():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("algo", [*ALGORITHMS, *COUNTED])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_graphs_give_the_losses_and_gradients_of_plain_steps(cuda, algo, half, dropout):
@@ -197,7 +198,7 @@ def test_what_a_cpu_counts_is_known_at_once():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("algo", [*ALGORITHMS, *COUNTED])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_training_step_waits_for_no_device(cuda, algo, accumulate, graphs):

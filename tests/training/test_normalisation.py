@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from made_up_split import MadeUpSplit
-from test_training import ALGORITHMS, LENGTH, MASK, MemoryRows, module, trainer
+from test_training import ALGORITHMS, COUNTED, LENGTH, MASK, MemoryRows, module, trainer
 
 from data import streaming
 from data.packing import RowFormat
@@ -112,7 +112,7 @@ def direct(algo, rows):
     m = module(algo, eps=1e-4).train()
     m.pad_apart = not rows.apart
     batch = next(iter(data_of(rows, ROWS).train_dataloader()))
-    inputs = m.loss_inputs(batch, m.interval, m.noise(batch, 1, ROWS), training=True)
+    inputs = m.training_inputs(batch, m.noise(batch, 1, ROWS))
     loss = m.objective.compute_loss(m.backbone, inputs)
     value = loss.nll.double().sum() / loss.loss_mask.double().sum()
     loss.mean.backward()
@@ -122,7 +122,10 @@ def direct(algo, rows):
 
 @pytest.mark.parametrize(
     ("algo", "apart", "micro_batches"),
-    [*((algo, False, (4, ROWS)) for algo in ALGORITHMS), ("bamdlm", True, (1, 4, ROWS))],
+    [
+        *((algo, False, (4, ROWS)) for algo in (*ALGORITHMS, *COUNTED)),
+        *((algo, True, (1, 4, ROWS)) for algo in ("bamdlm", *COUNTED)),
+    ],
 )
 def test_micro_batches_do_not_change_a_step(algo, apart, micro_batches):
     same_steps(algo, UnevenRows(70, 5, apart=apart), micro_batches)
