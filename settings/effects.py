@@ -4,10 +4,14 @@ from collections.abc import Collection, Iterator
 
 from settings.run_folder import EVALUATES
 from settings.schema import Config
-from settings.tables import algorithms, class_defaults, lr_schedules, step_numbers, step_rules
-
-# Corpora that have no revision (data.train_revision).
-NOT_ON_THE_HUB = ("shakespeare", "state_of_the_union", "text8", "text8-crop")
+from settings.tables import (
+    algorithms,
+    class_defaults,
+    corpora_on_the_hub,
+    lr_schedules,
+    step_numbers,
+    step_rules,
+)
 
 DRAWN_IN_TRAINING = (  # of training.*
     *("sampling_eps_min", "sampling_eps_max", "resample"),
@@ -138,7 +142,7 @@ def _data(config: Config) -> Iterator[str]:
         if data.pack != "wrap" and getattr(data, special) and not getattr(data, eos):
             yield f"data.{eos}=False has no effect: data.{special} puts EOS after each document"
         name, revision = getattr(data, split), getattr(data, f"{split}_revision")
-        if revision is not None and name is not None and (name in NOT_ON_THE_HUB or "." in name):
+        if revision is not None and name is not None and name not in corpora_on_the_hub():
             yield f"data.{split}_revision has no effect: {name} does not come from the hub"
         elif revision is not None and data.source is not None:
             yield f"data.{split}_revision has no effect: data.source={data.source} is read"

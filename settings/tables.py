@@ -35,6 +35,23 @@ def table(file: str, name: str) -> dict[str, dict]:
     return dict(zip(names, map(_keywords, entries.values), strict=True))
 
 
+@cache
+def built_with(file: str, name: str, kind: str) -> set[str]:
+    """The entries of the dict `name` in `file` whose source text uses `kind`, itself or through
+    functions of the file."""
+    tree = ast.parse(_source(file))
+    functions = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    assigned = (each for each in tree.body if isinstance(each, ast.Assign))
+    entries = next(each.value for each in assigned if ast.unparse(each.targets[0]) == name)
+
+    def uses(node: ast.AST) -> bool:
+        names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        return kind in names or any(uses(functions[each]) for each in names & functions.keys())
+
+    pairs = zip(entries.keys, entries.values, strict=True)
+    return {ast.literal_eval(key) for key, entry in pairs if uses(entry)}
+
+
 def _keywords(entry: ast.expr) -> dict:
     if isinstance(entry, ast.Dict):
         return ast.literal_eval(entry)
@@ -130,6 +147,7 @@ sampling_ranges = partial(table, "samplers/params.py", "RANGES")  # limit: its c
 step_rules = partial(table, "samplers/steps.py", "STEPS")  # sampling.steps
 confidences = partial(table, "samplers/steps.py", "CONFIDENCES")  # sampling.confidence
 known_corpora = partial(table, "data/corpora.py", "CORPORA")  # data.train, data.valid
+corpora_on_the_hub = partial(built_with, "data/corpora.py", "CORPORA", "Hub")  # have a revision
 # eval.likelihood, before a colon and a number
 likelihoods = partial(table, "evaluation/table.py", "LIKELIHOODS")
 logged_figures = partial(table, "training/logged.py", "LOGGED")  # the names in metrics.csv

@@ -18,8 +18,8 @@ from data.packaged.shakespeare import Plays
 from data.packaged.state_of_the_union import Addresses
 from data.tables import Files
 from data.tokenizer import get_tokenizer
-from settings.effects import NOT_ON_THE_HUB
 from settings.keys import CONFIGS
+from settings.tables import built_with, corpora_on_the_hub
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +217,18 @@ def test_every_data_configuration_names_corpora_of_the_table():
         assert data["streaming"] == (name == "openwebtext-streaming")
 
 
-def test_a_corpus_that_is_not_on_the_hub_has_no_revision():
-    on_the_hub = {
+@pytest.mark.parametrize("kind", [Hub, Plays, Text8, Files])
+def test_the_kinds_of_sources_are_read_from_the_table_without_importing_it(kind):
+    assert built_with("data/corpora.py", "CORPORA", kind.__name__) == {
         name
         for name, corpus in corpora.CORPORA.items()
-        if any(isinstance(source, Hub) for source in corpus.sources)
+        if any(isinstance(source, kind) for source in corpus.sources)
     }
-    assert corpora.CORPORA.keys() - on_the_hub == set(NOT_ON_THE_HUB)
+
+
+def test_only_a_corpus_on_the_hub_has_a_revision():
+    assert {"openwebtext", "wikitext2", "lm1b"} <= corpora_on_the_hub()
+    assert not {"shakespeare", "state_of_the_union", "text8", "mine.txt"} & corpora_on_the_hub()
 
 
 def test_a_corpus_that_is_not_on_the_hub_has_no_local_copy(tmp_path):
