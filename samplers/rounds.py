@@ -126,6 +126,7 @@ def planned(texts: ActiveTexts, rule: Planned, spans, fills, again: bool) -> Non
     """All of the round but the tokens is known beforehand: the device is never waited for."""
     row, position = listed(fills)
     plan = rule.plan(texts.keys(row, position, again), row, position, texts.params)
+    plan.check_ends(row, len(texts))
     for slot, evaluations in zip(texts.slots, plan.evaluations(len(texts)), strict=True):
         slot.nfe += evaluations
     view = View(texts, spans)

@@ -39,8 +39,8 @@ DRAW = 2
 
 @dataclass(frozen=True)
 class RevealPlan:
-    """Which evaluation of a round (0, 1, 2 … in each row) reveals which token of which row, int64
-    [n] each."""
+    """Which evaluation of a round reveals which token of which row, int64 [n] each. Every row has
+    evaluations 0, 1, 2 … without gaps, and in the end no token is masked."""
 
     row: Tensor
     position: Tensor
@@ -49,9 +49,27 @@ class RevealPlan:
     again: tuple[Tensor, Tensor, Tensor] | None = None  # row, position, evaluation masked again for
 
     def evaluations(self, rows: int) -> list[int]:
-        """How many each of `rows` rows is asked in."""
-        count = torch.zeros(rows, dtype=torch.int64)
-        return count.scatter_reduce(0, self.row, self.evaluation + 1, "amax").tolist()
+        """How many each of `rows` rows is asked in. ValueError where a row has a gap."""
+        numbers = (self.evaluation * rows + self.row).bincount()
+        asked = F.pad(numbers, (0, -len(numbers) % rows)).view(-1, rows) > 0
+        for before, row in (asked[1:] & ~asked[:-1]).nonzero()[:1].tolist():
+            raise ValueError(
+                f"the plan of the step rule has an evaluation {before + 1} of row {row}, but no"
+                f" {before}: number those of a row 0, 1, 2 … without gaps, as asked_until does"
+            )
+        return asked.sum(0).tolist()
+
+    def check_ends(self, masked: Tensor, rows: int) -> None:
+        """ValueError where not all is revealed. masked: the row of each masked token, int64 [m]."""
+        again = self.again[0] if self.again else self.row[:0]
+        wanted, shown, hidden = (
+            each.bincount(minlength=rows) for each in (masked, self.row, again)
+        )
+        for row in (shown - hidden != wanted).nonzero()[:1, 0].tolist():
+            raise ValueError(
+                f"the plan of the step rule reveals {shown[row] - hidden[row]} tokens of row {row},"
+                f" of which {wanted[row]} are masked: reveal each of them"
+            )
 
 
 def rank_in_group(group: Tensor) -> Tensor:
@@ -227,7 +245,8 @@ def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
 @dataclass(frozen=True)
 class Planned:
     """`plan(keys, row, position, params)`: of all masked tokens of the batch, row after row,
-    int64 [n] each. `reads`: the fields of SamplingParams that it looks at."""
+    int64 [n] each; position counts from the start of the text. `reads`: the fields of
+    SamplingParams that it looks at."""
 
     plan: Callable[[Tensor, Tensor, Tensor, object], RevealPlan]
     reads: tuple[str, ...] = ()

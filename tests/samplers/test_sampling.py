@@ -16,7 +16,16 @@ from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
 from samplers.params import SamplingParams, Warp
 from samplers.request import TextRequest
-from samplers.steps import CHAIN, CONFIDENCES, STEPS, Adaptive, remask_chances, times
+from samplers.steps import (
+    CHAIN,
+    CONFIDENCES,
+    STEPS,
+    Adaptive,
+    Planned,
+    RevealPlan,
+    remask_chances,
+    times,
+)
 from samplers.stopping import ENTROPY_TOKENS, MOST_TRIES, find_stop
 from samplers.texts import ActiveTexts
 from samplers.warping import warped
@@ -486,10 +495,59 @@ def test_windows_write_lengths_that_no_stride_divides(length):
     assert (sample.tokens != MASK).all()
 
 
-# remasking
+# plans
 
 
 REMASK = {"steps": "remask", "num_steps": 30, "remask_eta": 1.0, "bos_id": 0, "eos_id": 0}
+PLANNED = [name for name, rule in STEPS.items() if isinstance(rule, Planned)]
+
+
+@pytest.mark.parametrize("places", ["all", "even", "odd", "one"])
+@pytest.mark.parametrize("steps", PLANNED)
+def test_a_plan_has_no_gap_and_leaves_nothing_masked(steps, places):
+    """Rows of other lengths, and one that has nothing masked."""
+    width, step = 12, {"all": 1, "even": 2, "odd": 2, "one": 12}[places]
+    spans = [range(base + (places == "odd"), base + width, step) for base in (0, 12, 13)]
+    row = torch.tensor([r for r, span in zip((0, 2, 3), spans, strict=True) for _ in span])
+    position = torch.tensor([place for span in spans for place in span])
+    for seed in range(10):
+        keys = fold(row_keys(seed, [0, 1, 2, 3], [1] * 4)[row], position)
+        params = SamplingParams(**SMALL | REMASK | {"num_steps": 40})
+        plan = STEPS[steps].plan(keys, row, position, params)
+        plan.check_ends(row, 4)
+        counts = plan.evaluations(4)
+        for r, count in enumerate(counts):
+            assert sorted({*plan.evaluation[plan.row == r].tolist()}) == [*range(count)]
+
+
+def in_order(order):
+    """A step rule that gives each position of a text the number `order` of an evaluation."""
+
+    def plan(keys, row, position, params):
+        kept = order[position] >= 0
+        row, position = row[kept], position[kept]
+        return RevealPlan(row, position, order[position], torch.zeros_like(row))
+
+    return Planned(plan)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 1, 1, 1], "an evaluation 1 of row 0, but no 0"),
+        ([0, 0, 2, 2], "an evaluation 2 of row 0, but no 1"),
+        ([0, 0, 0, -1], "reveals 2 tokens of row 0, of which 3 are masked"),
+    ],
+)
+def test_a_plan_that_breaks_the_contract_is_refused(order, message, monkeypatch):
+    """The first position is given: without the check an evaluation revealed nothing and counted,
+    or a token stayed masked."""
+    monkeypatch.setitem(STEPS, "in_order", in_order(torch.tensor(order * 6)))
+    with pytest.raises(ValueError, match=message):
+        write("bamdlm", network("bamdlm"), 2, **SMALL, steps="in_order")
+
+
+# remasking
 
 
 def remasked_step_by_step(keys, row, position, params):
