@@ -9,23 +9,27 @@ import hashlib
 import io
 import json
 import logging
+import lzma
 import shutil
 import tarfile
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 
-from data.readers import Piece, cut_long, decoded_lines
+from data.readers import Piece, check_unpacked, cut_long, decoded_lines
 from data.tables import Part, stamp
-from utils import atomic_file, atomic_folder, lock
+from utils import atomic_file, atomic_folder, lock, naming
 
 log = logging.getLogger("bamdlm")
 
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
+KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+MOST_MEMBERS = 100_000  # of a tar, which has no index
 SUFFIXES = (".zip", ".tar", ".tgz", ".gz")
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
@@ -49,18 +53,21 @@ class Archive:
 
     def parts(self, source: Path, split: str, cache: Path) -> list[Part]:
         """The files of a split in the order of their names."""
-        try:
+        with _whole(f"data.source={source}"):
             files = self.files(source, split, cache)
             return [self.part(source, n, *files[n]) for n in self.wanted(source, split, files)]
-        except DAMAGED as error:
-            raise ValueError(_damaged(f"data.source={source}", error)) from error
 
     def files(self, source: Path, split: str, cache: Path) -> dict[str, tuple[int, Callable]]:
         """{name: (bytes, what opens it)} of a zip, a folder, an unpacked tar, or a file alone."""
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
-                sizes = {info.filename: info.file_size for info in archive.infolist()}
-            return {n: (size, partial(_open_in_zip, source, n)) for n, size in sizes.items()}
+                found = archive.infolist()
+            for info in found:
+                if _matches(info.filename, self.pattern(split)):
+                    _check_zipped(source, info)
+            return {
+                i.filename: (i.file_size, partial(_open_in_zip, source, i.filename)) for i in found
+            }
         if source.is_file() and not tarfile.is_tarfile(source):
             if source.suffix in SUFFIXES:
                 raise ValueError(_damaged(f"data.source={source}", "neither zip nor tar"))
@@ -94,14 +101,11 @@ class Archive:
             raise ValueError(f"{place} is empty; get it again")
 
         def read(column: str) -> Iterator[Piece]:
-            try:
-                with opened() as file:
-                    for _, text, done in decoded_lines(file, place):
-                        # as Python reads text: a lone carriage return ends a line too
-                        for line in io.StringIO(text, newline=None) if "\r" in text else (text,):
-                            yield Piece(self.line(line), True, done / size)
-            except DAMAGED as error:
-                raise ValueError(_damaged(place, error)) from error
+            with _whole(place), opened() as file:
+                for _, text, done in decoded_lines(file, place):
+                    # as Python reads text: a lone carriage return ends a line too
+                    for line in io.StringIO(text, newline=None) if "\r" in text else (text,):
+                        yield Piece(self.line(line), True, done / size)
 
         return Part(place.removeprefix("data: "), size, read)
 
@@ -117,6 +121,27 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _open_in_zip(path: Path, name: str):
     return io.BufferedReader(zipfile.ZipFile(path).open(name), 1 << 20)
+
+
+def _check_zipped(source: Path, info: zipfile.ZipInfo) -> None:
+    place = f"data.source={source}, {info.filename}"
+    if info.flag_bits & 1 or info.compress_type not in KNOWN:
+        raise ValueError(
+            f"{place} is encrypted or packed in an unknown way: unpack it, and give the folder"
+        )
+    check_unpacked(place, min(info.compress_size, source.stat().st_size), info.file_size)
+
+
+@contextmanager
+def _whole(place: str) -> Iterator[None]:
+    """ValueError where what is unpacked is damaged. Of gzip and bzip2 this is an OSError, without
+    the number that those of the disk have."""
+    try:
+        yield
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(_damaged(place, error)) from error
 
 
 def _damaged(place: str, error: Exception | str) -> str:
@@ -138,19 +163,29 @@ def unpacked(source: Path, pattern: str, cache: Path) -> Path:
 
 def _unpack(source: Path, pattern: str, folder: Path) -> None:
     """Write the regular files only, under their names without folders, whatever a tar says."""
-    names = []
+    names, size, place = [], 0, f"data.source={source}"
     with tarfile.open(source) as archive:
-        for member in archive:
-            names.append(member.name)
+        for number, member in enumerate(archive):
+            if number < 10:
+                names.append(member.name)
+            if number == MOST_MEMBERS:
+                raise ValueError(f"{place} holds more than {MOST_MEMBERS:,} files: unpack it")
+            size += tarfile.BLOCKSIZE + max(0, member.size)
+            check_unpacked(place, source.stat().st_size, size)
             if member.isfile() and _matches(member.name, pattern):
                 new = folder / PurePath(member.name).name
                 if new.exists():
-                    raise ValueError(f"data.source={source} holds {new.name} twice")
-                with new.open("xb") as file:
+                    raise ValueError(f"{place} holds {new.name} twice")
+                if member.size > (room := shutil.disk_usage(folder).free):
+                    raise ValueError(
+                        f"{place}: {new.name} has {member.size:,} bytes, and {folder.parent} has"
+                        f" room for {room:,}; give another data.cache_dir"
+                    )
+                with naming(new), new.open("xb") as file:
                     shutil.copyfileobj(archive.extractfile(member), file)
     if not any(folder.iterdir()):
-        known = ", ".join(names[:10]) or "nothing"
-        raise ValueError(f"data.source={source} holds no {pattern}, but {known}")
+        known = ", ".join(names) or "nothing"
+        raise ValueError(f"{place} holds no {pattern}, but {known}")
 
 
 @dataclass(frozen=True)
@@ -198,10 +233,9 @@ def text8(path: Path) -> str:
             size = archive.getinfo("text8").file_size
             if size > 2 * TEXT8_CHARACTERS:
                 raise ValueError(f"data: {path} is not text8: it would unpack to {size:,} bytes")
-            try:
+            _check_zipped(path, archive.getinfo("text8"))
+            with _whole(f"data: {path}"):
                 content = archive.read("text8")
-            except DAMAGED as error:
-                raise ValueError(_damaged(f"data: {path}", error)) from error
     else:
         with path.open("rb") as file:
             content = file.read(2 * TEXT8_CHARACTERS)

@@ -16,7 +16,7 @@ PIECE_CHARACTERS = 1 << 18
 ZEROS = 1 << 12  # bytes, all of them zero: what a crash or a sparse file leaves
 LONGEST_WHOLE = 1 << 22  # characters of a document that is tokenized at once
 ROWS_AT_ONCE = 100  # they are in memory together, and may all be the one long text of a dictionary
-MOST_UNPACKED, MOST_PACKED = 1 << 28, 200  # bytes of a column, and times its bytes in the file
+MOST_UNPACKED, MOST_PACKED = 1 << 28, 200  # bytes of what is packed, and times its bytes so
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
 
@@ -43,16 +43,22 @@ def table(dataset, column: str, place: str) -> Iterator[Piece]:
     return _documents(batches, len(dataset), dataset.column_names, column, place)
 
 
+def check_unpacked(place: str, packed: int, unpacked: int) -> None:
+    """ValueError where so many bytes of a file become more than text does."""
+    if unpacked > max(MOST_UNPACKED, MOST_PACKED * packed):
+        raise ValueError(
+            f"{place} unpacks {packed:,} bytes to {unpacked:,}: it would fill the memory or the"
+            " disk"
+        )
+
+
 def parquet_rows(file, column: str, place: str) -> Iterator[Piece]:
     """The documents of an open pyarrow.parquet.ParquetFile."""
     for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
         for part in map(group.column, range(group.num_columns)):
-            large = max(MOST_UNPACKED, MOST_PACKED * part.total_compressed_size)
-            if part.path_in_schema == column and part.total_uncompressed_size > large:
-                raise ValueError(
-                    f"{place}: {column} unpacks {part.total_compressed_size:,} bytes to"
-                    f" {part.total_uncompressed_size:,}: it would fill the memory"
-                )
+            if part.path_in_schema == column:
+                packed, unpacked = part.total_compressed_size, part.total_uncompressed_size
+                check_unpacked(f"{place}: {column}", packed, unpacked)
     batches = file.iter_batches(ROWS_AT_ONCE, columns=[column])
     return _documents(batches, file.metadata.num_rows, file.schema_arrow.names, column, place)
 
@@ -130,10 +136,21 @@ def read_parquet(path: Path, column: str) -> Iterator[Piece]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, **BIT_BY_BIT) as file:
+        with pyarrow.parquet.ParquetFile(path, **_how(path)) as file:
             yield from parquet_rows(file, column, f"data: {path}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(broken_parquet(f"data: {path}", error)) from error
+
+
+def _how(path: Path) -> dict:
+    """To read bit by bit only where whole columns are large: for that pyarrow takes as much memory
+    as a page says it has, up to 2 GB."""
+    import pyarrow.parquet
+
+    known = pyarrow.parquet.read_metadata(path)
+    groups = map(known.row_group, range(known.num_row_groups))
+    sizes = (g.column(i).total_compressed_size for g in groups for i in range(g.num_columns))
+    return BIT_BY_BIT if max(sizes, default=0) > MOST_LINE else {"pre_buffer": False}
 
 
 def count_parquet(path: Path) -> int:
