@@ -4,6 +4,7 @@ Only this file, the modes and training/trainer.py read the configuration of a ru
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -89,40 +90,14 @@ def build_module(
 ) -> Diffusion:
     """version: of the random streams; a run goes on with the one it began with."""
     algo, training = config.algo, config.training
-    optim, schedule = config.optim, config.lr_scheduler
     widths = tuple(algo.clip_search_widths)
     searched = ClippingSettings(widths, algo.clip_search_delta, algo.fix_clipping)
     return Diffusion(
         backbone=backbone,
         objective=build_objective(config, tokenizer.mask_id),
-        noise=NoiseSettings(
-            seed=seed_of(config.seed, version),
-            interval=interval(training),
-            sampling_eps=training.sampling_eps,
-            antithetic=training.antithetic_sampling,
-            global_batch=config.loader.global_batch_size,
-            eval_global_batch=config.loader.eval_global_batch_size,
-            counts=build_counts(config),
-            learn_counts=training.count_law == "learnt",
-            views=training.views,
-        ),
-        optimizer=OptimizerSettings(
-            adamw={
-                "lr": optim.lr,
-                "betas": (optim.beta1, optim.beta2),
-                "eps": optim.eps,
-                "weight_decay": optim.weight_decay,
-            },
-            momentum=optim.momentum if optim.name == "muon" else None,
-        ),
-        lr_factor=lr_factor(
-            schedule.name,
-            lr=optim.lr,
-            max_steps=config.trainer.max_steps,
-            warmup_steps=schedule.num_warmup_steps,
-            lr_init=schedule.warmup_lr_init,
-            lr_min=schedule.lr_min,
-        ),
+        noise=build_noise(config, version),
+        optimizer=build_optimizer(config),
+        lr_factor=build_lr_factor(config),
         ema_decay=training.ema,
         clip=searched if algo.var_min else None,
         exact_nll=default_likelihood(config) == "exact",
@@ -131,6 +106,40 @@ def build_module(
         pin_memory=config.loader.pin_memory,
         health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
         description=description(config, tokenizer),
+    )
+
+
+def build_noise(config: Config, version: int) -> NoiseSettings:
+    training = config.training
+    return NoiseSettings(
+        seed=seed_of(config.seed, version),
+        interval=interval(training),
+        sampling_eps=training.sampling_eps,
+        antithetic=training.antithetic_sampling,
+        global_batch=config.loader.global_batch_size,
+        eval_global_batch=config.loader.eval_global_batch_size,
+        counts=build_counts(config),
+        learn_counts=training.count_law == "learnt",
+        views=training.views,
+    )
+
+
+def build_optimizer(config: Config) -> OptimizerSettings:
+    optim = config.optim
+    betas = optim.beta1, optim.beta2
+    adamw = {"lr": optim.lr, "betas": betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    return OptimizerSettings(adamw, momentum=optim.momentum if optim.name == "muon" else None)
+
+
+def build_lr_factor(config: Config) -> Callable[[int], float]:
+    schedule = config.lr_scheduler
+    return lr_factor(
+        schedule.name,
+        lr=config.optim.lr,
+        max_steps=config.trainer.max_steps,
+        warmup_steps=schedule.num_warmup_steps,
+        lr_init=schedule.warmup_lr_init,
+        lr_min=schedule.lr_min,
     )
 
 

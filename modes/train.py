@@ -43,9 +43,8 @@ def prepare(config: Config) -> Callable[[], None]:
     resume, start = resume_point(config), config.training.from_pretrained
     pretrained = read_checkpoint(start) if start and resume is None else None
     tokenizer = build_tokenizer(config)
-    if resume or pretrained:
-        name = config.data.tokenizer_name_or_path
-        check_as_trained(resume or pretrained, config, tokenizer, name)
+    if begin := resume or pretrained:
+        check_as_trained(begin, config, tokenizer, config.data.tokenizer_name_or_path)
     backbone = build_backbone(config, tokenizer, pretrained)
     version = VERSION if resume is None else streams_version(resume)
     module = build_module(config, backbone, tokenizer, version)
