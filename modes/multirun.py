@@ -29,12 +29,12 @@ def main(argv: list[str]) -> int:
     """Exit code: 0 all is done, 1 some failed, 2 nothing was started; told to stop, that of
     training."""
     multirun = expand(argv)
-    problems, on_slurm = (
-        [*multirun.problems, *_surroundings(argv)],
-        multirun.launcher == "submitit_slurm",
-    )
+    problems = [*multirun.problems, *_surroundings(argv)]
+    on_slurm = multirun.launcher == "submitit_slurm"
     if not problems:
         configs, problems = _checked(multirun.jobs)
+        if any(config is not None and config.mode == "demo" for config in configs):
+            problems.append("mode=demo serves a page until it is told to end: leave -m out")
         problems += [] if problems else _shared(multirun.jobs, configs)
     problems += slurm.problems(multirun) if on_slurm else []
     if problems:

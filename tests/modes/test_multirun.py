@@ -133,6 +133,10 @@ REFUSED = {
         "timeout_min=2 leaves no time for work: Slurm may tell a job 150 seconds before its limit",
     ],
     "seed=1,2 --cfg job": ["--cfg shows one run: leave -m out"],
+    "mode=demo eval.checkpoint_path=org/x seed=1,2": [
+        "gradio is not installed",
+        "mode=demo serves a page until it is told to end: leave -m out",
+    ],
     "seed=glob(*)": ["seed=glob(*): glob is for a group"],
     "hydra/launcher=submitit_slurm seed=1,2": [
         "submitit_slurm: submitit is not installed: pip install -r requirements-submitit.txt",
