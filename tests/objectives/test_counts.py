@@ -27,6 +27,7 @@ from objectives.counts import (
     UNIFORM,
     CountLaw,
     SecondMoments,
+    complementary,
     least_variance,
     masked_by_counts,
     to_learn,
@@ -373,6 +374,21 @@ def test_the_toys_loss_varies_seven_times_less_by_counts():
     first, second = map(sum, zip(*timed, strict=True))
     first, second = first / 0.999, second / 0.999
     assert second - first**2 == pytest.approx(5.55, abs=5e-3)
+
+
+def test_two_views_of_the_toy_vary_less_than_half_of_one():
+    """Each m and each order of the keys once, by the draw itself."""
+    orders = torch.tensor(list(itertools.permutations(range(4)))) / 4
+    u = ((torch.arange(4) + 0.5) / 4).repeat_interleave(len(orders))[:, None]
+    keys = orders.repeat(4, 1)
+    masked, weight = complementary(u, keys, torch.ones(len(keys), 4, dtype=torch.bool))
+    texts = texts_of([(0, 1, 1, 0)] * len(keys), 2)
+    views = zip(weight.unbind(1), masked.unbind(1), strict=True)
+    loss = sum((w * texts.surprisal(toy(2), m)).sum(1) for w, m in views)
+    assert float(loss.mean()) == pytest.approx(2.158915787306027, rel=1e-12)
+    assert float(loss.var(correction=0)) == pytest.approx(0.2775, abs=1e-4)
+    first, second = moments(UNIFORM)
+    assert float(loss.var(correction=0)) < (second - first**2) / 2
 
 
 def test_the_learnt_law_of_the_toy_is_the_closed_form():
