@@ -99,7 +99,7 @@ def build_points(
     if swept.combinations > 1:
         same = swept.combinations - len(found)
         also = f" (of {swept.combinations}, {same} differ in nothing that is read)" if same else ""
-        say(f"{len(found)} points in one start{also}")
+        say(f"{len(found)} point{'s' * (len(found) > 1)} in one start{also}")
     return dict(found.values())
 
 

@@ -128,8 +128,9 @@ def lines(summary: dict) -> list[str]:
     found = [
         f"{summary['rows']} texts of {summary['algo']}, {show('gen_nfes', '{:,.1f}')} evaluations"
         f" each, {show('tokens_per_evaluation')} tokens per evaluation",
-        f"generative perplexity {show('gen_ppl')} ± {show('gen_ppl_error')} (judge:"
-        f" {judge or 'none'})",
+        f"generative perplexity {show('gen_ppl')} ± {show('gen_ppl_error')} (judge: {judge})"
+        if judge
+        else "no judge, so no generative perplexity",
         f"entropy {show('gen_entropy', '{:.3f}')} ± {show('gen_entropy_error', '{:.3f}')} nats,"
         f" length {show('gen_lengths', '{:,.1f}')} ({over})",
     ]
@@ -145,6 +146,7 @@ def lines(summary: dict) -> list[str]:
         )
     facts = {
         "steps": summary["steps"],
+        "T": summary.get("T"),
         **{name: summary.get(name) for name in rule_numbers(summary["steps"])},
         **changed_numbers(summary),
         "nucleus": summary["nucleus_p"],

@@ -29,7 +29,8 @@ class Point:
 
     @property
     def text(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.values.items())
+        typed = {name: "null" if x is None else x for name, x in self.values.items()}
+        return " ".join(f"{name}={value}" for name, value in typed.items())
 
     @property
     def keys(self) -> list[str]:

@@ -383,14 +383,16 @@ def test_rejection_is_reported(tmp_path):
             "steps confidence, k 2, confidence probability, order_temperature 0.0, nucleus",
         ),
         ({"corrector": 1}, "steps first_hitting, corrector 1, nucleus"),
-        ({"steps": "remask", "num_steps": 3}, "steps remask, remask_eta 0.02, nucleus"),
+        ({"steps": "remask", "num_steps": 3}, "steps remask, T 3, remask_eta 0.02, nucleus"),
         ({}, "steps first_hitting, nucleus"),
         ({"temperature": 0.5, "top_k": 3}, "first_hitting, temperature 0.5, top_k 3, nucleus"),
     ],
 )
 def test_the_report_has_the_numbers_of_the_step_rule(tmp_path, capsys, rule, told):
     report = job(tmp_path, num_samples=1, changes=rule).run()
-    assert told in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert told in said
+    assert "no judge, so no generative perplexity\n" in said
     numbers = {"k", "confidence", "threshold", "remask_eta"} & report.keys()
     assert {name: report[name] for name in numbers} == {
         name: getattr(params(**rule), name) for name in numbers

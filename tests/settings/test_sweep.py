@@ -58,6 +58,8 @@ def test_numbers_that_a_rule_does_not_read_make_no_points():
         "steps=confidence k=1",
         "steps=confidence k=2",
     ]
+    (point,) = points("{steps: [null]}").points
+    assert point.text == "steps=null"
     assert made.combinations == 12
     assert made.points[0].config.sampling.threshold == 0.9  # as without the sweep
 
