@@ -134,6 +134,8 @@ class Judge:
     def score_tokens(self, ids: list[Tensor]) -> list[TextScore]:
         nll = [0.0] * len(ids)
         todo = windows([len(x) for x in ids], self.context, self.stride, len(self.bos))
+        counted = [x != self.eos_id for x in ids]
+        todo = [w for w in todo if counted[w.text][w.scored : w.stop].any()]
         todo.sort(key=lambda w: w.start - w.stop)  # long ones together: little padding
         for first in range(0, len(todo), self.batch_size):
             batch = todo[first : first + self.batch_size]

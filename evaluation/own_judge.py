@@ -62,8 +62,9 @@ def is_own(name_or_path: str) -> bool:
 
 
 def load_own(name_or_path: str, cache_dir=None) -> tuple[NextToken, Words, int, int | None]:
-    """The network, its tokenizer, the tokens it sees and the BOS that begins its rows, if one does.
-    CheckpointError where it is no autoregressive one."""
+    """The network, its tokenizer, the tokens it sees and the BOS that begins its rows, if one does:
+    then their last place is left out, where the network expects EOS. CheckpointError where it is no
+    autoregressive one."""
     found = read_checkpoint(name_or_path)
     if found.algorithms != ("ar",):
         raise CheckpointError(
@@ -71,10 +72,7 @@ def load_own(name_or_path: str, cache_dir=None) -> tuple[NextToken, Words, int, 
         )
     words = trained_tokenizer(found, cache_dir=cache_dir)
     backbone = trained_network(found, words, "ar")
-    bos_id = words.bos_id if begins_with_bos(found) else None
-    return (
-        NextToken(backbone, words.mask_id),
-        Words(words),
-        found.length or CONTEXT_TOKENS,
-        bos_id,
-    )
+    network, context = NextToken(backbone, words.mask_id), found.length or CONTEXT_TOKENS
+    if begins_with_bos(found):
+        return network, Words(words), context - 1, words.bos_id
+    return network, Words(words), context, None

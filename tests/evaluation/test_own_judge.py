@@ -21,26 +21,40 @@ from sampling.notebook import load
 TOKENIZER, SPLITS = GOLDEN / "tokenizer", ("train", "valid")
 
 
+def trained(folder, inserted):
+    """A checkpoint that says this of data.insert_train_special, or nothing."""
+
+    def change(raw):
+        data = raw["hyper_parameters"]["config"]["data"]
+        data["tokenizer_name_or_path"] = str(TOKENIZER)
+        if inserted is not None:
+            data["insert_train_special"] = inserted
+
+    return variant(folder, "ar", change).rename(folder / "ar.ckpt")
+
+
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     return load_judge(recorded_file("ar", tmp_path_factory.mktemp("ar")), batch_size=3)
 
 
 @pytest.mark.usefixtures("_launch_folder")
-def test_its_score_is_the_exact_likelihood_of_ppl_eval(judge, tmp_path):
+def test_its_score_is_the_exact_likelihood_of_ppl_eval(tmp_path):
+    plain = trained(tmp_path, False)
     words = ["mode=ppl_eval", "algo=ar", "data=files", "wandb=null", "trainer.accelerator=cpu"]
     words += [f"data.{kind}={write_text(tmp_path / 'valid.txt', 99, 2)}" for kind in SPLITS]
     words += ["data.insert_valid_special=false", "data.insert_valid_eos=false"]
     words += [f"data.cache_dir={tmp_path}", f"data.tokenizer_name_or_path={TOKENIZER}"]
     words += [f"model.{key}={MANIFEST[key]}" for key in ("hidden_size", "n_blocks", "n_heads")]
     words += [f"model.length={MANIFEST['length']}", "loader.num_workers=0"]
-    words += [f"eval.checkpoint_path={recorded_file('ar', tmp_path)}"]
+    words += [f"eval.checkpoint_path={plain}"]
     words += [f"checkpointing.save_dir={tmp_path}"]
     assert main.main(words) == 0
     (path,) = tmp_path.glob("ppl_*.json")
     found = json.loads(path.read_text())
     config = settings.load(words)
     ids = build_rows(config, build_tokenizer(config), "valid").ids
+    judge = load_judge(str(plain), batch_size=3)
     assert judge.context == ids.shape[1] == MANIFEST["length"]
     scores = judge.score_tokens([torch.tensor(row) for row in ids])
     assert sum(s.tokens for s in scores) == found["tokens"] > 100
@@ -74,23 +88,26 @@ def test_a_text_longer_than_the_training_is_seen_in_windows(judge, tmp_path):
 def test_a_text_begins_as_the_rows_of_the_training_did(inserted, tmp_path):
     """The published code puts BOS there where a run does not say. A text is scored alike with BOS
     and without; an export remembers."""
-
-    def change(raw):
-        data = raw["hyper_parameters"]["config"]["data"]
-        data["tokenizer_name_or_path"] = str(TOKENIZER)
-        if inserted is not None:
-            data["insert_train_special"] = inserted
-
-    variant(tmp_path, "ar", change).rename(tmp_path / "ar.ckpt")
+    file = trained(tmp_path, inserted)
     folder = export.export(
-        read_checkpoint(tmp_path / "ar.ckpt"), tmp_path / "export", get_tokenizer(str(TOKENIZER))
+        read_checkpoint(file), tmp_path / "export", get_tokenizer(str(TOKENIZER))
     )
-    for path in (tmp_path / "ar.ckpt", folder):
+    for path in (file, folder):
         judge = load_judge(str(path))
         plain, begun = judge.score(["the work of the king", "<|endoftext|>the work of the king"])
         (ids,) = judge.tokenize(["the work of the king"])
         assert (plain == begun) == (ids[0] == judge.eos_id) == (inserted is not False)
         assert plain.tokens == len(ids) - 1
+        assert judge.context == MANIFEST["length"] - (inserted is not False)  # there is EOS
+
+
+def test_no_window_is_asked_for_eos_alone(judge, monkeypatch):
+    """The last place of a text that the model ended."""
+    asked = []
+    monkeypatch.setattr(judge, "_nll", lambda ids, batch: asked.extend(batch) or [0.0] * len(batch))
+    ids = torch.arange(1, judge.context + 1)
+    judge.score_tokens([ids, torch.cat([ids, torch.tensor([judge.eos_id])])])
+    assert [(w.start, w.stop) for w in asked] == [(0, judge.context)] * 2
 
 
 def test_an_export_judges_as_the_checkpoint_does(judge, tmp_path):
