@@ -8,7 +8,7 @@ import difflib
 import re
 import shlex
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 
 from settings.keys import LEAVES, SCHEMA, choices, groups, unwrap
 from settings.limits import unfit
+from settings.tables import known_corpora
 from utils import first_line
 
 # Keys of the authors' configs that nothing in their code read.
@@ -61,10 +62,10 @@ CONFIG_DIR = ("--config-dir", "-cd")
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
-def nearest(word: str, candidates) -> str:
-    """' Did you mean X?', or '' when nothing is near."""
-    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
-    return f" Did you mean {found[0]}?" if found else ""
+def nearest(word: str, candidates, before: str = "", cutoff: float = 0.6) -> str:
+    """' Did you mean X?', or '' when nothing is near. before: stands before each candidate."""
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+    return f" Did you mean {before}{found[0]}?" if found else ""
 
 
 def unknown_key(key: str) -> str:
@@ -82,7 +83,13 @@ def unknown_key(key: str) -> str:
     same_name = [known for known in LEAVES if known.split(".")[-1] == key.split(".")[-1]]
     if same_name and difflib.SequenceMatcher(None, key, same_name[0]).ratio() < 0.95:
         return f"{key} is not a setting. Did you mean {' or '.join(same_name)}?"
-    hint = nearest(key, [*SCHEMA, *groups()])
+    section, _, name = key.rpartition(".")
+    if section in SCHEMA:  # which alone makes its settings near
+        prefix = f"{section}."
+        inside = [each.removeprefix(prefix) for each in SCHEMA if each.startswith(prefix)]
+        hint = nearest(name, inside, before=prefix, cutoff=0.7)
+    else:
+        hint = nearest(key, [*SCHEMA, *groups()])
     return f"{key} is not a setting.{hint or ' python main.py --help lists them all'}"
 
 
@@ -114,8 +121,18 @@ def _check_group(group: str, value, own: Path | None) -> None:
         raise ValueError(f"{group}={value} must be one of: {', '.join(known)}")
     for choice in map(str, value if several else [value]):
         if choice not in known:
-            hint = nearest(choice, known)
-            raise ValueError(f"{group}={choice} does not exist.{hint} Choices: {', '.join(known)}")
+            problem = f"does not exist.{nearest(choice, known)}"
+            if choice in _entries(group):
+                problem = f"needs the file configs/{group}/{choice}.yaml, which is missing."
+            raise ValueError(f"{group}={choice} {problem} Choices: {', '.join(known)}")
+
+
+def _entries(group: str) -> Collection[str]:
+    """What the code has of this kind, with or without a file in configs/."""
+    if group == "data":
+        return known_corpora()
+    limits = (LEAVES[key].limit for key in (f"{group}.name", f"{group}.type") if key in LEAVES)
+    return [name for limit in limits if limit for name in limit.names]
 
 
 @dataclass

@@ -226,6 +226,17 @@ def test_every_setting_says_what_it_means():
     assert all(key.startswith("wandb.") for key in silent)
 
 
+@pytest.mark.parametrize(
+    "word", ["algo=sedd", "data=text8", "lr_scheduler=cosine_decay_warmup", "noise=cosine"]
+)
+def test_an_entry_of_the_code_without_a_file_is_told_which(word, monkeypatch):
+    group, _, entry = word.partition("=")
+    assert entry in choices(group)
+    monkeypatch.setattr("settings.overrides.choices", lambda *_: ["another"])
+    with pytest.raises(settings.ConfigError, match=f"configs/{group}/{entry}.yaml, which is miss"):
+        settings.load([word])
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_and_fits_together(name):
     needs = (
