@@ -64,9 +64,14 @@ class Loader:
 
 @dataclass
 class _Texts:
-    num_sample_batches: int = doc("batches of sampling.batch_size texts to sample", "at least 1")
+    num_sample_batches: int = doc(
+        "batches of sampling.batch_size texts to sample: their product is the number of texts",
+        "at least 1",
+    )
     batch_size: int | None = doc(
-        "texts sampled together on a device; null: loader.eval_batch_size", "at least 1"
+        "texts sampled together on a device; null: loader.eval_batch_size. The number of texts is"
+        " sampling.num_sample_batches times this",
+        "at least 1",
     )
     var_length: bool = doc("stop a text at EOS or when its entropy is low, and cut it there")
     logdir: str = doc("CSV file to which the samples are written")
@@ -146,18 +151,18 @@ class Training:
         one_of("times", "counts"),
     )
     counts: list[int] | None = doc(
-        "with noise=counts, the least and the most masked tokens of a block, such as [2, 3], not "
-        "reweighted: such a range is no bound; null: all, whose loss is the bound",
+        "with training.noise=counts, the least and the most masked tokens of a block, such as "
+        "[2, 3], not reweighted: such a range is no bound; null: all, whose loss is the bound",
         COUNTS,
     )
     count_law: str = doc(
-        "with noise=counts, each count equally likely, or as each validation finds it to vary "
-        "least; both are the bound",
+        "with training.noise=counts, each count equally likely, or as each validation finds it to "
+        "vary least; both are the bound",
         one_of("uniform", "learnt"),
     )
     views: int = doc(
-        "noised versions of a row in a step; 2: with noise=counts, of complementary masks, which "
-        "share its clean half (bamdlm)",
+        "noised versions of a row in a step; 2: with training.noise=counts, of complementary "
+        "masks, which share its clean half (bamdlm)",
         VIEWS,
     )
     from_pretrained: str | None = doc("weights to start from: .ckpt, exported folder or hub id")
@@ -239,7 +244,10 @@ class Trainer:
     num_sanity_val_steps: int = doc(
         "validation batches tried before training; -1: all", "at least -1"
     )
-    log_every_n_steps: int = doc("optimizer steps between log entries", "at least 1")
+    log_every_n_steps: int = doc(
+        "optimizer steps between two rows of metrics.csv; lines in the terminal follow the clock",
+        "at least 1",
+    )
     enable_checkpointing: bool = doc("write checkpoints")
     enable_progress_bar: bool = doc("show a progress bar")
     enable_model_summary: bool = doc("print a table of the layers")

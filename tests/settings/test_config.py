@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,15 @@ def test_every_choice_composes_with_exactly_the_settings_of_the_schema(row):
 def test_every_setting_says_what_it_means():
     silent = [key for key, leaf in LEAVES.items() if not leaf.doc]
     assert all(key.startswith("wandb.") for key in silent)
+
+
+def test_a_group_in_the_help_has_the_choice_that_the_help_gives_it():
+    """training.noise=counts is no choice of the group noise."""
+    word = re.compile(r"(?<![\w.])([a-z_]+)=([a-z_]+)")
+    named = [pair for leaf in LEAVES.values() for pair in word.findall(leaf.doc)]
+    of_groups = [(name, value) for name, value in named if name in groups()]
+    assert of_groups
+    assert [(name, value) for name, value in of_groups if value not in choices(name)] == []
 
 
 @pytest.mark.parametrize(
