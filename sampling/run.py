@@ -112,6 +112,7 @@ class SamplingRun:
 
     def run(self) -> dict | None:
         """complete(), and the report is printed."""
+        tell_cache([self])
         summary, file = self.complete(), self.output.file
         if summary is not None:
             for line in lines(summary):
@@ -158,11 +159,6 @@ class SamplingRun:
     def _write(self, missing: list[int]) -> None:
         """From prompts to rows of the file: generate, judge, add."""
         model, params = self.model, self.model.params
-        if params.kv_cache:
-            say(
-                f"the cache takes {self.cache_bytes() / 2**20:,.1f} MiB for {params.batch_size}"
-                f" texts of {params.context_size} visible tokens"
-            )
         started, process = time.monotonic(), f"{os.getpid()}-{time.time_ns()}"
         with ExitStack() as stack:
             shown = self.rank == 0 and not self.output.show
@@ -243,6 +239,17 @@ class SamplingRun:
             "ranks": self.ranks,
             **self.output.about,
         }
+
+
+def tell_cache(runs: Sequence[SamplingRun]) -> None:
+    """The memory of the largest cache of those that still write."""
+    largest = max((x for x in runs if x.missing()), key=SamplingRun.cache_bytes, default=None)
+    if largest is not None and largest.model.params.kv_cache:
+        params = largest.model.params
+        say(
+            f"the cache takes {largest.cache_bytes() / 2**20:,.1f} MiB for {params.batch_size}"
+            f" texts of {params.context_size} visible tokens"
+        )
 
 
 def totals(samples: Sequence[Sample]) -> dict:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sampling.run import SamplingRun
+from sampling.run import SamplingRun, tell_cache
 from utils import say
 
 # column of the table: its key in a report, and how it is written
@@ -28,6 +28,7 @@ class Sweep:
     def run(self) -> None:
         """What is missing of each. A process waits for no other: the one that adds the last row of
         a run prints its line, the one that ends the last run prints all of them."""
+        tell_cache([*self.runs.values()])
         say(self._line("point", list(FIGURES)))
         for number, (text, run) in enumerate(self.runs.items(), 1):
             say(f"point {number} of {len(self.runs)}: {text}")

@@ -310,8 +310,12 @@ def test_a_run_is_named_by_all_that_decides_its_texts():
 def test_the_memory_of_the_cache_is_said_before_the_run(tmp_path, capsys):
     one = job(tmp_path, changes={"kv_cache": True, "batch_size": 3})
     assert one.cache_bytes() == one.model.denoise.new_cache(3, 16).bytes
+    Sweep({"one": one, "other": job(tmp_path, run="other", changes={"kv_cache": True})}).run()
+    said = capsys.readouterr().out
+    assert said.count("the cache takes") == 1
+    assert "the cache takes 0.0 MiB for 3 texts of 16 visible tokens" in said
     one.run()
-    assert "the cache takes 0.0 MiB for 3 texts of 16 visible tokens" in capsys.readouterr().out
+    assert "the cache takes" not in capsys.readouterr().out  # all is there
     assert by_row(one) == by_row(finished(job(tmp_path / "plain")))
 
 
