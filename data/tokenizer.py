@@ -146,6 +146,13 @@ def wrap(hf, name: str, eos_token: str | None = None) -> Tokenizer:
                 f"data.eos_token={token!r} is not in the vocabulary of the tokenizer {name}"
                 f" ({len(vocabulary)} tokens); name one that is"
             )
+    if len(named := {id: token for token, id in vocabulary.items()}) < len(vocabulary):
+        twice = next(token for token, id in vocabulary.items() if named[id] != token)
+        both = " and ".join(sorted([repr(twice), repr(named[vocabulary[twice]])]))
+        raise ValueError(
+            f"data.tokenizer_name_or_path={name}: {both} have the same id: a text would come back"
+            " as another"
+        )
     if hf.is_fast:  # settings saved with some tokenizers, which would cut or pad documents
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()

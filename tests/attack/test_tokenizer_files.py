@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
-from tools import refused
+from tools import cases, refused
 
 from data import trial
 from data.tokenizer import get_tokenizer
@@ -71,6 +71,10 @@ def model(**parts) -> dict:
     return TOKENIZER | {"model": parts}
 
 
+def added(*tokens: dict) -> dict:
+    return TOKENIZER | {"added_tokens": [END, *tokens]}
+
+
 NONE = "holds no tokenizer that transformers can load"
 TOKENIZERS = {
     "an expression without end": (split("^(a+)+$"), CONFIG, "retry-limit"),
@@ -84,6 +88,51 @@ TOKENIZERS = {
     "an id below zero": (words(vocab=WORDS["vocab"] | {"c": -1}), CONFIG, NONE),
     "merges of nothing": (model(type="BPE", vocab={"a": 0}, merges=[["a", "q"]]), CONFIG, NONE),
     "an unknown id": (model(type="Unigram", vocab=[["a", 0.0]], unk_id=99), CONFIG, NONE),
+    "scores that are no numbers": (
+        json.dumps(model(type="Unigram", vocab=[["a", 0.5]], unk_id=0)).replace("0.5", "NaN"),
+        CONFIG,
+        NONE,
+    ),
+    "endless scores": (
+        json.dumps(model(type="Unigram", vocab=[["a", 0.5]], unk_id=0)).replace("0.5", "1e999"),
+        CONFIG,
+        NONE,
+    ),
+    "two tokens of one id": (
+        words(vocab=WORDS["vocab"] | {"c": 0}),
+        CONFIG,
+        "'a' and 'c' have the same id",
+    ),
+    "an added id of 2^40": (added(END | {"id": 1 << 40, "content": "x"}), CONFIG, NONE),
+    "an added id below zero": (added(END | {"id": -1, "content": "x"}), CONFIG, NONE),
+    "a merge of three": (model(type="BPE", vocab={"a": 0}, merges=[["a"] * 3]), CONFIG, NONE),
+    "a merge of one": (model(type="BPE", vocab={"a": 0}, merges=["a"]), CONFIG, NONE),
+    "a dropout of 5": (model(type="BPE", vocab={"a": 0}, merges=[], dropout=5), CONFIG, NONE),
+    "a prefix of 100 MB": (
+        TOKENIZER | {"normalizer": {"type": "Prepend", "prepend": "x" * 100_000_000}},
+        CONFIG,
+        "ended the process",
+    ),
+    "a stride beyond the length": (
+        TOKENIZER | {"truncation": {"direction": "Right", "max_length": 0, "stride": 5}},
+        CONFIG,
+        NONE,
+    ),
+    "decoders in each other": (
+        '{"decoder":' + '{"type":"Sequence","decoders":[' * 2000 + "]}" * 2000 + "}",
+        CONFIG,
+        "nested too deeply",
+    ),
+    "code of its own": (
+        TOKENIZER,
+        CONFIG | {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "tokenizer_class": "Y"},
+        NONE,
+    ),
+    "a million added tokens": (
+        added(*(END | {"id": i, "content": f"<{i}>"} for i in range(4, 1_000_000))),
+        CONFIG,
+        NONE,
+    ),
     "another model": (model(type="Magic"), CONFIG, NONE),
     "a list": ([1], CONFIG, NONE),
     "deep JSON": ('{"model":' * 100_000, CONFIG, NONE),
@@ -100,7 +149,9 @@ TOKENIZERS = {
 }
 
 
-@pytest.mark.parametrize(("tokenizer", "config", "message"), TOKENIZERS.values(), ids=TOKENIZERS)
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "message"), cases(TOKENIZERS, ["a million added tokens"])
+)
 def test_a_hostile_tokenizer_is_refused(tokenizer, config, message, capfd):
     os.mkdir("x")
     write(Path("x"), tokenizer, config)
