@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,15 @@ DIFFS = re.findall(r"^## (.*?)\n(?:.*?)```diff\n(.*?)```", PAGE.read_text(), re.
 KINDS = {title.removeprefix("A ").removeprefix("An ") for title, _ in DIFFS}
 TESTS = re.findall(r"^\+\+\+ b/(tests/\S+)", PAGE.read_text(), re.M)
 # The golden and other tests of a kind, which must not fail for an entry without a recording.
-OF_THE_KINDS = ["tests/test_noise.py", "tests/objectives/test_algorithms.py"]
+OF_THE_KINDS = [
+    "tests/test_noise.py",
+    "tests/objectives/test_algorithms.py",
+    "tests/samplers/test_sampling.py::test_a_plan_has_no_gap_and_leaves_nothing_masked",
+    "tests/samplers/test_sampling.py::test_a_perfect_denoiser_returns_its_text",
+]
+NAMED_TEXT = textwrap.dedent(
+    re.search(r"(^    defaults: .*?\n)\n", PAGE.read_text(), re.M | re.S)[1]
+)
 # In the copy: the help, runs of main.py and pytest, all in one interpreter.
 DRIVER = """
 import json, sys
@@ -69,25 +78,32 @@ def runs(folder: Path, stories: Path) -> list[list[str]]:
     sample = ["mode=sample_eval", "algo.T=0", "sampling.num_sample_batches=1"]
     sample += ["eval.gen_ppl_eval_model_name_or_path=null", "sampling.batch_size=1"]
     surest = ["sampling.steps=surest", "sampling.share=0.3", f"sampling.logdir={folder / 'texts'}"]
+    even = ["sampling.steps=even_first", f"sampling.logdir={folder / 'even'}"]
     # the new objective: trained, resumed, measured and asked for a text, in a folder of its own
     own = [*base, "algo=unweighted", f"checkpointing.save_dir={folder / 'unweighted'}"]
     others = [word for word in words if not word.startswith(("data.train", "data.valid"))]
     corpus = ["data=tinystories", f"data.source={stories}", "data.tokenizer_name_or_path=text8"]
+    (folder / "own/data").mkdir(parents=True)
+    named = NAMED_TEXT.replace("/path", str(stories)).replace("valid.txt", "validation.txt")
+    (folder / "own/data/named.yaml").write_text(named)
+    own_text = ["--config-dir", str(folder / "own"), "data=named", *corpus[2:]]
     return [
         [*words, "noise=sine", f"checkpointing.save_dir={trained}"],
         [*words, *sample, *surest, f"eval.checkpoint_path={checkpoint}"],
+        [*words, *sample, *even, f"eval.checkpoint_path={checkpoint}"],
         [*own, "model.attn_backend=plain"],
         [*own, "model.attn_backend=plain", "trainer.max_steps=3"],
         [*own, "mode=ppl_eval"],
         [*own, *sample, f"sampling.logdir={folder / 'unweighted.csv'}"],
         [*others, *corpus, "mode=prepare"],
+        [*others, *own_text, "mode=prepare"],
         [*words, "mode=count"],
     ]
 
 
 def test_the_page_shows_every_kind():
     kinds = {"noise schedule", "step rule", "objective", "corpus", "logged metric", "mode"}
-    assert kinds | {"attention backend"} <= KINDS
+    assert kinds | {"planned step rule", "attention backend"} <= KINDS
 
 
 def test_each_thing_takes_two_files_and_a_test():
@@ -102,6 +118,7 @@ def test_every_new_setting_is_in_the_help(extended):
     for part in (
         " sine",
         " surest",
+        " even_first",
         " sampling.share=0.5",
         " unweighted",
         " tinystories",
@@ -115,11 +132,13 @@ def test_every_new_thing_runs(extended):
     found, folder, printed = extended
     assert found["codes"] == [0] * len(found["codes"]), printed
     assert (folder / "texts").is_file()
+    assert (folder / "even").is_file()
     assert (folder / "unweighted.csv").is_file()
     assert len(read_log(folder / "unweighted/metrics.csv")["trainer/loss"]) == 3
     assert re.search(r"^unweighted on .*valid.txt \(counts, ", printed, re.M)
     assert len(read_log(folder / "trained/metrics.csv")["trainer/grad_norm"]) == 2
     assert re.search(r"^train: tinystories, 1 documents", printed, re.M)
+    assert re.search(rf"^train: {folder}/stories/train.txt, 1 documents", printed, re.M)
     assert re.search(r"^[\d,]+ parameters$", printed, re.M)
 
 

@@ -54,11 +54,13 @@ class StepHealth:
     _coming: deque = field(default_factory=deque)
 
     def saw(self, batch: dict, loss: Tensor, loss_mask: Tensor) -> None:
-        """A micro-batch of the step at hand. loss: TokenLoss.per_place; loss_mask on the host."""
+        """A micro-batch of the step at hand. loss: TokenLoss.per_place, a scalar on the device;
+        loss_mask [B, L] on the host."""
         self._seen.append((batch, loss.detach(), loss_mask))
 
     def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> int:
-        """Decide, over all devices together, whether the step is left out.
+        """Decide, over all devices together, whether the step is left out. Called for every step,
+        also for one that is left out, whose loss may be NaN.
 
         Its gradients are dropped, or where the decision is `late` the optimizer is told by `found`
         not to use them. Returns what `settle` does.
