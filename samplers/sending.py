@@ -75,4 +75,10 @@ class Countdown:
                     return
                 event.synchronize()
             self.known.append(numbers.tolist())
+            for row, (before, after) in enumerate(zip(*self.known[-2:], strict=True)):
+                if after >= before > 0:
+                    raise ValueError(
+                        f"the step rule revealed no token of row {row} in evaluation"
+                        f" {len(self.known) - 2}: reveal at least one while any is masked"
+                    )
             self.coming.popleft()

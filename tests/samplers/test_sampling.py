@@ -450,6 +450,19 @@ def test_a_sequential_rule_that_does_not_read_k_reveals_one_in_a_step(algo, monk
         assert text.nfe == SMALL["length"] - 1
 
 
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_adaptive_rule_that_reveals_nothing_is_refused(after, monkeypatch):
+    """In one row of two, and where the numbers arrive late: else tokens stayed masked."""
+
+    def all_of_the_first_row(log_probs, masked, params, chance):
+        return masked & (torch.arange(len(masked))[:, None] == 0)
+
+    monkeypatch.setattr("samplers.sending.send", lambda n: (Late(n, after, []), n))
+    monkeypatch.setitem(STEPS, "first_row", Adaptive(all_of_the_first_row, sequential=False))
+    with pytest.raises(ValueError, match="revealed no token of row 1 in evaluation 0"):
+        write("bamdlm", network("bamdlm"), 2, **SMALL, batch_size=2, steps="first_row")
+
+
 def test_a_low_threshold_reveals_a_block_at_once():
     samples = write("bamdlm", network("bamdlm"), 2, steps="threshold", threshold=1e-6, **SMALL)
     assert {s.nfe for s in samples} == {6}
