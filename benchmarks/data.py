@@ -42,7 +42,7 @@ def main(argv=None) -> int:
         kind, *rest = args.measure.split(",")
         print(json.dumps(MEASURES[kind](*rest)))
         return 0
-    from benchmarks.conclusion import conclude
+    from benchmarks.support.conclusion import conclude
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures = measured(args, Path(folder))

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.conclusion import conclude
 from benchmarks.gpu_check import check
 from benchmarks.gpu_network import SMALL, TINY, device_name
 from benchmarks.gpu_sample import sample
 from benchmarks.gpu_table import missed
 from benchmarks.gpu_train import ALGORITHMS, BACKENDS, train
+from benchmarks.support.conclusion import conclude
 from training.signals import end_on_interrupt
 from utils import write_json
 

@@ -23,9 +23,9 @@ import lightning as L
 import torch
 
 from benchmarks import gpu
-from benchmarks.conclusion import conclude
 from benchmarks.gpu_network import await_file, await_turn, network, release, synchronise
 from benchmarks.gpu_table import missed, speeds
+from benchmarks.support.conclusion import conclude
 from diffusion import Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.conclusion import conclude
+from benchmarks.support.conclusion import conclude
 
 WIDTH = 56  # of the first column
 # aims, on an H100

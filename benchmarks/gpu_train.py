@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu_network import autocast, await_turn, network, release, synchronise
 from benchmarks.gpu_table import step_speed
-from benchmarks.pair import INTERVAL, noise_of, objective_of
+from benchmarks.support.pair import INTERVAL, noise_of, objective_of
 from models.dit import _run_block
 from models.ema import EMA
 from objectives.graphs import GraphedLoss

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conclusion import conclude, options
+from benchmarks.support.conclusion import conclude, options
 
 SPEED = {"bamdlm": 3.5}  # at least
 NETWORK = {"hidden": 256, "blocks": 4, "heads": 4, "vocab": 50_258}
@@ -77,7 +77,7 @@ def evaluate(algo: str, args) -> dict:
     """Tokens/s and perplexity of both, over the same batches."""
     import torch
 
-    from benchmarks.pair import make_pair, network
+    from benchmarks.support.pair import make_pair, network
 
     net = network(algo, args).eval()
     shape = (args.batches, args.batch, args.length)

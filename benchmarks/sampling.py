@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conclusion import conclude, options
+from benchmarks.support.conclusion import conclude, options
 
 SLOWDOWN, OF_BARE, OVER_PUBLISHED = 1.10, 0.7, 8.0
 VOCABULARY, BLOCK, CONTEXT, LONG_CONTEXT = 50_258, 16, 256, 1024

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.pair import make_pair, network
+from benchmarks.support.pair import make_pair, network
 
 
 def main() -> None:

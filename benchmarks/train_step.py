@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conclusion import conclude, options
+from benchmarks.support.conclusion import conclude, options
 
 SPEED = {"bamdlm": 4.0, "mdlm": 3.0, "sedd": 2.5, "ar": 1.3}  # at least
 MEMORY = {"bamdlm": 0.4}  # at most
@@ -108,7 +108,7 @@ def make(case: Case, args):
     """The Pair of a case."""
     import torch
 
-    from benchmarks.pair import make_pair, network
+    from benchmarks.support.pair import make_pair, network
 
     net = network(case.algo, args)
     ids = torch.randint(args.vocab - 1, (1, case.batch, case.length), device=args.device)
@@ -200,9 +200,9 @@ def peak(case: Case, args) -> float:
     """MiB above the imports after two steps (on an accelerator: its own peak)."""
     import torch
 
-    import benchmarks.pair  # all that `make` imports, with everything torch loads at first use
+    from benchmarks.support import pair  # all that `make` imports, and torch loads at first use
 
-    assert benchmarks.pair
+    assert pair
     torch.set_num_threads(args.threads)
     before = high_water()
     steps = make(case, args)

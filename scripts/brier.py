@@ -25,8 +25,8 @@ from modes import tables
 from samplers.params import SamplingParams
 from samplers.writing import check
 from sampling.notebook import Writer, load
-from scripts.command import answered, chosen_device, new_parser, parsed
-from scripts.texts import at_least_two, cache_folder, read_texts
+from scripts.support.command import answered, chosen_device, new_parser, parsed
+from scripts.support.texts import at_least_two, cache_folder, read_texts
 from utils import write_json
 
 NUMBERS = {f.name: f.type for f in fields(SamplingParams) if f.type in (int, float, str)}

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modes.results import Results, first_texts, number, read_run
 from modes.tables import Rows, cell, csv_text, filled, html_table, markdown, markdown_text, text
 from scripts import summarize
-from scripts.command import new_parser
-from scripts.picture import picture
 from scripts.plot_run import finish, losses, perplexities, smoothed
+from scripts.support.command import new_parser
+from scripts.support.picture import picture
 from utils import atomic_file, harmless, reason, say, shown
 
 TEXTS, LONGEST_TEXT = 2, 4000  # of each run that are shown, and their characters

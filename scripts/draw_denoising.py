@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import answered, new_parser
-from scripts.picture import picture
+from scripts.support.command import answered, new_parser
+from scripts.support.picture import picture
 from utils import check_file
 
 COLUMNS, LINES = 46, 10  # of a panel, in characters

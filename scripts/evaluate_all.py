@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from checkpointing.load import build_backbone_args
 from modes.tables import csv_text, markdown, text
-from scripts.command import new_parser, parsed
+from scripts.support.command import new_parser, parsed
 from utils import atomic_file, read_json, say, shown
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from checkpointing import export
 from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
-from scripts.command import answered, new_parser
+from scripts.support.command import answered, new_parser
 from settings.tables import algorithms
 
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")

@@ -37,9 +37,9 @@ from sampling.notebook import Writer, load
 from sampling.report import SHOWN, made_with
 from sampling.run import Model, Output, SamplingRun, Texts, run_id
 from sampling.sample_file import SampleFile
-from scripts.command import chosen_device, new_parser, parsed
-from scripts.picture import picture
-from scripts.texts import cache_folder, read_texts
+from scripts.support.command import chosen_device, new_parser, parsed
+from scripts.support.picture import picture
+from scripts.support.texts import cache_folder, read_texts
 from utils import atomic_file, reason, say, shown, write_json
 
 NUMBERS = {each.name: each for each in fields(SamplingParams)}

@@ -17,7 +17,7 @@ import torch
 
 from checkpointing.layouts import BUFFERS, Checkpoint, CheckpointError, read_checkpoint, section
 from checkpointing.load import build_backbone_args
-from scripts.command import answered, new_parser
+from scripts.support.command import answered, new_parser
 from utils import escaped
 
 

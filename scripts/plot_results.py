@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import answered, new_parser
-from scripts.picture import picture
+from scripts.support.command import answered, new_parser
+from scripts.support.picture import picture
 from training.log_reading import read_log
 from utils import read_json
 

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modes.results import LOG
-from scripts.command import new_parser
-from scripts.picture import picture
+from scripts.support.command import new_parser
+from scripts.support.picture import picture
 from training.log_reading import read_log
 from utils import reason, shown
 

@@ -24,8 +24,8 @@ from evaluation.quality import Figure, diversity, mean, perplexity
 from modes import tables
 from sampling.report import summarise
 from sampling.sample_file import SampleFile
-from scripts.command import answered, chosen_device, new_parser, parsed
-from scripts.texts import at_least_two, cache_folder, read_texts
+from scripts.support.command import answered, chosen_device, new_parser, parsed
+from scripts.support.texts import at_least_two, cache_folder, read_texts
 from utils import say, write_json
 
 OF_RUNS = ("gen_nfes", "tokens_per_evaluation", "tokens_per_second", "seconds")

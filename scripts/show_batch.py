@@ -31,8 +31,8 @@ from dataloader import DataModule
 from main import quiet
 from modes import cli
 from modes.build import build_cache, build_data, build_split, build_tokenizer
-from scripts.command import answered, new_parser
-from scripts.picture import picture
+from scripts.support.command import answered, new_parser
+from scripts.support.picture import picture
 from settings import Config
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"

@@ -21,8 +21,8 @@ import torch
 
 from models.attention import CHUNK_TOKENS, dense_mask
 from models.masks import BlockDiffusion
-from scripts.command import answered, new_parser
-from scripts.picture import picture
+from scripts.support.command import answered, new_parser
+from scripts.support.picture import picture
 
 LONGEST = 4096  # a picture of 8192 x 8192 pairs
 

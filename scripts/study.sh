@@ -5,4 +5,4 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh"
-exec "${BAMDLM_PYTHON:-$root/.venv/bin/python}" "$root/scripts/study.py" "$@"
+exec "${BAMDLM_PYTHON:-$root/.venv/bin/python}" "$root/scripts/support/study.py" "$@"

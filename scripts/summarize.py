@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modes.results import Summary, reports
 from modes.tables import csv_text, filled, markdown
 from samplers.params import SamplingParams
-from scripts.command import new_parser
+from scripts.support.command import new_parser
 from utils import atomic_file, reason, say, shown
 
 # column: the key in a summary

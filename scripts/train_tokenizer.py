@@ -25,7 +25,7 @@ from data import corpora, detokenizers, tokenizer, vocabularies
 from data.preparation import Report
 from data.remote_cache import open_cache
 from main import quiet
-from scripts.command import answered, new_parser
+from scripts.support.command import answered, new_parser
 from settings.defaults import user_cache
 from settings.schema import Data
 from utils import atomic_folder, say

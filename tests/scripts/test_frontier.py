@@ -11,7 +11,7 @@ from runs import write_text
 from evaluation.judge import load_judge
 from evaluation.quality import perplexity
 from scripts import frontier
-from scripts.texts import read_texts
+from scripts.support.texts import read_texts
 
 
 @pytest.fixture(scope="module")

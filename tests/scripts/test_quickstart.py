@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -60,13 +59,12 @@ def tiny(folder) -> list[str]:
 
 
 def report(arguments) -> int:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import quickstart_report
+    from scripts.support import quickstart_report
 
     return quickstart_report.main(arguments)
 
 
-PROGRAMS = {"main.py": main.main, "scripts/quickstart_report.py": report}
+PROGRAMS = {"main.py": main.main, "scripts/support/quickstart_report.py": report}
 
 
 class Quickstart:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import settings
-from scripts import study
+from scripts.support import study
 
 RATE = {"full": 2000.0, "clipped": 1000.0}  # tokens per second
 NLL = {("full", 1): 4.5, ("full", 2): 4.2, ("clipped", 1): 4.0, ("clipped", 2): 4.1}

@@ -23,14 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modes.tables import csv_text, markdown, text
-from scripts.picture import picture
+from scripts.support.picture import picture
 from training.log_reading import read_log
 from utils import atomic_file, read_json, reason, say, shown
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BASE = (
     *("wandb=null", "lr_scheduler=cosine_decay_warmup", "lr_scheduler.num_warmup_steps=200"),
     *("data.insert_train_special=false", "data.insert_valid_special=false"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import plain_step
+from benchmarks.support import plain_step
 from models.dit import DiT
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive

@@ -11,7 +11,7 @@ from sampling.prompts import lines_of_text
 from sampling.sample_file import SampleFile
 from utils import check_file
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
 def at_least_two(text: str) -> int:

@@ -1,6 +1,6 @@
 """What the quickstart learned, on one page: the last step of scripts/quickstart.sh.
 
-    python scripts/quickstart_report.py OVERRIDES of the training run, then -- those of the sampling
+    python scripts/support/quickstart_report.py OVERRIDES of the training, then -- of the sampling
 
 Reads what training, evaluation and sampling left behind; computes only the unigram model.
 """
@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from plot_run import plot
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import settings
 from modes.build import build_rows, build_tokenizer
 from sampling.sample_file import SampleFile
+from scripts.plot_run import plot
 from training.log_reading import read_log
 
 SAMPLE_LINES = 16
