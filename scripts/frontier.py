@@ -34,15 +34,21 @@ from samplers.params import SamplingParams
 from samplers.steps import STEPS
 from samplers.writing import SAMPLERS
 from sampling.notebook import Writer, load
-from sampling.report import SHOWN, made_with
+from sampling.report import SHOWN, UNTOLD, made_with
 from sampling.run import Model, Output, SamplingRun, Texts, run_id
 from sampling.sample_file import SampleFile
 from scripts.support.command import chosen_device, new_parser, parsed
 from scripts.support.picture import picture
-from scripts.support.texts import cache_folder, read_texts
+from scripts.support.texts import at_least_two, cache_folder, read_texts
 from utils import atomic_file, reason, say, shown, write_json
 
-NUMBERS = {each.name: each for each in fields(SamplingParams)}
+# --set does not take what is part of no point, what the network decides and what has an option
+NOT_SET = (*UNTOLD, "block_size", "length", "steps", "temperature", "nucleus_p")
+NUMBERS = {
+    each.name: each
+    for each in fields(SamplingParams)
+    if each.type in (int, float, str) and each.name not in NOT_SET
+}
 COLUMNS = (
     *("model", "algo", "block_size", "steps", "numbers", "temperature", "nucleus_p", "nfe"),
     *("gen_ppl", "gen_ppl_error", "entropy", "entropy_error", "length", "texts"),
@@ -82,6 +88,10 @@ def main(argv=None) -> int:
         points = [
             p for name, path in args.checkpoints for p in plan(name, path, judge, args, words)
         ]
+        for name in dict(args.set).keys() - {name for p in points for name in p.numbers}:
+            raise ValueError(
+                f"--set {name}: no point reads it, leave it out or add a rule to --steps"
+            )
         real = reference(args, judge, words)
         say(f"{len(points)} points of {args.texts} texts, judged by {args.judge}")
     except (ValueError, OSError) as error:
@@ -110,6 +120,12 @@ def parse(argv) -> tuple[argparse.Namespace, list[str]]:
     def numbers(text: str) -> list[float]:
         return [float(each) for each in text.split(",")]
 
+    def evaluations(text: str) -> list[float]:
+        found = numbers(text)
+        if not all(0 < each < math.inf for each in found):
+            raise argparse.ArgumentTypeError(f"{text} must be numbers above 0")
+        return found
+
     def positive(text: str) -> int:
         if (value := int(text)) < 1:
             raise argparse.ArgumentTypeError(f"{value} must be at least 1")
@@ -121,21 +137,26 @@ def parse(argv) -> tuple[argparse.Namespace, list[str]]:
 
     def setting(text: str) -> tuple[str, list]:
         name, _, values = text.partition("=")
-        if name not in NUMBERS or NUMBERS[name].type not in (int, float, str):
-            raise argparse.ArgumentTypeError(
-                f"{name} is no number or name that a sampling run takes"
-            )
-        return name, [NUMBERS[name].type(each) for each in values.split(",")]
+        if name not in NUMBERS:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(NUMBERS)}")
+        found = [NUMBERS[name].type(each) for each in values.split(",")]
+        if NUMBERS[name].type is float and not all(map(math.isfinite, found)):
+            raise argparse.ArgumentTypeError(f"{name}={values} must be finite numbers")
+        return name, found
 
     parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=named, help="[NAME=]file, export or hub id")
     parser.add_argument("--judge", default="gpt2-large", help="causal model or ar checkpoint")
     parser.add_argument("--steps", default="first_hitting", help="rules, separated by commas")
     parser.add_argument("--temperatures", type=numbers, default=[0.8, 0.9, 1.0])
-    parser.add_argument("--nfe", type=numbers, help="about so many evaluations a text: sets k, T")
+    parser.add_argument(
+        "--nfe", type=evaluations, help="about so many evaluations a text: sets k, T"
+    )
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=1,2")
     parser.add_argument("--texts", type=positive, default=64, help="of each point (%(default)s)")
-    parser.add_argument("--length", type=positive, help="tokens of a text (that of the training)")
+    parser.add_argument(
+        "--length", type=at_least_two, help="tokens of a text (that of the training)"
+    )
     parser.add_argument("--batch-size", type=positive, help="texts side by side (all)")
     parser.add_argument("--judge-batch-size", type=positive, default=16)
     parser.add_argument("--nucleus-p", type=float, default=1.0)
@@ -298,7 +319,10 @@ def curves(rows: list[dict]) -> dict[tuple[str, ...], list[dict]]:
 def as_text(rows: list[dict]) -> str:
     lines = [["model", "steps", "", "T", "NFE", "gen. PPL", "entropy", "tokens/NFE", "seconds"]]
     for each in rows:
-        figures = (Figure(each[x], each[f"{x}_error"] or math.nan) for x in ("gen_ppl", "entropy"))
+        figures = [
+            "–" if each[x] is None else str(Figure(each[x], each[f"{x}_error"] or math.nan))
+            for x in ("gen_ppl", "entropy")
+        ]
         others = [
             "" if each[name] is None else format(each[name], form)
             for name, form in (
@@ -309,7 +333,7 @@ def as_text(rows: list[dict]) -> str:
             )
         ]
         said = [each[name] or "" for name in ("model", "steps", "numbers")]
-        lines.append([*said, *others[:2], *map(str, figures), *others[2:]])
+        lines.append([*said, *others[:2], *figures, *others[2:]])
     return tables.text(lines)
 
 
@@ -345,10 +369,10 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
         grey = {"color": "0.4", "linestyle": ""}
         keys += [{**grey, "marker": marker[rule], "label": rule} for rule in steps]
         evaluations = sorted({round(r["nfe"]) for curve in found.values() for r in curve})
-        sizes = sorted({evaluations[0], evaluations[len(evaluations) // 2], evaluations[-1]})
+        shown_sizes = evaluations[:1] + evaluations[len(evaluations) // 2 :][:1] + evaluations[-1:]
         keys += [
             {**grey, "marker": "o", "markersize": marker_size(n), "label": f"{n:,} NFE"}
-            for n in sizes
+            for n in dict.fromkeys(shown_sizes)
         ]
         for each in rows:
             if each["model"] == REAL:

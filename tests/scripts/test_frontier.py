@@ -92,6 +92,14 @@ def test_points_are_measured_once(files, tmp_path, capsys, monkeypatch):
     assert read(tmp_path) == [real, *found]
 
 
+def test_a_point_without_a_perplexity_is_told_and_not_drawn(tmp_path):
+    """As where all that is written is EOS."""
+    empty = dict.fromkeys(frontier.COLUMNS) | {"model": "m", "steps": "s", "entropy": 0.0}
+    assert "–" in frontier.as_text([empty]).splitlines()[-1]
+    frontier.draw([empty], tmp_path / "none.png", "judge")
+    assert (tmp_path / "none.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_entropy_of_real_text_is_met_between_two_temperatures():
     a = {"entropy": 4.0, "entropy_error": 0.01, "gen_ppl": 100.0, "gen_ppl_error": 3.0}
     b = {"entropy": 5.0, "entropy_error": 0.02, "gen_ppl": 400.0, "gen_ppl_error": 8.0}
@@ -113,6 +121,7 @@ def test_the_entropy_of_real_text_is_met_between_two_temperatures():
     [
         (["--set=k=9", "--steps=confidence"], "sampling.k=9 is more than the block_size=4"),
         (["--length=30"], "block_size=4 does not divide model.length=30"),
+        (["--set=threshold=0.5"], "--set threshold: no point reads it"),
         (["--temperatures=-1"], "sampling.temperature=-1.0 must be in"),
         (["--reference=nothing"], "nothing is neither a file nor a corpus"),
         (["--reference=none.txt"], "none.txt does not exist"),
@@ -132,7 +141,13 @@ def test_what_cannot_be_is_refused_before_anything_is_written(more, said, files,
     [
         (["--steps=best"], "best is none of"),
         (["--texts=0"], "0 must be at least 1"),
-        (["--set=move_chance=1"], "move_chance is no number"),
+        *(([f"--set={name}=1"], f"{name} is none of") for name in frontier.NOT_SET),
+        (["--set=entropy_bound=0.1,inf"], "entropy_bound=0.1,inf must be finite"),
+        *(
+            ([f"--nfe={nfe}"], f"{nfe} must be numbers above 0")
+            for nfe in ("inf", "8,nan", "0", "-8")
+        ),
+        (["--length=1"], "1 must be at least 2"),
         (["x/run/checkpoints/last.ckpt", "y/run/checkpoints/last.ckpt"], "two checkpoints are"),
     ],
 )
