@@ -9,6 +9,7 @@ Entropy is that of the frequencies of all the text's tokens, in nats; length cou
 scored.
 """
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -45,13 +46,6 @@ class TextScore:
         if self.nll is None or self.tokens == 0:
             return math.nan
         return math.exp(min(self.nll / self.tokens, 700))
-
-
-def corpus_perplexity(scores: Sequence[TextScore]) -> float:
-    """Over the tokens of all texts."""
-    judged = [s for s in scores if s.nll is not None]
-    tokens = sum(s.tokens for s in judged)
-    return TextScore(sum(s.nll for s in judged), tokens, 0.0).perplexity if tokens else math.nan
 
 
 def describe(ids: Sequence[int] | Tensor, eos_id: int, nll: float | None = None) -> TextScore:
@@ -109,8 +103,17 @@ class Judge:
         self.context, self.stride = context, min(stride, max(1, context // 2))
         self.batch_size = batch_size
         self.bos = torch.tensor([] if bos_id is None else [bos_id], dtype=torch.int64)
-        known = tokenizer.get_vocab()
-        self.foreign = [token for token in foreign if token not in known]
+        self.foreign = self._unknown(foreign)
+
+    def _unknown(self, tokens: Sequence[str]) -> list[str]:
+        known = self.tokenizer.get_vocab()
+        return [token for token in tokens if token not in known]
+
+    def of_writer(self, foreign: Sequence[str]) -> "Judge":
+        """The same network for texts with these special tokens."""
+        other = copy.copy(self)
+        other.foreign = self._unknown(foreign)
+        return other
 
     @property
     def eos_id(self) -> int:
