@@ -6,9 +6,10 @@
 
 A point is a checkpoint with a step rule, a number of evaluations (NFE) and a temperature. Lower
 generative perplexity at the same entropy is better; a lower one alone may be a lower temperature.
-OUT gets frontier.csv, frontier.json, frontier.png and the texts. The same command again goes on
-where it was. ar and sedd have samplers of their own, so each has them in place of the step rules.
-What stands behind -- are settings of main.py for the data, such as data.source=/corpora.
+OUT gets frontier.csv, frontier.json and frontier.png with the points of the last command, and the
+texts of all: the same command again goes on where it was. ar and sedd have samplers of their own,
+so each has them in place of the step rules. What stands behind -- are settings of main.py for the
+data, such as data.source=/corpora.
 """
 
 import argparse
@@ -181,7 +182,7 @@ def short(path: str) -> str:
 
 
 def judge_of(args, words) -> Judge:
-    """Special tokens of the writers are told apart when they are known, see `plan`."""
+    """Special tokens of a writer are known later, see `plan`."""
     return load_judge(
         args.judge,
         batch_size=args.judge_batch_size,
@@ -204,6 +205,8 @@ def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
     file = SampleFile(args.out / f"{name}.csv")
     file.check()
     weights = fingerprint(writer.denoise.backbone.state_dict())
+    judge = judge.of_writer(writer.tokenizer.hf.all_special_tokens)
+    judged_by = [judge.fingerprint, *judge.foreign]
     about = {"checkpoint": path, "judge": args.judge, "precision": "32-true"}
     found = {}
     for rule, numbers in rules(writer, length, args):
@@ -211,7 +214,7 @@ def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
             params = base.changed(temperature=temperature, **numbers)
             model = Model(writer.algo, writer.denoise, writer.tokenizer, params, writer.device)
             made = made_with(writer.algo, params)
-            run = run_id(weights, made, params.seed, judge.fingerprint)
+            run = run_id(weights, made, params.seed, *judged_by)
             output = Output(file, run, about=about)
             numbers_of_rule = {k: v for k, v in numbers.items() if k != "steps"}
             made = SamplingRun(model, Texts(args.texts), output, judge)
@@ -260,7 +263,8 @@ def reference(args, judge: Judge, words) -> dict | None:
     """The row of real texts, as long as those of the models."""
     if args.reference is None:
         return None
-    length = args.length or judge.context
+    # BOS, which the judge adds, is one of the tokens of a model's text
+    length = args.length - len(judge.bos) if args.length else judge.context
     texts = read_texts(args.reference, length, args.texts, words)
     scores, ids = judge.score(texts), judge.tokenize(texts)
     ppl, entropy = perplexity(scores), mean([score.entropy for score in scores])

@@ -97,8 +97,13 @@ class Bigram(torch.nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_nats_are_those_of_each_token_summed(batch_size):
-    judge = Judge(Bigram(), Words(), context=10, stride=4, batch_size=batch_size, foreign=["[CLS]"])
+@pytest.mark.parametrize("later", [False, True])
+def test_nats_are_those_of_each_token_summed(batch_size, later):
+    foreign = ["[SEP]"] if later else ["[CLS]"]
+    judge = Judge(Bigram(), Words(), context=10, stride=4, batch_size=batch_size, foreign=foreign)
+    if later:  # the special tokens of a writer that is known later
+        judge, first = judge.of_writer(["[CLS]"]), judge
+        assert first.foreign == foreign
     texts = ["1 2 3 0 4 5 " * 5 + "6", "3", "", "[CLS] 2 [CLS] 1"]
     log_p = judge.model.table.log_softmax(-1)
     for text, score in zip(texts, judge.score(texts), strict=True):

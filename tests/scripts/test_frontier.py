@@ -63,6 +63,22 @@ def test_every_algorithm_has_its_points(files, tmp_path):
     assert {each.run.model.params.temperature for each in points} == {0.7, 1}
 
 
+def test_texts_are_judged_as_by_sample_eval(files, tmp_path, monkeypatch):
+    """Special tokens that the judge does not have are its EOS. Real texts are as long for the judge
+    as those of the models, whose first token is BOS."""
+    args, data = frontier.parse(arguments(files, tmp_path, "--length=20", models=["ar"]))
+    judge = frontier.judge_of(args, data)
+    assert len(judge.bos) == 1
+    asked = []
+    monkeypatch.setattr(frontier, "read_texts", lambda *which: asked.append(which[1]) or ["a"])
+    args.reference = "real"
+    frontier.reference(args, judge, data)
+    assert asked == [19]
+    monkeypatch.setattr(judge.tokenizer, "get_vocab", dict)
+    (point, *_) = frontier.plan("ar", files["ar"], judge, args, data)
+    assert point.run.judge.foreign == point.run.model.tokenizer.hf.all_special_tokens != []
+
+
 def test_points_are_measured_once(files, tmp_path, capsys, monkeypatch):
     texts = tmp_path / "real.txt"
     texts.write_text("the work of the king and the day\nany of the night and the time\n")
