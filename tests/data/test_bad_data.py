@@ -367,10 +367,10 @@ COPIES = {
         lambda d: zipped(d / "x.zip", {"text9": "a"}),
         "x.zip holds text9, but no file text8",
     ),
-    "a copy of what is embedded": (
+    "a copy of what is not on the hub": (
         "shakespeare",
         lambda d: d,
-        "has no meaning for the embedded corpus shakespeare",
+        "shakespeare is not on the hub, so data.source has no meaning for it",
     ),
 }
 
