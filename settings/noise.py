@@ -50,8 +50,9 @@ def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]
 def counts(config: Config) -> Iterator[str]:
     """What needs training.noise=counts, and what goes with it."""
     training, name = config.training, config.algo.name
-    drawn = training.noise == "counts"
-    if drawn and not algorithms()[name]["counts"]:
+    entry = algorithms()[name]
+    drawn = training.noise == "counts" and entry["noise"]
+    if drawn and not entry["counts"]:
         yield (
             f"training.noise=counts does not fit algo={name}, only {names_with('counts')}; use"
             " training.noise=times"
@@ -63,7 +64,7 @@ def counts(config: Config) -> Iterator[str]:
             " many tokens are masked: training.counts bounds that; set training.resample=False"
         )
     for key, unset in (("counts", None), ("count_law", "uniform"), ("views", 1)):
-        if not drawn and (value := getattr(training, key)) != unset:
+        if training.noise != "counts" and (value := getattr(training, key)) != unset:
             yield f"training.{key}={value} needs training.noise=counts"
     if drawn:
         yield from _law(config)

@@ -180,7 +180,6 @@ WRONG = [
     (TRAIN, ["training.counts=[2,3]"], "training.counts=[2, 3] needs training.noise=counts"),
     (TRAIN, ["training.count_law=learnt"], "training.count_law=learnt needs training.noise=counts"),
     (TRAIN, [COUNTS, "algo=sedd"], "training.noise=counts does not fit algo=sedd, only bamdlm"),
-    (TRAIN, [COUNTS, "algo=ar"], "training.noise=counts does not fit algo=ar, only bamdlm"),
     (TRAIN, [COUNTS, "training.counts=[0,3]"], "training.counts=[0, 3] must be two numbers"),
     (TRAIN, [COUNTS, "training.counts=[3,2]"], "training.counts=[3, 2] must be two numbers"),
     (TRAIN, [COUNTS, "training.counts=3"], "training.counts=3 must be a list like [2,3] or null"),
@@ -506,6 +505,7 @@ def test_flash_attention_is_refused_where_it_cannot_serve(monkeypatch, capsys, w
 HARMLESS = [
     (TRAIN, ["algo=ar", "block_size=4"], "block_size=4 has no effect: ar has blocks of 1"),
     (TRAIN, ["algo=ar", "noise=cosine"], "noise has no effect: algo=ar has no noise"),
+    (TRAIN, ["algo=ar", COUNTS], "training.noise has no effect: algo=ar has no noise"),
     (TRAIN, ["algo=ar", "training.resample=True"], "training.resample has no effect"),
     (TRAIN, ["model.adaln=True"], "model.adaln=True has no effect: algo=bamdlm always modulates"),
     (TRAIN, ["algo.fix_clipping=True"], "algo.fix_clipping=True has no effect"),
