@@ -74,5 +74,7 @@ def load_own(name_or_path: str, cache_dir=None) -> tuple[NextToken, Words, int, 
     backbone = trained_network(found, words, "ar")
     network, context = NextToken(backbone, words.mask_id), found.length or CONTEXT_TOKENS
     if begins_with_bos(found):
+        if context < 3:
+            raise CheckpointError(f"its rows of {context} tokens hold nothing but BOS and EOS")
         return network, Words(words), context - 1, words.bos_id
     return network, Words(words), context, None

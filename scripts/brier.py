@@ -25,11 +25,18 @@ from modes import tables
 from samplers.params import SamplingParams
 from samplers.writing import check
 from sampling.notebook import Writer, load
+from sampling.report import UNTOLD
 from scripts.support.command import answered, chosen_device, new_parser, parsed
 from scripts.support.texts import at_least_two, cache_folder, read_texts
 from utils import write_json
 
-NUMBERS = {f.name: f.type for f in fields(SamplingParams) if f.type in (int, float, str)}
+# --set does not take what has an option and what the network decides
+NOT_SET = (*UNTOLD, "block_size")
+NUMBERS = {
+    each.name: each.type
+    for each in fields(SamplingParams)
+    if each.type in (int, float, str) and each.name not in NOT_SET
+}
 
 
 def main(argv=None) -> int:

@@ -118,7 +118,7 @@ def compare(found: dict, texts: dict, judge: Judge, featurizer: Judge, args, wor
     of as many real texts."""
     most = max(map(len, texts.values()))
     typical = next(iter(found.values()))["length"].value
-    length = args.length or max(2, round(typical) + 1)
+    length = args.length or max(2, round(typical) + 1 - len(judge.bos))
     real = read_texts(args.reference, length, 2 * most, words)
     found[REAL] = figures(judge, real[:most])
     made = features(featurizer, real, args.features)

@@ -101,6 +101,15 @@ def test_a_text_begins_as_the_rows_of_the_training_did(inserted, tmp_path):
         assert judge.context == MANIFEST["length"] - (inserted is not False)  # there is EOS
 
 
+def test_rows_of_bos_and_eos_alone_are_no_judge(tmp_path):
+    def change(raw):
+        raw["hyper_parameters"]["config"]["model"]["length"] = 2
+        raw["hyper_parameters"]["config"]["data"]["tokenizer_name_or_path"] = str(TOKENIZER)
+
+    with pytest.raises(ValueError, match="rows of 2 tokens hold nothing but BOS and EOS"):
+        load_judge(str(variant(tmp_path, "ar", change)))
+
+
 def test_no_window_is_asked_for_eos_alone(judge, monkeypatch):
     """The last place of a text that the model ended."""
     asked = []

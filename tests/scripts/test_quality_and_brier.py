@@ -74,6 +74,14 @@ def test_every_figure_of_every_run_beside_real_texts(files, tmp_path, capsys):
     assert "features of" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["seed", "batch_size", "block_size", "bos_id"])
+def test_brier_takes_no_number_that_has_an_option_or_that_the_network_decides(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        brier.main(["x.ckpt", "--reference=x", f"--set={name}=3"])
+    assert caught.value.code == 2
+    assert f"{name} is none of" in capsys.readouterr().err
+
+
 def test_brier_of_two_checkpoints(files, tmp_path, capsys):
     out = tmp_path / "found.json"
     command = [files["ar"], files["mdlm"], f"--reference={files['folder'] / 'real.txt'}"]
