@@ -96,7 +96,7 @@ def build_module(
         backbone=backbone,
         objective=build_objective(config, tokenizer.mask_id),
         noise=build_noise(config, version),
-        optimizer=build_optimizer(config),
+        optimizer=optimizer_settings(config),
         lr_factor=build_lr_factor(config),
         ema_decay=training.ema,
         clip=searched if algo.var_min else None,
@@ -124,7 +124,7 @@ def build_noise(config: Config, version: int) -> NoiseSettings:
     )
 
 
-def build_optimizer(config: Config) -> OptimizerSettings:
+def optimizer_settings(config: Config) -> OptimizerSettings:
     optim = config.optim
     betas = optim.beta1, optim.beta2
     adamw = {"lr": optim.lr, "betas": betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
