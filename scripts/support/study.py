@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modes.tables import csv_text, markdown, text
+from scripts.support.command import new_parser, parsed
 from scripts.support.picture import picture
 from training.log_reading import read_log
 from utils import atomic_file, read_json, reason, say, shown
@@ -86,9 +87,7 @@ class Run:
 
 
 def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, more = parse(argv[:end]), argv[end + 1 :]
+    args, more = parsed(options(), argv)
     runs = planned(args)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -103,34 +102,42 @@ def main(argv=None) -> int:
     return 1 if failed else 0
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options() -> argparse.ArgumentParser:
+    known = [*VARIANTS, *BESIDE]
 
     def names(text: str) -> list[str]:
         return text.split(",")
 
-    def seeds(text: str) -> list[int]:
-        return [int(each) for each in text.split(",")]
+    def variants(text: str) -> list[str]:
+        for each in names(text):
+            if each not in known:
+                raise argparse.ArgumentTypeError(f"{each} is none of {', '.join(known)}")
+        return names(text)
 
-    known = [*VARIANTS, *BESIDE]
+    def sizes(text: str) -> list[str]:
+        for each in names(text):
+            if each != WHOLE and not (each.isdecimal() and int(each)):
+                raise argparse.ArgumentTypeError(
+                    f"{each} is neither a number of tokens nor {WHOLE}"
+                )
+        return names(text)
+
+    def seeds(text: str) -> list[int]:
+        return [int(each) for each in names(text)]
+
+    def jobs(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+        return value
+
+    parser = new_parser(__doc__)
     parser.add_argument("--corpora", type=names, default=["shakespeare", "state_of_the_union"])
-    parser.add_argument("--sizes", type=names, default=["4", "16", WHOLE], help="L: whole rows")
-    parser.add_argument("--variants", type=names, default=known, help=",".join(known))
+    parser.add_argument("--sizes", type=sizes, default=["4", "16", WHOLE], help="L: whole rows")
+    parser.add_argument("--variants", type=variants, default=known, help=",".join(known))
     parser.add_argument("--seeds", type=seeds, default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--jobs", type=jobs, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/study"), help="(%(default)s)")
-    args = parser.parse_args(argv)
-    for variant in args.variants:
-        if variant not in known:
-            parser.error(f"--variants: {variant} is none of {', '.join(known)}")
-    for size in args.sizes:
-        if size != WHOLE and not (size.isdecimal() and int(size)):
-            parser.error(f"--sizes: {size} is neither a number of tokens nor {WHOLE}")
-    if args.jobs < 1:
-        parser.error(f"--jobs: {args.jobs} must be at least 1")
-    return args
+    return parser
 
 
 def planned(args) -> list[Run]:
