@@ -1,4 +1,5 @@
-"""The study: every run once, differences between equal seeds, and what failed is named."""
+"""The study: every run once, differences between equal seeds and in equal time, and what failed is
+named."""
 
 import csv
 import json
@@ -9,39 +10,40 @@ from types import SimpleNamespace
 import pytest
 
 import settings
-from scripts.support import study
+from scripts.support import jobs, study, study_report
 
-RATE = {"full": 2000.0, "clipped": 1000.0}  # tokens per second
+RATE = {"full": 2000.0, "clipped": 1000.0, "counts": 1010.0}  # tokens per second
 NLL = {("full", 1): 4.5, ("full", 2): 4.2, ("clipped", 1): 4.0, ("clipped", 2): 4.1}
-FOR_THE_TABLE = {"loader.global_batch_size": 10, "model.length": 100}
+NLL |= {("counts", 1): 3.75, ("counts", 2): 3.95}
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """The words of every main.py, which is not run: a training leaves its log, an evaluation its
-    result. Seed 3 fails."""
+    result. Seed 3 fails. Twice the steps gain 0.1 nats."""
     seen = []
 
-    def run(command, **streams):
+    def run(command, env, **streams):
         words = dict(word.split("=", 1) for word in command[2:])
-        seen.append(words)
+        seen.append(words | {"gpu": env.get("CUDA_VISIBLE_DEVICES")})
         folder, seed = Path(words["checkpointing.save_dir"]), int(words["seed"])
-        if seed == 3:
+        if seed == 3 and "speed" not in folder.parts:
             return SimpleNamespace(returncode=1)
-        variant = "clipped" if "training.resample" in words else "full"
+        variant = "clipped" if "training.resample" in words else words["training.noise"]
+        folder.mkdir(parents=True)
         if words.get("mode") == "ppl_eval":
-            (folder / "ppl_x.json").write_text(json.dumps({"nll": NLL[variant, seed]}))
+            gained = 0.1 * math.log2(int(words["trainer.max_steps"]) / 100)
+            (folder / "ppl_x.json").write_text(json.dumps({"nll": NLL[variant, seed] - gained}))
             return SimpleNamespace(returncode=0)
-        folder.mkdir()
-        (folder / "settings.json").write_text(json.dumps(FOR_THE_TABLE))
         with (folder / "metrics.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["step", "unix_time", "throughput/tokens_per_second", "val/nll"])
-            for step in (10, 20):  # 1 000 tokens a step
-                writer.writerow([step, 1.0, RATE[variant], NLL[variant, seed] + 2 / step])
+            writer.writerow(["step", "unix_time", "throughput/tokens_per_second"])
+            for step in range(20, 140, 20):  # the first steps compile
+                writer.writerow([step, 1.0, RATE[variant] if step > 20 else 1.0])
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setitem(study.VARIANTS, "full", ("training.noise=full",))
+    monkeypatch.setattr(jobs.subprocess, "run", run)
     return seen
 
 
@@ -50,28 +52,42 @@ def rows(out):
         return {row["variant"]: row for row in csv.DictReader(file)}
 
 
-def test_differences_are_between_equal_seeds_and_equal_times(asked, tmp_path, capsys):
-    command = ["--corpora", "shakespeare", "--sizes", "4", "--variants", "full,clipped"]
-    command += ["--seeds", "1,2", "--out", str(tmp_path), "--", "optim.lr=5e-4"]
+def test_differences_are_between_equal_seeds_and_in_equal_time(asked, tmp_path, capsys):
+    command = ["--corpora", "shakespeare", "--sizes", "4", "--variants", "full,clipped,counts"]
+    command += ["--seeds", "1,2", "--steps", "100", "--out", str(tmp_path)]
+    command += ["--", "optim.lr=5e-4"]
     assert study.main(command) == 0
-    assert len(asked) == 2 * 2 * 2
+    # 3 speeds; of `full`, which is twice as fast, each seed once more; a training, an evaluation
+    assert len(asked) == 3 + (3 + 1) * 2 * 2
     assert all(words["optim.lr"] == "5e-4" for words in asked)
     found = rows(tmp_path)
-    full = {name: float(found["full"][name] or "nan") for name in study.COLUMNS[3:]}
+    full = {name: float(found["full"][name] or "nan") for name in study_report.COLUMNS[3:]}
     assert full["nats"] == pytest.approx(4.35)
     assert full["error"] == pytest.approx(0.15)
     assert full["perplexity"] == pytest.approx(math.exp(4.35))
     assert full["difference"] == pytest.approx(0.3)  # of .5 and .1
     assert full["its error"] == pytest.approx(0.2)
-    # in 10 s `full` made 20 steps, `clipped` 10
-    assert full["equal time"] == pytest.approx(4.35 + 0.1)
-    assert full["its difference"] == pytest.approx(0.3 - 0.1)
+    assert full["steps in equal time"] == 200
+    assert full["nats then"] == pytest.approx(4.25)
+    assert full["difference then"] == pytest.approx(0.2)
+    assert full["error then"] == pytest.approx(0.2)
     assert full["tokens/s"] == 2000
     assert found["clipped"]["difference"] == ""
+    assert float(found["counts"]["difference then"]) == pytest.approx(-0.2)  # as fast: no other run
     assert "4.3500" in (tmp_path / "study.md").read_text()
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     assert study.main(command) == 0  # nothing is run again
-    assert len(asked) == 8
+    assert len(asked) == 19
+
+
+def test_the_tables_can_be_made_from_the_list_of_runs(asked, tmp_path, monkeypatch):
+    command = ["--corpora", "shakespeare", "--sizes", "4", "--variants", "full,clipped"]
+    assert study.main([*command, "--seeds", "1,2", "--out", str(tmp_path / "ran")]) == 0
+    (tmp_path / "runs.csv").write_bytes((tmp_path / "ran" / "runs.csv").read_bytes())
+    monkeypatch.setattr(study_report.sys, "argv", ["study_report.py", str(tmp_path)])
+    assert study_report.main() == 0
+    for name in ("runs.csv", "study.csv", "study.md"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "ran" / name).read_bytes()
 
 
 def test_a_run_that_failed_is_named_and_the_others_go_on(asked, tmp_path, capsys):
@@ -83,15 +99,35 @@ def test_a_run_that_failed_is_named_and_the_others_go_on(asked, tmp_path, capsys
     assert not (tmp_path / "none" / "study.csv").exists()
 
 
-RUNS = [study.Run("shakespeare", size, name, 1) for size in ("4", "L") for name in study.VARIANTS]
-RUNS += [study.Run("shakespeare", "", name, 1) for name in study.BESIDE]
+def test_jobs_are_spread_over_the_gpus_and_speeds_are_measured_alone(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "devices", lambda: ["0", "1"])
+    seen = []
+    monkeypatch.setattr(study, "side_by_side", lambda todo, places, *_: seen.append(places) or [])
+    monkeypatch.setattr(study, "timed_runs", lambda *_: [])
+    args = ["--jobs", "5", "--out", str(tmp_path), "--variants", "full", "--sizes", "4"]
+    study.carry_out([], study.options().parse_args(args), [])
+    assert seen == [["0", "1"], ["0", "1", "0", "1", "0"]]
+    places = jobs.Path(tmp_path / "a")
+    assert jobs.called(
+        ["seed=1", "training.noise=full", f"checkpointing.save_dir={places}"], places, "1"
+    )
+    assert asked[-1]["gpu"] == "1"
+
+
+RUNS = [
+    study.Run("shakespeare", sizes, name, 1, 2500)
+    for name in (*study.VARIANTS, *study.BESIDE)
+    for sizes in study.trainings(name, ["4", "16", "L"])
+]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_every_run_is_a_command_that_can_start_and_whose_settings_have_an_effect(run):
-    assert settings.examine(run.words([]))[1:] == ([], [])
-    evaluated = ["mode=ppl_eval", f"eval.checkpoint_path={__file__}", *run.likelihood()]
-    assert settings.examine(run.words(evaluated))[1] == []
+    assert settings.examine(run.words())[1:] == ([], [])
+    assert settings.examine(run.words(study.TRIAL))[1:] == ([], [])
+    for size, asked in run.evaluations().items():
+        evaluated = ["mode=ppl_eval", f"eval.checkpoint_path={__file__}", *asked]
+        assert settings.examine(run.words(evaluated, size))[1] == []
 
 
 @pytest.mark.parametrize(
