@@ -23,6 +23,7 @@ from objectives.corruption import Interval, Noise, draw_example_noise
 from objectives.counts import CountLaw
 from objectives.graphs import GraphedLoss
 from objectives.loss import LossInputs, Objective, TokenLoss
+from objectives.sizes import SizeLaw
 from training import averaging, distributed
 from training.csv_log import record
 from training.health import StepHealth
@@ -141,7 +142,7 @@ class Diffusion(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         seed = self.noise_settings.seed
         random_streams.seed_dropout(seed, int(batch["row"][0]), self.device)
-        noise = self.noise(batch, seed, self.noise_settings.global_batch)
+        noise = self.noise(batch, seed, self.noise_settings.global_batch, self.objective.sizes)
         inputs = self.training_inputs(batch, noise)
         loss = self.training_loss(inputs)
         self.health.saw(batch, loss, inputs.loss_mask)
@@ -163,8 +164,11 @@ class Diffusion(L.LightningModule):
             return self.graphed(inputs)
         return self.compute_loss(inputs).per_place
 
-    def noise(self, batch: dict, seed: int, global_batch: int) -> Noise | None:
-        """The noise of these examples: a function of the seed and their place in the stream."""
+    def noise(
+        self, batch: dict, seed: int, global_batch: int, sizes: SizeLaw | None = None
+    ) -> Noise | None:
+        """The noise of these examples: a function of the seed and their place in the stream. sizes:
+        by which rows draw the size of their blocks."""
         if not self.objective.draws_noise:
             return None
         x0 = batch["input_ids"]
@@ -175,6 +179,7 @@ class Diffusion(L.LightningModule):
             length=x0.shape[1],
             block_size=self.objective.noise_block(x0.shape[1]),
             antithetic=self.noise_settings.antithetic,
+            sizes=sizes,
         )
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, index: int) -> dict:

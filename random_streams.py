@@ -41,9 +41,9 @@ def key(seed: int, name: str, *numbers: int) -> int:
 
 
 def order(seed: int, name: str, number: int, length: int) -> np.ndarray:
-    """A random order of 0 .. length - 1, int64. name: `strata` of step `number`, `rows` of an
-    epoch; of a streamed text `parts` of an epoch, `lanes` of a turn, rows of a `unit`; `halves` of
-    reference texts."""
+    """A random order of 0 .. length - 1, int64. name: `strata` of step `number`, and `sizes`, which
+    came after version 1; `rows` of an epoch; of a streamed text `parts` of an epoch, `lanes` of a
+    turn, rows of a `unit`; `halves` of reference texts."""
     if not isinstance(seed, OldSeed):
         places = torch.arange(length)
         size = 1 << length.bit_length()

@@ -6,13 +6,14 @@ What depends on the mask alone is made once by `prepare` and shared by all layer
     q [B, H, T, D]   k, v [B, H, S, D]   ->   [B, H, T, D]
 
 `document_ids` [B, S] keep texts of one row apart (documents packed together, padding): a query sees
-only keys of its own document. With the block-diffusion mask T is S (all parts ask) or, where only
-what is noised is read, S / 2, with two views 2 S / 3.
+only keys of its own document. Where rows differ in the size of their blocks, `mask.sizes` [B] has
+it. With the block-diffusion mask T is S (all parts ask) or, where only what is noised is read,
+S / 2, with two views 2 S / 3.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +52,19 @@ SMALL_TILES = {
 def dense_mask(
     mask: AttentionMask, q: Tensor, k: Tensor, keys: int, document_ids: Tensor | None = None
 ) -> Tensor:
-    """The mask at the indices q [T], k [S], boolean: [T, S], or with document_ids [B, 1, T, S]."""
-    seen = mask.allowed(q[:, None], k[None, :], keys)
+    """The mask at the indices q [T], k [S], boolean: [T, S], or where rows differ, by document_ids
+    or in the size of their blocks, [B, 1, T, S]."""
+    sizes = sizes_of(mask)
+    of_rows = () if sizes is None else (sizes[:, None, None],)
+    seen = mask.allowed(q[:, None], k[None, :], keys, *of_rows)
     if document_ids is not None:
-        seen = (seen & (document_ids[:, q, None] == document_ids[:, None, k]))[:, None]
-    return seen
+        seen = seen & (document_ids[:, q, None] == document_ids[:, None, k])
+    return seen if seen.dim() == 2 else seen[:, None]
+
+
+def sizes_of(mask: AttentionMask) -> Tensor | None:
+    """[B]: of the blocks of each row; None: all rows have the same mask."""
+    return mask.sizes if isinstance(mask, BlockDiffusion) else None
 
 
 def dense(
@@ -124,9 +133,9 @@ def flex(
     """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    block_mask = (_shared_block_mask if document_ids is None else _block_mask)(
-        mask, queries, keys, document_ids, device
-    )
+    shared = document_ids is None and sizes_of(mask) is None
+    make = _shared_block_mask if shared else _block_mask
+    block_mask = make(mask, queries, keys, document_ids, device)
     if device.type == "cpu":
         return lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask)
     small = _has_little_shared_memory(device)
@@ -163,11 +172,17 @@ def _has_little_shared_memory(device: torch.device) -> bool:
 def _block_mask(mask, queries, keys, document_ids, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
+    sizes, batch = sizes_of(mask), None
+    if sizes is not None:
+        # of the mask the graph may read numbers alone, which are the same in every step
+        mask, batch = replace(mask, sizes=None), len(sizes)
+    if document_ids is not None:
+        batch = len(document_ids)
+
     def allowed(b, h, q, k):
-        seen = mask.allowed(q, k, keys)
+        seen = mask.allowed(q, k, keys, *(() if sizes is None else (sizes[b],)))
         return seen if document_ids is None else seen & (document_ids[b, q] == document_ids[b, k])
 
-    batch = None if document_ids is None else len(document_ids)
     return create_block_mask(allowed, batch, None, queries, keys, device=device)
 
 

@@ -7,6 +7,7 @@ blocks, `logits` the head. Parameter names are those of the published checkpoint
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,7 @@ class DiT(nn.Module):
         attention_mask: AttentionMask,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
+        block_sizes: Tensor | None = None,
         cache: KVCache | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
@@ -80,14 +82,16 @@ class DiT(nn.Module):
 
         sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1,
         under BlockDiffusion those of each part. document_ids [B, T]: tokens see only their own
-        document. read [M]: indices into the flattened rows of the result, none twice where
-        gradients are wanted; then only those are finished and [M, E] is returned. With a cache the
-        tokens stand behind the committed ones, with one of clean_half.py they are the noised half
-        alone; `attention_mask` must be the cache's.
+        document. block_sizes [B]: `sizes` of BlockDiffusion. read [M]: indices into the flattened
+        rows of the result, none twice where gradients are wanted; then only those are finished and
+        [M, E] is returned. With a cache the tokens stand behind the committed ones, with one of
+        clean_half.py they are the noised half alone; `attention_mask` must be the cache's.
         """
         if cache is not None and attention_mask != cache.attention_mask:
             made = f"this cache was made for {cache.attention_mask}"
             raise ValueError(f"{made}, the pass asks for {attention_mask}")
+        if block_sizes is not None:
+            attention_mask = replace(attention_mask, sizes=block_sizes)
         # sampling on a CPU is not worth the compiler's minutes
         by_compiler = self.compiled and (cache is None or tokens.device.type != "cpu")
         length = tokens.shape[1]

@@ -51,29 +51,35 @@ class BlockDiffusion:
     A query in block b of x_t sees block b of x_t and the blocks before b of x0; a query in block b
     of x0 sees the blocks up to b of x0. With two `views` it is over [x_t ; x_t' ; x0], three parts
     of equal length: the noised versions do not see each other.
+
+    Where rows differ in the size of their blocks, `sizes` int64 [B] has it, and `block_size` is a
+    multiple of all: a number that tensors depend on, and no constant of what is compiled.
     """
 
     block_size: int
     views: int = 1
+    sizes: Tensor | None = None
 
     def noised(self, keys: int) -> int:
         """How many of the tokens are noised."""
         return keys // (self.views + 1) * self.views
 
-    def allowed(self, q: Tensor, k: Tensor, keys: int) -> Tensor:
+    def allowed(self, q: Tensor, k: Tensor, keys: int, size: Tensor | None = None) -> Tensor:
+        """size: of the blocks, in place of block_size; it broadcasts against q and k."""
+        size = self.block_size if size is None else size
+        length = keys // (self.views + 1)
         if self.views > 1:
-            return self._allowed_in_views(q, k, keys // (self.views + 1))
-        length = keys // 2
+            return self._allowed_in_views(q, k, length, size)
         clean_q, clean_k = q >= length, k >= length
-        block_q = (q - length * clean_q) // self.block_size
-        block_k = (k - length * clean_k) // self.block_size
+        block_q = (q - length * clean_q) // size
+        block_k = (k - length * clean_k) // size
         own = ~clean_q & ~clean_k & (block_q == block_k)
         earlier = ~clean_q & clean_k & (block_q > block_k)
         return own | earlier | (clean_q & clean_k & (block_q >= block_k))
 
-    def _allowed_in_views(self, q: Tensor, k: Tensor, length: int) -> Tensor:
+    def _allowed_in_views(self, q: Tensor, k: Tensor, length: int, size: int | Tensor) -> Tensor:
         part_q, part_k = q // length, k // length
-        block_q, block_k = q % length // self.block_size, k % length // self.block_size
+        block_q, block_k = q % length // size, k % length // size
         clean_q, clean_k = part_q == self.views, part_k == self.views
         own = ~clean_q & (part_q == part_k) & (block_q == block_k)
         earlier = ~clean_q & clean_k & (block_q > block_k)

@@ -4,6 +4,7 @@ Only this file, the modes and training/trainer.py read the configuration of a ru
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,9 +27,16 @@ from objectives.algorithms import ObjectiveSettings
 from objectives.corruption import Interval
 from objectives.counts import CountLaw, to_learn, within
 from objectives.loss import Objective
+from objectives.sizes import SizeLaw
 from random_streams import VERSION, seed_of
 from settings import Config, local_folder
-from settings.defaults import default_likelihood, needs_block_mask, noise_block, user_cache
+from settings.defaults import (
+    block_sizes,
+    default_likelihood,
+    needs_block_mask,
+    noise_block,
+    user_cache,
+)
 from settings.schema import Training
 from training.flops import NetworkShape
 from training.health import StepHealth
@@ -81,6 +89,7 @@ def build_objective(config: Config, mask_id: int) -> Objective:
         time_conditioning=algo.time_conditioning,
         resample=training.resample,
         full_from=training.sampling_eps,
+        sizes=build_sizes(config),
     )
     return algorithms.build_objective(algo.name, settings)
 
@@ -147,6 +156,12 @@ def interval(training: Training) -> Interval:
     return training.sampling_eps_min, training.sampling_eps_max
 
 
+def build_sizes(config: Config) -> SizeLaw | None:
+    """By which law each row draws the size of its blocks in training."""
+    sizes = config.training.block_sizes
+    return None if sizes is None else SizeLaw(tuple(sizes), tuple(sizes.values()))
+
+
 def build_counts(config: Config) -> CountLaw | None:
     """The law that training.noise=counts begins with."""
     training, size = config.training, noise_block(config)
@@ -154,6 +169,8 @@ def build_counts(config: Config) -> CountLaw | None:
         return None
     if training.count_law == "learnt":
         return to_learn(size)
+    if training.block_sizes is not None:
+        return within(1, 1, 1)  # all counts of a block of any size
     return within(*(training.counts or (1, size)), size)
 
 
@@ -198,10 +215,9 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
 def build_shape(config: Config, backbone: DiT) -> NetworkShape:
     """What the cost of training depends on."""
     algo, law, share = config.algo, build_counts(config), 1.0
+    sizes = config.training.block_sizes or {noise_block(config): 1.0}
     if law is not None and config.training.views == 1:
-        size = torch.tensor(noise_block(config))
-        m = torch.arange(1, int(size) + 1)
-        share = float((m * law.chance(m, size)).sum() / size)
+        share = sum(weight * expected_share(law, size) for size, weight in sizes.items())
     elif law is None and algorithms.get_algorithm(algo.name).noise:
         times = torch.linspace(*interval(config.training), 1001, dtype=torch.float64)
         schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
@@ -215,7 +231,14 @@ def build_shape(config: Config, backbone: DiT) -> NetworkShape:
         block_size=config.block_size,
         masked_share=share,
         views=config.training.views,
+        sizes=config.training.block_sizes,
     )
+
+
+def expected_share(law: CountLaw, size: int) -> float:
+    """Of a block of `size` tokens that the law masks, on average."""
+    m = torch.arange(1, size + 1)
+    return float((m * law.chance(m, torch.tensor(size))).sum() / size)
 
 
 def build_data(
@@ -268,10 +291,11 @@ def check_share(config: Config, rows: int) -> None:
 
 
 def alignment(config: Config) -> int | None:
-    """Documents that are kept apart begin at blocks, where the algorithm has them."""
+    """Documents that are kept apart begin at blocks, where the algorithm has them; of several sizes
+    at blocks of each."""
     if config.data.pack == "wrap":
         return None
-    return config.block_size if needs_block_mask(config) else 1
+    return math.lcm(*block_sizes(config)) if needs_block_mask(config) else 1
 
 
 def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> TokenRows:

@@ -17,7 +17,7 @@ from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
 from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak
 from training.optimizers import matrices
-from utils import say
+from utils import listed, say
 
 MFU = 0.4  # share of the peak that a training run reaches: what the hours assume
 GIB = 1 << 30
@@ -80,7 +80,7 @@ def report(made: Plan, peak: float | None) -> str:
     shape, part = made.shape, flops(made.shape)
     lines = [
         f"{shape.algo}: {made.parameters / 1e6:,.1f}M parameters, sequences of {shape.length}"
-        + (f" in blocks of {shape.block_size}" if shape.clean_half else ""),
+        + (f" in blocks of {listed(shape.shares)}" if shape.clean_half else ""),
         f"memory per device: {made.memory / GIB:.1f} GiB"
         f" (weights, gradients, optimizer and average {made.weights / GIB:.1f};"
         f" activations {made.activations / GIB:.1f}; head {made.head / GIB:.1f})",

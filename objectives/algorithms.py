@@ -13,6 +13,7 @@ import objectives
 from noise_schedule import EPS, Schedule
 
 from .loss import Objective
+from .sizes import SizeLaw
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ObjectiveSettings:
     time_conditioning: bool = True
     resample: bool = False
     full_from: float = EPS
+    sizes: SizeLaw | None = None  # of the blocks of a row, in training
 
 
 @dataclass(frozen=True)

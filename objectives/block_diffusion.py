@@ -26,8 +26,9 @@ from .corruption import (
     per_token,
     times,
 )
-from .counts import CountLaw, complementary, masked_by_counts
+from .counts import CountLaw, complementary, masked_by_counts, masked_in_sizes
 from .loss import LossInputs, MaskingObjective
+from .sizes import SizeLaw
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class MaskedDiffusion(MaskingObjective):
 
     `full_from`: where the full interval begins (training.sampling_eps). There `resample` has no
     lower bound, as published: forcing a mask on blocks at t near 0, with weight 1/t, would bias the
-    NELBO. `whole_window`: samplers see their window as one block (mdlm).
+    NELBO. `whole_window`: samplers see their window as one block (mdlm). `sizes`: by which law each
+    row draws its block size in training; else all have `block_size`, as in evaluation.
     """
 
     mask_id: int
@@ -46,6 +48,7 @@ class MaskedDiffusion(MaskingObjective):
     resample: bool = False
     full_from: float = EPS
     whole_window: bool = False
+    sizes: SizeLaw | None = None
 
     def noise_block(self, length: int) -> int:
         return self.block_size
@@ -87,9 +90,13 @@ class MaskedDiffusion(MaskingObjective):
         scored tokens; arguments as for `loss_inputs`."""
         loss_mask = self.loss_mask(valid, True, document_ids)
         scored = self._scored(x0, loss_mask, document_ids)
-        masked, weight = masked_by_counts(law, noise.time, noise.token, scored)
+        drawn = law, noise.time, noise.token, scored
+        if noise.sizes is None:
+            masked, weight = masked_by_counts(*drawn)
+        else:
+            masked, weight = masked_in_sizes(*drawn, noise.sizes)
         x_t = torch.where(masked, self.mask_id, x0)
-        return self.weighted_inputs(x0, x_t, weight.float(), loss_mask, document_ids)
+        return self.weighted_inputs(x0, x_t, weight.float(), loss_mask, document_ids, noise.sizes)
 
     def inputs_by_views(
         self, x0: Tensor, valid: Tensor, noise: Noise, *, document_ids: Tensor | None = None
@@ -127,10 +134,12 @@ class MaskedDiffusion(MaskingObjective):
         *,
         interval: Interval,
         document_ids: Tensor | None = None,
+        block_sizes: Tensor | None = None,
     ) -> LossInputs:
-        """Of a given corruption: nothing random is left (but dropout)."""
+        """Of a given corruption: nothing random is left (but dropout). t [B, N], or with
+        block_sizes [B] that of each token, [B, L]."""
         weight = per_token(self.noise_level(t, interval).weight, x0.shape[1])
-        return self.weighted_inputs(x0, x_t, weight, loss_mask, document_ids)
+        return self.weighted_inputs(x0, x_t, weight, loss_mask, document_ids, block_sizes)
 
     def weighted_inputs(
         self,
@@ -139,13 +148,16 @@ class MaskedDiffusion(MaskingObjective):
         weight: Tensor,
         loss_mask: Tensor,
         document_ids: Tensor | None = None,
+        block_sizes: Tensor | None = None,
     ) -> LossInputs:
         """weight float32 [B, L]: of each masked token. With one block nobody would attend to the
-        clean half: it is not built."""
+        clean half: it is not built. block_sizes [B]: where rows differ in them, in place of
+        block_size."""
         places = None if document_ids is None else positions(document_ids)
         tokens, attention_mask = x_t, Full()
-        if self.block_size < x_t.shape[1]:
-            tokens, attention_mask = torch.cat([x_t, x0], 1), BlockDiffusion(self.block_size)
+        size = self.block_size if block_sizes is None else self.sizes.common
+        if block_sizes is not None or size < x_t.shape[1]:
+            tokens, attention_mask = torch.cat([x_t, x0], 1), BlockDiffusion(size)
             if document_ids is not None:
                 document_ids, places = torch.cat([document_ids] * 2, 1), torch.cat([places] * 2, 1)
         return LossInputs(
@@ -154,6 +166,7 @@ class MaskedDiffusion(MaskingObjective):
             attention_mask=attention_mask,
             document_ids=document_ids,
             positions=places,
+            block_sizes=block_sizes,
         )
 
     def denoiser(self, backbone) -> Denoiser:
@@ -164,7 +177,13 @@ class MaskedDiffusion(MaskingObjective):
 
 def _in_blocks(s: ObjectiveSettings) -> MaskedDiffusion:
     return MaskedDiffusion(
-        s.mask_id, s.block_size, s.schedule, s.ignore_bos, s.resample, s.full_from
+        s.mask_id,
+        s.block_size,
+        s.schedule,
+        s.ignore_bos,
+        s.resample,
+        s.full_from,
+        sizes=s.sizes,
     )
 
 

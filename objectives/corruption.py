@@ -15,20 +15,24 @@ from models.document_ids import begins
 from models.randomness import uniform
 from random_streams import order
 
+from .sizes import SizeLaw, deal
+
 Interval = tuple[float, float]  # the times (eps_min, eps_max) that are drawn
 # Everything masked; with blocks of one token the loss is the exact NLL. Ints, as it is logged.
 EXACT: Interval = (1, 1)
 
-TIMES, TOKENS, COUNTS = range(3)  # independent streams of random numbers
+TIMES, TOKENS, COUNTS, SIZES = range(4)  # independent streams of random numbers
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The uniform numbers that corrupt a batch; everything after them is deterministic."""
+    """The uniform numbers that corrupt a batch; everything after them is deterministic. Where rows
+    differ in the size of their blocks, N is L: each token has the numbers of its block."""
 
     time: Tensor  # [B, N] in [0, 1): where in the interval, or in the law of counts, each block is
     token: Tensor  # [B, L] in [0, 1): a token is masked where this is <= p
     count: Tensor  # [B, N] in [0, 1): how many tokens of a block are masked, where that is bounded
+    sizes: Tensor | None = None  # int64 [B], of the blocks of rows that differ in them
 
 
 def draw_noise(
@@ -40,24 +44,35 @@ def draw_noise(
     length: int,
     block_size: int,
     antithetic: bool,
+    sizes: SizeLaw | None = None,
 ) -> Noise:
     """The noise of these rows (int64 [B], indices into the global batch) at an optimizer step.
 
     Antithetic: the B_global * N strata [i, i + 1) / (B_global * N) are dealt to the blocks of the
     global batch in a random permutation, one each, so the times cover the interval evenly and no
-    position has a fixed noise level.
+    position has a fixed noise level. With `sizes` each row draws the size of its blocks in place of
+    `block_size`, and the blocks of each size have strata of their own.
     """
-    blocks = length // block_size
-    place = rows[:, None] * blocks + torch.arange(blocks, device=rows.device)  # [B, N]
+    of_rows = None
+    if sizes is None:
+        blocks = length // block_size
+        place = rows[:, None] * blocks + torch.arange(blocks, device=rows.device)  # [B, N]
+    else:
+        dealt = deal(sizes, seed, step, global_batch, length, SIZES)
+        of_rows, place = dealt.sizes[rows], dealt.blocks(rows, length)
     time = uniform(seed, step, TIMES, place, dtype=torch.float64)
-    if antithetic:
+    if antithetic and sizes is None:
         strata = global_batch * blocks
         time = (_dealt(seed, step, strata).to(rows.device)[place] + time) / strata
+    elif antithetic:
+        stratum, strata = _dealt_by_size(sizes, seed, step, global_batch, length)
+        time = (stratum[place] + time) / strata[place]
     tokens = rows[:, None] * length + torch.arange(length, device=rows.device)
     return Noise(
         time=time.float().clamp(max=1 - 2.0**-24),
         token=uniform(seed, step, TOKENS, tokens),
         count=uniform(seed, step, COUNTS, place),
+        sizes=of_rows,
     )
 
 
@@ -65,6 +80,15 @@ def draw_noise(
 def _dealt(seed: int, step: int, strata: int) -> Tensor:
     """Which stratum each block of the global batch gets; kept for the micro-batches of a step."""
     return torch.from_numpy(order(seed, "strata", step, strata))
+
+
+@functools.lru_cache(maxsize=2, typed=True)
+def _dealt_by_size(
+    sizes: SizeLaw, seed: int, step: int, rows: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """The same where rows differ in size: the stratum of each block, and how many its size has."""
+    dealt = deal(sizes, seed, step, rows, length, SIZES)
+    return dealt.among_equals(_dealt(seed, step, len(dealt.of_block)))
 
 
 def draw_example_noise(seed: int, examples: Tensor, *, global_batch: int, **settings) -> Noise:
@@ -86,6 +110,7 @@ def draw_example_noise(seed: int, examples: Tensor, *, global_batch: int, **sett
         time=torch.cat([part.time for part in parts]),
         token=torch.cat([part.token for part in parts]),
         count=torch.cat([part.count for part in parts]),
+        sizes=None if parts[0].sizes is None else torch.cat([part.sizes for part in parts]),
     )
 
 

@@ -94,6 +94,20 @@ def masked_by_counts(
     return (rank < m[..., None]).flatten(1) & scored, per_token(weight, scored.shape[1])
 
 
+def masked_in_sizes(
+    law: CountLaw, u: Tensor, keys: Tensor, scored: Tensor, sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `masked_by_counts` where rows differ in the size of their blocks: sizes [B]; u [B, L] has
+    for each token the number of its block."""
+    masked = torch.zeros_like(scored)
+    weight = torch.zeros(scored.shape, dtype=torch.float64, device=scored.device)
+    for size in sizes.unique().tolist():
+        rows = sizes == size
+        found = masked_by_counts(law, u[rows, ::size], keys[rows], scored[rows])
+        masked[rows], weight[rows] = found
+    return masked, weight
+
+
 def complementary(u: Tensor, keys: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
     """Two views of each text that mask complementary parts of the scored tokens, so that each is
     predicted once: masked boolean and weights float64, [B, 2, L]. Arguments as for

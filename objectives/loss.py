@@ -15,6 +15,7 @@ from models.masks import AttentionMask
 
 from .corruption import Interval, Noise
 from .head import LossKernel, cross_entropy_kernel, head_loss
+from .sizes import SizeLaw
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class LossInputs:
     expm1: Tensor | None = None  # [B], e^sigma - 1 where the loss needs it
     document_ids: Tensor | None = None  # int64 [B, T]
     positions: Tensor | None = None  # int64 [B, T]
+    block_sizes: Tensor | None = None  # int64 [B], where rows differ in them
 
     @property
     def views(self) -> int:
@@ -105,6 +107,7 @@ class Objective:
     draws noise also `loss_inputs_at` of a given corruption. The rest follows."""
 
     draws_noise = True
+    sizes: SizeLaw | None = None  # by which rows draw the size of their blocks in training
 
     def noise_block(self, length: int) -> int:
         """How many tokens of a row of `length` share one time: all, unless there are blocks."""
@@ -121,6 +124,7 @@ class Objective:
             attention_mask=inputs.attention_mask,
             positions=inputs.positions,
             document_ids=inputs.document_ids,
+            block_sizes=inputs.block_sizes,
             read=inputs.loss_positions,
         )
         loss_mask, positions = inputs.loss_mask, inputs.loss_positions
@@ -177,7 +181,10 @@ class MaskingObjective(Objective):
         """valid: 1 where a token may enter the loss. Only the full interval gives a bound."""
         x_t, t = self.corrupt(x0, noise, interval, document_ids)
         mask = self.loss_mask(valid, training, document_ids)
-        return self.loss_inputs_at(x0, x_t, t, mask, interval=interval, document_ids=document_ids)
+        settings = {"interval": interval, "document_ids": document_ids}
+        if noise.sizes is not None:  # of an objective that has blocks
+            settings["block_sizes"] = noise.sizes
+        return self.loss_inputs_at(x0, x_t, t, mask, **settings)
 
     def targets(self, x0: Tensor, x_t: Tensor, weight: Tensor, loss_mask: Tensor) -> dict:
         """Fields of LossInputs: the masked tokens are predicted. weight [B, L] or [B, 1]."""

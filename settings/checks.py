@@ -21,7 +21,7 @@ from settings.defaults import (
 from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
 from settings.limits import unfit
-from settings.noise import clipping, counts
+from settings.noise import block_sizes, clipping, counts
 from settings.overrides import nearest, parse
 from settings.packages import packages
 from settings.paths import blamed, checkpoints, corpora, results, sampling_files
@@ -149,8 +149,8 @@ def algorithm(config: Config) -> Iterator[str]:
             f"algo.time_conditioning=True: algo={algo.name} does not tell its network the noise"
             f" level, only {names_with('time_conditioning')} does; set it to False"
         )
-    if entry["blocks"] and blocks and not algo.cross_attn:
-        yield f"algo.cross_attn=False: algo={algo.name} with block_size < model.length needs it"
+    if needs_block_mask(config) and not algo.cross_attn:
+        yield f"algo.cross_attn=False: algo={algo.name} with blocks below model.length needs it"
     for key, does in (("cross_attn", "has blocks to cross"), ("var_min", "clips its schedule")):
         if getattr(algo, key) and not entry["blocks"]:
             only = f"only {names_with('blocks')} {does}"
@@ -350,7 +350,7 @@ def demo(config: Config) -> Iterator[str]:
 
 FILES = (checkpoints, corpora, results)
 RULES = (
-    *(amounts, network, algorithm, clipping, counts, batches, machine, packages),
+    *(amounts, network, algorithm, clipping, counts, block_sizes, batches, machine, packages),
     *(optimizer, optimization, data, sampling, demo),
     *FILES,
 )

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from settings.schema import Config
 from settings.tables import algorithms, attention_backends
 from utils import whole_number
 
+TRAINS = ("train", "plan", "prepare")  # modes that read the settings of training
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+ROUNDING = 1e-9  # weights of this sum but for rounding stay as they are typed
 WARMUP = "lr_scheduler.num_warmup_steps"
 # Other names for the same, as Lightning has them.
 ACCELERATORS = {"cuda": "gpu"}
@@ -40,6 +43,8 @@ def fill(config: Config) -> None:
     at_once = max(loader.batch_size, 1) * devices
     _set(trainer, accumulate_grad_batches=max(_share(loader.global_batch_size, at_once), 1))
     _set(config.data, cache_dir=str(user_cache()) if has_user_cache() else None)
+    if config.training.block_sizes is not None:
+        config.training.block_sizes = normalised(config.training.block_sizes)
     _set(config.lr_scheduler, num_warmup_steps=default_warmup(config))
     _set(config.eval, likelihood=[default_likelihood(config)])
     _set(sampling, batch_size=loader.eval_batch_size)
@@ -54,6 +59,15 @@ def _set(section: object, **values) -> None:
     for name, value in values.items():
         if getattr(section, name) is None:
             setattr(section, name, value)
+
+
+def normalised(weights: dict[int, float]) -> dict[int, float]:
+    """Weights of sizes that add up to 1, in ascending order: proportions that are typed in two ways
+    are the same run. What cannot be a weight stays, for the limit of the setting to refuse."""
+    total = sum(weights.values())
+    if abs(total - 1) < ROUNDING or not all(0 < x < math.inf for x in (*weights.values(), total)):
+        total = 1.0
+    return {size: weights[size] / total for size in sorted(weights)}
 
 
 def default_likelihood(config: Config) -> str:
@@ -130,6 +144,12 @@ def noise_block(config: Config) -> int:
     return config.block_size if _entry(config).get("blocks") else config.model.length
 
 
+def block_sizes(config: Config) -> list[int]:
+    """Of the blocks that a run has; several where training draws them."""
+    drawn = config.training.block_sizes if config.mode in TRAINS else None
+    return [*{config.block_size: 1, **(drawn or {})}]
+
+
 def needs_block_mask(config: Config) -> bool:
     """Whether attention is more than full or causal."""
-    return bool(_entry(config).get("blocks")) and config.block_size < config.model.length
+    return bool(_entry(config).get("blocks")) and min(block_sizes(config)) < config.model.length

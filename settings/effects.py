@@ -15,7 +15,7 @@ from settings.tables import (
 
 DRAWN_IN_TRAINING = (  # of training.*
     *("sampling_eps_min", "sampling_eps_max", "resample"),
-    *("noise", "counts", "count_law", "views"),
+    *("noise", "counts", "count_law", "views", "block_sizes"),
 )
 
 

@@ -74,6 +74,11 @@ COUNTS = Limit(
     [1, 1],
 )
 VIEWS = Limit("1 or 2", lambda value: value in (1, 2), 1)
+SIZES = Limit(
+    "sizes of blocks, at least 1, with their weights above 0, such as {4: 1, 16: 3}",
+    lambda value: bool(value) and min(value) >= 1 and all(0 < x < math.inf for x in value.values()),
+    {1: 1.0},
+)
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(
     "a number of batches, at least 1: the training data are an endless stream",

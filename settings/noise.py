@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from settings.amounts import MOST_INTERVALS
-from settings.defaults import noise_block
+from settings.defaults import TRAINS, noise_block
 from settings.schema import Config
 from settings.tables import algorithms, names_with
+from utils import listed
 
 
 def clipping(config: Config) -> Iterator[str]:
@@ -94,6 +95,35 @@ def _law(config: Config) -> Iterator[str]:
             f"{asked} with training.noise=counts is found by the validation's counts, not by"
             f" eval.likelihood={by}; use eval.likelihood=counts"
         )
+
+
+def block_sizes(config: Config) -> Iterator[str]:
+    """What training on several block sizes goes with. Modes that do not train do not read it."""
+    training, algo, length = config.training, config.algo, config.model.length
+    sizes = training.block_sizes
+    if sizes is None or config.mode not in TRAINS:
+        return
+    given = f"training.block_sizes={sizes}"
+    if not algorithms()[algo.name]["blocks"]:
+        yield f"{given} does not fit algo={algo.name}, only {names_with('blocks')}; leave it out"
+        return
+    if odd := [size for size in sizes if length % size]:
+        yield f"{given}: {listed(odd)} does not divide model.length={length}"
+    elif config.block_size not in sizes:
+        yield (
+            f"block_size={config.block_size} is that of validation, and {given} does not train it:"
+            f" set block_size to {' or '.join(map(str, sizes))}"
+        )
+    others = {
+        f"training.count_law={training.count_law}": training.count_law != "uniform",
+        f"training.counts={training.counts}": training.counts is not None,
+        f"training.views={training.views}": training.views > 1,
+        f"training.resample={training.resample}": training.resample,
+        f"algo.clip_search_widths={algo.clip_search_widths}": bool(algo.clip_search_widths),
+    }
+    for other, set_ in others.items():
+        if set_:
+            yield f"{given} does not go with {other}, which is of one block size: choose one"
 
 
 def _views(config: Config) -> Iterator[str]:

@@ -59,6 +59,7 @@ OPTIONS = {
     ("--experimental-rerun",): "the same command goes on with its run",
 }
 CONFIG_DIR = ("--config-dir", "-cd")
+LISTS_BY_NAME = "lists of values by name, like {temperature: [0.8, 1]},"
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
@@ -98,7 +99,8 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     on the command line."""
     bare, optional = unwrap(LEAVES[key].hint)
     if typing.get_origin(bare) is dict:
-        wanted = "lists of values by name, like {temperature: [0.8, 1]},"
+        numbers = typing.get_args(bare)[0] is int
+        wanted = "weights by size, like {4: 1, 16: 3}," if numbers else LISTS_BY_NAME
     elif typing.get_origin(bare) is list:
         examples = {float: "[0.5,0.6]", int: "[2,3]"}
         wanted = f"a list like {examples.get(typing.get_args(bare)[0], '[a,b]')}"

@@ -47,6 +47,7 @@ LATER = {
     "training.counts": None,
     "training.count_law": "uniform",
     "training.views": 1,
+    "training.block_sizes": None,
     "optim.name": "adamw",
     "optim.momentum": None,
 }
@@ -64,7 +65,8 @@ def shaping(config: Config) -> dict:
 
     Left out: devices, workers, logging, checkpoints, evaluation, sampling. trainer.max_steps
     counts only where the learning rate depends on it, so that a run can be made longer; validation
-    settings only where the clip search or the law of counts uses them.
+    settings only where the clip search or the law of counts uses them. block_size is such a one
+    where rows draw theirs.
     """
     keys = [key for key in LEAVES if key.split(".")[0] in SHAPING_SECTIONS]
     keys = [*SHAPING_KEYS, *(key for key in keys if key not in NOT_SHAPING)]
@@ -73,6 +75,8 @@ def shaping(config: Config) -> dict:
     searched = config.algo.clip_search_widths and not config.algo.fix_clipping
     if searched or config.training.count_law == "learnt":
         keys.extend(SEARCH_KEYS)
+    if config.training.block_sizes is not None:
+        keys.remove("block_size")
     return {key: get(config, key) for key in sorted(keys)}
 
 
@@ -96,10 +100,11 @@ def differences(config: Config, recorded: dict | None) -> list[str]:
 
 
 def run_dir(config: Config) -> Path:
-    """outputs/<data.train>/<wandb.name, else algo-length-block>-<8 hex digits of shaping>; settings
-    of LATER count only where they are another value."""
+    """outputs/<data.train>/<wandb.name, else algo-length-blocks>-<8 hex digits of shaping>, as in
+    bamdlm-1024-16; settings of LATER count only where they are another value."""
     name = get(config, "wandb.name")
-    name = name or f"{config.algo.name}-{config.model.length}-{config.block_size}"
+    sizes = "_".join(map(str, config.training.block_sizes or [config.block_size]))
+    name = name or f"{config.algo.name}-{config.model.length}-{sizes}"
     shapes = {k: v for k, v in shaping(config).items() if k not in LATER or v != LATER[k]}
     digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
     corpus = Path(config.data.train or "none")

@@ -20,6 +20,7 @@ from settings.limits import (
     LIMITS,
     SEED,
     SHARES,
+    SIZES,
     VIEWS,
     Limit,
     one_of,
@@ -164,6 +165,12 @@ class Training:
         "noised versions of a row in a step; 2: with training.noise=counts, of complementary "
         "masks, which share its clean half (bamdlm)",
         VIEWS,
+    )
+    block_sizes: dict[int, float] | None = doc(
+        "sizes from which each row draws that of its blocks, with their proportions, such as "
+        "{1: 0.25, 4: 0.5, 16: 0.25}; their sum does not matter. block_size, one of them, is that "
+        "of validation (bamdlm); null: block_size",
+        SIZES,
     )
     from_pretrained: str | None = doc("weights to start from: .ckpt, exported folder or hub id")
     eval_nll: bool = doc("with block_size=1, validate the exact NLL, not the bound")

@@ -21,7 +21,8 @@ BACKWARD = 2  # times the forward pass
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """Of a network and the sequences it is trained on; `block_size` where it is in blocks."""
+    """Of a network and the sequences it is trained on; `block_size` where it is in blocks, and in
+    its place `sizes` where sequences differ in it: which share has blocks of each size."""
 
     algo: str
     hidden_size: int
@@ -31,15 +32,22 @@ class NetworkShape:
     block_size: int
     masked_share: float = 0.5  # of the tokens, on average: the mean of p(t)
     views: int = 1  # noised versions of a sequence that share its clean half
+    sizes: dict[int, float] | None = None
 
     @property
     def causal(self) -> bool:
         return get_algorithm(self.algo).causal
 
     @property
+    def shares(self) -> dict[int, float]:
+        """Of the sequences, by the size of their blocks."""
+        return self.sizes or {self.block_size: 1}
+
+    @property
     def clean_half(self) -> bool:
         """Whether the pass is over [x_t ; x0]."""
-        return get_algorithm(self.algo).blocks and self.block_size < self.length
+        one = self.sizes is None and self.block_size == self.length
+        return get_algorithm(self.algo).blocks and not one
 
     @property
     def parts(self) -> int:
@@ -70,16 +78,16 @@ class Flops:
         return (1 + BACKWARD) * self.forward
 
 
-def seen_pairs(shape: NetworkShape) -> tuple[int, int]:
+def seen_pairs(shape: NetworkShape) -> tuple[float, float]:
     """(query, key) pairs that may see each other: in an inner layer, and in the last one."""
-    length, size = shape.length, shape.block_size
+    length = shape.length
     if not shape.clean_half:
         pairs = length * (length + 1) // 2 if shape.causal else length**2
         return pairs, pairs
-    blocks = length // size
-    earlier = size**2 * blocks * (blocks - 1) // 2
-    noised = shape.views * (length * size + earlier)  # own block, and x0 of the blocks before
-    return noised + length * size + earlier, noised
+    own = sum(share * length * size for size, share in shape.shares.items())
+    earlier = (length**2 - own) / 2
+    noised = shape.views * (own + earlier)  # own block, and x0 of the blocks before
+    return noised + own + earlier, noised
 
 
 def flops(shape: NetworkShape) -> Flops:

@@ -33,7 +33,7 @@ class Validation:
             return
         if module.noise_settings.learn_counts:
             self.second = SecondMoments(len(module.count_law.density), module.device)
-        if module.clip is not None:
+        if module.clip is not None and module.objective.sizes is None:
             self._begin_search(module.clip)
 
     def _begin_search(self, clip) -> None:
