@@ -105,11 +105,17 @@ def fit(config: Config, trainer, module, data: DataModule, resume: Checkpoint | 
 
 def go_on(config: Config, data: DataModule, resume: Checkpoint) -> None:
     """With the data from the checkpoint on. A line where val/nll is no longer measured as it was;
-    runs of before there was a choice do not say by what."""
+    runs of before there was a choice do not say by what. Another block_size is refused, but where
+    training draws several."""
     data.start_at(examples_seen(resume, config), resume.step)
     say(f"going on from step {resume.step:,} of {resume.source}")
     if (version := streams_version(resume)) < VERSION:
         say(f"the run keeps version {version} of the random streams, with which it began")
+    if (size := resume.block_size) != config.block_size:
+        say(
+            f"val/nll was measured at block_size={size} and is now at {config.block_size}: the"
+            f" score of best.ckpt is of the old one (block_size={size} stays with it)"
+        )
     before = (section(resume.config, "eval").get("likelihood") or ["nelbo"])[0]
     now = config.eval.likelihood[0]
     if now != before and default_likelihood(config) == "counts":

@@ -6,8 +6,9 @@
 
 Settings are those of main.py; the data are prepared as training would, where they are not yet. In a
 row, blocks alternate in colour and have │ between them, BOS, EOS and other special tokens stand
-out, ↵ is a line break and ▒ padding; with data.pack=documents each document has its line. Figures
-are of the rows from there on and of the split's first documents, --tokens tokens of each.
+out, ↵ is a line break and ▒ padding; with data.pack=documents each document has its line, with
+training.block_sizes each row the blocks that it draws. Figures are of the rows from there on and of
+the split's first documents, --tokens tokens of each.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import itertools
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +32,9 @@ from data.tokenizer import Tokenizer
 from dataloader import DataModule
 from main import quiet
 from modes import cli
-from modes.build import build_cache, build_data, build_split, build_tokenizer
+from modes.build import build_cache, build_data, build_sizes, build_split, build_tokenizer
+from objectives.corruption import SIZES
+from objectives.sizes import deal
 from scripts.support.command import answered, new_parser
 from scripts.support.picture import picture
 from settings import Config
@@ -152,14 +156,19 @@ def show_rows(
     train = options.split == "train"
     source = data.train if train else data.valid
     stream = data.train_dataloader() if train else data.val_dataloader()
-    painter, found, left = Painter(tokenizer, config.block_size), Counter(), options.rows
+    sizes, painters = drawn_sizes(config) if train else None, {}
+    found, left = Counter(), options.rows
     for batch in itertools.islice(stream, options.batch, None):
         if "error" in batch:  # where the text is read as it goes (data.streaming)
             raise ValueError(batch["error"])
         rows = {name: value.numpy() for name, value in batch.items() if name != "bookmark"}
         ids, mask = rows["input_ids"], rows["attention_mask"]
         for i in range(min(left, len(ids))):
-            say(f"row {rows['row'][i]}", style="bold")
+            row = int(rows["row"][i])
+            size = config.block_size if sizes is None else sizes(row)
+            drawn = "" if sizes is None else f", blocks of {size}"
+            say(f"row {row}{drawn}", style="bold")
+            painter = painters.setdefault(size, Painter(tokenizer, size))
             document_ids = rows["document_ids"][i] if "document_ids" in rows else None
             for line in painter.lines(ids[i], mask[i], document_ids):
                 say(line)
@@ -172,6 +181,19 @@ def show_rows(
     if not found["tokens"]:
         raise ValueError(f"--batch {options.batch}: the split has fewer batches")
     return found
+
+
+def drawn_sizes(config: Config) -> Callable[[int], int] | None:
+    """The place of a row in the stream of training -> the size of its blocks; None: all alike."""
+    law, batch = build_sizes(config), config.loader.global_batch_size
+    if law is None:
+        return None
+
+    def of_row(row: int) -> int:
+        step, place = divmod(row, batch)
+        return int(deal(law, config.seed, step, batch, config.model.length, SIZES).sizes[place])
+
+    return of_row
 
 
 def show(config: Config, options: argparse.Namespace, console: Console) -> None:

@@ -15,7 +15,7 @@ from settings.tables import (
 
 DRAWN_IN_TRAINING = (  # of training.*
     *("sampling_eps_min", "sampling_eps_max", "resample"),
-    *("noise", "counts", "count_law", "views", "block_sizes"),
+    *("noise", "counts", "count_law", "views"),
 )
 
 
@@ -48,6 +48,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
         for key in DRAWN_IN_TRAINING:
             if f"training.{key}" in typed:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
+        if "training.block_sizes" in typed:
+            yield "training.block_sizes has no effect: mode=ppl_eval measures at block_size"
     if config.mode == "train" and config.training.noise == "counts":
         for key in ("training.sampling_eps_min", "training.sampling_eps_max", "noise.type"):
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):

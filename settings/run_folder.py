@@ -84,12 +84,15 @@ def differences(config: Config, recorded: dict | None) -> list[str]:
     """How the shaping settings differ from those recorded in a checkpoint (nested, may be partial).
 
     Settings that the record does not have are not compared: the authors' checkpoints have others.
+    Those of LATER had but one value before.
     """
     found = []
     for key, value in shaping(config).items():
         node = recorded or {}
-        for part in key.split("."):
-            node = node.get(part, ABSENT) if isinstance(node, dict) else ABSENT
+        *sections, name = key.split(".")
+        for part in sections:
+            node = node.get(part) if isinstance(node, dict) else None
+        node = node.get(name, LATER.get(key, ABSENT)) if isinstance(node, dict) else ABSENT
         node = SAME_NAME.get((key, str(node)), node)
         if node is not ABSENT and node != value:
             theirs = f"the checkpoint has {node}"

@@ -13,10 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from networks import GRADIENTS, assert_within, small, texts
+from torch.nn.attention.flex_attention import flex_attention
 
 import settings
 from models import cache, denoiser, dit
-from models.attention import LARGE_TILES, SMALL_TILES, _has_little_shared_memory, _kernel_options
+from models.attention import (
+    LARGE_TILES,
+    SMALL_TILES,
+    _block_mask,
+    _has_little_shared_memory,
+    _kernel_options,
+    dense,
+)
 from models.compiling import GRAPHS, compiled
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
@@ -24,15 +32,21 @@ from samplers import canvas, draw, nucleus
 from samplers.params import SamplingParams, Warp
 
 
+class Graphs(list):
+    """Those that `backend` was given."""
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile without a code generator, and how many graphs it made."""
     torch._dynamo.reset()
-    graphs = []
+    graphs = Graphs()
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
+
+    graphs.backend = backend
 
     plain = torch.compile
     monkeypatch.setattr(dit.torch, "compile", functools.partial(plain, backend=backend))
@@ -85,6 +99,33 @@ def test_another_number_of_rows_read_compiles_nothing(traced):
     for rows in (5, 6, 9):
         net.hidden(tokens, attention_mask=BlockDiffusion(4), read=torch.arange(rows))
     assert len(traced) == 2  # the last block has its own
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one text", "packed"])
+def test_other_block_sizes_of_the_rows_compile_nothing(documents, traced):
+    """Each step deals its rows other sizes."""
+    net, tokens = small(compile=True, n_blocks=3), texts(3, 48, 7)
+    ids = torch.arange(48)[None].expand(3, -1) % 24 // 12 if documents else None
+    graphs = []
+    for sizes in ([1, 4, 12], [12, 1, 1], [4, 4, 4]):
+        asked = {"read": torch.arange(5), "document_ids": ids}
+        mask, sizes = BlockDiffusion(12), torch.tensor(sizes)
+        net.hidden(tokens, attention_mask=mask, block_sizes=sizes, **asked).sum().backward()
+        graphs.append(len(traced))
+    assert graphs == [2, 2, 2]  # the last block has its own
+
+
+@torch.no_grad()
+def test_flex_attention_compiles_once_for_all_block_sizes(traced):
+    run = torch.compile(flex_attention, backend=traced.backend, fullgraph=True)
+    q, k, v = torch.randn(3, 3, 2, 256, 8)
+    for sizes in ([1, 4, 64], [64, 16, 4], [1, 1, 1]):
+        mask = BlockDiffusion(64, sizes=torch.tensor(sizes))
+        made = _block_mask(mask, 256, 256, None, q.device)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            ours = run(q, k, v, block_mask=made)
+        assert_within(ours, dense(mask, 256, 256, None, q.device)(q, k, v), 1e-5)
+    assert len(traced) == 1
 
 
 @pytest.mark.parametrize("gradient", [False, True])

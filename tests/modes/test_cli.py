@@ -20,6 +20,7 @@ SAMPLE = [*TRAIN, "mode=sample_eval", "eval.checkpoint_path=org/model"]
 BLOCKS = ["block_size=4"]
 CLIP = "algo.clip_search_widths"
 COUNTS = "training.noise=counts"
+SIZES = "training.block_sizes={4: 1, 16: 3}"
 LEARNT = [COUNTS, "training.count_law=learnt"]
 
 # context: (arguments, what the one line says)
@@ -232,6 +233,50 @@ WRONG = [
         TRAIN,
         [*BLOCKS, COUNTS, f"{CLIP}=[.5]", "training.views=2"],
         f"training.views=2 have a law of their own, without {CLIP}=[0.5]",
+    ),
+    # several block sizes
+    (
+        TRAIN,
+        ["training.block_sizes={4: 1, 6: 1}", "block_size=4"],
+        "training.block_sizes={4: 0.5, 6: 0.5}: 6 does not divide model.length=1024",
+    ),
+    (TRAIN, ["training.block_sizes={4: 0}"], "training.block_sizes={4: 0.0} must be sizes of"),
+    (TRAIN, ["training.block_sizes={4: -1, 8: 3}"], "training.block_sizes={4: -1.0, 8: 3.0} must"),
+    (TRAIN, ["training.block_sizes={4: nan}"], "training.block_sizes={4: nan} must be sizes of"),
+    (TRAIN, ["training.block_sizes={0: 1}"], "training.block_sizes={0: 1.0} must be sizes of"),
+    (TRAIN, ["training.block_sizes={}"], "training.block_sizes={} must be sizes of"),
+    (
+        TRAIN,
+        ["training.block_sizes=[1,4]"],
+        "training.block_sizes=[1,4] must be weights by size, like {4: 1, 16: 3}, or null",
+    ),
+    (TRAIN, ["training.block_sizes={a: 1}"], "training.block_sizes={'a': 1} must be weights by"),
+    (
+        TRAIN,
+        [SIZES, "block_size=8"],
+        "block_size=8 is that of validation, and training.block_sizes={4: 0.25, 16: 0.75} does not",
+    ),
+    (
+        TRAIN,
+        [SIZES, "algo=mdlm"],
+        "training.block_sizes={4: 0.25, 16: 0.75} does not fit algo=mdlm, only bamdlm",
+    ),
+    (TRAIN, [SIZES, "algo=ar"], "does not fit algo=ar, only bamdlm"),
+    (TRAIN, [SIZES, "algo=sedd"], "does not fit algo=sedd, only bamdlm"),
+    *(
+        (TRAIN, [SIZES, "block_size=4", *words], f"does not go with {other}, which is of one block")
+        for other, words in {
+            "training.count_law=learnt": LEARNT,
+            "training.counts=[2, 3]": [COUNTS, "training.counts=[2,3]"],
+            "training.views=2": [COUNTS, "training.views=2"],
+            "training.resample=True": ["training.resample=True"],
+            f"{CLIP}=[0.5]": [f"{CLIP}=[.5]"],
+        }.items()
+    ),
+    (
+        TRAIN,
+        ["training.block_sizes={4: 1, 1024: 1}", "algo.cross_attn=False"],
+        "algo.cross_attn=False: algo=bamdlm with",
     ),
     # optimizer
     (TRAIN, ["optim=sgd"], "optim=sgd does not exist. Choices: adamw, muon"),
@@ -536,6 +581,7 @@ HARMLESS = [
     (PPL, ["training.sampling_eps_min=.3"], "training.sampling_eps_min has no effect: mode=ppl"),
     (TRAIN, ["optim.momentum=.9"], "optim.momentum has no effect: optim=adamw has beta1"),
     (PPL, ["training.noise=counts"], "training.noise has no effect: mode=ppl_eval draws from"),
+    (PPL, [SIZES], "training.block_sizes has no effect: mode=ppl_eval measures at block_size"),
     (
         TRAIN,
         [COUNTS, "training.sampling_eps_min=.3"],

@@ -45,6 +45,20 @@ def test_pairs_are_those_of_the_rule(size):
     assert found == (int(allowed.sum()), int(allowed[: 2 * length].sum()))
 
 
+def test_of_several_block_sizes_pairs_are_the_mean_by_their_shares():
+    """Rows of the whole length too are passes over both halves."""
+    sizes = {1: 0.25, 4: 0.5, 24: 0.25}
+    index = torch.arange(48)
+    found = seen_pairs(NetworkShape("bamdlm", 16, 2, 7, 24, 4, sizes=sizes))
+    masks = [BlockDiffusion(size).allowed(index[:, None], index[None], 48) for size in sizes]
+    rows = [len(index), 24]
+    wanted = [
+        sum(share * int(m[:n].sum()) for m, share in zip(masks, sizes.values(), strict=True))
+        for n in rows
+    ]
+    assert found == tuple(wanted)
+
+
 def test_pairs_of_ar_are_causal():
     index = torch.arange(24)
     seen = int(Causal().allowed(index[:, None], index[None], 24).sum())

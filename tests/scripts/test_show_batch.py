@@ -122,3 +122,14 @@ def test_bad_input_is_named(words, change, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_rows_of_several_block_sizes_show_their_own(words, capsys):
+    """Eight rows of a step: two of blocks of one, which have no borders, four of 4, two of 16."""
+    sizes = ["training.block_sizes={1: 1, 4: 2, 16: 1}", "loader.num_workers=0"]
+    text = shown([*words, *sizes], capsys, "--rows", "8")
+    found = re.findall(r"row (\d), blocks of (\d+)\n(.*)", text)
+    assert sorted(int(size) for _, size, _ in found) == [1, 1, 4, 4, 4, 4, 16, 16]
+    for _, size, line in found:
+        assert line.count("│") == (3 if size == "4" else 0)
+    assert "blocks of" not in shown([*words, *sizes], capsys, "--split", "valid")

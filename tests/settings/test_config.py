@@ -69,6 +69,7 @@ DEFAULTS = {
     "training.counts": None,
     "training.count_law": "uniform",
     "training.views": 1,
+    "training.block_sizes": None,
     "training.from_pretrained": None,
     "training.eval_nll": True,
     "eval.checkpoint_path": None,
@@ -541,10 +542,29 @@ def test_setting_that_does_not_shape_training_keeps_the_run(same):
         "training.counts=[2,3]",
         "training.count_law=learnt",
         "training.views=2",
+        "training.block_sizes={4: 1, 1024: 1}",
     ],
 )
 def test_setting_that_shapes_training_makes_another_run(other):
     assert settings.run_dir(settings.load([other])) != default_run()
+
+
+def test_block_sizes_in_the_same_proportions_are_one_run_whatever_the_validation_asks():
+    one = settings.load(["training.block_sizes={16: .5, 4: .25, 1: .25}", "block_size=4"])
+    two = settings.load(["training.block_sizes={1: 1, 4: 1, 16: 2}", "block_size=16"])
+    assert settings.run_dir(one) == settings.run_dir(two)
+    assert settings.run_dir(one).name.startswith("bamdlm-1024-1_4_16-")
+    assert list(two.training.block_sizes.items()) == [(1, 0.25), (4, 0.25), (16, 0.5)]
+    other = settings.load(["training.block_sizes={1: 1, 4: 2, 16: 1}"])
+    assert settings.run_dir(one) != settings.run_dir(other)
+
+
+def test_proportions_that_were_made_to_add_up_stay_as_they_are():
+    """A checkpoint has them, and a run that goes on compares."""
+    once = settings.load(["training.block_sizes={1: .1, 2: .2, 4: .7, 8: .13, 16: 1e-3}"])
+    words = ", ".join(f"{size}: {share!r}" for size, share in once.training.block_sizes.items())
+    again = settings.load([f"training.block_sizes={{{words}}}"])
+    assert again.training.block_sizes == once.training.block_sizes
 
 
 @pytest.mark.parametrize(
@@ -576,6 +596,11 @@ def test_differences_from_a_checkpoint_are_named():
     assert settings.differences(settings.load(["block_size=8", "seed=2"]), old) == [
         "block_size=8 (the checkpoint has 4)"
     ]
+    sizes = settings.load(["training.block_sizes={4: 1, 8: 1}", "block_size=4", "seed=2"])
+    (found,) = settings.differences(sizes, old)
+    assert found == "training.block_sizes={4: 0.5, 8: 0.5} (the checkpoint has None)"
+    del old["training"]["block_sizes"]  # of a run before there was the setting
+    assert settings.differences(sizes, old) == [found]
     old["algo"]["name"] = "bd3lm"
     old["trainer"]["precision"] = 32
     del old["optim"]

@@ -1,5 +1,7 @@
 """Steps that wait for no device: inputs with rows to spare, CUDA graphs, late judgements."""
 
+from dataclasses import replace
+
 import lightning as L
 import pytest
 import torch
@@ -62,17 +64,19 @@ def test_the_rows_of_a_graph():
     assert rows_for(100, 120) == 120
 
 
-def test_documents_and_empty_inputs_are_computed_as_they_are():
+def test_documents_rows_of_several_block_sizes_and_empty_inputs_are_computed_as_they_are():
     """The graph would need a CUDA device, of which there is none here."""
     ids, none = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     empty = LossInputs(ids, Full(), torch.ones(1, 4), none, none, none.float())
     documents = LossInputs(
         ids, Full(), torch.ones(1, 4), none[:0], ids[0], torch.ones(4), document_ids=ids
     )
+    sizes = replace(documents, document_ids=None, block_sizes=torch.tensor([2]))
     graphed = GraphedLoss(torch.nn.Module(), lambda net, q: q.tokens.sum(), lambda q: q, False)
     for _ in range(4):
         assert graphed(empty) == 0
         assert graphed(documents) == 0
+        assert graphed(sizes) == 0
     assert graphed.shape is None
 
 

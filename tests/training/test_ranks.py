@@ -26,7 +26,8 @@ LAST = "run/checkpoints/last.ckpt"
 BY_ONE = ["loader.batch_size=8", "loader.eval_batch_size=8", "trainer.val_check_interval=4"]
 TWO = ["trainer.devices=2", "trainer.val_check_interval=4"]
 TOLERANCE = 1e-5
-WAYS = ALGORITHMS | {"counts": COUNTS}
+SIZES = ["training.block_sizes={1: 1, 4: 2, 16: 1}", "block_size=4", "training.noise=counts"]
+WAYS = ALGORITHMS | {"counts": COUNTS, "sizes": SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,7 @@ def test_two_processes_learn_the_law_of_counts_that_one_learns(one, tmp_path):
         ("ddp", "bamdlm", ["data.pack=documents"]),
         ("fsdp", "bamdlm", ["data.wrap=false"]),
         ("ddp", "counts", ["data.pack=documents"]),
+        ("ddp", "sizes", ["data.pack=documents"]),
         ("ddp", "sedd", ["data.wrap=false", "block_size=16"]),
         ("fsdp", "ar", ["data.wrap=false"]),
         ("ddp", "bamdlm", ["data.pack=documents", "data.streaming=true"]),

@@ -1,6 +1,7 @@
 """Training through Lightning: resume, independence of the batch split, validation, checkpoints."""
 
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -19,6 +20,7 @@ from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT
 from objectives.counts import CountLaw, least_variance, to_learn, within
 from objectives.sedd import ScoreEntropy
+from objectives.sizes import SizeLaw
 from training import resuming, validation
 from training.lr_schedules import lr_factor
 from training.optimizers import OptimizerSettings
@@ -83,12 +85,15 @@ def module(
     learn=False,
     views=1,
     momentum=None,
+    sizes=None,
 ):
     if algo in COUNTED:
         algo, (counts, views) = "bamdlm", COUNTED[algo]
     objective = ALGORITHMS[algo]()
     if block:
         objective = MaskedDiffusion(MASK, block, get_schedule("loglinear"))
+    if sizes:
+        objective = replace(objective, sizes=sizes)
     torch.manual_seed(0)
     backbone = small(MASK + 1, adaln=algo != "ar")
     for layer in backbone.blocks:
@@ -147,13 +152,15 @@ def saver(folder, every):
     )
 
 
-def trained(algo, folder, steps, *, batch_size=4, resume=None, save_every=0, **kwargs):
+def trained(algo, folder, steps, *, batch_size=4, resume=None, save_every=0, validate=0, **kwargs):
     m, d = module(algo, **kwargs), data(batch_size)
     if resume:
         found = read_checkpoint(resume)
         d.start_at(found.raw["sampler"]["examples_seen"], found.step)
     callbacks = [saver(folder, save_every)] if save_every else []
-    t = trainer(folder, steps, accumulate=GLOBAL // batch_size, callbacks=callbacks)
+    t = trainer(
+        folder, steps, accumulate=GLOBAL // batch_size, callbacks=callbacks, validate=validate
+    )
     t.fit(m, datamodule=d, ckpt_path=resume)
     return m
 
@@ -198,6 +205,51 @@ def test_with_two_views_the_split_into_micro_batches_does_not_change_a_run(tmp_p
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     weights = [m.backbone.output_layer.linear.weight for m in (*runs, plain)]
     assert (weights[0] - weights[2]).abs().max() > 1e-3
+
+
+# blocks of one, of four, and the whole row
+SIZES = SizeLaw((1, 4, LENGTH), (0.25, 0.5, 0.25))
+BY = {"times": None, "counts": within(1, 1, 1)}
+
+
+@pytest.mark.parametrize("by", BY)
+def test_with_several_block_sizes_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(by, tmp_path):
+    given = {"sizes": SIZES, "counts": BY[by], "block": 1, "validate": 2}
+    whole = trained("bamdlm", tmp_path / "a", 6, save_every=3, **given)
+    path = str(tmp_path / "a" / "step=3.ckpt")
+    resumed = trained("bamdlm", tmp_path / "b", 6, resume=path, **given)
+    pairs = zip(resumed.backbone.parameters(), whole.backbone.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert whole.interval == ((1e-3, 1) if by == "times" else (0, 1))  # there is no search
+
+
+@pytest.mark.parametrize("by", BY)
+def test_with_several_block_sizes_micro_batches_do_not_change_a_run(by, tmp_path):
+    given = {"eps": 1e-3, "sizes": SIZES, "counts": BY[by]}
+    runs = [trained("bamdlm", tmp_path, 4, batch_size=size, **given) for size in (8, 2)]
+    for ours, theirs in zip(*(m.backbone.parameters() for m in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_run_of_one_block_size_is_bit_for_bit_that_without_the_setting(by, tmp_path):
+    law = BY[by] and within(1, 4, 4)
+    plain = trained("bamdlm", tmp_path, 4, counts=law)
+    ours = trained("bamdlm", tmp_path, 4, counts=BY[by], sizes=SizeLaw((4,), (1.0,)))
+    pairs = zip(ours.backbone.parameters(), plain.backbone.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    others = trained("bamdlm", tmp_path, 4, counts=BY[by], sizes=SIZES)
+    gap = others.backbone.output_layer.linear.weight - plain.backbone.output_layer.linear.weight
+    assert gap.abs().max() > 1e-3
+
+
+def test_validation_is_at_the_block_size_whatever_training_draws(tmp_path):
+    found = []
+    for sizes in (None, SIZES):
+        m = module("bamdlm", sizes=sizes, validate_by="counts")
+        trainer(tmp_path, 0, validate=1).validate(m, datamodule=data(4), verbose=False)
+        found.append(m.validated.nll)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("algo", "law"), COUNTS)
