@@ -16,6 +16,7 @@ from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import Noise, draw_example_noise
 from objectives.sedd import ScoreEntropy
+from objectives.sizes import SizeLaw
 
 INTERVAL = (1e-3, 1.0)
 FIXED = 3  # corruptions that the plain step is given, at least
@@ -60,7 +61,9 @@ def objective_of(algo: str, mask_id: int, block_size: int):
     return MaskedDiffusion(mask_id, block_size, schedule)
 
 
-def noise_of(step: int, batch: int, length: int, block_size: int, device=None) -> Noise:
+def noise_of(
+    step: int, batch: int, length: int, block_size: int, device=None, sizes: SizeLaw | None = None
+) -> Noise:
     return draw_example_noise(
         1,
         torch.arange(batch, device=device) + step * batch,
@@ -68,6 +71,7 @@ def noise_of(step: int, batch: int, length: int, block_size: int, device=None) -
         length=length,
         block_size=block_size,
         antithetic=True,
+        sizes=sizes,
     )
 
 

@@ -248,7 +248,7 @@ WRONG = [
     (
         TRAIN,
         ["training.block_sizes=[1,4]"],
-        "training.block_sizes=[1,4] must be weights by size, like {4: 1, 16: 3}, or null",
+        "training.block_sizes=[1, 4] must be weights by size, like {4: 1, 16: 3}, or null",
     ),
     (TRAIN, ["training.block_sizes={a: 1}"], "training.block_sizes={'a': 1} must be weights by"),
     (
