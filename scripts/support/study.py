@@ -9,7 +9,8 @@ recipe (clipped) with the same seed, on the same rows; its error is the standard
 
 Equal time: the speed of each variant is measured first, alone on its device. One that is faster or
 slower than the recipe by more than 5 % is trained once more, for as many steps as fit the recipe's
-time, with a schedule of that length.
+time, with a schedule of that length. `sizes` is one network for all block sizes: it is trained
+once and evaluated at each.
 
 With several GPUs the runs are spread over them. OUT gets a folder and a log for each run, and
 runs.csv, study.csv, study.md and study.png. The same command goes on after an interruption. Words
@@ -43,6 +44,7 @@ BASE = (
     *("trainer.devices=1", "model.attn_backend=sdpa"),
     "callbacks.checkpoint_every_n_steps.every_n_train_steps=500",
 )
+SIZES = "sizes"  # one network for all
 SEARCH = ("algo.var_min=true", "algo.clip_search_widths=[0.5,0.6,0.7,0.8,0.9]")
 # name: its settings. A variant more is one line here.
 VARIANTS = {
@@ -53,6 +55,7 @@ VARIANTS = {
     "counts-range": ("training.noise=counts", *SEARCH),
     "views": ("training.noise=counts", "training.views=2"),
     "muon": ("training.noise=counts", "optim=muon"),
+    SIZES: ("training.noise=counts",),
 }
 WHOLE = "L"  # a block of the whole row: the objective of mdlm
 NEEDS_BLOCKS = ("views",)  # not at WHOLE
@@ -84,7 +87,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        size = f"S{self.sizes[0]}-" if self.sizes else ""
+        size = f"S{self.sizes[0]}-" if self.sizes and self.variant != SIZES else ""
         timed = "-equal-time" if self.timed else ""
         return f"{self.corpus}-{size}{self.variant}-seed{self.seed}{timed}"
 
@@ -92,8 +95,12 @@ class Run:
         """size: that of an evaluation."""
         chosen = [*BESIDE.get(self.variant, ())]
         if self.sizes:
+            asked = [tokens(each) for each in self.sizes]
             at = tokens(size or self.sizes[0])
             chosen = ["algo=bamdlm", f"block_size={at}", *VARIANTS[self.variant]]
+            if self.variant == SIZES:
+                shares = ", ".join(f"{each}: {1 / len(asked):.4f}" for each in asked)
+                chosen.append(f"training.block_sizes={{{shares}}}")
         steps = (f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={interval(self)}")
         return [f"data={self.corpus}", *BASE, *steps, *chosen, f"seed={self.seed}", *more]
 
@@ -184,6 +191,8 @@ def trainings(variant: str, sizes: Sequence[str]) -> list[tuple[str, ...]]:
     """The block sizes of each training of a variant."""
     if variant in BESIDE:
         return [()]
+    if variant == SIZES:
+        return [tuple(sizes)]
     return [(size,) for size in sizes if size != WHOLE or variant not in NEEDS_BLOCKS]
 
 
@@ -240,12 +249,18 @@ def results(run: Run, out: Path) -> dict[str, float | None]:
 
 
 def trials_of(args) -> list[Run]:
-    """A short run of each kind, whose speed counts."""
+    """A short run of each kind, whose speed counts. Below the whole row S does not change what is
+    computed: one size tells of all."""
+    sizes = [size for size in args.sizes if size == WHOLE or size == in_blocks(args)]
     return [
-        Run(args.corpora[0], sizes, variant, args.seeds[0], args.steps)
+        Run(args.corpora[0], each, variant, args.seeds[0], args.steps)
         for variant in args.variants
-        for sizes in trainings(variant, args.sizes)
+        for each in trainings(variant, args.sizes if variant == SIZES else sizes)
     ]
+
+
+def in_blocks(args) -> str | None:
+    return next((size for size in args.sizes if size != WHOLE), None)
 
 
 def trial_folder(run: Run, out: Path) -> Path:
@@ -267,7 +282,11 @@ def speed(trial: Run, out: Path) -> float | None:
 
 def speeds(args) -> dict[tuple[str, tuple[str, ...]], float]:
     """{(variant, block sizes): tokens per second}"""
-    return {(run.variant, run.sizes): speed(run, args.out) for run in trials_of(args)}
+    found = {(run.variant, run.sizes): speed(run, args.out) for run in trials_of(args)}
+    for variant in args.variants:
+        for sizes in trainings(variant, args.sizes):
+            found.setdefault((variant, sizes), found.get((variant, (in_blocks(args),))))
+    return found
 
 
 def timed_runs(runs: Sequence[Run], args) -> list[Run]:

@@ -114,6 +114,14 @@ def test_jobs_are_spread_over_the_gpus_and_speeds_are_measured_alone(asked, tmp_
     assert asked[-1]["gpu"] == "1"
 
 
+def test_one_network_for_all_sizes_is_trained_once_and_evaluated_at_each():
+    (sizes,) = study.trainings("sizes", ["4", "16", "L"])
+    run = study.Run("shakespeare", sizes, "sizes", 1, 50)
+    assert run.name == "shakespeare-sizes-seed1"
+    assert [*run.evaluations()] == ["4", "16", "L"]
+    assert "block_size=128" in run.words((), "L")
+
+
 RUNS = [
     study.Run("shakespeare", sizes, name, 1, 2500)
     for name in (*study.VARIANTS, *study.BESIDE)
