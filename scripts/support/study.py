@@ -7,10 +7,10 @@ Every run trains for the same number of steps and is then evaluated on all held-
 exact bound at S = 4, by `counts` with 8 draws at larger S. A difference is that to the published
 recipe (clipped) with the same seed, on the same rows; its error is the standard error over seeds.
 
-Equal time: the speed of each variant is measured first, alone on its device. One that is faster or
-slower than the recipe by more than 5 % is trained once more, for as many steps as fit the recipe's
-time, with a schedule of that length. `sizes` is one network for all block sizes: it is trained
-once and evaluated at each.
+Equal time: the speed of each variant whose step is another one is measured first, alone on its
+device. One that is faster or slower than the recipe by more than 5 % is trained once more, for as
+many steps as fit the recipe's time, with a schedule of that length. `sizes` is one network for all
+block sizes: it is trained once and evaluated at each.
 
 With several GPUs the runs are spread over them. OUT gets a folder and a log for each run, and
 runs.csv, study.csv, study.md and study.png. The same command goes on after an interruption. Words
@@ -64,6 +64,7 @@ BESIDE = {  # without blocks or variants
     "sedd": ("algo=sedd",),
     "sedd-no-time": ("algo=sedd", "algo.time_conditioning=false"),
 }
+SAME_STEP = ("full", "counts", "counts-learnt", "counts-range")  # as RECIPE: other noise alone
 TRIAL_STEPS = 120
 TRIAL = (
     *(f"trainer.max_steps={TRIAL_STEPS}", f"trainer.val_check_interval={TRIAL_STEPS}"),
@@ -255,6 +256,7 @@ def trials_of(args) -> list[Run]:
     return [
         Run(args.corpora[0], each, variant, args.seeds[0], args.steps)
         for variant in args.variants
+        if variant not in (*SAME_STEP, *BESIDE)
         for each in trainings(variant, args.sizes if variant == SIZES else sizes)
     ]
 
@@ -281,11 +283,12 @@ def speed(trial: Run, out: Path) -> float | None:
 
 
 def speeds(args) -> dict[tuple[str, tuple[str, ...]], float]:
-    """{(variant, block sizes): tokens per second}"""
+    """{(variant, block sizes): tokens per second}, where it was measured."""
     found = {(run.variant, run.sizes): speed(run, args.out) for run in trials_of(args)}
     for variant in args.variants:
         for sizes in trainings(variant, args.sizes):
-            found.setdefault((variant, sizes), found.get((variant, (in_blocks(args),))))
+            if (alike := (variant, (in_blocks(args),))) in found and sizes != (WHOLE,):
+                found.setdefault((variant, sizes), found[alike])
     return found
 
 
@@ -293,13 +296,17 @@ def timed_runs(runs: Sequence[Run], args) -> list[Run]:
     """For each run of another speed than the recipe one that takes its time."""
     rates, found = speeds(args), []
     for run in runs:
-        known = [rates.get((RECIPE, (size,))) for size in run.sizes]
-        if not known or None in known:
-            continue
-        ratio = rates[run.variant, run.sizes] / statistics.harmonic_mean(known)
-        if abs(ratio - 1) > NEAR:
-            found.append(replace(run, steps=round(run.steps * ratio), timed=True))
+        known = [rates.get((key, sizes)) for key, sizes in pairs(run)]
+        if None not in known:
+            ratio = known[0] / statistics.harmonic_mean(known[1:])
+            if abs(ratio - 1) > NEAR:
+                found.append(replace(run, steps=round(run.steps * ratio), timed=True))
     return found
+
+
+def pairs(run: Run) -> list[tuple[str, tuple[str, ...]]]:
+    """Whose speeds are compared: its own, and the recipe's at each of its sizes."""
+    return [(run.variant, run.sizes), *((RECIPE, (size,)) for size in run.sizes)]
 
 
 def lines(runs: Sequence[Run], args) -> list[Line]:
@@ -308,7 +315,7 @@ def lines(runs: Sequence[Run], args) -> list[Line]:
     return [
         Line(run.corpus, size, run.variant, run.seed, run.steps, run.timed, nats, rate)
         for run in runs
-        for rate in [rates[run.variant, run.sizes]]
+        for rate in [rates.get((run.variant, run.sizes))]
         for size, nats in results(run, args.out).items()
     ]
 

@@ -37,7 +37,7 @@ class Line:
     steps: int
     timed: bool
     nats: float  # per token
-    rate: float  # tokens per second of the variant alone on its device
+    rate: float | None  # tokens per second of the variant alone on its device, where measured
 
 
 def report(found: Sequence[Line], out: Path) -> None:
@@ -61,7 +61,8 @@ def read_runs(path: Path) -> list[Line]:
     """The lines of a runs.csv."""
     with path.open(newline="") as file:
         rows = [*csv.DictReader(file)]
-    kinds = {"seed": int, "steps": int, "nats": float, "rate": float, "timed": "True".__eq__}
+    kinds = {"seed": int, "steps": int, "nats": float, "timed": "True".__eq__}
+    kinds["rate"] = lambda text: float(text) if text else None
     return [Line(**{name: kinds.get(name, str)(row[name]) for name in row}) for row in rows]
 
 

@@ -12,8 +12,8 @@ import pytest
 import settings
 from scripts.support import jobs, study, study_report
 
-RATE = {"full": 2000.0, "clipped": 1000.0, "counts": 1010.0}  # tokens per second
-NLL = {("full", 1): 4.5, ("full", 2): 4.2, ("clipped", 1): 4.0, ("clipped", 2): 4.1}
+RATE = {"muon": 2000.0, "clipped": 1000.0, "counts": 1010.0}  # tokens per second
+NLL = {("muon", 1): 4.5, ("muon", 2): 4.2, ("clipped", 1): 4.0, ("clipped", 2): 4.1}
 NLL |= {("counts", 1): 3.75, ("counts", 2): 3.95}
 
 
@@ -42,7 +42,7 @@ def asked(monkeypatch):
                 writer.writerow([step, 1.0, RATE[variant] if step > 20 else 1.0])
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setitem(study.VARIANTS, "full", ("training.noise=full",))
+    monkeypatch.setitem(study.VARIANTS, "muon", ("training.noise=muon",))
     monkeypatch.setattr(jobs.subprocess, "run", run)
     return seen
 
@@ -53,35 +53,35 @@ def rows(out):
 
 
 def test_differences_are_between_equal_seeds_and_in_equal_time(asked, tmp_path, capsys):
-    command = ["--corpora", "shakespeare", "--sizes", "4", "--variants", "full,clipped,counts"]
+    command = ["--corpora", "shakespeare", "--sizes", "4", "--variants", "muon,clipped,counts"]
     command += ["--seeds", "1,2", "--steps", "100", "--out", str(tmp_path)]
     command += ["--", "optim.lr=5e-4"]
     assert study.main(command) == 0
-    # 3 speeds; of `full`, which is twice as fast, each seed once more; a training, an evaluation
-    assert len(asked) == 3 + (3 + 1) * 2 * 2
+    # 2 speeds; of `muon`, which is twice as fast, each seed once more; a training, an evaluation
+    assert len(asked) == 2 + (3 + 1) * 2 * 2
     assert all(words["optim.lr"] == "5e-4" for words in asked)
     found = rows(tmp_path)
-    full = {name: float(found["full"][name] or "nan") for name in study_report.COLUMNS[3:]}
-    assert full["nats"] == pytest.approx(4.35)
-    assert full["error"] == pytest.approx(0.15)
-    assert full["perplexity"] == pytest.approx(math.exp(4.35))
-    assert full["difference"] == pytest.approx(0.3)  # of .5 and .1
-    assert full["its error"] == pytest.approx(0.2)
-    assert full["steps in equal time"] == 200
-    assert full["nats then"] == pytest.approx(4.25)
-    assert full["difference then"] == pytest.approx(0.2)
-    assert full["error then"] == pytest.approx(0.2)
-    assert full["tokens/s"] == 2000
+    muon = {name: float(found["muon"][name] or "nan") for name in study_report.COLUMNS[3:]}
+    assert muon["nats"] == pytest.approx(4.35)
+    assert muon["error"] == pytest.approx(0.15)
+    assert muon["perplexity"] == pytest.approx(math.exp(4.35))
+    assert muon["difference"] == pytest.approx(0.3)  # of .5 and .1
+    assert muon["its error"] == pytest.approx(0.2)
+    assert muon["steps in equal time"] == 200
+    assert muon["nats then"] == pytest.approx(4.25)
+    assert muon["difference then"] == pytest.approx(0.2)
+    assert muon["error then"] == pytest.approx(0.2)
+    assert muon["tokens/s"] == 2000
     assert found["clipped"]["difference"] == ""
     assert float(found["counts"]["difference then"]) == pytest.approx(-0.2)  # as fast: no other run
     assert "4.3500" in (tmp_path / "study.md").read_text()
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     assert study.main(command) == 0  # nothing is run again
-    assert len(asked) == 19
+    assert len(asked) == 18
 
 
 def test_the_tables_can_be_made_from_the_list_of_runs(asked, tmp_path, monkeypatch):
-    command = ["--corpora", "shakespeare", "--sizes", "4", "--variants", "full,clipped"]
+    command = ["--corpora", "shakespeare", "--sizes", "4", "--variants", "muon,clipped"]
     assert study.main([*command, "--seeds", "1,2", "--out", str(tmp_path / "ran")]) == 0
     (tmp_path / "runs.csv").write_bytes((tmp_path / "ran" / "runs.csv").read_bytes())
     monkeypatch.setattr(study_report.sys, "argv", ["study_report.py", str(tmp_path)])
@@ -91,10 +91,10 @@ def test_the_tables_can_be_made_from_the_list_of_runs(asked, tmp_path, monkeypat
 
 
 def test_a_run_that_failed_is_named_and_the_others_go_on(asked, tmp_path, capsys):
-    command = ["--corpora", "shakespeare", "--sizes", "16", "--variants", "full"]
+    command = ["--corpora", "shakespeare", "--sizes", "16", "--variants", "muon"]
     assert study.main([*command, "--seeds", "3,1", "--out", str(tmp_path)]) == 1
-    assert "shakespeare-S16-full-seed3.log" in capsys.readouterr().err
-    assert rows(tmp_path)["full"]["seeds"] == "1"
+    assert "shakespeare-S16-muon-seed3.log" in capsys.readouterr().err
+    assert rows(tmp_path)["muon"]["seeds"] == "1"
     assert study.main([*command, "--seeds", "3", "--out", str(tmp_path / "none")]) == 1
     assert not (tmp_path / "none" / "study.csv").exists()
 
@@ -104,12 +104,12 @@ def test_jobs_are_spread_over_the_gpus_and_speeds_are_measured_alone(asked, tmp_
     seen = []
     monkeypatch.setattr(study, "side_by_side", lambda todo, places, *_: seen.append(places) or [])
     monkeypatch.setattr(study, "timed_runs", lambda *_: [])
-    args = ["--jobs", "5", "--out", str(tmp_path), "--variants", "full", "--sizes", "4"]
+    args = ["--jobs", "5", "--out", str(tmp_path), "--variants", "muon", "--sizes", "4"]
     study.carry_out([], study.options().parse_args(args), [])
     assert seen == [["0", "1"], ["0", "1", "0", "1", "0"]]
     places = jobs.Path(tmp_path / "a")
     assert jobs.called(
-        ["seed=1", "training.noise=full", f"checkpointing.save_dir={places}"], places, "1"
+        ["seed=1", "training.noise=muon", f"checkpointing.save_dir={places}"], places, "1"
     )
     assert asked[-1]["gpu"] == "1"
 
