@@ -178,8 +178,10 @@ class MaskingObjective(Objective):
         training: bool,
         document_ids: Tensor | None = None,
     ) -> LossInputs:
-        """valid: 1 where a token may enter the loss. Only the full interval gives a bound."""
+        """valid: 1 where a token may enter the loss; the others stay visible. Only the full
+        interval gives a bound."""
         x_t, t = self.corrupt(x0, noise, interval, document_ids)
+        x_t = torch.where(valid > 0, x_t, x0)
         mask = self.loss_mask(valid, training, document_ids)
         settings = {"interval": interval, "document_ids": document_ids}
         if noise.sizes is not None:  # of an objective that has blocks
