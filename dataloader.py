@@ -4,7 +4,8 @@ DataModule serves the rows of prepared splits to Lightning. They are kept under 
 folder whose name holds a hash of every setting that shapes them.
 
 A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64 [B]}; where
-documents are apart also "document_ids" int64 [B, L] (data/packing.py). In training "row" is the
+documents are apart also "document_ids" int64 [B, L] (data/packing.py). The mask is 1 where a token
+may enter the loss: not in padding and, of conversations, in answers alone. In training "row" is the
 example's position in the endless stream of the run (data/order.py): position // global batch size
 is the optimizer step, the remainder the row of the global batch. In validation it is the row of the
 split.
@@ -117,7 +118,7 @@ class StreamedExamples(Dataset):
         batch = {"row": torch.tensor(positions)}
         if rows.marks is not None:
             batch["document_ids"] = torch.from_numpy(packing.document_ids(rows.marks, length))
-            mask = batch["document_ids"].numpy() > 0
+            mask = packing.scored(rows.marks, length)
         batch["input_ids"] = torch.from_numpy(rows.ids)
         batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.batches % BOOKMARK_EVERY == 0:

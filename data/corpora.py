@@ -198,8 +198,7 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
                 f"data.{split}={name} is neither a corpus ({', '.join(CORPORA)}) nor a file that"
                 f" exists{hint}"
             )
-        other = "valid" if split == "train" else "train"
-        return Corpus((Files(name),), licence="yours", **{other: None})
+        return own_files(Files(name), split)
     corpus = CORPORA[name]
     if corpus.split(split) is None:
         raise ValueError(
@@ -209,6 +208,12 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
     if source is None:
         return corpus
     return replace(corpus, sources=(local_copy(corpus, name, source),), unverified="")
+
+
+def own_files(files: Files, split: str) -> Corpus:
+    """The user's: text, or conversations."""
+    other = "valid" if split == "train" else "train"
+    return Corpus((files,), licence="yours", **{other: None})
 
 
 def local_copy(corpus: Corpus, name: str, source: str) -> Source:

@@ -17,6 +17,8 @@ import numpy as np
 
 PIECES_AT_ONCE = 1000
 IDS_AT_ONCE, ROWS_AT_ONCE = 1 << 18, 256  # whole: at least as many are packed together
+# A bit above those of all ids, of a token that enters the loss where not all do (conversations).
+SCORED = 1 << 30
 
 
 class Tokens(NamedTuple):
@@ -51,6 +53,7 @@ class RowFormat:
     pad: int
     align: int | None = None  # documents apart: each begins at a multiple of this in its row
     whole: bool = False  # and none is cut that fits into a row
+    scored: bool = False  # ids have SCORED where they enter the loss
 
     def __post_init__(self):
         if self.align is not None and (not self.wrap or self.length % self.align):
@@ -60,6 +63,8 @@ class RowFormat:
             )
         if self.whole and self.align is None:
             raise ValueError("documents stay whole only where they are kept apart: give `align`")
+        if self.scored and not self.whole:
+            raise ValueError("tokens are scored only in documents that stay whole: give `whole`")
         if self.room < 1:
             raise ValueError(
                 f"model.length={self.length} leaves no room for text between the BOS and the EOS of"
@@ -95,7 +100,8 @@ class Chunk(NamedTuple):
 
     ids: np.ndarray  # [n, L]
     counts: np.ndarray  # [n], real tokens; padding follows them, and stands between them if apart
-    marks: np.ndarray | None = None  # uint8 [n, 2, ceil(L / 8)], apart: bits of `document_ids`
+    # apart: bits of `document_ids` and `scored`, uint8 [n, 2, ceil(L / 8)], or [n, 3, ...]
+    marks: np.ndarray | None = None
 
     def pick(self, rows) -> "Chunk":
         """rows: numbers or a slice."""
@@ -178,11 +184,11 @@ def apart(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
         gaps[part.ends] = -np.diff(stops, prepend=0) % row_format.align
         rest = np.concatenate([rest, laid(part, begins, gaps, row_format.pad)], axis=1)
         full = rest.shape[1] // length * length
-        yield marked(rest[:, :full], length)
+        yield marked(rest[:, :full], row_format)
         rest = rest[:, full:]
     if rest.size:
         end = np.array([[row_format.pad], [0], [0]]).repeat(-rest.shape[1] % length, axis=1)
-        yield marked(np.concatenate([rest, end], axis=1), length)
+        yield marked(np.concatenate([rest, end], axis=1), row_format)
 
 
 def framed(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[tuple[Tokens, np.ndarray]]:
@@ -216,11 +222,15 @@ def laid(part: Tokens, begins: np.ndarray, gaps: np.ndarray, pad: int) -> np.nda
     return np.stack([ids, starts, real])
 
 
-def marked(stream: np.ndarray, length: int) -> Chunk:
+def marked(stream: np.ndarray, row_format: RowFormat) -> Chunk:
     """The rows of what `laid` gave."""
-    ids, starts, real = stream.reshape(3, -1, length)
+    ids, starts, real = stream.reshape(3, -1, row_format.length)
     starts[:, 0] = 1
-    return Chunk(ids, real.sum(1), np.packbits(np.stack([starts, real], 1), axis=-1))
+    marks = [starts, real]
+    if row_format.scored:
+        marks.append((ids & SCORED > 0).astype(np.int64))
+        ids = ids & ~SCORED
+    return Chunk(ids, real.sum(1), np.packbits(np.stack(marks, 1), axis=-1))
 
 
 def whole(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[Chunk]:
@@ -263,11 +273,18 @@ def fitted(pieces: list[np.ndarray], row_format: RowFormat) -> Chunk:
     order = list(itertools.chain(*rows))
     part = Tokens(np.concatenate([pieces[i] for i in order]), lengths[order], None)
     every = np.ones(len(order), bool)
-    return marked(laid(part, every, (steps - lengths)[order], row_format.pad), row_format.length)
+    return marked(laid(part, every, (steps - lengths)[order], row_format.pad), row_format)
 
 
 def document_ids(marks: np.ndarray, length: int) -> np.ndarray:
     """Chunk.marks [B, 2, ceil(L / 8)] -> the number of each token's document in its row, int64
     [B, L]: 1, 2 ...; 0 is padding."""
-    starts, real = np.unpackbits(marks, axis=-1, count=length).astype(np.int64).swapaxes(0, 1)
+    bits = np.unpackbits(marks[:, :2], axis=-1, count=length).astype(np.int64)
+    starts, real = bits.swapaxes(0, 1)
     return starts.cumsum(1) * real
+
+
+def scored(marks: np.ndarray, length: int) -> np.ndarray:
+    """Chunk.marks -> 1 where a token may enter the loss, int64 [B, L]: the last of its bits, which
+    without any of its own says what is not padding."""
+    return np.unpackbits(marks[:, -1], axis=-1, count=length).astype(np.int64)

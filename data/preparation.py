@@ -115,10 +115,17 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
         cut = CutDocuments(row_format)
         found = (cut.add(part.lengths, part.ends) or part for part in found)
         count, real = token_rows.save(new, packing.packed(found, row_format), dtype)
+    if row_format.scored and cut.empty:
+        log.warning(
+            "%s: %d of %d conversations are left out, as they are longer than model.length=%d",
+            *(split, cut.empty, report.documents, row_format.length),
+        )
     if count == 0 or report.tokens == 0:  # rows of empty documents would hold EOS alone
         raise ValueError(
             f"{split} has {report.tokens} tokens in {report.documents} documents: not one row"
-            f" of model.length={row_format.length}; use a smaller model.length or more text"
+            f" of model.length={row_format.length}; use"
+            f" {'a larger' if row_format.scored and cut.empty else 'a smaller'} model.length or"
+            " more text"
         )
     return {
         "rows": count,
@@ -126,6 +133,7 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
         "tokens": report.tokens,
         "documents": report.documents,
         "cut_documents": cut.count,
+        **({"left_out": cut.empty} if row_format.scored else {}),
         "padding": round(1 - real / (count * row_format.length), 6),  # share of the rows
         "seconds": round(time.monotonic() - report.began, 1),
     }
@@ -151,6 +159,7 @@ class CutDocuments:
     def __init__(self, row_format: RowFormat):
         self.row_format = row_format
         self.count = 0
+        self.empty = 0  # documents without a token
         self.begin = 0  # where the next document begins, in its row
         self.open = 0  # tokens of the document that has not ended
 
@@ -160,6 +169,7 @@ class CutDocuments:
         stops = (self.open + lengths.cumsum())[ends]
         tokens = np.diff(stops, prepend=0)  # of each document
         self.open += int(lengths.sum() - tokens.sum())
+        self.empty += int((tokens == 0).sum())
         if row_format.align is not None:
             tokens = tokens[tokens > 0]
             tokens += row_format.insert_special

@@ -6,6 +6,7 @@ A reader yields documents as pieces, never the whole at once, and keeps nothing 
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -26,6 +27,14 @@ SEAM = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
 
 # Half of a surrogate pair, which JSON can write but is no text: as written, and as read.
 HALF_A_PAIR, HALF_A_PAIR_DECODED = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
+
+
+class Record(NamedTuple):
+    """An object of several fields: a line of JSON, or a row of a table."""
+
+    fields: dict
+    place: str  # for messages
+    done: float  # as in Piece
 
 
 class Piece(NamedTuple):
@@ -54,13 +63,18 @@ def check_unpacked(place: str, packed: int, unpacked: int) -> None:
 
 def parquet_rows(file, column: str, place: str) -> Iterator[Piece]:
     """The documents of an open pyarrow.parquet.ParquetFile."""
-    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-        for part in map(group.column, range(group.num_columns)):
-            if part.path_in_schema == column:
-                packed, unpacked = part.total_compressed_size, part.total_uncompressed_size
-                check_unpacked(f"{place}: {column}", packed, unpacked)
+    _check_columns(file, [column], place)
     batches = file.iter_batches(ROWS_AT_ONCE, columns=[column])
     return _documents(batches, file.metadata.num_rows, file.schema_arrow.names, column, place)
+
+
+def _check_columns(file, columns: list[str], place: str) -> None:
+    """ValueError where one of them, or a field inside of it, unpacks to too much."""
+    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+        for part in map(group.column, range(group.num_columns)):
+            if (column := part.path_in_schema.partition(".")[0]) in columns:
+                packed, unpacked = part.total_compressed_size, part.total_uncompressed_size
+                check_unpacked(f"{place}: {column}", packed, unpacked)
 
 
 def _documents(batches: Iterable, total: int, known: list[str], column: str, place: str):
@@ -108,38 +122,85 @@ def read_txt(path: Path, column: str) -> Iterator[Piece]:
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[Piece]:
+    for line, place, done in _json_lines(path):
+        yield from _whole(json_text(line, column, place), done)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, str, float]]:
+    """(line, its place, share of the file read so far), without blank lines."""
     size = path.stat().st_size
     with path.open("rb") as file:
         for number, line, read in decoded_lines(file, f"data: {path}"):
             if line.strip():
-                text = json_text(line, column, f"data: {path}, line {number}")
-                yield from _whole(text, read / size)
+                yield line, f"data: {path}, line {number}", read / size
+
+
+def jsonl_records(path: Path, columns: list[str]) -> Iterator[Record]:
+    """All lines, whatever their fields."""
+    for line, place, done in _json_lines(path):
+        record = _json_value(line, place)
+        if not isinstance(record, dict):
+            raise ValueError(f"{place} is {type(record).__name__}, not an object of fields")
+        yield Record(record, place, done)
+
+
+def _json_value(line: str, place: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
+        raise ValueError(f"{place} is not JSON ({error})") from error
 
 
 def json_text(line: str, column: str, place: str) -> str:
     """One field of a JSON object."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # a number may have too many digits
-        raise ValueError(f"{place} is not JSON ({error})") from error
+    record = _json_value(line, place)
     if not isinstance(record, dict) or column not in record:
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{place} has no field {column!r} ({known}); set data.text_column")
     text = checked(record[column], column, place)
-    if HALF_A_PAIR.search(line) and HALF_A_PAIR_DECODED.search(text):
-        raise ValueError(f"{place}: {column} holds half of a surrogate pair, which is no text")
+    if HALF_A_PAIR.search(line):
+        check_pairs(text, f"{place}: {column}")
     return text
 
 
+def check_pairs(text: str, what: str) -> None:
+    if HALF_A_PAIR_DECODED.search(text):
+        raise ValueError(f"{what} holds half of a surrogate pair, which is no text")
+
+
 def read_parquet(path: Path, column: str) -> Iterator[Piece]:
+    with _parquet(path) as file:
+        yield from parquet_rows(file, column, f"data: {path}")
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, **_how(path)) as file:
-            yield from parquet_rows(file, column, f"data: {path}")
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(broken_parquet(f"data: {path}", error)) from error
+
+
+def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
+    """All rows, of the columns that there are; they may hold lists and objects."""
+    place, row = f"data: {path}", 0
+    with _parquet(path) as file:
+        known, total = file.schema_arrow.names, file.metadata.num_rows
+        kept = [name for name in columns if name in known]
+        _check_columns(file, kept, place)
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=kept):
+            for i in range(batch.num_rows):
+                where = f"{place}, row {row}"
+                try:
+                    fields = {name: batch.column(name)[i].as_py() for name in kept}
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where} is not UTF-8") from error
+                row += 1
+                yield Record(dict.fromkeys(known) | fields, where, row / total)
 
 
 def _how(path: Path) -> dict:
@@ -170,6 +231,7 @@ def broken_parquet(place: str, error: Exception) -> str:
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+RECORDS = {".jsonl": jsonl_records, ".parquet": parquet_records}
 
 
 def decoded_lines(

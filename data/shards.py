@@ -124,7 +124,7 @@ def tokenize(path: Path, part: Shard, *, encode: Encode, vocab_size: int) -> Non
     with atomic_file(path, "wb") as file:
         np.savez(
             file,
-            ids=flat.astype(token_rows.dtype_of(vocab_size)),
+            ids=flat.astype(token_rows.dtype_of(max(vocab_size, flat.max(initial=0)))),
             lengths=np.concatenate([tokens.lengths for tokens in found]),
             ends=np.array(part.ends, bool),
             characters=part.characters,

@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from data import corpora, detokenizers, token_rows
+from data.chat.encoding import ChatEncoder
+from data.chat.records import Chats
 from data.packing import RowFormat
 from data.readers import Piece
 from data.tokenizer import Tokenizer
@@ -19,8 +21,8 @@ class Split:
     """split is "train" or "valid"; corpus a name of corpora.CORPORA or a path or pattern of files.
 
     length: L. Training rows of text8-crop are 2 L long; DataModule cuts the windows. align, whole:
-    as in packing.RowFormat. The others are the settings data.* of the same name; None: the
-    corpus's own.
+    as in packing.RowFormat. chat: data.chat_fields where the files hold conversations, which needs
+    `whole`. The others are the settings data.* of the same name; None: the corpus's own.
     """
 
     corpus: str
@@ -35,12 +37,15 @@ class Split:
     revision: str | None = None
     text_column: str | None = None
     source: str | None = None
+    chat: dict[str, str] | None = None
 
     def __str__(self) -> str:
         return f"{self.corpus} ({self.split})"
 
     @cached_property
     def entry(self) -> corpora.Corpus:
+        if self.chat is not None:
+            return corpora.own_files(Chats(self.corpus, self.chat), self.split)
         return corpora.get_corpus(self.corpus, self.split, source=self.source)
 
     @property
@@ -65,7 +70,13 @@ class Split:
             pad=self.tokenizer.pad_id,
             align=self.align,
             whole=self.whole,
+            scored=self.chat is not None,
         )
+
+    @cached_property
+    def chats(self) -> ChatEncoder:
+        """What makes ids of conversations."""
+        return ChatEncoder(self.tokenizer, self.length, self.align, self.split == "train")
 
     @cached_property
     def about(self) -> dict:
@@ -85,6 +96,7 @@ class Split:
             "tokenizer": self.tokenizer.fingerprint,
             "shape": self.row_format.settings(),
             "format": token_rows.FORMAT,
+            **({} if self.chat is None else {"chat": self.chats.about | {"fields": self.chat}}),
         }
 
     @property
@@ -122,6 +134,9 @@ class Split:
         return [partial(part.read, self.column) for part in parts]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        """Of conversations with packing.SCORED."""
+        if self.chat is not None:
+            return self.chats(texts)
         if rules := self.entry.detokenizer:
             texts = [detokenizers.detokenize(rules, text) for text in texts]
         return self.tokenizer.encode_batch(texts)

@@ -243,9 +243,10 @@ def check_text(parts: list[Part], split: Split) -> None:
         tokens += sum(map(len, split.encode([piece.text])))
         if tokens >= (row_format.room if row_format.one_stream else 1):
             return
+    change = "larger" if row_format.scored else "smaller"
     raise ValueError(
         f"the training text has {tokens} tokens: not one row of model.length={row_format.length};"
-        " use a smaller model.length or more text"
+        f" use a {change} model.length or more text"
     )
 
 

@@ -3,7 +3,8 @@
     ids.bin      [rows, L] uint16, or uint32 for vocabularies above 65 536
     counts.bin   [rows] uint32, real tokens of each row; what follows them is padding
     marks.bin    [rows, 2, ceil(L / 8)] uint8, of documents apart alone: two bits for a token,
-                 whether a document begins there and whether it is real (not padding)
+                 whether a document begins there and whether it is real (not padding); of
+                 conversations a third one, whether it is of an answer
     about.json   what the rows were made from and how many there are
 
 It is made under a temporary name (preparation.py): a folder with its own name is complete.
@@ -30,6 +31,8 @@ def dtype_of(vocab_size: int) -> type:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """ids: with or without packing.SCORED."""
+    ids = ids & ~packing.SCORED
     if ids.size and ids.max() >= vocab_size:
         raise ValueError(
             f"the tokenizer gave the id {ids.max()}, but its vocabulary has {vocab_size} ids, the"
@@ -70,7 +73,8 @@ class TokenRows:
         self.ids = self.array("ids.bin", self.dtype, (self.about["rows"], self.length))
         self.counts = self.array("counts.bin", np.dtype(np.uint32), (self.about["rows"],))
         if self.apart:
-            shape = (self.about["rows"], 2, -(-self.length // 8))
+            bits = 2 + bool(self.about["shape"].get("scored"))
+            shape = (self.about["rows"], bits, -(-self.length // 8))
             self.marks = self.array("marks.bin", np.dtype(np.uint8), shape)
 
     def _check(self) -> None:
@@ -104,10 +108,10 @@ class TokenRows:
         return len(self.ids)
 
     def read(self, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [B, L], attention mask [B, L]), both int64."""
+        """(ids [B, L], 1 where a token may enter the loss [B, L]), both int64."""
         ids = np.array(self.ids[rows], np.int64)
         if self.apart:
-            return ids, (self.document_ids(rows) > 0).astype(np.int64)
+            return ids, packing.scored(self.marks[rows], self.length)
         mask = np.arange(self.length) < self.counts[rows][:, None]
         return ids, mask.astype(np.int64)
 

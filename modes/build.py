@@ -323,4 +323,5 @@ def build_split(config: Config, tokenizer: Tokenizer, split: str) -> Split:
         revision=data.train_revision if train else data.valid_revision,
         text_column=data.text_column,
         source=data.source,
+        chat=dict(data.chat_fields or {}) if data.format == "chat" else None,
     )

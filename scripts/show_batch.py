@@ -7,8 +7,9 @@
 Settings are those of main.py; the data are prepared as training would, where they are not yet. In a
 row, blocks alternate in colour and have │ between them, BOS, EOS and other special tokens stand
 out, ↵ is a line break and ▒ padding; with data.pack=documents each document has its line, with
-training.block_sizes each row the blocks that it draws. Figures are of the rows from there on and of
-the split's first documents, --tokens tokens of each.
+training.block_sizes each row the blocks that it draws. Of conversations (data=chat) what is learnt
+stands in ⟦ ⟧. Figures are of the rows from there on and of the split's first documents, --tokens
+tokens of each.
 """
 
 import argparse
@@ -62,45 +63,53 @@ class Painter:
     def lines(
         self, ids: np.ndarray, mask: np.ndarray, document_ids: np.ndarray | None
     ) -> list[Text]:
-        """One line for a row, or one for each of its documents; ids, mask, document_ids: [L]."""
+        """One line for a row, or one for each of its documents; ids, mask, document_ids: [L]. The
+        mask is of what is learnt, which without document ids is all but padding."""
         if document_ids is None:
-            return [self.line(ids, mask, 0)]
+            return [self.line(ids, mask, mask, 0)]
+        real = document_ids > 0
         # padding stays with the document before it
         starts = np.flatnonzero(np.diff(np.maximum.accumulate(document_ids), prepend=0))
         stops = [*starts[1:], len(ids)]
         return [
-            Text(f"[document {n}] ", BORDER) + self.line(ids[a:b], mask[a:b], a)
+            Text(f"[document {n}] ", BORDER) + self.line(ids[a:b], real[a:b], mask[a:b], a)
             for n, (a, b) in enumerate(zip(starts, stops, strict=True), 1)
         ]
 
-    def line(self, ids: np.ndarray, mask: np.ndarray, begin: int) -> Text:
-        """begin: the place of the first of these tokens in the row."""
-        text = Text()
+    def line(self, ids: np.ndarray, real: np.ndarray, scored: np.ndarray, begin: int) -> Text:
+        """begin: the place of the first of these tokens in the row. real, scored: which are no
+        padding, and which are learnt."""
+        text, inside, some = Text(), False, not np.array_equal(real, scored)
 
-        def kind(i: int) -> tuple[int, bool, int]:
-            alone = i if mask[i] and ids[i] in self.special else -1
-            return (begin + i) // self.block_size, bool(mask[i]), alone
+        def kind(i: int) -> tuple[int, bool, int, bool]:
+            alone = i if real[i] and ids[i] in self.special else -1
+            return (begin + i) // self.block_size, bool(real[i]), alone, some and bool(scored[i])
 
-        for (block, real, alone), run in itertools.groupby(range(len(ids)), kind):
+        for (block, is_real, alone, learnt), run in itertools.groupby(range(len(ids)), kind):
             places = list(run)
+            if learnt != inside:
+                text.append("⟦" if learnt else "⟧", BORDER)
+                inside = learnt
             if places[0] and (begin + places[0]) % self.block_size == 0 and self.block_size > 1:
                 text.append("│", BORDER)
-            if not real:
+            if not is_real:
                 text.append("▒" * len(places), PADDING)
             else:
                 shown = printable(self.tokenizer.decode(ids[places].tolist()))
                 text.append(shown, SPECIAL if alone >= 0 else BLOCKS[block % 2])
-        return text
+        return text.append("⟧", BORDER) if inside else text
 
 
-def counted(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> Counter:
-    """How much of a batch is text; ids, mask: [B, L]."""
+def counted(tokenizer: Tokenizer, rows: dict[str, np.ndarray]) -> Counter:
+    """How much of a batch is text."""
     ends, unknown = (tokenizer.bos_id, tokenizer.eos_id), tokenizer.hf.unk_token_id
-    real = ids[mask > 0]
+    ids, mask = rows["input_ids"], rows["attention_mask"]
+    real = ids[rows.get("document_ids", mask) > 0]
     return Counter(
         rows=len(ids),
         places=ids.size,
         tokens=len(real),
+        learnt=int(mask.sum()),
         ends=int(np.isin(real, ends).sum()),
         unknown=int((real == unknown).sum()) if unknown not in (None, *ends) else 0,
     )
@@ -108,8 +117,11 @@ def counted(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> Counter:
 
 def rows_line(found: Counter) -> str:
     unknown = f", {found['unknown'] / found['tokens']:.2%} unknown" if found["unknown"] else ""
+    learnt = ""
+    if found["learnt"] < found["tokens"]:
+        learnt = f" {found['learnt'] / found['tokens']:.1%} of them learnt,"
     return (
-        f"rows: {found['rows']:,} read with {found['tokens']:,} tokens,"
+        f"rows: {found['rows']:,} read with {found['tokens']:,} tokens,{learnt}"
         f" {found['ends'] / found['tokens']:.1%} of them BOS and EOS{unknown};"
         f" {1 - found['tokens'] / found['places']:.1%} of the rows is padding"
     )
@@ -173,7 +185,7 @@ def show_rows(
             for line in painter.lines(ids[i], mask[i], document_ids):
                 say(line)
             left -= 1
-        found += counted(tokenizer, ids, mask)
+        found += counted(tokenizer, rows)
         # then training begins again
         once = isinstance(source, TokenRows) and found["rows"] >= len(source)
         if (found["tokens"] >= options.tokens or once) and not left:

@@ -24,7 +24,7 @@ from settings.limits import unfit
 from settings.noise import block_sizes, clipping, counts
 from settings.overrides import nearest, parse
 from settings.packages import packages
-from settings.paths import blamed, checkpoints, corpora, results, sampling_files
+from settings.paths import blamed, chats, checkpoints, corpora, results, sampling_files
 from settings.schema import Config
 from settings.sweep import sweep
 from settings.tables import algorithms, attention_backends, known_corpora, names_with
@@ -348,7 +348,7 @@ def demo(config: Config) -> Iterator[str]:
         )
 
 
-FILES = (checkpoints, corpora, results)
+FILES = (checkpoints, corpora, chats, results)
 RULES = (
     *(amounts, network, algorithm, clipping, counts, block_sizes, batches, machine, packages),
     *(optimizer, optimization, data, sampling, demo),

@@ -139,6 +139,8 @@ def _sampling(config: Config) -> Iterator[str]:
 
 def _data(config: Config) -> Iterator[str]:
     data = config.data
+    if data.chat_fields and data.format != "chat":
+        yield f"data.chat_fields has no effect: data.format={data.format}"
     if not data.wrap:
         for key in ("train_special", "valid_special", "train_eos", "valid_eos"):
             if not getattr(data, f"insert_{key}"):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from settings.tables import sampling_ranges
+from settings.tables import chat_names, sampling_ranges
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ COUNTS = Limit(
     "two numbers [least, most] of masked tokens with 1 <= least <= most",
     lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
     [1, 1],
+)
+CHAT_FIELDS = Limit(
+    f"names in your files for some of {', '.join(chat_names())}, such as {{messages:"
+    " conversations, user: human}",
+    lambda value: all(
+        name in chat_names() and isinstance(own, str) and own for name, own in value.items()
+    ),
+    {},
 )
 VIEWS = Limit("1 or 2", lambda value: value in (1, 2), 1)
 SIZES = Limit(

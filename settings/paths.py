@@ -190,6 +190,42 @@ def corpora(config: Config) -> Iterator[str]:
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
 
 
+def chats(config: Config) -> Iterator[str]:
+    """What goes with conversations."""
+    data, packed = config.data, config.data.pack
+    if data.format != "chat":
+        return
+    if packed != "whole":
+        yield (
+            f"data.pack={packed} does not go with data.format=chat, which packs whole"
+            " conversations; use data.pack=whole"
+        )
+    if not data.wrap:
+        yield "data.wrap=False does not go with data.format=chat; use data.wrap=True"
+    for split in ("train", "valid"):
+        for key in (f"insert_{split}_eos", f"insert_{split}_special"):
+            if getattr(data, key):
+                yield (
+                    f"data.{key}=True does not go with data.format=chat, whose template sets all"
+                    f" special tokens; use data.{key}=False"
+                )
+        if getattr(data, split) in known_corpora():
+            yield (
+                f"data.{split}={getattr(data, split)} is a corpus of plain text: data.format=chat"
+                " needs .jsonl or .parquet files of conversations"
+            )
+    if data.text_column is not None:
+        yield (
+            f"data.text_column={data.text_column} does not go with data.format=chat; use"
+            " data.chat_fields"
+        )
+    if config.training.resample and config.mode in ("train", "plan"):
+        yield (
+            "training.resample=True does not go with data.format=chat: a share of a block says"
+            " nothing where only a part of it is masked; use training.noise=counts"
+        )
+
+
 def _is_prepared(config: Config, key: str, name: str | None) -> bool:
     """Whether a text is gone, but rows of a text of that name are in the cache; whether they serve
     is for data/ to say."""

@@ -15,6 +15,7 @@ from settings.limits import (
     BATCHES,
     BATCHES_OR_SHARE,
     BY_WORDS,
+    CHAT_FIELDS,
     COUNTS,
     DURATION,
     LIMITS,
@@ -270,6 +271,16 @@ class Data:
     source: str | None = doc("local copy of the corpus (file or folder), read instead of the hub")
     text_column: str | None = doc(
         "column or field that holds the text; null: the corpus's own, `text` in your files"
+    )
+    format: str = doc(
+        "what your files hold: text, or conversations of messages, of which the answers alone are"
+        " learnt (data=chat)",
+        one_of("text", "chat"),
+    )
+    chat_fields: dict[str, Any] | None = doc(
+        "with data.format=chat, what your files call messages, prompt, response, role, content, or"
+        " the roles system, user, assistant, such as {messages: conversations, role: from}",
+        CHAT_FIELDS,
     )
     tokenizer_name_or_path: str = doc(
         "tokenizer: gpt2, bert-base-uncased, text8, characters, characters:ACGT, shakespeare-bpe,"
