@@ -19,7 +19,7 @@ from checkpointing.trained import begins_with_bos
 from data.tokenizer import Tokenizer
 from models.dit import DiT
 from objectives.algorithms import get_algorithm
-from utils import atomic_folder
+from utils import atomic_folder, listed
 
 ROOT = Path(__file__).parents[1]
 ENTRY = ROOT / "scripts" / "hub_files" / "modeling_bd3lm.py"
@@ -88,6 +88,7 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
     settings, width = checkpoint.algo_settings, sizes.pop("hidden_size")
     low, high = checkpoint.interval or (1e-3, 1.0)
     block_size = 1 if trains.causal else length
+    several = len(checkpoint.block_sizes) > 1
     classes = CLASSES | (CAUSAL if trains.causal else {})
     return {
         **sizes,
@@ -98,6 +99,7 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         "auto_map": {auto: f"{ENTRY.stem}.{name}" for auto, name in classes.items()},
         "begins_with_bos": begins_with_bos(checkpoint),
         "block_size": checkpoint.block_size if trains.blocks else block_size,
+        **({"block_sizes": list(checkpoint.block_sizes)} if several else {}),
         "bos_token_id": tokenizer.bos_id,
         "causal": trains.causal,
         "cross_attn": trains.blocks,
@@ -144,13 +146,14 @@ def card(checkpoint: Checkpoint, config: dict, use_ema: bool) -> str:
     )
     rows = [f"| {name} | {value} |" for name, value in figures.items() if value is not None]
     trained = {key: run[key] for key in CARD_SECTIONS if key in run}
+    sizes = listed(config.get("block_sizes", [config["block_size"]]))
     return Template(CARD.read_text()).substitute(
-        name=f"{config['algo']}, block size {config['block_size']}",
+        name=f"{config['algo']}, block size {sizes}",
         source=Path(checkpoint.source).name,
         figures="\n".join(rows),
         algo=config["algo"],
         length=config["model_length"],
-        block_size=config["block_size"],
+        block_size=sizes,
         training=json.dumps(trained, indent=2, sort_keys=True, default=str),
     )
 

@@ -53,6 +53,8 @@ class Checkpoint:
 
     def __post_init__(self):
         _check_whole(self.source, "block_size", self.block_size)
+        for size in self.block_sizes:
+            _check_whole(self.source, "one of its block_sizes", size)
         _check_whole(self.source, "the length of the model", self.length)
         _check_whole(self.source, "global_step", self.step, least=0)
 
@@ -65,6 +67,15 @@ class Checkpoint:
     @property
     def block_size(self) -> int | None:
         return self.config.get("block_size")
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Of training: several where each row drew its own; none where the file does not say."""
+        of_run = self.config if self.layout == "hub" else section(self.config, "training")
+        drawn = of_run.get("block_sizes")
+        if not isinstance(drawn, dict | list | type(None)):
+            raise CheckpointError(f"{self.source}: its block_sizes are {reprlib.repr(drawn)}")
+        return tuple(drawn or ([] if self.block_size is None else [self.block_size]))
 
     @property
     def algo_settings(self) -> dict:

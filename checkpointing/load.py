@@ -5,7 +5,7 @@ sampling: the algorithm must be the file's own. `load_pretrained` starts a new r
 of another; exactly the tensors that its algorithm adds may be new, and they are named.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from checkpointing.layouts import BUFFERS, INTERVAL, Checkpoint, plain_name, section
 from checkpointing.restricted_pickle import CheckpointError
 from objectives.algorithms import get_algorithm
+from utils import listed, say
 
 SHOWN = 10  # keys of each kind in an error
 DEFAULT_COND_DIM = 129  # of the published config class, whatever the weights have
@@ -67,37 +68,30 @@ def build_backbone_args(checkpoint: Checkpoint) -> dict:
     return {**sizes, "dropout": dropout, "adaln": adaln}
 
 
-def load_into(
-    backbone: nn.Module,
-    checkpoint: Checkpoint,
-    *,
-    use_ema: bool,
-    algo: str,
-    block_size: int | None = None,
-) -> None:
-    """Copy all weights, or the averaged ones, into `backbone`; on any doubt copy nothing and raise.
-
-    With a `block_size`, weights trained in blocks must have been trained at it.
-    """
+def load_into(backbone: nn.Module, checkpoint: Checkpoint, *, use_ema: bool, algo: str) -> None:
+    """Copy all weights, or the averaged ones, into `backbone`; on any doubt copy nothing and
+    raise."""
     _check_fit(backbone, checkpoint, algo, may_be_new=())
     if algo not in checkpoint.algorithms:
         raise CheckpointError(
             f"{checkpoint.source} cannot be used here: {_other(checkpoint, algo)}"
         )
-    check_block_size(checkpoint, algo, block_size)
     values = {**checkpoint.weights, **(_averages(checkpoint) if use_ema else {})}
     _check_finite(checkpoint.source, values)
     _copy(backbone, values)
 
 
-def check_block_size(checkpoint: Checkpoint, algo: str, block_size: int | None) -> None:
-    """CheckpointError where weights trained in blocks are to be used at another size."""
-    blocks, trained_at = get_algorithm(algo).blocks, checkpoint.block_size
-    if blocks and None not in (block_size, trained_at) and block_size != trained_at:
-        raise CheckpointError(
-            f"{checkpoint.source} was trained with block_size={trained_at}, the run asks for"
-            f" block_size={block_size}; training.from_pretrained can adapt it"
-        )
+def trained_sizes(checkpoint: Checkpoint, algo: str) -> tuple[int, ...]:
+    """The block sizes of training, where the algorithm has blocks and the file says them."""
+    return checkpoint.block_sizes if get_algorithm(algo).blocks else ()
+
+
+def say_untrained(trained: Collection[int], sizes: Iterable[int]) -> None:
+    """A line for each of these block sizes at which the network was not trained. Its weights serve
+    any size; how well, nobody has seen."""
+    for size in dict.fromkeys(sizes):
+        if trained and size not in trained:
+            say(f"block_size={size}: the network was trained at {listed(trained)}")
 
 
 def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -> Pretrained:

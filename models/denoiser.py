@@ -1,14 +1,14 @@
 """What samplers call: a network behind the interface that they know."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
 from .compiling import compiled, compiling
-from .masks import AttentionMask, Full
+from .masks import AttentionMask, BlockCausal, Full
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,12 @@ class Denoiser:
     @property
     def compiled(self) -> bool:
         return self.backbone.compiled
+
+    def in_blocks(self, size: int) -> "Denoiser":
+        """The same network, asked in blocks of `size`; of one that has blocks."""
+        if size == self.block_size:
+            return self
+        return replace(self, block_size=size, attention_mask=BlockCausal(size))
 
     def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32

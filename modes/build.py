@@ -201,13 +201,7 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
     checkpoint = read_checkpoint(config.eval.checkpoint_path)
     check_as_trained(checkpoint, config, tokenizer, config.data.tokenizer_name_or_path)
     backbone = build_backbone(config, tokenizer, checkpoint)
-    load_into(
-        backbone,
-        checkpoint,
-        use_ema=not config.eval.disable_ema,
-        algo=config.algo.name,
-        block_size=config.block_size,
-    )
+    load_into(backbone, checkpoint, use_ema=not config.eval.disable_ema, algo=config.algo.name)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
     return build_module(config, backbone, tokenizer, streams_version(checkpoint)), checkpoint
 

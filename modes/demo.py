@@ -81,11 +81,6 @@ def load_writer(config: Config, found: Checkpoint) -> Writer:
     algo = algo if chosen else None
     known = algo or found.algo
     blocks = known is not None and get_algorithm(known).blocks and size != config.model.length
-    if blocks and found.block_size not in (None, size):
-        raise ValueError(
-            f"block_size={size}: {found.source} was trained with block_size={found.block_size};"
-            " leave it out"
-        )
     return load(
         found,
         algo=algo,

@@ -14,6 +14,7 @@ from torch import Tensor
 import settings
 from checkpointing.as_trained import streams_version
 from checkpointing.layouts import Checkpoint
+from checkpointing.load import say_untrained, trained_sizes
 from diffusion import Diffusion
 from evaluation.estimators import Ask, AskedTexts
 from evaluation.journal import Journal
@@ -39,6 +40,7 @@ def prepare(config: Config) -> Callable[[], None]:
     check_likelihoods(wanted, block_size=size, **limits)
     tokenizer = build_tokenizer(config)
     module, checkpoint = trained_module(config, tokenizer)
+    say_untrained(trained_sizes(checkpoint, config.algo.name), [config.block_size])
     data = build_data(config, tokenizer, train=False)
     module.validation_rows = len(data.valid)
     place = result_path(config, checkpoint, wanted)
@@ -200,12 +202,16 @@ def journal_facts(config: Config, checkpoint: Checkpoint, rows: dict) -> dict:
 
 
 def result_path(config: Config, checkpoint: Checkpoint, wanted: list[Chosen]) -> Path:
-    """ppl_DATA-WEIGHTS.json in the run folder; the bound of one draw needs no name of its own."""
+    """ppl_DATA-WEIGHTS.json in the run folder; the bound of one draw needs no name of its own, nor
+    does the block size that the checkpoint tells."""
     weights = checkpoint.fingerprint[:8] + ("-raw" if config.eval.disable_ema else "")
     labels = [each.label.replace(":", "_") for each in wanted]
     if len(wanted) == 1 and wanted[0].kind.law == BOUND:
         writes = get_algorithm(config.algo.name).writes
         labels = [name for name in labels if name == "exact" and writes != "ar"]
+    trained = trained_sizes(checkpoint, config.algo.name)
+    if trained and config.block_size != checkpoint.block_size:
+        labels.insert(0, f"S{config.block_size}")
     name = "-".join([f"ppl_{Path(str(config.data.valid)).stem}", weights, *labels])
     return settings.local_folder(config.checkpointing.save_dir) / f"{name}.json"
 

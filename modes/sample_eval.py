@@ -8,7 +8,7 @@ import lightning as L
 
 import settings
 from checkpointing.layouts import Checkpoint
-from checkpointing.load import check_block_size
+from checkpointing.load import say_untrained, trained_sizes
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, load_judge
 from modes.build import build_cache, build_objective, build_tokenizer, trained_module
@@ -82,7 +82,6 @@ def build_points(
     for point in swept.points:
         config = point.config
         try:
-            check_block_size(checkpoint, config.algo.name, config.block_size)
             wanted = checkpoint_params(config, tokenizer, checkpoint)
             visible = visible_tokens(config.algo.name, wanted)
             if visible not in texts:
@@ -93,6 +92,8 @@ def build_points(
             raise ValueError(f"sampling.sweep, point {point.text}: {error}") from error
         output = build_output(config, file, checkpoint, wanted)
         found.setdefault(output.run, (point.text, (config, wanted, texts[visible], output)))
+    sizes = [config.block_size for _, (config, *_) in found.values()]
+    say_untrained(trained_sizes(checkpoint, swept.points[0].config.algo.name), sizes)
     chosen = {w.window for _, (c, w, *_) in found.values() if w.window != c.block_size}
     for window in chosen:  # not what was asked for
         say(f"mdlm was trained on {window} tokens: sampling in windows of {window}")

@@ -11,7 +11,7 @@
 `out.texts`, `out.samples` and `out.scores` are in the order of the prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpointing.layouts import ALIASES, Checkpoint, read_checkpoint
+from checkpointing.load import say_untrained, trained_sizes
 from checkpointing.trained import trained_network, trained_tokenizer
 from evaluation.judge import Judge, TextScore, describe
 from evaluation.scoring import ScoredText, Scorer
@@ -44,7 +45,9 @@ class Written:
 @dataclass(frozen=True)
 class Writer(Model):
     """A loaded model: `generate` writes, the other methods read given texts. `params` are what both
-    start from."""
+    start from. `trained`: the block sizes of its training, where they are known."""
+
+    trained: tuple[int, ...] = ()
 
     def generate(
         self,
@@ -55,10 +58,10 @@ class Writer(Model):
         watch=None,
         **changes,
     ) -> Written:
-        """One text per prompt. `changes`: fields of SamplingParams (length, nucleus_p, seed …).
-        ValueError where one is unknown or cannot be."""
+        """One text per prompt. `changes`: fields of SamplingParams (length, nucleus_p, seed …), of
+        bamdlm any block_size too. ValueError where one is unknown or cannot be."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        params = self.params.changed(**({"batch_size": max(1, len(prompts))} | changes))
+        params = self.asked({"batch_size": max(1, len(prompts))} | changes)
         check(params, self.writes, infill)
         found = encode_prompts(
             prompts,
@@ -70,12 +73,28 @@ class Writer(Model):
         texts = Texts(len(found), found, infill)
         requests = [texts.request(row, params.bos_id) for row in range(texts.count)]
         groups = generate(
-            self.writes, self.denoise, requests, params, device=self.device, watch=watch
+            self.writes, self.denoiser(params), requests, params, device=self.device, watch=watch
         )
         samples = sorted((s for group in groups for s in group), key=lambda s: s.row)
         texts = [self.tokenizer.decode(s.tokens.tolist()) for s in samples]
         scores = [describe(s.tokens, params.eos_id) for s in samples]
         return Written(texts, samples, scores if judge is None else judge.score(texts))
+
+    def asked(self, changes: dict) -> SamplingParams:
+        """`params` with other values; the context stays whole blocks."""
+        params = self.params.changed(**changes)
+        size = params.block_size
+        if self.writes != "bamdlm" or size < 1 or size == self.params.block_size:
+            return params
+        say_untrained(self.trained, [size])
+        context = changes.get("context_size", whole_blocks(params.context_size, size))
+        return params.changed(context_size=context)
+
+    def denoiser(self, params: SamplingParams) -> Callable:
+        """What a sampler with these `params` asks."""
+        if self.writes != "bamdlm":
+            return self.denoise
+        return self.denoise.in_blocks(params.block_size)
 
     @property
     def scorer(self) -> Scorer:
@@ -165,7 +184,7 @@ def load(
     **params,
 ) -> Writer:
     """A .ckpt, an exported folder or a hub id, or one that was read. What the file says of itself
-    need not be said again.
+    need not be said again. A block size at which it was not trained is used, with a note.
 
     use_ema: the averaged weights, which must be there, or else the raw ones. `params`: fields of
     SamplingParams, as the defaults of `generate`. The cache is on where it is exact.
@@ -187,7 +206,9 @@ def load(
         kv_cache="cache" in SAMPLERS[get_algorithm(algo).writes].can,
         move_chance=lambda t: schedule(t).p,
     )
-    return Writer(algo, denoise, words, base.changed(**params), device)
+    trained = trained_sizes(found, algo)
+    say_untrained(trained, [block_size])
+    return Writer(algo, denoise, words, base.changed(**params), device, trained)
 
 
 def trained_as(found: Checkpoint, algo: str | None, size: int | None) -> tuple[str, int]:

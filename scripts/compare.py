@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modes.results import Results, first_texts, number, read_run
+from modes.results import Results, Summary, first_texts, number, read_run
 from modes.tables import Rows, cell, csv_text, filled, html_table, markdown, markdown_text, text
 from scripts import summarize
 from scripts.plot_run import finish, losses, perplexities, smoothed
@@ -118,10 +118,17 @@ def evaluated(run: Results) -> dict[str, Measured]:
         over = "" if size is None else f" ({size:,} tokens)"
         raw = ", raw weights" if each.get("ema") is False else ""
         likelihood, data = each.get("likelihood") or "", Path(str(each.get("data"))).stem
-        key = f"PPL {likelihood}".strip() + f", {data}{over}{raw}"
+        key = f"PPL {likelihood}".strip() + f"{at(run, each)}, {data}{over}{raw}"
         if (value := measured(each.get("ppl"), each.get("ppl_error"))) is not None:
             found[key] = value
     return found
+
+
+def at(run: Results, evaluation: Summary) -> str:
+    """The block size of an evaluation where it is not the one of its run."""
+    size = number(evaluation.get("block_size"))
+    same = not run.settings or size is None or size == run.settings.get("block_size")
+    return "" if same else f" at S={size}"
 
 
 def speed(run: Results) -> float | None:

@@ -18,7 +18,7 @@ import torch
 from checkpointing.layouts import BUFFERS, Checkpoint, CheckpointError, read_checkpoint, section
 from checkpointing.load import build_backbone_args
 from scripts.support.command import answered, new_parser
-from utils import escaped
+from utils import escaped, listed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         "source": checkpoint.source,
         "layout": {"lightning": "Lightning checkpoint", "hub": "hub folder"}[checkpoint.layout],
         "algorithm": " or ".join(checkpoint.algorithms),
-        "block size": str(checkpoint.block_size or "not stored"),
+        "block size": block_size(checkpoint),
         "trained length": str(checkpoint.length or "not stored"),
         "network": network(checkpoint),
         "parameters": f"{sum(value.numel() for value in weights):,} ({', '.join(dtypes)})",
@@ -72,6 +72,12 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         "keys": f"{len(checkpoint.weights)} of the network"
         + (f", {len(checkpoint.foreign)} of nobody" if checkpoint.foreign else ""),
     }
+
+
+def block_size(checkpoint: Checkpoint) -> str:
+    trained = checkpoint.block_sizes
+    several = f" (trained at {listed(trained)})" if len(trained) > 1 else ""
+    return str(checkpoint.block_size or "not stored") + several
 
 
 def network(checkpoint: Checkpoint) -> str:

@@ -36,8 +36,8 @@ class BD3LM(Network):
         input_ids [B, P]: prompts, BOS included; mask tokens in them are filled. Without them
         `num_samples` texts that begin with BOS. max_length: the trained length, if not given; a
         block diffusion model writes any multiple of its block size. params: fields of
-        samplers/params.py, such as nucleus_p, steps, num_steps, context_size, var_length,
-        batch_size. The same seed gives the same texts.
+        samplers/params.py, such as nucleus_p, steps, num_steps, block_size (any, of a block
+        diffusion model), context_size, var_length, batch_size. The same seed gives the same texts.
         """
         config = self.config
         if input_ids is None:
@@ -53,7 +53,8 @@ class BD3LM(Network):
         training = self.training
         self.eval()
         try:
-            made = generate(config.algo, self._asked(), requests, params, device=device)
+            asked = self._asked(params.block_size)
+            made = generate(config.algo, asked, requests, params, device=device)
             for samples in made:
                 for sample in samples:
                     texts[sample.row, : len(sample.tokens)] = sample.tokens
@@ -77,13 +78,13 @@ class BD3LM(Network):
             move_chance=lambda t: schedule(t).p,
         )
 
-    def _asked(self):
-        """What the samplers ask: see denoiser.py."""
+    def _asked(self, block_size: int):
+        """What the samplers ask: see denoiser.py. block_size: bamdlm's."""
         config = self.config
         if config.algo == "sedd":
             return Score(self.backbone, config.mask_token_id, config.time_conditioning)
-        rules = {"ar": Causal(), "mdlm": Full(), "bamdlm": BlockCausal(config.block_size)}
-        block_size = config.block_size if config.algo == "bamdlm" else 1
+        rules = {"ar": Causal(), "mdlm": Full(), "bamdlm": BlockCausal(block_size)}
+        block_size = block_size if config.algo == "bamdlm" else 1
         return Denoiser(self.backbone, config.mask_token_id, block_size, rules[config.algo])
 
 

@@ -22,8 +22,8 @@ from conftest import GOLDEN, load, load_json
 from networks import loss_at
 from torch import nn
 
-from checkpointing.layouts import read_checkpoint, resolve
-from checkpointing.load import build_backbone_args, load_into
+from checkpointing.layouts import Checkpoint, CheckpointError, read_checkpoint, resolve
+from checkpointing.load import build_backbone_args, load_into, say_untrained, trained_sizes
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
@@ -248,16 +248,32 @@ def test_another_size_is_refused_with_its_cause(what):
     assert "nothing was loaded" in message
 
 
-def test_another_block_size_is_refused_where_it_is_asked_about():
-    name = BY_ALGO["bamdlm"]
-    checkpoint = read_checkpoint(path(name))
-    net, wanted = network(checkpoint), 2 * INFO[name]["block_size"]
-    load_into(net, checkpoint, use_ema=True, algo="bamdlm", block_size=INFO[name]["block_size"])
-    message = unchanged_by(
-        net,
-        lambda: load_into(net, checkpoint, use_ema=False, algo="bamdlm", block_size=wanted),
-    )
-    assert f"trained with block_size={INFO[name]['block_size']}" in message
+@pytest.mark.parametrize(
+    ("layout", "config", "sizes"),
+    [
+        ("lightning", {"block_size": 4, "training": {"block_sizes": {1: 0.5, 4: 0.5}}}, (1, 4)),
+        ("lightning", {"block_size": 4, "training": {"block_sizes": None}}, (4,)),
+        ("lightning", {"block_size": 4}, (4,)),  # of before there was the setting
+        ("hub", {"block_size": 4, "block_sizes": [1, 4]}, (1, 4)),
+        ("hub", {"block_size": 4}, (4,)),
+        ("lightning", {}, ()),
+    ],
+)
+def test_a_checkpoint_says_at_which_block_sizes_it_was_trained(layout, config, sizes, capsys):
+    found = Checkpoint("here", layout, ("bamdlm",), config, weights={})
+    assert trained_sizes(found, "bamdlm") == sizes
+    assert trained_sizes(found, "mdlm") == ()
+    say_untrained(sizes, [4, 16, 16])
+    said = capsys.readouterr().out
+    named = " and ".join(map(str, sizes))
+    assert said == f"block_size=16: the network was trained at {named}\n" * bool(sizes)
+
+
+@pytest.mark.parametrize("theirs", ["4", {"a": 1}, {0: 1}, 7])
+def test_block_sizes_that_are_none_are_refused(theirs):
+    config = {"block_size": 4, "training": {"block_sizes": theirs}}
+    with pytest.raises(CheckpointError, match="block_sizes"):
+        Checkpoint("here", "lightning", ("bamdlm",), config, weights={})
 
 
 def test_an_error_shows_the_first_ten_keys_of_each_kind():

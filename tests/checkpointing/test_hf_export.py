@@ -1,5 +1,6 @@
 """Folders for transformers: written from a checkpoint, read with and without this project."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -135,15 +136,26 @@ def test_the_model_card_tells_what_was_trained(folders):
     assert "$" not in card.split("```json")[0]
 
 
+def test_an_export_of_several_block_sizes_keeps_them(tmp_path, tokenizer):
+    found = read_checkpoint(path(SOURCE))
+    run = found.config | {"training": {"block_sizes": {1: 0.25, 4: 0.75}}}
+    found = dataclasses.replace(found, config=run)
+    folder = export.export(found, tmp_path / "x", tokenizer)
+    assert read_checkpoint(folder).block_sizes == (1, 4)
+    assert "| block size | 1 and 4 |" in (folder / "README.md").read_text()
+    assert "block_sizes" not in export.hub_config(read_checkpoint(path(SOURCE)), tokenizer)
+
+
 # The same samplers, in a process without this project
 
 
-def native_texts(algo, folder):
+def native_texts(algo, folder, times=1):
+    """times: of the block size."""
     checkpoint = read_checkpoint(folder)
     net = network(checkpoint)
     load_into(net, checkpoint, use_ema=True, algo=algo)
     config = checkpoint.config
-    mask, size = config["mask_token_id"], config["block_size"]
+    mask, size = config["mask_token_id"], config["block_size"] * times
     ask = {
         "sedd": Score(net, mask),
         "ar": Denoiser(net, mask, 1, Causal()),
@@ -203,6 +215,10 @@ CONSUMER = """
         prompts = data[f"{algo}.prompts"]
         texts = model.generate(prompts, num_steps=4, nucleus_p=0.9, seed=7)
         out[f"{algo}.texts"] = texts
+        if algo == "bamdlm":
+            out["twice"] = model.generate(
+                prompts, nucleus_p=0.9, seed=7, block_size=2 * model.config.block_size
+            )
         assert torch.equal(texts[:, : prompts.shape[1]], prompts)
         assert len(model.generate(num_samples=3, num_steps=2)) == 3
     longer = AutoModelForMaskedLM.from_pretrained(sys.argv[3], trust_remote_code=True)
@@ -255,6 +271,8 @@ def test_transformers_loads_and_samples_an_export_where_this_project_is_not_inst
                 net.logits(net.hidden(tokens, sigma, attention_mask=mask), sigma),
             )
         assert torch.equal(found[f"{algo}.texts"], native_texts(algo, folders[algo]))
+    assert torch.equal(found["twice"], native_texts("bamdlm", folders["bamdlm"], times=2))
+    assert not torch.equal(found["twice"], found["bamdlm.texts"])
 
 
 # The command

@@ -58,7 +58,6 @@ def test_without_gradio_the_way_to_it_is_named_before_anything_is_loaded(capsys,
         ("demo.host=192.0.2.1", "demo.host=192.0.2.1, demo.port=7860: no page can be served"),
         ("demo.host=", "demo.host= is empty: 127.0.0.1 is this machine alone"),
         ("eval.checkpoint_path=no.ckpt", "eval.checkpoint_path=no.ckpt does not exist"),
-        ("block_size=8", "block_size=8: .* was trained with block_size=4; leave it out"),
         ("algo=ar", "holds bamdlm weights"),
     ],
 )
@@ -103,6 +102,13 @@ def test_each_algorithm_has_what_it_reads():
     assert {c.field: c.default for c in part.controls}["window"] == 8
     assert not page_of("ar").can_infill
     assert whole.can_infill
+
+
+def test_the_page_writes_in_blocks_of_any_size_with_a_note(capsys):
+    page = page_of("bd3lm_bs4", "block_size=8")
+    assert "block_size=8: the network was trained at 4\n" in capsys.readouterr().out
+    assert "algo=bamdlm of block_size=8, texts" in page.about
+    assert page.writer.denoise.block_size == page.writer.params.block_size == 8
 
 
 def test_settings_that_nothing_reads_are_noted(with_gradio):

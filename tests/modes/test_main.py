@@ -367,17 +367,29 @@ def test_sizes_that_disagree_with_the_checkpoint(trained, mode, words, cause, tm
     assert last(folder) in message
 
 
-@pytest.mark.parametrize(
-    ("words", "cause"),
-    [
-        (["algo=mdlm"], "set algo=bamdlm, or start a new run with training.from_pretrained"),
-        (["algo=bamdlm", "block_size=8"], "was trained with block_size=4"),
-    ],
-)
-def test_another_algorithm_or_block_size_is_not_evaluated(base, trained, words, cause, capsys):
+def test_another_algorithm_is_not_evaluated(base, trained, capsys):
     _, folder = trained("bamdlm")
-    asked = [*base, *EVALUATE, f"eval.checkpoint_path={last(folder)}", *words]
+    asked = [*base, *EVALUATE, f"eval.checkpoint_path={last(folder)}", "algo=mdlm"]
+    cause = "set algo=bamdlm, or start a new run with training.from_pretrained"
     assert cause in refused(asked, capsys, folder)
+
+
+def test_another_block_size_is_evaluated_and_sampled_with_a_note(trained, tmp_path, capsys):
+    words, folder = trained("bamdlm")
+    found = {}
+    for size in (4, 8):
+        here = [f"checkpointing.save_dir={tmp_path / 'run'}", f"block_size={size}"]
+        asked = [*words, *EVALUATE, f"eval.checkpoint_path={last(folder)}", *here]
+        assert main.main(asked) == 0
+        said = capsys.readouterr().out
+        assert ("block_size=8: the network was trained at 4\n" in said) == (size == 8)
+    for path in (tmp_path / "run").glob("ppl_*.json"):
+        found[8 if path.stem.endswith("-S8") else 4] = json.loads(path.read_text())
+    assert found[8]["block_size"] == 8
+    assert found[8]["nll"] != found[4]["nll"]
+    asked = [*words, *SAMPLE, f"eval.checkpoint_path={last(folder)}", "block_size=8"]
+    assert main.main([*asked, f"sampling.logdir={tmp_path / 'texts'}"]) == 0
+    assert "block_size=8: the network was trained at 4\n" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_checkpoint(base, tmp_path, capsys):

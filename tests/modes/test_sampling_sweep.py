@@ -150,10 +150,6 @@ def test_a_full_disk_is_one_line_and_nothing_more_is_said_to_be_done(tmp_path):
     [
         (["sampling.sweep={thresold: [0.5]}"], "there is no thresold to go through"),
         (
-            ["sampling.sweep={block_size: [4, 8]}"],
-            "point block_size=8: {ckpt} was trained with block_size=4, the run asks for",
-        ),
-        (
             ["sampling.sweep={context_size: [16, 4]}", "sampling.prompt=the work of any license"],
             "point context_size=4: prompt 1",
         ),
@@ -161,6 +157,6 @@ def test_a_full_disk_is_one_line_and_nothing_more_is_said_to_be_done(tmp_path):
 )
 def test_a_point_that_cannot_be_is_named_and_nothing_is_written(words, said, tmp_path, capsys):
     message = ends_with_2([*WORDS, *words], capsys)
-    assert said.format(ckpt=GOLDEN / "checkpoints/bd3lm_bs4.ckpt") in message
+    assert said in message
     assert len(message.splitlines()) == 2
     assert list(tmp_path.iterdir()) == []

@@ -41,6 +41,25 @@ def test_a_block_size_may_divide_neither_the_length_of_training_nor_1024():
     assert (sample.tokens != made.tokenizer.mask_id).all()
 
 
+def test_any_block_size_writes_and_is_named_where_it_was_not_trained(capsys):
+    """The recorded network was trained at 4. Asked at 8 it writes what it does where it is loaded
+    at 8, with and without the cache."""
+    path = GOLDEN / CHECKPOINTS["bd3lm_bs4"]["file"]
+    note = "block_size=8: the network was trained at 4\n"
+    writer = load(path, tokenizer=TOKENIZER, temperature=0.0, steps="confidence")
+    assert "block_size" not in capsys.readouterr().out
+    ours = writer.generate("the work", block_size=8)
+    assert capsys.readouterr().out == note
+    wide = load(path, tokenizer=TOKENIZER, block_size=8)
+    assert capsys.readouterr().out == note
+    for cache in (True, False):
+        same = {"temperature": 0.0, "steps": "confidence", "kv_cache": cache}
+        assert wide.generate("the work", **same).texts == ours.texts
+    assert ours.texts != writer.generate("the work").texts
+    assert wide.scorer.block_size == 8
+    assert len(writer.generate(block_size=5, length=40).samples[0].tokens) == 40
+
+
 def test_gaps_are_filled_and_a_judge_may_be_asked():
     writer = load(GOLDEN / CHECKPOINTS["mdlm"]["file"], tokenizer=TOKENIZER)
     judge = load_judge(str(GOLDEN / "judge"))

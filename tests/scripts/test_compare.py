@@ -48,6 +48,8 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two = (make_run(Path("outputs", name), seed=n) for name, n in (("one", 1), ("two", 2)))
     report(one / "ppl_ptb-a.json", PPL | COUNTS | {"likelihoods": [COUNTS, EXACT]}, one)
+    at_8 = COUNTS | {"block_size": 8, "ppl": 55.5}
+    report(one / "ppl_ptb-c.json", PPL | at_8, one)
     # the evaluation of a run with the same settings lies in the folder of the first
     report(one / "ppl_ptb-b.json", PPL | COUNTS | {"ppl": 60.0, "ppl_error": 0.75}, two)
     first = SAMPLED | {"run": "a", "checkpoint": f"{one}/checkpoints/last.ckpt"}
@@ -67,11 +69,13 @@ def test_the_table_has_what_differs_and_what_was_measured(runs, capsys):
         rows = list(csv.DictReader(file))
     error = 10.0 * 0.25  # of the perplexity, from that of its nats
     ptb = "ptb (1,000 tokens)"
+    at_8 = f"PPL counts at S=8, {ptb}"
     assert rows[0] == {
         **{"run": "one", "seed": "1", "steps": "30", "tokens seen": str(30 * 8 * 16)},
         **{"val PPL in training": "10.0", "val PPL in training: error": str(error)},
         **{f"PPL counts, {ptb}": "50.25", f"PPL counts, {ptb}: error": "0.5"},
         f"PPL exact, {ptb}": "49.75",
+        **{at_8: "55.5", f"{at_8}: error": "0.5"},
         **{
             "texts by": "threshold",
             "gen PPL": "31.5",
