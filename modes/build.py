@@ -202,8 +202,15 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
     check_as_trained(checkpoint, config, tokenizer, config.data.tokenizer_name_or_path)
     backbone = build_backbone(config, tokenizer, checkpoint)
     load_into(backbone, checkpoint, use_ema=not config.eval.disable_ema, algo=config.algo.name)
+    return evaluated_module(config, backbone, tokenizer, checkpoint), checkpoint
+
+
+def evaluated_module(
+    config: Config, backbone: DiT, tokenizer: Tokenizer, checkpoint: Checkpoint
+) -> Diffusion:
+    """Of a network that has the weights of the checkpoint already."""
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
-    return build_module(config, backbone, tokenizer, streams_version(checkpoint)), checkpoint
+    return build_module(config, backbone, tokenizer, streams_version(checkpoint))
 
 
 def build_shape(config: Config, backbone: DiT) -> NetworkShape:

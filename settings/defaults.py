@@ -12,6 +12,10 @@ from utils import whole_number
 
 TRAINS = ("train", "plan", "prepare")  # modes that read the settings of training
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+OF_SIZES = (
+    "exact",
+    "counts",
+)  # eval.likelihood with eval.block_sizes: the first that is affordable
 ROUNDING = 1e-9  # weights of this sum but for rounding stay as they are typed
 WARMUP = "lr_scheduler.num_warmup_steps"
 # Other names for the same, as Lightning has them.
@@ -46,6 +50,10 @@ def fill(config: Config) -> None:
     if config.training.block_sizes is not None:
         config.training.block_sizes = normalised(config.training.block_sizes)
     _set(config.lr_scheduler, num_warmup_steps=default_warmup(config))
+    if config.eval.block_sizes is not None:
+        config.eval.block_sizes = normalised(config.eval.block_sizes)
+        if config.mode == "ppl_eval":
+            _set(config.eval, likelihood=list(OF_SIZES))
     _set(config.eval, likelihood=[default_likelihood(config)])
     _set(sampling, batch_size=loader.eval_batch_size)
     if "steps" in _entry(config).get("can", ()):
@@ -145,7 +153,9 @@ def noise_block(config: Config) -> int:
 
 
 def block_sizes(config: Config) -> list[int]:
-    """Of the blocks that a run has; several where training draws them."""
+    """Of the blocks that a run has; several where training draws them, or they are measured."""
+    if config.mode == "ppl_eval" and config.eval.block_sizes:
+        return [*config.eval.block_sizes]
     drawn = config.training.block_sizes if config.mode in TRAINS else None
     return [*{config.block_size: 1, **(drawn or {})}]
 

@@ -37,6 +37,10 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
     if config.mode != "ppl_eval" and config.eval.draws != 1:
         yield f"eval.draws has no effect: mode={config.mode} draws once; mode=ppl_eval has draws"
+    if config.mode != "ppl_eval" and config.eval.block_sizes is not None:
+        yield f"eval.block_sizes has no effect: mode={config.mode} does not measure at several"
+    if config.mode == "ppl_eval" and config.eval.block_sizes and "block_size" in typed:
+        yield f"block_size has no effect: eval.block_sizes={config.eval.block_sizes} has the sizes"
     entry = algorithms()[config.algo.name]
     chosen = config.training.eval_nll or (entry["blocks"] and config.block_size == 1)
     if config.mode in ("train", "plan", "ppl_eval") and not chosen:

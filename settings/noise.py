@@ -98,18 +98,19 @@ def _law(config: Config) -> Iterator[str]:
 
 
 def block_sizes(config: Config) -> Iterator[str]:
-    """What training on several block sizes goes with. Modes that do not train do not read it."""
-    training, algo, length = config.training, config.algo, config.model.length
-    sizes = training.block_sizes
+    """What training on several block sizes goes with, and measuring at several. Modes that do
+    neither do not read them."""
+    if config.mode == "ppl_eval":
+        yield from _sizes_fit(config, "eval.block_sizes", config.eval.block_sizes)
+    training, algo, sizes = config.training, config.algo, config.training.block_sizes
     if sizes is None or config.mode not in TRAINS:
         return
-    given = f"training.block_sizes={sizes}"
+    unfit = list(_sizes_fit(config, "training.block_sizes", sizes))
+    yield from unfit
     if not algorithms()[algo.name]["blocks"]:
-        yield f"{given} does not fit algo={algo.name}, only {names_with('blocks')}; leave it out"
         return
-    if odd := [size for size in sizes if length % size]:
-        yield f"{given}: {listed(odd)} does not divide model.length={length}"
-    elif config.block_size not in sizes:
+    given = f"training.block_sizes={sizes}"
+    if not unfit and config.block_size not in sizes:
         yield (
             f"block_size={config.block_size} is that of validation, and {given} does not train it:"
             f" set block_size to {' or '.join(map(str, sizes))}"
@@ -124,6 +125,14 @@ def block_sizes(config: Config) -> Iterator[str]:
     for other, set_ in others.items():
         if set_:
             yield f"{given} does not go with {other}, which is of one block size: choose one"
+
+
+def _sizes_fit(config: Config, key: str, sizes: dict[int, float] | None) -> Iterator[str]:
+    name, length = config.algo.name, config.model.length
+    if sizes and not algorithms()[name]["blocks"]:
+        yield f"{key}={sizes} does not fit algo={name}, only {names_with('blocks')}; leave it out"
+    elif odd := [size for size in sizes or () if length % size]:
+        yield f"{key}={sizes}: {listed(odd)} does not divide model.length={length}"
 
 
 def _views(config: Config) -> Iterator[str]:

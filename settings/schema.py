@@ -193,11 +193,21 @@ class Eval:
     )
     likelihood: list[str] | None = doc(
         "which likelihood mode=ppl_eval reports, or a list of them; training validates by nelbo or "
-        "counts; null: counts, sedd nelbo, ar and blocks of one exact",
+        "counts; null: counts, sedd nelbo, ar and blocks of one exact, of eval.block_sizes exact "
+        "or counts",
         LIKELIHOODS,
     )
+    block_sizes: dict[int, float] | None = doc(
+        "mode=ppl_eval: measure at each of these block sizes, and the mixture of texts at all of "
+        "them by these weights, such as {1: 0.25, 4: 0.5, 16: 0.25}; null: at block_size (bamdlm)",
+        SIZES,
+    )
     draws: int = doc("draws of a sampled likelihood, whose mean is reported", "at least 1")
-    max_passes: int = doc("most passes over a text that a likelihood may take", "at least 1")
+    max_passes: int = doc(
+        "most passes over a text that a likelihood may take; with eval.block_sizes each size takes "
+        "the first of eval.likelihood that needs no more",
+        "at least 1",
+    )
     perplexity_batch_size: int = doc("texts that the judge scores together", "at least 1")
     gen_ppl_eval_model_name_or_path: str | None = doc(
         "language model that judges samples (generative perplexity): folder, hub id or checkpoint"

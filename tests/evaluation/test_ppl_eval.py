@@ -283,3 +283,96 @@ def test_validation_by_another_measure_is_said(trained, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "val/nll was measured by nelbo and is now by counts" in said
     assert "(eval.likelihood=nelbo stays with it)" in said
+
+
+# ---- several block sizes
+
+SIZES = "eval.block_sizes={1: .25, 2: .25, 4: .5}"
+
+
+@pytest.fixture
+def mixed(evaluate, tmp_path, capsys):
+    """(words) -> what the JSON file holds, what was said, and the file."""
+
+    def run(*more, place="run"):
+        evaluate("bamdlm", *more, place=place)
+        folder = tmp_path / place
+        (path,) = sorted(folder.glob("ppl_*.json"), key=lambda p: p.stat().st_mtime_ns)[-1:]
+        return json.loads(path.read_text()), capsys.readouterr().out, path
+
+    return run
+
+
+def nats_of_rows(folder):
+    """{row: nats} of a journal that was kept."""
+    (path,) = folder.glob("*.rows/*.jsonl")
+    batches = [json.loads(line) for line in path.read_text().splitlines() if line]
+    return {r: n[0] for each in batches for r, n in zip(each["rows"], each["nll"], strict=True)}
+
+
+def test_a_run_reports_each_size_and_the_mixture_text_by_text(mixed, monkeypatch, tmp_path):
+    """Rows of a plain evaluation at each size, put together by hand."""
+    found, said, path = mixed(SIZES)
+    assert path.name.endswith("-mixture-1x0.25-2x0.25-4x0.5-exact.json")
+    assert "block_size=2: the network was trained at 4\n" in said
+    assert "eval.likelihood=exact at block_size=4: 15 passes over 11 rows" in said
+    entry, *sizes = found["likelihoods"]
+    assert found["nll"] == entry["nll"]
+    assert found["block_sizes"] == {"1": 0.25, "2": 0.25, "4": 0.5}
+    assert entry["likelihood"] == "mixture of 1, 2 and 4"
+    assert (entry["bound"], entry["draw_error"], entry["low_ppl"]) == ("upper bound", 0, None)
+    assert [each["bound"] for each in sizes] == ["exact", *["upper bound (NELBO)"] * 2]
+    assert sum(each["share"] for each in sizes) == pytest.approx(1)
+    monkeypatch.setattr(Journal, "remove", lambda self: None)
+    rows = []
+    for size, each in zip((1, 2, 4), sizes, strict=True):
+        words = f"block_size={size}", "eval.likelihood=exact", "training.eval_nll=false"
+        plain, _, _ = mixed(*words, place=str(size))
+        assert each["nll"] == pytest.approx(plain["nll"], rel=1e-6)
+        assert (each["block_size"], each["tokens"]) == (size, plain["tokens"])
+        rows.append(nats_of_rows(tmp_path / str(size)))
+    total = 0.0
+    for row in rows[0]:
+        logs = [math.log(w) - each[row] for w, each in zip((0.25, 0.25, 0.5), rows, strict=True)]
+        total -= math.log(sum(math.exp(x - max(logs)) for x in logs)) + max(logs)
+    assert entry["nll"] * entry["tokens"] == pytest.approx(total, rel=1e-6)
+    assert entry["rows"] == 11
+    assert 0 < entry["ppl_error"] < entry["ppl"]
+
+
+def test_sizes_that_are_too_large_for_exact_are_drawn_and_both_sides_are_told(mixed):
+    words = "eval.block_sizes={1: 1, 4: 2, 16: 2}", "eval.draws=3"
+    found, said, path = mixed(*words)
+    assert path.name.endswith("-1x0.2-4x0.4-16x0.4-exact-counts.json")
+    entry, *sizes = found["likelihoods"]
+    assert [each["likelihood"] for each in sizes] == ["exact", "exact", "counts"]
+    assert [each["draws"] for each in (entry, *sizes)] == [3, 1, 1, 3]
+    assert entry["low_nll"] < entry["nll"]
+    assert entry["draw_error"] is None
+    assert f"gives perplexity {entry['low_ppl']:.3f}, which is too low in expectation" in said
+    together, _, _ = mixed(*words, "loader.eval_batch_size=3", place="other")
+    assert together["nll"] == pytest.approx(found["nll"], rel=1e-6)
+
+
+def test_one_draw_of_an_estimate_is_refused_in_a_mixture(trained, capsys):
+    words = [*trained("bamdlm"), "eval.block_sizes={1: 1, 16: 1}"]
+    assert main.main(words) == 2
+    said = capsys.readouterr().err
+    assert "eval.draws=1: at block_size=16 eval.likelihood=counts is estimated" in said
+    assert "set eval.draws=2 or more" in said
+    assert main.main([*words, "eval.likelihood=exact"]) == 2
+    assert "eval.likelihood=exact takes 65,535 passes" in capsys.readouterr().err
+
+
+def test_a_stopped_mixture_goes_on_where_it_was(mixed, monkeypatch):
+    words = SIZES, "eval.likelihood=[counts]", "eval.draws=2"
+    whole, _, _ = mixed(*words, place="whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "remove", lambda self: None)
+        mixed(*words, "trainer.limit_val_batches=2")
+    found, said, path = mixed(*words, "loader.eval_batch_size=3")
+    for size in (1, 2, 4):
+        assert f"eval.likelihood=counts at block_size={size}: 8 rows were measured before" in said
+    assert found["nll"] == pytest.approx(whole["nll"], rel=1e-6)
+    assert found["rows"] == 11
+    assert not path.with_suffix(".rows").exists()

@@ -278,6 +278,13 @@ WRONG = [
         ["training.block_sizes={4: 1, 1024: 1}", "algo.cross_attn=False"],
         "algo.cross_attn=False: algo=bamdlm with",
     ),
+    (
+        PPL,
+        ["eval.block_sizes={4: 1, 6: 1}"],
+        "eval.block_sizes={4: 0.5, 6: 0.5}: 6 does not divide model.length=1024",
+    ),
+    (PPL, ["algo=mdlm", "eval.block_sizes={4: 1}"], "eval.block_sizes={4: 1.0} does not fit algo="),
+    (PPL, ["eval.block_sizes={4: 0}"], "eval.block_sizes={4: 0.0} must be sizes of blocks"),
     # optimizer
     (TRAIN, ["optim=sgd"], "optim=sgd does not exist. Choices: adamw, muon"),
     (
@@ -581,6 +588,12 @@ HARMLESS = [
     (PPL, ["training.sampling_eps_min=.3"], "training.sampling_eps_min has no effect: mode=ppl"),
     (TRAIN, ["optim.momentum=.9"], "optim.momentum has no effect: optim=adamw has beta1"),
     (PPL, ["training.noise=counts"], "training.noise has no effect: mode=ppl_eval draws from"),
+    (TRAIN, ["eval.block_sizes={4: 1}"], "eval.block_sizes has no effect: mode=train does not"),
+    (
+        PPL,
+        ["eval.block_sizes={4: 1}", "block_size=4"],
+        "block_size has no effect: eval.block_sizes={4: 1.0} has the sizes",
+    ),
     (PPL, [SIZES], "training.block_sizes has no effect: mode=ppl_eval measures at block_size"),
     (
         TRAIN,

@@ -75,6 +75,7 @@ DEFAULTS = {
     "eval.checkpoint_path": None,
     "eval.disable_ema": False,
     "eval.tokens_per_batch": None,
+    "eval.block_sizes": None,
     "eval.perplexity_batch_size": 8,
     "eval.gen_ppl_eval_model_name_or_path": "gpt2-large",
     "optim.name": "adamw",
