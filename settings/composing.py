@@ -145,7 +145,8 @@ def _chosen(groups: tuple[str, ...], own: Path | None = None) -> DictConfig:
         cfg = compose("config", [*groups, *more])
     _refuse_growth(cfg)
     for key, leaf in LEAVES.items():
-        if leaf.default is not None and OmegaConf.select(cfg, key) is None:
+        whole = OmegaConf.is_dict(OmegaConf.select(cfg, key.rpartition(".")[0]))
+        if leaf.default is not None and whole and OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, leaf.default, force_add=True)
     return cfg
 
