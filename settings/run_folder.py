@@ -43,6 +43,8 @@ NOT_SHAPING = {
 # Settings that came later, with what every run before them did: at that they leave the name of a
 # run folder as it was.
 LATER = {
+    "data.format": "text",
+    "data.chat_fields": None,
     "training.noise": "times",
     "training.counts": None,
     "training.count_law": "uniform",
