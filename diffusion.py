@@ -249,7 +249,9 @@ class Diffusion(L.LightningModule):
         # the gradients of a graph come all at once at its end. Between hosts their exchange takes
         # long, and goes on during a backward pass that is not a graph
         one_host = self.trainer.num_nodes == 1
-        if self.backbone.compiled and self.device.type == "cuda" and one_host:
+        # layers that are made again draw their dropout again from a state that a graph cannot read
+        once = not self.backbone.recompute
+        if self.backbone.compiled and self.device.type == "cuda" and one_host and once:
             self.graphed = GraphedLoss(
                 self.backbone,
                 lambda *asked: self.objective.compute_loss(*asked).per_place,

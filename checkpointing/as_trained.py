@@ -20,6 +20,7 @@ MAY_DIFFER = {
     # the names and shapes of weights show them
     *("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.adaln"),
     *("model.dropout", "model.attn_backend", "model.compile"),  # how it is trained or computed
+    "model.activation_checkpointing",
     "model.length",  # positions are relative
     *("algo.name", "algo.backbone"),  # compared by themselves: load.py, modes/build.py
     *("algo.T", "algo.sampler"),  # of sampling alone

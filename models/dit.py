@@ -19,6 +19,7 @@ from .cache import KVCache
 from .compiling import compiled, compiling
 from .layers import Embedding, Rotary, TimestepEmbedding
 from .masks import AttentionMask, BlockCausal, BlockDiffusion
+from .recomputing import Recompute
 
 TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
 
@@ -38,10 +39,11 @@ class DiT(nn.Module):
         adaln: bool = True,
         attn_backend: str = "sdpa",
         compile: bool = False,
+        activation_checkpointing: str = "none",
     ):
         """compile: the blocks, by torch.compile; one graph serves them all but the last, which has
         one of its own for any number of rows read. Passes with a cache are compiled on accelerators
-        only."""
+        only. activation_checkpointing: as in recomputing.py."""
         super().__init__()
         if hidden_size % n_heads or hidden_size // n_heads % 2:
             raise ValueError(
@@ -50,6 +52,7 @@ class DiT(nn.Module):
             )
         self.prepare_attention = get_backend(attn_backend)
         self.compiled = compile
+        self.recompute = Recompute(activation_checkpointing)
         self.run_block = torch.compile(_run_block) if compile else _run_block
         self.adaln, self.head_width = adaln, hidden_size // n_heads
         self.vocab_embed = Embedding(vocab_size, hidden_size)
@@ -109,8 +112,8 @@ class DiT(nn.Module):
             x, *angles = begin(self.vocab_embed, self.rotary_emb, tokens, positions)
             c = self.conditioning(sigma)
             run = self.run_block if by_compiler else _run_block
-            for block, attend in zip(self.blocks[:-1], attends[:-1], strict=True):
-                x = run(block, x, c, attend, *angles, length, None)
+            for number, attend in enumerate(attends[:-1]):
+                x = self.recompute(run, self.blocks, number, x, c, attend, *angles, length, None)
             if read is not None and self.compiled:
                 torch._dynamo.maybe_mark_dynamic(read, 0)
             return run(self.blocks[-1], x, c, attends[-1], *angles, num_queries, read)

@@ -75,7 +75,12 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
             "adaln": algorithms.get_algorithm(config.algo.name).noise or model.adaln,
         }
     sizes["dropout"] = model.dropout
-    return DiT(**sizes, attn_backend=model.attn_backend, compile=model.compile)
+    return DiT(
+        **sizes,
+        attn_backend=model.attn_backend,
+        compile=model.compile,
+        activation_checkpointing=model.activation_checkpointing,
+    )
 
 
 def build_objective(config: Config, mask_id: int) -> Objective:

@@ -3,7 +3,7 @@
 Memory: weights, gradients, two moments (one with Muon) and the average in float32 (16-mixed and
 bf16-mixed add a copy of the weights in two bytes), the activations that the backward pass keeps,
 and the head's chunk of logits with the gradient of its weight. fsdp shares out all but the last
-two.
+two. With model.activation_checkpointing a layer that is made again keeps its input until its turn.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpointing.layouts import read_checkpoint
+from models.recomputing import Recompute
 from modes.build import build_backbone, build_shape, build_tokenizer
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
@@ -28,6 +29,7 @@ KNOWN = {"H100 (bf16, 989 TFLOP/s)": 989e12, "A100 (bf16, 312 TFLOP/s)": 312e12}
 # way: fitted to peaks of bamdlm and mdlm, model=small in bf16 on an H100, model=tiny in float32.
 KEPT = {2: 62, 4: 120}
 KEPT_COMPILED = 0.7  # of that
+INPUT = 4  # bytes kept likewise of a layer that is made again: the residual stream, in float32
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,14 @@ class Plan:
     head: float
     tokens: float
     flops: float  # of the run
+    again: float = 0.0  # as a share of these, what is made a second time in the backward pass
 
     @property
     def memory(self) -> float:
         return self.weights + self.activations + self.head
 
     def hours(self, peak: float) -> float:
-        return self.flops / (peak * MFU * self.devices) / 3600
+        return self.flops * (1 + self.again) / (peak * MFU * self.devices) / 3600
 
 
 def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0) -> Plan:
@@ -57,9 +60,11 @@ def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0)
     per_weight = 4 + 4 + 8 + 4 * (config.training.ema > 0) + (2 if size == 2 else 0)
     weights = parameters * per_weight - 4 * by_muon
     rows = loader.batch_size * shape.length * shape.parts
+    again = Recompute(config.model.activation_checkpointing).layers(shape.n_blocks)
     # the last layer keeps little more than its keys and values, and the rows that are read
-    layers = shape.n_blocks - 1 + (loader.batch_size * shape.read) / rows
+    last = (loader.batch_size * shape.read) / rows
     kept = KEPT[size] * (KEPT_COMPILED if config.model.compile else 1)
+    cost = flops(shape)
     logits = CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR
     sequences = float(trainer.max_steps) * loader.global_batch_size
     return Plan(
@@ -67,12 +72,26 @@ def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0)
         devices=devices,
         parameters=parameters,
         weights=weights / (devices if config.strategy.name == "fsdp" else 1),
-        activations=rows * layers * shape.hidden_size * kept,
+        activations=rows * shape.hidden_size * most_kept(shape.n_blocks, again, kept, last),
         head=logits * (6 if size == 2 else 4)  # in half precision a float32 copy
         + 4 * shape.vocab_size * shape.hidden_size,
         tokens=sequences * shape.length,
-        flops=flops(shape).step * sequences,
+        flops=cost.step * sequences,
+        again=cost.inner * len(again) / cost.step,
     )
+
+
+def most_kept(layers: int, again: list[int], kept: float, last: float) -> float:
+    """Bytes per row and unit of width when they are the most, on the way back through the layers:
+    those not reached yet, and the one at hand, which may have been made again. kept: by a layer;
+    the last one keeps the share `last` of that."""
+    most, of_all = 0.0, INPUT * len(again) + kept * (layers - 1 - len(again))
+    for number in reversed(range(layers)):
+        share = last if number == layers - 1 else float(number in again)
+        most = max(most, of_all + kept * share)
+        if number < layers - 1:
+            of_all -= INPUT if number in again else kept
+    return most
 
 
 def report(made: Plan, peak: float | None) -> str:
@@ -89,6 +108,8 @@ def report(made: Plan, peak: float | None) -> str:
         f" (layers {part.layers / part.forward:.0%}, attention {part.attention / part.forward:.0%},"
         f" head {part.head / part.forward:.0%})",
     ]
+    if made.again:
+        lines.append(f"made again in the backward pass: {made.again:.0%} of these FLOPs")
     measured = {} if peak is None else {f"this GPU (measured {peak / 1e12:.0f} TFLOP/s)": peak}
     lines.append(f"estimated training time, at {MFU:.0%} of the device's peak (MFU):")
     for name, rate in (measured | KNOWN).items():

@@ -16,7 +16,7 @@ WORKER, PROCESS, TEXT = 64 << 20, 256 << 20, 64
 # Least bytes of a weight, also of one that is trained with Muon
 WEIGHT, TRAINED_WEIGHT = 4, 12
 # Least bytes per token and unit of width: of each layer that the backward pass goes through, and of
-# one that is left again (mode=plan estimates 62 and more)
+# one that is left again, or of which the input is kept (mode=plan estimates 62 and more)
 KEPT, PASSED = 8, 4
 # Variables by which Lightning knows that processes on several machines belong together
 CLUSTERS = ("MASTER_ADDR", "SLURM_", "TORCHELASTIC_", "OMPI_", "LSB_", "KUBERNETES_")
@@ -98,7 +98,8 @@ def _batches(config: Config) -> Iterator[tuple[str, int]]:
     if config.mode in ("train", "ppl_eval"):
         rows["loader.eval_batch_size"] = loader.eval_batch_size, PASSED * width
     if config.mode == "train":
-        rows["loader.batch_size"] = loader.batch_size, KEPT * width * model.n_blocks
+        kept = KEPT if model.activation_checkpointing == "none" else PASSED
+        rows["loader.batch_size"] = loader.batch_size, kept * width * model.n_blocks
         rows["loader.global_batch_size"] = loader.global_batch_size, 1
     for key, (count, bytes_per_token) in rows.items():
         words = f"{key}={count} rows of model.length={model.length}"

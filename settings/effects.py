@@ -58,8 +58,21 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
         for key in ("training.sampling_eps_min", "training.sampling_eps_max", "noise.type"):
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
                 yield f"{key} has no effect: training.noise=counts draws no times"
+    yield from _recomputing(config, typed)
     yield from _algorithm(config)
     yield from _data(config)
+
+
+def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
+    model, trainer = config.model, config.trainer
+    key, value = "model.activation_checkpointing", model.activation_checkpointing
+    if value == "none":
+        return
+    if config.mode not in ("train", "plan"):
+        if key in typed:
+            yield f"{key} has no effect: mode={config.mode} has no backward pass"
+    elif model.compile and trainer.accelerator == "gpu" and trainer.num_nodes == 1:
+        yield f"{key}={value}: steps are not replayed as CUDA graphs, as they are with none"
 
 
 def _demo(typed: Collection[str]) -> Iterator[str]:

@@ -35,6 +35,7 @@ NOT_SHAPING = {
     "algo.T",
     "algo.sampler",
     "data.cache_dir",
+    "model.activation_checkpointing",
     "model.attn_backend",
     "model.compile",
     "training.eval_nll",

@@ -361,6 +361,12 @@ class Model:
         one_of("auto", *tables.attention_backends()),
     )
     compile: bool = doc("compile the layers: faster after a minute or two; needs a C++ compiler")
+    activation_checkpointing: str = doc(
+        "layers whose activations the backward pass makes again, which saves memory and takes time:"
+        " none, full (all but the last), selective (every second one)",
+        one_of(*tables.activation_checkpointing()),
+        default="none",
+    )
 
 
 @dataclass

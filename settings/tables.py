@@ -152,3 +152,5 @@ corpora_on_the_hub = partial(built_with, "data/corpora.py", "CORPORA", "Hub")  #
 likelihoods = partial(table, "evaluation/table.py", "LIKELIHOODS")
 logged_figures = partial(table, "training/logged.py", "LOGGED")  # the names in metrics.csv
 chat_names = partial(table, "data/chat/records.py", "NAMES")  # the keys of data.chat_fields
+# model.activation_checkpointing
+activation_checkpointing = partial(table, "models/recomputing.py", "ACTIVATION_CHECKPOINTING")

@@ -67,6 +67,7 @@ class Flops:
     layers: float
     attention: float
     head: float
+    inner: float  # of these, one layer that is not the last, with its attention
 
     @property
     def forward(self) -> float:
@@ -74,7 +75,8 @@ class Flops:
 
     @property
     def step(self) -> float:
-        """Forward and backward."""
+        """Forward and backward; without what activation checkpointing makes a second time, so that
+        a share of the peak is of work that is needed."""
         return (1 + BACKWARD) * self.forward
 
 
@@ -102,6 +104,7 @@ def flops(shape: NetworkShape) -> Flops:
         layers=(shape.n_blocks - 1) * layer + last_layer,
         attention=per_pair * ((shape.n_blocks - 1) * inner + last),
         head=2 * width * shape.vocab_size * shape.read,
+        inner=layer + per_pair * inner,
     )
 
 

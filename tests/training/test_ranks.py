@@ -86,10 +86,14 @@ def close(x, y, name):
     torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(strategy, one, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "again"), [("ddp", "full"), ("fsdp", "none"), ("fsdp", "full")]
+)
+def test_two_processes_train_as_one(strategy, again, one, tmp_path):
+    """Also where they make the activations of a layer a second time."""
     overrides, alone = one
-    started = of_two(overrides, tmp_path, f"strategy={strategy}")
+    more = f"strategy={strategy}", f"model.activation_checkpointing={again}"
+    started = of_two(overrides, tmp_path, *more)
     assert finish(started) == [0, 0], started[0].text() + started[1].text()
     equal_runs(tmp_path, alone)
 
