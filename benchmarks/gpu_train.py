@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from benchmarks.gpu_network import autocast, await_turn, network, release, synchronise
 from benchmarks.gpu_table import step_speed
 from benchmarks.support.pair import INTERVAL, noise_of, objective_of
-from models.dit import _run_block
 from models.ema import EMA
+from models.network import _run_block
 from objectives.graphs import GraphedLoss
 from training.flops import NetworkShape, flops, matmul_peak
 from utils import first_line

@@ -70,7 +70,9 @@ def parse(argv):
 def ours(hidden, linear, target):
     """The mask is the last id, which no row asks for."""
     backbone = SimpleNamespace(
-        features=lambda hidden, sigma, row: hidden, output_layer=SimpleNamespace(linear=linear)
+        features=lambda hidden, sigma, row: hidden,
+        head_weight=linear.weight,
+        head_bias=linear.bias,
     )
     factors = torch.full((len(hidden),), 1 / len(hidden))
     kernel = partial(cross_entropy, mask_id=linear.out_features - 1)

@@ -21,6 +21,9 @@ MAY_DIFFER = {
     *("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.adaln"),
     *("model.dropout", "model.attn_backend", "model.compile"),  # how it is trained or computed
     "model.activation_checkpointing",
+    # of llama, which is built as the checkpoint says
+    *("model.n_kv_heads", "model.head_dim", "model.ffn_size", "model.rope_theta"),
+    *("model.rms_norm_eps", "model.qk_norm", "model.qkv_bias", "model.tied"),
     "model.length",  # positions are relative
     *("algo.name", "algo.backbone"),  # compared by themselves: load.py, modes/build.py
     *("algo.T", "algo.sampler"),  # of sampling alone

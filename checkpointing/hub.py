@@ -1,5 +1,6 @@
 """Where a checkpoint lies: a local path, an fsspec URL, or a model on the Hugging Face hub; and
-folders in hub format: config.json beside safetensors or pickled weights, whole or in shards.
+folders in hub format: config.json beside safetensors or pickled weights, whole or in shards (models
+of transformers: safetensors alone).
 
 Only huggingface_hub talks to the hub, so its own settings hold (HF_HOME, HF_ENDPOINT, HF_TOKEN, and
 HF_HUB_OFFLINE, which reads its cache alone). Any fsspec file system serves; a local one maps
@@ -17,6 +18,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from checkpointing import torch_file
+from checkpointing.families import SAFETENSORS, layout_of
 from checkpointing.restricted_pickle import CheckpointError
 from utils import CONNECT_SECONDS, HubUnreachable, hub_errors
 
@@ -33,7 +35,11 @@ WEIGHT_FILES = (
 MOST_JSON = 1 << 24  # bytes of a config.json, an index of shards, or a head of safetensors
 
 _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
-_FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json")
+_FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".gguf")
+NO_GGUF = (
+    "a GGUF file, which is not read: give the folder with config.json and safetensors that it was"
+    " made from"
+)
 
 
 def locate(path_or_id: str | Path, *, revision: str | None = None):
@@ -89,9 +95,8 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     if "config.json" not in present:
         raise FileNotFoundError(f"hub model {repo_id} has no config.json: not one of this family")
     folder = get("config.json").parent
-    weights = next((name for name in WEIGHT_FILES if name in present), None)
-    if weights is None:
-        raise FileNotFoundError(f"hub model {repo_id} has none of {', '.join(WEIGHT_FILES)}{note}")
+    config = read_json(LocalFileSystem(), str(folder / "config.json"))
+    weights = weight_file(f"hub model {repo_id}", config, present, note)
     found = get(weights)
     for shard in shards(found, json.loads(found.read_text())) if weights.endswith(".json") else ():
         if shard not in present:
@@ -140,6 +145,25 @@ def _listing(repo_id: str, revision: str | None, what: str) -> tuple[set[str], s
     return {path.name for path in Path(folder).iterdir()}, note
 
 
+def weight_file(place: str, config: dict, present: set[str], note: str = "") -> str:
+    """The name of the file, or of the index, that holds the weights of a folder of these files;
+    CheckpointError where there is none that is read."""
+    layout = layout_of(place, config)
+    wanted = SAFETENSORS if layout == "transformers" else WEIGHT_FILES
+    if found := next((name for name in wanted if name in present), None):
+        return found
+    if any(name in present for name in WEIGHT_FILES):
+        raise CheckpointError(
+            f"{place} has its weights as pickles, which are not read: load it in transformers where"
+            " you trust it, and write it again with save_pretrained"
+        )
+    if gguf := sorted(name for name in present if name.endswith(".gguf")):
+        raise CheckpointError(f"{place} has no weights but {gguf[0]}, {NO_GGUF}")
+    raise CheckpointError(
+        f"{place} has config.json but no weights: none of {', '.join(wanted)}{note}"
+    )
+
+
 def check_file(fs, path: str, most: int | None = None) -> None:
     """CheckpointError where it is no regular file, or has more than `most` bytes."""
     info = fs.info(path)
@@ -164,17 +188,17 @@ def read_folder(fs, folder: str) -> tuple[dict, dict]:
     """(config.json, {full name: tensor}) of a folder."""
     present = {path.rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False)}
     if "config.json" not in present:
+        if gguf := sorted(name for name in present if name.endswith(".gguf")):
+            raise CheckpointError(f"{folder} holds {gguf[0]}, {NO_GGUF}")
         holds = ", ".join(sorted(present)[:10]) or "nothing"
         raise CheckpointError(
             f"{folder} is a folder without config.json (it holds {holds}); name a .ckpt file, or a"
             " folder written by scripts/export_hf.py or save_pretrained"
         )
     config = read_json(fs, f"{folder}/config.json")
-    for name in WEIGHT_FILES:
-        if name in present:
-            read = _read_shards if name.endswith(".json") else read_tensors
-            return config, read(fs, f"{folder}/{name}")
-    raise CheckpointError(f"{folder} has config.json but no weights: {', '.join(WEIGHT_FILES)}")
+    name = weight_file(folder, config, present)
+    read = _read_shards if name.endswith(".json") else read_tensors
+    return config, read(fs, f"{folder}/{name}")
 
 
 def read_tensors(fs, path: str) -> dict:

@@ -1,4 +1,4 @@
-"""Weights in every published layout: Lightning checkpoints and hub folders.
+"""Weights in every published layout: Lightning checkpoints, hub folders, models of transformers.
 
 Names are those of the network (`blocks.0.norm1.weight`): the `backbone.` of the files and the
 `_orig_mod.` of compiled models are taken off. The EMA list of a Lightning checkpoint is put under
@@ -17,17 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from checkpointing import hub, torch_file
+from checkpointing.families import ARCHITECTURES, architecture_of, layout_of
 from checkpointing.restricted_pickle import CheckpointError
 from settings.tables import algorithms
 from utils import plain_errors, reason
 
 ALIASES = {"bd3lm": "bamdlm"}
-MODEL_TYPES = ("bd3lm", "bamdlm", "mdlm")
 INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 BUFFERS = ("rotary_emb.inv_freq",)  # in state_dict, but not averaged
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_CHARACTERS = 300_000  # of a configuration; a run's has 3 000
 PUBLISHED_EPS = (0.001, 0.999)  # written by BD3LMConfig whatever the weights were trained with
 
@@ -37,7 +39,7 @@ class Checkpoint:
     """What a file or folder holds. The `weights` of a hub folder are averages; it has no `ema`."""
 
     source: str
-    layout: str  # "lightning" or "hub"
+    layout: str  # "lightning", "hub" or "transformers"
     algorithms: tuple[str, ...]  # which runs it fits: several where it does not say, or N = 1
     config: dict  # the run's configuration (lightning) or config.json (hub); {} if there is none
     weights: dict[str, Tensor]
@@ -97,6 +99,8 @@ class Checkpoint:
     @property
     def length(self) -> int | None:
         """Tokens of a training sequence."""
+        if self.layout == "transformers":
+            return None
         if self.layout == "hub":
             return self.config.get("model_length")
         return section(self.config, "model").get("length")
@@ -123,6 +127,8 @@ def read_checkpoint(path_or_id: str | Path, *, revision: str | None = None) -> C
             if path.endswith(".safetensors"):
                 return _from_hub(source, *_beside_config(fs, path))
             hub.check_file(fs, path)
+            if path.endswith(".gguf"):
+                raise CheckpointError(f"{source} is {hub.NO_GGUF}")
             with fs.open(path, "rb") as file:
                 raw = torch_file.load(file, source, described=("optimizer_states",))
     except CheckpointError:
@@ -247,12 +253,8 @@ def _from_keys(weights, interval) -> tuple[str, ...]:
 
 
 def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        kind = reprlib.repr(kind)
-        raise CheckpointError(
-            f"{source}: config.json has model_type={kind}; this project reads {MODEL_TYPES}"
-        )
+    if layout_of(source, config) == "transformers":
+        return _from_transformers(source, config, tensors)
     weights, foreign, interval = _sort(source, tensors)
     listed = tuple(config[name] for name in INTERVAL if name in config)
     if interval is None and config.get("var_min") and listed not in ((), PUBLISHED_EPS):
@@ -265,6 +267,33 @@ def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
         weights=weights,
         foreign=foreign,
         interval=interval,
+    )
+
+
+def _from_transformers(source: str, config: dict, tensors: dict) -> Checkpoint:
+    """Names are the network's as they are. Left out: the head of a model with tied embeddings where
+    it is stored all the same, and frequencies, which follow from config.json."""
+    weights = {k: v for k, v in tensors.items() if not k.endswith(".rotary_emb.inv_freq")}
+    odd = [k for k, v in weights.items() if v.dtype not in FLOATS]
+    if odd:
+        raise CheckpointError(
+            f"{source}: {odd[0]} is {weights[odd[0]].dtype}; only {', '.join(map(str, FLOATS))} are"
+            " read: take the model that it was made from"
+        )
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.get("tie_word_embeddings") is True and {head, embedding} <= weights.keys():
+        if not torch.equal(weights[head], weights[embedding]):
+            raise CheckpointError(
+                f"{source}: config.json has tie_word_embeddings=true, but {head} is not {embedding}"
+            )
+        del weights[head]
+    algorithm = ARCHITECTURES[architecture_of(config)].algorithm
+    return Checkpoint(
+        source=source,
+        layout="transformers",
+        algorithms=(algorithm,),
+        config=config,
+        weights=weights,
     )
 
 

@@ -5,17 +5,23 @@ sampling: the algorithm must be the file's own. `load_pretrained` starts a new r
 of another; exactly the tensors that its algorithm adds may be new, and they are named.
 """
 
+import dataclasses
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from checkpointing.families import recorded_shape, shape_of
 from checkpointing.layouts import BUFFERS, INTERVAL, Checkpoint, plain_name, section
 from checkpointing.restricted_pickle import CheckpointError
+from models.dit import DiT
+from models.llama import Llama, LlamaShape
+from models.network import Network
 from objectives.algorithms import get_algorithm
 from utils import listed, say
 
+EMBEDDING = "model.embed_tokens.weight"  # of models/llama.py
 SHOWN = 10  # keys of each kind in an error
 DEFAULT_COND_DIM = 129  # of the published config class, whatever the weights have
 INV_FREQ_TOLERANCE = 0.01  # bfloat16 rounds by 0.004
@@ -30,10 +36,32 @@ class Pretrained:
     ema_updates: int
 
 
+def is_llama(checkpoint: Checkpoint) -> bool:
+    """Whether its network is that of models/llama.py."""
+    return checkpoint.layout == "transformers" or EMBEDDING in checkpoint.weights
+
+
+def build_network(checkpoint: Checkpoint, **options) -> Network:
+    """The network that the weights are for; options: other arguments of its class. CheckpointError,
+    before anything is allocated, where they do not fit it."""
+    network = Llama if is_llama(checkpoint) else DiT
+    arguments = {**build_backbone_args(checkpoint), **options}
+    if network is Llama:  # its sizes are stated, not read off the weights
+        with torch.device("meta"):
+            planned = network(**arguments)
+        _check_fit(planned, checkpoint, checkpoint.algorithms[0], may_be_new=())
+    return network(**arguments)
+
+
 def build_backbone_args(checkpoint: Checkpoint) -> dict:
-    """Arguments of DiT for these weights (all but attn_backend), checked against the config."""
+    """Arguments of its network for these weights (sizes and dropout), checked against the
+    config."""
+    if is_llama(checkpoint):
+        return dataclasses.asdict(_llama_shape(checkpoint))
     weights, config = checkpoint.weights, checkpoint.config
     model = config if checkpoint.layout == "hub" else section(config, "model")
+    if section(config, "algo").get("backbone") == "hf_dit":
+        model = {}  # the run took the sizes of another checkpoint
     width_key = "hidden_dim" if checkpoint.layout == "hub" else "hidden_size"
     needed = {"vocab_embed.embedding": 2, "blocks.0.attn_qkv.weight": 2, "rotary_emb.inv_freq": 1}
     missing = [n for n, dim in needed.items() if n not in weights or weights[n].dim() != dim]
@@ -66,6 +94,14 @@ def build_backbone_args(checkpoint: Checkpoint) -> dict:
     dropout = model.get("dropout")
     dropout = float(dropout) if isinstance(dropout, int | float) else 0.1
     return {**sizes, "dropout": dropout, "adaln": adaln}
+
+
+def _llama_shape(checkpoint: Checkpoint) -> LlamaShape:
+    source, hyper = checkpoint.source, section(checkpoint.raw, "hyper_parameters")
+    if checkpoint.layout == "transformers":
+        return shape_of(source, checkpoint.config)
+    record = hyper if checkpoint.layout == "lightning" else checkpoint.config
+    return recorded_shape(source, section(record, "llama"))
 
 
 def load_into(backbone: nn.Module, checkpoint: Checkpoint, *, use_ema: bool, algo: str) -> None:
@@ -141,7 +177,7 @@ def _other(checkpoint: Checkpoint, algo: str) -> str:
 
 def _averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
     _check_average(checkpoint)
-    if checkpoint.layout == "hub":
+    if checkpoint.layout != "lightning":
         return {}
     if checkpoint.ema is not None:
         return checkpoint.ema
@@ -189,6 +225,8 @@ def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
     }
     whole = [name for name in values if not values[name].is_floating_point()]
     if not (missing or unexpected or other or whole):
+        if "rotary_emb.inv_freq" not in expected:
+            return
         # inv_freq is computed, not trained: the file must have been made with the same base
         theirs, ours = (each["rotary_emb.inv_freq"].float() for each in (values, expected))
         if not torch.allclose(theirs, ours, rtol=INV_FREQ_TOLERANCE, atol=0):
@@ -219,6 +257,9 @@ def _some(names: Collection[str]) -> str:
 
 def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[str]:
     causes = []
+    if EMBEDDING in (*missing, *unexpected):
+        theirs = "llama" if is_llama(checkpoint) else "dit"
+        return [f"another network: set algo.backbone={theirs}"]
     if algo not in checkpoint.algorithms:
         causes.append(_other(checkpoint, algo))
     elif any(name.startswith("sigma_map.") for name in (*missing, *unexpected)):
@@ -226,8 +267,8 @@ def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[st
     depth = [name for name in (*missing, *unexpected) if name.startswith("blocks.")]
     if depth and not all(map(_is_conditioning, depth)):
         causes.append("another model size: model.n_blocks differs")
-    if "vocab_embed.embedding" in other:
-        (rows, width), (our_rows, our_width) = other["vocab_embed.embedding"]
+    if embedding := other.get("vocab_embed.embedding", other.get(EMBEDDING)):
+        (rows, width), (our_rows, our_width) = embedding
         if width != our_width:
             causes.append(f"another model size: model.hidden_size={width} in the file")
         if rows != our_rows:

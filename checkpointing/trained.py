@@ -4,11 +4,10 @@ from pathlib import Path
 
 from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import Checkpoint, section
-from checkpointing.load import build_backbone_args, load_into
+from checkpointing.load import build_network, is_llama, load_into
+from checkpointing.vocabulary import has_words, place_of, with_mask
 from data.tokenizer import Tokenizer, get_tokenizer
-from models.dit import DiT
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+from models.network import Network
 
 
 def trained_tokenizer(found: Checkpoint, name: str | None = None, cache_dir=None) -> Tokenizer:
@@ -26,9 +25,11 @@ def tokenizer_name(found: Checkpoint) -> str:
     GPT-2's."""
     if said := section(found.config, "data").get("tokenizer_name_or_path"):
         return said
+    if found.layout == "transformers":
+        return place_of(found)
     folder = Path(found.source).expanduser()
     if folder.is_dir():
-        holds = any((folder / name).exists() for name in TOKENIZER_FILES)
+        holds = has_words(folder)
     else:
         holds = found.layout == "hub" and "algo" in found.config  # only our exports say it
     return found.source if holds else "gpt2"
@@ -42,12 +43,22 @@ def begins_with_bos(found: Checkpoint) -> bool:
     return bool(found.config.get("begins_with_bos", False))
 
 
-def trained_network(found: Checkpoint, words: Tokenizer, algo: str, use_ema: bool = True) -> DiT:
-    network = DiT(**build_backbone_args(found), attn_backend="sdpa")
-    if network.vocab_size != words.vocab_size:
+def trained_network(
+    found: Checkpoint, words: Tokenizer, algo: str, use_ema: bool = True
+) -> Network:
+    found, _ = with_mask(found, words, words.hf.name_or_path)
+    network = build_network(found, attn_backend="sdpa")
+    if not fits_vocabulary(found, network, words):
         raise ValueError(
             f"{found.source} has {network.vocab_size} ids, the tokenizer {words.vocab_size}:"
             " give the one it was trained with as tokenizer="
         )
     load_into(network, found, use_ema=use_ema, algo=algo)
     return network
+
+
+def fits_vocabulary(found: Checkpoint, network: Network, words: Tokenizer) -> bool:
+    """A row for each id; models of transformers may have spare ones."""
+    if is_llama(found):
+        return network.vocab_size >= words.vocab_size
+    return network.vocab_size == words.vocab_size

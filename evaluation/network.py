@@ -6,9 +6,9 @@ from torch import Tensor
 
 from evaluation.estimators import Ask
 from models.clean_half import clean_half
-from models.dit import products_dtype
 from models.document_ids import positions
 from models.masks import Full
+from models.network import products, products_dtype
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 
 
@@ -21,7 +21,7 @@ def asker(
     if document_ids is not None:
         asked["positions"] = positions(document_ids)
     if block_size < x0.shape[1]:
-        dtype = products_dtype(backbone.vocab_embed.embedding)
+        dtype = products_dtype(backbone.embeddings)
         half = clean_half(backbone, x0, block_size, dtype, document_ids)
         asked = {"attention_mask": half.attention_mask, "cache": half}
 
@@ -35,11 +35,11 @@ def asker(
 def reduced(backbone, hidden: Tensor, read: Tensor, mask_id: int, reduce) -> Tensor:
     """`reduce` of the log-probabilities of hidden [M, E], joined; float32 at least, the mask's
     -inf. They are made a few at a time, and in float32 all in the same memory."""
-    size, linear = rows_at_once(backbone), backbone.output_layer.linear
-    half = products_dtype(linear.weight).itemsize == 2
+    size, weight, bias = rows_at_once(backbone), backbone.head_weight, backbone.head_bias
+    half = products_dtype(weight).itemsize == 2
     memory = None
     if not half:
-        memory = linear.weight.new_empty(min(size, len(hidden)), len(linear.weight))
+        memory = weight.new_empty(min(size, len(hidden)), len(weight))
     answers = []
     for states, rows in zip(hidden.split(size), read.split(size), strict=True):
         if half:
@@ -47,7 +47,7 @@ def reduced(backbone, hidden: Tensor, read: Tensor, mask_id: int, reduce) -> Ten
         else:
             features = backbone.features(states).to(memory.dtype)
             logits = wide = memory[: len(states)]
-            torch.addmm(linear.bias, features, linear.weight.t(), out=logits)
+            products(features, weight, bias, out=logits)
         logits[:, mask_id] = -torch.inf
         dtype = torch.promote_types(logits.dtype, torch.float32)
         answers.append(reduce(torch.log_softmax(logits, -1, dtype=dtype, out=wide), rows))
@@ -56,6 +56,6 @@ def reduced(backbone, hidden: Tensor, read: Tensor, mask_id: int, reduce) -> Ten
 
 def rows_at_once(backbone) -> int:
     """Rows whose logits fit into what the training's head holds at once."""
-    on_cpu = backbone.vocab_embed.embedding.device.type == "cpu"
+    on_cpu = backbone.embeddings.device.type == "cpu"
     logits = CHUNK_LOGITS if on_cpu else CHUNK_LOGITS_ACCELERATOR
     return max(1, logits // backbone.vocab_size)

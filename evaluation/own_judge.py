@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from checkpointing.layouts import MODEL_TYPES, read_checkpoint
+from checkpointing.families import MODEL_TYPES
+from checkpointing.layouts import read_checkpoint
 from checkpointing.restricted_pickle import CheckpointError
 from checkpointing.trained import begins_with_bos, trained_network, trained_tokenizer
 from data.tokenizer import Tokenizer
-from models.dit import DiT
 from models.masks import Causal
+from models.network import Network
 from samplers.params import CONTEXT_TOKENS
 
 
@@ -20,14 +21,14 @@ class NextToken(nn.Module):
     """`backbone` called as a causal model of transformers. Padding stands behind the text, where a
     causal network does not see it."""
 
-    def __init__(self, backbone: DiT, mask_id: int):
+    def __init__(self, backbone: Network, mask_id: int):
         super().__init__()
         self.backbone, self.mask_id = backbone, mask_id
 
     def base_model(self, input_ids: Tensor, attention_mask: Tensor | None = None):
         """.last_hidden_state [B, T, E]: as transformers has it, after the last normalisation."""
         hidden = self.backbone.hidden(input_ids, attention_mask=Causal())
-        return SimpleNamespace(last_hidden_state=self.backbone.output_layer.norm_final(hidden))
+        return SimpleNamespace(last_hidden_state=self.backbone.features(hidden))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None):
         """.logits [B, T, V] of the token after each; the mask's are -inf."""

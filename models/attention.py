@@ -3,7 +3,10 @@
 A backend is a function `prepare(mask, queries, keys, document_ids, device) -> attend(q, k, v)`.
 What depends on the mask alone is made once by `prepare` and shared by all layers of a pass.
 
-    q [B, H, T, D]   k, v [B, H, S, D]   ->   [B, H, T, D]
+    q [B, H, T, D]   k, v [B, K, S, D]   ->   [B, H, T, D]
+
+K divides H: each head of keys and values serves H / K heads of queries in a row
+(arXiv:2305.13245).
 
 `document_ids` [B, S] keep texts of one row apart (documents packed together, padding): a query sees
 only keys of its own document. Where rows differ in the size of their blocks, `mask.sizes` [B] has
@@ -49,6 +52,17 @@ SMALL_TILES = {
 }
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+    """scaled_dot_product_attention, also where keys and values have fewer heads. Under a mask they
+    are repeated: torch's fast kernels with one take equal numbers of heads only."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None:
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    elif groups > 1:
+        options["enable_gqa"] = True
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+
+
 def dense_mask(
     mask: AttentionMask, q: Tensor, k: Tensor, keys: int, document_ids: Tensor | None = None
 ) -> Tensor:
@@ -73,7 +87,7 @@ def dense(
     """One call over one [T, S] mask: the plain form every other is tested against."""
     q, k = torch.arange(queries, device=device), torch.arange(keys, device=device)
     seen = dense_mask(mask, q, k, keys, document_ids)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return lambda q, k, v: attention(q, k, v, seen)
 
 
 def sdpa(
@@ -81,9 +95,9 @@ def sdpa(
 ) -> Attend:
     """scaled_dot_product_attention, split so that blocks nobody may see are mostly not computed."""
     if isinstance(mask, Full) and document_ids is None:
-        return F.scaled_dot_product_attention
+        return attention
     if mask == BlockCausal(1) and document_ids is None:
-        return functools.partial(F.scaled_dot_product_attention, is_causal=True)
+        return functools.partial(attention, is_causal=True)
     if isinstance(mask, BlockDiffusion):
         return _split_block_diffusion(mask, queries, keys, document_ids, device)
     return dense(mask, queries, keys, document_ids, device)
@@ -118,7 +132,7 @@ def _split_block_diffusion(mask, queries, keys, document_ids, device) -> Attend:
         for i, mask in enumerate(masks):
             asked = q[i] if asking == 1 else torch.cat(q[i::count], 2)
             seen = (torch.cat([*x[i:first:count], *x[first : first + i + 1]], 2) for x in (k, v))
-            out = F.scaled_dot_product_attention(asked, *seen, attn_mask=mask).transpose(1, 2)
+            out = attention(asked, *seen, mask).transpose(1, 2)
             for answer, part in zip(answers, out.split(sizes[i], 1), strict=True):
                 answer.append(part)
         # in memory [B, T, H, D], as read next
@@ -137,18 +151,23 @@ def flex(
     make = _shared_block_mask if shared else _block_mask
     block_mask = make(mask, queries, keys, document_ids, device)
     if device.type == "cpu":
-        return lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask)
+        return lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask, **_grouped(q, k))
     small = _has_little_shared_memory(device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = _kernel_options(small, q.shape[-1], q.dtype)
+        tiles = _kernel_options(small, q.shape[-1], q.dtype)
+        options = {"block_mask": block_mask, "kernel_options": tiles, **_grouped(q, k)}
         if torch.compiler.is_compiling():  # part of a larger graph
-            return flex_attention(q, k, v, block_mask=block_mask, kernel_options=options)
+            return flex_attention(q, k, v, **options)
         for x in (q, k, v):  # a short last batch must not compile anew
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        return compiled(flex_attention)(q, k, v, block_mask=block_mask, kernel_options=options)
+        return compiled(flex_attention)(q, k, v, **options)
 
     return attend
+
+
+def _grouped(q: Tensor, k: Tensor) -> dict:
+    return {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
 
 
 def _kernel_options(small: bool, head_width: int, dtype: torch.dtype) -> dict | None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import attention
 from .compiling import compiled
 from .decode import can_decode, decode
 from .masks import BlockCausal
@@ -27,14 +27,15 @@ REACH_STEP = 128
 class KVCache:
     """`committed` [B]: tokens kept per row. `uniform`: the same as one number while all rows agree,
     else None (known without asking the device). `reach`: slots that a pass may need, None: all.
-    Made by `DiT.new_cache`."""
+    decodes: whether the network's blocks take `Decode`. Made by `Network.new_cache`."""
 
-    keys: list[Tensor]  # per layer [B, slots, H, D], rotated
-    values: list[Tensor]  # per layer [B, slots, H, D]
+    keys: list[Tensor]  # per layer [B, slots, K, D], rotated; K heads
+    values: list[Tensor]  # per layer [B, slots, K, D]
     committed: Tensor  # int64 [B]
     uniform: int | None
     attention_mask: BlockCausal
     reach: int | None = None
+    decodes: bool = True
 
     @property
     def slots(self) -> int:
@@ -76,7 +77,7 @@ class KVCache:
     def reach_of(self, committed: int, tokens: int) -> int:
         """For `at`: slots that a pass of `tokens` behind at most `committed` ones needs, in steps
         of REACH_STEP, so that few shapes occur."""
-        if can_decode(self.keys[0], tokens):  # which sees for itself
+        if self.decodes and can_decode(self.keys[0], tokens):  # which sees for itself
             return self.slots
         return min(self.slots, -(-(committed + tokens) // REACH_STEP) * REACH_STEP)
 
@@ -84,7 +85,7 @@ class KVCache:
         """For a pass of `tokens` new tokens per row behind the committed ones: the attention of
         each layer, and the positions int64 [B or 1, T].
 
-        attend(q, k, v), each [B, H, T, D], writes k and v to the layer's slots and attends to all
+        attend(q, k, v), each [B, ., T, D], writes k and v to the layer's slots and attends to all
         that is seen; `Decode` takes them before they are rotated.
         """
         size, window = self.attention_mask.block_size, self.attention_mask.window
@@ -100,7 +101,7 @@ class KVCache:
             )
         committed = self.committed[:1] if same else self.committed
         layers = list(zip(self.keys, self.values, strict=True))
-        if can_decode(self.keys[0], tokens):
+        if self.decodes and can_decode(self.keys[0], tokens):
             attends = [Decode(*ring, self.committed, self.attention_mask) for ring in layers]
             return attends, _positions(committed, tokens)
         one_block = same and tokens == size and self.uniform % size == 0
@@ -166,4 +167,4 @@ def _attend(keys, values, rows, slots, visible, q: Tensor, k: Tensor, v: Tensor)
             store.index_put_((rows, slots), new)
     k, v = (store.transpose(1, 2).to(q.dtype) for store in (keys, values))
     visible = None if visible is None else visible.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return attention(q, k, v, visible)

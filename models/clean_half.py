@@ -18,9 +18,10 @@ from .masks import BlockCausal, BlockDiffusion
 
 @dataclass(frozen=True)
 class CleanHalf:
-    """What `DiT.hidden` takes as a cache: its tokens are then x_t [B, L]. Made by `clean_half`."""
+    """What `Network.hidden` takes as a cache: its tokens are then x_t [B, L]. `clean_half` makes
+    it."""
 
-    keys: list[Tensor]  # per layer [B, H, 2L, D], rotated; the clean half comes second
+    keys: list[Tensor]  # per layer [B, K, 2L, D], rotated; the clean half comes second
     values: list[Tensor]
     positions: Tensor  # int64 [L] or [B, L]
     attention_mask: BlockCausal | BlockDiffusion
@@ -28,7 +29,7 @@ class CleanHalf:
 
     def begin(self, tokens: int, by_compiler: bool = False) -> tuple[list[Attend], Tensor]:
         """For a pass of `tokens` tokens, which must be those of the text: the attention of each
-        layer, which writes k and v [B, H, L, D] to their half, and the positions."""
+        layer, which writes k and v [B, K, L, D] to their half, and the positions."""
         length = self.positions.shape[-1]
         if tokens != length:
             raise ValueError(f"the clean text has {length} tokens, not {tokens}")
@@ -48,15 +49,14 @@ def _attend(keys, values, half: slice, attend: Attend | None, q, k, v) -> Tensor
 def clean_half(
     backbone, x0: Tensor, block_size: int, dtype: torch.dtype, document_ids: Tensor | None = None
 ) -> CleanHalf:
-    """One pass over x0 [B, L] under BlockCausal(block_size). document_ids [B, L]: see `DiT.hidden`.
-    dtype: of the keys and values."""
+    """One pass over x0 [B, L] under BlockCausal(block_size). document_ids [B, L]: as for
+    `Network.hidden`. dtype: of the keys and values."""
     length, layers = x0.shape[1], len(backbone.blocks)
     positions = torch.arange(length, device=x0.device)
     both = None
     if document_ids is not None:
         positions, both = place_in_document(document_ids), torch.cat([document_ids] * 2, 1)
-    heads = backbone.blocks[0].n_heads
-    shape = (len(x0), heads, 2 * length, backbone.head_width)
+    shape = (len(x0), backbone.kv_heads, 2 * length, backbone.head_width)
     keys, values = (
         [torch.zeros(shape, dtype=dtype, device=x0.device) for _ in range(layers)] for _ in range(2)
     )

@@ -92,7 +92,7 @@ class BD3LM(PreTrainedModel):
         """DiT initialises itself; every weight of an export is in the file."""
 
     def get_input_embeddings(self):
-        return self.backbone.vocab_embed
+        return self.backbone.embed
 
     def mask_for(self, sample_mode: bool) -> AttentionMask:
         """Who sees whom: the algorithm's training form, or the one of sampling."""

@@ -57,12 +57,16 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**steps)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [..., 1, T, D/2] for positions [..., T].
+        return angles(positions, self.inv_freq)
 
-        Angles are made in float64: in float32 they are off by 0.01 at position 131 000.
-        """
-        angles = positions[..., None].double() * self.inv_freq.double()
-        return angles.cos().float().unsqueeze(-3), angles.sin().float().unsqueeze(-3)
+
+def angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, [..., 1, T, D/2] for positions [..., T] and radians per position [D/2].
+
+    Angles are made in float64: in float32 they are off by 0.01 at position 131 000.
+    """
+    turned = positions[..., None].double() * inv_freq.double()
+    return turned.cos().float().unsqueeze(-3), turned.sin().float().unsqueeze(-3)
 
 
 class _Rotate(torch.autograd.Function):

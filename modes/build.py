@@ -11,7 +11,10 @@ import torch
 
 from checkpointing.as_trained import check_as_trained, streams_version
 from checkpointing.layouts import Checkpoint, read_checkpoint
-from checkpointing.load import build_backbone_args, load_into, load_pretrained
+from checkpointing.load import build_network, is_llama, load_into, load_pretrained
+from checkpointing.restricted_pickle import CheckpointError
+from checkpointing.trained import fits_vocabulary
+from checkpointing.vocabulary import with_mask
 from data.preparation import prepare
 from data.remote_cache import CacheDir, open_cache
 from data.split import Split
@@ -21,6 +24,8 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings
 from models.dit import DiT
+from models.llama import Llama
+from models.network import Network
 from noise_schedule import get_schedule
 from objectives import algorithms
 from objectives.algorithms import ObjectiveSettings
@@ -54,33 +59,57 @@ def build_tokenizer(config: Config) -> Tokenizer:
     )
 
 
-def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> DiT:
-    """The network of model.*, or with algo.backbone=hf_dit that of the checkpoint."""
+def read_weights(config: Config, path: str, tokenizer: Tokenizer) -> Checkpoint:
+    """The checkpoint at `path`, with a row for the mask. CheckpointError where it holds another
+    network than algo.backbone says."""
+    checkpoint = read_checkpoint(path)
+    wanted, theirs = config.algo.backbone, "llama" if is_llama(checkpoint) else "dit"
+    if theirs != wanted.removeprefix("hf_"):
+        raise CheckpointError(
+            f"{path} holds weights of the network {theirs}, and algo.backbone={wanted}: set"
+            f" algo.backbone={theirs}"
+        )
+    checkpoint, done = with_mask(checkpoint, tokenizer, config.data.tokenizer_name_or_path)
+    if done is not None:
+        say(done)
+    return checkpoint
+
+
+def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> Network:
+    """The network of model.*; with algo.backbone=hf_dit that of the checkpoint, with llama too
+    where there is one."""
     model = config.model
-    if config.algo.backbone == "hf_dit":
-        sizes = build_backbone_args(checkpoint)
-        if sizes["vocab_size"] != tokenizer.vocab_size:
+    options = {
+        "dropout": model.dropout,
+        "attn_backend": model.attn_backend,
+        "compile": model.compile,
+        "activation_checkpointing": model.activation_checkpointing,
+    }
+    if config.algo.backbone == "hf_dit" or (config.algo.backbone == "llama" and checkpoint):
+        network = build_network(checkpoint, **options)
+        if not fits_vocabulary(checkpoint, network, tokenizer):
             raise ValueError(
-                f"{checkpoint.source} has a vocabulary of {sizes['vocab_size']} ids, the tokenizer"
+                f"{checkpoint.source} has a vocabulary of {network.vocab_size} ids, the tokenizer"
                 f" {config.data.tokenizer_name_or_path} of {tokenizer.vocab_size} (mask included);"
                 " set data.tokenizer_name_or_path to the one it was trained with"
             )
-    else:
-        sizes = {
-            "vocab_size": tokenizer.vocab_size,
-            "hidden_size": model.hidden_size,
-            "cond_dim": model.cond_dim,
-            "n_blocks": model.n_blocks,
-            "n_heads": model.n_heads,
-            "adaln": algorithms.get_algorithm(config.algo.name).noise or model.adaln,
-        }
-    sizes["dropout"] = model.dropout
-    return DiT(
-        **sizes,
-        attn_backend=model.attn_backend,
-        compile=model.compile,
-        activation_checkpointing=model.activation_checkpointing,
-    )
+        try:
+            network.check_length(model.length)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.source}: {error}") from None
+        return network
+    sizes = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": model.hidden_size,
+        "n_blocks": model.n_blocks,
+        "n_heads": model.n_heads,
+    }
+    if config.algo.backbone == "llama":
+        own = ("n_kv_heads", "head_dim", "ffn_size", "rope_theta", "rms_norm_eps")
+        own = (*own, "qk_norm", "qkv_bias", "tied")
+        return Llama(**sizes, **{name: getattr(model, name) for name in own}, **options)
+    adaln = algorithms.get_algorithm(config.algo.name).noise or model.adaln
+    return DiT(**sizes, cond_dim=model.cond_dim, adaln=adaln, **options)
 
 
 def build_objective(config: Config, mask_id: int) -> Objective:
@@ -100,7 +129,7 @@ def build_objective(config: Config, mask_id: int) -> Objective:
 
 
 def build_module(
-    config: Config, backbone: DiT, tokenizer: Tokenizer, version: int = VERSION
+    config: Config, backbone: Network, tokenizer: Tokenizer, version: int = VERSION
 ) -> Diffusion:
     """version: of the random streams; a run goes on with the one it began with."""
     algo, training = config.algo, config.training
@@ -119,7 +148,7 @@ def build_module(
         pad_apart=not config.data.wrap,
         pin_memory=config.loader.pin_memory,
         health=StepHealth(training.max_bad_steps, str(local_folder(config.checkpointing.save_dir))),
-        description=description(config, tokenizer),
+        description=description(config, tokenizer, backbone),
     )
 
 
@@ -179,7 +208,7 @@ def build_counts(config: Config) -> CountLaw | None:
     return within(*(training.counts or (1, size)), size)
 
 
-def description(config: Config, tokenizer: Tokenizer) -> dict:
+def description(config: Config, tokenizer: Tokenizer, backbone: Network) -> dict:
     """What a checkpoint says about the run beside its weights."""
     about = {
         "name_or_path": config.data.tokenizer_name_or_path,
@@ -187,7 +216,10 @@ def description(config: Config, tokenizer: Tokenizer) -> dict:
         "vocab_size": tokenizer.vocab_size,
         "mask_id": tokenizer.mask_id,
     }
-    return {"config": dataclasses.asdict(config), "tokenizer": about}
+    about = {"config": dataclasses.asdict(config), "tokenizer": about}
+    if isinstance(backbone, Llama):  # which model.* need not describe
+        about["llama"] = dataclasses.asdict(backbone.shape)
+    return about
 
 
 def start_from(module: Diffusion, checkpoint: Checkpoint, config: Config) -> None:
@@ -203,7 +235,7 @@ def start_from(module: Diffusion, checkpoint: Checkpoint, config: Config) -> Non
 
 def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Checkpoint]:
     """The module with the weights of eval.checkpoint_path, averaged unless eval.disable_ema."""
-    checkpoint = read_checkpoint(config.eval.checkpoint_path)
+    checkpoint = read_weights(config, config.eval.checkpoint_path, tokenizer)
     check_as_trained(checkpoint, config, tokenizer, config.data.tokenizer_name_or_path)
     backbone = build_backbone(config, tokenizer, checkpoint)
     load_into(backbone, checkpoint, use_ema=not config.eval.disable_ema, algo=config.algo.name)
@@ -218,7 +250,7 @@ def evaluated_module(
     return build_module(config, backbone, tokenizer, streams_version(checkpoint))
 
 
-def build_shape(config: Config, backbone: DiT) -> NetworkShape:
+def build_shape(config: Config, backbone: Network) -> NetworkShape:
     """What the cost of training depends on."""
     algo, law, share = config.algo, build_counts(config), 1.0
     sizes = config.training.block_sizes or {noise_block(config): 1.0}
@@ -230,7 +262,7 @@ def build_shape(config: Config, backbone: DiT) -> NetworkShape:
         share = float(schedule(times).p.mean())
     return NetworkShape(
         algo=algo.name,
-        hidden_size=backbone.vocab_embed.embedding.shape[1],
+        hidden_size=backbone.hidden_size,
         n_blocks=len(backbone.blocks),
         vocab_size=backbone.vocab_size,
         length=config.model.length,
@@ -238,6 +270,7 @@ def build_shape(config: Config, backbone: DiT) -> NetworkShape:
         masked_share=share,
         views=config.training.views,
         sizes=config.training.block_sizes,
+        **_layers(backbone),
     )
 
 
@@ -245,6 +278,19 @@ def expected_share(law: CountLaw, size: int) -> float:
     """Of a block of `size` tokens that the law masks, on average."""
     m = torch.arange(1, size + 1)
     return float((m * law.chance(m, torch.tensor(size))).sum() / size)
+
+
+def _layers(backbone: Network) -> dict:
+    """Widths of NetworkShape that are not the DiT's."""
+    if not isinstance(backbone, Llama):
+        return {}
+    shape = backbone.shape
+    return {
+        "query_width": shape.n_heads * shape.head_dim,
+        "key_width": shape.n_kv_heads * shape.head_dim,
+        "mlp_weights": 3 * shape.hidden_size * shape.ffn_size,
+        "qk_norm": shape.qk_norm,
+    }
 
 
 def build_data(

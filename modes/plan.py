@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpointing.layouts import read_checkpoint
 from models.recomputing import Recompute
-from modes.build import build_backbone, build_shape, build_tokenizer
+from modes.build import build_backbone, build_shape, build_tokenizer, read_weights
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
 from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak
@@ -28,6 +27,9 @@ KNOWN = {"H100 (bf16, 989 TFLOP/s)": 989e12, "A100 (bf16, 312 TFLOP/s)": 312e12}
 # q, k, v, the MLP's hidden layer before and after its gelu, dropout masks) and what is made on the
 # way: fitted to peaks of bamdlm and mdlm, model=small in bf16 on an H100, model=tiny in float32.
 KEPT = {2: 62, 4: 120}
+# The same of models/llama.py, per unit of width, of the heads, of their norm and of the MLP: what
+# autograd saves, counted, times what the DiT's peaks are above its count (1.3 in float32, 1.13).
+KEPT_LLAMA = {2: (30, 11, 14, 9), 4: (31, 26, 21, 21)}
 KEPT_COMPILED = 0.7  # of that
 INPUT = 4  # bytes kept likewise of a layer that is made again: the residual stream, in float32
 
@@ -63,7 +65,7 @@ def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0)
     again = Recompute(config.model.activation_checkpointing).layers(shape.n_blocks)
     # the last layer keeps little more than its keys and values, and the rows that are read
     last = (loader.batch_size * shape.read) / rows
-    kept = KEPT[size] * (KEPT_COMPILED if config.model.compile else 1)
+    kept = kept_per_width(shape, size) * (KEPT_COMPILED if config.model.compile else 1)
     cost = flops(shape)
     logits = CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR
     sequences = float(trainer.max_steps) * loader.global_batch_size
@@ -92,6 +94,16 @@ def most_kept(layers: int, again: list[int], kept: float, last: float) -> float:
         if number < layers - 1:
             of_all -= INPUT if number in again else kept
     return most
+
+
+def kept_per_width(shape: NetworkShape, size: int) -> float:
+    """Bytes per row, layer and unit of width, with products of `size` bytes a number."""
+    if shape.mlp_weights is None:
+        return KEPT[size]
+    of_width, of_heads, of_norm, of_mlp = KEPT_LLAMA[size]
+    heads = shape.query_width * (of_heads + of_norm * shape.qk_norm)
+    mlp = of_mlp * shape.mlp_weights / (3 * shape.hidden_size)
+    return of_width + (heads + mlp) / shape.hidden_size
 
 
 def report(made: Plan, peak: float | None) -> str:
@@ -128,8 +140,8 @@ def duration(hours: float) -> str:
 def prepare(config: Config) -> Callable[[], None]:
     """mode=plan: nothing is read but the tokenizer, and nothing is trained."""
     trainer, start = config.trainer, config.training.from_pretrained
-    checkpoint = read_checkpoint(start) if config.algo.backbone == "hf_dit" else None
-    tokenizer = build_tokenizer(config)
+    tokenizer, asks = build_tokenizer(config), config.algo.backbone != "dit" and start is not None
+    checkpoint = read_weights(config, start, tokenizer) if asks else None
     with torch.device("meta"):
         backbone = build_backbone(config, tokenizer, checkpoint)
     parameters = sum(p.numel() for p in backbone.parameters())

@@ -6,7 +6,7 @@ import lightning as L
 
 import settings
 from checkpointing.as_trained import check_as_trained, streams_version
-from checkpointing.layouts import Checkpoint, read_checkpoint, section
+from checkpointing.layouts import Checkpoint, section
 from dataloader import DataModule
 from evaluation.table import check_likelihoods, check_training, parse_likelihood
 from modes.build import (
@@ -15,6 +15,7 @@ from modes.build import (
     build_module,
     build_shape,
     build_tokenizer,
+    read_weights,
     start_from,
 )
 from objectives.algorithms import get_algorithm
@@ -41,11 +42,12 @@ def prepare(config: Config) -> Callable[[], None]:
     check_validation(config)
     saved = steps_in(checkpoint_folder(config.checkpointing))
     resume, start = resume_point(config), config.training.from_pretrained
-    pretrained = read_checkpoint(start) if start and resume is None else None
     tokenizer = build_tokenizer(config)
+    begins = start is not None and resume is None
+    pretrained = read_weights(config, start, tokenizer) if begins else None
     if begin := resume or pretrained:
         check_as_trained(begin, config, tokenizer, config.data.tokenizer_name_or_path)
-    backbone = build_backbone(config, tokenizer, pretrained)
+    backbone = build_backbone(config, tokenizer, resume or pretrained)
     version = VERSION if resume is None else streams_version(resume)
     module = build_module(config, backbone, tokenizer, version)
     if pretrained is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.compiling import compiled, compiling
-from models.dit import products_dtype, widened
+from models.network import products, products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 CHUNK_LOGITS_ACCELERATOR = 1 << 28  # small matrices leave a GPU idle
@@ -78,13 +78,12 @@ def head_loss(
     row: Tensor | None = None,
 ) -> HeadLoss:
     """`kernel` on the logits of hidden [M, E]; targets, factors and each of kernel_rows are [M];
-    sigma [B] and row [M] as for `DiT.features`."""
+    sigma [B] and row [M] as for `Network.features`."""
     features = backbone.features(hidden, sigma, row)
-    linear = backbone.output_layer.linear
     total, losses = _ChunkedHead.apply(
         features,
-        linear.weight,
-        linear.bias,
+        backbone.head_weight,
+        backbone.head_bias,
         targets,
         factors,
         kernel,
@@ -100,7 +99,8 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, targets, factors, kernel, kernel_rows, training):
         dtype = products_dtype(features)
-        x, w, b = (given.to(dtype) for given in (features, weight, bias))
+        x, w = features.to(dtype), weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
         if dtype.itemsize == 2 and w.device.type != "cpu":
             w, b = widened(w, b)  # by zeros, whose logits and gradients are 0
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
@@ -109,13 +109,13 @@ class _ChunkedHead(torch.autograd.Function):
         if training and any(ctx.needs_input_grad[:3]):
             # times a constant near 1, so that 1 / (B L) is not lost in half precision
             unit = factors.sum().clamp_min(torch.finfo(torch.float32).tiny) / max(len(x), 1)
-            gradients = _Gradients(x, w, (factors / unit)[:, None])
+            gradients = _Gradients(x, w, (factors / unit)[:, None], bias is not None)
         size = _chunk_rows(len(x), w)
         logits = torch.empty(min(size, len(x)), len(w), dtype=dtype, device=x.device)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
             chunk = logits[: len(x[part])]
-            torch.addmm(b, x[part], w.t(), out=chunk)
+            products(x[part], w, b, out=chunk)
             rows = (r[part] for r in kernel_rows)
             real = chunk[:, : len(weight)]
             losses[part] = kernel(real, targets[part], gradients is not None, *rows)
@@ -124,7 +124,7 @@ class _ChunkedHead(torch.autograd.Function):
         if gradients is not None:
             # kept on ctx, not saved, so that backward may scale them where they are
             ctx.gradients = [
-                d[: len(like)].to(like.dtype)
+                None if d is None else d[: len(like)].to(like.dtype)
                 for d, like in zip(gradients.sums(), (features, weight, bias), strict=True)
             ]
             ctx.unit = unit
@@ -136,25 +136,30 @@ class _ChunkedHead(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of head_loss are given out once: no second backward")
         gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_(gradients, d_total * ctx.unit)
+        made = [d for d in gradients if d is not None]
+        torch._foreach_mul_(made, d_total * ctx.unit)
         return (*gradients, None, None, None, None, None)
 
 
 class _Gradients:
-    """Gradients of sum(factor * losses) with respect to x [M, E], w [V, E] and the bias [V]."""
+    """Gradients of sum(factor * losses) with respect to x [M, E], w [V, E] and the bias [V], if
+    there is one."""
 
-    def __init__(self, x: Tensor, w: Tensor, factors: Tensor):
+    def __init__(self, x: Tensor, w: Tensor, factors: Tensor, biased: bool):
         self.x, self.w, self.factors = x, w, factors
         self.scaled = x * factors.to(x.dtype)
         self.d_x = torch.empty_like(x)
         self.d_w: Tensor | None = None
-        self.d_b = torch.zeros(len(w), dtype=torch.float32, device=w.device)
+        self.d_b = None
+        if biased:
+            self.d_b = torch.zeros(len(w), dtype=torch.float32, device=w.device)
 
     def add(self, part: slice, d_logits: Tensor) -> None:
         """The chunk `part` of the rows, d_logits [m, V]."""
         torch.mm(d_logits, self.w, out=self.d_x[part])
         pulled, scaled = d_logits.t(), self.scaled[part]
-        self.d_b += torch.mv(pulled, self.factors[part, 0].to(d_logits.dtype))
+        if self.d_b is not None:
+            self.d_b += torch.mv(pulled, self.factors[part, 0].to(d_logits.dtype))
         if self.d_w is None:
             self.d_w = torch.mm(pulled, scaled).float()
         elif d_logits.dtype == torch.float32:
@@ -162,7 +167,7 @@ class _Gradients:
         else:
             self.d_w += torch.mm(pulled, scaled)
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.d_w is None:
             self.d_w = torch.zeros_like(self.w, dtype=torch.float32)
         return self.d_x.mul_(self.factors), self.d_w, self.d_b

@@ -6,6 +6,7 @@ What is estimated here is far below what a run takes: a run that may fit is neve
 import os
 from collections.abc import Iterator
 
+from settings.defaults import sized_by_checkpoint
 from settings.schema import Config
 
 GIB = 1 << 30
@@ -74,21 +75,41 @@ def _processes(config: Config) -> Iterator[tuple[str, int]]:
 def _network(config: Config) -> Iterator[tuple[str, int]]:
     """(words, least bytes) of the weights."""
     model = config.model
-    if config.mode == "prepare" or config.algo.backbone != "dit":
+    if config.mode == "prepare" or sized_by_checkpoint(config):
+        return
+    if config.algo.backbone == "llama":
+        yield from _llama(config)
         return
     weights = model.n_blocks * model.hidden_size * (12 * model.hidden_size + model.cond_dim)
-    trained = config.mode == "train" and config.strategy.name != "fsdp"
     yield (
         f"model.n_blocks={model.n_blocks} layers of model.hidden_size={model.hidden_size} and"
         f" model.cond_dim={model.cond_dim}, {weights:,} weights,",
-        weights * (TRAINED_WEIGHT if trained else WEIGHT),
+        weights * _bytes(config),
     )
+
+
+def _llama(config: Config) -> Iterator[tuple[str, int]]:
+    model = config.model
+    heads = 2 * (model.n_heads + model.n_kv_heads) * (model.head_dim or 1)
+    weights = model.n_blocks * model.hidden_size * (heads + 3 * model.ffn_size)
+    yield (
+        f"model.n_blocks={model.n_blocks} layers of model.hidden_size={model.hidden_size},"
+        f" model.n_heads={model.n_heads}, model.head_dim={model.head_dim} and"
+        f" model.ffn_size={model.ffn_size}, {weights:,} weights,",
+        weights * _bytes(config),
+    )
+
+
+def _bytes(config: Config) -> int:
+    """Of a weight, at least."""
+    trained = config.mode == "train" and config.strategy.name != "fsdp"
+    return TRAINED_WEIGHT if trained else WEIGHT
 
 
 def _batches(config: Config) -> Iterator[tuple[str, int]]:
     """(words, least bytes) of what passes through the network at once, and of lists of rows."""
     model, loader, sampling = config.model, config.loader, config.sampling
-    width = model.hidden_size if config.algo.backbone == "dit" else 1
+    width = 1 if sized_by_checkpoint(config) else model.hidden_size
     rows = {}  # and bytes per token
     if config.mode == "sample_eval":
         count, size = sampling.num_sample_batches, sampling.batch_size

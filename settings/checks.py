@@ -14,6 +14,7 @@ from settings.composing import read
 from settings.defaults import (
     has_package,
     needs_block_mask,
+    sized_by_checkpoint,
     started_by_torchrun,
     torch_version,
     visible_gpus,
@@ -123,12 +124,25 @@ def network(config: Config) -> Iterator[str]:
     model, algo = config.model, config.algo
     if model.length % config.block_size:
         yield f"block_size={config.block_size} does not divide model.length={model.length}"
+    if algo.backbone == "llama" and algo.time_conditioning:
+        yield (
+            f"algo.backbone=llama takes no noise level, and algo={algo.name} tells it to its"
+            " network: set algo.time_conditioning=False, or use algo.backbone=dit"
+        )
     size, heads = f"model.hidden_size={model.hidden_size}", f"model.n_heads={model.n_heads}"
     width, rest = divmod(model.hidden_size, model.n_heads)
     if algo.backbone == "dit" and rest:
         yield f"{size} is not a multiple of {heads}"
     elif algo.backbone == "dit" and width % 2:
         yield f"{size} / {heads} is odd: rotary positions need an even width per head"
+    elif algo.backbone == "llama" and not sized_by_checkpoint(config):
+        if model.head_dim is None:
+            yield f"{size} is not a multiple of {heads}: set model.head_dim"
+        elif model.head_dim % 2:
+            odd = f"model.head_dim={model.head_dim} (null: hidden_size / n_heads) is odd"
+            yield f"{odd}: rotary positions need an even width per head"
+        if model.n_heads % model.n_kv_heads:
+            yield f"{heads} is not a multiple of model.n_kv_heads={model.n_kv_heads}"
 
 
 def algorithm(config: Config) -> Iterator[str]:

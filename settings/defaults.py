@@ -11,6 +11,7 @@ from settings.tables import algorithms, attention_backends
 from utils import whole_number
 
 TRAINS = ("train", "plan", "prepare")  # modes that read the settings of training
+EVALUATES = ("ppl_eval", "sample_eval", "demo")  # modes that read eval.checkpoint_path
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 OF_SIZES = (
     "exact",
@@ -58,8 +59,26 @@ def fill(config: Config) -> None:
     _set(sampling, batch_size=loader.eval_batch_size)
     if "steps" in _entry(config).get("can", ()):
         _set(sampling, steps="first_hitting" if sampling.first_hitting else "ancestral")
+    _set(config.model, dropout=0.0 if config.algo.backbone == "llama" else 0.1)
+    if config.algo.backbone == "llama":
+        _fill_llama(config)
     if config.model.attn_backend == "auto":
         config.model.attn_backend = _attn_backend(config) if gpu else "sdpa"
+
+
+def _fill_llama(config: Config) -> None:
+    model = config.model
+    _set(model, n_kv_heads=model.n_heads, ffn_size=-(-model.hidden_size * 8 // 3 // 64) * 64)
+    if model.n_heads > 0 and model.hidden_size % model.n_heads == 0:  # else a check says so
+        _set(model, head_dim=model.hidden_size // model.n_heads)
+
+
+def sized_by_checkpoint(config: Config) -> bool:
+    """Whether the sizes of the network are those of a checkpoint, and model.* has no say."""
+    starts = config.mode in ("train", "plan") and config.training.from_pretrained is not None
+    evaluates = config.mode in EVALUATES
+    of_file = config.algo.backbone == "hf_dit"
+    return of_file or (config.algo.backbone == "llama" and (starts or evaluates))
 
 
 def _set(section: object, **values) -> None:
@@ -105,7 +124,9 @@ def _attn_backend(config: Config) -> str:
     """The fastest on a GPU that can do what the algorithm needs."""
     backends, model = attention_backends(), config.model
     if needs_block_mask(config):
-        wide = model.hidden_size >= backends["flex"]["least_head_width"] * model.n_heads
+        heads = max(model.n_heads, 1)
+        width = model.hidden_size // heads if model.head_dim is None else model.head_dim
+        wide = width >= backends["flex"]["least_head_width"]
         return "flex" if wide else "sdpa"
     half = config.trainer.precision.startswith(("bf16", "16"))
     one_text = config.data.wrap and config.data.pack == "wrap"

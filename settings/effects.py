@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from settings.run_folder import EVALUATES
+from settings.defaults import EVALUATES, sized_by_checkpoint
 from settings.schema import Config
 from settings.tables import (
     algorithms,
@@ -13,6 +13,12 @@ from settings.tables import (
     step_rules,
 )
 
+SIZES = ("hidden_size", "n_blocks", "n_heads")  # of model.*, and of one network alone:
+OF_DIT = ("cond_dim", "adaln")
+OF_LLAMA = (
+    *("n_kv_heads", "head_dim", "ffn_size", "rope_theta", "rms_norm_eps"),
+    *("qk_norm", "qkv_bias", "tied"),
+)
 DRAWN_IN_TRAINING = (  # of training.*
     *("sampling_eps_min", "sampling_eps_max", "resample"),
     *("noise", "counts", "count_law", "views"),
@@ -59,6 +65,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
                 yield f"{key} has no effect: training.noise=counts draws no times"
     yield from _recomputing(config, typed)
+    yield from _network(config, typed)
     yield from _algorithm(config)
     yield from _data(config)
 
@@ -73,6 +80,21 @@ def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
             yield f"{key} has no effect: mode={config.mode} has no backward pass"
     elif model.compile and trainer.accelerator == "gpu" and trainer.num_nodes == 1:
         yield f"{key}={value}: steps are not replayed as CUDA graphs, as they are with none"
+
+
+def _network(config: Config, typed: Collection[str]) -> Iterator[str]:
+    """Sizes that nobody reads: of the other network, or with those of a checkpoint."""
+    backbone, sized = config.algo.backbone, sized_by_checkpoint(config)
+    for key in sorted(typed):
+        name = key.removeprefix("model.")
+        if name == key or config.mode in ("demo", "prepare"):
+            continue
+        if sized and name in (*SIZES, *OF_DIT, *OF_LLAMA):
+            yield f"{key} has no effect: algo.backbone={backbone} takes sizes from the checkpoint"
+        elif backbone == "llama" and name in OF_DIT:
+            yield f"{key} has no effect: algo.backbone=llama takes no noise level"
+        elif backbone == "dit" and name in OF_LLAMA:
+            yield f"{key} has no effect without algo.backbone=llama"
 
 
 def _demo(typed: Collection[str]) -> Iterator[str]:
@@ -106,7 +128,7 @@ def _training(config: Config) -> Iterator[str]:
 def _algorithm(config: Config) -> Iterator[str]:
     algo, training = config.algo, config.training
     noise = algorithms()[algo.name]["noise"]
-    if config.model.adaln and noise:
+    if config.model.adaln and noise and algo.backbone != "llama":
         yield f"model.adaln=True has no effect: algo={algo.name} always modulates"
     if algo.fix_clipping and not algo.clip_search_widths:
         yield "algo.fix_clipping=True has no effect: algo.clip_search_widths is empty"

@@ -6,16 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from settings.defaults import has_user_cache, user_cache
+from settings.defaults import EVALUATES, has_user_cache, user_cache
 from settings.keys import LEAVES, get
 from settings.overrides import nearest
-from settings.run_folder import EVALUATES, local_folder
+from settings.run_folder import local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
 from utils import ALPHABET, matching_files, read_json, reason, visible_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".gguf")
 HF_DIT = "algo.backbone=hf_dit needs an exported folder or a hub id"
 FILES_MADE = ("sampling.logdir", "sampling.trajectory")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*(@[\w./-]+)?)?")

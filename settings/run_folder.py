@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from settings.defaults import PRECISIONS, WARMUP, default_warmup
+from settings.defaults import EVALUATES, PRECISIONS, WARMUP, default_warmup
 from settings.keys import LEAVES, get, put
 from settings.schema import Config
 from utils import read_json, write_json
 
 OUTPUTS = Path("outputs")
 SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
-EVALUATES = ("ppl_eval", "sample_eval", "demo")  # modes that read eval.checkpoint_path
 RUN_FOLDER = "<run folder>"  # stands for ${cwd:} until place(), since it depends on other settings
 # What else a value is called in the authors' checkpoints.
 SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
@@ -53,6 +52,14 @@ LATER = {
     "training.block_sizes": None,
     "optim.name": "adamw",
     "optim.momentum": None,
+    "model.n_kv_heads": None,
+    "model.head_dim": None,
+    "model.ffn_size": None,
+    "model.rope_theta": 1e4,
+    "model.rms_norm_eps": 1e-6,
+    "model.qk_norm": False,
+    "model.qkv_bias": False,
+    "model.tied": True,
 }
 # They decide which intervals the clip search compares, what a law of counts is learnt from, and
 # when.
@@ -148,7 +155,7 @@ def write_settings(config: Config) -> Path:
 def take_newest_checkpoint(config: Config) -> list[str]:
     """Sets eval.checkpoint_path where the mode needs one and none is given; the note that says so,
     or none."""
-    needed = config.mode in EVALUATES and config.algo.backbone == "dit"
+    needed = config.mode in EVALUATES and config.algo.backbone != "hf_dit"
     if not needed or config.eval.checkpoint_path is not None:
         return []
     config.eval.checkpoint_path = found = newest_checkpoint(config)
@@ -156,23 +163,25 @@ def take_newest_checkpoint(config: Config) -> list[str]:
 
 
 def newest_checkpoint(config: Config) -> str | None:
-    """The checkpoint written last by a run of the same algorithm: in the run folder, where it is
-    another than run_dir's, or else under outputs/. None where there is none."""
+    """The checkpoint written last by a run of the same algorithm and network: in the run folder,
+    where it is another than run_dir's, or else under outputs/. None where there is none."""
     own = local_folder(config.checkpointing.save_dir)
-    if own != run_dir(config) and (found := _newest(config.algo.name, own.glob(SETTINGS))):
+    if own != run_dir(config) and (found := _newest(config, own.glob(SETTINGS))):
         return found
     outputs = (*OUTPUTS.glob(f"*/{SETTINGS}"), *OUTPUTS.glob(f"*/*/{SETTINGS}"))
-    return _newest(config.algo.name, outputs)
+    return _newest(config, outputs)
 
 
-def _newest(algorithm: str, runs: Iterable[Path]) -> str | None:
+def _newest(config: Config, runs: Iterable[Path]) -> str | None:
     """Of runs, by their settings.json."""
     found = []
     for path in runs:
         try:
-            theirs = read_json(path)["algo.name"]
-        except (ValueError, KeyError, TypeError, OSError):
+            theirs = read_json(path)
+            same = theirs["algo.name"] == config.algo.name
+            llama = theirs.get("algo.backbone") == "llama"
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             continue  # not written by write_settings
-        if theirs == algorithm:
+        if same and llama == (config.algo.backbone == "llama"):
             found += path.parent.glob("checkpoints/*.ckpt")
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None

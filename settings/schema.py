@@ -317,7 +317,9 @@ class Data:
 class Algo:
     name: str = doc("algorithm; choose it with algo=NAME", one_of(*tables.algorithms()))
     backbone: str = doc(
-        "network: dit from model.*, hf_dit from an exported folder or hub", one_of("dit", "hf_dit")
+        "network: dit from model.*; hf_dit from an exported folder or hub; llama (Llama, Qwen, "
+        "Mistral, SmolLM2) from a checkpoint where there is one, else from model.*",
+        one_of("dit", "hf_dit", "llama"),
     )
     parameterization: str = doc(
         "what the logits mean; fixed by the algorithm", one_of(*_values("parameterization"))
@@ -354,7 +356,7 @@ class Model:
     length: int = doc("tokens of a sequence", "at least 1")
     n_blocks: int = doc("number of layers", "at least 1 and at most 1000")
     n_heads: int = doc("attention heads per layer", "at least 1")
-    dropout: float = doc("dropout probability", "in [0, 1)")
+    dropout: float | None = doc("dropout probability; null: 0.1, llama: 0", "in [0, 1)")
     adaln: bool = doc("for algo=ar: modulate the layers by a noise level, as the others do")
     attn_backend: str = doc(
         "implementation of attention; auto: the fastest that suits algorithm and machine",
@@ -367,6 +369,22 @@ class Model:
         one_of(*tables.activation_checkpointing()),
         default="none",
     )
+    n_kv_heads: int | None = doc(
+        "llama: heads of keys and values, a divisor of n_heads; null: n_heads", "at least 1"
+    )
+    head_dim: int | None = doc(
+        "llama: width of a head, even; null: hidden_size / n_heads",
+        "at least 1 and at most 1000000",
+    )
+    ffn_size: int | None = doc(
+        "llama: inner width of the MLP; null: 8/3 of hidden_size, up to a multiple of 64",
+        "at least 1 and at most 1000000",
+    )
+    rope_theta: float = doc("llama: base of the rotary positions", "above 0")
+    rms_norm_eps: float = doc("llama: added to the mean square in norms", "above 0")
+    qk_norm: bool = doc("llama: normalise queries and keys, as Qwen3 does")
+    qkv_bias: bool = doc("llama: biases of queries, keys and values, as Qwen2 has them")
+    tied: bool = doc("llama: the embedding is the head's weight too")
 
 
 @dataclass

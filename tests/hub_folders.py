@@ -68,3 +68,70 @@ def same_weights(checkpoint, tensors):
         assert torch.equal(value, tensors[f"backbone.{name}"])
     net = network(checkpoint)
     load_into(net, checkpoint, use_ema=True, algo=checkpoint.algo)
+
+
+# Models of transformers with random weights: {name: (architecture, changes to config.json)}
+SIZES = {
+    "vocab_size": 29,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "head_dim": 8,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+TRANSFORMERS = {
+    "llama": ("Llama", {}),
+    "llama, one head of keys, tied": (
+        "Llama",
+        {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "llama, all heads, wide": ("Llama", {"num_key_value_heads": 4, "head_dim": 12}),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama, linear rope": ("Llama", {"rope_parameters": LINEAR}),
+    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True, "head_dim": None}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 1e-5}),
+    "qwen3, biases, tied": ("Qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral, long window": ("Mistral", {"sliding_window": 4096}),
+}
+
+
+def transformers_model(name):
+    """The model by its name in TRANSFORMERS; every weight is random, norms and biases too."""
+    import transformers
+
+    family, changes = TRANSFORMERS[name]
+    given = {k: v for k, v in {**SIZES, **changes}.items() if k != "head_dim" or v is not None}
+    config = getattr(transformers, f"{family}Config")(**given)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if "norm" in key else 0.0, 0.2)
+    return model
+
+
+def saved(folder, model, **changes):
+    """Its folder as transformers writes it, with changes to config.json; None takes a key out."""
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    kept = {key: value for key, value in config.items() if value is not None or key not in changes}
+    path.write_text(json.dumps(kept))
+    return folder

@@ -5,6 +5,7 @@ from conftest import load, load_json
 
 from evaluation.estimators import AskedTexts
 from models.dit import DiT
+from models.llama import Llama
 
 MANIFEST = load_json("manifest.json")
 MASK = MANIFEST["mask_index"]
@@ -120,3 +121,23 @@ def texts_of(x0, vocabulary, block_size=None):
     return AskedTexts(
         x0, torch.ones_like(x0, dtype=torch.bool), block_size or x0.shape[1], vocabulary
     )
+
+
+def small_llama(vocab_size=7, *, seed=0, compile=False, **changes) -> Llama:
+    """A network of models/llama.py with everything that one can have, every weight random."""
+    shape = {
+        "hidden_size": 16,
+        "n_blocks": 3,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 8,
+        "ffn_size": 20,
+        "qk_norm": True,
+        "qkv_bias": True,
+    }
+    net = Llama(vocab_size=vocab_size, compile=compile, **(shape | changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return net.eval()

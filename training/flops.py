@@ -33,6 +33,11 @@ class NetworkShape:
     masked_share: float = 0.5  # of the tokens, on average: the mean of p(t)
     views: int = 1  # noised versions of a sequence that share its clean half
     sizes: dict[int, float] | None = None
+    # of a layer; None: the DiT's
+    query_width: int | None = None  # of all heads
+    key_width: int | None = None  # of keys, and of values
+    mlp_weights: int | None = None
+    qk_norm: bool = False
 
     @property
     def causal(self) -> bool:
@@ -93,13 +98,15 @@ def seen_pairs(shape: NetworkShape) -> tuple[float, float]:
 
 
 def flops(shape: NetworkShape) -> Flops:
-    width = shape.hidden_size
-    square, length = 2 * width**2, shape.length
+    width, length = shape.hidden_size, shape.length
     rows = length * shape.parts
     inner, last = seen_pairs(shape)
-    layer = 12 * square * rows  # 3 of q, k, v, 1 after attention, 8 of the MLP
-    last_layer = square * (2 * rows + shape.views * length + 9 * shape.read)
-    per_pair = 4 * width  # q k^T and the weighted sum
+    queries = width * (shape.query_width or width)  # weights; as many after attention
+    keys = 2 * width * (shape.key_width or width)
+    mlp = shape.mlp_weights or 8 * width**2
+    layer = 2 * (2 * queries + keys + mlp) * rows
+    last_layer = 2 * (keys * rows + queries * shape.views * length + (queries + mlp) * shape.read)
+    per_pair = 4 * (shape.query_width or width)  # q k^T and the weighted sum
     return Flops(
         layers=(shape.n_blocks - 1) * layer + last_layer,
         attention=per_pair * ((shape.n_blocks - 1) * inner + last),

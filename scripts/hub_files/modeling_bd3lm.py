@@ -48,7 +48,7 @@ class BD3LM(Network):
         own = ("input_ids", "num_samples", "max_length")
         params = self._params(len(input_ids), length).changed(own, seed=seed, **params)
         requests = [TextRequest(i, tuple(row)) for i, row in enumerate(input_ids.tolist())]
-        device = self.backbone.vocab_embed.embedding.device
+        device = self.backbone.embeddings.device
         texts = torch.full((len(requests), params.length), params.eos_id)
         training = self.training
         self.eval()

@@ -9,6 +9,7 @@ from tools import refused
 
 import settings
 from checkpointing.layouts import read_checkpoint
+from checkpointing.load import build_backbone_args
 from modes import build
 from scripts import inspect_checkpoint
 from training.resuming import check_resumable
@@ -283,7 +284,7 @@ def test_nothing_reads_it(change, message, good, run_of_it):
 
     def read():
         checkpoint = read_checkpoint(path)
-        build.build_backbone_args(checkpoint)
+        build_backbone_args(checkpoint)
         build.load_into(run_of_it[0].backbone, checkpoint, use_ema=True, algo="bamdlm")
 
     refused(read, path, message)

@@ -159,7 +159,7 @@ from checkpointing.layouts import Checkpoint
 from data.tokenizer import get_tokenizer
 
 def outcome(trained, words):
-    model = {} if trained is None else {"qk_norm": trained}
+    model = {} if trained is None else {"post_norm": trained}
     config = {"algo": {"name": "mdlm"}, "model": model}
     weights = Checkpoint(
         "x.ckpt", "lightning", ("mdlm",), config, {}, raw={"sampler": {"examples_seen": 1}}
@@ -171,7 +171,7 @@ def outcome(trained, words):
         return str(error)
     return here and settings.differences(here, config)
 
-on, off = ["model.qk_norm=true"], ["model.qk_norm=false"]
+on, off = ["model.post_norm=true"], ["model.post_norm=false"]
 print(json.dumps({
     "on as on": outcome(True, on),
     "off as on": outcome(False, on),
@@ -195,7 +195,7 @@ def test_a_new_flag_of_the_network_is_compared_without_further_work(tmp_path):
         shutil.copy(path, copy)
     schema = copy / "settings/schema.py"
     line = '    compile: bool = doc("compile the layers'
-    flag = '    qk_norm: bool = doc("normalise queries and keys", default=False)\n'
+    flag = '    post_norm: bool = doc("normalise after attention", default=False)\n'
     assert schema.read_text().count(line) == 1
     schema.write_text(schema.read_text().replace(line, flag + line))
     code, text = in_a_copy(copy, SCRIPT)
@@ -204,8 +204,8 @@ def test_a_new_flag_of_the_network_is_compared_without_further_work(tmp_path):
     for same in ("on as on", "absent as off"):
         assert found[same] == []
     assert found["off in a notebook"] is None
-    assert "trained with model.qk_norm=False, here it is True" in found["off as on"]
-    assert "trained with model.qk_norm=False, here it is True" in found["absent as on"]
-    assert "trained with model.qk_norm=True, here it is False" in found["on as off"]
-    assert "give model.qk_norm=True" in found["on as off"]
-    assert "trained with model.qk_norm=True, here it is False" in found["on in a notebook"]
+    assert "trained with model.post_norm=False, here it is True" in found["off as on"]
+    assert "trained with model.post_norm=False, here it is True" in found["absent as on"]
+    assert "trained with model.post_norm=True, here it is False" in found["on as off"]
+    assert "give model.post_norm=True" in found["on as off"]
+    assert "trained with model.post_norm=True, here it is False" in found["on in a notebook"]

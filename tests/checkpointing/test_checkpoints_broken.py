@@ -238,7 +238,7 @@ BROKEN = {
     "config of a list": (hub(config="[1]"), "holds a list, not a JSON object"),
     "another model type": (
         hub(config={**CONFIG, "model_type": "gpt2"}),
-        "model_type='gpt2'; this project reads",
+        "model_type='gpt2' and architectures=.*; this project reads",
     ),
     "another algo in config": (hub(config={**CONFIG, "algo": "x"}), "algo=x; known"),
     "config of another size": (

@@ -16,7 +16,7 @@ from networks import GRADIENTS, assert_within, small, texts
 from torch.nn.attention.flex_attention import flex_attention
 
 import settings
-from models import cache, denoiser, dit
+from models import cache, denoiser, network
 from models.attention import (
     LARGE_TILES,
     SMALL_TILES,
@@ -49,7 +49,7 @@ def traced(monkeypatch):
     graphs.backend = backend
 
     plain = torch.compile
-    monkeypatch.setattr(dit.torch, "compile", functools.partial(plain, backend=backend))
+    monkeypatch.setattr(network.torch, "compile", functools.partial(plain, backend=backend))
     yield graphs
     torch._dynamo.reset()
 
@@ -195,8 +195,8 @@ def test_what_stands_around_the_blocks_is_the_same_compiled(traced):
                 for ours, plain in zip(places(*given), cache._places(*given), strict=True):
                     assert torch.equal(ours, plain)
         begin = (net.vocab_embed, net.rotary_emb, tokens, torch.arange(4)[None] + 8)
-        ours, *angles = compiled.__wrapped__(dit._begin)(*begin)
-        plain, *wanted = dit._begin(*begin)
+        ours, *angles = compiled.__wrapped__(network._begin)(*begin)
+        plain, *wanted = network._begin(*begin)
         assert torch.equal(ours, plain)
         assert_within(torch.stack(angles), torch.stack(wanted), 1e-6)
         hidden = net.hidden(tokens, attention_mask=Full()).flatten(0, 1)

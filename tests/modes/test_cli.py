@@ -58,7 +58,11 @@ WRONG = [
         ["data=shakespear"],
         "data=shakespear does not exist. Did you mean shakespeare?",
     ),
-    (TRAIN, ["model=huge"], "model=huge does not exist. Choices: medium, small, tiny"),
+    (
+        TRAIN,
+        ["model=huge"],
+        "model=huge does not exist. Choices: llama-135m, llama-tiny, medium, small, tiny",
+    ),
     (TRAIN, ["algo=[mdlm]"], "algo=['mdlm'] must be one of: ar, bamdlm"),
     (TRAIN, ["~algo"], "algo=None does not exist. Choices: ar, bamdlm"),
     (TRAIN, ["callbacks=[checkpoint]"], "callbacks=checkpoint does not exist."),

@@ -3,17 +3,19 @@
 import csv
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import small, texts
+from networks import small, small_llama, texts
 from torch.utils.flop_counter import FlopCounterMode
 
 import settings
 from models.masks import BlockDiffusion, Causal, Full
 from modes import plan as plan_mode
+from modes.build import _layers
 from modes.plan import plan, report
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
@@ -66,11 +68,16 @@ def test_pairs_of_ar_are_causal():
     assert int(Full().allowed(index[:, None], index[None], 24).sum()) == 24**2
 
 
+NETWORKS = {"dit": {"hidden_size": 16}, "llama": {"hidden_size": 24, "ffn_size": 40}}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm", "ar"])
-def test_the_flop_model_counts_what_torch_counts(algo):
+def test_the_flop_model_counts_what_torch_counts(algo, kind):
     """Forward pass without attention, where the counter does not know what the mask leaves out."""
-    rows, length, vocab, width = 2, 32, 101, 16
-    net = small(vocab, n_blocks=3, hidden_size=width, adaln=algo != "ar")
+    rows, length, vocab, width = 2, 32, 101, NETWORKS[kind]["hidden_size"]
+    make = small_llama if kind == "llama" else partial(small, adaln=algo != "ar")
+    net = make(vocab, n_blocks=3, **NETWORKS[kind])
     x0, ones = texts(rows, length, vocab - 1), torch.ones(rows, length)
     size = 4 if algo == "bamdlm" else length
     if algo == "ar":
@@ -92,7 +99,7 @@ def test_the_flop_model_counts_what_torch_counts(algo):
         run()
     products = ("aten.mm", "aten.addmm")
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in products)
-    made = flops(NetworkShape(algo, width, 3, vocab, length, size, share))
+    made = flops(NetworkShape(algo, width, 3, vocab, length, size, share, **_layers(net)))
     assert rows * (made.layers + made.head) == pytest.approx(counted, rel=0.04)
 
 
