@@ -344,10 +344,12 @@ def check_share(config: Config, rows: int) -> None:
 
 def alignment(config: Config) -> int | None:
     """Documents that are kept apart begin at blocks, where the algorithm has them; of several sizes
-    at blocks of each."""
+    at blocks of each. In a row of one block they may begin anywhere."""
     if config.data.pack == "wrap":
         return None
-    return math.lcm(*block_sizes(config)) if needs_block_mask(config) else 1
+    if not needs_block_mask(config):
+        return 1
+    return math.lcm(*(size for size in block_sizes(config) if size < config.model.length))
 
 
 def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> TokenRows:

@@ -62,6 +62,8 @@ class Writer(Model):
         bamdlm any block_size too. ValueError where one is unknown or cannot be."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         params = self.asked({"batch_size": max(1, len(prompts))} | changes)
+        if params.block_size != self.params.block_size and self.writes == "bamdlm":
+            say_untrained(self.trained, [params.block_size])
         check(params, self.writes, infill)
         found = encode_prompts(
             prompts,
@@ -81,12 +83,11 @@ class Writer(Model):
         return Written(texts, samples, scores if judge is None else judge.score(texts))
 
     def asked(self, changes: dict) -> SamplingParams:
-        """`params` with other values; the context stays whole blocks."""
+        """`params` with other values; of blocks of another size the context is whole ones."""
         params = self.params.changed(**changes)
         size = params.block_size
         if self.writes != "bamdlm" or size < 1 or size == self.params.block_size:
             return params
-        say_untrained(self.trained, [size])
         context = changes.get("context_size", whole_blocks(params.context_size, size))
         return params.changed(context_size=context)
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
+from checkpointing.load import say_untrained
 from evaluation.brier import BrierLM, brier_lm, closed_form, continuations, cut, estimates
 from evaluation.quality import mean
 from modes import tables
@@ -30,12 +31,11 @@ from scripts.support.command import answered, chosen_device, new_parser, parsed
 from scripts.support.texts import at_least_two, cache_folder, read_texts
 from utils import write_json
 
-# --set does not take what has an option and what the network decides
-NOT_SET = (*UNTOLD, "block_size")
 NUMBERS = {
     each.name: each.type
     for each in fields(SamplingParams)
-    if each.type in (int, float, str) and each.name not in NOT_SET
+    if each.type in (int, float, str)
+    and each.name not in UNTOLD  # those have options, or nobody asks
 }
 
 
@@ -80,8 +80,12 @@ def measured(path: str, args, words) -> tuple[BrierLM, dict]:
     where = chosen_device(args.device)
     writer = load(path, device=where, cache_dir=cache_folder(words))
     changes = {"batch_size": args.batch_size, "seed": args.seed} | dict(args.set)
-    params = writer.params.changed(**changes)
+    params = writer.asked(changes)
     check(params, writer.writes)
+    if "block_size" in changes and writer.writes != "bamdlm":
+        raise ValueError(f"--set block_size: {path} holds {writer.algo} weights, without blocks")
+    if "block_size" in changes:
+        say_untrained(writer.trained, [params.block_size])
     texts = read_texts(args.reference, params.length, args.prefixes, words)
     rows = writer.tokenizer.encode_batch(texts)
     prefixes, truth = cut(rows, params.bos_id, params.length, args.seed)
@@ -90,7 +94,7 @@ def measured(path: str, args, words) -> tuple[BrierLM, dict]:
     with tqdm(total=len(prefixes) * args.draws, desc=path, disable=None) as bar:
         drawn = continuations(
             writer.writes,
-            writer.denoise,
+            writer.denoiser(params),
             prefixes,
             params,
             draws=args.draws,

@@ -28,6 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from checkpointing.layouts import fingerprint
+from checkpointing.load import say_untrained
 from evaluation.judge import Judge, load_judge
 from evaluation.quality import Figure, diversity, mean, number, perplexity
 from modes import tables
@@ -43,8 +44,8 @@ from scripts.support.picture import picture
 from scripts.support.texts import at_least_two, cache_folder, read_texts
 from utils import atomic_file, reason, say, shown, write_json
 
-# --set does not take what is part of no point, what the network decides and what has an option
-NOT_SET = (*UNTOLD, "block_size", "length", "steps", "temperature", "nucleus_p")
+# --set does not take what is part of no point and what has an option
+NOT_SET = (*UNTOLD, "length", "steps", "temperature", "nucleus_p")
 NUMBERS = {
     each.name: each
     for each in fields(SamplingParams)
@@ -196,12 +197,14 @@ def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
     """The points of a checkpoint, all checked. ValueError where one cannot be."""
     writer = load(path, device=chosen_device(args.device), cache_dir=cache_folder(words))
     length = args.length or writer.params.context_size
-    base = writer.params.changed(
-        length=length,
-        seed=args.seed,
-        batch_size=args.batch_size or args.texts,
-        nucleus_p=args.nucleus_p,
-    )
+    base = {
+        "length": length,
+        "seed": args.seed,
+        "batch_size": args.batch_size or args.texts,
+        "nucleus_p": args.nucleus_p,
+    }
+    if writer.writes == "bamdlm":
+        say_untrained(writer.trained, dict(args.set).get("block_size", ()))
     file = SampleFile(args.out / f"{name}.csv")
     file.check()
     weights = fingerprint(writer.denoise.backbone.state_dict())
@@ -211,8 +214,9 @@ def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
     found = {}
     for rule, numbers in rules(writer, length, args):
         for temperature in args.temperatures:
-            params = base.changed(temperature=temperature, **numbers)
-            model = Model(writer.algo, writer.denoise, writer.tokenizer, params, writer.device)
+            params = writer.asked({**base, "temperature": temperature, **numbers})
+            asked = writer.denoiser(params)
+            model = Model(writer.algo, asked, writer.tokenizer, params, writer.device)
             made = made_with(writer.algo, params)
             run = run_id(weights, made, params.seed, *judged_by)
             output = Output(file, run, about=about)
@@ -224,13 +228,7 @@ def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
 
 def rules(writer: Writer, length: int, args) -> Iterator[tuple[str, dict]]:
     """(name, changes of the parameters) of each way to write that the algorithm has."""
-    base, rounds, size = writer.params, 1, length
-    if writer.writes == "bamdlm":
-        size = base.block_size
-        rounds = length / size
-    elif writer.writes == "mdlm":
-        size = min(base.window, length)
-        rounds = 1 + max(0, length - size) / max(1, size // 2)
+    base = writer.params
     chosen = dict(args.set)
     follows = "steps" in SAMPLERS[writer.writes].can
     for rule in args.steps.split(",") if follows else [writer.writes]:
@@ -238,14 +236,27 @@ def rules(writer: Writer, length: int, args) -> Iterator[tuple[str, dict]]:
         read = made_with(writer.algo, base.changed(**steps))
         read = {name for name in NUMBERS if read.get(SHOWN.get(name, name)) is not None}
         grid = {name: values for name, values in chosen.items() if name in read}
-        for nfe in args.nfe or [None]:
+        blocks = [{"block_size": size} for size in grid.pop("block_size", ())] or [{}]
+        for nfe, own in itertools.product(args.nfe or [None], blocks):
+            size, rounds = filled_together(writer.writes, base.changed(**own), length)
             each = max(1.0, (nfe or length) / rounds)  # evaluations of a block or window
             if "num_steps" in read - chosen.keys():
                 grid["num_steps"] = [round(each)]
             if "k" in read - chosen.keys() and nfe:
                 grid["k"] = [min(size, max(1, round(size / each)))]
             for values in itertools.product(*grid.values()):
-                yield rule, dict(zip(grid, values, strict=True)) | steps
+                yield rule, dict(zip(grid, values, strict=True)) | own | steps
+
+
+def filled_together(writes: str, params: SamplingParams, length: int) -> tuple[int, float]:
+    """How many tokens of a text a round of the sampler fills, and how many rounds there are."""
+    if writes == "bamdlm":
+        size = max(1, params.block_size)  # 0 is refused later
+        return size, length / size
+    if writes == "mdlm":
+        size = min(params.window, length)
+        return size, 1 + max(0, length - size) / max(1, size // 2)
+    return length, 1
 
 
 def with_time_left(points: list[Point]) -> Iterator[tuple[Point, str]]:

@@ -284,6 +284,10 @@ def problems(*overrides):
         (["algo=ar"], 1),
         (["data.pack=whole", "block_size=16"], 16),
         (["data.pack=wrap", "block_size=16"], None),
+        (["training.block_sizes={4: 1, 6: 1}", "model.length=24", "block_size=4"], 12),
+        (["training.block_sizes={4: 1, 24: 1}", "model.length=24", "block_size=24"], 4),
+        (["mode=ppl_eval", "training.block_sizes={4: 1, 16: 1}", "block_size=4"], 4),
+        (["mode=ppl_eval", "eval.block_sizes={4: 1, 16: 1}"], 16),
     ],
 )
 def test_documents_begin_at_blocks_where_there_are_any(overrides, wanted):

@@ -2,14 +2,18 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import ALGORITHMS, tiny
 
 import main
+import settings
+from checkpointing.layouts import Checkpoint
 from evaluation.journal import Journal
 from evaluation.table import LIKELIHOODS, NO_LIKELIHOOD, parse_likelihood
+from modes import train
 from noise_schedule import SCHEDULES, LogLinear
 from objectives.block_diffusion import MaskedDiffusion
 from training import progress
@@ -283,6 +287,17 @@ def test_validation_by_another_measure_is_said(trained, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "val/nll was measured by nelbo and is now by counts" in said
     assert "(eval.likelihood=nelbo stays with it)" in said
+
+
+def test_validation_at_another_block_size_is_said(capsys):
+    """Where training draws several; else it is refused."""
+    run = {"block_size": 4, "eval": {"likelihood": ["counts"]}}
+    raw = {"sampler": {"examples_seen": 8, "streams": 2}}
+    resume = Checkpoint("last.ckpt", "lightning", ("bamdlm",), run, {}, step=1, raw=raw)
+    config = settings.load(["training.block_sizes={4: 1, 16: 1}", "block_size=16"])
+    train.go_on(config, SimpleNamespace(start_at=lambda *place: None), resume)
+    said = capsys.readouterr().out
+    assert "val/nll was measured at block_size=4 and is now at 16: the score of best.ckpt" in said
 
 
 # ---- several block sizes

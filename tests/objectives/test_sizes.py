@@ -224,16 +224,17 @@ def inputs_of(objective, x0, valid, noise, by, ids):
 
 
 @pytest.mark.parametrize("prepare", [dense, sdpa, flex], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("of", [(2, 4, 6, 12), (2, 4, 6, 24)], ids=["parts", "with whole rows"])
 @pytest.mark.parametrize("by", ["counts", "times"])
 @pytest.mark.parametrize("packed", BATCHES)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_row_is_as_among_rows_of_its_own_size(packed, by, prepare, monkeypatch):
+def test_a_row_is_as_among_rows_of_its_own_size(packed, by, of, prepare, monkeypatch):
     """Losses, and the gradient of the batch. Chunks of the split form hold whole blocks."""
     monkeypatch.setattr(attention, "CHUNK_TOKENS", 8)
-    ids, law = BATCHES[packed], ODD
+    ids, law = BATCHES[packed], SizeLaw(of, (0.25,) * 4)
     x0, valid = batch(ids)
-    noise = drawn(SizeLaw(law.sizes, (0.25,) * 4), torch.arange(4), batch=4, length=24)
-    assert sorted(noise.sizes.tolist()) == [2, 4, 6, 12]
+    noise = drawn(law, torch.arange(4), batch=4, length=24)
+    assert sorted(noise.sizes.tolist()) == list(of)
     net, plain = small(WORDS + 1), small(WORDS + 1)
     net.prepare_attention, plain.prepare_attention = prepare, dense
     objective = MaskedDiffusion(MASK, 4, LogLinear(), sizes=law)

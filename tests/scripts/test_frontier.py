@@ -63,6 +63,22 @@ def test_every_algorithm_has_its_points(files, tmp_path):
     assert {each.run.model.params.temperature for each in points} == {0.7, 1}
 
 
+def test_points_of_several_block_sizes_ask_the_network_in_their_blocks(files, tmp_path, capsys):
+    """NFE decides for each how many positions a step reveals: 32 tokens in 8 evaluations."""
+    words = ["--steps=confidence", "--nfe=8", "--set=block_size=4,8"]
+    args, data = frontier.parse(arguments(files, tmp_path, *words, models=["bd3lm_bs4"]))
+    judge = frontier.judge_of(args, data)
+    points = frontier.plan("x", files["bd3lm_bs4"], judge, args, data)
+    assert [each.numbers for each in points[::2]] == [
+        {"k": 4, "block_size": 4},
+        {"k": 4, "block_size": 8},
+    ]
+    for each in points:
+        model = each.run.model
+        assert model.denoise.block_size == model.params.block_size == each.numbers["block_size"]
+    assert "block_size=8: the network was trained at 4\n" in capsys.readouterr().out
+
+
 def test_texts_are_judged_as_by_sample_eval(files, tmp_path, monkeypatch):
     """Special tokens that the judge does not have are its EOS. Real texts are as long for the judge
     as those of the models, whose first token is BOS."""

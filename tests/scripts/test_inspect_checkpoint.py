@@ -32,6 +32,15 @@ def test_it_tells_layout_algorithm_sizes_steps_average_interval_and_keys(name, c
     assert facts["finite"] == "all weights"
 
 
+def test_it_names_the_block_sizes_of_a_network_of_several(capsys, tmp_path):
+    def of_several(raw):
+        config = raw["hyper_parameters"]["config"]
+        config["training"] = dict(config["training"]) | {"block_sizes": {1: 0.5, 4: 0.5}}
+
+    _, facts = shown(capsys, variant(tmp_path, BY_ALGO["bamdlm"], of_several))
+    assert facts["block size"].endswith(" (trained at 1 and 4)")
+
+
 def test_it_reads_hub_folders(capsys):
     code, facts = shown(capsys, GOLDEN / "hf_export")
     assert code == 0

@@ -74,7 +74,7 @@ def test_every_figure_of_every_run_beside_real_texts(files, tmp_path, capsys):
     assert "features of" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["seed", "batch_size", "block_size", "bos_id"])
+@pytest.mark.parametrize("name", ["seed", "batch_size", "bos_id"])
 def test_brier_takes_no_number_that_has_an_option_or_that_the_network_decides(name, capsys):
     with pytest.raises(SystemExit) as caught:
         brier.main(["x.ckpt", "--reference=x", f"--set={name}=3"])
@@ -101,6 +101,19 @@ def test_brier_of_two_checkpoints(files, tmp_path, capsys):
     assert ("take more --prefixes or --draws" in said) == few
 
 
+def test_brier_of_blocks_of_any_size(tmp_path, files, capsys):
+    path = recorded_file("bd3lm_bs4", tmp_path)
+    command = [path, f"--reference={files['folder'] / 'real.txt'}", "--set=temperature=0"]
+    found = []
+    for more in ([], ["--set=block_size=8"]):
+        out = tmp_path / f"found{len(more)}.json"
+        assert brier.main([*command, *more, f"--out={out}", "--device=cpu", *words(files)]) == 0
+        said = capsys.readouterr().out
+        assert ("block_size=8: the network was trained at 4\n" in said) == bool(more)
+        found.append(json.loads(out.read_text()))
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("script", "more", "said"),
     [
@@ -115,6 +128,11 @@ def test_brier_of_two_checkpoints(files, tmp_path, capsys):
         (brier, ["none.ckpt", "--reference=real.txt"], "none.ckpt"),
         (brier, ["ar.ckpt", "--reference=real.txt", "--set=steps=best"], "sampling.steps='best'"),
         (brier, ["ar.ckpt", "--reference=short.txt"], "fewer than two texts"),
+        (
+            brier,
+            ["ar.ckpt", "--reference=real.txt", "--set=block_size=4"],
+            "--set block_size: ar.ckpt holds ar weights, without blocks",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(script, more, said, files, capsys, monkeypatch):
