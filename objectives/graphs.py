@@ -10,8 +10,8 @@ little: first blocks have a law of their own, and a pass holds a part of the str
 left in any case; it costs at most 1 / 64 of the rows read, and ROWS more. With two views every
 scored token is read once, so there is room for all tokens of the batch and no more.
 
-Packed documents and rows of several block sizes have no graph: FlexAttention's block mask is made
-from them in every step.
+Where rows differ in the size of their blocks, the sizes are an input: the graph makes the attention
+mask from them. Packed documents have no graph.
 """
 
 from collections.abc import Callable
@@ -54,9 +54,8 @@ class GraphedLoss:
         self.graph: _Graph | None = None
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        varies = inputs.document_ids is not None or inputs.block_sizes is not None
-        if varies or len(inputs.targets) == 0:  # the attention mask is made anew each time
-            return self.ask(self.send(inputs))
+        if inputs.document_ids is not None or len(inputs.targets) == 0:
+            return self.ask(self.send(inputs))  # the mask of documents is another each time
         if inputs.tokens.shape != self.shape or len(inputs.targets) > self.rows:
             self.shape, self.seen, self.graph = inputs.tokens.shape, 0, None
             self.rows = rows_for(len(inputs.targets), inputs.loss_mask.numel())
