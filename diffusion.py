@@ -145,7 +145,10 @@ class Diffusion(L.LightningModule):
         noise = self.noise(batch, seed, self.noise_settings.global_batch, self.objective.sizes)
         inputs = self.training_inputs(batch, noise)
         loss = self.training_loss(inputs)
-        self.health.saw(batch, loss, inputs.loss_mask)
+        masked = None
+        if inputs.loss_positions is not None:
+            masked = len(inputs.loss_positions) / inputs.views
+        self.health.saw(batch, loss, inputs.loss_mask, masked)
         return loss
 
     def training_inputs(self, batch: dict, noise: Noise | None) -> LossInputs:

@@ -27,6 +27,9 @@ class Likelihood:
     tokens: int
     rows: int
     draw_error: float = 0.0
+    # of a validation by counts: nats per masked token where a block had up to 1 / P, 2 / P ... of
+    # its tokens masked, None where no block had
+    by_share: tuple[float | None, ...] = ()
 
     @property
     def bpd(self) -> float:

@@ -66,6 +66,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
                 yield f"{key} has no effect: training.noise=counts draws no times"
     yield from _recomputing(config, typed)
     yield from _network(config, typed)
+    if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
+        yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
     yield from _algorithm(config)
     yield from _data(config)
 

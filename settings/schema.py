@@ -272,6 +272,11 @@ class Trainer:
     deterministic: bool = doc("refuse operations whose results vary from run to run")
     benchmark: bool = doc("let cuDNN time several algorithms and take the fastest")
     detect_anomaly: bool = doc("find the operation that made a NaN; slow")
+    profiler: str | None = doc(
+        "torch: write what happens in five steps, from the eleventh on, into the run folder, for"
+        " ui.perfetto.dev; null: nothing",
+        one_of("torch"),
+    )
 
 
 @dataclass

@@ -49,14 +49,20 @@ class StepHealth:
     skipped: bool = False  # not late: whether the step at hand is left out
     norm: Tensor | None = None  # of its gradient
     loss: Tensor | None = None  # its loss, over the global batch; on the device
+    masked: float | None = None  # of its tokens that count, here; None where none are masked ever
     factor: Tensor | None = None  # places / tokens that count in the global batch; None: 1
     _seen: list[tuple[dict, Tensor, Tensor]] = field(default_factory=list)
+    _masked: float | None = None  # tokens of the step at hand
     _coming: deque = field(default_factory=deque)
 
-    def saw(self, batch: dict, loss: Tensor, loss_mask: Tensor) -> None:
+    def saw(
+        self, batch: dict, loss: Tensor, loss_mask: Tensor, masked: float | None = None
+    ) -> None:
         """A micro-batch of the step at hand. loss: TokenLoss.per_place, a scalar on the device;
-        loss_mask [B, L] on the host."""
+        loss_mask [B, L] on the host; masked: how many of its tokens that count are masked."""
         self._seen.append((batch, loss.detach(), loss_mask))
+        if masked is not None:
+            self._masked = (self._masked or 0) + masked
 
     def inspect(self, trainer: L.Trainer, named: list[tuple[str, Tensor]]) -> int:
         """Decide, over all devices together, whether the step is left out. Called for every step,
@@ -69,6 +75,10 @@ class StepHealth:
         norm, norms = _whole(torch.linalg.vector_norm(each)), _whole(each)
         batches, losses, masks = zip(*self._seen, strict=True) if self._seen else ((), (), ())
         self._seen = []
+        self.masked = None
+        if self._masked is not None:
+            self.masked = self._masked / max(sum(float(mask.sum()) for mask in masks), 1)
+        self._masked = None
         bad = self._over_all_devices(trainer.world_size, norm, losses, masks)
         self.norm = norm if self.factor is None else norm * self.factor
         names = [name for name, _ in named]

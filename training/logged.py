@@ -50,11 +50,20 @@ class Logged:
 
 
 LOGGED = {
+    "trainer/grad_norm": Logged(
+        lambda steps: steps.module.health.norm,
+        doc="Norm of the gradient in the last step, before clipping",
+    ),
     "trainer/loss": Logged(
         lambda steps: steps.module.health.loss,
         doc="Loss of the last step: mean over the tokens of its global batch that count",
     ),
     "trainer/lr": Logged(lambda steps: steps.lr, doc="Learning rate of the last step"),
+    "trainer/masked_share": Logged(
+        lambda steps: steps.module.health.masked,
+        doc="Share of the tokens that count that the last step masked, on the first device; not of"
+        " ar",
+    ),
     "trainer/bad_steps": Logged(
         lambda steps: steps.module.health.bad_steps,
         doc="Steps that were left out since the process began",
@@ -87,7 +96,27 @@ LOGGED = {
     "val/nll_error": Logged(
         lambda found: found.nll_error, doc="Standard error of val/nll", validation=True
     ),
+    "val/nll_masked_25": Logged(
+        lambda found: of_share(found, 0),
+        doc="Nats per masked token where up to a quarter of a block is masked, with"
+        " eval.likelihood=counts",
+        validation=True,
+    ),
+    "val/nll_masked_50": Logged(
+        lambda found: of_share(found, 1), doc="The same for up to a half", validation=True
+    ),
+    "val/nll_masked_75": Logged(
+        lambda found: of_share(found, 2), doc="The same for up to three quarters", validation=True
+    ),
+    "val/nll_masked_100": Logged(
+        lambda found: of_share(found, 3), doc="The same for more than that", validation=True
+    ),
 }
+
+
+def of_share(found: Likelihood, part: int) -> float | None:
+    """One of the four parts of Likelihood.by_share."""
+    return found.by_share[part] if found.by_share else None
 
 
 def figures(source: Steps | Likelihood) -> dict[str, float]:

@@ -17,6 +17,7 @@ from training.distributed import Replicated, Sharded
 from training.flops import matmul_dtype
 from training.health import RankFailure, StallWatch
 from training.logged import StepLog
+from training.profiling import TorchTrace
 from training.progress import NetworkSummary, RunProgress
 from training.saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheckpoints, steps_in
 from training.signals import Signals
@@ -47,6 +48,7 @@ def build_trainer(
     ours = {  # the other settings of trainer.* are arguments of Lightning's of the same name
         "gradient_clip_val": t.gradient_clip_val or None,
         "max_time": None,  # there is a Deadline
+        "profiler": None,  # there is a TorchTrace
         # true without one of Lightning's own would make it add one
         "enable_checkpointing": any(isinstance(each, BestCheckpoint) for each in callbacks),
         "enable_model_summary": False,  # ours is among the callbacks
@@ -83,6 +85,8 @@ def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[
     every, best = wanted.checkpoint_every_n_steps, wanted.checkpoint_monitor
     made = [NetworkSummary()] if t.enable_model_summary else []
     made += [RankFailure(), StallWatch()]
+    if t.profiler is not None:
+        made.append(TorchTrace(settings.local_folder(c.save_dir)))
     deadline = None if t.max_time is None else Deadline(t.max_time)
     if t.enable_checkpointing or deadline is not None:
         steps = every.every_n_train_steps if every else 0

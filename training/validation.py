@@ -18,14 +18,21 @@ from objectives.counts import CountLaw, SecondMoments, least_variance, within
 from objectives.loss import LossInputs, Objective, TokenLoss
 from random_streams import key
 
+SHARES = 4  # parts of the masked shares of a block, whose losses are logged apart
+
 
 class Validation:
     """`search` is None unless the schedule is clipped and the run trains: then the candidates for
     the interval to train on, or for the range of counts, are compared. `second` is None unless the
-    law of the counts is learnt and the run trains."""
+    law of the counts is learnt and the run trains. `shares` float64 [2, SHARES] is None where times
+    are drawn: sums over blocks of the nats of their masked tokens, and of how many these are."""
 
     def __init__(self, module: L.LightningModule):
         self.module, self.meter = module, LikelihoodMeter()
+        self.timed = by_time(module, module.validate_by)
+        self.shares: Tensor | None = None
+        if not self.timed:
+            self.shares = torch.zeros(2, SHARES, dtype=torch.float64, device=module.device)
         self.search: clipping.Search | None = None
         self.second: SecondMoments | None = None
         trainer = module.trainer
@@ -46,7 +53,7 @@ class Validation:
             grid = clipping.candidates(size, widths, clip.delta, eps)
         if len(grid) == 1:  # there is nothing to choose
             return
-        self.search, self.timed = clipping.Search(grid), by_time(module, module.validate_by)
+        self.search = clipping.Search(grid)
         if counted:
             laws = [within(*counts, size) for counts in grid]
             self.variances = partial(clipping.law_variances, laws)
@@ -58,12 +65,21 @@ class Validation:
         module = self.module
         loss = one_pass(module, batch, module.validate_by)
         self.meter.update(loss.nll, loss.loss_mask)
+        counts = () if self.timed else self._counts(batch)
         if self.search is not None and self.search.wants_more():
             add = self._by_times if self.timed else self._by_counts
-            self.search.add(add(batch, loss))
-        if self.second is not None:
+            self.search.add(add(batch, loss, *counts))
+        if not self.timed:
             sums = loss.block_means(module.objective.block_size) * module.objective.block_size
-            self.second.add(sums, *self._counts(batch))
+            self._add_shares(sums, *counts)
+            if self.second is not None:
+                self.second.add(sums, *counts)
+
+    def _add_shares(self, losses: Tensor, m: Tensor, n: Tensor) -> None:
+        """Losses of blocks with m of n scored tokens masked, weighed by n / m: [B, N] each."""
+        part = (-(-SHARES * m // n.clamp(min=1)) - 1).clamp(min=0).flatten()
+        nats = losses.double() * m / n.clamp(min=1)
+        self.shares.index_add_(1, part, torch.stack([nats, m.double()]).flatten(1))
 
     def _by_times(self, batch: dict, loss: TokenLoss) -> list[Tensor]:
         """The variance of each candidate, as published: a pass for each, but for that of `loss`."""
@@ -79,11 +95,10 @@ class Validation:
             found.append(clipping.variance(self._of_all(means)))
         return found
 
-    def _by_counts(self, batch: dict, loss: TokenLoss) -> list[Tensor]:
+    def _by_counts(self, batch: dict, loss: TokenLoss, m: Tensor, n: Tensor) -> list[Tensor]:
         """The variance of each candidate, all from the numbers of masked tokens of `loss`."""
-        module, (m, n) = self.module, self._counts(batch)
-        real = batch["attention_mask"].to(module.device)
-        means = loss.block_means(module.objective.block_size, real).double()
+        real = batch["attention_mask"].to(self.module.device)
+        means = loss.block_means(self.module.objective.block_size, real).double()
         each = torch.stack([means, m.double(), n.double()], -1)
         means, m, n = self._of_all(each).flatten(0, 1).unbind(-1)
         # `loss` weighs what is masked with n / m
@@ -102,7 +117,15 @@ class Validation:
         if self.module.trainer.world_size > 1:
             mine = torch.zeros(6, dtype=torch.float64) if sums is None else sums
             sums = self.module.all_gather(mine.to(self.module.device)).sum(0)
-        return self.meter.compute(sums)
+        return replace(self.meter.compute(sums), by_share=self._by_share())
+
+    def _by_share(self) -> tuple[float | None, ...]:
+        if self.shares is None:
+            return ()
+        sums = self.shares
+        if self.module.trainer.world_size > 1:
+            sums = self.module.all_gather(sums).sum(0)
+        return tuple(s / m if m else None for s, m in sums.T.tolist())
 
     def adopt(self) -> dict[str, float]:
         """Train on the best interval or law from here on. What is logged of it: every candidate's
