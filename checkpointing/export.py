@@ -13,11 +13,14 @@ from string import Template
 
 import torch
 
+from checkpointing import served
 from checkpointing.layouts import INTERVAL, Checkpoint, CheckpointError, section
-from checkpointing.load import build_backbone_args, load_into
+from checkpointing.load import build_backbone_args, build_network, is_llama, load_into
+from checkpointing.served import sdar_config
 from checkpointing.trained import begins_with_bos
+from checkpointing.vocabulary import with_mask
 from data.tokenizer import Tokenizer
-from models.dit import DiT
+from models.llama import LlamaShape
 from objectives.algorithms import get_algorithm
 from utils import atomic_folder, listed
 
@@ -56,43 +59,65 @@ def export(
     use_ema: bool = True,
     algo: str | None = None,
     overwrite: bool = False,
+    form: str = "project",
 ) -> Path:
-    """Write the folder: complete, or not at all. `algo` where the checkpoint does not say."""
+    """Write the folder: complete, or not at all. `algo` where the checkpoint does not say; form: of
+    FORMS."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(f"{folder} is not empty: name another folder, or give --overwrite")
-    config = hub_config(checkpoint, tokenizer, algo)
-    network = DiT(**build_backbone_args(checkpoint))
-    load_into(network, checkpoint, use_ema=use_ema, algo=config["algo"])
-    tensors = {f"backbone.{k}": v.detach().contiguous() for k, v in network.state_dict().items()}
-    if config["var_min"]:
+    algo = algo or checkpoint.algo
+    checkpoint, _ = with_mask(checkpoint, tokenizer, tokenizer.hf.name_or_path)
+    _check(checkpoint, algo, tokenizer.vocab_size)
+    network = build_network(checkpoint)
+    config, prefix, texts = FORMS[form](checkpoint, tokenizer, algo, use_ema)
+    load_into(network, checkpoint, use_ema=use_ema, algo=algo)
+    tensors = {f"{prefix}{k}": v.detach().contiguous() for k, v in network.state_dict().items()}
+    if config.get("var_min"):
         tensors |= {name: torch.tensor(config[name]) for name in INTERVAL}
     with atomic_folder(folder, overwrite=True) as made:
         tokenizer.save(made)
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
         (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (made / "README.md").write_text(card(checkpoint, config, use_ema))
-        for name, text in sources().items():
+        for name, text in texts.items():
             (made / name).write_text(text)
     return folder
+
+
+def project(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str, use_ema: bool) -> tuple:
+    """config.json, what stands before the names of weights, and the other files, {name: text}."""
+    config = hub_config(checkpoint, tokenizer, algo)
+    backbone = "llama" if is_llama(checkpoint) else "hf_dit"
+    texts = {"README.md": card(checkpoint, config, use_ema, CARD, backbone)}
+    return config, "backbone.", texts | sources()
+
+
+def sdar(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str, use_ema: bool) -> tuple:
+    shape = LlamaShape(**build_backbone_args(checkpoint)) if is_llama(checkpoint) else None
+    config = sdar_config(checkpoint, shape, tokenizer, algo)
+    about = {"algo": algo, "model_length": checkpoint.length, **config}
+    texts = {"README.md": card(checkpoint, about, use_ema, served.CARD, "llama")}
+    texts[served.CONFIGURATION.name] = served.CONFIGURATION.read_text()
+    return config, "", texts
+
+
+FORMS = {"project": project, "sdar": sdar}  # export_hf.py --format
 
 
 def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = None) -> dict:
     """config.json: the published keys, and those that `generate` needs."""
     algo = algo or checkpoint.algo
-    sizes = build_backbone_args(checkpoint)
-    _check(checkpoint, algo, sizes["vocab_size"], tokenizer.vocab_size)
+    _check(checkpoint, algo, tokenizer.vocab_size)
     trains, length = get_algorithm(algo), checkpoint.length
-    settings, width = checkpoint.algo_settings, sizes.pop("hidden_size")
+    settings = checkpoint.algo_settings
     low, high = checkpoint.interval or (1e-3, 1.0)
     block_size = 1 if trains.causal else length
     several = len(checkpoint.block_sizes) > 1
     classes = CLASSES | (CAUSAL if trains.causal else {})
     return {
-        **sizes,
-        "hidden_dim": width,
+        **_sizes(checkpoint),
         "algo": algo,
         "architectures": ["BD3LM"],
         "attn_backend": "sdpa",
@@ -119,12 +144,21 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
     }
 
 
-def _check(checkpoint: Checkpoint, algo: str | None, ids: int, known: int) -> None:
-    """ids: of the weights; known: of the tokenizer."""
+def _sizes(checkpoint: Checkpoint) -> dict:
+    sizes = build_backbone_args(checkpoint)
+    if not is_llama(checkpoint):
+        return {**sizes, "hidden_dim": sizes.pop("hidden_size")}
+    shown = {name: sizes[name] for name in ("vocab_size", "n_blocks", "n_heads")}
+    return {**shown, "hidden_dim": sizes["hidden_size"], "dropout": 0.0, "llama": sizes}
+
+
+def _check(checkpoint: Checkpoint, algo: str | None, known: int) -> None:
+    """known: ids of the tokenizer."""
+    ids = build_backbone_args(checkpoint)["vocab_size"]
     if algo not in checkpoint.algorithms:
         choice = ", ".join(checkpoint.algorithms)
         raise CheckpointError(f"{checkpoint.source} may be {choice}: give --algo, got {algo}")
-    if ids != known:
+    if ids < known or (ids > known and not is_llama(checkpoint)):  # which may have spare rows
         raise CheckpointError(
             f"{checkpoint.source} has {ids} ids, the tokenizer {known} (mask included): give the"
             " right one with --tokenizer"
@@ -133,7 +167,7 @@ def _check(checkpoint: Checkpoint, algo: str | None, ids: int, known: int) -> No
         raise CheckpointError(f"{checkpoint.source} does not tell the length it was trained at")
 
 
-def card(checkpoint: Checkpoint, config: dict, use_ema: bool) -> str:
+def card(checkpoint: Checkpoint, config: dict, use_ema: bool, template: Path, backbone: str) -> str:
     """The model card: what was trained, on what, with what result."""
     run = checkpoint.config if checkpoint.layout == "lightning" else {}
     figures = {"optimizer steps": checkpoint.step, **best_validation(checkpoint.raw)}
@@ -147,11 +181,13 @@ def card(checkpoint: Checkpoint, config: dict, use_ema: bool) -> str:
     rows = [f"| {name} | {value} |" for name, value in figures.items() if value is not None]
     trained = {key: run[key] for key in CARD_SECTIONS if key in run}
     sizes = listed(config.get("block_sizes", [config["block_size"]]))
-    return Template(CARD.read_text()).substitute(
+    return Template(template.read_text()).substitute(
         name=f"{config['algo']}, block size {sizes}",
         source=Path(checkpoint.source).name,
         figures="\n".join(rows),
         algo=config["algo"],
+        backbone=backbone,
+        mask_id=config["mask_token_id"],
         length=config["model_length"],
         block_size=sizes,
         training=json.dumps(trained, indent=2, sort_keys=True, default=str),

@@ -30,6 +30,12 @@ def with_mask(found: Checkpoint, words: Tokenizer, name: str) -> tuple[Checkpoin
         return found, None
     _check_words(found, words, name)
     rows, mask = len(found.weights[EMBEDDING]), words.mask_id
+    trained = found.config.get("mask_token_id")
+    if trained not in (None, mask):
+        raise CheckpointError(
+            f"{found.source} was trained with the mask token of id {trained!r}, and that of the"
+            f" tokenizer {name} has id {mask}: set data.tokenizer_name_or_path to its own"
+        )
     if words.vocab_size <= rows:
         own = words.hf.mask_token_id == mask
         kind = "the tokenizer's own" if own else f"a spare row of {rows:,}"

@@ -1,4 +1,5 @@
-"""DiT as a Hugging Face model: configuration and forward pass of the published BD3-LM classes.
+"""The networks as Hugging Face models, with the configuration and the forward pass of the published
+BD3-LM classes.
 
 Weights are saved under `backbone.` in safetensors, as published. scripts/export_hf.py copies this
 folder's files beside them, for where this project is not installed.
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .cache import KVCache
 from .dit import DiT
+from .llama import Llama, LlamaRotary
 from .masks import AttentionMask, BlockCausal, BlockDiffusion, Causal, Full
 
 DEFAULTS = {  # of config.json, beside those of transformers
@@ -36,6 +38,7 @@ DEFAULTS = {  # of config.json, beside those of transformers
     "sampling_eps_min": 1e-3,
     "sampling_eps_max": 1.0,
     "mask_token_id": None,
+    "llama": None,  # fields of LlamaShape; None: the network is DiT
 }
 
 
@@ -63,6 +66,21 @@ def _implied(causal: bool, cross_attn: bool, time_conditioning: bool) -> str:
     return "sedd" if time_conditioning else "mdlm"
 
 
+def _network(config: BD3LMConfig) -> DiT | Llama:
+    shared = {"dropout": config.dropout, "attn_backend": config.attn_backend}
+    if config.llama is not None:
+        return Llama(**config.llama, **shared)
+    return DiT(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_dim,
+        cond_dim=config.cond_dim,
+        n_blocks=config.n_blocks,
+        n_heads=config.n_heads,
+        adaln=config.adaln,
+        **shared,
+    )
+
+
 class BD3LM(PreTrainedModel):
     """`backbone` is the network; the buffers sampling_eps_min/max keep the clipped schedule."""
 
@@ -73,23 +91,17 @@ class BD3LM(PreTrainedModel):
 
     def __init__(self, config: BD3LMConfig):
         super().__init__(config)
-        self.backbone = DiT(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_dim,
-            cond_dim=config.cond_dim,
-            n_blocks=config.n_blocks,
-            n_heads=config.n_heads,
-            dropout=config.dropout,
-            adaln=config.adaln,
-            attn_backend=config.attn_backend,
-        )
+        self.backbone = _network(config)
         if config.var_min:
             self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
             self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
         self.post_init()
 
     def _init_weights(self, module):
-        """DiT initialises itself; every weight of an export is in the file."""
+        """Networks initialise themselves, and every weight of an export is in the file; what
+        follows from config.json is not."""
+        if isinstance(module, LlamaRotary):
+            module.reset()
 
     def get_input_embeddings(self):
         return self.backbone.embed

@@ -85,7 +85,10 @@ class LlamaRotary(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        self.inv_freq = frequencies(self.shape)
+        """Again, where the buffer lies: transformers does not keep buffers that are in no file."""
+        old = self.inv_freq
+        made = frequencies(self.shape)
+        self.inv_freq = made if old is None or old.is_meta else made.to(old.device)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return angles(positions, self.inv_freq)

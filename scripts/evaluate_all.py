@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
-from checkpointing.load import build_backbone_args
+from checkpointing.load import build_backbone_args, is_llama
+from checkpointing.trained import tokenizer_name
 from modes.tables import csv_text, markdown, text
 from scripts.support.command import new_parser, parsed
 from utils import atomic_file, read_json, say, shown
@@ -96,15 +97,22 @@ def model_words(name: str, checkpoint: Checkpoint, args) -> list[str]:
         words.append(f"block_size={size}")
     if checkpoint.length is not None:
         words.append(f"model.length={checkpoint.length}")
+    words += ["algo.backbone=llama"] if is_llama(checkpoint) else dit_words(checkpoint, algo)
+    if checkpoint.layout == "transformers":
+        words.append(f"data.tokenizer_name_or_path={tokenizer_name(checkpoint)}")
+    data = section(checkpoint.config, "data")
+    keys = ("tokenizer_name_or_path", "eos_token")
+    return words + [f"data.{key}={data[key]}" for key in keys if data.get(key) is not None]
+
+
+def dit_words(checkpoint: Checkpoint, algo: str) -> list[str]:
     sizes = build_backbone_args(checkpoint)
-    words += [f"model.{key}={sizes[key]}" for key in ("hidden_size", "n_blocks", "n_heads")]
+    words = [f"model.{key}={sizes[key]}" for key in ("hidden_size", "n_blocks", "n_heads")]
     if algo == "ar":
         words.append(f"model.adaln={sizes['adaln']}")
     if sizes.get("adaln"):
         words.append(f"model.cond_dim={sizes['cond_dim']}")
-    data = section(checkpoint.config, "data")
-    keys = ("tokenizer_name_or_path", "eos_token")
-    return words + [f"data.{key}={data[key]}" for key in keys if data.get(key) is not None]
+    return words
 
 
 def evaluate(words: list[str], folder: Path, likelihoods: str) -> dict | None:

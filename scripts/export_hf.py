@@ -3,7 +3,9 @@
     python scripts/export_hf.py CKPT FOLDER [--push ID]
 
 The folder works where this project is not installed (AutoModelForMaskedLM.from_pretrained with
-trust_remote_code=True), and inside it without remote code (algo.backbone=hf_dit).
+trust_remote_code=True), and inside it without remote code (algo.backbone=hf_dit, or llama).
+With --format sdar it is one for servers of block diffusion (SGLang, LMDeploy): of models trained
+with algo=bamdlm algo.backbone=llama in the shape of Qwen3 and with its vocabulary.
 """
 
 import sys
@@ -30,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="NAME", help="name or folder, if not the run's own")
     parser.add_argument("--algo", choices=list(algorithms()), help="if CKPT does not tell")
     parser.add_argument("--disable-ema", action="store_true", help="plain weights, not averages")
+    parser.add_argument("--format", choices=list(export.FORMS), default="project", help="see above")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")
     options = parser.parse_args(arguments)
     return answered("export_hf", lambda: run(options))
@@ -47,6 +50,7 @@ def run(options) -> None:
         use_ema=not options.disable_ema,
         algo=options.algo,
         overwrite=options.overwrite,
+        form=options.format,
     )
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.push:

@@ -20,6 +20,12 @@ from checkpointing.load import build_backbone_args
 from scripts.support.command import answered, new_parser
 from utils import escaped, listed
 
+LAYOUTS = {
+    "lightning": "Lightning checkpoint",
+    "hub": "hub folder",
+    "transformers": "model of transformers",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
@@ -36,7 +42,8 @@ def inspect(options: argparse.Namespace) -> None:
     for name, value in facts(checkpoint).items():
         print(f"{name:<18}{escaped(value)}")
     if options.keys:
-        tensors = {f"backbone.{name}": value for name, value in checkpoint.weights.items()}
+        prefix = "" if checkpoint.layout == "transformers" else "backbone."
+        tensors = {f"{prefix}{name}": value for name, value in checkpoint.weights.items()}
         for name, value in {**tensors, **checkpoint.foreign}.items():
             dtype = str(value.dtype).removeprefix("torch.")
             print(f"  {escaped(name):<56}{dtype:<10}{list(value.shape)}")
@@ -49,7 +56,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
     weights = [value for name, value in checkpoint.weights.items() if name not in BUFFERS]
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights})
     trained, interval = "not stored", "none"
-    if checkpoint.layout == "hub":
+    if checkpoint.layout != "lightning":
         trained = "not stored (hub folders hold the network only)"
     elif data := section(checkpoint.config, "data"):
         trained = f"{data.get('train')}, tokenizer {data.get('tokenizer_name_or_path')}"
@@ -57,7 +64,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         interval = "{:.6g} to {:.6g} (sampling_eps_min/max)".format(*checkpoint.interval)
     return {
         "source": checkpoint.source,
-        "layout": {"lightning": "Lightning checkpoint", "hub": "hub folder"}[checkpoint.layout],
+        "layout": LAYOUTS[checkpoint.layout],
         "algorithm": " or ".join(checkpoint.algorithms),
         "block size": block_size(checkpoint),
         "trained length": str(checkpoint.length or "not stored"),
@@ -96,6 +103,8 @@ def finite(checkpoint: Checkpoint) -> str:
 
 
 def average(checkpoint: Checkpoint) -> str:
+    if checkpoint.layout == "transformers":
+        return "none (a model of transformers)"
     if checkpoint.layout == "hub":
         return "the weights are averages already"
     if checkpoint.ema_problem:

@@ -123,7 +123,7 @@ def texts_of(x0, vocabulary, block_size=None):
     )
 
 
-def small_llama(vocab_size=7, *, seed=0, compile=False, **changes) -> Llama:
+def small_llama(vocab_size=7, *, seed=0, **changes) -> Llama:
     """A network of models/llama.py with everything that one can have, every weight random."""
     shape = {
         "hidden_size": 16,
@@ -135,7 +135,7 @@ def small_llama(vocab_size=7, *, seed=0, compile=False, **changes) -> Llama:
         "qk_norm": True,
         "qkv_bias": True,
     }
-    net = Llama(vocab_size=vocab_size, compile=compile, **(shape | changes))
+    net = Llama(vocab_size=vocab_size, **(shape | changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():

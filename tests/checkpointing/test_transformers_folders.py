@@ -346,6 +346,7 @@ WRONG = {
         ),
         "has a vocabulary of 30 ids, the tokenizer text8 of 35 (mask included)",
     ),
+    "another mask": (says(mask_token_id=7), "trained with the mask token of id 7, and that of"),
     "another tokenizer": (other_words, "and data.tokenizer_name_or_path=text8 is another"),
     "missing shard": (
         sharded(lambda f, _: (f / "model-00002-of-00002.safetensors").unlink()),
