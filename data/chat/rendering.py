@@ -150,6 +150,10 @@ class Renderer:
     def __reduce__(self):
         return Renderer, (self.template,)
 
+    def __del__(self):
+        if self._owner == os.getpid():
+            self._end()
+
     def answers(self, messages: list[Message]) -> tuple[str, list[Answer]]:
         """ValueError where the template fails."""
         if self._owner != os.getpid():

@@ -355,11 +355,20 @@ def test_what_renders_ends_with_its_owner_and_holds_none_of_its_files():
     child = renderer._child
     assert len(os.listdir(f"/proc/{child}/fd")) == 4  # the three standard ones and its channel
     renderer._channel.close()
+    renderer._owner = None
     for _ in range(100):
         if os.waitpid(child, os.WNOHANG)[0] == child:
             return
         time.sleep(0.05)
     raise AssertionError("it goes on")
+
+
+def test_what_renders_ends_with_the_last_of_its_texts():
+    renderer = Renderer(Template(CHATML, {}))
+    renderer.answers(talk("hi", "yo"))
+    child = renderer._child
+    del renderer
+    assert not os.path.exists(f"/proc/{child}")
 
 
 def test_a_tokenizer_without_places_is_refused():
