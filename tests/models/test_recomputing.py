@@ -7,6 +7,7 @@ from test_compile import traced  # noqa: F401  a fixture
 
 import settings
 from models.dit import DiT
+from models.llama import Llama
 from models.recomputing import ACTIVATION_CHECKPOINTING, Recompute
 from modes.plan import most_kept, plan
 from noise_schedule import EPS, get_schedule
@@ -23,23 +24,21 @@ OBJECTIVES = {
     "mdlm": MaskedDiffusion(MASK, LENGTH, SCHEDULE),
     "sedd": ScoreEntropy(MASK, SCHEDULE),
     "ar": Autoregressive(MASK),
+    "llama": MaskedDiffusion(MASK, 8, SCHEDULE),
 }
+LLAMA = {"n_heads": 2, "n_kv_heads": 1, "qk_norm": True}
 
 
 def network(name, mode, *, n_blocks=5, width=16, **more):
     """With dropout, every weight random."""
     torch.manual_seed(1)
-    net = DiT(
-        vocab_size=MASK + 1,
-        hidden_size=width,
-        cond_dim=8,
-        n_blocks=n_blocks,
-        n_heads=2,
-        dropout=0.3,
-        adaln=name != "ar",
-        activation_checkpointing=mode,
-        **more,
-    )
+    shape = {"vocab_size": MASK + 1, "hidden_size": width, "n_blocks": n_blocks, "dropout": 0.3}
+    if name == "llama":
+        more |= LLAMA | {"head_dim": width // 2, "ffn_size": 4 * width}
+        net = Llama(**shape, activation_checkpointing=mode, **more)
+    else:
+        more |= {"n_heads": 2, "cond_dim": 8, "adaln": name != "ar"}
+        net = DiT(**shape, activation_checkpointing=mode, **more)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return net.train()
@@ -129,16 +128,20 @@ def peak(name, mode, n_blocks, width, rows, length, size):
     return int(torch.tensor([change for _, change in changes]).cumsum(0).max())
 
 
-@pytest.mark.parametrize("name", ["bamdlm", "mdlm"])
+@pytest.mark.parametrize("name", ["bamdlm", "mdlm", "llama"])
 @pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
 def test_the_plan_knows_the_memory(name, mode):
     """The most that a step takes, as it was measured: here on a CPU in float32."""
     n_blocks, width, rows, length = 8, 128, 2, 256
-    size = 16 if name == "bamdlm" else length
+    size = length if name == "mdlm" else 16
     measured = peak(name, mode, n_blocks, width, rows, length, size)
     words = ["trainer.accelerator=cpu", f"loader.batch_size={rows}", "trainer.precision=32"]
     words += [f"model.activation_checkpointing={mode}", f"loader.global_batch_size={rows}"]
-    shape = NetworkShape(name, width, n_blocks, MASK + 1, length, size)
+    algo, more = name, {}
+    if name == "llama":
+        algo, more = "bamdlm", {"query_width": width, "key_width": width // 2, "qk_norm": True}
+        more["mlp_weights"] = 3 * width * 4 * width
+    shape = NetworkShape(algo, width, n_blocks, MASK + 1, length, size, **more)
     made = plan(settings.load(words), shape, 1)
     assert made.activations == pytest.approx(measured, rel=0.17)
     layers = len(Recompute(mode).layers(n_blocks))
