@@ -89,6 +89,11 @@ def check(arguments: argparse.Namespace, data: Data, out: Path) -> None:
         raise ValueError(
             f"--files and data.train={data.train} both name text: leave one of them out"
         )
+    if data.format != "text":
+        raise ValueError(
+            f"data.format={data.format}: a tokenizer is trained on text; use data=files, and"
+            " data.text_column for a field of it"
+        )
     if not arguments.characters and arguments.vocab_size is None:
         raise ValueError("--vocab_size is missing (or --characters for an id per character)")
     if arguments.characters and arguments.vocab_size is not None:

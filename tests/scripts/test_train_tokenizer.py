@@ -104,6 +104,10 @@ REFUSED = {
     "too small": (["--files", "a.txt", "--vocab_size", "256"], "--vocab_size 256 must be from 257"),
     "both": (["--files", "a.txt", "--characters", "--vocab_size", "300"], "has no meaning with"),
     "two texts": (["--files", "a.txt", "data.train=a.txt", "--characters"], "both name text"),
+    "conversations": (
+        ["data=chat", "data.train=a.txt", "--characters"],
+        "data.format=chat: a tokenizer is trained on text",
+    ),
     "absent": (["--files", "absent.txt", "--characters"], "absent.txt"),
     "bad JSON": (["--files", "bad.jsonl", "--vocab_size", "300"], "bad.jsonl, line 2 is not JSON"),
     "empty": (["--files", "empty.jsonl", "--vocab_size", "300"], "every document is empty"),
