@@ -17,6 +17,7 @@ MODEL_TYPES = ("bd3lm", "bamdlm", "mdlm")
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 MOST = 1_000_000  # of a size; layers at most MOST_LAYERS
 MOST_LAYERS = 1000
+MOST_IDS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def shape_of(place: str, config: dict) -> LlamaShape:
             " head_dim"
         )
     shape = LlamaShape(
-        vocab_size=found.whole("vocab_size", most=1 << 24),
+        vocab_size=found.whole("vocab_size", most=MOST_IDS),
         hidden_size=width,
         n_blocks=found.whole("num_hidden_layers", most=MOST_LAYERS),
         n_heads=heads,
@@ -235,6 +236,7 @@ def recorded_shape(place: str, record: dict) -> LlamaShape:
         name for name, kind in kinds.items() if name not in record or not _fits(record[name], kind)
     ]
     odd += [name for name in record if name not in kinds]
+    odd += ["n_blocks"] if not odd and record["n_blocks"] > MOST_LAYERS else []
     if odd:
         shown = ", ".join(f"{name}={reprlib.repr(record.get(name))}" for name in odd[:5])
         raise CheckpointError(f"{place}: its description of the network is damaged: {shown}")
@@ -246,7 +248,7 @@ def recorded_shape(place: str, record: dict) -> LlamaShape:
 
 def _fits(value, kind) -> bool:
     checks: dict[object, Callable] = {
-        int: lambda v: type(v) is int and 1 <= v <= 1 << 24,
+        int: lambda v: type(v) is int and 1 <= v <= MOST_IDS,
         float: lambda v: type(v) in (int, float) and 0 < v < math.inf,
         bool: lambda v: type(v) is bool,
         str: lambda v: isinstance(v, str),

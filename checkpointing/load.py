@@ -267,7 +267,8 @@ def _causes(checkpoint: Checkpoint, algo, missing, unexpected, other) -> list[st
     depth = [name for name in (*missing, *unexpected) if name.startswith("blocks.")]
     if depth and not all(map(_is_conditioning, depth)):
         causes.append("another model size: model.n_blocks differs")
-    if embedding := other.get("vocab_embed.embedding", other.get(EMBEDDING)):
+    embedding = other.get("vocab_embed.embedding", other.get(EMBEDDING))
+    if embedding and len(embedding[0]) == 2:
         (rows, width), (our_rows, our_width) = embedding
         if width != our_width:
             causes.append(f"another model size: model.hidden_size={width} in the file")

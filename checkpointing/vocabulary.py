@@ -26,10 +26,11 @@ def with_mask(found: Checkpoint, words: Tokenizer, name: str) -> tuple[Checkpoin
     """The checkpoint with a row for the mask, and what was done, in a sentence; any other than a
     model of transformers as it is. name: of the tokenizer. CheckpointError where it has other
     ids."""
-    if found.layout != "transformers" or EMBEDDING not in found.weights:
-        return found, None
+    table = found.weights.get(EMBEDDING)
+    if found.layout != "transformers" or table is None or table.dim() != 2:
+        return found, None  # in the second case the network will not fit, and that is the error
     _check_words(found, words, name)
-    rows, mask = len(found.weights[EMBEDDING]), words.mask_id
+    rows, mask = len(table), words.mask_id
     trained = found.config.get("mask_token_id")
     if trained not in (None, mask):
         raise CheckpointError(
@@ -47,7 +48,7 @@ def with_mask(found: Checkpoint, words: Tokenizer, name: str) -> tuple[Checkpoin
             " was trained with"
         )
     if found.config.get("vocab_size") != rows:
-        return found, None  # the network of config.json will not fit, and that is the error
+        return found, None  # likewise
     weights = {k: with_mean(v) if k in TABLES else v for k, v in found.weights.items()}
     made = replace(found, weights=weights, config={**found.config, "vocab_size": rows + 1})
     return made, f"mask token: id {mask:,}, a new row, the mean of the {rows:,} embeddings"

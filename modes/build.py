@@ -72,6 +72,9 @@ def read_weights(config: Config, path: str, tokenizer: Tokenizer) -> Checkpoint:
     checkpoint, done = with_mask(checkpoint, tokenizer, config.data.tokenizer_name_or_path)
     if done is not None:
         say(done)
+    longest = checkpoint.config.get("max_position_embeddings")
+    if type(longest) is int and config.model.length > longest:
+        say(f"model.length={config.model.length}: the network was trained on {longest} positions")
     return checkpoint
 
 

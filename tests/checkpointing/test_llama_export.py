@@ -176,6 +176,30 @@ def test_a_served_folder_is_qwen3_in_blocks(words, tmp_path, monkeypatch):
         torch.testing.assert_close(model(tokens).logits, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_blocks": 10**7}, "description of the network is damaged: n_blocks=10000000"),
+        ({"n_kv_heads": 3}, "damaged: n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"rope_theta": float("nan")}, "damaged: rope_theta=nan"),
+        ({"tied": 1}, "damaged: tied=1"),
+        ({"extra": 1}, "damaged: extra=1"),
+        ({"ffn_size": 24}, "20, 16] in the file, [24, 16] here"),
+        ({"n_blocks": 2}, "not in the network (11)"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_whose_description_is_damaged(change, message, words):
+    run = trained(words)
+    shape = run.raw["hyper_parameters"]["llama"]
+    damaged = replace(run, raw={"hyper_parameters": {"llama": {**shape, **change}}})
+    with pytest.raises(CheckpointError) as refused:
+        build_network(damaged)
+    assert message in str(refused.value)
+    with pytest.raises(CheckpointError, match="damaged: vocab_size=None, hidden_size=None"):
+        build_network(replace(run, raw={}))
+
+
 def test_what_no_server_computes_is_named(words, tmp_path, capsys):
     shape = {"qk_norm": False, "qkv_bias": True, "rope_type": "linear", "rope_factor": 2.0}
     with pytest.raises(CheckpointError) as refused:

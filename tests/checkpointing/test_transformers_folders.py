@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from checkpoint_helpers import BY_ALGO, path
 from hub_folders import LLAMA3, SIZES, TRANSFORMERS, saved, shard, transformers_model
 from runs import ends_with_2, tiny
 from safetensors.torch import load_file, save_file
@@ -333,6 +334,14 @@ WRONG = {
         holds(lambda t: t.update({NORM: torch.ones(2)})),
         f"of another shape (1): {NORM} [2] in the file, [32] here",
     ),
+    "no table": (
+        holds(lambda t: t.update({"model.embed_tokens.weight": torch.ones(())})),
+        "model.embed_tokens.weight [] in the file, [35, 32] here",
+    ),
+    "a row of numbers": (
+        holds(lambda t: t.update({"model.embed_tokens.weight": torch.ones(35)})),
+        "model.embed_tokens.weight [35] in the file, [35, 32] here",
+    ),
     "whole numbers": (
         holds(lambda t: t.update({UP: t[UP].to(torch.int8)})),
         f"{UP} is torch.int8; only",
@@ -394,6 +403,10 @@ GIVEN = {
     "the other network": (
         lambda f: ["algo.backbone=dit", f"eval.checkpoint_path={f}"],
         "holds weights of the network llama, and algo.backbone=dit: set algo.backbone=llama",
+    ),
+    "the network of before": (
+        lambda f: [f"eval.checkpoint_path={path(BY_ALGO['ar'])}"],
+        "holds weights of the network dit, and algo.backbone=llama: set algo.backbone=dit",
     ),
     "another algorithm": (
         lambda f: ["algo=bamdlm", "block_size=4", f"eval.checkpoint_path={f}"],

@@ -66,6 +66,7 @@ def test_a_folder_is_evaluated_as_it_is(words, folder, tmp_path, capsys):
     run(*words, f"checkpointing.save_dir={tmp_path}")
     assert "mask token: id 28, a new row, the mean of the 28 embeddings" in capsys.readouterr().out
     config = settings.load(words)
+    assert config.model.dropout == 0
     ids = torch.as_tensor(build_rows(config, build_tokenizer(config), "valid").ids.astype("int64"))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -143,6 +144,14 @@ def test_the_plan_knows_its_cost(words, folder, capsys):
     weights = read_checkpoint(folder).weights
     count = sum(value.numel() for value in weights.values()) + SIZES["hidden_size"]
     assert f"bamdlm: {count / 1e6:,.1f}M parameters" in capsys.readouterr().out
+
+
+def test_a_text_longer_than_those_of_training_is_named(words, folder, capsys):
+    common = ["mode=plan", "algo=ar", "algo.backbone=llama", "model.length=65536"]
+    start = [f"training.from_pretrained={folder}", f"data.tokenizer_name_or_path={folder}"]
+    run(*words, *common, *start)
+    said = capsys.readouterr().out
+    assert "model.length=65536: the network was trained on 32768 positions" in said
 
 
 def test_settings_nobody_reads_are_named(words, folder, capsys):
