@@ -13,6 +13,8 @@ from settings.amounts import amounts
 from settings.composing import read
 from settings.defaults import (
     has_package,
+    has_wide_heads,
+    head_width,
     needs_block_mask,
     sized_by_checkpoint,
     started_by_torchrun,
@@ -238,10 +240,12 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
         yield f"{needed}: the package {name} is not installed: pip install {name}; or {way_out}"
     elif not entry["full_precision"] and not config.trainer.precision.startswith(("bf16", "16")):
         yield f"{needed} needs trainer.precision=bf16; or {way_out}"
-    if gpu and model.hidden_size < entry["least_head_width"] * model.n_heads:
+    if gpu and not has_wide_heads(config, entry["least_head_width"]):
+        llama = config.algo.backbone == "llama"
+        width = "model.head_dim" if llama else "model.hidden_size / model.n_heads"
         yield (
             f"{needed} needs heads of at least {entry['least_head_width']} on a GPU, but"
-            f" model.hidden_size / model.n_heads is {model.hidden_size // model.n_heads}; {way_out}"
+            f" {width} is {head_width(config)}; {way_out}"
         )
     if needs_block_mask(config) and not entry["block_masks"]:
         yield (

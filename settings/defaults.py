@@ -81,6 +81,21 @@ def sized_by_checkpoint(config: Config) -> bool:
     return of_file or (config.algo.backbone == "llama" and (starts or evaluates))
 
 
+def head_width(config: Config) -> int | None:
+    """None: as the checkpoint has it."""
+    model = config.model
+    if sized_by_checkpoint(config):
+        return None
+    if config.algo.backbone == "llama" and model.head_dim is not None:
+        return model.head_dim
+    return model.hidden_size // max(model.n_heads, 1)
+
+
+def has_wide_heads(config: Config, least: int) -> bool:
+    width = head_width(config)
+    return width is None or width >= least
+
+
 def _set(section: object, **values) -> None:
     """Those settings of the section that are null."""
     for name, value in values.items():
@@ -122,11 +137,9 @@ def _share(total: int, parts: int) -> int:
 
 def _attn_backend(config: Config) -> str:
     """The fastest on a GPU that can do what the algorithm needs."""
-    backends, model = attention_backends(), config.model
+    backends = attention_backends()
     if needs_block_mask(config):
-        heads = max(model.n_heads, 1)
-        width = model.hidden_size // heads if model.head_dim is None else model.head_dim
-        wide = width >= backends["flex"]["least_head_width"]
+        wide = has_wide_heads(config, backends["flex"]["least_head_width"])
         return "flex" if wide else "sdpa"
     half = config.trainer.precision.startswith(("bf16", "16"))
     one_text = config.data.wrap and config.data.pack == "wrap"

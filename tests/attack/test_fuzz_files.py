@@ -23,12 +23,15 @@ pytest.importorskip("hypothesis")
 from examples import alike
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from checkpointing import torch_file
+from checkpointing.families import shape_of
 from checkpointing.layouts import CheckpointError, read_checkpoint
-from checkpointing.load import build_backbone_args
+from checkpointing.load import build_backbone_args, build_network
 from data.corpora import get_corpus, opened
 from data.tokenizer import get_tokenizer
+from models.llama import Llama
 
 FEW, MANY = 60, 2000
 SMALL = sorted((GOLDEN / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_size)[0]
@@ -188,6 +191,43 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=6,
 )
+MODEL = {
+    **{"architectures": ["Qwen3ForCausalLM"], "hidden_size": 8, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 4},
+    **{"vocab_size": 5, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+}
+OTHER_KEYS = ("rope_parameters", "rope_scaling", "sliding_window", "use_sliding_window")
+OTHER_KEYS += ("layer_types", "hidden_act", "attention_bias", "mask_token_id", "block_size")
+ropes = st.dictionaries(
+    st.sampled_from(["rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"]),
+    st.sampled_from(["llama3", "linear", "yarn"]) | json_values,
+)
+model_configs = st.dictionaries(st.sampled_from([*MODEL, *OTHER_KEYS]), ropes | json_values)
+
+
+def check_model(changes: dict) -> None:
+    """A model of transformers."""
+    config = {**MODEL, **changes}
+    if not Path("m").exists():
+        Path("m").mkdir()
+        save_file(Llama(**vars(shape_of("m", MODEL))).state_dict(), "m/model.safetensors")
+    Path("m/config.json").write_text(json.dumps(config))
+    reads(lambda: build_network(read_checkpoint("m")), CheckpointError)
+
+
+@alike(FEW // 3)
+@given(model_configs)
+def test_random_models_of_transformers(changes):
+    check_model(changes)
+
+
+@pytest.mark.slow
+@alike(MANY)
+@given(model_configs)
+def test_more_random_models_of_transformers(changes):
+    check_model(changes)
+
+
 objects = st.builds(
     lambda text, more: json.dumps({**more, "text": text}).encode(),
     json_values,

@@ -536,6 +536,10 @@ def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
         (["strategy=fsdp", "trainer.devices=1"], "strategy=fsdp has nothing to share out"),
         (["model.attn_backend=flash_attn", "algo=ar"], "the package flash_attn is not installed"),
         (["model.attn_backend=flex", "model.n_heads=64"], "flex needs heads of at least 16"),
+        (
+            ["model.attn_backend=flex", "algo.backbone=llama", "model.head_dim=8"],
+            "flex needs heads of at least 16 on a GPU, but model.head_dim is 8",
+        ),
     ):
         assert message in " ".join(refused([*TRAIN, *wrong], capsys))
 
