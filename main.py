@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     except CheckpointError as error:  # of a part that is read only now
         print(ConfigError([str(error)]), file=sys.stderr)
         return 2
-    except (Failure, OSError, MemoryError) as error:
+    except (Failure, OSError, MemoryError, FloatingPointError) as error:
         print(shown(reason(error)), file=sys.stderr)
         return 1
     distributed.leave_group()

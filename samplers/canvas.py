@@ -32,6 +32,8 @@ class Canvas:
         self.replay = Replay() if cuda and denoise.recordable else None
         self.compiled = self.replay is not None and denoise.compiled
         self.sample = compiled_sample() if self.compiled else sample
+        # NaN once an answer was no number; looked at with finished texts, as the host waits then
+        self.sum = torch.zeros((), device=device)
         self.before: Tensor | None = None  # for who watches: the texts before the last evaluation
         self.evaluations = 0
         if rows:
@@ -44,7 +46,21 @@ class Canvas:
         """The denoiser's answer; counted as one evaluation of the batch."""
         self._count()
         with torch.inference_mode():
-            return self.denoise(*arguments)
+            return self._heard(self.denoise(*arguments))
+
+    def _heard(self, answer: Tensor) -> Tensor:
+        """[..., V], and in every row NaN comes alone or not at all, but for the mask token."""
+        self.sum += answer[..., 0 if self.mask_id else 1].sum()
+        return answer
+
+    def check(self) -> None:
+        """FloatingPointError where the network did not answer with numbers. Waits for the
+        device."""
+        if self.sum.isnan().item():
+            raise FloatingPointError(
+                "the network answered NaN, which is no probability: its weights are damaged, or"
+                " too large for its precision; no text of this batch is kept"
+            )
 
     def reveal(self, starts: list[int], width: int, step: Tensor) -> None:
         """Write tokens: step int64 [3, B, R] says where to read in tokens starts[b] .. starts[b] +
@@ -72,7 +88,7 @@ class Canvas:
 
     def _reveal(self, tokens: Tensor, step: Tensor, cache) -> None:
         read, write, key = step
-        log_probs = self.denoise(tokens, read, cache)
+        log_probs = self._heard(self.denoise(tokens, read, cache))
         with compiling(self.compiled):
             drawn = self.sample(log_probs, key, self.params.warp, self.params.dtype)
         self.write(write, drawn, log_probs)

@@ -118,6 +118,8 @@ class ActiveTexts:
             for i, s in enumerate(self.slots)
             if i in stops or (s.next_masked() is None and i not in again)
         ]
+        if done:
+            self.canvas.check()
         samples = [self._sample(i, stops.get(i)) for i in done]
         self._turn_over(done, again)
         return samples

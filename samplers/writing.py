@@ -62,7 +62,8 @@ def generate(
 
     `requests` is drawn from as places in the batch become free. `watch(Frame)` is called after
     every evaluation with the texts so far (copied to the host: for looking, not for speed);
-    `tick(tokens, evaluations)` after every round with how many more were made.
+    `tick(tokens, evaluations)` after every round with how many more were made. FloatingPointError:
+    the network answered NaN.
     """
     algo = {"bd3lm": "bamdlm"}.get(algo, algo)
     check(params, algo)
@@ -73,7 +74,11 @@ def _rounds(sampler: Sampler, tick: Callable, *arguments) -> Iterator[list[Sampl
     texts = ActiveTexts(*arguments)
     while len(texts):
         before = texts.canvas.evaluations
-        tokens = sampler.one_round(texts)
+        try:
+            tokens = sampler.one_round(texts)
+        except ValueError:  # a step rule that compares with NaN
+            texts.canvas.check()
+            raise
         tick(tokens, texts.canvas.evaluations - before)
         yield texts.settle(every=sampler.ends_anywhere)
 

@@ -36,6 +36,6 @@ def answered(name: str, work: Callable[[], int | None]) -> int:
     and cannot use."""
     try:
         return work() or 0
-    except (ValueError, *CIRCUMSTANCES) as error:
+    except (ValueError, FloatingPointError, *CIRCUMSTANCES) as error:
         print(f"{name}: {shown(reason(error))}", file=sys.stderr)
         return 2

@@ -960,3 +960,31 @@ def test_nor_in_the_steps_of_sedd(cuda):
         with waiting():
             write_analytically(rows)
         assert (rows.canvas.x[:, :-1] != MASK).all()
+
+
+@pytest.mark.parametrize(
+    ("algo", "how"),
+    [
+        *((algo, {}) for algo in ALGOS),
+        ("ar", {"kv_cache": True}),
+        ("bamdlm", {"kv_cache": True, "var_length": True}),
+        ("bamdlm", {"nucleus_p": 0.9, "dtype": "float64"}),
+        ("mdlm", {"temperature": 0.0}),
+        ("mdlm", {"steps": "confidence"}),
+        ("mdlm", {"steps": "threshold", "threshold": 0.5}),
+        ("mdlm", {"steps": "entropy_bounded", "entropy_bound": 1.0}),
+        ("mdlm", {"steps": "low_confidence"}),
+        ("mdlm", {"steps": "ancestral"}),
+    ],
+    ids=str,
+)
+def test_a_network_that_answers_nan_ends_the_writing(algo, how):
+    """In whichever evaluation: the weight belongs to one token, which is seen only once drawn."""
+    broken = small(V, seed=1, adaln=algo != "ar")
+    with torch.no_grad():
+        broken.vocab_embed.embedding[0 if algo == "ar" else MASK] = torch.nan
+    denoise = denoiser(broken, algo, MASK, SMALL["block_size"])
+    params = {**SMALL, "batch_size": 2, **how}
+    with pytest.raises(FloatingPointError, match="the network answered NaN"):
+        write(algo, denoise, 3, **params)
+    assert len(write(algo, network(algo), 3, **params)) == 3
