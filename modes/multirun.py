@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import get_origin
 
 import settings
 from modes import slurm
@@ -17,7 +18,7 @@ from modes.cli import examined
 from modes.launching import Run, run_here
 from modes.tables import filled, text
 from settings import Config
-from settings.keys import LEAVES
+from settings.keys import LEAVES, unwrap
 from settings.multirun import Job, expand
 from training.signals import BY_HAND, GO_ON
 from utils import Failure, reason, say, shown, whole_number
@@ -26,8 +27,7 @@ MOST_NAMES = 3  # of jobs behind a problem
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 all is done, 1 some failed, 2 nothing was started; told to stop, that of
-    training."""
+    """Exit code: 0 all is done, 1 some failed, 2 nothing was started; told to stop, stopped()."""
     multirun = expand(argv)
     problems = [*multirun.problems, *_surroundings(argv)]
     on_slurm = multirun.launcher == "submitit_slurm"
@@ -49,10 +49,21 @@ def main(argv: list[str]) -> int:
     say(table(runs))
     left = [str(number) for number, run in enumerate(runs, 1) if run.code != 0]
     if told is not None and left:
-        return BY_HAND if told == signal.SIGINT else GO_ON
+        return GO_ON if on_slurm and told != signal.SIGINT else stopped(told, runs)
     if left:
         print(f"{len(left)} of {len(runs)} jobs are not done: {', '.join(left)}", file=sys.stderr)
     return int(bool(left))
+
+
+def stopped(told: signal.Signals, runs: list[Run]) -> int:
+    """The exit code of what was told to stop: that of the last job, had it been alone. Where that
+    has saved or is done, the others go on with the same command."""
+    if told == signal.SIGINT:
+        return BY_HAND
+    last = ([run.code for run in runs if run.code is not None] or [GO_ON])[-1]
+    if last < 0:  # training had not begun
+        return 128 + told
+    return GO_ON if last in (0, GO_ON) else 1
 
 
 def _surroundings(argv: list[str]) -> Iterator[str]:
@@ -100,10 +111,15 @@ def _shared(jobs: list[Job], configs: list[Config]) -> Iterator[str]:
         keys = [word.lstrip("+").partition("=")[0] for word in those[-1].swept]
         keys = [key if key in LEAVES else f"{key}.name" for key in keys]
         inside = "-".join(f"${{{key}}}" for key in keys if key in LEAVES) or "${seed}"
+        key = keys[0] if len(keys) == 1 else None  # where it is a list, one run may have all
+        together = ""
+        if key in LEAVES and get_origin(unwrap(LEAVES[key].hint)[0]) is list:
+            values = ",".join(word.partition("=")[2] for job in those for word in job.swept)
+            together = f"; or leave -m out, and give {key}=[{values}]"
         if len(those) > 1:
             yield (
                 f"{setting}={path} is the same in {_named(those)}, and they would write over each"
-                f" other: put what differs into it, as in '{setting}={path}-{inside}'"
+                f" other: put what differs into it, as in '{setting}={path}-{inside}'{together}"
             )
 
 

@@ -64,7 +64,7 @@ WRONG = [
         "model=huge does not exist. Choices: llama-135m, llama-tiny, medium, small, tiny",
     ),
     (TRAIN, ["algo=[mdlm]"], "algo=['mdlm'] must be one of: ar, bamdlm"),
-    (TRAIN, ["~algo"], "algo=None does not exist. Choices: ar, bamdlm"),
+    (TRAIN, ["~algo"], "algo=null does not exist. Choices: ar, bamdlm"),
     (TRAIN, ["callbacks=[checkpoint]"], "callbacks=checkpoint does not exist."),
     (
         TRAIN,
@@ -75,7 +75,7 @@ WRONG = [
     (TRAIN, ["trainer.max_steps=many"], "trainer.max_steps=many must be a whole number"),
     (TRAIN, ["seed=1.5"], "seed=1.5 must be a whole number"),
     (TRAIN, ["seed=True"], "seed=True must be a whole number"),
-    (TRAIN, ["seed=null"], "seed=None must be a whole number"),
+    (TRAIN, ["seed=null"], "seed=null must be a whole number"),
     (TRAIN, ["optim.lr=fast"], "optim.lr=fast must be a number"),
     (TRAIN, ["data.wrap=maybe"], "data.wrap=maybe must be True or False"),
     (

@@ -12,7 +12,7 @@ import pytest
 from runs import ALGORITHMS, Run, ends_with_2, run, tiny
 
 import main
-from modes import launching, slurm
+from modes import launching, multirun, slurm
 from scripts import compare
 from training.log_reading import read_log
 
@@ -124,6 +124,9 @@ REFUSED = {
     "loader.num_workers=range(0,5)": ["num_workers=2; 2 more, and they would write over each"],
     "algo=ar,mdlm checkpointing.save_dir=x": ["as in 'checkpointing.save_dir=x-${algo.name}'"],
     "mode=ppl_eval eval.checkpoint_path=org/x eval.draws=1,2": ["checkpointing.save_dir=outputs/"],
+    "mode=ppl_eval eval.checkpoint_path=org/x eval.likelihood=counts,exact": [
+        "'; or leave -m out, and give eval.likelihood=[counts,exact]"
+    ],
     "mode=sample_eval eval.checkpoint_path=org/x seed=1,2 sampling.trajectory=a.html": [
         "'sampling.trajectory=a.html-${seed}'"
     ],
@@ -188,6 +191,23 @@ def test_texts_of_several_runs_may_share_a_file(monkeypatch, capfd):
     assert [line[4:] for line in table] == [["10.00", "2.00"], ["20.00", "2.00"]]
     assert main.main(["-m", *SMALL, *words, "seed=1"]) == 1
     assert capfd.readouterr().out.split()[-4:-1] == ["1", "-", "1"]  # it failed: no figures
+
+
+@pytest.mark.parametrize(
+    ("told", "codes", "expected"),
+    [
+        (signal.SIGTERM, [0, 75, None], 75),
+        (signal.SIGTERM, [2, 0, None], 75),  # it was done as the signal came
+        (signal.SIGTERM, [2, -15], 143),  # nothing was saved
+        (signal.SIGUSR1, [-15, None], 138),
+        (signal.SIGTERM, [0, 1, None], 1),  # what was to be saved is lost
+        (signal.SIGTERM, [0, 2, None], 1),
+        (signal.SIGINT, [0, -2, None], 130),
+    ],
+)
+def test_several_runs_that_are_told_to_stop_end_as_the_last_one(told, codes, expected):
+    runs = [launching.Run(None, None, code) for code in codes]
+    assert multirun.stopped(told, runs) == expected
 
 
 @pytest.mark.slow
