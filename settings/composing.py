@@ -169,13 +169,15 @@ def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
             value = _selected(cfg, key, entry) if resolved is None else _entry(resolved, key)
         except OmegaConfBaseException as error:
             problems[key] = f"{key}: {_unwrapped(first_line(error))}"
+            absent += (f"{key}.",)
             continue
         if isinstance(entry, Leaf):
             try:
                 values[key] = _converted(key, _prepared(key, entry, value))
             except (ValidationError, ValueError):
                 problems[key] = type_problem(key, value)
-        elif not isinstance(value, dict):
+        elif not isinstance(value, dict) or not isinstance(_entry(raw, key), dict):
+            value = _entry(raw, key)
             absent += (f"{key}.",)
             if value is None and (key == "wandb" or key.startswith("callbacks.")):
                 values[key] = None

@@ -107,7 +107,11 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     else:
         wanted = TYPE_NAMES.get(bare, "a number")
     way_out = f"; as text: {spelled(key, typed)}" if bare is str and typed is not None else ""
-    return f"{key}={value} must be {wanted}{' or null' if optional else ''}{way_out}"
+    return f"{key}={as_typed(value)} must be {wanted}{' or null' if optional else ''}{way_out}"
+
+
+def as_typed(value: object) -> object:
+    return "null" if value is None else value
 
 
 def spelled(key: str, text: str) -> str:
@@ -119,9 +123,9 @@ def _check_group(group: str, value, own: Path | None) -> None:
     known, several = choices(group, own), isinstance(value, list)
     if group == "experiment" and value is None:
         return
-    if several and group != "callbacks":
+    if isinstance(value, dict) or (several and (group != "callbacks" or not value)):
         raise ValueError(f"{group}={value} must be one of: {', '.join(known)}")
-    for choice in map(str, value if several else [value]):
+    for choice in map(str, map(as_typed, value if several else [value])):
         if choice not in known:
             problem = f"does not exist.{nearest(choice, known)}"
             if choice in _entries(group):
@@ -221,13 +225,20 @@ def _check_value(key: str, value: object, text: str) -> None:
     kind = typing.get_origin(unwrap(LEAVES[key].hint)[0]) if key in LEAVES else None
     if key in LEAVES and isinstance(value, dict | list) and type(value) is not kind:
         raise ValueError(type_problem(key, value, text))
-    if key not in LEAVES and isinstance(value, list):
+    if key not in LEAVES and value is not None and not (isinstance(value, dict) and full(value)):
         raise ValueError(section_problem(key, value))
+
+
+def full(value: object) -> bool:
+    """Whether it is not an empty section and has none: that would change nothing."""
+    return value != {} and (not isinstance(value, dict) or all(map(full, value.values())))
 
 
 def section_problem(key: str, value: object) -> str:
     names = ", ".join(field.name for field in dataclasses.fields(SCHEMA[key]))
-    return f"{key}={value} must be a section; its settings are {names}"
+    chosen = f", and its files {', '.join(choices(key))}" if key in groups() else ""
+    wrong = "sets nothing" if isinstance(value, dict) else "must be a section"
+    return f"{key}={as_typed(value)} {wrong}; its settings are {names}{chosen}"
 
 
 def own_folder(overrides: list[str]) -> tuple[list[str], Path | None, list[str]]:
@@ -280,7 +291,7 @@ def parse(overrides: list[str]) -> ParsedOverrides:
         try:
             key, value, text = _read(argument, parser)
             section = key.partition(".")[0]
-            if key in known_groups and not isinstance(value, dict):
+            if key in known_groups and not (isinstance(value, dict) and key in SCHEMA):
                 if lost and str(value) not in choices(key):
                     continue  # it may lie in the folder that cannot be used
                 _check_group(key, value, own)

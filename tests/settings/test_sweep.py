@@ -99,7 +99,7 @@ def test_a_run_without_a_sweep_is_one_point():
         ("{3: [1]}", "sampling.sweep={3: [1]} must be lists of values by name, like {"),
         ("{temperature: [a]}", "sampling.sweep: sampling.temperature=a must be a number"),
         ("{temperature: [[1]]}", "sampling.sweep: sampling.temperature=[1] must be a number"),
-        ("{k: [null]}", "sampling.sweep: sampling.k=None must be a whole number"),
+        ("{k: [null]}", "sampling.sweep: sampling.k=null must be a whole number"),
         ("{kv_cache: [1]}", "sampling.sweep: sampling.kv_cache=1 must be True or False"),
         ("{top_k: [-1]}", "sampling.sweep: sampling.top_k=-1 must be at least 0"),
         ("{steps: [frist_hitting]}", "sampling.sweep: sampling.steps=frist_hitting must be one of"),
