@@ -24,9 +24,9 @@ from evaluation.brier import BrierLM, brier_lm, closed_form, continuations, cut,
 from evaluation.quality import mean
 from modes import tables
 from samplers.params import SamplingParams
-from samplers.writing import check
+from samplers.writing import SAMPLERS, check
 from sampling.notebook import Writer, load
-from sampling.report import UNTOLD
+from sampling.report import SHOWN, UNTOLD, made_with
 from scripts.support.command import answered, chosen_device, new_parser, parsed
 from scripts.support.texts import at_least_two, cache_folder, read_texts
 from utils import write_json
@@ -45,7 +45,11 @@ def main(argv=None) -> int:
 
 
 def run(args: argparse.Namespace, words: list[str]) -> None:
-    found = {path: measured(path, args, words) for path in args.checkpoints}
+    writers = {path: writer_of(path, args, words) for path in args.checkpoints}
+    read = {name for each in writers.values() for name in reads(*each)}
+    for name in dict(args.set).keys() - read:
+        raise ValueError(f"--set {name}: no checkpoint reads it with these steps, leave it out")
+    found = {path: measured(path, *each, args, words) for path, each in writers.items()}
     print(as_text(found))
     for path, (each, _) in found.items():
         few = [f"Brier-{n}" for n, figure in each.orders.items() if not figure.value > 0]
@@ -75,10 +79,9 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def measured(path: str, args, words) -> tuple[BrierLM, dict]:
-    """BrierLM of a checkpoint, and of ar Brier-1 from its probabilities."""
-    where = chosen_device(args.device)
-    writer = load(path, device=where, cache_dir=cache_folder(words))
+def writer_of(path: str, args, words) -> tuple[Writer, SamplingParams]:
+    """A checkpoint, and how it is asked."""
+    writer = load(path, device=chosen_device(args.device), cache_dir=cache_folder(words))
     changes = {"batch_size": args.batch_size, "seed": args.seed} | dict(args.set)
     params = writer.asked(changes)
     check(params, writer.writes)
@@ -86,6 +89,20 @@ def measured(path: str, args, words) -> tuple[BrierLM, dict]:
         raise ValueError(f"--set block_size: {path} holds {writer.algo} weights, without blocks")
     if "block_size" in changes:
         say_untrained(writer.trained, [params.block_size])
+    return writer, params
+
+
+def reads(writer: Writer, params: SamplingParams) -> set[str]:
+    """The names of --set that decide its texts."""
+    made = made_with(writer.algo, params)
+    found = {name for name in NUMBERS if made.get(SHOWN.get(name, name)) is not None}
+    return found if "steps" in SAMPLERS[writer.writes].can else found - {"steps"}
+
+
+def measured(
+    path: str, writer: Writer, params: SamplingParams, args, words
+) -> tuple[BrierLM, dict]:
+    """BrierLM of a checkpoint, and of ar Brier-1 from its probabilities."""
     texts = read_texts(args.reference, params.length, args.prefixes, words)
     rows = writer.tokenizer.encode_batch(texts)
     prefixes, truth = cut(rows, params.bos_id, params.length, args.seed)
@@ -98,7 +115,7 @@ def measured(path: str, args, words) -> tuple[BrierLM, dict]:
             prefixes,
             params,
             draws=args.draws,
-            device=where,
+            device=writer.device,
             tick=bar.update,
         )
     warped = params.warp != SamplingParams(length=1, bos_id=0, eos_id=0).warp

@@ -39,6 +39,12 @@ def main(argv=None) -> int:
 
 def run(args: argparse.Namespace, words: list[str]) -> None:
     runs = read_runs(args.samples, words)
+    fewest = 2 * min(len(texts) for texts, _ in runs.values())
+    if args.reference and (args.buckets or 0) > fewest:
+        raise ValueError(
+            f"--buckets {args.buckets}: MAUVE would have clusters of at most {fewest} texts, those"
+            " of a run and as many real ones; give fewer clusters, or more texts"
+        )
     judge = judge_of(args, args.judge, words)
     found = {name: figures(judge, texts) | of for name, (texts, of) in runs.items()}
     if args.reference:

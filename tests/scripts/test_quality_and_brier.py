@@ -125,7 +125,18 @@ def test_brier_of_blocks_of_any_size(tmp_path, files, capsys):
             ["real.txt", "--judge=ar.ckpt", "--reference=real.txt", "--featurizer=./none"],
             "--featurizer='./none' cannot be loaded",
         ),
+        (
+            quality,
+            ["real.txt", "--judge=none", "--reference=real.txt", "--buckets=49"],
+            "--buckets 49: MAUVE would have clusters of at most 48 texts",
+        ),
         (brier, ["none.ckpt", "--reference=real.txt"], "none.ckpt"),
+        (
+            brier,
+            ["ar.ckpt", "mdlm.ckpt", "--reference=none.txt", "--set=threshold=0.5"],
+            "--set threshold: no checkpoint reads it",
+        ),
+        (brier, ["ar.ckpt", "--reference=none.txt", "--set=steps=confidence"], "--set steps: no"),
         (brier, ["ar.ckpt", "--reference=real.txt", "--set=steps=best"], "sampling.steps='best'"),
         (brier, ["ar.ckpt", "--reference=short.txt"], "fewer than two texts"),
         (
