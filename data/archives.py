@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import lzma
+import os
 import shutil
 import tarfile
 import urllib.request
@@ -18,10 +19,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
 
-from data.readers import Piece, check_unpacked, cut_long, decoded_lines
+from data.readers import DOCUMENT, MOST_PACKED, Piece, check_unpacked, cut_long, decoded_lines
 from data.tables import Part, stamp
 from utils import atomic_file, atomic_folder, lock, naming
 
@@ -29,7 +30,7 @@ log = logging.getLogger("bamdlm")
 
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
 KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-MOST_MEMBERS = 100_000  # of a tar, which has no index
+MOST_MEMBERS = 10_000  # files; those of lm1b are 153
 SUFFIXES = (".zip", ".tar", ".tgz", ".gz")
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
@@ -55,13 +56,17 @@ class Archive:
         """The files of a split in the order of their names."""
         with _whole(f"data.source={source}"):
             files = self.files(source, split, cache)
-            return [self.part(source, n, *files[n]) for n in self.wanted(source, split, files)]
+            wanted = self.wanted(source, split, files)
+            if source.is_file():
+                _check_lines(source, [files[name] for name in wanted])
+            return [self.part(source, name, *files[name]) for name in wanted]
 
     def files(self, source: Path, split: str, cache: Path) -> dict[str, tuple[int, Callable]]:
         """{name: (bytes, what opens it)} of a zip, a folder, an unpacked tar, or a file alone."""
         if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                found = archive.infolist()
+            found = _zip(source, *stamp(source).values(), os.getpid()).infolist()
+            if len(found) > MOST_MEMBERS:
+                raise ValueError(_too_many(source))
             for info in found:
                 if _matches(info.filename, self.pattern(split)):
                     _check_zipped(source, info)
@@ -119,8 +124,29 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(PurePath(name).name, pattern)
 
 
+@lru_cache(1)
+def _zip(path: Path, *_) -> zipfile.ZipFile:
+    """Opened once for all of its files, as it is now and in this process."""
+    return zipfile.ZipFile(path)
+
+
 def _open_in_zip(path: Path, name: str):
-    return io.BufferedReader(zipfile.ZipFile(path).open(name), 1 << 20)
+    archive = _zip(path, *stamp(path).values(), os.getpid())
+    return io.BufferedReader(archive.open(name), 1 << 20)
+
+
+def _check_lines(source: Path, files: list[tuple[int, Callable]]) -> None:
+    """Lines are documents, and many short ones take long. They are counted only where there may be
+    too many of them."""
+    packed, unpacked = source.stat().st_size, sum(size for size, _ in files)
+    check_unpacked(f"data.source={source}", packed, unpacked)
+    lines = unpacked
+    if DOCUMENT * lines + unpacked > MOST_PACKED * packed:
+        lines = 0
+        for _, opened in files:
+            with opened() as file:
+                lines += sum(part.count(b"\n") for part in iter(partial(file.read, 1 << 20), b""))
+    check_unpacked(f"data.source={source}", packed, unpacked + DOCUMENT * lines)
 
 
 def _check_zipped(source: Path, info: zipfile.ZipInfo) -> None:
@@ -130,6 +156,10 @@ def _check_zipped(source: Path, info: zipfile.ZipInfo) -> None:
             f"{place} is encrypted or packed in an unknown way: unpack it, and give the folder"
         )
     check_unpacked(place, min(info.compress_size, source.stat().st_size), info.file_size)
+
+
+def _too_many(source: Path) -> str:
+    return f"data.source={source} holds more than {MOST_MEMBERS:,} files: unpack it"
 
 
 @contextmanager
@@ -169,7 +199,7 @@ def _unpack(source: Path, pattern: str, folder: Path) -> None:
             if number < 10:
                 names.append(member.name)
             if number == MOST_MEMBERS:
-                raise ValueError(f"{place} holds more than {MOST_MEMBERS:,} files: unpack it")
+                raise ValueError(_too_many(source))
             size += tarfile.BLOCKSIZE + max(0, member.size)
             check_unpacked(place, source.stat().st_size, size)
             if member.isfile() and _matches(member.name, pattern):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import archives, readers, tables
+from data import archives, tables
 from data.archives import Archive, Text8
 from data.hub_tables import CONVERTED, Hub
 from data.local_copies import LocalCopy
@@ -191,7 +191,7 @@ def get_corpus(name: str, split: str, *, source: str | None = None) -> Corpus:
             f" 'folder/*.txt' works), or one of: {', '.join(CORPORA)}"
         )
     if name not in CORPORA:
-        if not (Path(name).suffix in readers.READERS or glob.glob(name) or "/" in name):
+        if not (Path(name).suffix in tables.READERS or glob.glob(name) or "/" in name):
             close = difflib.get_close_matches(name, CORPORA, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(

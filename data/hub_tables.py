@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from data import readers
+from data import tables
+from data.arrow import parquet
+from data.arrow.thrift import Damaged
 from data.readers import Piece
 from data.tables import Part
 from utils import CONNECT_SECONDS, HubUnreachable, first_line, hub_errors, read_json, write_json
@@ -116,14 +118,13 @@ def _check_files(table: Hub, split: str, names: list[str]) -> None:
 
 
 def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Part:
-    import pyarrow.parquet
     from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
 
     place = f"{repo}@{commit[:8]}, {name}"
     address = f"hf://datasets/{repo}@{commit}/{name}"
     kept = {"repo_id": repo, "filename": name, "repo_type": "dataset", "revision": commit}
     kept["cache_dir"] = str(cache / "downloads")
-    reader = readers.READERS[Path(name).suffix]
+    reader = tables.READERS[Path(name).suffix]
 
     def read(column: str) -> Iterator[Piece]:
         """From the cache, downloaded if need be."""
@@ -134,18 +135,17 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
     def streamed(column: str) -> Iterator[Piece]:
         with (
             _reading(place),
-            HfFileSystem().open(address, "rb") as file,
-            pyarrow.parquet.ParquetFile(file, **readers.BIT_BY_BIT) as table,
+            HfFileSystem().open(address, "rb", cache_type="blockcache") as file,
         ):
-            yield from readers.parquet_rows(table, column, place)
+            yield from parquet.parquet_rows(file, column, place)
 
     def count() -> int:
         """From the footer: of the file if it is there, else over the network."""
         path = try_to_load_from_cache(**kept)
         if isinstance(path, str):
-            return readers.count_parquet(Path(path))
+            return parquet.count_parquet(Path(path))
         with _reading(place), HfFileSystem().open(address, "rb", cache_type="none") as file:
-            return pyarrow.parquet.read_metadata(file).num_rows  # asks for its last kilobytes
+            return parquet.checked_footer(file).num_rows
 
     if not name.endswith(".parquet"):
         return Part(place, 1, read)
@@ -160,8 +160,8 @@ def _reading(place: str) -> Iterator[None]:
     try:
         with hub_errors(f"{place} could not be read from the hub", absent=ABSENT):
             yield
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(readers.broken_parquet(place, error)) from error
+    except (Damaged, pyarrow.ArrowInvalid) as error:
+        raise ValueError(parquet.broken_parquet(place, error)) from error
     except HubUnreachable as error:
         raise OSError(
             f"{error}; run it again (whole files are kept), or give a local copy with"

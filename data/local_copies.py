@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data import readers, tables
+from data import tables
 from data.archives import SUFFIXES, Archive
+from data.arrow import saved
 from data.tables import Part
-from utils import first_line, read_json, visible_files
+from utils import read_json, visible_files
 
 # What splits are called in the names of files and folders.
 NAMES = {
@@ -100,12 +101,12 @@ class LocalCopy:
         found = sorted(visible(self.path))
         if self.is_archive():
             return [path for path in found if self.archive.fits(path.name)]
-        known = [path for path in found if path.suffix in readers.READERS]
+        known = [path for path in found if path.suffix in tables.READERS]
         if not known:
             some = ", ".join(path.name for path in found[:10]) or "nothing"
             raise ValueError(
                 f"data.source={self.path} holds {some}, but no file of the kinds"
-                f" {', '.join(readers.READERS)}; an archive must be named itself"
+                f" {', '.join(tables.READERS)}; an archive must be named itself"
             )
         wanted = [path for path in known if self.names(path, split)]
         if not wanted:
@@ -125,7 +126,7 @@ class LocalCopy:
     def file(self, split: str) -> Path:
         if self.is_archive():
             return self.path
-        if self.path.suffix not in readers.READERS:
+        if self.path.suffix not in tables.READERS:
             raise ValueError(f"data.source={self.path} is of no kind that is known; {WAY_OUT}")
         if not self.names(self.path, split):
             raise ValueError(
@@ -181,15 +182,6 @@ def visible(folder: Path) -> list[Path]:
 
 def saved_part(folder: Path) -> Part:
     """A table that `datasets` has saved."""
-    import datasets
-    import pyarrow
-
-    try:
-        table = datasets.Dataset.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"data.source={folder} is not a whole saved table ({first_line(error)}); save it again"
-            " with datasets' save_to_disk"
-        ) from error
-    read = partial(readers.table, table, place=f"data: {folder}")
-    return Part(str(folder), 1, read, lambda: len(table))
+    paths = saved.files(folder)
+    read = partial(saved.rows, folder, paths)
+    return Part(str(folder), 1, read, partial(saved.count, folder, paths))

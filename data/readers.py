@@ -6,7 +6,6 @@ A reader yields documents as pieces, never the whole at once, and keeps nothing 
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,10 +15,10 @@ from utils import MOST_LINE  # bytes of a line that is a document; the longest b
 PIECE_CHARACTERS = 1 << 18
 ZEROS = 1 << 12  # bytes, all of them zero: what a crash or a sparse file leaves
 LONGEST_WHOLE = 1 << 22  # characters of a document that is tokenized at once
-ROWS_AT_ONCE = 100  # they are in memory together, and may all be the one long text of a dictionary
-MOST_UNPACKED, MOST_PACKED = 1 << 28, 200  # bytes of what is packed, and times its bytes so
+# What is packed may unpack to so many bytes, or to so many times those that it has: texts seldom
+# reach ten. A document counts as some bytes more, for the time that even an empty one takes.
+MOST_UNPACKED, MOST_PACKED, DOCUMENT = 1 << 24, 30, 8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
 
 # Where a text may be cut so that its tokens do not change: word tokenizers and byte-level BPEs
 # split there anyway, after a single line break and before a single space.
@@ -45,13 +44,6 @@ class Piece(NamedTuple):
     done: float  # share of the whole read so far, 0 to 1; what the progress display shows
 
 
-def table(dataset, column: str, place: str) -> Iterator[Piece]:
-    """The documents of one column of a `datasets` table."""
-    known = [name for name in dataset.column_names if name == column]
-    batches = dataset.with_format("arrow", columns=known).iter(ROWS_AT_ONCE)
-    return _documents(batches, len(dataset), dataset.column_names, column, place)
-
-
 def check_unpacked(place: str, packed: int, unpacked: int) -> None:
     """ValueError where so many bytes of a file become more than text does."""
     if unpacked > max(MOST_UNPACKED, MOST_PACKED * packed):
@@ -61,40 +53,16 @@ def check_unpacked(place: str, packed: int, unpacked: int) -> None:
         )
 
 
-def parquet_rows(file, column: str, place: str) -> Iterator[Piece]:
-    """The documents of an open pyarrow.parquet.ParquetFile."""
-    _check_columns(file, [column], place)
-    batches = file.iter_batches(ROWS_AT_ONCE, columns=[column])
-    return _documents(batches, file.metadata.num_rows, file.schema_arrow.names, column, place)
+def bounded(pieces: Iterable[Piece], packed: int, place: str) -> Iterator[Piece]:
+    """The same pieces; check_unpacked() of what they have in all."""
+    unpacked = 0
+    for piece in pieces:
+        unpacked += len(piece.text) + DOCUMENT * piece.ends
+        check_unpacked(place, packed, unpacked)
+        yield piece
 
 
-def _check_columns(file, columns: list[str], place: str) -> None:
-    """ValueError where one of them, or a field inside of it, unpacks to too much."""
-    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-        for part in map(group.column, range(group.num_columns)):
-            if (column := part.path_in_schema.partition(".")[0]) in columns:
-                packed, unpacked = part.total_compressed_size, part.total_uncompressed_size
-                check_unpacked(f"{place}: {column}", packed, unpacked)
-
-
-def _documents(batches: Iterable, total: int, known: list[str], column: str, place: str):
-    """Of tables of pyarrow."""
-    if column not in known:
-        raise ValueError(
-            f"{place} has no column {column!r}, only {', '.join(known)}; set data.text_column"
-        )
-    row = 0
-    for batch in batches:
-        for value in batch.column(column):
-            try:
-                text = value.as_py()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}, row {row}: {column} is not UTF-8") from error
-            yield from _whole(checked(text, column, f"{place}, row {row}"), (row + 1) / total)
-            row += 1
-
-
-def _whole(text: str, done: float) -> Iterator[Piece]:
+def whole(text: str, done: float) -> Iterator[Piece]:
     """One document; cut where it is too long to be tokenized at once."""
     for piece in cut_long(text) if len(text) > LONGEST_WHOLE else (Piece(text, True, done),):
         yield piece._replace(done=done)
@@ -123,7 +91,7 @@ def read_txt(path: Path, column: str) -> Iterator[Piece]:
 
 def read_jsonl(path: Path, column: str) -> Iterator[Piece]:
     for line, place, done in _json_lines(path):
-        yield from _whole(json_text(line, column, place), done)
+        yield from whole(json_text(line, column, place), done)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, str, float]]:
@@ -166,72 +134,6 @@ def json_text(line: str, column: str, place: str) -> str:
 def check_pairs(text: str, what: str) -> None:
     if HALF_A_PAIR_DECODED.search(text):
         raise ValueError(f"{what} holds half of a surrogate pair, which is no text")
-
-
-def read_parquet(path: Path, column: str) -> Iterator[Piece]:
-    with _parquet(path) as file:
-        yield from parquet_rows(file, column, f"data: {path}")
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, **_how(path)) as file:
-            yield file
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(broken_parquet(f"data: {path}", error)) from error
-
-
-def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
-    """All rows, of the columns that there are; they may hold lists and objects."""
-    place, row = f"data: {path}", 0
-    with _parquet(path) as file:
-        known, total = file.schema_arrow.names, file.metadata.num_rows
-        kept = [name for name in columns if name in known]
-        _check_columns(file, kept, place)
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=kept):
-            for i in range(batch.num_rows):
-                where = f"{place}, row {row}"
-                try:
-                    fields = {name: batch.column(name)[i].as_py() for name in kept}
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{where} is not UTF-8") from error
-                row += 1
-                yield Record(dict.fromkeys(known) | fields, where, row / total)
-
-
-def _how(path: Path) -> dict:
-    """To read bit by bit only where whole columns are large: for that pyarrow takes as much memory
-    as a page says it has, up to 2 GB."""
-    import pyarrow.parquet
-
-    known = pyarrow.parquet.read_metadata(path)
-    groups = map(known.row_group, range(known.num_row_groups))
-    sizes = (g.column(i).total_compressed_size for g in groups for i in range(g.num_columns))
-    return BIT_BY_BIT if max(sizes, default=0) > MOST_LINE else {"pre_buffer": False}
-
-
-def count_parquet(path: Path) -> int:
-    """From the footer."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_metadata(path).num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(broken_parquet(f"data: {path}", error)) from error
-
-
-def broken_parquet(place: str, error: Exception) -> str:
-    reason = str(error).partition("\n")[0]
-    return f"{place} is not a parquet file, or only a part of one ({reason}); get it again"
-
-
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
-RECORDS = {".jsonl": jsonl_records, ".parquet": parquet_records}
 
 
 def decoded_lines(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data.readers import READERS, Piece, count_parquet
+from data.arrow.parquet import count_parquet, parquet_records, read_parquet
+from data.readers import Piece, jsonl_records, read_jsonl, read_txt
 from utils import matching_files, visible_files
 
 # The first bytes of compressed files, which are not read.
@@ -18,6 +19,8 @@ MAGIC = {
     b"\xfd7zXZ": "xz",
     b"BZh": "bzip2",
 }
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+RECORDS = {".jsonl": jsonl_records, ".parquet": parquet_records}
 
 
 class Gone(ValueError):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data.readers import RECORDS, Piece, Record, check_pairs
-from data.tables import Files, Part
+from data.readers import Piece, Record, bounded, check_pairs
+from data.tables import RECORDS, Files, Part
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What data.chat_fields may give another name (settings/tables.py reads this).
@@ -53,6 +53,10 @@ class Chats(Files):
 
 def pieces(path: Path, fields: dict[str, str], column: str) -> Iterator[Piece]:
     """Each conversation of a file; `column` has no meaning here."""
+    return bounded(_pieces(path, fields), path.stat().st_size, f"data: {path}")
+
+
+def _pieces(path: Path, fields: dict[str, str]) -> Iterator[Piece]:
     names = {name: name for name in NAMES} | fields
     columns = [names[name] for name in ("messages", "prompt", "response")]
     for record in RECORDS[path.suffix](path, columns):

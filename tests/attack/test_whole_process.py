@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import test_packed_files as packed
+import test_parquet_files as parquets
 import test_pickle_files as pickles
 import test_safetensors_files as heads
 import test_text_files as texts
@@ -57,7 +58,8 @@ KINDS = {
     "a line of 200 MB": lambda: text(texts.line(200 << 20)),
     "JSON that is deep": lambda: text(texts.written("x.jsonl", "[" * 100_000)),
     "a row of 300 MB": lambda: text(texts.one_long_row()),
-    "a page of 2 GB": lambda: text(packed.page(2, 2_147_483_647)),
+    "a page of 2 GB": lambda: text(parquets.changed(2, parquets.MOST)),
+    "2^31 lengths": lambda: text(parquets.BOMBS["2^31 lengths"][0]()),
     "a device": lambda: text(texts.linked("/dev/zero", "x.txt")),
     "a hole of 8 GB": lambda: archive(packed.hole()),
     "300 MB in 300 kB": lambda: archive(packed.packed_tar(300 << 20)),

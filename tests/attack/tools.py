@@ -62,13 +62,13 @@ def bounded(seconds: int = SECONDS, memory: int = MEMORY):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def answer(attempt: list[str] | Callable[[], object]) -> tuple[int, str]:
+def answer(attempt: list[str] | Callable[[], object], memory: int = MEMORY) -> tuple[int, str]:
     """(exit code, what went to stderr) of a command line or a call, here in this process.
 
     A call may raise what main.py turns into one line; anything else goes on as the bug it is.
     """
     errors = io.StringIO()
-    with bounded(), redirect_stderr(errors), redirect_stdout(io.StringIO()):
+    with bounded(memory=memory), redirect_stderr(errors), redirect_stdout(io.StringIO()):
         if not callable(attempt):
             try:
                 return main.main(list(attempt)), errors.getvalue()
@@ -88,14 +88,16 @@ def refused(
     code: int = 2,
     problems: int | None = 1,
     writes: Iterable[str] = (),
+    memory: int = MEMORY,
 ) -> str:
     """The message with which a command line or a call is refused.
 
     pieces: each must stand in it. problems: how many lines of problems; None: one or more.
-    writes: patterns of files that the attempt may leave in the working folder.
+    writes: patterns of files that the attempt may leave in the working folder. memory: as in
+    bounded().
     """
     before = files(writes)
-    got, message = answer(attempt)
+    got, message = answer(attempt, memory)
     assert got == code, f"exit code {got}: {message[-3000:]}"
     clear(message, problems)
     for piece in pieces:

@@ -111,9 +111,9 @@ def broken_text():
 
 TABLES = {
     "missing column": ({"body": ["a"], "title": ["b"]}, "no column 'text', only body, title; set"),
-    "a number": ({"text": [1, 2]}, "a.parquet, row 0: text is int, not text"),
+    "a number": ({"text": [1, 2]}, "a.parquet: text is int64, not text"),
     "nothing": ({"text": ["a", None]}, "a.parquet, row 1: text is NoneType, not text"),
-    "a list": ({"text": [["a"], ["b"]]}, "a.parquet, row 0: text is list, not text"),
+    "a list": ({"text": [["a"], ["b"]]}, "a.parquet: text is list<element: string>, not text"),
     "no rows": ({"text": pa.array([], pa.string())}, "0 documents: not one row of model.length"),
     "broken UTF-8": ({"text": broken_text()}, "a.parquet, row 1: text is not UTF-8"),
 }
@@ -355,7 +355,7 @@ COPIES = {
     "a saved table of numbers": (
         "ag_news",
         lambda d: saved(d / "s", test={"text": [1]}),
-        "test, row 0: text is int, not text",
+        "test: text is int64, not text",
     ),
     "not text8": (
         "text8",

@@ -11,7 +11,8 @@ from conftest import GOLDEN, load_json
 from hub_tools import get_rows, hold_out, in_memory
 from made_up_split import rows_of_ids
 
-from data import detokenizers, packing, preparation, readers, shards
+from data import detokenizers, packing, preparation, shards
+from data.arrow import parquet
 from data.hub_tables import Hub
 from data.packing import RowFormat, Tokens
 from data.tokenizer import get_tokenizer
@@ -281,7 +282,7 @@ def test_preparation_does_not_depend_on_batches(prepare, monkeypatch, tmp_path):
     whole = np.array(prepare(path, "train").ids)
     monkeypatch.setattr(shards, "TEXTS_AT_ONCE", 7)
     monkeypatch.setattr(packing, "PIECES_AT_ONCE", 5)
-    monkeypatch.setattr(readers, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 3)
     again = prepare(path, "train", cache_dir=tmp_path / "second")
     np.testing.assert_array_equal(again.ids, whole)
 

@@ -1,0 +1,138 @@
+"""Parquet files, and the documents in any table of pyarrow."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from data.arrow.pages import Damaged, checked_footer, longest_page
+from data.readers import DOCUMENT, Piece, Record, bounded, check_unpacked, checked, whole
+from utils import MOST_LINE, first_line
+
+ROWS_AT_ONCE = 100  # they are in memory together
+TOGETHER = 1 << 27  # bytes of rows, each of which may be as long as the longest page
+BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
+
+
+def read_parquet(path: Path, column: str) -> Iterator[Piece]:
+    with path.open("rb") as file, _undamaged(f"data: {path}"):
+        yield from parquet_rows(file, column, f"data: {path}")
+
+
+def count_parquet(path: Path) -> int:
+    """From the footer."""
+    with path.open("rb") as file, _undamaged(f"data: {path}"):
+        return checked_footer(file).num_rows
+
+
+def parquet_rows(file: BinaryIO, column: str, place: str) -> Iterator[Piece]:
+    """The documents of an open parquet file. ValueError: they would fill the memory. Damaged, or an
+    error of pyarrow: it is no such file."""
+    table = _opened(file)
+    check_column(table.schema_arrow, column, place)
+    batches = _batches(file, table, [column], place)
+    size = file.seek(0, os.SEEK_END)
+    return bounded(documents(batches, table.metadata.num_rows, column, place), size, place)
+
+
+def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
+    """All rows, of the columns that there are; they may hold lists and objects."""
+    place, row = f"data: {path}", 0
+    with path.open("rb") as file, _undamaged(place):
+        table = _opened(file)
+        known, total = table.schema_arrow.names, table.metadata.num_rows
+        kept = [name for name in columns if name in known]
+        for batch in _batches(file, table, kept, place):
+            for i in range(batch.num_rows):
+                where = f"{place}, row {row}"
+                try:
+                    fields = {name: batch.column(name)[i].as_py() for name in kept}
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where} is not UTF-8") from error
+                row += 1
+                yield Record(dict.fromkeys(known) | fields, where, row / total)
+
+
+def _opened(file: BinaryIO):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file, metadata=checked_footer(file), **BIT_BY_BIT)
+
+
+def _batches(file: BinaryIO, table, columns: list[str], place: str) -> Iterator:
+    """The rows of some columns, few at a time where their pages are long."""
+    known, leaves = table.metadata, [table.schema.column(i) for i in range(len(table.schema))]
+    read = [i for i, leaf in enumerate(leaves) if leaf.path.partition(".")[0] in columns]
+    read = read or [i for i, leaf in enumerate(leaves) if leaf.path in columns]
+    groups = [known.row_group(number) for number in range(known.num_row_groups)]
+    groups = [{i: group.column(i) for i in read} for group in groups]
+    unpacked = sum(chunk.total_uncompressed_size for group in groups for chunk in group.values())
+    check_unpacked(place, file.seek(0, os.SEEK_END), unpacked + DOCUMENT * known.num_rows)
+
+    def rows():
+        for number, group in enumerate(groups):
+            said = (longest_page(file, chunk, leaves[i], place) for i, chunk in group.items())
+            count = max(1, min(ROWS_AT_ONCE, TOGETHER // max(said, default=1)))
+            yield from table.iter_batches(count, row_groups=[number], columns=columns)
+
+    return rows()
+
+
+def broken_parquet(place: str, error: Exception) -> str:
+    reason = first_line(error)
+    return f"{place} is not a parquet file, or only a part of one ({reason}); get it again"
+
+
+@contextmanager
+def _undamaged(place: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (Damaged, pyarrow.ArrowException, OSError) as error:
+        raise ValueError(broken_parquet(place, error)) from error
+
+
+def check_column(schema, column: str, place: str) -> None:
+    """ValueError where there is no such column, or it is no text: pyarrow would build what else it
+    may hold before it is seen, such as lists of any length."""
+    from pyarrow import types
+
+    if (count := schema.names.count(column)) != 1:
+        known = ", ".join(schema.names)
+        has = "has no column" if not count else f"has {count} columns"
+        raise ValueError(f"{place} {has} {column!r}, only {known}; set data.text_column")
+    kind = schema.field(column).type
+    kind = getattr(kind, "storage_type", kind)
+    kind = getattr(kind, "value_type", kind) if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise ValueError(f"{place}: {column} is {kind}, not text")
+
+
+def documents(batches: Iterable, total: int, column: str, place: str) -> Iterator[Piece]:
+    """Of tables of pyarrow."""
+    row = 0
+    for batch in batches:
+        values = batch.column(column)
+        may_be_long = values.nbytes >= MOST_LINE
+        for value in values:
+            where = f"{place}, row {row}"
+            if may_be_long and (length := _bytes(value)) >= MOST_LINE:
+                raise ValueError(
+                    f"{where}: {column} has {length:,} bytes; cut it into several rows"
+                )
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: {column} is not UTF-8") from error
+            yield from whole(checked(text, column, where), (row + 1) / total)
+            row += 1
+
+
+def _bytes(value) -> int:
+    """Of a text, behind whatever stands before it."""
+    while not hasattr(value, "as_buffer"):  # a value of a dictionary, or of a type of one's own
+        value = value.value
+    found = None if value is None else value.as_buffer()
+    return 0 if found is None else found.size
