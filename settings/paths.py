@@ -152,8 +152,10 @@ def _unwritable(key: str, name: str) -> Iterator[str]:
             return
         if is_file and path.is_dir():
             yield f"{key}={name} is a folder: name a file in it"
-        elif is_file and path.exists() and not path.is_file():
+            return  # "/" and "." lie in no folder
+        if is_file and path.exists() and not path.is_file():
             yield f"{key}={name} is no regular file"
+            return
         folders = path.parents if is_file or not path.exists() else (path, *path.parents)
         there = next(each for each in folders if each.exists())
         prefix = f".{path.name}." if path.name else None

@@ -199,6 +199,8 @@ WORDS = {
 
 # of mode=sample_eval
 SAMPLING = {
+    "sampling.logdir=/": "sampling.logdir=/ is a folder: name a file in it",
+    "sampling.logdir=.": "sampling.logdir=. is a folder: name a file in it",
     "sampling.num_sample_batches=1e15": "sampling.num_sample_batches=1000000000000000 must be at",
     "sampling.num_sample_batches=4e9": "need at least",
     "sampling.batch_size=1e12": "sampling.batch_size=1000000000000 must be at most",
