@@ -38,7 +38,7 @@ _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+)
 _FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".gguf")
 NO_GGUF = (
     "a GGUF file, which is not read: give the folder with config.json and safetensors that it was"
-    " made from"
+    " made from, or make one with scripts/adapt/convert_gguf.py"
 )
 
 

@@ -49,7 +49,7 @@ def check_unpacked(place: str, packed: int, unpacked: int) -> None:
     if unpacked > max(MOST_UNPACKED, MOST_PACKED * packed):
         raise ValueError(
             f"{place} unpacks {packed:,} bytes to {unpacked:,}: it would fill the memory or the"
-            " disk"
+            " disk. If it is text that you trust, unpack it, or save it as .jsonl"
         )
 
 
