@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from evaluation.estimators import Ask
+from models.adaptation import PLAIN, Adaptation
 from models.clean_half import clean_half
 from models.document_ids import positions
 from models.masks import Full
@@ -13,20 +14,33 @@ from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 
 
 def asker(
-    backbone, x0: Tensor, *, block_size: int, mask_id: int, document_ids: Tensor | None = None
+    backbone,
+    x0: Tensor,
+    *,
+    block_size: int,
+    mask_id: int,
+    document_ids: Tensor | None = None,
+    adapt: Adaptation = PLAIN,
 ) -> Ask:
     """`ask` for noised versions of x0 int64 [B, L]. With one block nobody reads the clean half: it
-    is not made. Under no_grad or inference_mode."""
+    is not made. Under no_grad or inference_mode. Where `adapt` is shifted, the first token of a
+    text cannot be asked about."""
     asked = {"attention_mask": Full(), "document_ids": document_ids}
     if document_ids is not None:
         asked["positions"] = positions(document_ids)
+    ends = None
     if block_size < x0.shape[1]:
         dtype = products_dtype(backbone.embeddings)
-        half = clean_half(backbone, x0, block_size, dtype, document_ids)
+        half = clean_half(backbone, x0, block_size, dtype, document_ids, adapt)
+        ends = half.ends
         asked = {"attention_mask": half.attention_mask, "cache": half}
 
     def ask(x_t: Tensor, read: Tensor, reduce) -> Tensor:
-        hidden = backbone.hidden(x_t, read=read, **asked)  # [M, E]
+        at = (read - 1).clamp(min=0) if adapt.shifted else read
+        hidden = backbone.hidden(x_t, read=at, **asked)  # [M, E]
+        if ends is not None:  # the token before a block is not noised with it
+            first = (read % block_size == 0)[:, None]
+            hidden = torch.where(first, ends[read // block_size - 1], hidden)
         return reduced(backbone, hidden, read, mask_id, reduce)
 
     return ask

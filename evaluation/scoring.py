@@ -14,6 +14,7 @@ from torch import Tensor
 from evaluation.estimators import AskedTexts, Chance, Path, greedy_path
 from evaluation.network import asker, reduced
 from evaluation.table import Chosen, check_likelihoods, parse_likelihood
+from models.adaptation import PLAIN, Adaptation
 from models.masks import Causal
 
 EXACT_TOKENS = 10  # of a block: 1 023 passes
@@ -53,6 +54,7 @@ class Scorer:
     length: int
     device: torch.device | str = "cpu"
     seed: int = 1
+    adapt: Adaptation = PLAIN
 
     def parse(self, label: str | None, draws: int = 1, most: int = 1024) -> Chosen:
         """None: exact in blocks of at most EXACT_TOKENS, else counts. ValueError where the model
@@ -126,7 +128,8 @@ class Scorer:
         longest = max(map(len, texts))
         x0, scored = self._padded(texts, given, -(-longest // self.block_size) * self.block_size)
         asked = AskedTexts(x0, scored & (x0 != self.mask_id), self.block_size, self.mask_id)
-        ask = asker(self.backbone, x0, block_size=self.block_size, mask_id=self.mask_id)
+        asked_as = {"block_size": self.block_size, "mask_id": self.mask_id, "adapt": self.adapt}
+        ask = asker(self.backbone, x0, **asked_as)
         greedy = greedy or chosen.label == "greedy"
         path = greedy_path(ask, asked) if greedy else None
         if chosen.label == "greedy":

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiling import compiled
-from .masks import AttentionMask, BlockCausal, BlockDiffusion, Full
+from .masks import AttentionMask, BlockCausal, BlockDiffusion, CausalClean, Full
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Prepare = Callable[[AttentionMask, int, int, Tensor | None, torch.device], Attend]
@@ -67,17 +67,21 @@ def dense_mask(
     mask: AttentionMask, q: Tensor, k: Tensor, keys: int, document_ids: Tensor | None = None
 ) -> Tensor:
     """The mask at the indices q [T], k [S], boolean: [T, S], or where rows differ, by document_ids
-    or in the size of their blocks, [B, 1, T, S]."""
-    sizes = sizes_of(mask)
-    of_rows = () if sizes is None else (sizes[:, None, None],)
-    seen = mask.allowed(q[:, None], k[None, :], keys, *of_rows)
+    or as of_rows says, [B, 1, T, S]."""
+    own = of_rows(mask)
+    if own is not None:
+        own = own[:, None, None] if own.dim() == 1 else own[:, q, None]
+    seen = mask.allowed(q[:, None], k[None, :], keys, *(() if own is None else (own,)))
     if document_ids is not None:
         seen = seen & (document_ids[:, q, None] == document_ids[:, None, k])
     return seen if seen.dim() == 2 else seen[:, None]
 
 
-def sizes_of(mask: AttentionMask) -> Tensor | None:
-    """[B]: of the blocks of each row; None: all rows have the same mask."""
+def of_rows(mask: AttentionMask) -> Tensor | None:
+    """What rows differ in: the sizes of their blocks [B], or which queries are in open ones [B, T];
+    None: all rows have the same mask."""
+    if isinstance(mask, CausalClean):
+        return mask.open
     return mask.sizes if isinstance(mask, BlockDiffusion) else None
 
 
@@ -147,7 +151,7 @@ def flex(
     """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    shared = document_ids is None and sizes_of(mask) is None
+    shared = document_ids is None and of_rows(mask) is None
     make = _shared_block_mask if shared else _block_mask
     block_mask = make(mask, queries, keys, document_ids, device)
     if device.type == "cpu":
@@ -191,15 +195,17 @@ def _has_little_shared_memory(device: torch.device) -> bool:
 def _block_mask(mask, queries, keys, document_ids, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    sizes, batch = sizes_of(mask), None
-    if sizes is not None:
+    own, batch = of_rows(mask), None
+    if own is not None:
         # of the mask the graph may read numbers alone, which are the same in every step
-        mask, batch = replace(mask, sizes=None), len(sizes)
+        name = "sizes" if isinstance(mask, BlockDiffusion) else "open"
+        mask, batch = replace(mask, **{name: None}), len(own)
     if document_ids is not None:
         batch = len(document_ids)
 
     def allowed(b, h, q, k):
-        seen = mask.allowed(q, k, keys, *(() if sizes is None else (sizes[b],)))
+        at = (b,) if own is None or own.dim() == 1 else (b, q)
+        seen = mask.allowed(q, k, keys, *(() if own is None else (own[at],)))
         return seen if document_ids is None else seen & (document_ids[b, q] == document_ids[b, k])
 
     return create_block_mask(allowed, batch, None, queries, keys, device=device)

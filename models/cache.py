@@ -18,7 +18,7 @@ from torch import Tensor
 from .attention import attention
 from .compiling import compiled
 from .decode import can_decode, decode
-from .masks import BlockCausal
+from .masks import BlockCausal, CausalClean
 
 REACH_STEP = 128
 
@@ -33,7 +33,7 @@ class KVCache:
     values: list[Tensor]  # per layer [B, slots, K, D]
     committed: Tensor  # int64 [B]
     uniform: int | None
-    attention_mask: BlockCausal
+    attention_mask: BlockCausal | CausalClean
     reach: int | None = None
     decodes: bool = True
 
@@ -105,11 +105,18 @@ class KVCache:
             attends = [Decode(*ring, self.committed, self.attention_mask) for ring in layers]
             return attends, _positions(committed, tokens)
         one_block = same and tokens == size and self.uniform % size == 0
-        sees_all = one_block and self.uniform + tokens <= window  # nothing has left the window yet
+        alike = isinstance(self.attention_mask, BlockCausal)  # all queries of a block
+        sees_all = one_block and alike and self.uniform + tokens <= window  # none has left it yet
         reach = 0 if sees_all else self.reach or self.slots
         places = compiled(_places) if by_compiler else _places
         positions, slots, rows, visible = places(
-            committed, tokens, self.slots, reach, self.attention_mask, self.keys[0].dtype
+            committed,
+            tokens,
+            self.slots,
+            reach,
+            self.attention_mask if alike else replace(self.attention_mask, open=None),
+            self.keys[0].dtype,
+            None if alike else self.attention_mask.open,
         )
         seen = self.uniform + tokens if sees_all else reach
         if same:
@@ -125,10 +132,10 @@ def _positions(committed: Tensor, tokens: int) -> Tensor:
     return committed[:, None] + torch.arange(tokens, device=committed.device)
 
 
-def _places(committed, tokens: int, slots: int, reach: int, mask: BlockCausal, dtype) -> tuple:
+def _places(committed, tokens: int, slots: int, reach: int, mask, dtype, open=None) -> tuple:
     """Positions and slots of `tokens` new tokens [B, T], the numbers of the rows [B, 1], and which
     of the first `reach` slots each query may read, added to its score: 0 or -inf [B, 1, T, reach];
-    None where reach is 0."""
+    None where reach is 0. open: as in CausalClean."""
     device = committed.device
     rows = torch.arange(len(committed), device=device)[:, None]
     positions = _positions(committed, tokens)
@@ -137,7 +144,8 @@ def _places(committed, tokens: int, slots: int, reach: int, mask: BlockCausal, d
     last = positions[:, -1:]
     slot = torch.arange(reach, device=device)
     held = last - (last - slot) % slots  # the position each slot holds, < 0: none yet
-    seen = mask.allowed(positions[:, :, None], held[:, None, :], slots)
+    of_rows = () if open is None else (open[:, :, None],)
+    seen = mask.allowed(positions[:, :, None], held[:, None, :], slots, *of_rows)
     seen = (seen & (held >= 0)[:, None, :])[:, None]
     nothing = torch.zeros((), dtype=dtype, device=device)
     return positions, positions % slots, rows, torch.where(seen, nothing, -torch.inf)

@@ -5,12 +5,13 @@ Under BlockDiffusion the clean half of [x_t ; x0] does not look at x_t. Its keys
 behind room for those of the noised half, which every pass overwrites.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from .adaptation import PLAIN, Adaptation
 from .attention import Attend
 from .document_ids import positions as place_in_document
 from .masks import BlockCausal, BlockDiffusion
@@ -26,6 +27,9 @@ class CleanHalf:
     positions: Tensor  # int64 [L] or [B, L]
     attention_mask: BlockCausal | BlockDiffusion
     attends: list[Attend | None]  # per layer; None: nobody reads what the layer answers
+    # [B * N, E]: the last hidden state of each clean block, where the first token of the next is
+    # predicted there (Adaptation.shifted)
+    ends: Tensor | None = None
 
     def begin(self, tokens: int, by_compiler: bool = False) -> tuple[list[Attend], Tensor]:
         """For a pass of `tokens` tokens, which must be those of the text: the attention of each
@@ -47,10 +51,15 @@ def _attend(keys, values, half: slice, attend: Attend | None, q, k, v) -> Tensor
 
 
 def clean_half(
-    backbone, x0: Tensor, block_size: int, dtype: torch.dtype, document_ids: Tensor | None = None
+    backbone,
+    x0: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    document_ids: Tensor | None = None,
+    adapt: Adaptation = PLAIN,
 ) -> CleanHalf:
-    """One pass over x0 [B, L] under BlockCausal(block_size). document_ids [B, L]: as for
-    `Network.hidden`. dtype: of the keys and values."""
+    """One pass over x0 [B, L] under BlockCausal(block_size), or as `adapt` says. document_ids [B,
+    L]: as for `Network.hidden`. dtype: of the keys and values."""
     length, layers = x0.shape[1], len(backbone.blocks)
     positions = torch.arange(length, device=x0.device)
     both = None
@@ -60,10 +69,14 @@ def clean_half(
     keys, values = (
         [torch.zeros(shape, dtype=dtype, device=x0.device) for _ in range(layers)] for _ in range(2)
     )
-    clean, noised = BlockCausal(block_size), BlockDiffusion(block_size)
+    clean, noised = adapt.clean_mask(block_size), BlockDiffusion(block_size)
     fill = backbone.prepare_attention(clean, length, length, document_ids, x0.device)
-    filling = CleanHalf(keys, values, positions, clean, [fill] * (layers - 1) + [None])
-    nothing = torch.zeros(0, dtype=torch.int64, device=x0.device)
-    backbone.hidden(x0, attention_mask=clean, cache=filling, read=nothing)
+    last = fill if adapt.shifted else None
+    filling = CleanHalf(keys, values, positions, clean, [fill] * (layers - 1) + [last])
+    read = torch.zeros(0, dtype=torch.int64, device=x0.device)
+    if adapt.shifted:
+        read = torch.arange(block_size - 1, x0.numel(), block_size, device=x0.device)
+    ends = backbone.hidden(x0, attention_mask=clean, cache=filling, read=read)
     ask = backbone.prepare_attention(noised, length, 2 * length, both, x0.device)
-    return CleanHalf(keys, values, positions, noised, [ask] * layers)
+    asking = CleanHalf(keys, values, positions, noised, [ask] * layers)
+    return replace(asking, ends=ends) if adapt.shifted else asking

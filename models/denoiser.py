@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .adaptation import PLAIN, Adaptation, open_blocks
 from .cache import KVCache
 from .compiling import compiled, compiling
-from .masks import AttentionMask, BlockCausal, Full
+from .masks import AttentionMask, CausalClean, Full
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,13 @@ class Denoiser:
     mask_id: int
     block_size: int
     attention_mask: AttentionMask
+    adapt: Adaptation = PLAIN
     recordable = True  # as a CUDA graph: no shape depends on values, and the host is not asked
+
+    @property
+    def shifted(self) -> bool:
+        """Whether it answers for a token at the one before: the first of a text has none."""
+        return self.adapt.shifted
 
     @property
     def compiled(self) -> bool:
@@ -29,22 +36,33 @@ class Denoiser:
         """The same network, asked in blocks of `size`; of one that has blocks."""
         if size == self.block_size:
             return self
-        return replace(self, block_size=size, attention_mask=BlockCausal(size))
+        return replace(self, block_size=size, attention_mask=self.adapt.sampling_mask(size))
+
+    def seen(self, tokens: Tensor, cache: KVCache | None = None) -> dict:
+        """Who sees whom among tokens [B, T]: arguments of `Network.hidden`."""
+        mask = self.attention_mask if cache is None else cache.attention_mask
+        if not isinstance(mask, CausalClean):
+            return {"attention_mask": mask}
+        first = None if cache is None else cache.committed
+        opened = open_blocks(tokens, self.mask_id, mask.block_size, first)
+        return {"attention_mask": mask, "open_blocks": opened}
 
     def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32
         [B, R, V]. With a cache the tokens stand behind its committed ones."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-        mask = self.attention_mask if cache is None else cache.attention_mask
+        if self.adapt.shifted:
+            read = (read - 1).clamp(min=0)  # what reads at 0 concerns nobody
         read_rows = (rows + read).flatten()
-        hidden = self.backbone.hidden(tokens, attention_mask=mask, cache=cache, read=read_rows)
+        seen = self.seen(tokens, cache)
+        hidden = self.backbone.hidden(tokens, cache=cache, read=read_rows, **seen)
         on_gpu = self.compiled and tokens.device.type == "cuda"
         finish = compiled(_log_probs) if on_gpu else _log_probs
         with compiling(on_gpu):
             return finish(self.backbone, hidden, self.mask_id).unflatten(0, read.shape)
 
     def new_cache(self, batch: int, window: int) -> KVCache:
-        return self.backbone.new_cache(batch, window, self.block_size)
+        return self.backbone.new_cache(batch, window, self.block_size, adapt=self.adapt)
 
 
 def _log_probs(backbone, hidden: Tensor, mask_id: int) -> Tensor:

@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from .adaptation import Adaptation, open_blocks
 from .cache import KVCache
 from .dit import DiT
 from .llama import Llama, LlamaRotary
-from .masks import AttentionMask, BlockCausal, BlockDiffusion, Causal, Full
+from .masks import AttentionMask, BlockDiffusion, Causal, CausalClean, Full
 
 DEFAULTS = {  # of config.json, beside those of transformers
+    "adapt": None,  # what is other than in Adaptation, by the settings adapt.*
     "algo": None,
     "begins_with_bos": False,
     "block_size": 1,
@@ -103,6 +105,10 @@ class BD3LM(PreTrainedModel):
         if isinstance(module, LlamaRotary):
             module.reset()
 
+    @property
+    def adapt(self) -> Adaptation:
+        return Adaptation.named(**(self.config.adapt or {}))
+
     def get_input_embeddings(self):
         return self.backbone.embed
 
@@ -112,8 +118,8 @@ class BD3LM(PreTrainedModel):
             return Causal()
         if not self.config.cross_attn:
             return Full()
-        mask = BlockCausal if sample_mode else BlockDiffusion
-        return mask(self.config.block_size)
+        make = self.adapt.sampling_mask if sample_mode else self.adapt.training_mask
+        return make(self.config.block_size)
 
     def _sigma(self, timesteps: Tensor | None) -> Tensor | None:
         if not self.config.time_conditioning:
@@ -136,18 +142,28 @@ class BD3LM(PreTrainedModel):
 
         A block diffusion model takes [x_t ; x_0] of twice the length and answers for the x_t half,
         or with `sample_mode` the sequence so far and answers for all of it; then `cache` (from
-        `model.backbone.new_cache`) holds what was committed before. timesteps [B]: noise level
-        sigma, for time-conditioned models. attention_mask [B, T or T/2]: 0 at padding.
+        `model.backbone.new_cache`) holds what was committed before. With adapt.label=next row i is
+        about token i + 1, and [x_t ; x_0] is answered whole. timesteps [B]: noise level sigma, for
+        time-conditioned models. attention_mask [B, T or T/2]: 0 at padding.
         """
         mask = self.mask_for(sample_mode) if cache is None else cache.attention_mask
         sigma, document_ids = self._sigma(timesteps), None
         if attention_mask is not None and not bool(attention_mask.all()):
             times = input_ids.shape[1] // attention_mask.shape[1]
             document_ids = attention_mask.long().repeat(1, times)
-        asked = input_ids.shape[1] // 2 if isinstance(mask, BlockDiffusion) else None
+        asked = mask.answered(input_ids.shape[1]) if isinstance(mask, BlockDiffusion) else None
+        opened = None
+        if isinstance(mask, CausalClean):
+            first = None if cache is None else cache.committed
+            opened = open_blocks(input_ids, self.config.mask_token_id, mask.block_size, first)
         with self.backbone.states(asked) if output_hidden_states else nullcontext() as states:
             hidden = self.backbone.hidden(
-                input_ids, sigma, attention_mask=mask, document_ids=document_ids, cache=cache
+                input_ids,
+                sigma,
+                attention_mask=mask,
+                document_ids=document_ids,
+                open_blocks=opened,
+                cache=cache,
             )
         logits = self.backbone.logits(hidden, sigma)
         output = MaskedLMOutput(logits=logits, hidden_states=states and tuple(states))

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adaptation import PLAIN, Adaptation
 from .attention import get_backend
 from .cache import KVCache
 from .compiling import compiled, compiling
-from .masks import AttentionMask, BlockCausal, BlockDiffusion
+from .masks import AttentionMask, BlockDiffusion
 from .recomputing import Recompute
 
 TENSOR_CORE_COLUMNS = 64  # half-precision products with other widths take a path half as fast
@@ -62,30 +63,36 @@ class Network(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         block_sizes: Tensor | None = None,
+        open_blocks: Tensor | None = None,
         cache: KVCache | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, E] of tokens [B, T]; under BlockDiffusion only of the noised
-        half, [B, T/2, E], or of both views, [B, 2T/3, E].
+        half, [B, T/2, E], or of both views, [B, 2T/3, E], unless it is of `both` parts.
 
         sigma [B]: noise level, None means 0 everywhere. positions [T] or [B, T]: default 0 .. T-1,
         under BlockDiffusion those of each part. document_ids [B, T]: tokens see only their own
-        document. block_sizes [B]: `sizes` of BlockDiffusion. read [M]: indices into the flattened
-        rows of the result, none twice where gradients are wanted; then only those are finished and
-        [M, E] is returned. With a cache the tokens stand behind the committed ones, with one of
-        clean_half.py they are the noised half alone; `attention_mask` must be the cache's.
+        document. block_sizes [B]: `sizes` of BlockDiffusion. open_blocks [B, T]: `open` of
+        CausalClean. read [M]: indices into the flattened rows of the result, none twice where
+        gradients are wanted; then only those are finished and [M, E] is returned. With a cache the
+        tokens stand behind the committed ones, with one of clean_half.py they are the noised half
+        alone; `attention_mask` must be the cache's.
         """
         if cache is not None and attention_mask != cache.attention_mask:
             made = f"this cache was made for {cache.attention_mask}"
             raise ValueError(f"{made}, the pass asks for {attention_mask}")
         if block_sizes is not None:
             attention_mask = replace(attention_mask, sizes=block_sizes)
+        if open_blocks is not None:
+            attention_mask = replace(attention_mask, open=open_blocks)
+            cache = cache and replace(cache, attention_mask=attention_mask)
         # sampling on a CPU is not worth the compiler's minutes
         by_compiler = self.compiled and (cache is None or tokens.device.type != "cpu")
         length = tokens.shape[1]
-        noised_only = isinstance(attention_mask, BlockDiffusion) and cache is None
-        num_queries = attention_mask.noised(length) if noised_only else length
-        of_text = length - num_queries or length
+        num_queries = of_text = length
+        if isinstance(attention_mask, BlockDiffusion) and cache is None:
+            num_queries = attention_mask.answered(length)
+            of_text = length - attention_mask.noised(length)
         self.check_length(of_text)
         with compiling(by_compiler):
             if cache is not None:
@@ -118,7 +125,7 @@ class Network(nn.Module):
         inner = self.prepare_attention(mask, length, length, document_ids, device)
         final = inner
         if isinstance(mask, BlockDiffusion):
-            asked = mask.noised(length)
+            asked = mask.answered(length)
             final = self.prepare_attention(mask, asked, length, document_ids, device)
         return [inner] * (len(self.blocks) - 1) + [final]
 
@@ -137,11 +144,20 @@ class Network(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def new_cache(self, batch: int, window: int, block_size: int, dtype=None) -> KVCache:
+    def new_cache(
+        self,
+        batch: int,
+        window: int,
+        block_size: int,
+        dtype=None,
+        adapt: Adaptation = PLAIN,
+    ) -> KVCache:
         """An empty cache for `batch` rows that see `window` tokens, the current block included."""
         self.check_length(window)
         weight = self.embeddings
-        shape = (batch, window + block_size, self.kv_heads, self.head_width)
+        # where the token before a block is asked again with it, it sees a block further back
+        slots = window + block_size * (1 + adapt.shifted)
+        shape = (batch, slots, self.kv_heads, self.head_width)
         # zeros, not empty: a slot nobody may see still enters as 0 * value
         dtype = dtype or products_dtype(weight)
         empty = torch.zeros(shape, dtype=dtype, device=weight.device)
@@ -150,8 +166,8 @@ class Network(nn.Module):
             values=[empty.clone() for _ in self.blocks],
             committed=torch.zeros(batch, dtype=torch.int64, device=weight.device),
             uniform=0,
-            attention_mask=BlockCausal(block_size, window),
-            decodes=self.decodes,
+            attention_mask=adapt.sampling_mask(block_size, window),
+            decodes=self.decodes and not adapt.causal,  # whose mask the kernel does not have
         )
 
 

@@ -127,6 +127,7 @@ class Evaluator(L.LightningModule):
             block_size=texts.block_size,
             mask_id=texts.mask_id,
             document_ids=None if ids is None else ids.to(self.device),
+            adapt=module.objective.adapt,
         )
         asked = dataclasses.replace(texts, x0=x0, scored=scored)
         bar = self.trainer.progress_bar_callback

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import objectives
+from models.adaptation import PLAIN, Adaptation
 from noise_schedule import EPS, Schedule
 
 from .loss import Objective
@@ -29,6 +30,8 @@ class ObjectiveSettings:
     resample: bool = False
     full_from: float = EPS
     sizes: SizeLaw | None = None  # of the blocks of a row, in training
+    adapt: Adaptation = PLAIN
+    ar_loss: float = 0.0
 
 
 @dataclass(frozen=True)

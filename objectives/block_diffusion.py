@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from models.adaptation import PLAIN, Adaptation
 from models.denoiser import Denoiser
 from models.document_ids import begins, positions
-from models.masks import BlockCausal, BlockDiffusion, Full
+from models.masks import Full
 from noise_schedule import EPS, NoiseLevel, Schedule
 
+from .adapting import with_ar_loss, with_rows_before
 from .algorithms import Algorithm, ObjectiveSettings
 from .corruption import (
     EXACT,
@@ -38,7 +40,9 @@ class MaskedDiffusion(MaskingObjective):
     `full_from`: where the full interval begins (training.sampling_eps). There `resample` has no
     lower bound, as published: forcing a mask on blocks at t near 0, with weight 1/t, would bias the
     NELBO. `whole_window`: samplers see their window as one block (mdlm). `sizes`: by which law each
-    row draws its block size in training; else all have `block_size`, as in evaluation.
+    row draws its block size in training; else all have `block_size`, as in evaluation. `adapt`:
+    what a network that began as AR keeps; shifted with `ignore_bos` only. `ar_loss`: how often the
+    AR loss on the clean half counts in training.
     """
 
     mask_id: int
@@ -49,6 +53,8 @@ class MaskedDiffusion(MaskingObjective):
     full_from: float = EPS
     whole_window: bool = False
     sizes: SizeLaw | None = None
+    adapt: Adaptation = PLAIN
+    ar_loss: float = 0.0
 
     def noise_block(self, length: int) -> int:
         return self.block_size
@@ -109,9 +115,9 @@ class MaskedDiffusion(MaskingObjective):
         x_t = torch.where(masked, self.mask_id, x0[:, None])  # [B, 2, L]
         read = masked.flatten().nonzero()[:, 0]
         places = None if document_ids is None else positions(document_ids)
-        return LossInputs(
+        inputs = LossInputs(
             tokens=torch.cat([x_t.flatten(1), x0], 1),
-            attention_mask=BlockDiffusion(self.block_size, views=2),
+            attention_mask=self.adapt.training_mask(self.block_size, views=2),
             loss_mask=loss_mask,
             loss_positions=read,
             targets=x0[:, None].expand_as(x_t).flatten()[read],
@@ -119,6 +125,15 @@ class MaskedDiffusion(MaskingObjective):
             document_ids=None if document_ids is None else torch.cat([document_ids] * 3, 1),
             positions=None if places is None else torch.cat([places] * 3, 1),
         )
+        return with_rows_before(inputs, self.block_size) if self.adapt.shifted else inputs
+
+    def with_ar_loss(
+        self, inputs: LossInputs, x0: Tensor, document_ids: Tensor | None = None
+    ) -> LossInputs:
+        """Inputs of training with the AR loss of the clean half, where it counts."""
+        if not self.ar_loss:
+            return inputs
+        return with_ar_loss(inputs, x0, document_ids, self.ar_loss)
 
     def _scored(self, x0: Tensor, loss_mask: Tensor, document_ids: Tensor | None) -> Tensor:
         """The tokens that noise by counts may mask, boolean [B, L]."""
@@ -157,10 +172,11 @@ class MaskedDiffusion(MaskingObjective):
         tokens, attention_mask = x_t, Full()
         size = self.block_size if block_sizes is None else self.sizes.common
         if block_sizes is not None or size < x_t.shape[1]:
-            tokens, attention_mask = torch.cat([x_t, x0], 1), BlockDiffusion(size)
+            tokens = torch.cat([x_t, x0], 1)
+            attention_mask = self.adapt.training_mask(size)
             if document_ids is not None:
                 document_ids, places = torch.cat([document_ids] * 2, 1), torch.cat([places] * 2, 1)
-        return LossInputs(
+        inputs = LossInputs(
             **self.targets(x0, x_t, weight, loss_mask),
             tokens=tokens,
             attention_mask=attention_mask,
@@ -168,11 +184,13 @@ class MaskedDiffusion(MaskingObjective):
             positions=places,
             block_sizes=block_sizes,
         )
+        return with_rows_before(inputs, self.block_size) if self.adapt.shifted else inputs
 
     def denoiser(self, backbone) -> Denoiser:
         """What samplers call."""
-        attention_mask = Full() if self.whole_window else BlockCausal(self.block_size)
-        return Denoiser(backbone, self.mask_id, self.block_size, attention_mask)
+        size = self.block_size
+        attention_mask = Full() if self.whole_window else self.adapt.sampling_mask(size)
+        return Denoiser(backbone, self.mask_id, size, attention_mask, self.adapt)
 
 
 def _in_blocks(s: ObjectiveSettings) -> MaskedDiffusion:
@@ -184,6 +202,8 @@ def _in_blocks(s: ObjectiveSettings) -> MaskedDiffusion:
         s.resample,
         s.full_from,
         sizes=s.sizes,
+        adapt=s.adapt,
+        ar_loss=s.ar_loss,
     )
 
 

@@ -20,6 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from models.masks import AttentionMask
+
 from .loss import LossInputs
 
 WARM_UP = 2  # steps of a shape that run as they are: what is compiled or chosen on first use is
@@ -43,22 +45,25 @@ class _Asked(nn.Module):
 
 
 class GraphedLoss:
-    """`loss(backbone, inputs)`, a scalar on a CUDA device, as a graph once its shapes have been
-    met; so are its gradients with respect to the weights, which must stay where they are. `send`
-    brings the inputs to the device. `shared`: gradients of several calls are added up."""
+    """`loss(backbone, inputs)`, TokenLoss.parts on a CUDA device, as a graph once its shapes have
+    been met; so are its gradients with respect to the weights, which must stay where they are.
+    `send` brings the inputs to the device. `shared`: gradients of several calls are added up."""
 
     def __init__(self, backbone: nn.Module, loss: Callable, send: Callable, shared: bool):
         self.ask, self.send, self.shared = _Asked(backbone, loss), send, shared
-        self.shape: torch.Size | None = None
+        self.shape: tuple[torch.Size, AttentionMask] | None = None
         self.rows = self.seen = 0
         self.graph: _Graph | None = None
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         if inputs.document_ids is not None or len(inputs.targets) == 0:
             return self.ask(self.send(inputs))  # the mask of documents is another each time
-        if inputs.tokens.shape != self.shape or len(inputs.targets) > self.rows:
-            self.shape, self.seen, self.graph = inputs.tokens.shape, 0, None
-            self.rows = rows_for(len(inputs.targets), inputs.loss_mask.numel())
+        shape = inputs.tokens.shape, inputs.attention_mask  # whose blocks may have grown
+        if shape != self.shape or len(inputs.targets) > self.rows:
+            self.shape, self.seen, self.graph = shape, 0, None
+            # each token once, and once more by an AR loss
+            most = inputs.loss_mask.numel() * (1 if inputs.ar_weights is None else 2)
+            self.rows = rows_for(len(inputs.targets), most)
         inputs = self.send(inputs.padded(self.rows))
         if self.seen < WARM_UP:
             self.seen += 1

@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor
 
 from models.document_ids import begins
-from models.masks import AttentionMask
+from models.masks import AttentionMask, BlockDiffusion
 
 from .corruption import Interval, Noise
 from .head import LossKernel, cross_entropy_kernel, head_loss
@@ -25,11 +25,19 @@ class TokenLoss:
 
     per_place: sum of nll / (B L), with a graph. Training minimises this, as it can be averaged over
     micro-batches and ranks; training/health.py then divides by the share of tokens that count.
+    Where there is an AR loss, per_place has it too, times its factor; ar: itself, the sum of its
+    nll / (B L), without a graph.
     """
 
     nll: Tensor
     loss_mask: Tensor
     per_place: Tensor
+    ar: Tensor | None = None
+
+    @property
+    def parts(self) -> Tensor:
+        """per_place, or [2] with `ar`: what a step of training reports."""
+        return self.per_place if self.ar is None else torch.stack([self.per_place, self.ar])
 
     @property
     def mean(self) -> Tensor:
@@ -49,7 +57,11 @@ class TokenLoss:
 class LossInputs:
     """`loss_positions`: which rows of the network's output, flattened, predict a token that enters
     the loss; None: all. M is their number; the training loss is sum(weights * nll) / (B L). With
-    two views the output of a row is that of one and then of the other."""
+    two views the output of a row is that of one and then of the other.
+
+    `places`: where these tokens are among all [B, L], or with two views [B, 2, L], flattened; B L
+    and more: nowhere. None: at loss_positions. `ar_weights`: 1 where the row enters the AR loss on
+    the clean half, which counts `ar_loss` times; its `weights` are those of diffusion alone."""
 
     tokens: Tensor  # int64 [B, T], what the network sees
     attention_mask: AttentionMask
@@ -62,6 +74,30 @@ class LossInputs:
     document_ids: Tensor | None = None  # int64 [B, T]
     positions: Tensor | None = None  # int64 [B, T]
     block_sizes: Tensor | None = None  # int64 [B], where rows differ in them
+    places: Tensor | None = None  # int64 [M]
+    ar_weights: Tensor | None = None  # float32 [M]
+    ar_loss: float = 0.0
+
+    @property
+    def predicted(self) -> Tensor | None:
+        """Where the tokens are that enter the loss, int64 [M]; None: all."""
+        return self.loss_positions if self.places is None else self.places
+
+    @property
+    def masked(self) -> float | None:
+        """How many tokens diffusion predicts, in a view; None: all."""
+        if self.loss_positions is None:
+            return None
+        read = self.loss_positions if self.ar_weights is None else self.weights.nonzero()
+        return len(read) / self.views
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the network's output."""
+        rows, tokens = self.tokens.shape
+        if isinstance(self.attention_mask, BlockDiffusion):
+            tokens = self.attention_mask.answered(tokens)
+        return rows * tokens
 
     @property
     def views(self) -> int:
@@ -88,14 +124,21 @@ class LossInputs:
         positions = self.loss_positions
         if positions is None or len(positions) >= rows:
             return self
-        outputs = self.views * self.loss_mask.numel()
-        free = torch.ones(outputs, dtype=torch.bool, device=positions.device)
+        free = torch.ones(self.outputs, dtype=torch.bool, device=positions.device)
         free[positions] = False
         more = free.nonzero()[: rows - len(positions), 0]
         # their target is that of a row that counts: never the mask, whose probability is 0
         target = self.targets[:1] if len(self.targets) else self.targets.new_zeros(1)
+        added = {}
+        if self.places is not None:
+            nowhere = self.places.new_full((len(more),), self.views * self.loss_mask.numel())
+            added["places"] = torch.cat([self.places, nowhere])
+        if self.ar_weights is not None:
+            nothing = self.ar_weights.new_zeros(len(more))
+            added["ar_weights"] = torch.cat([self.ar_weights, nothing])
         return replace(
             self,
+            **added,
             loss_positions=torch.cat([positions, more]),
             targets=torch.cat([self.targets, target.expand(len(more))]),
             weights=torch.cat([self.weights, self.weights.new_zeros(len(more))]),
@@ -108,6 +151,7 @@ class Objective:
 
     draws_noise = True
     sizes: SizeLaw | None = None  # by which rows draw the size of their blocks in training
+    ar_loss = 0.0  # how often an AR loss on the clean half counts
 
     def noise_block(self, length: int) -> int:
         """How many tokens of a row of `length` share one time: all, unless there are blocks."""
@@ -127,27 +171,37 @@ class Objective:
             block_sizes=inputs.block_sizes,
             read=inputs.loss_positions,
         )
-        loss_mask, positions = inputs.loss_mask, inputs.loss_positions
+        loss_mask, positions, places = inputs.loss_mask, inputs.loss_positions, inputs.predicted
         row = None if inputs.expm1 is None else positions // inputs.tokens.shape[1]
         # a tensor: by a number, a GPU would multiply by its rounded inverse
-        places = loss_mask.new_full((), loss_mask.numel())
+        number = loss_mask.new_full((), loss_mask.numel())
+        weights = inputs.weights
+        if inputs.ar_weights is not None:
+            weights = weights + inputs.ar_loss * inputs.ar_weights
         head = head_loss(
             backbone,
             hidden.flatten(0, -2),
             inputs.targets,
-            inputs.weights / places,
+            weights / number,
             self.kernel(backbone),
             *(() if inputs.expm1 is None else (inputs.expm1[row],)),
             sigma=inputs.sigma,
             row=row,
         )
         nll = head.losses * inputs.weights
-        if positions is not None:
-            outputs = nll.new_zeros(inputs.views * loss_mask.numel())
-            nll = outputs.index_copy_(0, positions, nll)
+        if places is not None:
+            # one more, for rows that predict nothing of the loss mask
+            outputs = nll.new_zeros(inputs.views * loss_mask.numel() + 1)
+            nll = outputs.index_copy_(0, places, nll)[:-1]
+        ar = inputs.ar_weights
         if inputs.views > 1:
             nll = nll.view(len(loss_mask), inputs.views, -1).sum(1)
-        return TokenLoss(nll=nll.view_as(loss_mask), loss_mask=loss_mask, per_place=head.total)
+        return TokenLoss(
+            nll=nll.view_as(loss_mask),
+            loss_mask=loss_mask,
+            per_place=head.total,
+            ar=None if ar is None else (head.losses * ar).sum() / number,
+        )
 
     def loss(self, backbone, *batch, **settings) -> TokenLoss:
         """The loss of a batch; arguments as for `loss_inputs`."""

@@ -21,6 +21,15 @@ class Canvas:
     def __init__(self, denoise, params: SamplingParams, rows: int, device, watch):
         self.denoise, self.params, self.device = denoise, params, device
         self.mask_id, self.watch = denoise.mask_id, watch
+        # a function that stands for the network in a test need not say so
+        self.shifted = getattr(denoise, "shifted", False)
+        least = 2 * params.block_size  # tokens: a block and the token before it
+        if self.shifted and params.context_size < min(least, params.length):
+            raise ValueError(
+                f"sampling.context_size={params.context_size}: this network predicts the first"
+                " token of a block at the one before it (adapt.label=next), so it must see two"
+                f" blocks: at least {least}"
+            )
         self.dump = params.length  # the column for writes that concern nobody
         self.x = torch.full((rows, params.length + 1), self.mask_id, device=device)
         # the log-probability of each token when it was drawn, for a corrector and who watches

@@ -87,17 +87,24 @@ def mask_again(texts: ActiveTexts, fills: list[list[int]]) -> list[list[int]]:
 
 class View:
     """What the network is fed: row b's tokens from starts[b] on. `later`: from the second
-    evaluation on, when the finished block is in the cache."""
+    evaluation on, when the finished block is in the cache.
+
+    Where the network answers at the token before (adapt.label=next), the last one before the block
+    is fed each time, and is committed with the block."""
 
     def __init__(self, texts: ActiveTexts, spans: list[tuple[int, int]]):
         self.texts = texts
         if texts.params.kv_cache:
-            size = texts.params.block_size
-            self.later = [stop - size for _, stop in spans]
-            texts.canvas.catch_up([block - size for block in self.later], spare=2 * size)
-            self.starts = texts.canvas.committed
+            size, canvas = texts.params.block_size, texts.canvas
+            again = int(canvas.shifted)
+            blocks = [stop - size for _, stop in spans]
+            held = zip(blocks, canvas.committed, strict=True)
+            canvas.catch_up([b - size if b - size > c + again else c for b, c in held], 2 * size)
+            self.later = [max(b - again, 0) for b in blocks]
+            self.starts = canvas.committed
             self.pending = [b - start for b, start in zip(self.later, self.starts, strict=True)]
-            self.width, self.later_width = size + max(self.pending), size
+            before = max(b - start for b, start in zip(blocks, self.starts, strict=True))
+            self.width, self.later_width = size + before, size + again
         else:
             self.starts = self.later = [start for start, _ in spans]
             self.pending = []

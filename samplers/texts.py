@@ -86,6 +86,11 @@ class ActiveTexts:
         row.fill_(mask_id)
         row[:given] = to_device(request.tokens, row.device)
         gaps = [p for p, token in enumerate(request.tokens) if token == mask_id]
+        if self.canvas.shifted and gaps[:1] == [0]:
+            raise ValueError(
+                f"row {request.row}: the prompt begins with a mask token, and this network predicts"
+                " a token at the one before it (adapt.label=next): begin the prompt with BOS"
+            )
         key = row_keys(params.seed, [request.row], [tries]).item()
         return Slot(request, total, gaps, key, tries)
 

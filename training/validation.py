@@ -239,7 +239,7 @@ def weights_by_time(module: L.LightningModule, batch: dict, draw: int) -> Tensor
     """Of the nll of each token that a draw of `nelbo` masks, 0 elsewhere: [B, L]."""
     inputs = inputs_by_time(module, batch, draw)
     weights = inputs.weights.new_zeros(inputs.loss_mask.numel())
-    weights.index_copy_(0, inputs.loss_positions, inputs.weights)
+    weights.index_copy_(0, inputs.predicted, inputs.weights)
     return weights.view_as(inputs.loss_mask)
 
 

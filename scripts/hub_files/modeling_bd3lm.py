@@ -3,6 +3,8 @@
 checkpointing/export.py puts it into exports, beside the files of models/ and samplers/.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
@@ -10,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from .denoiser import Denoiser, Score
 from .hf import BD3LM as Network
 from .hf import BD3LMConfig
-from .masks import BlockCausal, Causal, Full
+from .masks import Causal, Full
 from .noise_schedule import get_schedule
 from .params import SamplingParams
 from .request import TextRequest
@@ -83,9 +85,10 @@ class BD3LM(Network):
         config = self.config
         if config.algo == "sedd":
             return Score(self.backbone, config.mask_token_id, config.time_conditioning)
-        rules = {"ar": Causal(), "mdlm": Full(), "bamdlm": BlockCausal(block_size)}
-        block_size = block_size if config.algo == "bamdlm" else 1
-        return Denoiser(self.backbone, config.mask_token_id, block_size, rules[config.algo])
+        ask = partial(Denoiser, self.backbone, config.mask_token_id)
+        if config.algo == "bamdlm":
+            return ask(block_size, self.adapt.sampling_mask(block_size), self.adapt)
+        return ask(1, {"ar": Causal(), "mdlm": Full()}[config.algo])
 
 
 class BD3LMForCausalLM(BD3LM):
