@@ -9,7 +9,7 @@ it fixes the noise of that example.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import lightning as L
 import torch
@@ -23,7 +23,7 @@ from objectives.corruption import Interval, Noise, draw_example_noise
 from objectives.counts import CountLaw
 from objectives.graphs import GraphedLoss
 from objectives.loss import LossInputs, Objective, TokenLoss
-from objectives.sizes import SizeLaw
+from objectives.sizes import SizeLaw, size_at
 from training import averaging, distributed
 from training.csv_log import record
 from training.health import StepHealth
@@ -39,7 +39,8 @@ class NoiseSettings:
 
     `counts`: the law that training begins with where numbers of masked tokens are drawn in place of
     times; the interval is then that of their shares. `learn_counts`: each validation finds the law
-    anew. `views`: 2 for two complementary noised versions of each row.
+    anew. `views`: 2 for two complementary noised versions of each row. `block_schedule`: the size
+    of blocks by the step from which it is trained; without one it is the objective's.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class NoiseSettings:
     counts: CountLaw | None = None
     learn_counts: bool = False
     views: int = 1
+    block_schedule: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class Diffusion(L.LightningModule):
     ) -> LossInputs:
         """What the loss is computed from, made on the host; noise is None where none is drawn."""
         x0, mask, document_ids = self.documents(batch)
-        return self.objective.loss_inputs(
+        objective = self.training_objective(batch) if training else self.objective
+        return objective.loss_inputs(
             x0, mask, noise, interval=interval, training=training, document_ids=document_ids
         )
 
@@ -142,36 +145,52 @@ class Diffusion(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         seed = self.noise_settings.seed
         random_streams.seed_dropout(seed, int(batch["row"][0]), self.device)
-        noise = self.noise(batch, seed, self.noise_settings.global_batch, self.objective.sizes)
-        inputs = self.training_inputs(batch, noise)
-        loss = self.training_loss(inputs)
-        masked = None
-        if inputs.loss_positions is not None:
-            masked = len(inputs.loss_positions) / inputs.views
-        self.health.saw(batch, loss, inputs.loss_mask, masked)
-        return loss
+        objective = self.training_objective(batch)
+        size = objective.noise_block(batch["input_ids"].shape[1])
+        drawn = self.noise_settings.global_batch, objective.sizes, size
+        inputs = self.training_inputs(batch, self.noise(batch, seed, *drawn))
+        parts = self.training_loss(inputs)
+        self.health.saw(batch, parts, inputs.loss_mask, inputs.masked)
+        return parts.flatten()[0]
+
+    def training_objective(self, batch: dict) -> Objective:
+        """That of the step which these rows belong to: the blocks of training may grow."""
+        schedule = self.noise_settings.block_schedule
+        if not schedule:
+            return self.objective
+        step = int(batch["row"][0]) // self.noise_settings.global_batch
+        return replace(self.objective, block_size=size_at(schedule, step))
 
     def training_inputs(self, batch: dict, noise: Noise | None) -> LossInputs:
-        if self.count_law is None:
-            return self.loss_inputs(batch, self.interval, noise, training=True)
+        objective = self.training_objective(batch)
         x0, mask, document_ids = self.documents(batch)
-        if self.noise_settings.views > 1:
-            return self.objective.inputs_by_views(x0, mask, noise, document_ids=document_ids)
-        return self.objective.inputs_by_counts(
-            x0, mask, noise, law=self.count_law, document_ids=document_ids
-        )
+        given = {"document_ids": document_ids}
+        if self.count_law is None:
+            inputs = self.loss_inputs(batch, self.interval, noise, training=True)
+        elif self.noise_settings.views > 1:
+            inputs = objective.inputs_by_views(x0, mask, noise, **given)
+        else:
+            inputs = objective.inputs_by_counts(x0, mask, noise, law=self.count_law, **given)
+        if objective.ar_loss:
+            inputs = objective.with_ar_loss(inputs, x0, document_ids)
+        return inputs
 
     def training_loss(self, inputs: LossInputs) -> Tensor:
-        """Of a micro-batch: nats per token, counted or not (TokenLoss.per_place)."""
+        """Of a micro-batch: nats per token, counted or not (TokenLoss.parts)."""
         if self.graphed is not None:
             return self.graphed(inputs)
-        return self.compute_loss(inputs).per_place
+        return self.compute_loss(inputs).parts
 
     def noise(
-        self, batch: dict, seed: int, global_batch: int, sizes: SizeLaw | None = None
+        self,
+        batch: dict,
+        seed: int,
+        global_batch: int,
+        sizes: SizeLaw | None = None,
+        block_size: int | None = None,
     ) -> Noise | None:
         """The noise of these examples: a function of the seed and their place in the stream. sizes:
-        by which rows draw the size of their blocks."""
+        by which rows draw the size of their blocks. block_size: None for the objective's."""
         if not self.objective.draws_noise:
             return None
         x0 = batch["input_ids"]
@@ -180,7 +199,7 @@ class Diffusion(L.LightningModule):
             batch["row"],
             global_batch=global_batch,
             length=x0.shape[1],
-            block_size=self.objective.noise_block(x0.shape[1]),
+            block_size=block_size or self.objective.noise_block(x0.shape[1]),
             antithetic=self.noise_settings.antithetic,
             sizes=sizes,
         )
@@ -257,7 +276,7 @@ class Diffusion(L.LightningModule):
         if self.backbone.compiled and self.device.type == "cuda" and one_host and once:
             self.graphed = GraphedLoss(
                 self.backbone,
-                lambda *asked: self.objective.compute_loss(*asked).per_place,
+                lambda *asked: self.objective.compute_loss(*asked).parts,
                 lambda inputs: inputs.to(self.device, self.pin_memory),
                 shared=self.trainer.accumulate_grad_batches > 1,
             )

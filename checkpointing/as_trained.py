@@ -1,7 +1,7 @@
 """What shapes cannot show: settings under which a checkpoint's weights mean what they mean.
 
-Every setting of model.* and algo.* is compared at every load but those of MAY_DIFFER, so a new one
-is too. What a checkpoint does not say had the default.
+Every setting of model.*, algo.* and adapt.* is compared at every load but those of MAY_DIFFER, so a
+new one is too. What a checkpoint does not say had the default.
 """
 
 import functools
@@ -27,6 +27,7 @@ MAY_DIFFER = {
     "model.length",  # positions are relative
     *("algo.name", "algo.backbone"),  # compared by themselves: load.py, modes/build.py
     *("algo.T", "algo.sampler"),  # of sampling alone
+    "adapt.ar_loss",  # how it is trained
     "algo.cross_attn",  # says that there are blocks; block_size says how many
     *("algo.ignore_bos", "algo.mdlm_loss_scale"),  # published evaluations set them otherwise
     *("algo.var_min", "algo.clip_search_delta", "algo.clip_search_widths", "algo.fix_clipping"),
@@ -43,7 +44,7 @@ def check_as_trained(
     groups = ["model"]
     trained = section(record, "algo").get("name")
     if config is not None and ALIASES.get(trained, trained) == config.algo.name:
-        groups.append("algo")
+        groups += ["algo", "adapt"]
     found, defaults = [], _defaults(f"algo={checkpoint.algorithms[0]}")
     for key in (key for key in LEAVES if key.split(".")[0] in groups and key not in MAY_DIFFER):
         group, setting = key.split(".")

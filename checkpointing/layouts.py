@@ -72,17 +72,26 @@ class Checkpoint:
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """Of training: several where each row drew its own; none where the file does not say."""
+        """Of training: several where each row drew its own or blocks grew; none where the file does
+        not say."""
         of_run = self.config if self.layout == "hub" else section(self.config, "training")
         drawn = of_run.get("block_sizes")
         if not isinstance(drawn, dict | list | type(None)):
             raise CheckpointError(f"{self.source}: its block_sizes are {reprlib.repr(drawn)}")
+        grown = of_run.get("block_schedule")
+        if not drawn and isinstance(grown, dict):
+            drawn = sorted(set(grown.values()))
         return tuple(drawn or ([] if self.block_size is None else [self.block_size]))
 
     @property
     def algo_settings(self) -> dict:
         """Those of algo.* by name; config.json of a hub folder has some of them at its top."""
         return self.config if self.layout == "hub" else section(self.config, "algo")
+
+    @property
+    def adapt(self) -> dict:
+        """Settings of adapt.* that training had other than their defaults, or all."""
+        return section(self.config, "adapt")
 
     @property
     def noise(self) -> str:

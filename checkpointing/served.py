@@ -77,6 +77,9 @@ def _problems(
     for name, value in wanted.items():
         if (theirs := getattr(shape, name)) != value:
             yield f"Qwen3 has {name}={value}, it has {theirs}"
+    for name, value in (("clean", "block"), ("label", "same")):
+        if (theirs := checkpoint.adapt.get(name, value)) != value:
+            yield f"servers compute adapt.{name}={value}, it was trained with {name}={theirs}"
     if tokenizer.mask_id != MASK_ID:
         yield (
             f"its mask token has id {tokenizer.mask_id:,}, and servers mask with {MASK_ID:,}, the"

@@ -23,6 +23,7 @@ from data.token_rows import TokenRows
 from data.tokenizer import Tokenizer, get_tokenizer
 from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings
+from models.adaptation import Adaptation
 from models.dit import DiT
 from models.llama import Llama
 from models.network import Network
@@ -32,7 +33,7 @@ from objectives.algorithms import ObjectiveSettings
 from objectives.corruption import Interval
 from objectives.counts import CountLaw, to_learn, within
 from objectives.loss import Objective
-from objectives.sizes import SizeLaw
+from objectives.sizes import SizeLaw, shares_of_steps
 from random_streams import VERSION, seed_of
 from settings import Config, local_folder
 from settings.defaults import (
@@ -127,6 +128,8 @@ def build_objective(config: Config, mask_id: int) -> Objective:
         resample=training.resample,
         full_from=training.sampling_eps,
         sizes=build_sizes(config),
+        adapt=Adaptation.named(config.adapt.clean, config.adapt.label),
+        ar_loss=config.adapt.ar_loss,
     )
     return algorithms.build_objective(algo.name, settings)
 
@@ -167,6 +170,7 @@ def build_noise(config: Config, version: int) -> NoiseSettings:
         counts=build_counts(config),
         learn_counts=training.count_law == "learnt",
         views=training.views,
+        block_schedule=training.block_schedule or {},
     )
 
 
@@ -206,7 +210,7 @@ def build_counts(config: Config) -> CountLaw | None:
         return None
     if training.count_law == "learnt":
         return to_learn(size)
-    if training.block_sizes is not None:
+    if training.block_sizes is not None or training.block_schedule is not None:
         return within(1, 1, 1)  # all counts of a block of any size
     return within(*(training.counts or (1, size)), size)
 
@@ -256,7 +260,11 @@ def evaluated_module(
 def build_shape(config: Config, backbone: Network) -> NetworkShape:
     """What the cost of training depends on."""
     algo, law, share = config.algo, build_counts(config), 1.0
-    sizes = config.training.block_sizes or {noise_block(config): 1.0}
+    schedule = config.training.block_schedule
+    drawn = config.training.block_sizes
+    if schedule is not None:
+        drawn = shares_of_steps(schedule, config.trainer.max_steps)
+    sizes = drawn or {noise_block(config): 1.0}
     if law is not None and config.training.views == 1:
         share = sum(weight * expected_share(law, size) for size, weight in sizes.items())
     elif law is None and algorithms.get_algorithm(algo.name).noise:
@@ -272,7 +280,10 @@ def build_shape(config: Config, backbone: Network) -> NetworkShape:
         block_size=config.block_size,
         masked_share=share,
         views=config.training.views,
-        sizes=config.training.block_sizes,
+        sizes=drawn,
+        causal_clean=config.adapt.clean == "causal",
+        answers_clean=config.adapt.label == "next" or config.adapt.ar_loss > 0,
+        ar_loss=config.adapt.ar_loss > 0,
         **_layers(backbone),
     )
 

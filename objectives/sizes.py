@@ -77,3 +77,18 @@ def deal(law: SizeLaw, seed: int, step: int, rows: int, length: int, stream: int
     sizes = law.deal(seed, step, rows, stream)
     number = length // sizes
     return Deal(sizes, number.cumsum(0) - number, sizes.repeat_interleave(number))
+
+
+def size_at(schedule: dict[int, int], step: int) -> int:
+    """Of the blocks at a step, counted from 0, where sizes follow the steps from which they are
+    trained; one of these is 0."""
+    return schedule[max(begin for begin in schedule if begin <= step)]
+
+
+def shares_of_steps(schedule: dict[int, int], steps: int) -> dict[int, float]:
+    """{size: its share of the first `steps` steps}, in ascending order of sizes."""
+    begins = sorted(begin for begin in schedule if begin < steps)
+    found: dict[int, float] = {}
+    for begin, end in zip(begins, [*begins[1:], steps], strict=True):
+        found[schedule[begin]] = found.get(schedule[begin], 0.0) + (end - begin) / steps
+    return dict(sorted(found.items()))

@@ -23,6 +23,7 @@ from checkpointing.load import say_untrained, trained_sizes
 from checkpointing.trained import trained_network, trained_tokenizer
 from evaluation.judge import Judge, TextScore, describe
 from evaluation.scoring import ScoredText, Scorer
+from models.adaptation import PLAIN, Adaptation
 from models.masks import Full
 from noise_schedule import get_schedule
 from objectives.algorithms import ObjectiveSettings, build_objective, get_algorithm
@@ -102,8 +103,9 @@ class Writer(Model):
         denoise, writes = self.denoise, self.writes
         size = 1 if writes in ("ar", "sedd") else denoise.block_size
         length = self.params.context_size if writes != "mdlm" else size
-        seed = self.params.seed
-        return Scorer(writes, denoise.backbone, denoise.mask_id, size, length, self.device, seed)
+        shared = writes, denoise.backbone, denoise.mask_id, size, length, self.device
+        adapt = PLAIN if writes == "sedd" else denoise.adapt
+        return Scorer(*shared, self.params.seed, adapt)
 
     def nll(
         self,
@@ -152,6 +154,8 @@ class Writer(Model):
             if bool((read < 1).any()):
                 raise ValueError("ar predicts no token at position 0")
             read = read - 1
+        elif self.denoise.shifted and bool((read < 1).any()):
+            raise ValueError("with adapt.label=next no token is predicted at position 0")
         return self.denoise(tokens, read)
 
     @torch.no_grad()
@@ -160,9 +164,10 @@ class Writer(Model):
         last being what the head normalises. Blocks see themselves and those before; of mdlm and
         sedd all is seen, of sedd at noise level 0."""
         tokens = self._tokens(ids)
-        mask = Full() if self.writes == "sedd" else self.denoise.attention_mask
+        plain = {"attention_mask": Full()}
+        seen = plain if self.writes == "sedd" else self.denoise.seen(tokens)
         with self.denoise.backbone.states() as states:
-            self.denoise.backbone.hidden(tokens, attention_mask=mask)
+            self.denoise.backbone.hidden(tokens, **seen)
         return states
 
     def _tokens(self, ids) -> Tensor:
@@ -232,4 +237,5 @@ def objective_settings(found: Checkpoint, mask_id: int, block_size: int) -> Obje
         block_size,
         whole_blocks(found.length or CONTEXT_TOKENS, block_size),
         time_conditioning=found.algo_settings.get("time_conditioning", True),
+        adapt=Adaptation.named(**found.adapt),
     )

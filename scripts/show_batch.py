@@ -7,9 +7,9 @@
 Settings are those of main.py; the data are prepared as training would, where they are not yet. In a
 row, blocks alternate in colour and have │ between them, BOS, EOS and other special tokens stand
 out, ↵ is a line break and ▒ padding; with data.pack=documents each document has its line, with
-training.block_sizes each row the blocks that it draws. Of conversations (data=chat) what is learnt
-stands in ⟦ ⟧. Figures are of the rows from there on and of the split's first documents, --tokens
-tokens of each.
+training.block_sizes each row the blocks that it draws, with training.block_schedule those of its
+step. Of conversations (data=chat) what is learnt stands in ⟦ ⟧. Figures are of the rows from there
+on and of the split's first documents, --tokens tokens of each.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from main import quiet
 from modes import cli
 from modes.build import build_cache, build_data, build_sizes, build_split, build_tokenizer
 from objectives.corruption import SIZES
-from objectives.sizes import deal
+from objectives.sizes import deal, size_at
 from scripts.support.command import answered, new_parser
 from scripts.support.picture import picture
 from settings import Config
@@ -198,6 +198,8 @@ def show_rows(
 def drawn_sizes(config: Config) -> Callable[[int], int] | None:
     """The place of a row in the stream of training -> the size of its blocks; None: all alike."""
     law, batch = build_sizes(config), config.loader.global_batch_size
+    if (schedule := config.training.block_schedule) is not None:
+        return lambda row: size_at(schedule, row // batch)
     if law is None:
         return None
 

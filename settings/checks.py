@@ -24,7 +24,7 @@ from settings.defaults import (
 from settings.effects import without_effect
 from settings.keys import LEAVES, get, put
 from settings.limits import unfit
-from settings.noise import block_sizes, clipping, counts
+from settings.noise import adaptation, block_sizes, clipping, counts
 from settings.overrides import nearest, parse
 from settings.packages import packages
 from settings.paths import blamed, chats, checkpoints, corpora, results, sampling_files
@@ -368,7 +368,18 @@ def demo(config: Config) -> Iterator[str]:
 
 FILES = (checkpoints, corpora, chats, results)
 RULES = (
-    *(amounts, network, algorithm, clipping, counts, block_sizes, batches, machine, packages),
+    *(
+        amounts,
+        network,
+        algorithm,
+        clipping,
+        counts,
+        block_sizes,
+        adaptation,
+        batches,
+        machine,
+        packages,
+    ),
     *(optimizer, optimization, data, sampling, demo),
     *FILES,
 )

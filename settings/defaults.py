@@ -50,6 +50,8 @@ def fill(config: Config) -> None:
     _set(config.data, cache_dir=str(user_cache()) if has_user_cache() else None)
     if config.training.block_sizes is not None:
         config.training.block_sizes = normalised(config.training.block_sizes)
+    if config.training.block_schedule is not None:
+        config.training.block_schedule = dict(sorted(config.training.block_schedule.items()))
     _set(config.lr_scheduler, num_warmup_steps=default_warmup(config))
     if config.eval.block_sizes is not None:
         config.eval.block_sizes = normalised(config.eval.block_sizes)
@@ -190,8 +192,11 @@ def block_sizes(config: Config) -> list[int]:
     """Of the blocks that a run has; several where training draws them, or they are measured."""
     if config.mode == "ppl_eval" and config.eval.block_sizes:
         return [*config.eval.block_sizes]
-    drawn = config.training.block_sizes if config.mode in TRAINS else None
-    return [*{config.block_size: 1, **(drawn or {})}]
+    training = config.training
+    if config.mode not in TRAINS:
+        return [config.block_size]
+    grown = (training.block_schedule or {}).values()
+    return [*dict.fromkeys([config.block_size, *(training.block_sizes or ()), *grown])]
 
 
 def needs_block_mask(config: Config) -> bool:

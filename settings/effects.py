@@ -58,8 +58,11 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
         for key in DRAWN_IN_TRAINING:
             if f"training.{key}" in typed:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
-        if "training.block_sizes" in typed:
-            yield "training.block_sizes has no effect: mode=ppl_eval measures at block_size"
+        for name in ("block_sizes", "block_schedule"):
+            if f"training.{name}" in typed:
+                yield f"training.{name} has no effect: mode=ppl_eval measures at block_size"
+        if "adapt.ar_loss" in typed:
+            yield "adapt.ar_loss has no effect: mode=ppl_eval measures diffusion alone"
     if config.mode == "train" and config.training.noise == "counts":
         for key in ("training.sampling_eps_min", "training.sampling_eps_max", "noise.type"):
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):

@@ -87,6 +87,12 @@ SIZES = Limit(
     lambda value: bool(value) and min(value) >= 1 and all(0 < x < math.inf for x in value.values()),
     {1: 1.0},
 )
+SCHEDULE = Limit(
+    "sizes of blocks, at least 1, by the step from which they are trained, the first 0, such as"
+    " {0: 1, 500: 4}",
+    lambda value: bool(value) and min(value) == 0 and min(value.values()) >= 1,
+    {0: 1},
+)
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 BATCHES = Limit(
     "a number of batches, at least 1: the training data are an endless stream",

@@ -1,6 +1,7 @@
-"""What must hold between the settings of training's noise; rules as in checks.py."""
+"""What must hold between the settings of training's noise, of blocks and of adapting a network;
+rules as in checks.py."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from settings.amounts import MOST_INTERVALS
 from settings.defaults import TRAINS, noise_block
@@ -102,7 +103,9 @@ def block_sizes(config: Config) -> Iterator[str]:
     neither do not read them."""
     if config.mode == "ppl_eval":
         yield from _sizes_fit(config, "eval.block_sizes", config.eval.block_sizes)
-    training, algo, sizes = config.training, config.algo, config.training.block_sizes
+    algo, sizes = config.algo, config.training.block_sizes
+    if config.mode in TRAINS:
+        yield from _schedule(config)
     if sizes is None or config.mode not in TRAINS:
         return
     unfit = list(_sizes_fit(config, "training.block_sizes", sizes))
@@ -115,6 +118,11 @@ def block_sizes(config: Config) -> Iterator[str]:
             f"block_size={config.block_size} is that of validation, and {given} does not train it:"
             f" set block_size to {' or '.join(map(str, sizes))}"
         )
+    yield from _of_one_size(config, given)
+
+
+def _of_one_size(config: Config, given: str) -> Iterator[str]:
+    training, algo = config.training, config.algo
     others = {
         f"training.count_law={training.count_law}": training.count_law != "uniform",
         f"training.counts={training.counts}": training.counts is not None,
@@ -127,12 +135,68 @@ def block_sizes(config: Config) -> Iterator[str]:
             yield f"{given} does not go with {other}, which is of one block size: choose one"
 
 
-def _sizes_fit(config: Config, key: str, sizes: dict[int, float] | None) -> Iterator[str]:
+def _schedule(config: Config) -> Iterator[str]:
+    """What blocks that grow go with."""
+    training, steps = config.training, config.training.block_schedule
+    if steps is None:
+        return
+    given, sizes = f"training.block_schedule={steps}", dict.fromkeys(steps.values())
+    unfit = list(_sizes_fit(config, "training.block_schedule", steps, sizes))
+    yield from unfit
+    if not algorithms()[config.algo.name]["blocks"]:
+        return
+    if training.block_sizes is not None:
+        yield f"{given} does not go with training.block_sizes={training.block_sizes}: choose one"
+    if not unfit and config.block_size not in sizes:
+        yield (
+            f"block_size={config.block_size} is that of validation, and {given} does not train it:"
+            f" set block_size to {' or '.join(map(str, sizes))}"
+        )
+    yield from _of_one_size(config, given)
+
+
+def _sizes_fit(
+    config: Config, key: str, value: dict | None, sizes: Collection[int] | None = None
+) -> Iterator[str]:
+    """sizes: those in the value, None: its keys."""
     name, length = config.algo.name, config.model.length
+    sizes = value if sizes is None else sizes
     if sizes and not algorithms()[name]["blocks"]:
-        yield f"{key}={sizes} does not fit algo={name}, only {names_with('blocks')}; leave it out"
+        yield f"{key}={value} does not fit algo={name}, only {names_with('blocks')}; leave it out"
     elif odd := [size for size in sizes or () if length % size]:
-        yield f"{key}={sizes}: {listed(odd)} does not divide model.length={length}"
+        yield f"{key}={value}: {listed(odd)} does not divide model.length={length}"
+
+
+def adaptation(config: Config) -> Iterator[str]:
+    """What adapt.* goes with."""
+    adapt, name = config.adapt, config.algo.name
+    given = {"clean": "block", "label": "same", "ar_loss": 0}
+    changed = [
+        f"adapt.{key}={getattr(adapt, key)}" for key in given if getattr(adapt, key) != given[key]
+    ]
+    if changed and not algorithms()[name]["blocks"]:
+        for each in changed:
+            yield f"{each} does not fit algo={name}, only {names_with('blocks')}; leave it out"
+        return
+    if adapt.ar_loss and adapt.clean != "causal":
+        yield (
+            f"adapt.ar_loss={adapt.ar_loss} needs adapt.clean=causal: with"
+            f" adapt.clean={adapt.clean} a clean token sees the one that it would predict"
+        )
+    if adapt.label != "next":
+        return
+    if not config.algo.ignore_bos:
+        yield (
+            "adapt.label=next predicts a token at the one before it, and the first of a row has"
+            " none: set algo.ignore_bos=True, which never masks it"
+        )
+    context, least = config.sampling.context_size, 2 * config.block_size
+    sees = config.mode == "sample_eval" and context is not None
+    if sees and context < min(least, config.model.length):
+        yield (
+            f"sampling.context_size={context}: with adapt.label=next a block sees the one before"
+            f" it, so it must be at least {least}"
+        )
 
 
 def _views(config: Config) -> Iterator[str]:

@@ -99,8 +99,11 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     on the command line."""
     bare, optional = unwrap(LEAVES[key].hint)
     if typing.get_origin(bare) is dict:
-        numbers = typing.get_args(bare)[0] is int
-        wanted = "weights by size, like {4: 1, 16: 3}," if numbers else LISTS_BY_NAME
+        examples = {
+            float: "weights by size, like {4: 1, 16: 3},",
+            int: "sizes by step, like {0: 1, 500: 4},",
+        }
+        wanted = examples.get(typing.get_args(bare)[1], LISTS_BY_NAME)
     elif typing.get_origin(bare) is list:
         examples = {float: "[0.5,0.6]", int: "[2,3]"}
         wanted = f"a list like {examples.get(typing.get_args(bare)[0], '[a,b]')}"

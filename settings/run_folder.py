@@ -20,7 +20,9 @@ SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
 }
 ABSENT = object()
 LONGEST_NAME = 200  # characters of a folder's name; file systems have 255 bytes
-SHAPING_SECTIONS = ("algo", "data", "model", "noise", "lr_scheduler", "optim", "training")
+SHAPING_SECTIONS = (
+    *("adapt", "algo", "data", "model", "noise", "lr_scheduler", "optim", "training"),
+)
 SHAPING_KEYS = (
     "seed",
     "block_size",
@@ -50,6 +52,10 @@ LATER = {
     "training.count_law": "uniform",
     "training.views": 1,
     "training.block_sizes": None,
+    "training.block_schedule": None,
+    "adapt.clean": "block",
+    "adapt.label": "same",
+    "adapt.ar_loss": 0.0,
     "optim.name": "adamw",
     "optim.momentum": None,
     "model.n_kv_heads": None,
@@ -76,7 +82,7 @@ def shaping(config: Config) -> dict:
     Left out: devices, workers, logging, checkpoints, evaluation, sampling. trainer.max_steps
     counts only where the learning rate depends on it, so that a run can be made longer; validation
     settings only where the clip search or the law of counts uses them. block_size is such a one
-    where rows draw theirs.
+    where rows draw theirs, or blocks follow a schedule.
     """
     keys = [key for key in LEAVES if key.split(".")[0] in SHAPING_SECTIONS]
     keys = [*SHAPING_KEYS, *(key for key in keys if key not in NOT_SHAPING)]
@@ -85,7 +91,7 @@ def shaping(config: Config) -> dict:
     searched = config.algo.clip_search_widths and not config.algo.fix_clipping
     if searched or config.training.count_law == "learnt":
         keys.extend(SEARCH_KEYS)
-    if config.training.block_sizes is not None:
+    if config.training.block_sizes is not None or config.training.block_schedule is not None:
         keys.remove("block_size")
     return {key: get(config, key) for key in sorted(keys)}
 
@@ -116,7 +122,8 @@ def run_dir(config: Config) -> Path:
     """outputs/<data.train>/<wandb.name, else algo-length-blocks>-<8 hex digits of shaping>, as in
     bamdlm-1024-16; settings of LATER count only where they are another value."""
     name = get(config, "wandb.name")
-    sizes = "_".join(map(str, config.training.block_sizes or [config.block_size]))
+    drawn = config.training.block_sizes or (config.training.block_schedule or {}).values()
+    sizes = "_".join(map(str, dict.fromkeys(drawn) or [config.block_size]))
     name = name or f"{config.algo.name}-{config.model.length}-{sizes}"
     shapes = {k: v for k, v in shaping(config).items() if k not in LATER or v != LATER[k]}
     digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ from settings.limits import (
     COUNTS,
     DURATION,
     LIMITS,
+    SCHEDULE,
     SEED,
     SHARES,
     SIZES,
@@ -173,10 +174,34 @@ class Training:
         "of validation (bamdlm); null: block_size",
         SIZES,
     )
+    block_schedule: dict[int, int] | None = doc(
+        "block sizes by the step from which they are trained, such as {0: 1, 500: 4, 1000: 16}; "
+        "block_size, one of them, is that of validation (bamdlm); null: block_size",
+        SCHEDULE,
+    )
     from_pretrained: str | None = doc("weights to start from: .ckpt, exported folder or hub id")
     eval_nll: bool = doc("with block_size=1, validate the exact NLL, not the bound")
     max_bad_steps: int = doc(
         "skipped steps in a row (loss or gradient not finite) that stop training", "at least 0"
+    )
+
+
+@dataclass
+class Adapt:
+    clean: str = doc(
+        "what a clean token sees (bamdlm): its block and those before it, or as in an AR network "
+        "itself and the tokens before it",
+        one_of("block", "causal"),
+    )
+    label: str = doc(
+        "where the prediction of a token is read (bamdlm): at itself, or as in an AR network at "
+        "the token before it",
+        one_of("same", "next"),
+    )
+    ar_loss: float = doc(
+        "with adapt.clean=causal, how often the AR loss on the clean half counts in training, "
+        "beside the loss of diffusion",
+        "at least 0",
     )
 
 
@@ -476,6 +501,7 @@ class Config:
     sampling: Sampling
     demo: Demo
     training: Training
+    adapt: Adapt
     eval: Eval
     optim: Optim
     trainer: Trainer

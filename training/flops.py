@@ -33,6 +33,9 @@ class NetworkShape:
     masked_share: float = 0.5  # of the tokens, on average: the mean of p(t)
     views: int = 1  # noised versions of a sequence that share its clean half
     sizes: dict[int, float] | None = None
+    causal_clean: bool = False  # a clean token sees those before it, not all of its block
+    answers_clean: bool = False  # the last layer asks for the clean half too
+    ar_loss: bool = False  # on the clean half, whose tokens then reach the head
     # of a layer; None: the DiT's
     query_width: int | None = None  # of all heads
     key_width: int | None = None  # of keys, and of values
@@ -51,7 +54,7 @@ class NetworkShape:
     @property
     def clean_half(self) -> bool:
         """Whether the pass is over [x_t ; x0]."""
-        one = self.sizes is None and self.block_size == self.length
+        one = self.sizes is None and self.block_size == self.length and not self.ar_loss
         return get_algorithm(self.algo).blocks and not one
 
     @property
@@ -62,7 +65,9 @@ class NetworkShape:
     @property
     def read(self) -> float:
         """Rows of a sequence that reach the head."""
-        return self.length - 1 if self.causal else self.length * self.masked_share
+        if self.causal:
+            return self.length - 1
+        return self.length * self.masked_share + (self.length - 1) * self.ar_loss
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def seen_pairs(shape: NetworkShape) -> tuple[float, float]:
     own = sum(share * length * size for size, share in shape.shares.items())
     earlier = (length**2 - own) / 2
     noised = shape.views * (own + earlier)  # own block, and x0 of the blocks before
-    return noised + own + earlier, noised
+    clean = length * (length + 1) / 2 if shape.causal_clean else own + earlier
+    return noised + clean, noised + clean * shape.answers_clean
 
 
 def flops(shape: NetworkShape) -> Flops:
@@ -105,7 +111,8 @@ def flops(shape: NetworkShape) -> Flops:
     keys = 2 * width * (shape.key_width or width)
     mlp = shape.mlp_weights or 8 * width**2
     layer = 2 * (2 * queries + keys + mlp) * rows
-    last_layer = 2 * (keys * rows + queries * shape.views * length + (queries + mlp) * shape.read)
+    asked = (shape.views + (shape.answers_clean and shape.clean_half)) * length
+    last_layer = 2 * (keys * rows + queries * asked + (queries + mlp) * shape.read)
     per_pair = 4 * (shape.query_width or width)  # q k^T and the weighted sum
     return Flops(
         layers=(shape.n_blocks - 1) * layer + last_layer,

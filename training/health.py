@@ -50,6 +50,7 @@ class StepHealth:
     norm: Tensor | None = None  # of its gradient
     loss: Tensor | None = None  # its loss, over the global batch; on the device
     masked: float | None = None  # of its tokens that count, here; None where none are masked ever
+    ar_loss: Tensor | None = None  # the part of it that is AR, without its factor
     factor: Tensor | None = None  # places / tokens that count in the global batch; None: 1
     _seen: list[tuple[dict, Tensor, Tensor]] = field(default_factory=list)
     _masked: float | None = None  # tokens of the step at hand
@@ -58,8 +59,8 @@ class StepHealth:
     def saw(
         self, batch: dict, loss: Tensor, loss_mask: Tensor, masked: float | None = None
     ) -> None:
-        """A micro-batch of the step at hand. loss: TokenLoss.per_place, a scalar on the device;
-        loss_mask [B, L] on the host; masked: how many of its tokens that count are masked."""
+        """A micro-batch of the step at hand. loss: TokenLoss.parts on the device; loss_mask [B,
+        L] on the host; masked: how many of its tokens that count are masked."""
         self._seen.append((batch, loss.detach(), loss_mask))
         if masked is not None:
             self._masked = (self._masked or 0) + masked
@@ -102,18 +103,20 @@ class StepHealth:
         devices. All micro-batches have the same size, so they are those of the global batch.
         """
         losses = torch.stack(losses or (norm.new_zeros(()),)).float()
+        losses = losses.view(len(losses), -1)  # [micro-batches, parts]
         places = devices * sum(mask.numel() for mask in masks)  # all ranks have equally many
         absent = sum(int((mask == 0).sum()) for mask in masks)
         bad_loss, bad_norm = (~torch.isfinite(x).all() for x in (losses, norm))
-        left_out = torch.full_like(losses[0], absent)  # filled there: nothing is sent
-        numbers = torch.stack([bad_loss.float(), bad_norm.float(), losses.mean(), left_out])
+        left_out = torch.full_like(losses[0, 0], absent)  # filled there: nothing is sent
+        numbers = torch.stack([bad_loss.float(), bad_norm.float(), left_out, *losses.mean(0)])
         if devices > 1:
             torch.distributed.all_reduce(numbers)
-        loss, counted = numbers[2] / devices, places - numbers[3]
+        parts, counted = numbers[3:] / devices, places - numbers[2]
         # where every token counts it is 1; one device knows that without asking
         differs = absent or (places and devices > 1)
         self.factor = places / counted.clamp(min=1) if differs else None
-        self.loss = loss if self.factor is None else loss * self.factor
+        parts = parts if self.factor is None else parts * self.factor
+        self.loss, self.ar_loss = parts[0], parts[1] if len(parts) > 1 else None
         nothing = (counted <= 0) if places else torch.zeros_like(bad_loss)
         return torch.cat([numbers[:2], nothing[None].float()])
 

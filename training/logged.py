@@ -33,6 +33,14 @@ class Steps:
     seconds: float = 0.0  # without validations
     peak: float = 0.0  # FLOP/s of a large matrix product, measured on this device
 
+    @property
+    def diffusion_loss(self) -> Tensor | None:
+        """Of the last step, where its loss has another part."""
+        health = self.module.health
+        if health.ar_loss is None:
+            return None
+        return health.loss - self.module.objective.ar_loss * health.ar_loss
+
 
 @dataclass(frozen=True)
 class Logged:
@@ -57,6 +65,14 @@ LOGGED = {
     "trainer/loss": Logged(
         lambda steps: steps.module.health.loss,
         doc="Loss of the last step: mean over the tokens of its global batch that count",
+    ),
+    "trainer/diffusion_loss": Logged(
+        lambda steps: steps.diffusion_loss,
+        doc="With adapt.ar_loss: the part of trainer/loss that is diffusion",
+    ),
+    "trainer/ar_loss": Logged(
+        lambda steps: steps.module.health.ar_loss,
+        doc="With adapt.ar_loss: the AR loss of the last step, not yet times the setting",
     ),
     "trainer/lr": Logged(lambda steps: steps.lr, doc="Learning rate of the last step"),
     "trainer/masked_share": Logged(

@@ -21,6 +21,7 @@ BLOCKS = ["block_size=4"]
 CLIP = "algo.clip_search_widths"
 COUNTS = "training.noise=counts"
 SIZES = "training.block_sizes={4: 1, 16: 3}"
+GROWN = "training.block_schedule={0: 4, 9: 16}"
 LEARNT = [COUNTS, "training.count_law=learnt"]
 
 # context: (arguments, what the one line says)
@@ -289,6 +290,49 @@ WRONG = [
     ),
     (PPL, ["algo=mdlm", "eval.block_sizes={4: 1}"], "eval.block_sizes={4: 1.0} does not fit algo="),
     (PPL, ["eval.block_sizes={4: 0}"], "eval.block_sizes={4: 0.0} must be sizes of blocks"),
+    # blocks that grow
+    (TRAIN, ["training.block_schedule={1: 4}"], "training.block_schedule={1: 4} must be sizes of"),
+    (TRAIN, ["training.block_schedule={0: 0}"], "training.block_schedule={0: 0} must be sizes of"),
+    (TRAIN, ["training.block_schedule={}"], "training.block_schedule={} must be sizes of blocks"),
+    (
+        TRAIN,
+        ["training.block_schedule=[[0,1]]"],
+        "training.block_schedule=[[0, 1]] must be sizes by step, like {0: 1, 500: 4}, or null",
+    ),
+    (
+        TRAIN,
+        ["training.block_schedule={0: 4, 9: 6}", "block_size=4"],
+        "training.block_schedule={0: 4, 9: 6}: 6 does not divide model.length=1024",
+    ),
+    (
+        TRAIN,
+        [GROWN, "block_size=8"],
+        "block_size=8 is that of validation, and training.block_schedule={0: 4, 9: 16} does not",
+    ),
+    (TRAIN, [GROWN, "algo=mdlm"], "training.block_schedule={0: 4, 9: 16} does not fit algo=mdlm"),
+    (TRAIN, [GROWN, SIZES, "block_size=4"], "does not go with training.block_sizes={4: 0.25"),
+    (
+        TRAIN,
+        [GROWN, "block_size=4", COUNTS, "training.views=2"],
+        "does not go with training.views=2, which is of one block size",
+    ),
+    # adapting
+    (TRAIN, ["adapt.clean=all"], "adapt.clean=all must be one of block, causal"),
+    (TRAIN, ["adapt.label=shift"], "adapt.label=shift must be one of same, next"),
+    (TRAIN, ["adapt.ar_loss=-1"], "adapt.ar_loss=-1.0 must be at least 0"),
+    (TRAIN, [*BLOCKS, "adapt.ar_loss=.5"], "adapt.ar_loss=0.5 needs adapt.clean=causal: with"),
+    (TRAIN, ["algo=mdlm", "adapt.clean=causal"], "adapt.clean=causal does not fit algo=mdlm, only"),
+    (TRAIN, ["algo=ar", "adapt.label=next"], "adapt.label=next does not fit algo=ar, only bamdlm"),
+    (
+        TRAIN,
+        [*BLOCKS, "adapt.label=next", "algo.ignore_bos=False"],
+        "adapt.label=next predicts a token at the one before it, and the first of a row has none",
+    ),
+    (
+        SAMPLE,
+        [*BLOCKS, "adapt.label=next", "sampling.context_size=4"],
+        "sampling.context_size=4: with adapt.label=next a block sees the one before it, so it must",
+    ),
     # optimizer
     (TRAIN, ["optim=sgd"], "optim=sgd does not exist. Choices: adamw, muon"),
     (
@@ -603,6 +647,12 @@ HARMLESS = [
         "block_size has no effect: eval.block_sizes={4: 1.0} has the sizes",
     ),
     (PPL, [SIZES], "training.block_sizes has no effect: mode=ppl_eval measures at block_size"),
+    (PPL, [GROWN], "training.block_schedule has no effect: mode=ppl_eval measures at block_size"),
+    (
+        PPL,
+        ["adapt.clean=causal", "adapt.ar_loss=1"],
+        "adapt.ar_loss has no effect: mode=ppl_eval measures diffusion alone",
+    ),
     (
         TRAIN,
         [COUNTS, "training.sampling_eps_min=.3"],

@@ -183,7 +183,8 @@ class StandIn:
 class Module:
     device = torch.device("cpu")
     norm, loss = torch.tensor(0.5), torch.tensor(2.5)
-    health = SimpleNamespace(loss=loss, bad_steps=3, norm=norm, masked=0.25)
+    health = SimpleNamespace(loss=loss, bad_steps=3, norm=norm, masked=0.25, ar_loss=norm)
+    objective = SimpleNamespace(ar_loss=0.5)
 
 
 class Optimizer:
@@ -201,7 +202,15 @@ def test_every_figure_of_the_steps_goes_to_the_log_at_its_steps(tmp_path):
         callback.on_train_batch_end(trainer, Module, None, {"input_ids": texts(3, 8, 5)}, step - 1)
     log = read_log(tmp_path / "metrics.csv")
     assert log.keys() == {name for name, entry in LOGGED.items() if not entry.validation}
-    known = {"loss": 2.5, "lr": 0.1, "bad_steps": 3, "grad_norm": 0.5, "masked_share": 0.25}
+    known = {
+        "diffusion_loss": 2.25,
+        "ar_loss": 0.5,
+        "loss": 2.5,
+        "lr": 0.1,
+        "bad_steps": 3,
+        "grad_norm": 0.5,
+        "masked_share": 0.25,
+    }
     for name, value in known.items():
         assert log[f"trainer/{name}"] == {2: pytest.approx(value), 4: pytest.approx(value)}
     for name in log:

@@ -124,6 +124,13 @@ def test_bad_input_is_named(words, change, message, capsys):
     assert "Traceback" not in error
 
 
+def test_rows_show_the_blocks_of_their_step(words, capsys):
+    grows = ["training.block_schedule={0: 1, 1: 4}", "block_size=4", "loader.global_batch_size=4"]
+    text = shown([*words, *grows], capsys, "--rows", "5")
+    sizes = re.findall(r"row (\d), blocks of (\d+)", text)
+    assert [int(size) for _, size in sizes] == [1, 1, 1, 1, 4]
+
+
 def test_rows_of_several_block_sizes_show_their_own(words, capsys):
     """Eight rows of a step: two of blocks of one, which have no borders, four of 4, two of 16."""
     sizes = ["training.block_sizes={1: 1, 4: 2, 16: 1}", "loader.num_workers=0"]

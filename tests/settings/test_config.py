@@ -70,6 +70,7 @@ DEFAULTS = {
     "training.count_law": "uniform",
     "training.views": 1,
     "training.block_sizes": None,
+    "training.block_schedule": None,
     "training.from_pretrained": None,
     "training.eval_nll": True,
     "eval.checkpoint_path": None,

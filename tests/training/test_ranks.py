@@ -27,7 +27,9 @@ BY_ONE = ["loader.batch_size=8", "loader.eval_batch_size=8", "trainer.val_check_
 TWO = ["trainer.devices=2", "trainer.val_check_interval=4"]
 TOLERANCE = 1e-5
 SIZES = ["training.block_sizes={1: 1, 4: 2, 16: 1}", "block_size=4", "training.noise=counts"]
-WAYS = ALGORITHMS | {"counts": COUNTS, "sizes": SIZES}
+ADAPTED = ["adapt.clean=causal", "adapt.label=next", "adapt.ar_loss=.5", "block_size=4"]
+ADAPTED += ["training.block_schedule={0: 1, 4: 4}", "training.noise=counts"]
+WAYS = ALGORITHMS | {"counts": COUNTS, "sizes": SIZES, "adapted": ADAPTED}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,7 @@ def test_two_processes_learn_the_law_of_counts_that_one_learns(one, tmp_path):
         ("fsdp", "bamdlm", ["data.wrap=false"]),
         ("ddp", "counts", ["data.pack=documents"]),
         ("ddp", "sizes", ["data.pack=documents"]),
+        ("ddp", "adapted", ["data.pack=documents"]),
         ("ddp", "sedd", ["data.wrap=false", "block_size=16"]),
         ("fsdp", "ar", ["data.wrap=false"]),
         ("ddp", "bamdlm", ["data.pack=documents", "data.streaming=true"]),
@@ -159,6 +162,9 @@ def test_tokens_count_the_same_on_one_process_and_two(
     wanted = theirs["trainer/loss"]
     assert list(wanted) == list(range(1, 9))
     assert ours["trainer/loss"] == pytest.approx(wanted, rel=TOLERANCE)
+    assert ("trainer/ar_loss" in theirs) == (algo == "adapted")
+    if algo == "adapted":
+        assert ours["trainer/ar_loss"] == pytest.approx(theirs["trainer/ar_loss"], rel=TOLERANCE)
     # the order of sums differs; AdamW magnifies what that does to gradients near 0
     a, b = (read(f / LAST)["state_dict"] for f in (tmp_path, tmp_path / "alone"))
     for name, value in b.items():

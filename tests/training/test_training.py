@@ -13,6 +13,7 @@ from networks import small
 from checkpointing.layouts import read_checkpoint
 from dataloader import DataModule
 from diffusion import ClippingSettings, Diffusion, NoiseSettings
+from models.adaptation import PLAIN, Adaptation
 from noise_schedule import get_schedule
 from objectives import clipping
 from objectives.autoregressive import Autoregressive
@@ -20,7 +21,7 @@ from objectives.block_diffusion import MaskedDiffusion
 from objectives.corruption import EXACT
 from objectives.counts import CountLaw, least_variance, to_learn, within
 from objectives.sedd import ScoreEntropy
-from objectives.sizes import SizeLaw
+from objectives.sizes import SizeLaw, shares_of_steps, size_at
 from training import resuming, validation
 from training.lr_schedules import lr_factor
 from training.optimizers import OptimizerSettings
@@ -86,6 +87,9 @@ def module(
     views=1,
     momentum=None,
     sizes=None,
+    schedule=(),
+    adapt=PLAIN,
+    ar_loss=0.0,
 ):
     if algo in COUNTED:
         algo, (counts, views) = "bamdlm", COUNTED[algo]
@@ -94,6 +98,8 @@ def module(
         objective = MaskedDiffusion(MASK, block, get_schedule("loglinear"))
     if sizes:
         objective = replace(objective, sizes=sizes)
+    if adapt != PLAIN:
+        objective = replace(objective, adapt=adapt, ar_loss=ar_loss)
     torch.manual_seed(0)
     backbone = small(MASK + 1, adaln=algo != "ar")
     for layer in backbone.blocks:
@@ -111,6 +117,7 @@ def module(
             counts=counts,
             learn_counts=learn,
             views=views,
+            block_schedule=dict(schedule),
         ),
         optimizer=OptimizerSettings(
             {"lr": 1e-2, "betas": (0.9, 0.999), "eps": eps, "weight_decay": 0.0}, momentum
@@ -240,6 +247,70 @@ def test_a_run_of_one_block_size_is_bit_for_bit_that_without_the_setting(by, tmp
     others = trained("bamdlm", tmp_path, 4, counts=BY[by], sizes=SIZES)
     gap = others.backbone.output_layer.linear.weight - plain.backbone.output_layer.linear.weight
     assert gap.abs().max() > 1e-3
+
+
+# blocks of one for two steps, of four for two, then the whole row
+GROWS = {0: 1, 2: 4, 4: LENGTH}
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_resumed_run_whose_blocks_grow_is_bit_for_bit_the_uninterrupted_one(by, tmp_path):
+    """With causal clean halves, labels of the next token and an AR loss."""
+    given = {"schedule": GROWS, "counts": BY[by], "validate": 2}
+    given |= {"adapt": Adaptation(causal=True, shifted=True), "ar_loss": 0.5}
+    whole = trained("bamdlm", tmp_path / "a", 6, save_every=3, **given)
+    path = str(tmp_path / "a" / "step=3.ckpt")
+    resumed = trained("bamdlm", tmp_path / "b", 6, resume=path, **given)
+    pairs = zip(resumed.backbone.parameters(), whole.backbone.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("ar_loss", [0.0, 0.5])
+def test_where_blocks_grow_micro_batches_do_not_change_a_run(ar_loss, tmp_path):
+    given = {"eps": 1e-3, "schedule": GROWS, "counts": BY["counts"], "ar_loss": ar_loss}
+    given["adapt"] = Adaptation(causal=True)
+    runs = [trained("bamdlm", tmp_path, 5, batch_size=size, **given) for size in (8, 2)]
+    for ours, theirs in zip(*(m.backbone.parameters() for m in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert float(runs[0].health.loss) == pytest.approx(float(runs[1].health.loss), rel=1e-4)
+    if ar_loss:
+        parts = [float(m.health.ar_loss) for m in runs]
+        assert parts[0] == pytest.approx(parts[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_each_stage_of_growing_blocks_is_a_run_at_that_size(by):
+    """The same noise, masks and weights of the loss, bit for bit; validation as ever."""
+    ids = torch.tensor(MemoryRows(GLOBAL, 3).ids)
+    grown = module("bamdlm", schedule=GROWS, counts=BY[by])
+    for step, size in ((0, 1), (1, 1), (2, 4), (3, 4), (4, LENGTH), (99, LENGTH)):
+        rows = torch.arange(GLOBAL) + step * GLOBAL
+        batch = {"input_ids": ids, "row": rows, "attention_mask": ids * 0 + 1}
+        plain = module("bamdlm", block=size, counts=BY[by] and within(1, size, size))
+        found = []
+        for m in (grown, plain):
+            seen = []
+            m.training_loss = lambda inputs, seen=seen: seen.append(inputs) or torch.zeros(1)
+            m.training_step(batch, 0)
+            found += seen
+        assert found[0].attention_mask == found[1].attention_mask
+        for name, value in found[1].tensors().items():
+            assert torch.equal(getattr(found[0], name), value), (step, name)
+    assert grown.objective.block_size == 4
+
+
+def test_sizes_follow_steps():
+    assert [size_at(GROWS, step) for step in (0, 1, 2, 3, 4, 1000)] == [1, 1, 4, 4, 16, 16]
+    assert shares_of_steps(GROWS, 8) == {1: 0.25, 4: 0.25, 16: 0.5}
+    assert shares_of_steps({0: 4, 2: 1, 3: 4, 10: 8}, 4) == {1: 0.25, 4: 0.75}
+
+
+def test_validation_reports_diffusion_alone():
+    found = []
+    for factor in (0.0, 0.5):
+        m = module("bamdlm", adapt=Adaptation(causal=True), ar_loss=factor, validate_by="counts")
+        found.append(validated(m).nll)
+    assert found[0] == found[1]
 
 
 def test_validation_is_at_the_block_size_whatever_training_draws(tmp_path):
