@@ -28,7 +28,7 @@ from training import averaging, distributed
 from training.csv_log import record
 from training.health import StepHealth
 from training.logged import figures
-from training.optimizers import OptimizerSettings, build_optimizer
+from training.optimizers import OptimizerSettings, build_optimizer, trained
 from training.state import load_state, save_state
 from training.validation import Validation
 
@@ -107,7 +107,7 @@ class Diffusion(L.LightningModule):
         if clip is not None:
             self.register_buffer("sampling_eps_min", torch.tensor(float(self.interval[0])))
             self.register_buffer("sampling_eps_max", torch.tensor(float(self.interval[1])))
-        self.ema = EMA(backbone.named_parameters(), ema_decay) if ema_decay else None
+        self.ema = EMA(trained(backbone), ema_decay) if ema_decay else None
         self.averaged = False  # whether the EMA weights are in place of the raw ones
         self.validation_rows: int | None = None  # how many there are, where that is known
         self.validation: Validation | None = None

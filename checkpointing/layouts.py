@@ -23,6 +23,7 @@ from torch import Tensor
 from checkpointing import hub, torch_file
 from checkpointing.families import ARCHITECTURES, architecture_of, layout_of
 from checkpointing.restricted_pickle import CheckpointError
+from models import lora
 from settings.tables import algorithms
 from utils import plain_errors, reason
 
@@ -163,6 +164,10 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
     name, length = section(config, "algo").get("name"), section(config, "model").get("length")
     name = ALIASES.get(name, name) if isinstance(name, str) else name
     known = name and _named(source, name, config.get("block_size"), length)
+    adapted = section(raw["hyper_parameters"], "lora")
+    average = _average(raw.get("ema"), lora.of_adapter(weights) if adapted else weights)
+    if adapted:
+        weights, average = _merged(source, adapted, weights, average)
     return Checkpoint(
         source=source,
         layout="lightning",
@@ -174,8 +179,30 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
         step=raw.get("global_step"),
         raw=raw,
         optimizer=optimizer,
-        **_average(raw.get("ema"), weights),
+        **average,
     )
+
+
+def adapter_of(source: str, record: dict) -> lora.Adapter:
+    """What a checkpoint with adapters says about them; CheckpointError where that cannot be."""
+    rank, alpha, mask = (record.get(key) for key in ("rank", "alpha", "mask_id"))
+    _check_whole(source, "the rank of its adapters", rank)
+    _check_whole(source, "the mask's row of its adapters", mask, least=0)
+    if rank is None or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        said = f"rank {reprlib.repr(rank)} and alpha {reprlib.repr(alpha)}"
+        raise CheckpointError(f"{source}: its adapters have {said}")
+    return lora.Adapter(rank=rank, alpha=alpha, mask_id=mask)
+
+
+def _merged(source: str, record: dict, weights: dict, average: dict) -> tuple[dict, dict]:
+    """Weights and average (see `_average`) of the network without adapters."""
+    adapter, ema = adapter_of(source, record), average.get("ema")
+    try:
+        if ema:
+            average = {**average, "ema": lora.merged({**weights, **ema}, adapter)}
+        return lora.merged(weights, adapter), average
+    except ValueError as error:
+        raise CheckpointError(f"{source}: its adapters do not fit it: {error}") from error
 
 
 def canonical(raw: Any, source: str) -> dict:

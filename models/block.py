@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .cache import Decode
 from .layers import Norm, Pick, rotate
+from .lora import parts
 
 
 class Block(nn.Module):
@@ -36,9 +37,9 @@ class Block(nn.Module):
             qk, v = qkv.split((2, 1))
             return *rotate(qk, cos, sin).unbind(), v[0]
         width = x.shape[-1]
-        weights = self.attn_qkv.weight.split((width, 2 * width))
-        q = self._heads(F.linear(x[:, :num_queries], weights[0]), 1)
-        k, v = self._heads(F.linear(x, weights[1]), 2).unbind()
+        to_queries, to_keys_values = parts(self.attn_qkv, (width, 2 * width))
+        q = self._heads(to_queries(x[:, :num_queries]), 1)
+        k, v = self._heads(to_keys_values(x), 2).unbind()
         q_cos, q_sin = (t[..., :num_queries, :] for t in (cos, sin))
         return rotate(q[0], q_cos, q_sin), rotate(k, cos, sin), v
 

@@ -47,7 +47,7 @@ from settings.schema import Training
 from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
-from training.optimizers import OptimizerSettings
+from training.optimizers import OptimizerSettings, trained
 from utils import say
 
 
@@ -284,6 +284,9 @@ def build_shape(config: Config, backbone: Network) -> NetworkShape:
         causal_clean=config.adapt.clean == "causal",
         answers_clean=config.adapt.label == "next" or config.adapt.ar_loss > 0,
         ar_loss=config.adapt.ar_loss > 0,
+        adapters=sum(p.numel() for _, p in trained(backbone.blocks[0]))
+        if config.lora.rank is not None
+        else None,
         **_layers(backbone),
     )
 

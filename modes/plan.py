@@ -1,9 +1,10 @@
 """mode=plan: estimate the memory, tokens, FLOPs and hours of a training run, and train nothing.
 
-Memory: weights, gradients, two moments (one with Muon) and the average in float32 (16-mixed and
-bf16-mixed add a copy of the weights in two bytes), the activations that the backward pass keeps,
-and the head's chunk of logits with the gradient of its weight. fsdp shares out all but the last
-two. With model.activation_checkpointing a layer that is made again keeps its input until its turn.
+Memory: weights in float32 (16-mixed and bf16-mixed add a copy in two bytes), of those that are
+trained (with lora.rank few) also gradients, two moments (one with Muon) and the average, the
+activations that the backward pass keeps, and the head's chunk of logits with the gradient of its
+weight. fsdp shares out all but the last two. With model.activation_checkpointing a layer that is
+made again keeps its input until its turn.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import torch
 
 from models.recomputing import Recompute
 from modes.build import build_backbone, build_shape, build_tokenizer, read_weights
+from modes.lora import build_adapter, put_adapters
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
 from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak
-from training.optimizers import matrices
+from training.optimizers import matrices, trained
 from utils import listed, say
 
 MFU = 0.4  # share of the peak that a training run reaches: what the hours assume
@@ -55,13 +57,15 @@ class Plan:
         return self.flops * (1 + self.again) / (peak * MFU * self.devices) / 3600
 
 
-def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0) -> Plan:
-    """by_muon: of the parameters, those with one moment."""
+def plan(
+    config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0, frozen: int = 0
+) -> Plan:
+    """by_muon: of the parameters, those with one moment; frozen: those with nothing."""
     trainer, loader = config.trainer, config.loader
     devices = trainer.devices * trainer.num_nodes
     size = min(matmul_dtype(trainer.precision).itemsize, 4)  # bytes of a number in products
-    per_weight = 4 + 4 + 8 + 4 * (config.training.ema > 0) + (2 if size == 2 else 0)
-    weights = parameters * per_weight - 4 * by_muon
+    per_weight, if_trained = 4 + 2 * (size == 2), 4 + 8 + 4 * (config.training.ema > 0)
+    weights = parameters * per_weight + (parameters - frozen) * if_trained - 4 * by_muon
     rows = loader.batch_size * shape.length * shape.parts
     again = Recompute(config.model.activation_checkpointing).layers(shape.n_blocks)
     # the last layer keeps little more than its keys and values, and the rows that are read
@@ -77,7 +81,7 @@ def plan(config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0)
         weights=weights / (devices if config.strategy.name == "fsdp" else 1),
         activations=rows * shape.hidden_size * most_kept(shape.n_blocks, again, kept, last),
         head=logits * (6 if size == 2 else 4)  # in half precision a float32 copy
-        + 4 * shape.vocab_size * shape.hidden_size,
+        + 4 * shape.vocab_size * shape.hidden_size * (frozen == 0),
         tokens=sequences * shape.length,
         flops=cost.step * sequences,
         again=cost.inner * len(again) / cost.step,
@@ -145,10 +149,13 @@ def prepare(config: Config) -> Callable[[], None]:
     checkpoint = read_weights(config, start, tokenizer) if asks else None
     with torch.device("meta"):
         backbone = build_backbone(config, tokenizer, checkpoint)
+        if (adapter := build_adapter(config, tokenizer)) is not None:
+            say(put_adapters(backbone, adapter))
     parameters = sum(p.numel() for p in backbone.parameters())
     muon = config.optim.name == "muon"
     by_muon = sum(p.numel() for p in matrices(backbone)) if muon else 0
-    made = plan(config, build_shape(config, backbone), parameters, by_muon)
+    frozen = parameters - sum(p.numel() for _, p in trained(backbone))
+    made = plan(config, build_shape(config, backbone), parameters, by_muon, frozen)
 
     def run() -> None:
         device = torch.accelerator.current_accelerator()

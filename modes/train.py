@@ -18,6 +18,7 @@ from modes.build import (
     read_weights,
     start_from,
 )
+from modes.lora import build_adapter, start_adapter
 from objectives.algorithms import get_algorithm
 from random_streams import VERSION
 from settings import Config
@@ -49,8 +50,12 @@ def prepare(config: Config) -> Callable[[], None]:
         check_as_trained(begin, config, tokenizer, config.data.tokenizer_name_or_path)
     backbone = build_backbone(config, tokenizer, resume or pretrained)
     version = VERSION if resume is None else streams_version(resume)
+    adapter, about = build_adapter(config, tokenizer), {}
+    if adapter is not None:
+        about["lora"] = start_adapter(config, backbone, adapter, pretrained, resume, tokenizer)
     module = build_module(config, backbone, tokenizer, version)
-    if pretrained is not None:
+    module.description |= about
+    if pretrained is not None and adapter is None:
         start_from(module, pretrained, config)
     data = build_data(config, tokenizer, train=True, version=version)
     module.validation_rows = len(data.valid)

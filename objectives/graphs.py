@@ -70,7 +70,8 @@ class GraphedLoss:
             return self.ask(inputs)
         if self.graph is None:
             self.graph = _Graph(self.ask, inputs, self.shared)
-        return _Replayed.apply(self.graph, inputs, *self.ask.parameters())
+        trained = [p for p in self.ask.parameters() if p.requires_grad]
+        return _Replayed.apply(self.graph, inputs, *trained)
 
 
 def rows_for(asked: int, most: int) -> int:
@@ -85,7 +86,7 @@ class _Graph:
         # clones: what the host has sent is not ours
         self.loss_inputs = replace(inputs, **{n: x.clone() for n, x in inputs.tensors().items()})
         # the same memory, but nothing in autograd's books that belongs to another stream
-        weights = {n: nn.Parameter(p.detach()) for n, p in ask.named_parameters()}
+        weights = {n: nn.Parameter(p.detach(), p.requires_grad) for n, p in ask.named_parameters()}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, capture_error_mode=BESIDE_NCCL):
             value = torch.func.functional_call(ask, weights, (self.loss_inputs,))
@@ -97,7 +98,10 @@ class _Graph:
             ),
         ):
             self.gradients = torch.autograd.grad(
-                value, list(weights.values()), self.d_value, allow_unused=True
+                value,
+                [p for p in weights.values() if p.requires_grad],
+                self.d_value,
+                allow_unused=True,
             )
         self.value = value.detach()
 

@@ -2,7 +2,8 @@
 
 The gradient with respect to the logits is known as soon as a chunk's logits are, because every
 token's factor in the scalar loss is known beforehand. So the forward pass multiplies it out at once
-and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales.
+and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales. Of a frozen head [V, E]
+is not made.
 """
 
 import functools
@@ -109,7 +110,7 @@ class _ChunkedHead(torch.autograd.Function):
         if training and any(ctx.needs_input_grad[:3]):
             # times a constant near 1, so that 1 / (B L) is not lost in half precision
             unit = factors.sum().clamp_min(torch.finfo(torch.float32).tiny) / max(len(x), 1)
-            gradients = _Gradients(x, w, (factors / unit)[:, None], bias is not None)
+            gradients = _Gradients(x, w, (factors / unit)[:, None], *ctx.needs_input_grad[1:3])
         size = _chunk_rows(len(x), w)
         logits = torch.empty(min(size, len(x)), len(w), dtype=dtype, device=x.device)
         for start in range(0, len(x), size):
@@ -142,14 +143,14 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of sum(factor * losses) with respect to x [M, E], w [V, E] and the bias [V], if
-    there is one."""
+    """Gradients of sum(factor * losses) with respect to x [M, E], and to w [V, E] and the bias [V]
+    where they are trained."""
 
-    def __init__(self, x: Tensor, w: Tensor, factors: Tensor, biased: bool):
+    def __init__(self, x: Tensor, w: Tensor, factors: Tensor, weighted: bool, biased: bool):
         self.x, self.w, self.factors = x, w, factors
         self.scaled = x * factors.to(x.dtype)
         self.d_x = torch.empty_like(x)
-        self.d_w: Tensor | None = None
+        self.weighted, self.d_w = weighted, None
         self.d_b = None
         if biased:
             self.d_b = torch.zeros(len(w), dtype=torch.float32, device=w.device)
@@ -160,6 +161,8 @@ class _Gradients:
         pulled, scaled = d_logits.t(), self.scaled[part]
         if self.d_b is not None:
             self.d_b += torch.mv(pulled, self.factors[part, 0].to(d_logits.dtype))
+        if not self.weighted:
+            return
         if self.d_w is None:
             self.d_w = torch.mm(pulled, scaled).float()
         elif d_logits.dtype == torch.float32:
@@ -167,8 +170,8 @@ class _Gradients:
         else:
             self.d_w += torch.mm(pulled, scaled)
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.d_w is None:
+    def sums(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.weighted and self.d_w is None:
             self.d_w = torch.zeros_like(self.w, dtype=torch.float32)
         return self.d_x.mul_(self.factors), self.d_w, self.d_b
 

@@ -291,6 +291,23 @@ def optimizer(config: Config) -> Iterator[str]:
         )
 
 
+def adapters(config: Config) -> Iterator[str]:
+    asked = f"lora.rank={config.lora.rank}"
+    if config.lora.rank is None or config.mode not in ("train", "plan"):
+        return
+    if config.training.from_pretrained is None:
+        yield (
+            f"{asked} needs weights to start from: set training.from_pretrained, or lora.rank=null"
+            " to train all weights"
+        )
+    if config.strategy.name == "fsdp":
+        yield f"{asked} does not go with strategy=fsdp, which shares out what is trained; use ddp"
+    if config.optim.name == "muon":
+        yield f"{asked} does not go with optim=muon, which is for whole matrices; use optim=adamw"
+    if config.lora.modules == []:
+        yield "lora.modules=[] names no layer; null: all linear layers of the blocks"
+
+
 def optimization(config: Config) -> Iterator[str]:
     schedule, trainer = config.lr_scheduler, config.trainer
     if schedule.name == "cosine_decay_warmup":
@@ -380,6 +397,6 @@ RULES = (
         machine,
         packages,
     ),
-    *(optimizer, optimization, data, sampling, demo),
+    *(optimizer, adapters, optimization, data, sampling, demo),
     *FILES,
 )

@@ -64,6 +64,8 @@ def fill(config: Config) -> None:
     _set(config.model, dropout=0.0 if config.algo.backbone == "llama" else 0.1)
     if config.algo.backbone == "llama":
         _fill_llama(config)
+    if config.lora.rank is not None:
+        _set(config.lora, alpha=2.0 * config.lora.rank)
     if config.model.attn_backend == "auto":
         config.model.attn_backend = _attn_backend(config) if gpu else "sdpa"
 

@@ -68,6 +68,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
                 yield f"{key} has no effect: training.noise=counts draws no times"
     yield from _recomputing(config, typed)
+    yield from _adapters(config, typed)
     yield from _network(config, typed)
     if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
         yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
@@ -85,6 +86,16 @@ def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
             yield f"{key} has no effect: mode={config.mode} has no backward pass"
     elif model.compile and trainer.accelerator == "gpu" and trainer.num_nodes == 1:
         yield f"{key}={value}: steps are not replayed as CUDA graphs, as they are with none"
+
+
+def _adapters(config: Config, typed: Collection[str]) -> Iterator[str]:
+    for key in sorted(key for key in typed if key.startswith("lora.")):
+        if config.mode not in ("train", "plan"):
+            yield f"{key} has no effect: mode={config.mode} trains nothing"
+        elif key != "lora.rank" and config.lora.rank is None:
+            yield f"{key} has no effect without lora.rank"
+        elif key == "lora.mask_row" and config.lora.mask_row and config.algo.name == "ar":
+            yield "lora.mask_row=True has no effect: algo=ar sees no mask"
 
 
 def _network(config: Config, typed: Collection[str]) -> Iterator[str]:

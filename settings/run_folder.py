@@ -21,7 +21,7 @@ SAME_NAME = {("algo.name", "bd3lm"): "bamdlm"} | {
 ABSENT = object()
 LONGEST_NAME = 200  # characters of a folder's name; file systems have 255 bytes
 SHAPING_SECTIONS = (
-    *("adapt", "algo", "data", "model", "noise", "lr_scheduler", "optim", "training"),
+    *("adapt", "algo", "data", "lora", "model", "noise", "lr_scheduler", "optim", "training"),
 )
 SHAPING_KEYS = (
     "seed",
@@ -47,6 +47,11 @@ NOT_SHAPING = {
 LATER = {
     "data.format": "text",
     "data.chat_fields": None,
+    "lora.rank": None,
+    "lora.alpha": None,
+    "lora.dropout": 0.05,
+    "lora.modules": None,
+    "lora.mask_row": True,
     "training.noise": "times",
     "training.counts": None,
     "training.count_law": "uniform",

@@ -418,6 +418,27 @@ class Model:
 
 
 @dataclass
+class LoRA:
+    """Of training: small matrices beside the linear layers, and all else frozen."""
+
+    rank: int | None = doc(
+        "rank of the adapters that are trained beside frozen weights (training.from_pretrained); "
+        "null: all weights are trained",
+        "at least 1",
+    )
+    alpha: float | None = doc(
+        "an adapter's product is multiplied by alpha / rank; null: twice the rank", "above 0"
+    )
+    dropout: float = doc("dropout probability of what enters an adapter", "in [0, 1)")
+    modules: list[str] | None = doc(
+        "linear layers of the blocks that get one, such as [q_proj, v_proj]; null: all"
+    )
+    mask_row: bool = doc(
+        "train the mask's row of the embedding too; algo=ar, which sees no mask, has none"
+    )
+
+
+@dataclass
 class Noise:
     type: str = doc("noise schedule; choose it with noise=NAME", one_of(*tables.schedules()))
 
@@ -508,6 +529,7 @@ class Config:
     data: Data
     algo: Algo
     model: Model
+    lora: LoRA
     noise: Noise
     lr_scheduler: LRScheduler
     strategy: Strategy

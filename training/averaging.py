@@ -5,11 +5,12 @@ import lightning as L
 from torch import Tensor
 
 from training import distributed
+from training.optimizers import trained
 
 
 def averaged_weights(module: L.LightningModule) -> list[tuple[str, Tensor]]:
     """What the average follows: with fsdp this rank's part of every weight."""
-    return [(name, distributed.part(p)) for name, p in module.backbone.named_parameters()]
+    return [(name, distributed.part(p)) for name, p in trained(module.backbone)]
 
 
 def put_average(module: L.LightningModule, on: bool) -> None:

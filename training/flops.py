@@ -3,8 +3,10 @@ what the device can do.
 
 The count is of multiplications and additions in matrix products (2 per pair) that are really made:
 attention over the pairs that may see each other, the head at masked positions, the last layer only
-where it is read. The backward pass costs twice the forward pass. Norms, rotary positions,
-modulation (one row per batch) and the optimizer are left out; together they are a few percent.
+where it is read. The backward pass costs twice the forward pass; where the weights are frozen and
+adapters are trained, once for products with weights, because their gradients are not made. Norms,
+rotary positions, modulation (one row per batch) and the optimizer are left out; together they are a
+few percent.
 """
 
 import time
@@ -41,6 +43,7 @@ class NetworkShape:
     key_width: int | None = None  # of keys, and of values
     mlp_weights: int | None = None
     qk_norm: bool = False
+    adapters: int | None = None  # weights of those of a layer; None: all weights are trained
 
     @property
     def causal(self) -> bool:
@@ -78,16 +81,18 @@ class Flops:
     attention: float
     head: float
     inner: float  # of these, one layer that is not the last, with its attention
+    adapters: float | None = None  # None: all weights are trained
 
     @property
     def forward(self) -> float:
-        return self.layers + self.attention + self.head
+        return self.layers + self.attention + self.head + (self.adapters or 0)
 
     @property
     def step(self) -> float:
         """Forward and backward; without what activation checkpointing makes a second time, so that
         a share of the peak is of work that is needed."""
-        return (1 + BACKWARD) * self.forward
+        frozen = 0 if self.adapters is None else self.layers + self.head
+        return (1 + BACKWARD) * self.forward - frozen
 
 
 def seen_pairs(shape: NetworkShape) -> tuple[float, float]:
@@ -118,7 +123,10 @@ def flops(shape: NetworkShape) -> Flops:
         layers=(shape.n_blocks - 1) * layer + last_layer,
         attention=per_pair * ((shape.n_blocks - 1) * inner + last),
         head=2 * width * shape.vocab_size * shape.read,
-        inner=layer + per_pair * inner,
+        inner=layer + per_pair * inner + 2 * (shape.adapters or 0) * rows,
+        adapters=None
+        if shape.adapters is None
+        else 2 * shape.adapters * ((shape.n_blocks - 1) * rows + shape.read),
     )
 
 

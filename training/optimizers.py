@@ -28,6 +28,11 @@ class OptimizerSettings:
         return {**shared, "momentum": self.momentum, "adjust_lr_fn": "match_rms_adamw"}
 
 
+def trained(backbone: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters that are not frozen, by name: what optimizer and average know."""
+    return [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
+
+
 def matrices(backbone: nn.Module) -> list[Tensor]:
     """The weights that Muon is for: those of attention and MLP in the blocks. Embeddings, head,
     norms, biases, modulations and the embedding of the noise level are not."""
@@ -40,7 +45,7 @@ def matrices(backbone: nn.Module) -> list[Tensor]:
 
 def shared_out(backbone: nn.Module, settings: OptimizerSettings) -> dict[str, list[Tensor]]:
     """{kind: its weights}, in the order of the groups of the optimizer."""
-    everything = list(backbone.parameters())
+    everything = [p for _, p in trained(backbone)]
     if settings.momentum is None:
         return {"adamw": everything}
     chosen = matrices(backbone)

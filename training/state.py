@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from random_streams import version_of
 from training import averaging, distributed
+from training.optimizers import trained
 from training.resuming import check_optimizer
 from training.validation import set_interval
 from utils import say
@@ -33,7 +34,7 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
             "num_updates": module.ema.num_updates,
             "shadow_params": [
                 distributed.whole_of(module.ema.shadow[name], p)
-                for name, p in module.backbone.named_parameters()
+                for name, p in trained(module.backbone)
             ],
         }
     if module.clip is not None:
@@ -83,9 +84,8 @@ def _load_average(module: L.LightningModule, checkpoint: dict) -> None:
     else:
         say("the checkpoint has no EMA: the average starts at its weights")
         weights, updates = checkpoint["state_dict"], 0
-        names = [name for name, _ in module.backbone.named_parameters()]
-        averages = [weights[f"backbone.{name}"] for name in names]
-    named = zip(module.backbone.named_parameters(), averages, strict=True)
+        averages = [weights[f"backbone.{name}"] for name, _ in trained(module.backbone)]
+    named = zip(trained(module.backbone), averages, strict=True)
     parts = {name: distributed.part_of(average, p) for (name, p), average in named}
     module.ema.load(parts, updates)
 
