@@ -284,11 +284,15 @@ def build_shape(config: Config, backbone: Network) -> NetworkShape:
         causal_clean=config.adapt.clean == "causal",
         answers_clean=config.adapt.label == "next" or config.adapt.ar_loss > 0,
         ar_loss=config.adapt.ar_loss > 0,
-        adapters=sum(p.numel() for _, p in trained(backbone.blocks[0]))
-        if config.lora.rank is not None
-        else None,
+        adapters=None if config.lora.rank is None else adapter_weights(backbone),
         **_layers(backbone),
     )
+
+
+def adapter_weights(backbone: Network) -> int:
+    """Of the adapters of a layer; without those of the modulation, which has one row a batch."""
+    named = trained(backbone.blocks[0])
+    return sum(p.numel() for name, p in named if "adaLN_modulation" not in name)
 
 
 def expected_share(law: CountLaw, size: int) -> float:

@@ -2,8 +2,8 @@
 
 The gradient with respect to the logits is known as soon as a chunk's logits are, because every
 token's factor in the scalar loss is known beforehand. So the forward pass multiplies it out at once
-and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales. Of a frozen head [V, E]
-is not made.
+and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales. Of a frozen head
+[V, E] is not made.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""models/lora.py: the same numbers merged and unmerged, in every kind of pass; and what is trained."""
+"""models/lora.py: the same numbers merged and unmerged, in every kind of pass; what is trained."""
 
 import copy
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 from networks import GRADIENTS, LOGITS, assert_within, small, small_llama, texts
 from test_compile import traced  # noqa: F401  a fixture
-from test_recomputing import MASK, OBJECTIVES, batch, network
+from test_recomputing import LENGTH, MASK, OBJECTIVES, batch, network
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.lora import ADAPTED, Adapter, adapt, merged, of_adapter
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
+from modes.build import _layers, adapter_weights
 from objectives.head import cross_entropy, head_loss
+from training.flops import NetworkShape, flops
 from training.optimizers import OptimizerSettings, build_optimizer, trained
 
 VOCAB = 7
@@ -188,6 +191,24 @@ def test_a_frozen_head_gives_the_same_gradient_to_what_is_before_it(make):
         found.append(x.grad)
         assert (net.head_weight.grad is None) == frozen
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["dit", "llama"])
+def test_the_flop_model_counts_what_torch_counts(name):
+    """Forward and backward without attention, of which the counter knows no mask. Between the two:
+    modulation, and in the last layer keys and values, for whose adapters fewer rows are counted."""
+    net, objective = network("mdlm" if name == "dit" else name, "none"), OBJECTIVES["mdlm"]
+    adapt(net, Adapter(rank=4, alpha=1.0, mask_id=MASK))
+    inputs = batch(objective, rows=4)
+    with FlopCounterMode(display=False) as counter:
+        objective.compute_loss(net, inputs).per_place.backward()
+    products = ("aten.mm", "aten.addmm")
+    counts = counter.get_flop_counts()["Global"]
+    counted = sum(count for op, count in counts.items() if str(op) in products) / 4
+    share = float((inputs.tokens == MASK).float().mean())
+    sizes = {"masked_share": share, "adapters": adapter_weights(net), **_layers(net)}
+    cost = flops(NetworkShape("mdlm", 16, 5, MASK + 1, LENGTH, LENGTH, **sizes))
+    assert counted == pytest.approx(cost.step - 3 * cost.attention, rel=0.03)
 
 
 # ---- weights that are not those of an adapter
