@@ -67,8 +67,7 @@ def export(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(f"{folder} is not empty: name another folder, or give --overwrite")
+    check_free(folder, overwrite)
     algo = algo or checkpoint.algo
     checkpoint, _ = with_mask(checkpoint, tokenizer, tokenizer.hf.name_or_path)
     _check(checkpoint, algo, tokenizer.vocab_size)
@@ -85,6 +84,13 @@ def export(
         for name, text in texts.items():
             (made / name).write_text(text)
     return folder
+
+
+def check_free(folder: str | Path, overwrite: bool) -> None:
+    """CheckpointError where there is something that would be replaced, and nobody asked for it."""
+    place = Path(folder)
+    if place.exists() and any(place.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} is not empty: name another folder, or give --overwrite")
 
 
 def project(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str, use_ema: bool) -> tuple:

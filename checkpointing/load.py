@@ -112,7 +112,7 @@ def load_into(backbone: nn.Module, checkpoint: Checkpoint, *, use_ema: bool, alg
         raise CheckpointError(
             f"{checkpoint.source} cannot be used here: {_other(checkpoint, algo)}"
         )
-    values = {**checkpoint.weights, **(_averages(checkpoint) if use_ema else {})}
+    values = {**checkpoint.weights, **(averages(checkpoint) if use_ema else {})}
     _check_finite(checkpoint.source, values)
     _copy(backbone, values)
 
@@ -175,7 +175,8 @@ def _other(checkpoint: Checkpoint, algo: str) -> str:
     )
 
 
-def _averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What differs from the weights; CheckpointError where there should be some."""
     _check_average(checkpoint)
     if checkpoint.layout != "lightning":
         return {}

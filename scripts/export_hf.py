@@ -6,6 +6,7 @@ The folder works where this project is not installed (AutoModelForMaskedLM.from_
 trust_remote_code=True), and inside it without remote code (algo.backbone=hf_dit, or llama).
 With --format sdar it is one for servers of block diffusion (SGLang, LMDeploy): of models trained
 with algo=bamdlm algo.backbone=llama in the shape of Qwen3 and with its vocabulary.
+Adapters (lora.rank) are merged; with --adapter the folder has them alone, for peft.
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpointing import export
+from checkpointing.adapter_folder import write_adapter
 from checkpointing.as_trained import check_as_trained
 from checkpointing.layouts import Checkpoint, read_checkpoint, section
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--algo", choices=list(algorithms()), help="if CKPT does not tell")
     parser.add_argument("--disable-ema", action="store_true", help="plain weights, not averages")
     parser.add_argument("--format", choices=list(export.FORMS), default="project", help="see above")
+    parser.add_argument("--adapter", action="store_true", help="the adapters alone, for peft")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")
     options = parser.parse_args(arguments)
     return answered("export_hf", lambda: run(options))
@@ -43,15 +46,14 @@ def run(options) -> None:
     tokenizer = find_tokenizer(checkpoint, options.tokenizer)
     own = section(checkpoint.config, "data").get("tokenizer_name_or_path")
     check_as_trained(checkpoint, None, tokenizer, options.tokenizer or own)
-    folder = export.export(
-        checkpoint,
-        options.folder,
-        tokenizer,
-        use_ema=not options.disable_ema,
-        algo=options.algo,
-        overwrite=options.overwrite,
-        form=options.format,
-    )
+    given = {"use_ema": not options.disable_ema, "overwrite": options.overwrite}
+    if options.adapter and options.format != "project":
+        raise ValueError(f"--adapter does not go with --format {options.format}: choose one")
+    if options.adapter:
+        folder = write_adapter(checkpoint, options.folder, tokenizer, **given)
+    else:
+        forms = {"algo": options.algo, "form": options.format}
+        folder = export.export(checkpoint, options.folder, tokenizer, **given, **forms)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.push:
         from huggingface_hub import HfApi

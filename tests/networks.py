@@ -6,6 +6,7 @@ from conftest import load, load_json
 from evaluation.estimators import AskedTexts
 from models.dit import DiT
 from models.llama import Llama
+from training.optimizers import trained
 
 MANIFEST = load_json("manifest.json")
 MASK = MANIFEST["mask_index"]
@@ -141,3 +142,12 @@ def small_llama(vocab_size=7, *, seed=0, **changes) -> Llama:
         for parameter in net.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
     return net.eval()
+
+
+def randomised(net, std=0.3):
+    """Every number that is trained is random: of adapters, where B begins as 0."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in trained(net):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return net

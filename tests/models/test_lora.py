@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import GRADIENTS, LOGITS, assert_within, small, small_llama, texts
+from networks import GRADIENTS, LOGITS, assert_within, randomised, small, small_llama, texts
 from test_compile import traced  # noqa: F401  a fixture
 from test_recomputing import LENGTH, MASK, OBJECTIVES, batch, network
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,15 +25,6 @@ NETWORKS = {
     "llama, tied": lambda **more: small_llama(tied=True, **more),
 }
 MASKS = [Full(), Causal(), BlockCausal(4), BlockDiffusion(4), BlockDiffusion(4, views=2)]
-
-
-def randomised(net, std=0.3):
-    """Every number of the adapters is random: B begins as 0."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in trained(net):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return net
 
 
 def adapted(make, adapter=ADAPTER, **more):
