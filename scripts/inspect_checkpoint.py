@@ -62,6 +62,8 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         trained = f"{data.get('train')}, tokenizer {data.get('tokenizer_name_or_path')}"
     if checkpoint.interval is not None:
         interval = "{:.6g} to {:.6g} (sampling_eps_min/max)".format(*checkpoint.interval)
+    lora = section(section(checkpoint.raw, "hyper_parameters"), "lora")
+    merged = {"adapters": adapters(lora)} if lora else {}
     return {
         "source": checkpoint.source,
         "layout": LAYOUTS[checkpoint.layout],
@@ -70,6 +72,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         "trained length": str(checkpoint.length or "not stored"),
         "network": network(checkpoint),
         "parameters": f"{sum(value.numel() for value in weights):,} ({', '.join(dtypes)})",
+        **merged,
         "finite": finite(checkpoint),
         "optimizer steps": "not stored" if checkpoint.step is None else f"{checkpoint.step:,}",
         "trained on": trained,
@@ -93,6 +96,11 @@ def network(checkpoint: Checkpoint) -> str:
     except CheckpointError as error:
         return f"unknown: {error}"
     return ", ".join(f"{name} {value}" for name, value in sizes.items())
+
+
+def adapters(lora: dict) -> str:
+    base = section(lora, "base").get("source")
+    return f"merged here: rank {lora.get('rank')}, alpha {lora.get('alpha')}, of {base}"
 
 
 def finite(checkpoint: Checkpoint) -> str:

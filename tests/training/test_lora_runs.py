@@ -109,7 +109,9 @@ def test_every_reader_gets_merged_weights(whole, start, capsys):
             )
         assert_within(theirs, ours, LOGITS)
     assert inspect_checkpoint.main([str(whole / LAST)]) == 0
-    assert "all weights" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "all weights" in said
+    assert "merged here: rank 2, alpha 6.0, of " in said
 
 
 def test_it_is_evaluated_and_sampled_by_the_same_commands(whole, words, folder, tmp_path):
