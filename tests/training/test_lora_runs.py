@@ -182,6 +182,14 @@ def test_a_run_of_the_dit_starts_from_the_average(words, tmp_path):
     assert len(of_adapter(found)) == 2 * 2 * 2 + 1
 
 
+def test_a_recipe_that_keeps_what_the_base_knows_goes_with_adapters(start, tmp_path):
+    words = [*start, "adapt.clean=causal", "adapt.label=next", "adapt.ar_loss=0.5"]
+    words += ["training.block_schedule={0: 1, 1: 4}", f"checkpointing.save_dir={tmp_path / 'run'}"]
+    assert main.main([*words, "trainer.max_steps=2"]) == 0
+    state = read(tmp_path / "run" / LAST)["state_dict"]
+    assert all(value.any() for name, value in state.items() if name.endswith("lora_B"))
+
+
 def test_the_plan_counts_what_is_trained(start, capsys):
     assert main.main([*start, "mode=plan"]) == 0
     said = capsys.readouterr().out
