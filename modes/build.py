@@ -245,8 +245,17 @@ def trained_module(config: Config, tokenizer: Tokenizer) -> tuple[Diffusion, Che
     checkpoint = read_weights(config, config.eval.checkpoint_path, tokenizer)
     check_as_trained(checkpoint, config, tokenizer, config.data.tokenizer_name_or_path)
     backbone = build_backbone(config, tokenizer, checkpoint)
-    load_into(backbone, checkpoint, use_ema=not config.eval.disable_ema, algo=config.algo.name)
+    algo = "ar" if reads_as_ar(config, checkpoint) else config.algo.name
+    load_into(backbone, checkpoint, use_ema=not config.eval.disable_ema, algo=algo)
     return evaluated_module(config, backbone, tokenizer, checkpoint), checkpoint
+
+
+def reads_as_ar(config: Config, checkpoint: Checkpoint) -> bool:
+    """Whether an AR network is asked as block diffusion before it is adapted. Where clean tokens
+    see, and predictions are read, as it was trained, blocks of one are its own likelihood."""
+    adapt, weights = config.adapt, checkpoint.algorithms
+    alike = (adapt.clean, adapt.label) == ("causal", "next")
+    return alike and config.algo.name == "bamdlm" and weights == ("ar",) and is_llama(checkpoint)
 
 
 def evaluated_module(

@@ -75,6 +75,13 @@ def test_a_folder_is_evaluated_as_it_is(words, folder, tmp_path, capsys):
     found = figures(tmp_path)
     assert found["tokens"] == ids[:, 1:].numel()
     assert found["nll"] == pytest.approx(float(theirs), rel=1e-6)
+    # untrained, as block diffusion in blocks of one
+    blocks = ["algo=bamdlm", "block_size=1", "adapt.clean=causal", "adapt.label=next"]
+    words = [blocks[0] if word == "algo=ar" else word for word in words]
+    run(*words, *blocks[1:], f"checkpointing.save_dir={tmp_path / 'blocks'}")
+    ours = figures(tmp_path / "blocks")
+    assert (ours["algo"], ours["tokens"]) == ("bamdlm", found["tokens"])
+    assert ours["nll"] == pytest.approx(found["nll"], rel=1e-5)
 
 
 @pytest.mark.parametrize("algo", ["ar", "bamdlm"])
