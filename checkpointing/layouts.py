@@ -81,7 +81,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.source}: its block_sizes are {reprlib.repr(drawn)}")
         grown = of_run.get("block_schedule")
         if not drawn and isinstance(grown, dict):
-            drawn = sorted(set(grown.values()))
+            drawn = list(grown.values())
+            if all(type(size) is int for size in drawn):  # else __post_init__ says so
+                drawn = sorted(set(drawn))
         return tuple(drawn or ([] if self.block_size is None else [self.block_size]))
 
     @property

@@ -202,5 +202,7 @@ def block_sizes(config: Config) -> list[int]:
 
 
 def needs_block_mask(config: Config) -> bool:
-    """Whether attention is more than full or causal."""
-    return bool(_entry(config).get("blocks")) and min(block_sizes(config)) < config.model.length
+    """Whether attention is more than full or causal. An AR loss has a clean half to itself."""
+    clean = config.adapt.ar_loss > 0 and config.mode in TRAINS
+    one = min(block_sizes(config)) >= config.model.length and not clean
+    return bool(_entry(config).get("blocks")) and not one
