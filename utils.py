@@ -350,6 +350,7 @@ def atomic_folder(
     try:
         with naming(path):
             yield new
+            _open_to_readers(new)
         try:
             if overwrite and path.exists():
                 os.rename(path, old)
@@ -362,6 +363,14 @@ def atomic_folder(
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """The files as readable as the folder: safetensors leaves its own to their owner alone."""
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(readable | path.stat().st_mode & 0o111)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import filelock
 import pytest
+import torch
 from huggingface_hub import errors
+from safetensors.torch import save_file
 
 from utils import HubUnreachable, atomic_file, atomic_folder, atomic_link, hub_errors, lock
 
@@ -203,3 +205,16 @@ def test_an_error_of_the_disk_is_not_called_a_silent_hub():
         hub_errors("me/x", absent=" is not there"),
     ):
         raise PermissionError("no right to write")
+
+
+def test_files_of_a_folder_are_as_readable_as_it_is(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "made") as made:
+            save_file({"a": torch.zeros(1)}, made / "model.safetensors")  # by itself 0600
+            (made / "run.sh").write_text("")
+            (made / "run.sh").chmod(0o700)
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "made").iterdir()}
+    assert modes == {"model.safetensors": 0o640, "run.sh": 0o740}
