@@ -360,6 +360,16 @@ def validation_rows(config: Config) -> int:
     return config.loader.eval_batch_size if tokens is None else tokens // config.model.length
 
 
+def validated_rows(config: Config, rows: int) -> int:
+    """How many of the split's rows trainer.limit_val_batches lets a validation read."""
+    limit, trainer = config.trainer.limit_val_batches, config.trainer
+    if limit is None:
+        return rows
+    at_once = validation_rows(config) * trainer.devices * trainer.num_nodes
+    batches = int(limit * -(-rows // at_once)) if isinstance(limit, float) else limit
+    return min(rows, batches * at_once)
+
+
 def check_share(config: Config, rows: int) -> None:
     """trainer.limit_val_batches as a share of the batches of a device: one of them at least."""
     share, devices = config.trainer.limit_val_batches, config.trainer.devices

@@ -16,7 +16,13 @@ from evaluation.journal import Journal
 from evaluation.likelihood import Likelihood, of_rows
 from evaluation.mixture import mixture
 from evaluation.table import BOUND, check_likelihoods, parse_likelihood
-from modes.build import build_data, build_tokenizer, evaluated_module, trained_module
+from modes.build import (
+    build_data,
+    build_tokenizer,
+    evaluated_module,
+    trained_module,
+    validated_rows,
+)
 from modes.evaluator import Evaluator, Measure
 from objectives.algorithms import get_algorithm
 from settings import Config
@@ -52,7 +58,7 @@ def prepare(config: Config) -> Callable[[], None]:
     trainer = build_trainer(config, loggers=[])
 
     def run() -> None:
-        rows = f"{len(data.valid):,} rows of {config.model.length:,} tokens"
+        rows = f"{validated_rows(config, len(data.valid)):,} rows of {config.model.length:,} tokens"
         for each in wanted:
             passes = 1 if evaluator.at_once else each.passes(config.eval.draws)
             word = "pass" if passes == 1 else "passes"
@@ -154,7 +160,8 @@ def report(config: Config, done: Evaluator, path: Path) -> None:
     several = {"likelihoods": entries} if len(entries) > 1 else {}
     for entry, result in zip(entries, results, strict=True):
         at = f"block_size={entry['block_size']}, " if entry.get("block_size") else ""
-        name = f"{at}{entry['likelihood']}, {entry['bound']}"
+        names = dict.fromkeys((entry["likelihood"], entry["bound"]))  # exact may be both
+        name = at + ", ".join(names)
         say(f"{config.algo.name} on {config.data.valid} ({name}): {result}")
         if entry.get("low_ppl") is not None:
             say(

@@ -125,8 +125,9 @@ def lines(summary: dict) -> list[str]:
 
     judge = summary.get("judge")
     over = f"tokens of {judge}" if judge else "the model's own tokens"
+    texts = "text" if summary["rows"] == 1 else "texts"
     found = [
-        f"{summary['rows']} texts of {summary['algo']}, {show('gen_nfes', '{:,.1f}')} evaluations"
+        f"{summary['rows']} {texts} of {summary['algo']}, {show('gen_nfes', '{:,.1f}')} evaluations"
         f" each, {show('tokens_per_evaluation')} tokens per evaluation",
         f"generative perplexity {show('gen_ppl')} ± {show('gen_ppl_error')} (judge: {judge})"
         if judge

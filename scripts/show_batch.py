@@ -185,8 +185,9 @@ def show_rows(
             for line in painter.lines(ids[i], mask[i], document_ids):
                 say(line)
             left -= 1
-        found += counted(tokenizer, rows)
-        # then training begins again
+        # a small split comes again and again in training; figures are of each row once
+        fresh = len(source) - found["rows"] if isinstance(source, TokenRows) else None
+        found += counted(tokenizer, {name: value[:fresh] for name, value in rows.items()})
         once = isinstance(source, TokenRows) and found["rows"] >= len(source)
         if (found["tokens"] >= options.tokens or once) and not left:
             break

@@ -58,9 +58,10 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
         for key in DRAWN_IN_TRAINING:
             if f"training.{key}" in typed:
                 yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
+        sizes = "eval.block_sizes" if config.eval.block_sizes else "block_size"
         for name in ("block_sizes", "block_schedule"):
             if f"training.{name}" in typed:
-                yield f"training.{name} has no effect: mode=ppl_eval measures at block_size"
+                yield f"training.{name} has no effect: mode=ppl_eval measures at {sizes}"
         if "adapt.ar_loss" in typed:
             yield "adapt.ar_loss has no effect: mode=ppl_eval measures diffusion alone"
     if config.mode == "train" and config.training.noise == "counts":

@@ -92,10 +92,19 @@ def test_the_progress_moves_with_every_pass(evaluate, trained, monkeypatch, caps
     assert "rows" in said[1]
 
 
-def test_one_row_has_no_error_that_json_could_not_hold(evaluate):
+def test_one_row_has_no_error_that_json_could_not_hold(evaluate, capsys):
     found = evaluate("bamdlm", "trainer.limit_val_batches=1", "loader.eval_batch_size=1")
+    assert "eval.likelihood=counts: 1 pass over 1 rows" in capsys.readouterr().out
     assert found["counts"]["rows"] == 1
     assert found["counts"]["ppl_error"] is found["counts"]["nll_error"] is None
+
+
+@pytest.mark.parametrize("limit", ["1", "2", "0.5", "1.0", "99"])
+def test_the_rows_that_are_said_are_those_that_are_read(evaluate, capsys, limit):
+    found = evaluate("ar", f"trainer.limit_val_batches={limit}", "loader.eval_batch_size=4")
+    said = capsys.readouterr().out
+    assert f"1 pass over {found['exact']['rows']} rows of 16 tokens" in said
+    assert " (exact): perplexity" in said
 
 
 def test_exact_is_the_mean_of_many_draws(evaluate):

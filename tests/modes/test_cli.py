@@ -654,6 +654,11 @@ HARMLESS = [
         "adapt.ar_loss has no effect: mode=ppl_eval measures diffusion alone",
     ),
     (
+        PPL,
+        [SIZES, "eval.block_sizes={4: 1}"],
+        "training.block_sizes has no effect: mode=ppl_eval measures at eval.block_sizes",
+    ),
+    (
         TRAIN,
         [COUNTS, "training.sampling_eps_min=.3"],
         "training.sampling_eps_min has no effect: training.noise=counts draws no times",

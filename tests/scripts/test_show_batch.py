@@ -68,7 +68,7 @@ def test_it_shows_what_training_sees(words, capsys):
     assert "\x1b" not in out
     assert "[document 1] [BOS]abc│[EOS]▒▒▒\n" in out
     assert "[document 2] [BOS]a l│onge\n" in out
-    assert "rows: 12 read" in out  # three batches for those shown; the split has 4 rows
+    assert "rows: 4 read" in out  # each once, though they come again for those shown
     prepared = sum(len(text) for text in TEXTS)
     assert f"docs.jsonl (train): 4 documents, {prepared} tokens" in out
     assert f"documents: 4 read, of 0 to 29 tokens, median 3; {1:.2f} bytes per token" in out
