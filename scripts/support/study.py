@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import settings
 from scripts.support.command import new_parser, parsed
 from scripts.support.jobs import called, devices, side_by_side
 from scripts.support.study_report import RECIPE, Line, report
@@ -33,8 +34,9 @@ from training.log_reading import read_log
 from utils import read_json, reason, say, shown
 
 LENGTH = 128
+WARMUP = 200  # steps; a tenth of a run that is shorter than 2,000
 BASE = (
-    *("wandb=null", "lr_scheduler=cosine_decay_warmup", "lr_scheduler.num_warmup_steps=200"),
+    *("wandb=null", "lr_scheduler=cosine_decay_warmup"),
     *("data.insert_train_special=false", "data.insert_valid_special=false"),
     *("loader.global_batch_size=64", "loader.eval_global_batch_size=128", "loader.num_workers=1"),
     *(f"model.length={LENGTH}", "model.hidden_size=256", "model.cond_dim=128", "model.n_blocks=6"),
@@ -102,7 +104,10 @@ class Run:
             if self.variant == SIZES:
                 shares = ", ".join(f"{each}: {1 / len(asked):.4f}" for each in asked)
                 chosen.append(f"training.block_sizes={{{shares}}}")
-        steps = (f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={interval(self)}")
+        steps = (
+            *(f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={interval(self)}"),
+            f"lr_scheduler.num_warmup_steps={min(WARMUP, self.steps // 10)}",
+        )
         return [f"data={self.corpus}", *BASE, *steps, *chosen, f"seed={self.seed}", *more]
 
     def evaluations(self) -> dict[str, list[str]]:
@@ -127,6 +132,9 @@ def main(argv=None) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         asked = planned(args)
+        if wrong := problems(asked, more):
+            print("this study cannot start:", *map(shown, wrong), sep="\n", file=sys.stderr)
+            return 2
         failed = carry_out(asked, args, more)
         if whole := lines([run for run in asked if run not in failed], args):
             report(whole, args.out)
@@ -186,6 +194,14 @@ def planned(args) -> list[Run]:
         for variant in args.variants
         for sizes in trainings(variant, args.sizes)
     ]
+
+
+def problems(runs: Sequence[Run], more: Sequence[str]) -> list[str]:
+    """What is wrong with the settings of these trainings, each line once. The seed and the corpus
+    make no difference."""
+    kinds = {(run.sizes, run.variant): run for run in reversed(runs)}.values()
+    found = (line for run in kinds for line in settings.examine(run.words(more))[1])
+    return [f"  - {line}" for line in dict.fromkeys(found)]
 
 
 def trainings(variant: str, sizes: Sequence[str]) -> list[tuple[str, ...]]:

@@ -44,6 +44,7 @@ def asked(monkeypatch):
 
     monkeypatch.setitem(study.VARIANTS, "muon", ("training.noise=muon",))
     monkeypatch.setattr(jobs.subprocess, "run", run)
+    monkeypatch.setattr(study, "problems", lambda runs, more: [])  # this muon is none
     return seen
 
 
@@ -147,3 +148,31 @@ def test_what_is_wrong_is_said_before_any_run(wrong, asked, capsys):
     assert caught.value.code == 2
     assert wrong[1] in capsys.readouterr().err
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sizes", "3"], "block_size=3 does not divide model.length=128"),
+        (["--sizes", "4", "--", "model.hiden_size=32"], "model.hiden_size is not a setting"),
+    ],
+)
+def test_settings_that_cannot_work_are_listed_before_any_run(
+    words, said, tmp_path, monkeypatch, capsys
+):
+    ran = []
+    monkeypatch.setattr(jobs.subprocess, "run", lambda *command, **more: ran.append(command))
+    chosen = ["--variants", "clipped,counts", "--corpora", "shakespeare"]
+    assert study.main(["--out", str(tmp_path), *chosen, *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("this study cannot start:\n  - ")
+    assert err.count(said) == 1
+    assert ran == []
+
+
+@pytest.mark.parametrize("steps", [1, 9, 20, 1999, 2500])
+def test_the_warm_up_fits_into_a_run_of_any_length(steps):
+    run = study.Run("shakespeare", ("4",), "counts", 1, steps)
+    config, wrong, _ = settings.examine(run.words())
+    assert wrong == []
+    assert config.lr_scheduler.num_warmup_steps == min(200, steps // 10)
