@@ -126,7 +126,7 @@ def report(made: Plan, peak: float | None) -> str:
         f" head {part.head / part.forward:.0%})",
     ]
     if made.again:
-        lines.append(f"made again in the backward pass: {made.again:.0%} of these FLOPs")
+        lines.append(f"made again in the backward pass: {made.again:.0%} more FLOPs")
     measured = {} if peak is None else {f"this GPU (measured {peak / 1e12:.0f} TFLOP/s)": peak}
     lines.append(f"estimated training time, at {MFU:.0%} of the device's peak (MFU):")
     for name, rate in (measured | KNOWN).items():

@@ -9,7 +9,7 @@ import settings
 from models.dit import DiT
 from models.llama import Llama
 from models.recomputing import ACTIVATION_CHECKPOINTING, Recompute
-from modes.plan import most_kept, plan
+from modes.plan import most_kept, plan, report
 from noise_schedule import EPS, get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
@@ -154,6 +154,8 @@ def test_the_plan_knows_the_memory(name, mode):
     layers = len(Recompute(mode).layers(n_blocks))
     assert made.again == pytest.approx(layers * flops(shape).inner / flops(shape).step)
     assert made.hours(1e12) == pytest.approx(made.flops * (1 + made.again) / 4e11 / 3600)
+    more = f"made again in the backward pass: {made.again:.0%} more FLOPs"
+    assert (more in report(made, None)) == bool(layers)
 
 
 def test_the_most_that_is_kept_by_hand():
