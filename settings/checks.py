@@ -215,7 +215,7 @@ def machine(config: Config) -> Iterator[str]:
     precision = f"trainer.precision={trainer.precision}"
     if trainer.precision.startswith("16") and not gpu:
         yield f"{precision} needs a GPU; a CPU can do bf16 and 32"
-    if config.strategy.name == "fsdp" and trainer.precision in ("16-mixed", "64-true"):
+    if config.strategy.name == "fsdp" and trainer.precision == "16-mixed":
         yield f"{precision} does not go with strategy=fsdp; use bf16, 32, or strategy=ddp"
     if config.strategy.name == "fsdp" and trainer.devices * trainer.num_nodes == 1:
         yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"

@@ -21,7 +21,7 @@ ROUNDING = 1e-9  # weights of this sum but for rounding stay as they are typed
 WARMUP = "lr_scheduler.num_warmup_steps"
 # Other names for the same, as Lightning has them.
 ACCELERATORS = {"cuda": "gpu"}
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def fill(config: Config) -> None:

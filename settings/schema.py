@@ -265,8 +265,8 @@ class Trainer:
     )
     num_nodes: int = doc("number of machines", "at least 1")
     precision: str | None = doc(
-        "number format; 32, bf16, 16 and 64 are short; null: bf16-mixed on a GPU, else 32-true",
-        one_of("32-true", "bf16-mixed", "16-mixed", "64-true"),
+        "number format; 32, bf16 and 16 are short; null: bf16-mixed on a GPU, else 32-true",
+        one_of("32-true", "bf16-mixed", "16-mixed"),
     )
     max_steps: int = doc("optimizer steps of the run", "at least 1")
     max_time: str | None = doc("stop training after this time", DURATION)

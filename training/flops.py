@@ -132,7 +132,7 @@ def flops(shape: NetworkShape) -> Flops:
 
 def matmul_dtype(precision: str) -> torch.dtype:
     """What matrix products are made in under a setting of trainer.precision."""
-    names = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    names = {"bf16": torch.bfloat16, "16": torch.float16}
     return names.get(precision.split("-")[0], torch.float32)
 
 

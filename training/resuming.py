@@ -176,7 +176,7 @@ def moment(theirs, parameter: Tensor) -> str | None:
     """What is wrong with it."""
     if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
         return f"{reprlib.repr(theirs)}, no tensor of floating-point numbers"
-    if theirs.dtype not in (parameter.dtype, torch.float64):  # the latter: of precision 64-true
+    if theirs.dtype not in (parameter.dtype, torch.float64):  # the latter loses nothing
         return f"of {theirs.dtype}"
     if theirs.shape != parameter.shape:
         return f"of shape {list(theirs.shape)}, not {list(parameter.shape)}"

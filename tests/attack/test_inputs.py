@@ -145,6 +145,8 @@ WORDS = {
     "sampling.prompt=${": "sampling.prompt=${: ",
     "seed=${a": "seed=${a must be a whole number",
     "seed=${oc.env}": "seed: Interpolation key 'oc.env' not found",
+    "trainer.precision=64": "trainer.precision=64 must be one of 32-true, bf16-mixed, 16-mixed",
+    "trainer.precision=64-true": "trainer.precision=64-true must be one of 32-true, bf16-mixed",
     # numbers
     f"seed={DIGITS}": "seed=99",
     f"optim.lr={DIGITS}": "must be a number",

@@ -116,7 +116,6 @@ def test_the_peak_is_that_of_the_fastest_matrix_product(monkeypatch):
         ("bf16-mixed", torch.bfloat16),
         ("16-mixed", torch.float16),
         ("32-true", torch.float32),
-        ("64-true", torch.float64),
     ],
 )
 def test_matrix_products_are_made_in(precision, dtype):
