@@ -43,6 +43,8 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
         table = _opened(file)
         known, total = table.schema_arrow.names, table.metadata.num_rows
         kept = [name for name in columns if name in known]
+        if twice := [name for name in kept if known.count(name) > 1]:
+            raise ValueError(f"{place} has {known.count(twice[0])} columns {twice[0]!r}")
         for batch in _batches(file, table, kept, place):
             for i in range(batch.num_rows):
                 where = f"{place}, row {row}"

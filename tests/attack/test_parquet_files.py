@@ -330,6 +330,12 @@ def test_honest_conversations_are_read(encoding, version):
     assert records("x.parquet") == [{"messages": row} for row in rows]
 
 
+def test_two_columns_of_messages_are_refused():
+    both = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["messages"] * 2)
+    pyarrow.parquet.write_table(both, "x.parquet")
+    refused(lambda: records("x.parquet"), "x.parquet has 2 columns 'messages'")
+
+
 def test_conversations_that_lie_are_refused():
     wide = pyarrow.array([[None] * 9], pyarrow.list_(pyarrow.binary(1 << 27)))
     pyarrow.parquet.write_table(pyarrow.table({"messages": wide}), "x.parquet")
