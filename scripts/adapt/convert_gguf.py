@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import math
 import os
-import struct
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from utils import atomic_folder, check_file, reason, say, shown
 
 NEEDED = ("gguf", "accelerate", "psutil")
 MAGIC = b"GGUF"
-BROKEN = (ValueError, KeyError, IndexError, TypeError, NotImplementedError, OSError)
+MOST_WEIGHTS = 8  # in a byte; the smallest format has 1.56 bits each
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,22 +69,26 @@ def convert(options: argparse.Namespace) -> None:
 def read(path: Path, dtype: str):
     """transformers' model and tokenizer of the file."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
+        check_size(AutoConfig.from_pretrained(**where), path.stat().st_size)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        NotImplementedError,
-        struct.error,
-    ) as error:
+    except Exception as error:  # whatever the reader makes of a damaged file
         raise ValueError(f"{path} cannot be read: {shown(reason(error))}") from error
     return model, tokenizer
+
+
+def check_size(described, size: int) -> None:
+    """ValueError where a file of `size` bytes cannot hold the network that it describes: the reader
+    would make what is not there, of any size."""
+    width, layers = described.hidden_size, described.num_hidden_layers
+    inner = max(width, getattr(described, "intermediate_size", None) or 0)
+    least = width * (described.vocab_size + layers * inner)
+    if least > MOST_WEIGHTS * size:
+        raise ValueError(f"it describes {least:,} weights or more, and has {size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from scripts.adapt import convert_gguf
 
@@ -29,6 +30,42 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys, monkeypatch):
     assert not folder.exists()
     folder.mkdir()
     assert "exists" in refused(capsys, file, folder)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (OverflowError("Python int too large"), "Python int too large"),
+        (AttributeError("a reader's own fault"), "a reader's own fault"),
+        (LlamaConfig(), "describes 1,573,912,576 weights or more, and has 4 bytes"),  # its defaults
+        (LlamaConfig(num_hidden_layers=1 << 62), "weights or more"),
+        (LlamaConfig(hidden_size=1 << 31, num_hidden_layers=0), "weights or more"),
+    ],
+    ids=["overflow", "attribute", "a network of 7 billion", "layers", "width"],
+)
+def test_what_the_reader_makes_of_a_hostile_file_is_one_line(
+    answer, said, tmp_path, capsys, monkeypatch
+):
+    def read(**where):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    file, folder = tmp_path / "model.gguf", tmp_path / "made"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(convert_gguf, "NEEDED", ())
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
+    line = refused(capsys, file, folder)
+    assert f"{file} cannot be read: " in line
+    assert said in line
+    assert not folder.exists()
+
+
+def test_a_file_of_few_bits_is_not_too_small():
+    """SmolLM2 of 135 million weights, with 1.56 bits for each."""
+    shape = {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}
+    config = LlamaConfig(vocab_size=49_152, **shape)
+    convert_gguf.check_size(config, 134_515_008 * 156 // 800)
 
 
 @pytest.mark.slow
