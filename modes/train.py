@@ -24,6 +24,7 @@ from random_streams import VERSION
 from settings import Config
 from settings.defaults import default_likelihood
 from training.flops import flops
+from training.profiling import TorchTrace
 from training.resuming import check_resumable
 from training.run_lock import RunLock
 from training.saving import steps_in
@@ -104,6 +105,7 @@ def fit(config: Config, trainer, module, data: DataModule, resume: Checkpoint | 
     if rank() == 0:  # again: a folder that was deleted is begun anew by a save
         settings.write_settings(config)
     lost = [trainer.loggers[0].failure, *trainer.strategy.checkpoint_io.lost()]
+    lost += [each.failure for each in trainer.callbacks if isinstance(each, TorchTrace)]
     if any(lost):
         raise Failure("; ".join(filter(None, lost)))
     if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:

@@ -1,7 +1,9 @@
 """trainer.profiler=torch: what the processor and the GPU do in a few steps, as a file for
 https://ui.perfetto.dev."""
 
+import gzip
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,15 +14,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from utils import reason, say
 
 STEPS = 5  # that are recorded
+END = b'"traceName"'  # the last key of a trace
 BEFORE = 10  # ahead of them: the first ones compile, choose kernels and record graphs
 
 
 class TorchTrace(L.Callback):
     """Writes `folder`/trace-step=N-M.json.gz, of the first process. A validation, or the end of the
-    run, ends it earlier. Without a file where the disk is full: training goes on."""
+    run, ends it earlier. Where it cannot be written, training goes on and `failure` says why."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.failure: str | None = None
         self.begin: int | None = None  # the step before the first one; None: it is written
         self.profile: profile | None = None
         self.mark: record_function | None = None
@@ -68,10 +72,21 @@ class TorchTrace(L.Callback):
         path = self.folder / f"trace-step={self.begin + 1}-{trainer.global_step}.json.gz"
         try:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".trace") as place:
-                made = Path(place) / "trace.json.gz"
-                self.profile.export_chrome_trace(str(made))
-                os.replace(made, path)
+                os.replace(_exported(self.profile, Path(place)), path)
             say(f"trace of steps {self.begin + 1} to {trainer.global_step}: {path}")
         except (OSError, RuntimeError) as error:
-            say(f"no trace: {reason(error)}")
+            self.failure = f"{path} could not be written: {reason(error)}"
+            print(self.failure, file=sys.stderr, flush=True)
         self.profile = self.begin = None
+
+
+def _exported(recorded: profile, folder: Path) -> Path:
+    """The trace as a file in the folder, whole. By itself torch would make it in $TMPDIR, and
+    take what it could not write there for written."""
+    plain, made = folder / "trace.json", folder / "trace.json.gz"
+    recorded.export_chrome_trace(str(plain))
+    if not plain.exists() or END not in (written := plain.read_bytes())[-(1 << 16) :]:
+        raise OSError("torch could not write all of it; perhaps there is no room on the disk")
+    with gzip.open(made, "wb") as packed:
+        packed.write(written)
+    return made

@@ -35,6 +35,7 @@ from evaluation.likelihood import RowResults
 from modes import build, train
 from sampling import sample_file
 from sampling.sample_file import SampleFile, SampleRow
+from training import profiling
 from training.csv_log import CSVLog
 from training.health import StepHealth
 from training.loading import Loader, _Workers, prepare_worker
@@ -648,6 +649,23 @@ def test_a_log_that_is_never_written_fails_the_run(base, tmp_path):
     code, text = ended(base, tmp_path, before=before)
     assert code == 1, text
     assert text.count("metrics.csv: No space left on device") == 2
+    assert read(tmp_path / LAST)["global_step"] == 10
+
+
+@pytest.mark.parametrize("left", [b"", b'{"traceEvents": ['], ids=["nothing", "a part"])
+def test_a_trace_that_is_not_whole_fails_the_run(left, base, tmp_path):
+    """torch says nothing where it cannot write one."""
+
+    def before():
+        def export(self, path):
+            Path(path).write_bytes(left) if left else None
+
+        profiling.profile.export_chrome_trace = export
+
+    code, text = ended([*base, "trainer.profiler=torch"], tmp_path, before=before)
+    assert code == 1, text
+    assert "trace-step=6-10.json.gz could not be written: torch could not write all" in text
+    assert not [*(tmp_path / "run").glob("*trace*")]
     assert read(tmp_path / LAST)["global_step"] == 10
 
 
