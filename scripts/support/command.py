@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from utils import CIRCUMSTANCES, reason, shown
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        super().error(shown(message))
+
+
 def new_parser(doc: str) -> argparse.ArgumentParser:
-    """Its --help shows the docstring of the script as it stands."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Its --help shows the docstring of the script as it stands; its errors have no control
+    characters."""
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def parsed(

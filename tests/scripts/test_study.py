@@ -176,3 +176,9 @@ def test_the_warm_up_fits_into_a_run_of_any_length(steps):
     config, wrong, _ = settings.examine(run.words())
     assert wrong == []
     assert config.lr_scheduler.num_warmup_steps == min(200, steps // 10)
+
+
+def test_what_is_wrong_is_shown_without_effect(asked, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--variants", "\x1b[31m"])
+    assert "--variants: \\x1b[31m is none of" in capsys.readouterr().err
