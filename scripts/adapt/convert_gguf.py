@@ -21,6 +21,8 @@ from utils import atomic_folder, check_file, reason, say, shown
 
 NEEDED = ("gguf", "accelerate", "psutil")
 MAGIC = b"GGUF"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # mistral calls itself llama
+MOST_LAYERS = 10_000
 MOST_WEIGHTS = 8  # in a byte; the smallest format has 1.56 bits each
 
 
@@ -73,12 +75,26 @@ def read(path: Path, dtype: str):
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
+        check_head(path)
         check_size(AutoConfig.from_pretrained(**where), path.stat().st_size)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # whatever the reader makes of a damaged file
         raise ValueError(f"{path} cannot be read: {shown(reason(error))}") from error
     return model, tokenizer
+
+
+def check_head(path: Path) -> None:
+    """ValueError for another network than algo.backbone=llama reads, and for so many layers that
+    the reader would be long at listing them."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(path)).fields
+    name = fields["general.architecture"].contents()
+    if name not in ARCHITECTURES:
+        raise ValueError(f"its architecture {name!r} is none of {', '.join(ARCHITECTURES)}")
+    if (layers := fields[f"{name}.block_count"].contents()) > MOST_LAYERS:
+        raise ValueError(f"it describes {layers:,} layers")
 
 
 def check_size(described, size: int) -> None:

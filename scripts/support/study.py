@@ -131,6 +131,10 @@ def main(argv=None) -> int:
     args, more = parsed(options(), argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(shown(f"--out={args.out}: {reason(error)}"), file=sys.stderr)
+        return 2
+    try:
         asked = planned(args)
         if wrong := problems(asked, more):
             print("this study cannot start:", *map(shown, wrong), sep="\n", file=sys.stderr)

@@ -54,11 +54,34 @@ def test_what_the_reader_makes_of_a_hostile_file_is_one_line(
     file, folder = tmp_path / "model.gguf", tmp_path / "made"
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(convert_gguf, "NEEDED", ())
+    monkeypatch.setattr(convert_gguf, "check_head", lambda path: None)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
     line = refused(capsys, file, folder)
     assert f"{file} cannot be read: " in line
     assert said in line
     assert not folder.exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="pip install --no-deps gguf")
+@pytest.mark.parametrize(
+    ("name", "layers", "said"),
+    [
+        ("qwen2", (1 << 31) - 1, "2,147,483,647 layers"),
+        ("gemma3", 1, "none of llama, qwen2, qwen3"),
+    ],
+)
+def test_the_head_is_checked_before_the_reader_lists_layers(
+    name, layers, said, tmp_path, capsys, monkeypatch
+):
+    from gguf import GGUFWriter
+
+    monkeypatch.setattr(convert_gguf, "NEEDED", ())
+    writer = GGUFWriter(tmp_path / "model.gguf", name)
+    writer.add_block_count(layers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert said in refused(capsys, tmp_path / "model.gguf", tmp_path / "made")
 
 
 def test_a_file_of_few_bits_is_not_too_small():

@@ -182,3 +182,10 @@ def test_what_is_wrong_is_shown_without_effect(asked, capsys):
     with pytest.raises(SystemExit):
         study.main(["--variants", "\x1b[31m"])
     assert "--variants: \\x1b[31m is none of" in capsys.readouterr().err
+
+
+def test_a_place_that_is_no_folder_is_refused(asked, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert study.main(["--out", str(tmp_path / "file")]) == 2
+    assert f"--out={tmp_path / 'file'}" in capsys.readouterr().err
+    assert asked == []
