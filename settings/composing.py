@@ -22,7 +22,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    GrammarParseError,
+    KeyValidationError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from settings.bounds import file_problems, text_problem, yaml_reason
 from settings.defaults import fill
@@ -123,7 +128,7 @@ def _hydra(parsed: ParsedOverrides) -> DictConfig:
     for key, value in parsed.values:
         try:
             OmegaConf.update(cfg, key, value, force_add=True, merge=key not in LEAVES)
-        except GrammarParseError as error:
+        except (GrammarParseError, KeyValidationError) as error:
             raise ConfigError([f"{key}={value}: {first_line(error)}"]) from error
     _refuse_growth(cfg)
     if _is_causal(OmegaConf.select(cfg, "algo.name")):

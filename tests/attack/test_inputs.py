@@ -92,6 +92,7 @@ WORDS = {
     "--foo=1": "--foo=1 is not an option: settings are key=value, see python main.py --help",
     # values of the wrong form
     "algo.clip_search_widths={a: 0.5}": "={'a': 0.5} must be a list like [0.5,0.6]",
+    "training.block_sizes={null: 1}": "training.block_sizes={None: 1}: Incompatible key type",
     "algo.clip_search_widths=[": "algo.clip_search_widths=[ must be a list like [0.5,0.6]",
     "algo.clip_search_widths=0.5,0.6": "write 'algo.clip_search_widths=[0.5,0.6]'",
     "eval.likelihood=nelbo,counts": "write 'eval.likelihood=[nelbo,counts]'",
