@@ -5,7 +5,7 @@ Format: parquet.apache.org/docs/file-format.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
@@ -13,6 +13,7 @@ from data.arrow.thrift import Damaged, Thrift
 
 MOST_FOOTER, MOST_ITEMS = 1 << 26, 500_000  # bytes, and items of its lists: 350 MB of memory
 MOST_PAGE, MOST_VALUES = 1 << 27, 1 << 22  # bytes and rows; pyarrow takes six times the bytes
+MOST_POINTED = 1 << 30  # bytes of the texts that the rows of a dictionary may become
 MOST_HEAD = 1 << 24  # bytes of a page's head; pyarrow's own bound
 # A file of small pages takes long: beside the first ones, a page has so many bytes on average.
 FIRST_PAGES, PAGE = 1000, 256
@@ -69,6 +70,21 @@ def longest_page(file: BinaryIO, chunk, leaf, place: str) -> int:
             _check_lengths(page, _body(file, page, chunk.compression, leaf))
         longest = max(longest, page.unpacked)
     return longest
+
+
+def is_literal(file: BinaryIO, chunks: Iterable, leaf, place: str) -> bool:
+    """Whether pages of a column have their texts in a form that pyarrow cannot read as numbers of a
+    dictionary. ValueError where others of it have a dictionary, to one text of which so many rows
+    may point that they fill the memory."""
+    pages = [page for chunk in chunks for page in _pages(file, chunk)]
+    literal = any(page.encoding in (LENGTHS, PREFIXES) for page in pages)
+    longest = max((page.unpacked for page in pages if page.kind == DICTIONARY), default=0)
+    most = longest * sum(page.values for page in pages if page.kind != DICTIONARY)
+    if literal and most > MOST_POINTED:
+        raise ValueError(
+            f"{place}: {leaf.path} has pages with a dictionary and others; write it again"
+        )
+    return literal
 
 
 class Page(NamedTuple):

@@ -1,17 +1,18 @@
 """Parquet files, and the documents in any table of pyarrow."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from data.arrow.pages import Damaged, checked_footer, longest_page
+from data.arrow.pages import Damaged, checked_footer, is_literal, longest_page
 from data.readers import DOCUMENT, Piece, Record, bounded, check_unpacked, checked, whole
 from utils import MOST_LINE, first_line
 
 ROWS_AT_ONCE = 100  # they are in memory together
 TOGETHER = 1 << 27  # bytes of rows, each of which may be as long as the longest page
+VALUE = 256  # bytes of a small object, with what points at it
 BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
 
 
@@ -45,9 +46,13 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
         kept = [name for name in columns if name in known]
         if twice := [name for name in kept if known.count(name) > 1]:
             raise ValueError(f"{place} has {known.count(twice[0])} columns {twice[0]!r}")
+        table = _opened(file, texts=_numbered(file, table, kept, place))
         for batch in _batches(file, table, kept, place):
             for i in range(batch.num_rows):
                 where = f"{place}, row {row}"
+                size = sum(nested_size(batch.column(name).slice(i, 1)) for name in kept)
+                if size > MOST_LINE:
+                    raise ValueError(f"{where} has {size:,} bytes; cut it into several rows")
                 try:
                     fields = {name: batch.column(name)[i].as_py() for name in kept}
                 except UnicodeDecodeError as error:
@@ -56,19 +61,56 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
                 yield Record(dict.fromkeys(known) | fields, where, row / total)
 
 
-def _opened(file: BinaryIO):
+def _opened(file: BinaryIO, texts: Sequence[str] = ()):
+    """texts: leaves that are read as numbers of texts, each of which is in memory once."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(file, metadata=checked_footer(file), **BIT_BY_BIT)
+    return pyarrow.parquet.ParquetFile(
+        file, metadata=checked_footer(file), read_dictionary=[*texts], **BIT_BY_BIT
+    )
+
+
+def _leaves(table, columns: list[str]) -> list[tuple[int, object]]:
+    """(number, leaf) of what these columns consist of."""
+    leaves = [(i, table.schema.column(i)) for i in range(len(table.schema))]
+    found = [(i, leaf) for i, leaf in leaves if leaf.path.partition(".")[0] in columns]
+    return found or [(i, leaf) for i, leaf in leaves if leaf.path in columns]
+
+
+def _numbered(file: BinaryIO, table, columns: list[str], place: str) -> list[str]:
+    """The texts in these columns that can be read as numbers."""
+    groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+    return [
+        leaf.path
+        for i, leaf in _leaves(table, columns)
+        if leaf.physical_type == "BYTE_ARRAY"
+        and not is_literal(file, [group.column(i) for group in groups], leaf, place)
+    ]
+
+
+def nested_size(values) -> int:
+    """Bytes that these values of pyarrow become as objects: one that many point at counts as often,
+    and VALUE bytes are added for each."""
+    from pyarrow import compute, types
+
+    kind, own = values.type, 0
+    if types.is_dictionary(kind):
+        lengths = compute.binary_length(values.dictionary).take(values.indices)
+        own = compute.sum(lengths).as_py() or 0
+    elif types.is_struct(kind):
+        own = sum(map(nested_size, values.flatten()))
+    elif types.is_nested(kind):
+        own = nested_size(values.flatten())
+    elif types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind):
+        own = compute.sum(compute.binary_length(values)).as_py() or 0
+    return own + VALUE * len(values)
 
 
 def _batches(file: BinaryIO, table, columns: list[str], place: str) -> Iterator:
     """The rows of some columns, few at a time where their pages are long."""
-    known, leaves = table.metadata, [table.schema.column(i) for i in range(len(table.schema))]
-    read = [i for i, leaf in enumerate(leaves) if leaf.path.partition(".")[0] in columns]
-    read = read or [i for i, leaf in enumerate(leaves) if leaf.path in columns]
+    known, leaves = table.metadata, dict(_leaves(table, columns))
     groups = [known.row_group(number) for number in range(known.num_row_groups)]
-    groups = [{i: group.column(i) for i in read} for group in groups]
+    groups = [{i: group.column(i) for i in leaves} for group in groups]
     unpacked = sum(chunk.total_uncompressed_size for group in groups for chunk in group.values())
     check_unpacked(place, file.seek(0, os.SEEK_END), unpacked + DOCUMENT * known.num_rows)
 

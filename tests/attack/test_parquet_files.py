@@ -6,6 +6,7 @@ Format: parquet.apache.org/docs/file-format, in Thrift's compact protocol.
 import struct
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -13,7 +14,8 @@ import pytest
 from test_text_files import documents, table
 from tools import refused
 
-from data.arrow import parquet
+from data.arrow import pages, parquet
+from data.arrow.thrift import Thrift
 
 LIES, FILLS = "x.parquet is not a parquet file, or only a part of one", "it would fill the memory"
 PLAIN, LENGTHS, PREFIXES, OF_DICTIONARY = 0, 6, 7, 8  # encodings
@@ -346,3 +348,37 @@ def test_conversations_that_lie_are_refused():
     refused(
         lambda: records(file(long, codec=6, name=b"messages", said=SAID)), "has a page of 1 row"
     )
+
+
+@pytest.mark.parametrize(("messages", "letters"), [(1_000_000, 1_000_000), (3_000_000, 1)])
+def test_a_conversation_of_few_bytes_that_becomes_many_is_refused(messages, letters):
+    """One text that every message points at; more messages than memory has room for."""
+    text, number = pyarrow.array(["x" * letters]), pyarrow.array([0] * messages, pyarrow.int32())
+    content = pyarrow.DictionaryArray.from_arrays(number, text)
+    turns = pyarrow.StructArray.from_arrays([content], ["content"])
+    whole = pyarrow.ListArray.from_arrays(pyarrow.array([0, messages], pyarrow.int32()), turns)
+    table = pyarrow.table({"messages": whole})
+    pyarrow.parquet.write_table(table, "x.parquet", store_schema=False, compression="zstd")
+    assert Path("x.parquet").stat().st_size < 10_000
+    refused(lambda: records("x.parquet"), "x.parquet, row 0 has", memory=800 << 20)
+
+
+def test_a_column_of_two_kinds_of_pages_is_read_where_it_is_small(monkeypatch):
+    """One kind with a dictionary and one without: pyarrow cannot read both as numbers."""
+
+    def head(kind, encoding, values, size=1000):
+        about = {
+            (1, Thrift.INT32): values,
+            (4 if kind == pages.ROWS_2 else 2, Thrift.INT32): encoding,
+        }
+        return pages.Page(kind, size, size, about, 0)
+
+    words, numbers = head(pages.DICTIONARY, 0, 3), head(pages.ROWS, 8, 1000)
+    literal, many = head(pages.ROWS_2, pages.PREFIXES, 1000), head(pages.ROWS, 8, 2_000_000)
+    monkeypatch.setattr(pages, "_pages", lambda file, chunk: chunk)
+    leaf = SimpleNamespace(path="messages.content")
+    assert not pages.is_literal(None, [[words, many]], leaf, "x")
+    assert pages.is_literal(None, [[literal]], leaf, "x")
+    assert pages.is_literal(None, [[words, numbers], [literal]], leaf, "x")
+    with pytest.raises(ValueError, match=r"x: messages.content has pages with a dictionary"):
+        pages.is_literal(None, [[words, many], [literal]], leaf, "x")
