@@ -3,6 +3,7 @@
 Format: parquet.apache.org/docs/file-format.
 """
 
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -76,11 +77,14 @@ def is_literal(file: BinaryIO, chunks: Iterable, leaf, place: str) -> bool:
     """Whether pages of a column have their texts in a form that pyarrow cannot read as numbers of a
     dictionary. ValueError where others of it have a dictionary, to one text of which so many rows
     may point that they fill the memory."""
-    pages = [page for chunk in chunks for page in _pages(file, chunk)]
-    literal = any(page.encoding in (LENGTHS, PREFIXES) for page in pages)
-    longest = max((page.unpacked for page in pages if page.kind == DICTIONARY), default=0)
-    most = longest * sum(page.values for page in pages if page.kind != DICTIONARY)
-    if literal and most > MOST_POINTED:
+    literal, longest, rows = False, 0, 0
+    for page in itertools.chain.from_iterable(_pages(file, chunk) for chunk in chunks):
+        literal |= page.encoding in (LENGTHS, PREFIXES)
+        if page.kind == DICTIONARY:
+            longest = max(longest, page.unpacked)
+        else:
+            rows += page.values
+    if literal and longest * rows > MOST_POINTED:
         raise ValueError(
             f"{place}: {leaf.path} has pages with a dictionary and others; write it again"
         )

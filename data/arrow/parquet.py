@@ -30,7 +30,7 @@ def count_parquet(path: Path) -> int:
 def parquet_rows(file: BinaryIO, column: str, place: str) -> Iterator[Piece]:
     """The documents of an open parquet file. ValueError: they would fill the memory. Damaged, or an
     error of pyarrow: it is no such file."""
-    table = _opened(file)
+    table = _opened(file, checked_footer(file))
     check_column(table.schema_arrow, column, place)
     batches = _batches(file, table, [column], place)
     size = file.seek(0, os.SEEK_END)
@@ -41,12 +41,12 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
     """All rows, of the columns that there are; they may hold lists and objects."""
     place, row = f"data: {path}", 0
     with path.open("rb") as file, _undamaged(place):
-        table = _opened(file)
+        table = _opened(file, checked_footer(file))
         known, total = table.schema_arrow.names, table.metadata.num_rows
         kept = [name for name in columns if name in known]
         if twice := [name for name in kept if known.count(name) > 1]:
             raise ValueError(f"{place} has {known.count(twice[0])} columns {twice[0]!r}")
-        table = _opened(file, texts=_numbered(file, table, kept, place))
+        table = _opened(file, table.metadata, _numbered(file, table, kept, place))
         for batch in _batches(file, table, kept, place):
             for i in range(batch.num_rows):
                 where = f"{place}, row {row}"
@@ -61,12 +61,13 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
                 yield Record(dict.fromkeys(known) | fields, where, row / total)
 
 
-def _opened(file: BinaryIO, texts: Sequence[str] = ()):
-    """texts: leaves that are read as numbers of texts, each of which is in memory once."""
+def _opened(file: BinaryIO, metadata, texts: Sequence[str] = ()):
+    """metadata: of checked_footer(). texts: leaves that are read as numbers of texts, each of which
+    is in memory once."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(
-        file, metadata=checked_footer(file), read_dictionary=[*texts], **BIT_BY_BIT
+        file, metadata=metadata, read_dictionary=[*texts], **BIT_BY_BIT
     )
 
 
