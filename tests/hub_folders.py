@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpointing.layouts import read_checkpoint
 from checkpointing.load import load_into
+from data.vocabularies import character_set
 
 HUB_FOLDER = GOLDEN / "hf_export"
 TENSORS = load_file(HUB_FOLDER / "model.safetensors")
@@ -134,4 +135,18 @@ def saved(folder, model, **changes):
     config = {**json.loads(path.read_text()), **changes}
     kept = {key: value for key, value in config.items() if value is not None or key not in changes}
     path.write_text(json.dumps(kept))
+    return folder
+
+
+def with_tokenizer(folder, template=None):
+    """A tied Qwen3 of transformers and its tokenizer of letters, with a chat template if given: no
+    row of the embedding is spare, so one is added for the mask."""
+    import transformers
+
+    words = character_set("abcdefghijklmnopqrstuvwxyz ")
+    words.chat_template = template
+    words.save_pretrained(folder)
+    given = {**SIZES, "vocab_size": len(words), "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**given)).save_pretrained(folder)
     return folder

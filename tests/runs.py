@@ -78,6 +78,11 @@ def tiny(folder: Path) -> list[str]:
     ]
 
 
+def tiny_of_checkpoint(folder: Path) -> list[str]:
+    """The same, but for the tokenizer and the dropout, which go with a checkpoint."""
+    return [word for word in tiny(folder) if "tokenizer" not in word and "dropout" not in word]
+
+
 LAST = "run/checkpoints/last.ckpt"
 ALGORITHMS = {
     "ar": ["algo=ar"],

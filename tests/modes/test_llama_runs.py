@@ -7,20 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
-from hub_folders import HUB_FOLDER, SIZES
-from runs import tiny
+from hub_folders import HUB_FOLDER, SIZES, with_tokenizer
+from runs import tiny_of_checkpoint
 
 import main
 import settings
 from checkpointing.layouts import read_checkpoint
 from checkpointing.load import build_network, is_llama
 from checkpointing.trained import trained_network, trained_tokenizer
-from data.vocabularies import character_set
 from models.denoiser import Denoiser
 from models.masks import Causal
 from modes.build import build_rows, build_tokenizer
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 ALGORITHMS = {
     "ar": ["algo=ar"],
     "bamdlm": ["algo=bamdlm", "block_size=4"],
@@ -30,22 +28,13 @@ ALGORITHMS = {
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    found = tiny(tmp_path_factory.mktemp("data"))
-    return [word for word in found if "tokenizer" not in word and "dropout" not in word]
+    return tiny_of_checkpoint(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of transformers with a tokenizer: no row is spare, so one is added."""
-    import transformers
-
-    folder, words = tmp_path_factory.mktemp("model"), character_set(ALPHABET)
-    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    words.save_pretrained(folder)
-    given = {**SIZES, "vocab_size": len(words), "tie_word_embeddings": True}
-    torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**given)).save_pretrained(folder)
-    return folder
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return with_tokenizer(tmp_path_factory.mktemp("model"), template)
 
 
 def run(*words):

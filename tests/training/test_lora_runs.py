@@ -6,15 +6,14 @@ import shutil
 
 import pytest
 import torch
-from hub_folders import SIZES
+from hub_folders import with_tokenizer
 from networks import LOGITS, assert_within, texts
-from runs import differences, ends_with_2, finish, ranks, read, tiny
+from runs import differences, ends_with_2, finish, ranks, read, tiny_of_checkpoint
 
 import main
 import settings
 from checkpointing.layouts import read_checkpoint
 from checkpointing.trained import trained_network, trained_tokenizer
-from data.vocabularies import character_set
 from models.lora import adapt, of_adapter
 from models.masks import BlockCausal
 from modes.build import build_backbone, build_tokenizer
@@ -28,21 +27,12 @@ MASK = 28
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    found = tiny(tmp_path_factory.mktemp("data"))
-    return [word for word in found if "tokenizer" not in word and "dropout" not in word]
+    return tiny_of_checkpoint(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of transformers, with a tokenizer: a row for the mask is added."""
-    import transformers
-
-    folder, words = tmp_path_factory.mktemp("model"), character_set("abcdefghijklmnopqrstuvwxyz ")
-    words.save_pretrained(folder)
-    given = {**SIZES, "vocab_size": len(words), "tie_word_embeddings": True}
-    torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**given)).save_pretrained(folder)
-    return folder
+    return with_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
