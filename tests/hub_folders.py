@@ -1,6 +1,10 @@
 """Folders in hub format, made for tests from the recordings."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import torch
 from checkpoint_helpers import BY_ALGO, network, path
@@ -150,3 +154,19 @@ def with_tokenizer(folder, template=None):
     torch.manual_seed(0)
     transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**given)).save_pretrained(folder)
     return folder
+
+
+def consumed(folder, program, *words):
+    """The tensors that a program makes from in.safetensors of this folder, in a process that does
+    not know this project; words: its arguments behind the two files."""
+    (folder / "consumer.py").write_text(textwrap.dedent(program))
+    done = subprocess.run(
+        [sys.executable, "-I", "consumer.py", "in.safetensors", "out.safetensors", *words],
+        cwd=folder,
+        env={**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / "out.safetensors")

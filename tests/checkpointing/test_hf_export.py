@@ -4,14 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from checkpoint_helpers import BY_ALGO, INFO, NAMES, close, network, path
 from conftest import GOLDEN, load, load_json
+from hub_folders import consumed
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
@@ -245,20 +243,7 @@ def test_transformers_loads_and_samples_an_export_where_this_project_is_not_inst
     prompts = {f"{a}.prompts": RECORDED["x0"][:, :n].contiguous() for a, n in PROMPTS.items()}
     tokens = RECORDED["sample.2.input_ids"]
     save_file({"tokens": tokens, **prompts}, tmp_path / "in.safetensors")
-    (tmp_path / "consumer.py").write_text(textwrap.dedent(CONSUMER))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-I", "consumer.py", "in.safetensors", "out.safetensors"),
-            *(str(folders[algo]) for algo in BY_ALGO),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "out.safetensors")
+    found = consumed(tmp_path, CONSUMER, *(str(folders[algo]) for algo in BY_ALGO))
     for algo in BY_ALGO:
         checkpoint = read_checkpoint(folders[algo])
         net = network(checkpoint)

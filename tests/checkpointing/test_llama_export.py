@@ -2,16 +2,13 @@
 diffusion; read back bit for bit, with the tokenizer's chat template."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from hub_folders import consumed
 from networks import small_llama, texts
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from checkpointing import export, served
 from checkpointing.layouts import Checkpoint, CheckpointError, read_checkpoint
@@ -119,17 +116,7 @@ def test_transformers_loads_and_samples_it_where_this_project_is_not(words, tmp_
     tokens = texts(2, 16, words.mask_id)
     prompts = tokens[:, :3].contiguous()
     save_file({"tokens": tokens, "prompts": prompts}, tmp_path / "in.safetensors")
-    (tmp_path / "consumer.py").write_text(textwrap.dedent(CONSUMER))
-    done = subprocess.run(
-        [sys.executable, "-I", "consumer.py", "in.safetensors", "out.safetensors"],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = load_file(tmp_path / "out.safetensors")
+    theirs = consumed(tmp_path, CONSUMER)
     for algo, mask in (("ar", Causal()), ("bamdlm", BlockCausal(4))):
         _, net = loaded(tmp_path / algo, algo)
         with torch.no_grad():
