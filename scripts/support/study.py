@@ -230,6 +230,7 @@ def carry_out(runs: list[Run], args, more: Sequence[str]) -> list[Run]:
         logs = ", ".join(f"{trial_folder(run, args.out)}.log" for run in failed)
         raise ValueError(f"the speed could not be measured: see {logs}")
     runs += timed_runs(runs, args)
+    runs.sort(key=lambda run: run.seed)  # those of equal time too: one seed is a whole study
     todo = [run for run in runs if None in results(run, args.out).values()]
     say(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
     places = (places * args.jobs)[: args.jobs]
