@@ -29,7 +29,17 @@ class Embedding(nn.Module):
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding)  # table[ids] has an irreproducible backward pass
+        return look_up(tokens, self.embedding)
+
+
+def look_up(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows of table [V, E] for tokens [B, T], in float32 at least: the residual stream begins with
+    them. The gradients of a row are summed in float32 too, as those of a frequent token would be
+    lost in bfloat16."""
+    wide = torch.promote_types(table.dtype, torch.float32)
+    if table.requires_grad and torch.is_grad_enabled():
+        table = table.to(wide)
+    return F.embedding(tokens, table).to(wide)  # table[ids] has an irreproducible backward pass
 
 
 class TimestepEmbedding(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Pick, angles, rotate
+from .layers import Pick, angles, look_up, rotate
 from .network import Network, widened
 
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -173,12 +173,17 @@ class LlamaBlock(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
+class _Embedding(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return look_up(tokens, self.weight)
+
+
 class _Inside(nn.Module):
     """What transformers calls `model`: all but the head."""
 
     def __init__(self, shape: LlamaShape, dropout: float):
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embed_tokens = _Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(LlamaBlock(shape, dropout) for _ in range(shape.n_blocks))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 

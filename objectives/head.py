@@ -123,9 +123,10 @@ class _ChunkedHead(torch.autograd.Function):
             if gradients is not None:
                 gradients.add(part, chunk)
         if gradients is not None:
-            # kept on ctx, not saved, so that backward may scale them where they are
+            # kept on ctx, not saved, so that backward may scale them where they are; then autograd
+            # rounds those of narrow weights
             ctx.gradients = [
-                None if d is None else d[: len(like)].to(like.dtype)
+                None if d is None else d[: len(like)].to(wide_dtype(like))
                 for d, like in zip(gradients.sums(), (features, weight, bias), strict=True)
             ]
             ctx.unit = unit
@@ -183,6 +184,6 @@ def _chunk_rows(rows: int, w: Tensor) -> int:
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 
-def wide_dtype(logits: Tensor) -> torch.dtype:
-    """What sums over the vocabulary are made in: float32 at least."""
-    return torch.promote_types(logits.dtype, torch.float32)
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums are made in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
