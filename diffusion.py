@@ -28,7 +28,7 @@ from training import averaging, distributed
 from training.csv_log import record
 from training.health import StepHealth
 from training.logged import figures
-from training.optimizers import OptimizerSettings, build_optimizer, trained
+from training.optimizers import Masters, OptimizerSettings, build_optimizer, exchange, trained
 from training.state import load_state, save_state
 from training.validation import Validation
 
@@ -117,6 +117,9 @@ class Diffusion(L.LightningModule):
 
     def configure_model(self) -> None:
         distributed.share_out(self)
+        training = self.trainer.state.fn == TrainerFn.FITTING
+        if training and self.optimizer_settings.masters and self.backbone.masters is None:
+            self.backbone.masters = Masters(self.backbone)
 
     # ---- one step -----------------------------------------------------------------------------
 
@@ -238,6 +241,8 @@ class Diffusion(L.LightningModule):
     # ---- optimizer ----------------------------------------------------------------------------
 
     def configure_optimizers(self):
+        if self.backbone.masters is not None:
+            self.backbone.masters.to(self.device)
         optimizer = build_optimizer(self.backbone, self.optimizer_settings, self.fused())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "trainer/lr"}]
@@ -250,12 +255,16 @@ class Diffusion(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         averaging.update(self)
 
+    def on_after_backward(self) -> None:
+        if self.backbone.masters is not None:
+            self.backbone.masters.collect()
+
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Make the gradient that of the global batch's mean and clip it, or where loss or gradient
         are not finite leave the step out."""
-        named = [(name, p) for name, p in self.backbone.named_parameters() if p.grad is not None]
+        named = [(name, p) for name, p in trained(self.backbone) if p.grad is not None]
         averaging.uncount(self, self.health.inspect(self.trainer, named))
         self.trainer.optimizers[0].found_inf = self.health.found  # AdamW reads it if fused
         if not self.health.skipped:
@@ -264,6 +273,8 @@ class Diffusion(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.ema is not None:
             self.ema.to(self.device)
+        if self.backbone.masters is not None and self.trainer.world_size > 1:
+            self.trainer.model.register_comm_hook(self.backbone.masters, exchange)
         on_host = self.device.type == "cpu" or distributed.is_sharded(self.backbone)
         reads_found = self.fused() and self.optimizer_settings.momentum is None  # Muon does not
         self.health.late = reads_found and not on_host

@@ -20,7 +20,7 @@ MAY_DIFFER = {
     # the names and shapes of weights show them
     *("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.adaln"),
     *("model.dropout", "model.attn_backend", "model.compile"),  # how it is trained or computed
-    "model.activation_checkpointing",
+    *("model.activation_checkpointing", "model.param_dtype"),
     # of llama, which is built as the checkpoint says
     *("model.n_kv_heads", "model.head_dim", "model.ffn_size", "model.rope_theta"),
     *("model.rms_norm_eps", "model.qk_norm", "model.qkv_bias", "model.tied"),

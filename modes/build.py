@@ -178,7 +178,11 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
     optim = config.optim
     betas = optim.beta1, optim.beta2
     adamw = {"lr": optim.lr, "betas": betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-    return OptimizerSettings(adamw, momentum=optim.momentum if optim.name == "muon" else None)
+    return OptimizerSettings(
+        adamw,
+        momentum=optim.momentum if optim.name == "muon" else None,
+        masters=config.model.param_dtype == "bfloat16",
+    )
 
 
 def build_lr_factor(config: Config) -> Callable[[int], float]:

@@ -1,10 +1,10 @@
 """mode=plan: estimate the memory, tokens, FLOPs and hours of a training run, and train nothing.
 
-Memory: weights in float32 (16-mixed and bf16-mixed add a copy in two bytes), of those that are
-trained (with lora.rank few) also gradients, two moments (one with Muon) and the average, the
-activations that the backward pass keeps, and the head's chunk of logits with the gradient of its
-weight. fsdp shares out all but the last two. With model.activation_checkpointing a layer that is
-made again keeps its input until its turn.
+Memory: weights in float32 (16-mixed and bf16-mixed add a copy in two bytes) or in bfloat16
+(model.param_dtype), of those that are trained (with lora.rank few) also gradients, two moments (one
+with Muon), the average and masters of bfloat16, the activations that the backward pass keeps, and
+the head's chunk of logits with the gradient of its weight. fsdp shares out all but the last two.
+With model.activation_checkpointing a layer that is made again keeps its input until its turn.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def plan(
     trainer, loader = config.trainer, config.loader
     devices = trainer.devices * trainer.num_nodes
     size = min(matmul_dtype(trainer.precision).itemsize, 4)  # bytes of a number in products
-    per_weight, if_trained = 4 + 2 * (size == 2), 4 + 8 + 4 * (config.training.ema > 0)
+    per_weight, if_trained = bytes_per_weight(config, size)
     weights = parameters * per_weight + (parameters - frozen) * if_trained - 4 * by_muon
     rows = loader.batch_size * shape.length * shape.parts
     again = Recompute(config.model.activation_checkpointing).layers(shape.n_blocks)
@@ -86,6 +86,17 @@ def plan(
         flops=cost.step * sequences,
         again=cost.inner * len(again) / cost.step,
     )
+
+
+def bytes_per_weight(config: Config, size: int) -> tuple[int, int]:
+    """In any case, and if it is trained: gradient, two moments, average. In bfloat16 there are
+    masters too, and gradients in float32 where several passes or devices are summed; elsewhere a
+    step makes those when the activations are gone."""
+    average, trainer = 4 * (config.training.ema > 0), config.trainer
+    if config.model.param_dtype == "float32":
+        return 4 + 2 * (size == 2), 4 + 8 + average
+    summed = trainer.accumulate_grad_batches * trainer.devices * trainer.num_nodes > 1
+    return 2, 4 + 2 + 4 * summed + 8 + average
 
 
 def most_kept(layers: int, again: list[int], kept: float, last: float) -> float:

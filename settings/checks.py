@@ -291,6 +291,19 @@ def optimizer(config: Config) -> Iterator[str]:
         )
 
 
+def masters(config: Config) -> Iterator[str]:
+    asked, trainer = f"model.param_dtype={config.model.param_dtype}", config.trainer
+    if config.model.param_dtype == "float32" or config.mode not in ("train", "plan"):
+        return
+    if trainer.precision != "bf16-mixed":
+        yield (
+            f"{asked} needs trainer.precision=bf16-mixed, not {trainer.precision}: products are"
+            " made in the format of the weights"
+        )
+    if config.strategy.name == "fsdp":
+        yield f"{asked} does not go with strategy=fsdp, which shares out float32 weights; use ddp"
+
+
 def adapters(config: Config) -> Iterator[str]:
     asked = f"lora.rank={config.lora.rank}"
     if config.lora.rank is None or config.mode not in ("train", "plan"):
@@ -397,6 +410,6 @@ RULES = (
         machine,
         packages,
     ),
-    *(optimizer, adapters, optimization, data, sampling, demo),
+    *(optimizer, masters, adapters, optimization, data, sampling, demo),
     *FILES,
 )

@@ -69,6 +69,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
                 yield f"{key} has no effect: training.noise=counts draws no times"
     yield from _recomputing(config, typed)
+    if config.mode not in ("train", "plan", "demo") and "model.param_dtype" in typed:
+        yield f"model.param_dtype has no effect: mode={config.mode} trains nothing"
     yield from _adapters(config, typed)
     yield from _network(config, typed)
     if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:

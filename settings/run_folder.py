@@ -63,6 +63,7 @@ LATER = {
     "adapt.ar_loss": 0.0,
     "optim.name": "adamw",
     "optim.momentum": None,
+    "model.param_dtype": "float32",
     "model.n_kv_heads": None,
     "model.head_dim": None,
     "model.ffn_size": None,

@@ -399,6 +399,12 @@ class Model:
         one_of(*tables.activation_checkpointing()),
         default="none",
     )
+    param_dtype: str = doc(
+        "format of the weights in training; with bfloat16 the optimizer keeps float32 masters of "
+        "those that are trained, and checkpoints hold these",
+        one_of("float32", "bfloat16"),
+        default="float32",
+    )
     n_kv_heads: int | None = doc(
         "llama: heads of keys and values, a divisor of n_heads; null: n_heads", "at least 1"
     )

@@ -68,6 +68,16 @@ def texts(rows: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tenso
     return torch.randint(vocab_size, (rows, length), generator=generator)
 
 
+def allocated(call) -> int:
+    """Bytes that a call on the CPU takes at most, beyond what there was."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as made:
+        call()
+    events = made.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return int(torch.tensor([change for _, change in changes]).cumsum(0).max())
+
+
 def assert_within(ours, recorded, tolerance: float, what: str = "") -> float:
     """The largest difference is at most `tolerance` of the largest recorded value. Returns that
     share."""

@@ -19,11 +19,15 @@ def put_average(module: L.LightningModule, on: bool) -> None:
         if distributed.is_sharded(module.backbone):
             module.backbone.reshard()  # what is put together would not see the exchange
         module.ema.swap(averaged_weights(module))
+        if module.backbone.masters is not None:
+            module.backbone.masters.round()
         module.averaged = on
 
 
 def update(module: L.LightningModule) -> None:
     """After an optimizer step."""
+    if module.backbone.masters is not None:
+        module.backbone.masters.round()
     if module.ema is not None and not module.health.skipped:
         module.ema.update(averaged_weights(module), unless=module.health.found)
 

@@ -28,6 +28,8 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
     checkpoint["hparams_name"] = "kwargs"
     checkpoint["hyper_parameters"] = module.description
     distributed.set_fused(checkpoint, None)  # says how a step is computed here, not what it is
+    if module.backbone.masters is not None:
+        _put_masters(module, checkpoint["state_dict"])
     if module.ema is not None:
         checkpoint["ema"] = {
             "decay": module.ema.decay,
@@ -67,6 +69,9 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
     if trainer.state.fn == TrainerFn.FITTING and _endless(trainer):
         due = _set_counters(trainer, checkpoint, pending=_validation_due(checkpoint["loops"]))
         module.validated_at = -1 if due else checkpoint["global_step"]
+    if module.backbone.masters is not None:
+        prefix, state = "backbone.", checkpoint["state_dict"]
+        module.backbone.masters.load({k.removeprefix(prefix): v for k, v in state.items()})
     if module.clip is not None:
         bounds = (checkpoint["sampling_eps_min"], checkpoint["sampling_eps_max"])
         # float32 buffers: 0.45 is stored as 0.44999999
@@ -75,6 +80,13 @@ def load_state(module: L.LightningModule, checkpoint: dict) -> None:
         module.count_law = replace(module.count_law, density=checkpoint["count_law"].cpu())
     if module.ema is not None:
         _load_average(module, checkpoint)
+
+
+def _put_masters(module: L.LightningModule, state: dict) -> None:
+    """In place of weights in bfloat16, so that a file is like that of any other run."""
+    masters = module.backbone.masters
+    for name, p in module.backbone.named_parameters():
+        state[f"backbone.{name}"] = masters[name].detach() if name in masters else p.float()
 
 
 def _load_average(module: L.LightningModule, checkpoint: dict) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import texts
+from networks import allocated, texts
 from test_compile import traced  # noqa: F401  a fixture
 
 import settings
@@ -125,12 +125,7 @@ def peak(name, mode, n_blocks, width, rows, length, size):
     inputs = batch(objective, rows, length)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as made:
-        objective.compute_loss(net, inputs).per_place.backward()
-    events = made.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return int(torch.tensor([change for _, change in changes]).cumsum(0).max())
+    return allocated(lambda: objective.compute_loss(net, inputs).per_place.backward())
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,19 @@ def test_a_plan_adds_up():
     assert by_muon.weights == 170e6 * 22 - 4 * 100e6  # those have one moment
 
 
+def test_a_plan_of_weights_in_bfloat16():
+    """Two bytes each; if trained, a master, a gradient, two moments, an average. Where passes or
+    devices are summed, their gradients are in float32 too."""
+    half = "model.param_dtype=bfloat16"
+    once = planned(half, "loader.global_batch_size=16")
+    assert once.weights == 170e6 * (2 + 4 + 2 + 8 + 4)
+    assert planned(half).weights == 170e6 * (2 + 4 + 2 + 4 + 8 + 4)
+    assert planned(half, "trainer.devices=2", "loader.global_batch_size=32").weights == 170e6 * 24
+    assert planned(half, "training.ema=0").weights == 170e6 * 20
+    config = settings.load([*PLANNED, half, "loader.global_batch_size=16"])
+    assert plan(config, SMALL, 170_000_000, frozen=169_000_000).weights == 170e6 * 2 + 1e6 * 18
+
+
 def test_a_plan_reads_well():
     text = report(planned("trainer.devices=8"), peak=4e14)
     assert "170.0M parameters, sequences of 1024 in blocks of 16" in text

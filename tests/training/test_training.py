@@ -90,6 +90,7 @@ def module(
     schedule=(),
     adapt=PLAIN,
     ar_loss=0.0,
+    masters=False,
 ):
     if algo in COUNTED:
         algo, (counts, views) = "bamdlm", COUNTED[algo]
@@ -120,7 +121,7 @@ def module(
             block_schedule=dict(schedule),
         ),
         optimizer=OptimizerSettings(
-            {"lr": 1e-2, "betas": (0.9, 0.999), "eps": eps, "weight_decay": 0.0}, momentum
+            {"lr": 1e-2, "betas": (0.9, 0.999), "eps": eps, "weight_decay": 0.0}, momentum, masters
         ),
         lr_factor=lr_factor("constant_warmup", lr=1e-3, max_steps=10, warmup_steps=2),
         ema_decay=ema,
@@ -131,8 +132,11 @@ def module(
     )
 
 
-def trainer(folder, steps, *, accumulate=2, validate=0, callbacks=(), accelerator="cpu"):
+def trainer(
+    folder, steps, *, accumulate=2, validate=0, callbacks=(), accelerator="cpu", precision=None
+):
     return L.Trainer(
+        precision=precision,
         accelerator=accelerator,
         devices=1,
         max_steps=steps,
