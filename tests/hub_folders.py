@@ -142,9 +142,9 @@ def saved(folder, model, **changes):
     return folder
 
 
-def with_tokenizer(folder, template=None):
-    """A tied Qwen3 of transformers and its tokenizer of letters, with a chat template if given: no
-    row of the embedding is spare, so one is added for the mask."""
+def with_tokenizer(folder, template=None, family="Qwen3"):
+    """A tied network of transformers and its tokenizer of letters, with a chat template if given:
+    no row of the embedding is spare, so one is added for the mask."""
     import transformers
 
     words = character_set("abcdefghijklmnopqrstuvwxyz ")
@@ -152,7 +152,8 @@ def with_tokenizer(folder, template=None):
     words.save_pretrained(folder)
     given = {**SIZES, "vocab_size": len(words), "tie_word_embeddings": True}
     torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**given)).save_pretrained(folder)
+    config = getattr(transformers, f"{family}Config")(**given)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     return folder
 
 

@@ -9,9 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import GOLDEN
+from hub_folders import with_tokenizer
 from networks import CHECKPOINTS
+from runs import tiny_of_checkpoint
 
+import main
 from scripts import export_hf
 
 pytest.importorskip("lm_eval.api.model", reason="lm-eval is not installed")
@@ -120,6 +124,44 @@ def test_ar_has_the_numbers_of_lm_evals_own_adapter(adapter, tmp_path):
     texts = requests([("the work of any other state " * 12,), ("the",)])
     ours, other = (x.loglikelihood_rolling(texts, disable_tqdm=True) for x in (lm, theirs))
     assert ours == pytest.approx(other, abs=1e-4)
+
+
+def adapted(folder, place):
+    """A checkpoint of block diffusion that has the weights of the folder: the first step of a
+    warm-up has the rate 0."""
+    words = [*tiny_of_checkpoint(place), "algo=bamdlm", "block_size=1", "algo.backbone=llama"]
+    words += ["adapt.clean=causal", "adapt.label=next", "trainer.max_steps=1", "model.length=32"]
+    words += [f"training.from_pretrained={folder}", f"data.tokenizer_name_or_path={folder}"]
+    assert main.main([*words, f"checkpointing.save_dir={place / 'run'}"]) == 0
+    return place / "run" / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_a_model_of_transformers_has_the_numbers_of_lm_evals_own_adapter(adapter, family, tmp_path):
+    """As ar, and untrained as block diffusion in blocks of one, with causal clean tokens and the
+    label at the token before. That lm-eval takes one token less: all of its tokens are seen."""
+    HFLM = pytest.importorskip("lm_eval.models.huggingface", reason="needs accelerate").HFLM
+    folder = with_tokenizer(tmp_path / "model", family=family)
+    as_ar = adapter.BlockDiffusionLM(str(folder), algo="ar", device="cpu")
+    file = str(adapted(folder, tmp_path))
+    in_blocks = adapter.BlockDiffusionLM(file, device="cpu", add_bos_token=False)
+    assert in_blocks.get_model_info()["likelihood_is"] == "exact"
+    for lm in (as_ar, in_blocks):
+        given = {"max_length": lm.max_length - 1, "batch_size": 2, "device": "cpu"}
+        hf = HFLM(pretrained=str(folder), **given)
+        next_id = hf.model(torch.tensor([hf.tok_encode("of the")])).logits[0, -1].argmax()
+        likeliest = ("of the", hf.tok_decode([int(next_id)]))
+        pairs = requests([*PAIRS, likeliest, ("the work " * 4, " any other")])
+        ours, theirs = (x.loglikelihood(pairs, disable_tqdm=True) for x in (lm, hf))
+        assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+        assert ours[len(PAIRS)][1]
+        whole = requests([("the work of any other state " * 12,), ("the",)])
+        rolling = [x.loglikelihood_rolling(whole, disable_tqdm=True) for x in (lm, hf)]
+        figures = [*(value for value, _ in ours), *rolling[0]]
+        wanted = [*(value for value, _ in theirs), *rolling[1]]
+        gaps = [abs(a - b) for a, b in zip(figures, wanted, strict=True)]
+        print(f"{family}, {lm.model.writes}: {figures} differ from hf by at most {max(gaps):.1e}")
+        assert figures == pytest.approx(wanted, rel=1e-7, abs=1e-4)
 
 
 def test_sedd_is_refused(adapter):
