@@ -3,11 +3,14 @@
 Imports that take time come after the check, so a wrong command line is answered at once.
 """
 
+import gc
 import importlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def main(argv: list[str]) -> int:
@@ -21,15 +24,18 @@ def main(argv: list[str]) -> int:
         return multirun.main(argv)
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
-    from checkpointing.layouts import CheckpointError
-    from training import distributed
-    from training.health import follow_launcher
+    with imports():
+        from checkpointing.layouts import CheckpointError
+        from training import distributed
+        from training.health import follow_launcher
+
+        mode = importlib.import_module(f"modes.{config.mode}")
 
     quiet()
     if config.mode != "sample_eval":  # whose processes do not wait for each other
         follow_launcher()
     try:
-        run = importlib.import_module(f"modes.{config.mode}").prepare(config)
+        run = mode.prepare(config)
     except (ValueError, RuntimeError, *CIRCUMSTANCES) as error:
         bug = isinstance(error, RuntimeError) and not isinstance(error, CIRCUMSTANCES)
         if bug and "memory" not in str(error):  # torch has no error of its own for little memory
@@ -47,6 +53,21 @@ def main(argv: list[str]) -> int:
         return 1
     distributed.leave_group()
     return 0
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Those that take time make a million objects that stay. To look for garbage among them, again
+    and again, took a third of the time until the first step; from here on they are left out."""
+    first = gc.isenabled() and "lightning" not in sys.modules
+    if first:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()
 
 
 def quiet() -> None:

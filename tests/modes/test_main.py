@@ -1,10 +1,12 @@
 """main.py from the command line to the files: train, evaluate and sample, all four algorithms."""
 
 import csv
+import gc
 import json
 import math
 import re
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -491,3 +493,19 @@ def window_of_ar(words, special: bool):
     assert inputs.tokens.shape == inputs.loss_mask.shape == (4, LENGTH)
     assert inputs.loss_mask.all()
     return batch["input_ids"]
+
+
+def test_what_is_imported_is_no_work_for_the_collector(monkeypatch):
+    """Once: what is garbage by then would stay, as it may in a process that runs several."""
+    before = gc.get_freeze_count()
+    with main.imports():  # of a process that has them
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+    monkeypatch.delitem(sys.modules, "lightning")
+    try:
+        with main.imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
