@@ -300,8 +300,12 @@ def atomic_file(path: str | Path, mode: str = "w", *, alone: bool = False) -> It
 
 
 def atomic_link(path: str | Path, source: str | Path) -> None:
-    """`path` becomes another name of the file `source`; a copy of it where links do not work."""
+    """`path` becomes another name of the file `source`; a copy of it where links do not work. To a
+    folder, which lies beside it, it becomes a symbolic link."""
     with _replacing(Path(path)) as new:
+        if os.path.isdir(source):
+            os.symlink(os.path.basename(source), new)
+            return
         try:
             os.link(source, new)
         except OSError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from checkpointing import torch_file
+from checkpointing import sharded, torch_file
 from checkpointing.families import SAFETENSORS, layout_of
 from checkpointing.restricted_pickle import CheckpointError
 from utils import CONNECT_SECONDS, HubUnreachable, hub_errors
@@ -68,6 +68,19 @@ def locate(path_or_id: str | Path, *, revision: str | None = None):
     if match["revision"] and revision and match["revision"] != revision:
         raise ValueError(f"{text} and revision {revision!r} name two revisions; give one")
     return url_to_fs(str(fetch(match["id"], match["revision"] or revision)))
+
+
+def in_parts(fs, path: str) -> bool:
+    """Whether a checkpoint in parts lies there (sharded.py). CheckpointError where it cannot be
+    read, because it is not on a disk."""
+    if isinstance(fs, LocalFileSystem):
+        return sharded.is_sharded(path)
+    if fs.exists(f"{path}/{sharded.INDEX}"):
+        raise CheckpointError(
+            f"{path} is a checkpoint in parts, which is read from a disk alone: download the"
+            " folder, or the file that scripts/consolidate.py makes of it"
+        )
+    return False
 
 
 def _why_absent(fs, path: str) -> str:

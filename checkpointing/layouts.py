@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpointing import hub, torch_file
+from checkpointing import hub, sharded, torch_file
 from checkpointing.families import ARCHITECTURES, architecture_of, layout_of
 from checkpointing.restricted_pickle import CheckpointError
 from models import lora
@@ -128,12 +128,18 @@ def fingerprint(*groups: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_checkpoint(path_or_id: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """The checkpoint at a local path, an fsspec URL or a hub id, or a CheckpointError."""
+def read_checkpoint(
+    path_or_id: str | Path, *, revision: str | None = None, numbers: bool = True
+) -> Checkpoint:
+    """The checkpoint at a local path, an fsspec URL or a hub id, or a CheckpointError. Without
+    `numbers`, one in parts has its tensors on the meta device."""
     source = str(path_or_id) + (f" (revision {revision})" if revision else "")
     try:
         with plain_errors(source):
             fs, path = hub.locate(path_or_id, revision=revision)
+            if hub.in_parts(fs, path):
+                wanted = ("state_dict", "ema") if numbers else ()
+                return _from_lightning(source, sharded.read(path, wanted))
             if fs.isdir(path):
                 return _from_hub(source, *hub.read_folder(fs, path))
             if path.endswith(".safetensors"):

@@ -102,6 +102,7 @@ def fit(config: Config, trainer, module, data: DataModule, resume: Checkpoint | 
     log = f" (its log: {settings.local_folder(folder)})" if "://" in folder else ""
     say(f"run folder: {folder}{log}")
     trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else resume.source)
+    trainer.strategy.checkpoint_io.wait()
     if rank() == 0:  # again: a folder that was deleted is begun anew by a save
         settings.write_settings(config)
     lost = [trainer.loggers[0].failure, *trainer.strategy.checkpoint_io.lost()]

@@ -341,6 +341,15 @@ def optimization(config: Config) -> Iterator[str]:
         )
 
 
+def saving(config: Config) -> Iterator[str]:
+    folder = config.checkpointing.save_dir
+    if config.checkpointing.format == "sharded" and "://" in folder and config.mode == "train":
+        yield (
+            f"checkpointing.format=sharded writes to a disk alone, not to"
+            f" checkpointing.save_dir={folder}: give a folder, or checkpointing.format=file"
+        )
+
+
 def data(config: Config) -> Iterator[str]:
     data, packed = config.data, config.data.pack != "wrap"
     entry = known_corpora().get(data.train, {})
@@ -410,6 +419,6 @@ RULES = (
         machine,
         packages,
     ),
-    *(optimizer, masters, adapters, optimization, data, sampling, demo),
+    *(optimizer, masters, adapters, optimization, saving, data, sampling, demo),
     *FILES,
 )

@@ -196,5 +196,5 @@ def _newest(config: Config, runs: Iterable[Path]) -> str | None:
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             continue  # not written by write_settings
         if same and llama == (config.algo.backbone == "llama"):
-            found += path.parent.glob("checkpoints/*.ckpt")
+            found += filter(Path.exists, path.parent.glob("checkpoints/*.ckpt"))
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None

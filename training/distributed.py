@@ -1,7 +1,7 @@
 """strategy=fsdp: weights, gradients, averages, optimizer state shared out over devices (FSDP2); and
 strategy=ddp: all of it on each device.
 
-A checkpoint is one file with the same content as on one device; each reads the other's.
+A checkpoint has the same content as on one device; each reads the other's.
 """
 
 import inspect
@@ -15,10 +15,20 @@ from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpointing.sharded import is_sharded as is_in_parts
 from samplers.sending import send
+from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
 
 
-class Replicated(DDPStrategy):
+class _Saving:
+    """Of a strategy: in a checkpoint in parts every rank writes its own."""
+
+    def save_checkpoint(self, checkpoint: dict, filepath, storage_options=None) -> None:
+        if self.is_global_zero or saves_parts(self):
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+
+class Replicated(_Saving, DDPStrategy):
     """Lightning's strategy for ddp. Gradients are views of what is exchanged, so nothing is copied.
     Buffers are not sent before each pass: they are constants, or follow from what all devices
     know."""
@@ -33,7 +43,7 @@ class Replicated(DDPStrategy):
         return DistributedDataParallel(model, **self._ddp_kwargs)
 
 
-class Sharded(ModelParallelStrategy):
+class Sharded(_Saving, ModelParallelStrategy):
     """Lightning's strategy for FSDP2, reading checkpoints as every other run does."""
 
     def __init__(self, devices: int):
@@ -41,8 +51,27 @@ class Sharded(ModelParallelStrategy):
             data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
 
+    def lightning_module_state_dict(self) -> dict:
+        if saves_parts(self):
+            return dict(state_dict.get_model_state_dict(self.model))
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer) -> dict:
+        if saves_parts(self):
+            return optimizer.state_dict()
+        return super().optimizer_state(optimizer)
+
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
-        checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
+        path = self.broadcast(checkpoint_path)
+        if is_in_parts(path):
+            checkpoint = load_in_place(self.lightning_module, self.optimizers, path)
+            set_fused(checkpoint, self.lightning_module.fused())
+            for optimizer, state in zip(
+                self.optimizers, checkpoint["optimizer_states"], strict=True
+            ):
+                optimizer.load_state_dict(state)
+            return checkpoint
+        checkpoint = self.checkpoint_io.load_checkpoint(path)
         set_fused(checkpoint, self.lightning_module.fused())  # state.load_state comes later
         options = state_dict.StateDictOptions(full_state_dict=True)
         state_dict.set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
@@ -85,6 +114,8 @@ def part(tensor: Tensor) -> Tensor:
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor, cut as `like` is."""
+    if isinstance(whole, DTensor):
+        return whole.to_local()
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(
@@ -94,12 +125,8 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 def whole_of(mine: Tensor, like: Tensor) -> Tensor:
     """The whole of which `mine` is this rank's part; every rank must ask."""
-    if not isinstance(like, DTensor):
-        return mine
-    joined = DTensor.from_local(
-        mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    )
-    return joined.full_tensor().cpu()
+    joined = as_part(mine, like)
+    return joined.full_tensor().cpu() if isinstance(joined, DTensor) else mine
 
 
 def set_fused(checkpoint: dict, fused: bool | None) -> None:

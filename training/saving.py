@@ -1,102 +1,29 @@
-"""How checkpoints are written and read, which are kept, and how a run stops: between optimizer
-steps."""
+"""When checkpoints are written, which are kept, and how a run stops: between optimizer steps."""
 
-import os
 import re
 import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import lightning as L
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from checkpointing import torch_file
-from checkpointing.layouts import canonical
-from checkpointing.restricted_pickle import CheckpointError
+from checkpointing import replacing
 from training.averaging import put_average
+from training.checkpoint_io.files import CarefulIO
 from training.distributed import Poll
 from training.signals import BY_HAND, GO_ON, LOST, Signals, Stopped
-from utils import DataFailure, Failure, atomic_link, plain_errors, say
+from utils import DataFailure, Failure, atomic_link, say
 
 LAST = "last.ckpt"
 
 
 class SaveError(Failure):
     """A checkpoint could not be written and checkpointing.on_save_error=stop."""
-
-
-class SafeCheckpointIO(CheckpointIO):
-    """Writes to a temporary name and renames: killed at any byte, the last good file is there."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
-        if storage_options is not None:
-            raise TypeError("SafeCheckpointIO has no storage_options; use an fsspec URL")
-        torch_file.save(checkpoint, os.fspath(path))
-
-    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
-        """Everything in plain containers, on the CPU, whatever Lightning asks of other readers."""
-        fs, source = url_to_fs(os.fspath(path))
-        if not fs.exists(source):
-            raise CheckpointError(f"checkpoint {path} does not exist")
-        with fs.open(source, "rb") as file:
-            raw = canonical(torch_file.load(file, str(path)), str(path))
-        raw["lr_schedulers"] = [_as_lambda_lr(s, raw) for s in raw.get("lr_schedulers", [])]
-        return raw
-
-    def remove_checkpoint(self, path) -> None:
-        fs, target = url_to_fs(os.fspath(path))
-        if fs.exists(target):
-            fs.rm(target, recursive=True)
-
-
-class CarefulIO(SafeCheckpointIO):
-    """Prints why a file could not be written and keeps the line in `failure`.
-
-    Only the first rank writes. If it raised an exception, the others would wait for it. So the run
-    reads `failure` and decides.
-    """
-
-    def __init__(self):
-        self.failure: str | None = None
-        self.missing: dict[str, str] = {}  # path: the line of a file that was to be written
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        write = partial(super().save_checkpoint, checkpoint, path, storage_options)
-        if self.attempt(path, write):
-            self.failure = None
-
-    def remove_checkpoint(self, path) -> None:
-        self.attempt(path, partial(super().remove_checkpoint, path), "deleted")
-
-    def attempt(self, path, write: Callable[[], None], done: str = "written") -> bool:
-        try:
-            with plain_errors(os.fspath(path)):
-                write()
-        except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
-            hidden = error.__cause__ if isinstance(error, OSError) else error.__context__
-            cause = hidden or error
-            why = cause.strerror if isinstance(cause, OSError) else None
-            self.failure = (
-                f"{path} could not be {done} ({why or f'{type(cause).__name__}: {cause}'});"
-                " the checkpoint before it is as it was"
-            )
-            print(self.failure, file=sys.stderr, flush=True)
-            if done == "written":
-                self.missing[os.fspath(path)] = self.failure
-            return False
-        self.missing.pop(os.fspath(path), None)
-        return True
-
-    def lost(self) -> list[str]:
-        """Of files that no later save replaces: those of best checkpoints."""
-        return [line for path, line in self.missing.items() if "/step=" not in path]
 
 
 class Deadline(Timer):
@@ -148,6 +75,7 @@ class StepCheckpoints(L.Callback):
     deadline: Deadline | None
     stop_on_error: bool
     _step: int = 0
+    _begun: int | None = None  # the step that is being written
     _saved: int | None = None  # the step that is on the disk
     _failure: str = ""
 
@@ -161,18 +89,18 @@ class StepCheckpoints(L.Callback):
             self.io.attempt(self.folder, self._tidy, "tidied up")
 
     def _tidy(self) -> None:
-        """Delete the unfinished files of saves that were killed. No later save may replace them."""
+        """Delete what saves that were killed left unfinished. No later save may replace it."""
         fs, place = url_to_fs(self.folder)
         for path in fs.ls(place, detail=False) if fs.isdir(place) else []:
             if path.endswith(".partial"):
-                fs.rm_file(path)
+                fs.rm(path, recursive=True)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self._step:
             return  # between two micro-batches
         self._step = trainer.global_step
         if self.every and self._step % self.every == 0:
-            self.save(trainer)
+            self.save(trainer, wait=False)
         self.stop_if_told(trainer)
 
     def on_validation_batch_end(
@@ -190,7 +118,8 @@ class StepCheckpoints(L.Callback):
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         """Data that end are missed between two steps. Several ranks do not miss them together, and
-        could not save together."""
+        could not save together. What they have begun to save, they finish."""
+        self.io.wait()
         alone = trainer.world_size == 1 and self._saved is not None  # and training has begun
         if isinstance(exception, DataFailure) and alone:
             put_average(pl_module, False)
@@ -202,11 +131,9 @@ class StepCheckpoints(L.Callback):
         place."""
         told = self.signals.received is not None
         over = self.deadline is not None and self.deadline.over()
-        failed = self.io.failure is not None and self.stop_on_error
-        if failed:
-            self._failure = self.io.failure  # the answer may come when a later save has succeeded
+        self._notice_failure()
         device = trainer.strategy.root_device
-        any_told, any_over, any_failed = self._poll(device, told, over, failed)
+        any_told, any_over, any_failed = self._poll(device, told, over, bool(self._failure))
         if any_failed:
             raise SaveError(self._failure or "a checkpoint could not be written by rank 0")
         if not (any_told or any_over):
@@ -231,17 +158,32 @@ class StepCheckpoints(L.Callback):
         started_by_lightning = ours is not None and not ours.creates_processes_externally
         return 0 if started_by_lightning and not trainer.is_global_zero else code
 
-    def save(self, trainer) -> bool:
-        """Save this step unless that is done. Returns whether it is on disk. Only the first rank
+    def _notice_failure(self) -> None:
+        """The answer of other ranks may come when a later save has succeeded."""
+        if self.io.failure is not None and self.stop_on_error:
+            self._failure = self.io.failure
+
+    def save(self, trainer, *, wait: bool = True) -> bool:
+        """Save this step unless that is done. Returns whether it is on disk; without `wait`, where
+        it is written while training goes on, whether that is still possible. Only the first rank
         knows of a failure, and it tells the others: another attempt needs all ranks."""
         step = trainer.global_step
         if self.every is None or step == self._saved:
             return self.every is not None
-        self.io.failure = None
-        path = f"{self.folder}/step={step}.ckpt"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero and self.io.failure is None:
-            self.io.attempt(f"{self.folder}/{LAST}", lambda: self._keep(path))
+        if step != self._begun:
+            self.io.wait()
+            self._notice_failure()
+            self.io.failure = None
+            path = f"{self.folder}/step={step}.ckpt"
+            trainer.save_checkpoint(path)
+            self._begun = step
+            if trainer.is_global_zero:
+                keep = partial(self._keep, path)
+                self.io.afterwards(lambda: self.io.attempt(f"{self.folder}/{LAST}", keep))
+        if self.io.in_parts and not wait:
+            return True
+        self.io.wait()
+        self._begun = None
         saved = trainer.strategy.reduce_boolean_decision(self.io.failure is None)
         if saved:
             self._saved = step
@@ -250,15 +192,19 @@ class StepCheckpoints(L.Callback):
     def _keep(self, path: str) -> None:
         """Makes `path` the last checkpoint, then deletes those that are not to be kept."""
         fs, newest = url_to_fs(path)
-        folder = newest.rpartition("/")[0]
-        if isinstance(fs, LocalFileSystem):
-            atomic_link(f"{folder}/{LAST}", newest)
+        folder, name = newest.rpartition("/")[::2]
+        local = isinstance(fs, LocalFileSystem)
+        if local:
+            with replacing.making_way(Path(folder, LAST), keeps=True):
+                atomic_link(f"{folder}/{LAST}", newest)
         else:
             fs.cp_file(newest, f"{folder}/{LAST}")
         steps = sorted(steps_in(self.folder))
         for step in steps[: len(steps) - self.keep_last] if self.keep_last >= 0 else []:
-            if not (self.keep_every and step % self.keep_every == 0):
-                fs.rm_file(f"{folder}/step={step}.ckpt")
+            old = f"step={step}.ckpt"
+            if old == name or (self.keep_every and step % self.keep_every == 0):
+                continue
+            replacing.remove(Path(folder, old)) if local else fs.rm_file(f"{folder}/{old}")
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -306,19 +252,3 @@ def steps_in(folder: str) -> list[int]:
     names = fs.ls(path, detail=False) if fs.isdir(path) else []
     numbered = (re.fullmatch(r"(?:.*/)?step=(\d+)\.ckpt", name) for name in names)
     return [int(match[1]) for match in numbered if match]
-
-
-def _as_lambda_lr(state: dict, raw: dict) -> dict:
-    """State of the authors' cosine schedule (timm's, which keeps no step count) for a LambdaLR."""
-    if "lr_lambdas" in state or "base_values" not in state:
-        return state
-    step = raw["global_step"]
-    return {
-        "base_lrs": list(state["base_values"]),
-        "last_epoch": step,
-        "_step_count": step + 1,
-        "_is_initial": False,
-        "_get_lr_called_within_step": False,
-        "_last_lr": [group["lr"] for group in raw["optimizer_states"][0]["param_groups"]],
-        "lr_lambdas": [{} for _ in state["base_values"]],
-    }

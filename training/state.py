@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from random_streams import version_of
 from training import averaging, distributed
+from training.checkpoint_io.parts import as_part, saves_parts
 from training.optimizers import trained
 from training.resuming import check_optimizer
 from training.validation import set_interval
@@ -22,7 +23,8 @@ from utils import say
 
 
 def save_state(module: L.LightningModule, checkpoint: dict) -> None:
-    """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask."""
+    """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask. In one in
+    parts, the average stays cut."""
     trainer = module.trainer
     averaging.settle(module)
     checkpoint["hparams_name"] = "kwargs"
@@ -31,12 +33,12 @@ def save_state(module: L.LightningModule, checkpoint: dict) -> None:
     if module.backbone.masters is not None:
         _put_masters(module, checkpoint["state_dict"])
     if module.ema is not None:
+        whole = as_part if saves_parts(trainer.strategy) else distributed.whole_of
         checkpoint["ema"] = {
             "decay": module.ema.decay,
             "num_updates": module.ema.num_updates,
             "shadow_params": [
-                distributed.whole_of(module.ema.shadow[name], p)
-                for name, p in trained(module.backbone)
+                whole(module.ema.shadow[name], p) for name, p in trained(module.backbone)
             ],
         }
     if module.clip is not None:

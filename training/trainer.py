@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import WandbLogger
 import settings
 from checkpointing.layouts import Checkpoint, CheckpointError, read_checkpoint, section
 from settings import Config
+from training.checkpoint_io.files import CarefulIO
+from training.checkpoint_io.parts import PartsIO
 from training.csv_log import CSVLog
 from training.distributed import Replicated, Sharded
 from training.flops import matmul_dtype
@@ -19,7 +21,7 @@ from training.health import RankFailure, StallWatch
 from training.logged import StepLog
 from training.profiling import TorchTrace
 from training.progress import NetworkSummary, RunProgress
-from training.saving import LAST, BestCheckpoint, CarefulIO, Deadline, StepCheckpoints, steps_in
+from training.saving import LAST, BestCheckpoint, Deadline, StepCheckpoints, steps_in
 from training.signals import Signals
 from utils import plain_errors, say
 
@@ -33,7 +35,9 @@ def build_trainer(
 ) -> L.Trainer:
     """`signals`: what tells training to stop; the caller lets it listen. `step_flops`: of a
     sequence, forward and backward. Only training needs them."""
-    t, io = config.trainer, CarefulIO()
+    t = config.trainer
+    in_parts = config.checkpointing.format == "sharded" and config.mode == "train"
+    io = PartsIO() if in_parts else CarefulIO()
     devices, strategy = t.devices * t.num_nodes, "auto"
     if devices > 1:  # fsdp is for training; an evaluation holds the network once per device
         sharded = config.strategy.name == "fsdp" and config.mode == "train"
@@ -172,7 +176,7 @@ def newest_complete(c: settings.Checkpointing) -> Checkpoint | None:
     folder = checkpoint_folder(c)
     last = c.resume_ckpt_path
     if last != f"{folder}/{LAST}":
-        return read_checkpoint(last) if exists(last) else None
+        return read_checkpoint(last, numbers=False) if exists(last) else None
     steps = sorted(steps_in(folder), reverse=True)
     files = {math.inf: last} if exists(last) else {}
     files |= {step: f"{folder}/step={step}.ckpt" for step in steps}
@@ -181,12 +185,12 @@ def newest_complete(c: settings.Checkpointing) -> Checkpoint | None:
         if newest is not None and (newest.step or 0) >= step:
             break
         try:
-            newest = read_checkpoint(path)
+            newest = read_checkpoint(path, numbers=False)
         except CheckpointError as error:
             damaged.append(str(error))
     best = f"{folder}/best.ckpt"
     if newest is None and damaged and exists(best):
-        newest = read_checkpoint(best)
+        newest = read_checkpoint(best, numbers=False)
     for problem in damaged:
         say(f"not complete: {problem}")
     if newest is None and damaged:

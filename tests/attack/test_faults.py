@@ -36,12 +36,13 @@ from modes import build, train
 from sampling import sample_file
 from sampling.sample_file import SampleFile, SampleRow
 from training import profiling
+from training.checkpoint_io.files import CarefulIO
 from training.csv_log import CSVLog
 from training.health import StepHealth
 from training.loading import Loader, _Workers, prepare_worker
 from training.log_reading import read_log
 from training.run_lock import NAME, RunLock, process_start
-from training.saving import BestCheckpoint, CarefulIO, Deadline
+from training.saving import BestCheckpoint, Deadline
 from utils import DataFailure
 
 

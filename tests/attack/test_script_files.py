@@ -9,16 +9,18 @@ import pytest
 from tools import ROOT, bounded
 
 from scripts import (
+    consolidate,
     draw_denoising,
     export_hf,
     inspect_checkpoint,
-    plot_results,
     plot_run,
     show_batch,
     train_tokenizer,
 )
+from scripts.support import plot_results
 
 SCRIPTS = {
+    "consolidate": (consolidate.main, ["x", "out.ckpt"]),
     "draw_denoising": (draw_denoising.main, ["x", "out.png", "--block-size", "4"]),
     "export_hf": (export_hf.main, ["x", "out"]),
     "inspect_checkpoint": (inspect_checkpoint.main, ["x"]),

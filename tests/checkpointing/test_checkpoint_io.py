@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from checkpointing import torch_file
 from checkpointing.layouts import CheckpointError, read_checkpoint
-from training.saving import SafeCheckpointIO
+from training.checkpoint_io.files import SafeCheckpointIO
 
 STEPS = 2
 

@@ -25,7 +25,7 @@ from runs import differences, run
 from safetensors.torch import save_file
 
 from checkpointing.layouts import CheckpointError, read_checkpoint
-from training.saving import SafeCheckpointIO
+from training.checkpoint_io.files import SafeCheckpointIO
 
 TESTS = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ from conftest import GOLDEN, load, load_json
 
 from checkpointing import restricted_pickle, torch_file
 from checkpointing.layouts import CheckpointError, read_checkpoint
-from training.saving import SafeCheckpointIO
+from training.checkpoint_io.files import SafeCheckpointIO
 
 MANIFEST = load_json("manifest.json")
 NAMES = [entry["name"] for entry in MANIFEST["checkpoints"]]

@@ -9,7 +9,7 @@ from conftest import GOLDEN
 
 import main
 from checkpointing.layouts import read_checkpoint
-from training.saving import SafeCheckpointIO
+from training.checkpoint_io.files import SafeCheckpointIO
 
 STEPS = 2
 LENGTH = MANIFEST["length"]

@@ -16,9 +16,9 @@ import utils
 from checkpointing import torch_file
 from diffusion import Diffusion
 from training import health
+from training.checkpoint_io.files import CarefulIO
 from training.health import StallWatch
 from training.log_reading import read_log
-from training.saving import CarefulIO
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from objectives.counts import CountLaw, least_variance, to_learn, within
 from objectives.sedd import ScoreEntropy
 from objectives.sizes import SizeLaw, shares_of_steps, size_at
 from training import resuming, validation
+from training.checkpoint_io.files import SafeCheckpointIO
 from training.lr_schedules import lr_factor
 from training.optimizers import OptimizerSettings
-from training.saving import SafeCheckpointIO
 from training.state import load_state
 
 LENGTH, MASK, GLOBAL = 16, 6, 8

@@ -17,9 +17,9 @@ from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
 from objectives.sedd import ScoreEntropy
+from training.checkpoint_io.files import SafeCheckpointIO
 from training.lr_schedules import lr_factor
 from training.optimizers import OptimizerSettings
-from training.saving import SafeCheckpointIO
 
 RUNS = load_json("optim/steps.json")
 

@@ -1,6 +1,6 @@
 """Draw and tabulate the learning check of docs/results.md from what its runs left behind.
 
-    python scripts/plot_results.py [FOLDER] [OUT.png]
+    python scripts/support/plot_results.py [FOLDER] [OUT.png]
 
 FOLDER (docs/results) holds NAME.csv, the run's metrics.csv, and NAME.ppl.json, the result of its
 mode=ppl_eval. Prints the table and writes the curves of the validation perplexity.
@@ -9,14 +9,14 @@ mode=ppl_eval. Prints the table and writes the curves of the validation perplexi
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.support.command import answered, new_parser
 from scripts.support.picture import picture
 from training.log_reading import read_log
 from utils import read_json
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LABELS = {
     "ar": "AR",
     "bamdlm4": "BAM-DLM S = 4",

@@ -1,0 +1,252 @@
+"""checkpointing.format=sharded: the same run, in folders to which every rank writes its part while
+training goes on."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+from runs import ALGORITHMS, LAST, differences, ends_with_2, finish, ranks, read, run, tell, tiny
+from test_ranks import equal_states, patched
+from torch.distributed import checkpoint as dcp
+
+from checkpointing import sharded
+from scripts import consolidate
+from training.log_reading import read_log
+from training.signals import GO_ON
+
+FORMAT = "/hyper_parameters/config/checkpointing/format"  # differs between the two
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Overrides of a run in parts, for any number of ranks."""
+    return [
+        *tiny(tmp_path_factory.mktemp("data")),
+        *ALGORITHMS["bamdlm"],
+        "model.dropout=0",
+        "loader.eval_global_batch_size=8",
+        "trainer.val_check_interval=4",
+        "checkpointing.format=sharded",
+    ]
+
+
+def of(count, base, folder, *more, before=None):
+    """Exit codes of a run by so many ranks, and what it printed."""
+    size = 8 // count
+    words = [*base, f"trainer.devices={count}", f"loader.batch_size={size}"]
+    words += [f"loader.eval_batch_size={size}", f"checkpointing.save_dir={folder / 'run'}"]
+    started = ranks(count, [*words, *more], folder / "log.txt", before=before)
+    return finish(started), "".join(each.text() for each in started)
+
+
+def trained(count, base, folder, *more, before=None):
+    codes, text = of(count, base, folder, *more, before=before)
+    assert codes == [0] * count, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """The folder of a run of two ranks that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    trained(2, base, folder, "strategy=fsdp")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(base, tmp_path_factory):
+    """The same, stopped by a signal to one of them after 6 of its 10 steps."""
+    folder = tmp_path_factory.mktemp("begun")
+
+    def told(rank):
+        if rank == 1:
+            patched(6, tell(signal.SIGUSR1))
+
+    codes, text = of(2, base, folder, "strategy=fsdp", before=told)
+    assert codes == [GO_ON, GO_ON], text
+    return folder
+
+
+GOING_ON = [(2, "fsdp", "sharded"), (1, "ddp", "sharded"), (4, "fsdp", "sharded")]
+GOING_ON += [(2, "ddp", "sharded"), (2, "fsdp", "file"), (4, "ddp", "file")]
+
+
+@pytest.mark.parametrize(("count", "strategy", "form"), GOING_ON)
+def test_a_run_goes_on_with_other_ranks_strategies_and_formats(
+    count, strategy, form, base, whole, begun, tmp_path
+):
+    """With as many ranks and the same strategy, to the same bits."""
+    shutil.copytree(begun / "run", tmp_path / "run", symlinks=True)
+    more = [f"strategy={strategy}", f"checkpointing.format={form}"]
+    text = trained(count, base, tmp_path, *more)
+    assert "going on from step 6 of" in text
+    ours, theirs = (read_log(f / "run/metrics.csv") for f in (tmp_path, whole))
+    for name in ("trainer/loss", "val/nll"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    a = read(tmp_path / LAST) if form == "file" else sharded.read(tmp_path / LAST)
+    b = sharded.read(whole / LAST)
+    if (count, strategy) == (2, "fsdp"):
+        paths = [line.partition(":")[0] for line in differences(a, b)]
+        assert [p for p in paths if not p.startswith(("/hyper", "/callbacks"))] == []
+    else:
+        equal_states(a, b)
+    names = {"best.ckpt", "last.ckpt", "step=8.ckpt", "step=10.ckpt"}
+    names |= {"best-step=8.ckpt"} if form == "sharded" else set()
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == names
+
+
+def test_the_consolidated_file_is_that_of_the_other_format(base, whole, tmp_path, capsys):
+    place = whole.with_name("other")
+    place.mkdir()
+    (whole / "run").rename(whole / "kept")  # both name the folder they are in
+    try:
+        trained(2, base, whole, "strategy=fsdp", "checkpointing.format=file")
+        (whole / "run").rename(place / "run")
+    finally:
+        (whole / "kept").rename(whole / "run")
+    for name in ("last.ckpt", "best.ckpt"):
+        folder, file = whole / "run/checkpoints" / name, tmp_path / name
+        assert consolidate.main([str(folder), str(file)]) == 0
+        found = differences(read(file), read(place / "run/checkpoints" / name))
+        assert found == [f"{FORMAT}: sharded, file"]
+        assert consolidate.main([str(folder), str(file)]) == 2
+        assert "exists" in capsys.readouterr().err
+    assert consolidate.main([str(file), str(tmp_path / "x.ckpt")]) == 2
+    assert "is no checkpoint in parts" in capsys.readouterr().err
+
+
+def test_it_is_evaluated_as_it_is(base, whole, tmp_path):
+    words = [*base, "mode=ppl_eval", f"checkpointing.save_dir={tmp_path}"]
+    words += [f"eval.checkpoint_path={whole / LAST}", "loader.eval_batch_size=8"]
+    code, text = run(words, tmp_path / "log")
+    assert code == 0, text
+    assert "perplexity" in text
+
+
+def test_training_goes_on_while_it_is_written(base, tmp_path):
+    """Rank 1 writes its part of step 5 when step 9 has begun, and the next save waits for it."""
+
+    def slow(rank):
+        real, begun = dcp.FileSystemWriter.write_data, threading.Event()
+
+        def write_data(self, plan, planner):
+            assert begun.wait(60)
+            return real(self, plan, planner)
+
+        if rank == 1:
+            dcp.FileSystemWriter.write_data = write_data
+            patched(9, begun.set)
+
+    more = ["strategy=fsdp", "callbacks.checkpoint_every_n_steps.every_n_train_steps=5"]
+    more += ["callbacks.checkpoint_monitor=null", "trainer.limit_val_batches=0"]
+    trained(2, base, tmp_path, *more, before=slow)
+    assert sharded.read(tmp_path / LAST)["global_step"] == 10
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_rank_that_cannot_write(policy, base, whole, tmp_path):
+    """Its part of step 4. All ranks learn of it; what is there stays, and the next save counts."""
+
+    def full(rank):
+        real = dcp.FileSystemWriter.write_data
+
+        def write_data(self, plan, planner):
+            if rank == 1 and "step=4.ckpt" in str(self.path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(self, plan, planner)
+
+        dcp.FileSystemWriter.write_data = write_data
+
+    more = ["strategy=fsdp", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]
+    more += [f"checkpointing.on_save_error={policy}"]
+    codes, text = of(2, base, tmp_path, *more, before=full)
+    place = tmp_path / "run/checkpoints"
+    assert text.count("step=4.ckpt could not be written (No space left on device)") >= 1
+    assert not list(place.glob(".*"))
+    if policy == "continue":
+        assert codes == [0, 0], text
+        equal_states(sharded.read(tmp_path / LAST), sharded.read(whole / LAST))
+    else:
+        assert codes == [1, 1], text
+        assert sharded.read(tmp_path / LAST)["global_step"] in (2, 6)  # 6 was begun before
+
+
+def test_what_is_not_whole_is_not_taken(base, begun, tmp_path, capfd):
+    """The run goes on from the newest that is whole; where none is, or where one is asked for, it
+    ends with 2 before it begins."""
+    shutil.copytree(begun / "run", tmp_path / "run", symlinks=True)
+    place = tmp_path / "run/checkpoints"
+    shard = place / "step=6.ckpt/__1_0.distcp"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    more = ["strategy=fsdp", "trainer.max_steps=6"]
+    code, text = run([*base, f"checkpointing.save_dir={tmp_path / 'run'}"], tmp_path / "log1")
+    assert code == 0, text
+    sizes = f"({len(data) - 1:,} of {len(data):,} bytes)"
+    assert f"step=6.ckpt is not whole: __1_0.distcp was cut short {sizes}" in text
+    assert "going on from step 4 of" in text
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(begun / "run", tmp_path / "run", symlinks=True)
+    for path in place.glob("*/__0_0.distcp"):
+        path.unlink()
+    codes, text = of(2, base, tmp_path, *more)
+    assert codes == [2, 2], text
+    assert "__0_0.distcp is missing" in text
+    asked = [*more, f"checkpointing.resume_ckpt_path={place / 'step=6.ckpt'}"]
+    codes, text = of(2, base, tmp_path, *asked)
+    assert codes == [2, 2], text
+    assert "__0_0.distcp is missing" in text
+    assert "Traceback" not in text
+
+
+def test_it_needs_a_disk(base, capfd):
+    words = [*base, "checkpointing.save_dir=memory://bucket/run"]
+    said = ends_with_2(words, capfd)
+    assert "checkpointing.format=sharded writes to a disk alone" in said
+
+
+@pytest.mark.slow
+def test_killed_in_saves_it_ends_the_same(base, tmp_path):
+    """Ten times, one of two ranks at a random moment, mostly while a part is being written. A whole
+    checkpoint is left each time."""
+    draw = random.Random(0)
+    more = ["strategy=fsdp", "model.dropout=0.2", "trainer.max_steps=60"]
+    more += ["callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]
+    trained(2, base, tmp_path, *more)
+    expected = sharded.read(tmp_path / LAST)
+    shutil.rmtree(tmp_path / "run")
+    place = tmp_path / "run/checkpoints"
+    for kill in range(10):
+        victim, wait = draw.randrange(2), draw.uniform(0, 0.02)
+        after = draw.randrange(1, 5)
+
+        def before(rank, victim=victim, wait=wait, after=after):
+            real, calls = dcp.FileSystemWriter.write_data, [0]
+
+            def die():
+                time.sleep(wait)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            def write_data(self, plan, planner):
+                calls[0] += 1
+                if rank == victim and calls[0] == after:
+                    threading.Thread(target=die).start()
+                return real(self, plan, planner)
+
+            dcp.FileSystemWriter.write_data = write_data
+
+        codes, text = of(2, base, tmp_path, *more, before=before)
+        assert codes[victim] == -signal.SIGKILL, text
+        assert codes[1 - victim] == 1, text
+        found = sorted(place.glob("step=*.ckpt"), key=lambda p: int(p.stem[5:]))
+        if kill or after > 1:
+            assert found, text
+        for path in found:  # all that have a name are whole
+            sharded.read(path)
+    trained(2, base, tmp_path, *more)
+    assert differences(sharded.read(tmp_path / LAST), expected) == []
