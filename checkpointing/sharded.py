@@ -185,7 +185,8 @@ class Sharded:
             )
         except CheckpointException as error:
             first = _first(error)
-            raise first if isinstance(first, CheckpointError) else self._damaged(first) from first
+            known = isinstance(first, CheckpointError | OSError | MemoryError)
+            raise first if known else self._damaged(first) from first
         for name, tensor in targets.items():
             self._put(name, tensor)
 

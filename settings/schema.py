@@ -501,9 +501,9 @@ class Checkpointing:
     resume_from_ckpt: bool = doc("continue from resume_ckpt_path if it exists")
     resume_ckpt_path: str = doc("checkpoint to continue from")
     format: str = doc(
-        "file: one file, which the first process brings together and writes. sharded: a folder to"
-        " which every process writes what it holds, while training goes on; scripts/consolidate.py"
-        " makes the file of it",
+        "how a checkpoint is written: file is one file, which the first process brings together;"
+        " sharded is a folder to which every process writes what it holds, while training goes on"
+        " (scripts/consolidate.py makes the file of it)",
         one_of("file", "sharded"),
     )
     keep_last: int = doc("how many of the newest step=N.ckpt are kept; -1: all", "at least -1")

@@ -170,7 +170,8 @@ class StepCheckpoints(L.Callback):
         step = trainer.global_step
         if self.every is None or step == self._saved:
             return self.every is not None
-        if step != self._begun:
+        again = step == self._begun
+        if not again:
             self.io.wait()
             self._notice_failure()
             self.io.failure = None
@@ -187,7 +188,7 @@ class StepCheckpoints(L.Callback):
         saved = trainer.strategy.reduce_boolean_decision(self.io.failure is None)
         if saved:
             self._saved = step
-        return saved
+        return saved or (again and self.save(trainer))  # it failed while training went on
 
     def _keep(self, path: str) -> None:
         """Makes `path` the last checkpoint, then deletes those that are not to be kept."""

@@ -1,9 +1,9 @@
 """checkpointing.format=sharded: the same run, in folders to which every rank writes its part while
 training goes on."""
 
-import errno
 import os
 import random
+import resource
 import shutil
 import signal
 import threading
@@ -148,32 +148,39 @@ def test_training_goes_on_while_it_is_written(base, tmp_path):
     assert sharded.read(tmp_path / LAST)["global_step"] == 10
 
 
-@pytest.mark.parametrize("policy", ["continue", "stop"])
+@pytest.mark.parametrize("policy", ["continue", "stop", "at the end"])
 def test_a_rank_that_cannot_write(policy, base, whole, tmp_path):
-    """Its part of step 4. All ranks learn of it; what is there stays, and the next save counts."""
+    """The disk of rank 1 is full at one step. All ranks learn of it; what is there stays, and the
+    next attempt counts, at the end too."""
+    at = 10 if policy == "at the end" else 4
 
     def full(rank):
-        real = dcp.FileSystemWriter.write_data
+        real, calls = dcp.FileSystemWriter.write_data, [0]
 
         def write_data(self, plan, planner):
-            if rank == 1 and "step=4.ckpt" in str(self.path):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return real(self, plan, planner)
+            calls[0] += f"step={at}.ckpt" in str(self.path)
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if rank == 1 and f"step={at}.ckpt" in str(self.path) and calls[0] == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+            try:
+                return real(self, plan, planner)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
         dcp.FileSystemWriter.write_data = write_data
 
     more = ["strategy=fsdp", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]
-    more += [f"checkpointing.on_save_error={policy}"]
+    more += [f"checkpointing.on_save_error={'stop' if policy == 'stop' else 'continue'}"]
     codes, text = of(2, base, tmp_path, *more, before=full)
     place = tmp_path / "run/checkpoints"
-    assert text.count("step=4.ckpt could not be written (No space left on device)") >= 1
+    assert text.count(f"step={at}.ckpt could not be written (File too large)") >= 1, text
     assert not list(place.glob(".*"))
-    if policy == "continue":
-        assert codes == [0, 0], text
-        equal_states(sharded.read(tmp_path / LAST), sharded.read(whole / LAST))
-    else:
+    if policy == "stop":
         assert codes == [1, 1], text
         assert sharded.read(tmp_path / LAST)["global_step"] in (2, 6)  # 6 was begun before
+    else:
+        assert codes == [0, 0], text
+        equal_states(sharded.read(tmp_path / LAST), sharded.read(whole / LAST))
 
 
 def test_what_is_not_whole_is_not_taken(base, begun, tmp_path, capfd):

@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from checkpointing import replacing, sharded, torch_file
@@ -26,12 +28,10 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
         if storage_options is not None:
             raise TypeError("SafeCheckpointIO has no storage_options; use an fsspec URL")
-        place = os.fspath(path)
-        if "://" in place:
-            torch_file.save(checkpoint, place)
-            return
-        with replacing.making_way(Path(place)):
-            torch_file.save(checkpoint, place)
+        fs, target = url_to_fs(os.fspath(path))
+        local = isinstance(fs, LocalFileSystem)
+        with replacing.making_way(Path(target)) if local else nullcontext():
+            torch_file.save(checkpoint, os.fspath(path))
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
         """Everything in plain containers, on the CPU, whatever Lightning asks of other readers."""
@@ -49,7 +49,9 @@ class SafeCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path) -> None:
         fs, target = url_to_fs(os.fspath(path))
-        if fs.exists(target):
+        if isinstance(fs, LocalFileSystem):
+            replacing.remove(Path(target))
+        elif fs.exists(target):
             fs.rm(target, recursive=True)
 
 
