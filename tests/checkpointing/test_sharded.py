@@ -74,6 +74,10 @@ def test_what_training_changes_meanwhile_is_not_written(tmp_path):
     made["ema"]["num_updates"] = 4
     sharded.write(parts, str(tmp_path / "step=3.ckpt"), group=None, token="t")
     assert differences(sharded.read(tmp_path / "step=3.ckpt"), expected) == []
+    again = sharded.take_apart(made, before=parts)
+    assert again.tensors["state_dict/a"] is parts.tensors["state_dict/a"]
+    sharded.write(again, str(tmp_path / "step=4.ckpt"), group=None, token="t")
+    assert differences(sharded.read(tmp_path / "step=4.ckpt"), made) == []
 
 
 def test_ranks_share_what_all_of_them_hold():

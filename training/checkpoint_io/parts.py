@@ -35,6 +35,7 @@ class PartsIO(CarefulIO):
         super().__init__()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._begun: list[Future] = []
+        self._parts: sharded.Parts | None = None  # what was saved last
         self._group, self._token = None, secrets.token_hex(4)
         self._has_waited = False
 
@@ -51,8 +52,8 @@ class PartsIO(CarefulIO):
         if distributed.is_initialized():
             rank, ranks = distributed.get_rank(), distributed.get_world_size()
             self._meet()
-        parts = sharded.take_apart(checkpoint, rank, ranks)
-        self._begun.append(self._thread.submit(self._write, parts, os.fspath(path), rank))
+        self._parts = sharded.take_apart(checkpoint, rank, ranks, before=self._parts)
+        self._begun.append(self._thread.submit(self._write, self._parts, os.fspath(path), rank))
 
     def _meet(self) -> None:
         if self._group is None:
