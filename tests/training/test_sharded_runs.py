@@ -227,7 +227,7 @@ def test_killed_in_saves_it_ends_the_same(base, tmp_path):
     trained(2, base, tmp_path, *more)
     expected = sharded.read(tmp_path / LAST)
     shutil.rmtree(tmp_path / "run")
-    place = tmp_path / "run/checkpoints"
+    place, within = tmp_path / "run/checkpoints", 0
     for kill in range(10):
         victim, wait = draw.randrange(2), draw.uniform(0, 0.02)
         after = draw.randrange(1, 5)
@@ -250,10 +250,12 @@ def test_killed_in_saves_it_ends_the_same(base, tmp_path):
         codes, text = of(2, base, tmp_path, *more, before=before)
         assert codes[victim] == -signal.SIGKILL, text
         assert codes[1 - victim] == 1, text
-        found = sorted(place.glob("step=*.ckpt"), key=lambda p: int(p.stem[5:]))
-        if kill or after > 1:
-            assert found, text
+        within += any(place.glob(".*.partial"))
+        found = [*place.glob("step=*.ckpt")]
+        assert found or (not kill and after == 1), text
         for path in found:  # all that have a name are whole
             sharded.read(path)
+    print(within, "of 10 kills came before the save was done")
+    assert within >= 3
     trained(2, base, tmp_path, *more)
     assert differences(sharded.read(tmp_path / LAST), expected) == []
