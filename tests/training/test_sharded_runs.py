@@ -10,11 +10,26 @@ import threading
 import time
 
 import pytest
-from runs import ALGORITHMS, LAST, differences, ends_with_2, finish, ranks, read, run, tell, tiny
+from hub_folders import with_tokenizer
+from runs import (
+    ALGORITHMS,
+    COUNTS,
+    LAST,
+    at_call,
+    differences,
+    ends_with_2,
+    finish,
+    ranks,
+    read,
+    run,
+    tell,
+    tiny,
+)
 from test_ranks import equal_states, patched
 from torch.distributed import checkpoint as dcp
 
 from checkpointing import sharded
+from diffusion import Diffusion
 from scripts import consolidate
 from training.log_reading import read_log
 from training.signals import GO_ON
@@ -126,6 +141,40 @@ def test_it_is_evaluated_as_it_is(base, whole, tmp_path):
     code, text = run(words, tmp_path / "log")
     assert code == 0, text
     assert "perplexity" in text
+
+
+KINDS = {
+    "a law of counts": [*COUNTS, "algo.clip_search_widths=[]"],
+    "muon": ["optim=muon"],
+    "adapters": ["algo.backbone=llama", "lora.rank=2", "block_size=4"],
+    "ar without average": ["algo=ar", "training.ema=0", "algo.clip_search_widths=[]"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_stops_and_goes_on_to_the_same_bits(kind, base, tmp_path):
+    """With all that a run may keep; the checkpoints of a file and in parts are the same."""
+    words = [*base, *KINDS[kind], "model.dropout=0.2"]
+    if kind == "adapters":
+        model = with_tokenizer(tmp_path / "model")
+        words = [word for word in words if "tokenizer" not in word and "dropout" not in word]
+        words += [f"training.from_pretrained={model}", f"data.tokenizer_name_or_path={model}"]
+
+    def of_one(*more, code=0, **how):
+        place = f"checkpointing.save_dir={tmp_path / 'run'}"
+        ended, text = run([*words, place, *more], tmp_path / "log", **how)
+        assert ended == code, text
+
+    of_one("checkpointing.format=file")
+    (tmp_path / "run").rename(tmp_path / "file")
+    stop = at_call(Diffusion, "training_step", 12, tell(signal.SIGTERM))
+    of_one(code=GO_ON, before=stop)
+    assert sharded.read(tmp_path / LAST)["global_step"] == 6
+    of_one()
+    found = differences(
+        sharded.read(tmp_path / LAST), read(tmp_path / "file/checkpoints/last.ckpt")
+    )
+    assert found == [f"{FORMAT}: sharded, file"]
 
 
 def test_training_goes_on_while_it_is_written(base, tmp_path):
