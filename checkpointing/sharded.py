@@ -112,7 +112,7 @@ class _Writer(dcp.FileSystemWriter):
     """Once all ranks have written, the first one gives the folder its name."""
 
     def __init__(self, partial: Path, path: Path, parts: Parts):
-        super().__init__(partial)
+        super().__init__(partial, per_thread_copy_ahead=0)  # all is on the host: leave GPUs alone
         self.target, self.parts = path, parts
 
     def storage_meta(self) -> None:
