@@ -88,19 +88,43 @@ class Sharded(_Saving, ModelParallelStrategy):
 
 def share_out(module: L.LightningModule) -> None:
     """With strategy=fsdp: share the network out, and its average in the same way. The blocks are
-    put together one at a time, the rest for a whole pass."""
+    put together one at a time, the rest for a whole pass.
+
+    With bf16-mixed the linear layers of the blocks are sent in bfloat16, as autocast would round
+    them. What it computes in float32 (norms, embedding) and the head, whose gradient is summed in
+    float32, belong to the rest, which is sent as it is. Gradients are summed in float32.
+    """
     strategy, backbone = module.trainer.strategy, module.backbone
     if not isinstance(strategy, Sharded) or is_sharded(backbone):
         return
+    half = module.trainer.precision == "bf16-mixed"
+    policy = fsdp.MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None,
+        reduce_dtype=torch.float32 if half else None,
+        cast_forward_inputs=False,  # autocast does, where it is needed
+    )
     mesh = strategy.device_mesh["data_parallel"]
+    # The rest comes first, though it is around the blocks: it has parameters of theirs
+    of_blocks = _block_parameters(backbone, half)
+    fsdp.fully_shard(backbone, mesh=mesh, reshard_after_forward=False, ignored_params=of_blocks)
     for block in backbone.blocks:
-        fsdp.fully_shard(block, mesh=mesh)
-    fsdp.fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
+        others = set(block.parameters()) - of_blocks
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)
     for name in ("hidden", "features", "logits"):  # the objectives do not call `forward`
         fsdp.register_fsdp_forward_method(backbone, name)
     if module.ema is not None:
         like, averages = dict(module.backbone.named_parameters()), module.ema.shadow
         module.ema.shadow = {name: part_of(averages[name], like[name]).clone() for name in averages}
+
+
+def _block_parameters(backbone: nn.Module, linear: bool) -> set[nn.Parameter]:
+    """Those of the blocks, or of their linear layers alone."""
+    return {
+        p
+        for layer in backbone.blocks.modules()
+        if isinstance(layer, nn.Linear) or not linear
+        for p in layer.parameters(recurse=False)
+    }
 
 
 def is_sharded(backbone: nn.Module) -> bool:

@@ -1,0 +1,135 @@
+"""strategy=fsdp on processes of a CPU (gloo): number formats, groups, compiled blocks, steps left
+out. That two processes train as one, test_ranks.py shows."""
+
+import pytest
+import torch
+from runs import ALGORITHMS, differences, finish, ranks, read, run, tiny
+from test_ranks import BY_ONE, LAST, equal_runs
+
+import diffusion
+from diffusion import Diffusion
+from models.block import Block
+from training import distributed
+from training.log_reading import read_log
+
+FSDP, HYBRID = ["strategy=fsdp"], ["strategy=fsdp", "strategy.replicate=2"]
+STRATEGIES = {"ddp": [], "fsdp": FSDP, "hybrid": HYBRID}
+# validates nothing and computes without the rounding of gradients near 0, which AdamW magnifies
+STEPS = ["trainer.limit_val_batches=0", "algo.clip_search_widths=[]", "optim.eps=1e-4"]
+STEPS += ["callbacks.checkpoint_monitor=null"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Overrides: dropout 0, whose masks depend on the number of processes."""
+    words = tiny(tmp_path_factory.mktemp("data"))
+    return [*words, *ALGORITHMS["bamdlm"], "model.dropout=0", "loader.eval_global_batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    code, text = run([*base, *BY_ONE, f"checkpointing.save_dir={folder / 'run'}"], folder / "log")
+    assert code == 0, text
+    return folder
+
+
+def trained(base, folder, count, *more, before=None, timeout=120):
+    """The folder of a run of so many processes."""
+    folder.mkdir(exist_ok=True)
+    words = [f"trainer.devices={count}", f"loader.batch_size={8 // count}"]
+    words += [f"loader.eval_batch_size={8 // count}", "trainer.val_check_interval=4"]
+    words += [*more, f"checkpointing.save_dir={folder / 'run'}"]
+    started = ranks(count, [*base, *words], folder / "log.txt", before=before)
+    assert finish(started, timeout) == [0] * count, started[0].text()
+    return folder
+
+
+def losses(folder):
+    return read_log(folder / "run/metrics.csv")["trainer/loss"]
+
+
+def formats(rank):
+    """In a pass: linear layers of blocks in bfloat16, what autocast keeps in float32 as it is."""
+    real, end = Block.forward, Diffusion.on_train_end
+
+    def forward(self, *arguments):
+        found = {type(p) for p in self.parameters()}
+        assert found == {torch.nn.Parameter}, found  # they are put together
+        layers = self.attn_qkv, self.attn_out, self.mlp[0], self.mlp[2], self.adaLN_modulation
+        assert {p.dtype for layer in layers for p in layer.parameters()} == {torch.bfloat16}
+        assert self.norm1.weight.dtype == self.norm2.weight.dtype == torch.float32
+        Diffusion.on_train_end = at_end
+        return real(self, *arguments)
+
+    def at_end(self):
+        end(self)
+        print("all formats were seen", flush=True)
+        assert {p.dtype for p in self.parameters()} == {torch.float32}
+
+    Block.forward = forward
+
+
+def test_bf16_is_sent_and_losses_are_those_of_ddp_with_autocast(base, tmp_path):
+    """The same products of the same rounded weights: nothing is lost beside what autocast loses.
+    Between one process and several, sums of bfloat16 gradients differ: there losses agree to 2e-3,
+    as they do under ddp."""
+    words = [*base, "trainer.precision=bf16", "optim.eps=1e-4"]
+    theirs = trained(words, tmp_path / "ddp", 2)
+    ours = trained(words, tmp_path / "fsdp", 2, *FSDP, before=formats)
+    assert "all formats were seen" in (ours / "log-0.txt").read_text()
+    equal_runs(ours, theirs)
+    save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
+    code, text = run([*words, *BY_ONE, save_dir], tmp_path / "log")
+    assert code == 0, text
+    assert losses(ours) == pytest.approx(losses(tmp_path), rel=2e-3)
+
+
+@pytest.mark.parametrize("again", ["full", "selective"])
+def test_layers_that_are_made_again_give_the_same_bits(again, base, tmp_path):
+    """Of three layers selective makes one again, and full two."""
+    words = [*base, *STEPS, *FSDP, "trainer.precision=bf16", "model.n_blocks=3"]
+    words += ["model.dropout=0.2", "trainer.max_steps=4"]
+    folders = [
+        trained(words, tmp_path / name, 2, f"model.activation_checkpointing={name}")
+        for name in ("none", again)
+    ]
+    kept, ours = (read(folder / LAST) for folder in folders)
+    assert differences(ours["state_dict"], kept["state_dict"]) == []
+
+
+def parts_alone(rank):
+    """An average is never put together while it is trained, nor anything of the size of a layer."""
+    real, wholes = distributed.DTensor.full_tensor, []
+
+    def full_tensor(self, **kwargs):
+        wholes.append(self.numel())
+        return real(self, **kwargs)
+
+    end = Diffusion.on_train_end
+    update = diffusion.averaging.update
+
+    def updated(module):
+        mine = diffusion.averaging.averaged_weights(module)
+        shadow = module.ema.shadow
+        assert all(shadow[name].shape == part.shape for name, part in mine)
+        named = list(module.backbone.named_parameters())
+        assert sum(map(torch.numel, shadow.values())) < 0.6 * sum(p.numel() for _, p in named)
+        update(module)
+        assert max(wholes, default=0) <= len(named)  # the norms of all gradients, in one
+        wholes.clear()
+
+    def at_end(self):
+        end(self)
+        print("the average was in parts", flush=True)
+
+    distributed.DTensor.full_tensor = full_tensor
+    diffusion.averaging.update = updated
+    Diffusion.on_train_end = at_end
+
+
+def test_the_average_stays_shared_out(base, tmp_path):
+    words = ["callbacks.checkpoint_every_n_steps.every_n_train_steps=100", "trainer.max_steps=4"]
+    folder = trained(base, tmp_path, 2, *FSDP, *STEPS, *words, before=parts_alone)
+    assert "the average was in parts" in (folder / "log-0.txt").read_text()
