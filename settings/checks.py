@@ -215,12 +215,30 @@ def machine(config: Config) -> Iterator[str]:
     precision = f"trainer.precision={trainer.precision}"
     if trainer.precision.startswith("16") and not gpu:
         yield f"{precision} needs a GPU; a CPU can do bf16 and 32"
-    if config.strategy.name == "fsdp" and trainer.precision == "16-mixed":
-        yield f"{precision} does not go with strategy=fsdp; use bf16, 32, or strategy=ddp"
-    if config.strategy.name == "fsdp" and trainer.devices * trainer.num_nodes == 1:
-        yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"
+    if config.strategy.name == "fsdp":
+        yield from _sharded(config)
     yield from _attention(config, gpu)
     yield from _compiled(config, gpu)
+
+
+def _sharded(config: Config) -> Iterator[str]:
+    trainer, groups = config.trainer, config.strategy.replicate
+    devices = trainer.devices * trainer.num_nodes
+    if trainer.precision == "16-mixed":
+        precision = f"trainer.precision={trainer.precision}"
+        yield f"{precision} does not go with strategy=fsdp; use bf16, 32, or strategy=ddp"
+    if devices == 1:
+        yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"
+    elif devices % groups:
+        yield (
+            f"strategy.replicate={groups} does not divide the {devices} devices (trainer.devices x"
+            " trainer.num_nodes); use a number of groups that does"
+        )
+    elif groups == devices:
+        yield (
+            f"strategy.replicate={groups} leaves one device to a group, and nothing to share out;"
+            " use fewer groups, or strategy=ddp"
+        )
 
 
 def _attention(config: Config, gpu: bool) -> Iterator[str]:

@@ -71,6 +71,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     yield from _recomputing(config, typed)
     if config.mode not in ("train", "plan", "demo") and "model.param_dtype" in typed:
         yield f"model.param_dtype has no effect: mode={config.mode} trains nothing"
+    yield from _groups(config)
     yield from _adapters(config, typed)
     yield from _network(config, typed)
     if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
@@ -89,6 +90,16 @@ def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
             yield f"{key} has no effect: mode={config.mode} has no backward pass"
     elif model.compile and trainer.accelerator == "gpu" and trainer.num_nodes == 1:
         yield f"{key}={value}: steps are not replayed as CUDA graphs, as they are with none"
+
+
+def _groups(config: Config) -> Iterator[str]:
+    key, strategy = f"strategy.replicate={config.strategy.replicate}", config.strategy.name
+    if config.strategy.replicate == 1:
+        return
+    if config.mode not in ("train", "plan"):
+        yield f"{key} has no effect: mode={config.mode} trains nothing"
+    elif strategy != "fsdp":
+        yield f"{key} has no effect: strategy={strategy} has a copy on every device"
 
 
 def _adapters(config: Config, typed: Collection[str]) -> Iterator[str]:

@@ -462,6 +462,11 @@ class LRScheduler:
 @dataclass
 class Strategy:
     name: str = doc("devices: ddp copies weights to each, fsdp shards them", one_of("ddp", "fsdp"))
+    replicate: int = doc(
+        "groups of devices, each of which shards a copy of the weights (fsdp); 1: one of all",
+        "at least 1",
+        default=1,
+    )
 
 
 @dataclass

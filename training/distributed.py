@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,12 +45,22 @@ class Replicated(_Saving, DDPStrategy):
 
 
 class Sharded(_Saving, ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, reading checkpoints as every other run does."""
+    """Lightning's strategy for FSDP2, reading checkpoints as every other run does. `replicate`:
+    groups of neighbouring devices, each of which shares out a model of its own."""
 
-    def __init__(self, devices: int):
+    def __init__(self, devices: int, replicate: int = 1):
         super().__init__(
             data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
+        self.replicate = replicate
+
+    def mesh(self) -> DeviceMesh:
+        """[devices], or [groups, devices of a group]."""
+        if self.replicate == 1:
+            return self.device_mesh["data_parallel"]
+        shape = self.replicate, self.world_size // self.replicate
+        names = "replicate", "shard"
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def lightning_module_state_dict(self) -> dict:
         if saves_parts(self):
@@ -103,7 +114,7 @@ def share_out(module: L.LightningModule) -> None:
         reduce_dtype=torch.float32 if half else None,
         cast_forward_inputs=False,  # autocast does, where it is needed
     )
-    mesh = strategy.device_mesh["data_parallel"]
+    mesh = strategy.mesh()
     # The rest comes first, though it is around the blocks: it has parameters of theirs
     of_blocks = _block_parameters(backbone, half)
     fsdp.fully_shard(backbone, mesh=mesh, reshard_after_forward=False, ignored_params=of_blocks)

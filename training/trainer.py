@@ -41,7 +41,7 @@ def build_trainer(
     devices, strategy = t.devices * t.num_nodes, "auto"
     if devices > 1:  # fsdp is for training; an evaluation holds the network once per device
         sharded = config.strategy.name == "fsdp" and config.mode == "train"
-        strategy = Sharded(devices) if sharded else Replicated()
+        strategy = Sharded(devices, config.strategy.replicate) if sharded else Replicated()
     callbacks = []
     if step_flops is not None and loggers:
         rates = _rates(config) == "step"

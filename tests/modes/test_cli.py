@@ -361,6 +361,17 @@ WRONG = [
     (TRAIN, ["trainer.accelerator=gpu"], "trainer.accelerator=gpu: torch sees no GPU here"),
     (TRAIN, ["trainer.precision=16"], "trainer.precision=16-mixed needs a GPU"),
     (TRAIN, ["strategy=fsdp"], "strategy=fsdp has nothing to share out"),
+    (
+        TRAIN,
+        ["strategy=fsdp", "trainer.devices=4", "strategy.replicate=3"],
+        "strategy.replicate=3 does not divide the 4 devices",
+    ),
+    (
+        TRAIN,
+        ["strategy=fsdp", "trainer.devices=2", "strategy.replicate=2"],
+        "strategy.replicate=2 leaves one device to a group, and nothing to share out",
+    ),
+    (TRAIN, ["strategy.replicate=0"], "strategy.replicate=0 must be at least 1"),
     (TRAIN, ["model.attn_backend=flex"], "model.attn_backend=flex cannot train on a CPU"),
     (
         PPL,
@@ -613,6 +624,8 @@ HARMLESS = [
     (TRAIN, ["algo=ar", "training.resample=True"], "training.resample has no effect"),
     (TRAIN, ["model.adaln=True"], "model.adaln=True has no effect: algo=bamdlm always modulates"),
     (TRAIN, ["algo.fix_clipping=True"], "algo.fix_clipping=True has no effect"),
+    (TRAIN, ["strategy.replicate=2"], "strategy.replicate=2 has no effect: strategy=ddp has"),
+    (PPL, ["strategy.replicate=2"], "strategy.replicate=2 has no effect: mode=ppl_eval trains"),
     (TRAIN, ["training.eval_nll=False"], "training.eval_nll=False has no effect"),
     (TRAIN, ["lr_scheduler.lr_min=1e-5"], "lr_scheduler.lr_min has no effect"),
     (

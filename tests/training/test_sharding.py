@@ -50,6 +50,30 @@ def losses(folder):
     return read_log(folder / "run/metrics.csv")["trainer/loss"]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_four_processes_train_as_one(strategy, base, alone, tmp_path):
+    equal_runs(
+        trained(base, tmp_path, 4, *STRATEGIES[strategy]), alone, ("trainer/loss", "val/nll")
+    )
+
+
+def test_a_run_moves_between_groups_and_one_process(base, alone, tmp_path):
+    trained(base, tmp_path, 4, *HYBRID, "trainer.max_steps=3")
+    words = [*base, *BY_ONE, "trainer.max_steps=6", f"checkpointing.save_dir={tmp_path / 'run'}"]
+    code, text = run(words, tmp_path / "log")
+    assert code == 0, text
+    trained(base, tmp_path, 4, *HYBRID)
+    equal_runs(tmp_path, alone, ["trainer/loss"])
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_all_strategies(base, alone, tmp_path):
+    ways = [(2, []), (4, HYBRID), (2, FSDP), (4, []), (4, FSDP)]
+    for step, (count, strategy) in enumerate(ways):
+        trained(base, tmp_path, count, *strategy, f"trainer.max_steps={2 * step + 2}")
+    equal_runs(tmp_path, alone, ["trainer/loss"])
+
+
 def formats(rank):
     """In a pass: linear layers of blocks in bfloat16, what autocast keeps in float32 as it is."""
     real, end = Block.forward, Diffusion.on_train_end
@@ -84,6 +108,13 @@ def test_bf16_is_sent_and_losses_are_those_of_ddp_with_autocast(base, tmp_path):
     code, text = run([*words, *BY_ONE, save_dir], tmp_path / "log")
     assert code == 0, text
     assert losses(ours) == pytest.approx(losses(tmp_path), rel=2e-3)
+
+
+def test_bf16_groups_of_four_train_as_ddp(base, tmp_path):
+    words = [*base, "trainer.precision=bf16", *STEPS]
+    theirs = trained(words, tmp_path / "ddp", 4)
+    ours = trained(words, tmp_path / "hybrid", 4, *HYBRID)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
 
 
 @pytest.mark.parametrize("again", ["full", "selective"])
