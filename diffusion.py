@@ -284,7 +284,10 @@ class Diffusion(L.LightningModule):
         one_host = self.trainer.num_nodes == 1
         # layers that are made again draw their dropout again from a state that a graph cannot read
         once = not self.backbone.recompute
-        if self.backbone.compiled and self.device.type == "cuda" and one_host and once:
+        # shared out weights come and go during a pass, and a graph reads them where they were
+        stays = not distributed.is_sharded(self.backbone)
+        compiled = self.backbone.compiled and self.device.type == "cuda"
+        if compiled and one_host and once and stays:
             self.graphed = GraphedLoss(
                 self.backbone,
                 lambda *asked: self.objective.compute_loss(*asked).parts,

@@ -4,6 +4,7 @@ A network maps tokens to logits in two halves, because most positions never need
 runs the blocks, `logits` the head. A class defines the parts named in `Network` and the parameters.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +47,14 @@ class Network(nn.Module):
         self.compiled = compile
         self.recompute = Recompute(activation_checkpointing)
         self.run_block = torch.compile(_run_block) if compile else _run_block
+
+    def compile_inside_hooks(self) -> None:
+        """Where blocks are compiled: leave out the hooks around them, which the compiler cannot
+        follow (fsdp puts weights together in them). Still one graph serves them all."""
+        if self.compiled:
+            self.run_block, forward = _run_block, torch.compile(_forward)
+            for block in self.blocks:
+                block.forward = functools.partial(forward, block)
 
     @property
     def vocab_size(self) -> int:
@@ -195,6 +204,10 @@ def widened(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 def _run_block(block: nn.Module, *arguments) -> Tensor:
     return block(*arguments)
+
+
+def _forward(block: nn.Module, *arguments) -> Tensor:
+    return type(block).forward(block, *arguments)
 
 
 def _begin(embed: nn.Module, rotary: nn.Module, tokens: Tensor, positions: Tensor) -> tuple:

@@ -281,8 +281,6 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
 def _compiled(config: Config, gpu: bool) -> Iterator[str]:
     if not config.model.compile:
         return
-    if config.strategy.name == "fsdp":
-        yield "model.compile=True does not go with strategy=fsdp, which hooks into every block"
     if gpu and not has_package("triton"):
         yield (
             "model.compile=True: the package triton is not installed: pip install triton; or use"

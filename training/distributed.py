@@ -121,6 +121,7 @@ def share_out(module: L.LightningModule) -> None:
     for block in backbone.blocks:
         others = set(block.parameters()) - of_blocks
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)
+    backbone.compile_inside_hooks()
     for name in ("hidden", "features", "logits"):  # the objectives do not call `forward`
         fsdp.register_fsdp_forward_method(backbone, name)
     if module.ema is not None:

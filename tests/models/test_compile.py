@@ -5,7 +5,6 @@ does and leaves out the minutes of the C++ compiler.
 """
 
 import functools
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -221,18 +220,11 @@ def test_compile_is_off_by_default():
     assert not settings.load(["data=shakespeare"]).model.compile
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["strategy=fsdp"], "model.compile=True does not go with strategy=fsdp"),
-        ([], "model.compile=True needs a C.. compiler"),
-    ],
-)
-def test_compile_is_refused_where_it_cannot_work(overrides, message, monkeypatch):
+def test_compile_is_refused_where_it_cannot_work(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    made = settings.load(["data=shakespeare", "model.compile=true", *overrides])
+    made = settings.load(["data=shakespeare", "model.compile=true"])
     problems, _ = settings.check(made)
-    assert any(re.search(message, problem) for problem in problems), problems
+    assert any("model.compile=True needs a C++ compiler" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(

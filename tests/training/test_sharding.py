@@ -4,7 +4,7 @@ out. That two processes train as one, test_ranks.py shows."""
 import pytest
 import torch
 from runs import ALGORITHMS, differences, finish, ranks, read, run, tiny
-from test_ranks import BY_ONE, LAST, equal_runs
+from test_ranks import BY_ONE, LAST, TOLERANCE, equal_runs, equal_states
 
 import diffusion
 from diffusion import Diffusion
@@ -164,3 +164,41 @@ def test_the_average_stays_shared_out(base, tmp_path):
     words = ["callbacks.checkpoint_every_n_steps.every_n_train_steps=100", "trainer.max_steps=4"]
     folder = trained(base, tmp_path, 2, *FSDP, *STEPS, *words, before=parts_alone)
     assert "the average was in parts" in (folder / "log-0.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["model.activation_checkpointing=selective"]])
+def test_compiled_blocks_train_as_those_that_are_not(more, base, tmp_path):
+    words = [*base, *STEPS, *FSDP, "model.n_blocks=3", *more]
+    plain = trained(words, tmp_path / "plain", 2)
+    compiled = trained(words, tmp_path / "compiled", 2, "model.compile=true", timeout=600)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=TOLERANCE)
+    equal_states(read(compiled / LAST), read(plain / LAST))
+
+
+def traced(rank):
+    """The compiler reads the blocks and leaves them to torch: seconds, where it takes minutes."""
+    real, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs))
+        return graph.forward
+
+    torch.compile = lambda function: real(function, backend=backend, fullgraph=True)
+    end = Diffusion.on_train_end
+
+    def at_end(self):
+        end(self)
+        print(f"graphs: {len(graphs)}", flush=True)
+
+    Diffusion.on_train_end = at_end
+
+
+def test_one_graph_serves_all_blocks_but_the_last(base, tmp_path):
+    """With no break in it: what fsdp does around a block is outside. The loss has another one."""
+    words = [*base, *STEPS, *FSDP, "trainer.precision=bf16", "model.n_blocks=4"]
+    words += ["trainer.max_steps=3"]
+    plain = trained(words, tmp_path / "plain", 2)
+    ours = trained(words, tmp_path / "traced", 2, "model.compile=true", before=traced)
+    assert "graphs: 3\n" in (ours / "log-0.txt").read_text()
+    assert losses(ours) == pytest.approx(losses(plain), rel=TOLERANCE)
