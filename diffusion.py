@@ -275,9 +275,8 @@ class Diffusion(L.LightningModule):
             self.ema.to(self.device)
         if self.backbone.masters is not None and self.trainer.world_size > 1:
             self.trainer.model.register_comm_hook(self.backbone.masters, exchange)
-        on_host = self.device.type == "cpu" or distributed.is_sharded(self.backbone)
         reads_found = self.fused() and self.optimizer_settings.momentum is None  # Muon does not
-        self.health.late = reads_found and not on_host
+        self.health.late = reads_found and self.device.type != "cpu"
         self.graphed = None
         # the gradients of a graph come all at once at its end. Between hosts their exchange takes
         # long, and goes on during a backward pass that is not a graph

@@ -4,6 +4,7 @@ out. That two processes train as one, test_ranks.py shows."""
 import pytest
 import torch
 from runs import ALGORITHMS, differences, finish, ranks, read, run, tiny
+from test_health import judged_late, overflow, poisoned
 from test_ranks import BY_ONE, LAST, TOLERANCE, equal_runs, equal_states
 
 import diffusion
@@ -164,6 +165,41 @@ def test_the_average_stays_shared_out(base, tmp_path):
     words = ["callbacks.checkpoint_every_n_steps.every_n_train_steps=100", "trainer.max_steps=4"]
     folder = trained(base, tmp_path, 2, *FSDP, *STEPS, *words, before=parts_alone)
     assert "the average was in parts" in (folder / "log-0.txt").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("hybrid", marks=pytest.mark.slow)])
+def test_steps_that_are_not_finite_are_left_out_one_step_late(strategy, base, tmp_path):
+    """As on GPUs, where the host waits for no step. In step 2 a gradient of all is infinite, in
+    step 4 a loss of one. Then the run goes on from its checkpoint."""
+    count = 4 if strategy == "hybrid" else 2
+    made = []
+    for late in (False, True):
+
+        def patch(rank, late=late):
+            if late:
+                judged_late()
+            overflow()
+            poisoned({4} if rank == 1 else set())
+
+        words = [*STRATEGIES[strategy], *STEPS]
+        folder = tmp_path / f"late={late}"
+        trained(base, folder, count, *words, "trainer.max_steps=6", before=patch)
+        text = (folder / "log-0.txt").read_text()
+        for step, what in ((2, "gradient"), (4, "loss")):
+            assert f"step {step} left out: it has a {what} that is not finite" in text
+        last = read(folder / LAST)
+        assert last["ema"]["num_updates"] == 4
+        assert float(last["optimizer_states"][0]["state"][0]["step"]) == 4
+        trained(base, folder, count, *words, before=patch_late if late else None)
+        made.append(read(folder / LAST))
+    at_once, late = made
+    assert late["ema"]["num_updates"] == 8
+    assert torch.isfinite(late["state_dict"]["backbone.blocks.0.attn_qkv.weight"]).all()
+    equal_states(late, at_once)
+
+
+def patch_late(rank):
+    judged_late()
 
 
 @pytest.mark.slow
