@@ -159,10 +159,26 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     ).to_local()
 
 
-def whole_of(mine: Tensor, like: Tensor) -> Tensor:
-    """The whole of which `mine` is this rank's part; every rank must ask."""
+def whole_of(mine: Tensor, like: Tensor) -> Tensor | None:
+    """The whole of which `mine` is this rank's part, on the host; every rank must ask. Rank 0 alone
+    gets it, which writes the checkpoint: a host would otherwise hold it once for each device."""
     joined = as_part(mine, like)
-    return joined.full_tensor().cpu() if isinstance(joined, DTensor) else mine
+    if not isinstance(joined, DTensor):
+        return mine
+    whole = joined.full_tensor()
+    return whole.cpu() if torch.distributed.get_rank() == 0 else None
+
+
+def norms_of(tensors: list[Tensor]) -> Tensor:
+    """The norm of each, float32 [N], of which ranks may hold parts; every rank must ask. In one
+    exchange, and without waiting for the device."""
+    norms = torch.stack(torch._foreach_norm([part(tensor) for tensor in tensors]))
+    if not isinstance(tensors[0], DTensor):
+        return norms
+    mesh = tensors[0].device_mesh
+    squares = norms.double().square()  # in float32 that of 1e20 would be infinite
+    torch.distributed.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+    return squares.sqrt().to(norms.dtype)
 
 
 def set_fused(checkpoint: dict, fused: bool | None) -> None:

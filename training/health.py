@@ -14,10 +14,9 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from samplers.sending import Here, send
-from training.distributed import part
+from training.distributed import norms_of, part
 from training.run_lock import process_start
 from training.signals import Stopped
 from utils import Failure, atomic_file, reason
@@ -72,8 +71,8 @@ class StepHealth:
         Its gradients are dropped, or where the decision is `late` the optimizer is told by `found`
         not to use them. Returns what `settle` does.
         """
-        each = torch.stack(torch._foreach_norm([p.grad for _, p in named]))
-        norm, norms = _whole(torch.linalg.vector_norm(each)), _whole(each)
+        norms = norms_of([p.grad for _, p in named])
+        norm = torch.linalg.vector_norm(norms)
         batches, losses, masks = zip(*self._seen, strict=True) if self._seen else ((), (), ())
         self._seen = []
         self.masked = None
@@ -197,11 +196,6 @@ class _Step:
     names: list[str]
     arrived: "torch.Event | Here"
     numbers: Tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this rank holds a part (fsdp), else itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class RankFailure(L.Callback):

@@ -23,8 +23,8 @@ from utils import say
 
 
 def save_state(module: L.LightningModule, checkpoint: dict) -> None:
-    """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask. In one in
-    parts, the average stays cut."""
+    """Completes the checkpoint of a Diffusion, in place; with fsdp every rank must ask, and that of
+    rank 0 is whole. In one in parts, the average stays cut."""
     trainer = module.trainer
     averaging.settle(module)
     checkpoint["hparams_name"] = "kwargs"
