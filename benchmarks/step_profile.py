@@ -20,6 +20,7 @@ from objectives.block_diffusion import MaskedDiffusion
 from training.csv_log import CSVLog
 from training.logged import StepLog
 from training.lr_schedules import lr_factor
+from training.optimizers import OptimizerSettings
 
 WARM_UP = 3  # steps that are not counted: optimizer states are made, pages touched
 WORK = ("loss", "backward", "clip", "optimizer")
@@ -115,7 +116,7 @@ def profile(
         backbone=net,
         objective=MaskedDiffusion(vocab - 1, block_size, get_schedule("loglinear")),
         noise=noise,
-        optimizer={"lr": 3e-4, "weight_decay": 0.0},
+        optimizer=OptimizerSettings({"lr": 3e-4, "weight_decay": 0.0}),
         lr_factor=lr_factor("constant", lr=3e-4, max_steps=0, warmup_steps=0),
         ema_decay=0.9999,
     )
