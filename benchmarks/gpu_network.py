@@ -10,6 +10,7 @@ import torch
 from models.dit import DiT
 
 SMALL = {"hidden_size": 768, "cond_dim": 128, "n_blocks": 12, "n_heads": 12}
+XL = {"hidden_size": 2048, "cond_dim": 128, "n_blocks": 20, "n_heads": 16}
 TINY = {"hidden_size": 32, "cond_dim": 8, "n_blocks": 2, "n_heads": 2}
 
 

@@ -1,14 +1,16 @@
-"""Several GPUs of one host: how training scales with ddp, to 2, 4, 8 as far as there are.
+"""Several GPUs of one host: how training scales with ddp and fsdp, to 2, 4, 8 as far as there are.
 
     python benchmarks/gpu_several.py            a table, a line of JSON; run by gpu.sh
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
 
 Ahead of each training its processes train alone, beside each other; that is what it is compared
-with. tests/training/test_gpus.py tests that devices train what one would, and that a run resumes.
+with. Those of model=xl, of a billion parameters, train together at once, with a quarter of the
+batch. tests/training/test_gpus.py tests that devices train what one would, and that a run resumes.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -23,19 +25,23 @@ import lightning as L
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_network import await_file, await_turn, network, release, synchronise
+from benchmarks.gpu_network import XL, await_file, await_turn, network, release, synchronise
 from benchmarks.gpu_table import missed, speeds
+from benchmarks.gpu_train import is_full
 from benchmarks.support.conclusion import conclude
 from diffusion import Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from training.distributed import Poll, Replicated
+from training.distributed import Poll, Replicated, Sharded
+from training.flops import NetworkShape, flops, matmul_peak
 from training.lr_schedules import lr_factor
+from training.optimizers import OptimizerSettings
 from training.signals import end_on_interrupt
 from training.trainer import leave_signals
 from utils import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+S = 16  # tokens of a block
 WARM_UP = 12  # steps; in the first ten torch's ddp measures itself, and waits for the device
 
 
@@ -46,9 +52,11 @@ def main(argv=None) -> int:
     most = 2 if args.tiny else torch.accelerator.device_count()
     found = {}
     figures = {"several": found}
-    for n in (n for n in (2, 4, 8) if n <= most):
-        found[f"ddp on {n}"] = entry = scaled(n, args)
-        print(f"ddp on {n}: {speeds(entry)}", flush=True)
+    counts = [n for n in (2, 4, 8) if n <= most]
+    for xl, n, strategy in itertools.product((False, True), counts, ("ddp", "fsdp")):
+        name = f"{'xl ' * xl}{strategy} on {n}"
+        found[name] = entry = scaled(n, [f"--strategy={strategy}", *["--xl"] * xl], args)
+        print(f"{name}: {speeds(entry)}", flush=True)
         if args.out is not None:
             write_json(args.out, figures)
     return conclude(figures, [] if args.tiny else missed(figures), check=args.check, out=args.out)
@@ -71,6 +79,8 @@ def parse(argv):
         "devices each compiles when it comes to them",
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--strategy", default="ddp", help=argparse.SUPPRESS)
+    parser.add_argument("--xl", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if min(args.steps, args.batch) < 1:
         parser.error(f"--steps={args.steps} --batch={args.batch}: at least 1 each")
@@ -93,18 +103,24 @@ def torchrun(devices: int, words: list[str]) -> str:
     return ended.stdout
 
 
-def scaled(devices: int, args) -> dict:
+def scaled(devices: int, which: list[str], args) -> dict:
     """Speeds in tokens/s, the batch of each device kept: of each alone, of all together, and what
-    share that is of the sum."""
-    words = ["benchmarks/gpu_several.py", "--worker", f"--steps={args.steps}"]
+    share that is of the sum; MFU and GiB of a device together. left_out: too little memory."""
+    words = ["benchmarks/gpu_several.py", "--worker", *which, f"--steps={args.steps}"]
     words += [f"--batch={args.batch}", *(["--tiny"] if args.tiny else [])]
     words += [] if args.turn is None else [f"--turn={args.turn}"]
-    said = torchrun(devices, words)
-    alone, (together,) = (
-        [float(speed) for speed in re.findall(rf"{name} tokens/s: (\S+)\n", said)]
-        for name in ("alone", "together")
+    try:
+        said = torchrun(devices, words)
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        return {"left_out": "out of memory"}
+    alone, (together,), (mfu,), (gib,) = (
+        [float(speed) for speed in re.findall(rf"{name}: (\S+)\n", said)]
+        for name in ("alone tokens/s", "together tokens/s", "mfu", "gib")
     )
-    return {"alone": alone, "tokens_per_second": together, "efficiency": together / sum(alone)}
+    found = {"tokens_per_second": together, "mfu": mfu, "memory_gib": gib}
+    return found | ({"alone": alone, "efficiency": together / sum(alone)} if alone else {})
 
 
 class Clock(L.Callback):
@@ -132,47 +148,64 @@ def worker(args) -> int:
     devices, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     here = gpu.parse(["train", *(["--tiny"] if args.tiny else [])])
     here.device, device = torch.device("cpu"), here.device  # Lightning moves the network
+    if args.xl:
+        here.sizes, args.batch = here.sizes if args.tiny else XL, max(args.batch // 4, 1)
     backend = "sdpa" if args.tiny else "flex"
     made = partial(network, here, backend=backend, compiled=not args.tiny, dropout=0.1)
-    fit(made(n_blocks=2), here, args, device, steps=2)  # compiles
+    if not args.xl:
+        fit(made(n_blocks=2), here, args, device, steps=2)  # compiles
     release(device)
     if args.turn is not None:
-        compiled = [args.turn / f"{each}_of_{devices}" for each in range(devices)]
+        name = f"of_{devices}_{args.strategy}{'_xl' * args.xl}"
+        compiled = [args.turn / f"{each}_{name}" for each in range(devices)]
         compiled[rank].touch()
         for each in compiled:
             await_file(each)
     await_turn(args.turn, device)
     net, steps = made(), WARM_UP + args.steps
-    alone = fit(net, here, args, device, steps=steps)
     tokens = args.batch * here.length * args.steps  # of a device, timed
-    say("alone", tokens / alone.seconds)
+    if not args.xl:
+        say("alone tokens/s", tokens / fit(net, here, args, device, steps=steps).seconds)
+    peak = matmul_peak(device, torch.float32 if args.tiny else torch.bfloat16)
+    release(device)
     together = fit(net, here, args, device, devices, steps=steps)
     if rank == 0:
-        say("together", devices * tokens / together.seconds)
+        step = flops(shape_of(here)).step / here.length  # FLOPs of a token
+        say("together tokens/s", devices * tokens / together.seconds)
+        say("mfu", step * tokens / together.seconds / peak)
+        full = 0 if args.tiny else torch.accelerator.max_memory_allocated() / 2**30
+        say("gib", full)
     return 0
 
 
-def say(name: str, speed: float) -> None:
+def shape_of(here) -> NetworkShape:
+    sizes = {name: here.sizes[name] for name in ("hidden_size", "n_blocks")}
+    return NetworkShape("bamdlm", vocab_size=here.vocab, length=here.length, block_size=S, **sizes)
+
+
+def say(name: str, figure: float) -> None:
     """In one piece: all processes write to the same place."""
-    print(f"{name} tokens/s: {speed}\n", end="", flush=True)
+    print(f"{name}: {figure}\n", end="", flush=True)
 
 
 def fit(net, here, args, device: torch.device, devices: int = 1, *, steps: int) -> Clock:
     """Trains so many steps on so many devices."""
     module = Diffusion(
         backbone=net,
-        objective=MaskedDiffusion(here.vocab - 1, 16, get_schedule("loglinear")),
+        objective=MaskedDiffusion(here.vocab - 1, S, get_schedule("loglinear")),
         noise=NoiseSettings(1, (1e-3, 1.0), 1e-3, True, args.batch * devices, args.batch),
-        optimizer={"lr": 3e-4, "weight_decay": 0.0},
+        optimizer=OptimizerSettings({"lr": 3e-4, "weight_decay": 0.0}),
         lr_factor=lr_factor("constant", lr=3e-4, max_steps=0, warmup_steps=0),
         ema_decay=0.9999,
     )
-    clock = Clock(device)
+    clock, strategy = Clock(device), "auto"
+    if devices > 1:
+        strategy = Sharded(devices) if args.strategy == "fsdp" else Replicated()
     mine = devices if args.tiny or devices > 1 else [int(os.environ["LOCAL_RANK"])]
     trainer = L.Trainer(
         accelerator="cpu" if args.tiny else "gpu",
         devices=mine,
-        strategy=Replicated() if devices > 1 else "auto",
+        strategy=strategy,
         precision="32-true" if args.tiny else "bf16-mixed",
         max_steps=steps,
         gradient_clip_val=1.0,

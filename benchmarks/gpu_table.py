@@ -25,7 +25,7 @@ AIMED = "bamdlm 16 flex compiled"
 TRAINED = 250_000  # tokens/s of it
 SAMPLED = 1_500  # tokens/s, one text after the other
 SECONDS_FOR_512 = 12  # texts of 1 024 tokens
-EFFICIENCY = 0.9  # of ddp
+EFFICIENCY = 0.9  # of ddp and fsdp
 
 
 def main(argv=None) -> int:
@@ -47,7 +47,7 @@ def main(argv=None) -> int:
         print(f"== {found['device']}, torch {found['torch']}")
     if not on_cpu:
         print(f"aims, of an H100: {AIMED} {TRAINED:,} tokens/s; one text {SAMPLED:,} tokens/s;")
-        print(f"512 texts {SECONDS_FOR_512} s; ddp efficiency {EFFICIENCY}")
+        print(f"512 texts {SECONDS_FOR_512} s; ddp and fsdp efficiency {EFFICIENCY}")
     for part, lines in LINES.items():
         if part in found:
             print(f"-- {part}")
@@ -95,7 +95,7 @@ def missed(found: dict) -> list[str]:
     if "many" in sample and (seconds := sample["many"]["seconds"][-1]) > SECONDS_FOR_512:
         out.append(f"512 texts: {seconds:.1f} s, wanted {SECONDS_FOR_512}")
     for name, entry in found.get("several", {}).items():
-        if (share := entry["efficiency"]) < EFFICIENCY:
+        if (share := entry.get("efficiency", 1)) < EFFICIENCY:
             out.append(f"{name}: efficiency {share:.3f}, wanted {EFFICIENCY}")
     return out
 
@@ -180,10 +180,16 @@ def lines_of_several(entry: dict):
 
 def speeds(found: dict) -> str:
     """Of several devices, together and each alone."""
-    return (
-        f"{found['tokens_per_second']:9,.0f} tokens/s  efficiency {found['efficiency']:.3f}"
-        f"  each alone {' '.join(f'{speed:,.0f}' for speed in found['alone'])}"
+    if "left_out" in found:
+        return f"left out: {found['left_out']}"
+    line = (
+        f"{found['tokens_per_second']:9,.0f} tokens/s {found['mfu']:6.1%}"
+        f" {found['memory_gib']:5.1f} GiB"
     )
+    if "alone" in found:
+        alone = " ".join(f"{speed:,.0f}" for speed in found["alone"])
+        line += f"  efficiency {found['efficiency']:.3f}  each alone {alone}"
+    return line
 
 
 LINES = {

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import gpu_table
 
 STEP = {"mfu": 0.4, "peak": 7.5e14, "seconds": 0.1, "memory_gib": 20.0}
-SEVERAL = {"tokens_per_second": 1.0, "alone": [0.5, 0.6]}
+SEVERAL = {"tokens_per_second": 1.0, "mfu": 0.4, "memory_gib": 20.0, "alone": [0.5, 0.6]}
 RIGHT = {
     "check": {"check": {"flex": {"gap": 1e-6, "limit": 1e-3, "right": True}}, "wrong": []},
     "train": {"train": {gpu_table.AIMED: STEP | {"tokens_per_second": gpu_table.TRAINED}}},
@@ -18,7 +18,9 @@ RIGHT = {
             "cost_ratio": 1.0,
         }
     },
-    "several": {"several": {"ddp on 2": SEVERAL | {"efficiency": 0.9}}},
+    "several": {
+        "several": {"ddp on 2": SEVERAL | {"efficiency": 0.9}, "xl ddp on 2": {"left_out": "full"}}
+    },
 }
 TESTS = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_one">{of_one}<properties>

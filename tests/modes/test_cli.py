@@ -62,7 +62,7 @@ WRONG = [
     (
         TRAIN,
         ["model=huge"],
-        "model=huge does not exist. Choices: llama-135m, llama-tiny, medium, small, tiny",
+        "model=huge does not exist. Choices: llama-135m, llama-tiny, medium, small, tiny, xl",
     ),
     (TRAIN, ["algo=[mdlm]"], "algo=['mdlm'] must be one of: ar, bamdlm"),
     (TRAIN, ["~algo"], "algo=null does not exist. Choices: ar, bamdlm"),

@@ -179,7 +179,7 @@ GROUPS = {
     "data": "ag_news files lambada lm1b-gpt2 lm1b-wrap lm1b_wrap openwebtext openwebtext-split"
     " openwebtext-streaming ptb scientific_papers_arxiv scientific_papers_pubmed shakespeare"
     " text8 text8-crop wikitext103 wikitext2",
-    "model": "medium small tiny",
+    "model": "medium small tiny xl",
     "noise": "cosine log loglinear square square_root",
     "optim": "adamw muon",
     "lr_scheduler": "constant constant_warmup cosine_decay_warmup",
