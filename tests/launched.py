@@ -3,8 +3,8 @@ says which, and FAULT_RANK of which rank.
 
     raises, SIGKILL   in the third step
     late              with its texts
-    waits             none: steps are recorded as CUDA graphs, and asking the device for anything is
-                      an error from the sixth to the last but one
+    waits             none: steps are recorded as CUDA graphs (not with fsdp), and asking the device
+                      for anything is an error from the sixth to the last but one
 """
 
 import os
@@ -73,7 +73,8 @@ def record_and_wait_for_nothing() -> None:
         real_validation(self)
 
     def end(self):
-        recorded = str(self.graphed.graph is not None)
+        recorded = self.graphed is not None and self.graphed.graph is not None
+        assert self.health.late
         print(f"its steps were recorded: {recorded}\n", end="", flush=True)  # in one piece
         real_end(self)
 

@@ -12,6 +12,7 @@ from runs import ALGORITHMS, differences, read, tiny
 from test_launchers import dies, launched
 from test_ranks import LAST, TOLERANCE, equal_runs, equal_states
 
+from training.log_reading import read_log
 from training.signals import GO_ON
 
 pytestmark = pytest.mark.gpu
@@ -69,12 +70,14 @@ def test_two_gpus_train_as_one(strategy, base, alone, tmp_path):
     equal_runs(finished(words, tmp_path, launcher="lightning"), alone)
 
 
-def test_steps_that_two_gpus_record_wait_for_no_device_and_train_as_one(base, alone, tmp_path):
-    """Only what reads the loss to show it, and a checkpoint, may wait."""
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_steps_of_two_gpus_wait_for_no_device_and_train_as_one(strategy, base, alone, tmp_path):
+    """Only what reads the loss to show it, and a checkpoint, may wait. ddp records them."""
     quiet = ["trainer.log_every_n_steps=100", "trainer.enable_progress_bar=false"]
     quiet += ["callbacks.checkpoint_every_n_steps.every_n_train_steps=100"]
-    told = "its steps were recorded: True"
-    finished([*base, *EQUAL, *quiet], tmp_path, told=told, fault="waits")
+    told = f"its steps were recorded: {strategy == 'ddp'}"
+    words = [*base, *EQUAL, *quiet, f"strategy={strategy}"]
+    finished(words, tmp_path, told=told, fault="waits")
     equal_states(read(tmp_path / LAST), read(alone / LAST))
 
 
@@ -101,6 +104,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(strategy, dtype, base, tmp_path)
     assert read(tmp_path / LAST)["global_step"] == STOPPED
     finished(words, tmp_path)
     assert differences(read(tmp_path / LAST), whole) == []
+
+
+def test_two_gpus_train_compiled_blocks_in_bf16_as_ddp_does(base, tmp_path):
+    """fsdp sends the weights that autocast would round."""
+    words = [*base, *BITS, "model.dropout=0", "model.compile=true", "optim.eps=1e-4"]
+    found = []
+    for strategy in STRATEGIES:
+        folder = tmp_path / strategy
+        folder.mkdir()
+        finished([*words, f"strategy={strategy}"], folder)
+        found.append(read_log(folder / "run/metrics.csv")["trainer/loss"])
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
 
 
 def test_two_gpus_evaluate_every_row_once(base, alone, tmp_path):
