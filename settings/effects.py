@@ -88,7 +88,12 @@ def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
     if config.mode not in ("train", "plan"):
         if key in typed:
             yield f"{key} has no effect: mode={config.mode} has no backward pass"
-    elif model.compile and trainer.accelerator == "gpu" and trainer.num_nodes == 1:
+    elif (
+        model.compile
+        and trainer.accelerator == "gpu"
+        and trainer.num_nodes == 1
+        and config.strategy.name != "fsdp"  # which is never replayed
+    ):
         yield f"{key}={value}: steps are not replayed as CUDA graphs, as they are with none"
 
 
