@@ -73,12 +73,13 @@ def plan(
     kept = kept_per_width(shape, size) * (KEPT_COMPILED if config.model.compile else 1)
     cost = flops(shape)
     logits = CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR
+    sharded = config.strategy.name == "fsdp"
     sequences = float(trainer.max_steps) * loader.global_batch_size
     return Plan(
         shape=shape,
         devices=devices,
         parameters=parameters,
-        weights=weights / (devices if config.strategy.name == "fsdp" else 1),
+        weights=weights / (devices // config.strategy.replicate if sharded else 1),
         activations=rows * shape.hidden_size * most_kept(shape.n_blocks, again, kept, last),
         head=logits * (6 if size == 2 else 4)  # in half precision a float32 copy
         + 4 * shape.vocab_size * shape.hidden_size * (frozen == 0),

@@ -142,6 +142,8 @@ def test_a_plan_adds_up():
     assert made.hours(1e15) == pytest.approx(made.flops / 1e15 / 0.4 / 8 / 3600)
     assert planned("loader.batch_size=32").activations == 2 * made.activations
     assert planned("strategy=fsdp", "trainer.devices=8").weights == made.weights / 8
+    groups = planned("strategy=fsdp", "trainer.devices=8", "strategy.replicate=2")
+    assert groups.weights == made.weights / 4
     assert planned("training.ema=0").weights == 170e6 * 18
     by_muon = plan(settings.load(PLANNED), SMALL, 170_000_000, by_muon=100_000_000)
     assert by_muon.weights == 170e6 * 22 - 4 * 100e6  # those have one moment
