@@ -97,14 +97,16 @@ def formats(rank):
 
 
 def test_bf16_is_sent_and_losses_are_those_of_ddp_with_autocast(base, tmp_path):
-    """The same products of the same rounded weights: nothing is lost beside what autocast loses.
-    Between one process and several, sums of bfloat16 gradients differ: there losses agree to 2e-3,
-    as they do under ddp."""
+    """The same products of the same rounded weights, bit for bit until the weights change: the norm
+    of the gradient is summed in another order, and a weight near a tie is then rounded elsewhere.
+    Between one process and several, sums of bfloat16 gradients differ too, also under ddp."""
     words = [*base, "trainer.precision=bf16", "optim.eps=1e-4"]
     theirs = trained(words, tmp_path / "ddp", 2)
     ours = trained(words, tmp_path / "fsdp", 2, *FSDP, before=formats)
     assert "all formats were seen" in (ours / "log-0.txt").read_text()
-    equal_runs(ours, theirs)
+    assert losses(ours)[1] == losses(theirs)[1]
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
+    equal_states(read(ours / LAST), read(theirs / LAST))
     save_dir = f"checkpointing.save_dir={tmp_path / 'run'}"
     code, text = run([*words, *BY_ONE, save_dir], tmp_path / "log")
     assert code == 0, text
