@@ -118,6 +118,26 @@ def law_variances(laws: list[CountLaw], nll: Tensor, m: Tensor, n: Tensor) -> Te
     return torch.stack(found)
 
 
+class Batches:
+    """Rows of all devices, put together again to the global batches of one: where a split ends,
+    which rows come together depends on the number of devices, and a batch's variance must not."""
+
+    def __init__(self, rows: int):
+        self.size = rows
+        self.held: Tensor | None = None  # the beginning of the next batch
+
+    def add(self, rows: Tensor) -> list[Tensor]:
+        """The next rows [B, ...] of the split; the batches [size, ...] that are whole now."""
+        held = rows if self.held is None else torch.cat([self.held, rows])
+        whole = len(held) // self.size * self.size
+        self.held = held[whole:] if whole < len(held) else None
+        return list(held[:whole].split(self.size)) if whole else []
+
+    def rest(self) -> list[Tensor]:
+        """The last batch, if it is smaller."""
+        return [] if self.held is None else [self.held]
+
+
 class Search:
     """Collects one variance per candidate and batch; the least mean wins, the first on a tie."""
 

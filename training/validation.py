@@ -54,6 +54,8 @@ class Validation:
         if len(grid) == 1:  # there is nothing to choose
             return
         self.search = clipping.Search(grid)
+        trainer = module.trainer
+        self.batches = clipping.Batches(trainer.datamodule.eval_batch_size * trainer.world_size)
         if counted:
             laws = [within(*counts, size) for counts in grid]
             self.variances = partial(clipping.law_variances, laws)
@@ -67,8 +69,8 @@ class Validation:
         self.meter.update(loss.nll, loss.loss_mask)
         counts = () if self.timed else self._counts(batch)
         if self.search is not None and self.search.wants_more():
-            add = self._by_times if self.timed else self._by_counts
-            self.search.add(add(batch, loss, *counts))
+            rows = (self._by_times if self.timed else self._by_counts)(batch, loss, *counts)
+            self._compare(self.batches.add(self._of_all(rows)))
         if not self.timed:
             sums = loss.block_means(module.objective.block_size) * module.objective.block_size
             self._add_shares(sums, *counts)
@@ -81,8 +83,9 @@ class Validation:
         nats = losses.double() * m / n.clamp(min=1)
         self.shares.index_add_(1, part, torch.stack([nats, m.double()]).flatten(1))
 
-    def _by_times(self, batch: dict, loss: TokenLoss) -> list[Tensor]:
-        """The variance of each candidate, as published: a pass for each, but for that of `loss`."""
+    def _by_times(self, batch: dict, loss: TokenLoss) -> Tensor:
+        """The mean loss of each block at each candidate, [B, N, C], as published: a pass for each,
+        but for that of `loss`."""
         module, found = self.module, []
         real, noise = batch["attention_mask"].to(module.device), nelbo_noise(module, batch)
         for interval in self.search.grid:
@@ -91,18 +94,24 @@ class Validation:
                 drawn = module.compute_loss(
                     module.loss_inputs(batch, interval, noise, training=False)
                 )
-            means = drawn.block_means(module.objective.block_size, real)
-            found.append(clipping.variance(self._of_all(means)))
-        return found
+            found.append(drawn.block_means(module.objective.block_size, real))
+        return torch.stack(found, -1)
 
-    def _by_counts(self, batch: dict, loss: TokenLoss, m: Tensor, n: Tensor) -> list[Tensor]:
-        """The variance of each candidate, all from the numbers of masked tokens of `loss`."""
+    def _by_counts(self, batch: dict, loss: TokenLoss, m: Tensor, n: Tensor) -> Tensor:
+        """The mean loss of each block, and m and n, [B, N, 3]: enough for all candidates."""
         real = batch["attention_mask"].to(self.module.device)
         means = loss.block_means(self.module.objective.block_size, real).double()
-        each = torch.stack([means, m.double(), n.double()], -1)
-        means, m, n = self._of_all(each).flatten(0, 1).unbind(-1)
-        # `loss` weighs what is masked with n / m
-        return list(self.variances(means * m / n.clamp(min=1), m, n))
+        return torch.stack([means, m.double(), n.double()], -1)
+
+    def _compare(self, batches: list[Tensor]) -> None:
+        """The variance of each candidate in these global batches."""
+        for batch in batches:
+            if self.timed:
+                self.search.add([clipping.variance(means) for means in batch.unbind(-1)])
+            else:
+                means, m, n = batch.flatten(0, 1).unbind(-1)
+                # the loss weighs what is masked with n / m
+                self.search.add(list(self.variances(means * m / n.clamp(min=1), m, n)))
 
     def _counts(self, batch: dict) -> tuple[Tensor, Tensor]:
         """How many tokens of each block `loss` masks, and of how many: int64 [B, N] each."""
@@ -134,6 +143,8 @@ class Validation:
             return self._adopt_law()
         if self.search is None:
             return {}
+        if self.search.wants_more():
+            self._compare(self.batches.rest())
         module, search, size = self.module, self.search, self.module.objective.block_size
         counted = module.count_law is not None
         name = clipping.name_of_counts if counted else clipping.name
