@@ -1,8 +1,8 @@
 """One run at a time writes to a run folder: a second one would replace its checkpoints.
 
 The first process of the run keeps running.json in the folder, which says where it runs. What a
-killed run has left is taken over: on the same machine where its process is gone, and by a Slurm job
-that was requeued. Nobody can know whether a process of another machine still runs.
+killed run has left is taken over: on the same machine where its process is gone, and in a Slurm job
+that was requeued, or where torchrun has started the processes again. Nobody can know whether a process of another machine still runs.
 """
 
 import os
@@ -28,6 +28,7 @@ class RunLock:
             "start": process_start(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
         }
         if rank() == 0:  # the others of a job belong to it
             with lock(self.path):
@@ -45,8 +46,12 @@ class RunLock:
 
     def _may_follow(self, holder: dict) -> bool:
         if holder["host"] != self.me["host"]:
-            requeued = holder["job"] is not None and holder["job"] == self.me["job"]
-            return requeued and holder["restarts"] < self.me["restarts"]
+            if holder["job"] is None or holder["job"] != self.me["job"]:
+                return False
+            # torchrun ends all processes before it starts them again, the first perhaps elsewhere
+            again = holder.get("torchrun") is not None
+            again = again and holder["torchrun"] == self.me["torchrun"]
+            return again or holder["restarts"] < self.me["restarts"]
         return holder["pid"] == os.getpid() or process_start(holder["pid"]) != holder["start"]
 
     def __enter__(self) -> None: ...
@@ -75,5 +80,6 @@ def _read(path: Path) -> dict | None:
     except (FileNotFoundError, ValueError):
         return None
     kinds = {"host": str, "pid": int, "start": str, "job": str | None, "restarts": int}
+    kinds["torchrun"] = str | None  # files before had none
     right = isinstance(holder, dict) and all(isinstance(holder.get(k), t) for k, t in kinds.items())
     return holder if right else None

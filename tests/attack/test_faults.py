@@ -277,14 +277,18 @@ def test_rows_that_do_not_fit_are_written_when_there_is_room(room, tmp_path, cap
 # ---- two runs in one folder ---------------------------------------------------------------------
 
 HERE = socket.gethostname()
+ELSEWHERE = {"host": "elsewhere", "pid": 1, "start": "1"}
 HOLDERS = {  # what running.json says, and whether the folder is taken over
     "alive": ({"host": HERE, "pid": 1, "start": process_start(1)}, False),
     "dead": ({"host": HERE, "pid": (1 << 22) + 1, "start": "1"}, True),
     "its number has another process": ({"host": HERE, "pid": 1, "start": "another"}, True),
-    "another host": ({"host": "elsewhere", "pid": 1, "start": "1"}, False),
-    "another job": ({"host": "elsewhere", "pid": 1, "start": "1", "job": "6"}, False),
-    "requeued": ({"host": "elsewhere", "pid": 1, "start": "1", "job": "7"}, True),
-    "the same try": ({"host": "elsewhere", "pid": 1, "start": "1", "job": "7", "restarts": 1}, 0),
+    "another host": (ELSEWHERE, False),
+    "another job": ({**ELSEWHERE, "job": "6"}, False),
+    "requeued": ({**ELSEWHERE, "job": "7"}, True),
+    "the same try": ({**ELSEWHERE, "job": "7", "restarts": 1}, 0),
+    "again by torchrun": ({**ELSEWHERE, "job": "7", "restarts": 1, "torchrun": "8"}, True),
+    "another torchrun": ({**ELSEWHERE, "job": "7", "restarts": 1, "torchrun": "9"}, False),
+    "torchrun of another job": ({**ELSEWHERE, "job": "6", "torchrun": "8"}, False),
     "this process": ({"host": HERE, "pid": os.getpid(), "start": "1"}, True),
 }
 
@@ -293,6 +297,7 @@ HOLDERS = {  # what running.json says, and whether the folder is taken over
 def test_a_folder_is_taken_over_from_the_dead_alone(which, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "8")
     holder, free = HOLDERS[which]
     path = tmp_path / NAME
     text = json.dumps({"job": None, "restarts": 0, **holder})

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,50 @@ def test_two_tasks_on_one_node_or_two_train_as_one_process(cluster, overrides, t
     assert "COMPLETED" in cluster.wait(jobs["nodes"]), cluster.log(jobs["nodes"])
     for name in jobs:
         equal_states(read(tmp_path / name / LAST), read(tmp_path / "one" / LAST))
+
+
+def multi_node(cluster, words, asked, **environment):
+    line = f"{asked} -o '{cluster.folder}/%x_%j.log' scripts/slurm/multi_node.sbatch"
+    return cluster.submit(f"{line} {' '.join(words)}", SCRIPTS.parent, **environment)
+
+
+SMALL = "-N2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1"
+
+
+def test_two_nodes_of_two_processes_train_as_one(cluster, overrides, tmp_path):
+    """multi_node.sbatch with smaller sizes."""
+    words = [*overrides, "loader.batch_size=2", "trainer.val_check_interval=4", "trainer.devices=2"]
+    job = multi_node(cluster, [*words, f"checkpointing.save_dir={tmp_path / 'two/run'}"], SMALL)
+    one = [*overrides, *BY_ONE, f"checkpointing.save_dir={tmp_path / 'one/run'}"]
+    assert "COMPLETED" in cluster.wait(job), cluster.log(job)
+    code, text = run(one, tmp_path / "log")
+    assert code == 0, text
+    equal_states(read(tmp_path / "two" / LAST), read(tmp_path / "one" / LAST))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_where_one_is_killed_and_the_job_is_requeued(
+    cluster, overrides, tmp_path
+):
+    """Four processes on two nodes: one gets SIGKILL, and later the job is told to stop."""
+    words = [*overrides, "loader.batch_size=2", "callbacks.checkpoint_monitor=null"]
+    words += ["trainer.limit_val_batches=0", "algo.clip_search_widths=[]", "trainer.max_steps=150"]
+    words += [f"checkpointing.save_dir={tmp_path / 'run'}"]
+    job = multi_node(cluster, words, SMALL, BAMDLM_RESTARTS="1")
+    went_on = lambda: cluster.log(job).count("going on from step")  # noqa: E731
+    until_saved(cluster, job, 8, tmp_path)
+    holder = json.loads((tmp_path / "run/running.json").read_text())
+    assert holder["torchrun"] == holder["job"] == job
+    os.kill(holder["pid"], signal.SIGKILL)  # the first one
+    until(lambda: went_on() == 1, cluster, job)
+    reached = read(tmp_path / LAST)["global_step"]
+    until_saved(cluster, job, reached + 8, tmp_path)
+    cluster.command(f"scancel --batch --signal=USR1 {job}")  # as ahead of the time limit
+    until(lambda: f"job {job} goes back into the queue" in cluster.log(job), cluster, job)
+    assert read(tmp_path / LAST)["global_step"] < 150
+    assert "COMPLETED" in cluster.wait(job), cluster.log(job)
+    assert went_on() == 2, cluster.log(job)
+    assert read(tmp_path / LAST)["global_step"] == 150
 
 
 def test_an_array_of_evaluations_ends_in_one_table(cluster, overrides, tmp_path):
