@@ -4,18 +4,22 @@
 
 The parts lie in FOLDER.tmp until the rows are whole. The file of a part has its name once it is
 complete. So a killed preparation goes on with the parts that are finished: it reads the text again,
-which is quick, and tokenizes what is missing. The rows do not depend on the number of processes or
-on interruptions: the text alone decides where parts end, and they are packed in its order.
+which is quick, and tokenizes what is missing. Others that ask for the same rows meanwhile, perhaps
+on other machines, tokenize parts as well. The rows do not depend on the number of processes or on
+interruptions: the text alone decides where parts end, and they are packed in its order.
 """
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import Timeout
 
 from data import packing, remote_cache, shards, token_rows
 from data.packing import RowFormat
@@ -28,15 +32,18 @@ from utils import atomic_file, atomic_folder, lock, read_json
 
 log = logging.getLogger("bamdlm")
 
+NOTE = "plan.json"  # beside the parts: how the text is cut
 SECONDS_BETWEEN_REPORTS = 10
+SECONDS_BETWEEN_LOOKS = 0.2  # at whether another process has begun to make parts
 
 
 def prepare(split: Split, cache: CacheDir, processes: int = 1) -> TokenRows:
     """The rows of a split, made where they are missing.
 
-    Several processes may ask at once: one makes the rows, the others wait. processes: how many
-    tokenize (0 or 1: this one does); the rows do not depend on it. With a cache behind a URL the
-    folder is copied from there where it is complete, and copied to it where it is not.
+    Several processes may ask at once: one makes the rows, and the others help and wait. processes:
+    how many tokenize (0 or 1: this one does); the rows do not depend on it. With a cache
+    behind a URL the folder is copied from there where it is complete, and copied to it where it is
+    not.
     """
     try:
         folder = cache.folder / "rows" / split.folder_name
@@ -49,15 +56,43 @@ def prepare(split: Split, cache: CacheDir, processes: int = 1) -> TokenRows:
     remote = cache.remote(folder)
     if is_whole(folder) and (remote is None or remote_cache.is_complete(remote)):
         return TokenRows(folder)
+    with suppress(Timeout), lock(folder, timeout=0):
+        return made_rows(split, cache, folder, processes)
+    help_out(split, cache.folder, folder, processes)
     with lock(folder, waiting=f"another process prepares {folder}; waiting for it"):
-        if folder.is_dir():  # killed, or another process's, after the folder was complete
-            shutil.rmtree(work_folder(folder), ignore_errors=True)
-        elif remote is None or not remote_cache.fetch(remote, folder):
-            write(split, cache.folder, folder, processes)
-        rows = TokenRows(folder)
-        if remote is not None and not remote_cache.is_complete(remote):
-            remote_cache.publish(folder, remote)
+        return made_rows(split, cache, folder, processes)
+
+
+def made_rows(split: Split, cache: CacheDir, folder: Path, processes: int) -> TokenRows:
+    """The caller holds the folder's lock."""
+    remote = cache.remote(folder)
+    if folder.is_dir():  # killed, or another process's, after the folder was complete
+        remove_parts(folder)
+    elif remote is None or not remote_cache.fetch(remote, folder):
+        write(split, cache.folder, folder, processes)
+    rows = TokenRows(folder)
+    if remote is not None and not remote_cache.is_complete(remote):
+        remote_cache.publish(folder, remote)
     return rows
+
+
+def help_out(split: Split, downloads: Path, folder: Path, processes: int) -> None:
+    """Tokenize parts while another process makes the rows. Of the processes that a launcher has
+    started on a machine, the first one does; returns when there is nothing to do."""
+    if any(int(os.environ.get(name) or 0) for name in ("LOCAL_RANK", "SLURM_LOCALID")):
+        return
+    note = work_folder(folder) / NOTE
+    while not note.is_file():
+        with suppress(Timeout), lock(folder, timeout=0):
+            return  # nobody makes them
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    place, text = split.open(downloads)
+    with suppress(FileNotFoundError):
+        if note.read_text() == plan_of(place):
+            log.info("another process prepares %s; helping it", folder)
+            vocab_size = split.tokenizer.vocab_size
+            ways = split.encode, vocab_size, work_folder(folder), processes
+            shards.help_with(text, *ways, is_over=lambda: not note.exists())
 
 
 def kept_rows(split: Split, rows: Path) -> Path | None:
@@ -95,9 +130,9 @@ def write(split: Split, downloads: Path, folder: Path, processes: int) -> None:
             with atomic_file(new / "about.json") as file:
                 file.write(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     except ValueError:  # the text is bad: once corrected it gives other parts
-        shutil.rmtree(work)
+        remove_parts(folder)
         raise
-    shutil.rmtree(work)
+    remove_parts(folder)
     log.info(
         "prepared %s: %s documents, %s tokens, %s rows of %d in %.0f s -> %s",
         split,
@@ -141,15 +176,28 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
 
 def start_or_go_on(work: Path, place: str) -> None:
     """The folder of the parts, kept where the same text was cut as it would be now."""
-    sizes = {"characters": shards.SHARD_CHARACTERS, "texts": shards.SHARD_TEXTS}
-    plan = json.dumps(sizes | {"read_from": place})
-    note = work / "plan.json"
+    plan, note = plan_of(place), work / NOTE
     if work.exists() and not (note.is_file() and note.read_text() == plan):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     if found := sum(1 for _ in work.glob("*.npz")):
         log.info("going on with %d finished parts in %s", found, work)
-    note.write_text(plan)
+    with atomic_file(note) as file:
+        file.write(plan)
+
+
+def plan_of(place: str) -> str:
+    """How the text at this place is cut."""
+    sizes = {"characters": shards.SHARD_CHARACTERS, "texts": shards.SHARD_TEXTS}
+    return json.dumps(sizes | {"read_from": place})
+
+
+def remove_parts(folder: Path) -> None:
+    """The note first, by which processes that help know that it is over; one of them may still put
+    its lock there."""
+    (work_folder(folder) / NOTE).unlink(missing_ok=True)
+    while (work := work_folder(folder)).exists():
+        shutil.rmtree(work, ignore_errors=True)
 
 
 class CutDocuments:

@@ -1,5 +1,10 @@
-"""Shards, the parts of a text, and the processes that tokenize them, each into its own file."""
+"""Shards, the parts of a text, and the processes that tokenize them, each into its own file.
 
+Processes that were started by themselves, perhaps on several machines, share the parts of one text:
+who makes a part holds the lock of its file, which the system frees when the process ends.
+"""
+
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -26,6 +31,7 @@ SHARD_CHARACTERS = 1 << 21  # about half a million tokens
 SHARD_TEXTS = 100_000
 TEXTS_AT_ONCE = 1000
 CHARACTERS_AT_ONCE = 1 << 20
+MADE_BY_OTHERS = 4  # parts that a process without others of its own goes ahead of
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -74,45 +80,104 @@ def tokenized(
 ) -> Iterator[Tokens]:
     """The parts' ids in the order of the text; a few parts are under way at any time.
 
-    work: the folder of their files; those of an earlier attempt are taken. report(tokens,
-    documents, done, fresh=) is called with each part.
+    work: the folder of their files; those of an earlier attempt are taken, and those that others
+    make. report(tokens, documents, done, fresh=) is called with each part.
     """
-    parts = cut(pieces)
+    parts, earlier = cut(pieces), {path.name for path in work.glob("*.npz")}
     first = list(itertools.islice(parts, 2))
     if len(first) < 2:  # a small text is not worth a process
         processes = 1
-    ahead = 2 * processes if processes > 1 else 0  # parts under way
-    with workers(processes, partial(tokenize, encode=encode, vocab_size=vocab_size)) as submit:
+    ahead = 2 * processes if processes > 1 else MADE_BY_OTHERS  # parts under way
+    make = partial(make_part, encode=encode, vocab_size=vocab_size)
+    with workers(processes, make) as submit:
         under_way: deque[tuple[Shard, Path, Future | None]] = deque()
 
         def taken() -> Tokens:
             part, path, future = under_way.popleft()
             if future is not None:
                 future.result()
-            with np.load(path, allow_pickle=False) as file:
-                tokens = Tokens(*(file[name] for name in Tokens._fields))
-            report(len(tokens.ids), sum(part.ends), part.done, fresh=future is not None)
+            if (tokens := read_part(path, part)) is None:  # another makes it, or was killed then
+                make(path, part, wait=True)
+                tokens = read_part(path, part)
+            fresh = future is not None or path.name not in earlier
+            report(len(tokens.ids), sum(part.ends), part.done, fresh=fresh)
             return tokens
 
+        def is_due() -> bool:
+            """Without processes, the first part is there by now, unless another makes it."""
+            return len(under_way) > ahead or (processes <= 1 and under_way[0][1].exists())
+
         for part in itertools.chain(first, parts):
-            path = work / f"{part.number:06}.npz"
-            future = None if is_finished(path, part) else submit(path, part)
-            # its text is not needed any more
-            under_way.append((part._replace(texts=[]), path, future))
-            if len(under_way) > ahead:
+            path = place_of(work, part)
+            future = None if read_part(path, part) else submit(path, part)
+            under_way.append((part, path, future))
+            while under_way and is_due():
                 yield taken()
         while under_way:
             yield taken()
 
 
-def is_finished(path: Path, part: Shard) -> bool:
-    """Whether the file holds this part."""
+def help_with(
+    pieces: Iterable[Piece],
+    encode: Encode,
+    vocab_size: int,
+    work: Path,
+    processes: int,
+    is_over: Callable[[], bool],
+) -> None:
+    """Make parts of the text that no other process makes, until none is left or it is over."""
+    make = partial(make_part, encode=encode, vocab_size=vocab_size, is_over=is_over)
+    with workers(processes, make) as submit:
+        under_way: deque[Future] = deque()
+        for part in cut(pieces):
+            if is_over():
+                break
+            if not (path := place_of(work, part)).exists():
+                under_way.append(submit(path, part))
+            if len(under_way) > max(processes, 1):
+                under_way.popleft().result()
+        for future in under_way:
+            future.result()
+
+
+def place_of(work: Path, part: Shard) -> Path:
+    return work / f"{part.number:06}.npz"
+
+
+def make_part(
+    path: Path,
+    part: Shard,
+    *,
+    encode: Encode,
+    vocab_size: int,
+    wait: bool = False,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """The file of a part where it is missing and nobody makes it, or with `wait` when nobody does
+    any more. Nothing where it is over: then the files are being removed."""
+    try:
+        held = path.with_suffix(".lock").open("a")
+    except FileNotFoundError:
+        return
+    with held:  # closing it frees the lock
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return
+        if read_part(path, part) is None and not is_over():
+            tokenize(path, part, encode=encode, vocab_size=vocab_size)
+
+
+def read_part(path: Path, part: Shard) -> Tokens | None:
+    """None: the file does not hold this part."""
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file}  # compares check sums
     except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
-        return False
-    return (len(found["ends"]), int(found["characters"])) == (len(part.ends), part.characters)
+        return None
+    if (len(found["ends"]), int(found["characters"])) != (len(part.ends), part.characters):
+        return None
+    return Tokens(*(found[name] for name in Tokens._fields))
 
 
 def tokenize(path: Path, part: Shard, *, encode: Encode, vocab_size: int) -> None:

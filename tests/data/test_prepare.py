@@ -345,14 +345,82 @@ def test_processes_end_with_the_one_they_work_for(tokenizer, tmp_path, rows):
     assert not (rows / "rows").exists()
 
 
-def test_of_three_processes_one_prepares_and_the_others_wait(tokenizer, tmp_path, rows):
-    def encode(batch):
-        (tmp_path / f"tokenized-{os.getpid()}").touch()
-        return tokenizer.encode_batch(batch)
+def noting(tokenizer, folder, seconds=0.0, until=None):
+    """An encode that takes `seconds` a batch and adds to a file of its process what it got; until:
+    of the process, the batches after which it gets SIGKILL, once."""
 
-    work = partial(prepare, rows / "rows", tokenizer, encode=encode, count=800)
-    assert [ended(child) for child in [forked(work) for _ in range(3)]] == [0, 0, 0]
-    assert len(list(tmp_path.glob("tokenized-*"))) == 1
+    def encode(batch):
+        with (folder / f"tokenized-{os.getpid()}").open("a") as file:
+            file.writelines(f"{text}\n" for text in batch)
+        time.sleep(seconds)
+        found = tokenizer.encode_batch(batch)
+        count.append(1)
+        if len(count) == until:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    count = []
+    return encode
+
+
+def noted(folder):
+    """{the number of the process: texts that it tokenized}."""
+    files = folder.glob("tokenized-*")
+    return {int(f.name.split("-")[1]): f.read_text().split("\n")[:-1] for f in files}
+
+
+def test_processes_that_ask_for_the_same_rows_share_their_parts(tokenizer, tmp_path, rows):
+    """Of 1, 2 and 4: the same bits, and no text is tokenized twice."""
+    whole = prepare(rows / "whole", tokenizer, count=800)
+    for count in (2, 4):
+        (notes := tmp_path / f"by-{count}").mkdir()
+        encode = noting(tokenizer, notes, seconds=0.1)
+        work = partial(prepare, rows / str(count), tokenizer, encode=encode, count=800)
+        assert [ended(child) for child in [forked(work) for _ in range(count)]] == [0] * count
+        assert content(rows / str(count)) == content(whole.folder)
+        by = noted(notes)
+        assert len(by) == count
+        tokenized = [text for done in by.values() for text in done]
+        assert sorted(tokenized) == sorted(piece.text for piece in pieces(800))
+    left = {path.name for path in rows.iterdir()}
+    assert left == {name + end for name in ("whole", "2", "4") for end in ("", ".lock")}
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_shares_parts_and_is_killed_leaves_its_part_to_the_others(
+    killed, tokenizer, tmp_path, rows
+):
+    """The first one to come, which is to write the rows, or the second."""
+    whole = prepare(rows / "whole", tokenizer, count=800)
+    children = []
+    for number in range(3):
+        until = 2 if number == killed else None
+        encode = noting(tokenizer, tmp_path, seconds=0.1, until=until)
+        work = partial(prepare, rows / "rows", tokenizer, encode=encode, count=800)
+        children.append(forked(work))
+        while number == 0 and not (preparation.work_folder(rows / "rows") / "plan.json").exists():
+            time.sleep(0.01)
+    codes = [ended(child) for child in children]
+    assert codes.pop(killed) == -signal.SIGKILL
+    assert codes == [0, 0]
+    assert content(rows / "rows") == content(whole.folder)
+    left = {path.name for path in rows.iterdir()}
+    assert left == {"whole", "whole.lock", "rows", "rows.lock"}
+
+
+def test_of_the_processes_of_a_launcher_on_one_machine_the_first_prepares(
+    tokenizer, tmp_path, rows, monkeypatch
+):
+    encode = noting(tokenizer, tmp_path, seconds=0.02)
+    work = partial(prepare, rows / "rows", tokenizer, encode=encode)
+    children = []
+    for number in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        children.append(forked(work))
+        while number == 0 and not preparation.work_folder(rows / "rows").exists():
+            time.sleep(0.01)
+    assert [ended(child) for child in children] == [0, 0, 0]
+    assert noted(tmp_path).keys() == {children[0]}
 
 
 # Errors
