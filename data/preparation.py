@@ -130,6 +130,8 @@ def write(split: Split, downloads: Path, folder: Path, processes: int) -> None:
             with atomic_file(new / "about.json") as file:
                 file.write(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     except ValueError:  # the text is bad: once corrected it gives other parts
+        (work / NOTE).unlink(missing_ok=True)
+        shards.await_others(work)
         remove_parts(folder)
         raise
     remove_parts(folder)

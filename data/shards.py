@@ -94,11 +94,7 @@ def tokenized(
 
         def taken() -> Tokens:
             part, path, future = under_way.popleft()
-            if future is not None:
-                future.result()
-            if (tokens := read_part(path, part)) is None:  # another makes it, or was killed then
-                make(path, part, wait=True)
-                tokens = read_part(path, part)
+            tokens = awaited(part, path, future, make)
             fresh = future is not None or path.name not in earlier
             report(len(tokens.ids), sum(part.ends), part.done, fresh=fresh)
             return tokens
@@ -115,6 +111,16 @@ def tokenized(
                 yield taken()
         while under_way:
             yield taken()
+
+
+def awaited(part: Shard, path: Path, future: Future | None, make: Callable) -> Tokens:
+    """The ids of a part. future: of the one of our processes that was asked for it."""
+    if future is not None:
+        future.result()
+    if (tokens := read_part(path, part)) is None:  # another made it then, and may have been killed
+        make(path, part, wait=True)
+        tokens = read_part(path, part)
+    return tokens
 
 
 def help_with(
@@ -166,6 +172,13 @@ def make_part(
             return
         if read_part(path, part) is None and not is_over():
             tokenize(path, part, encode=encode, vocab_size=vocab_size)
+
+
+def await_others(work: Path) -> None:
+    """Until nobody makes a part any more."""
+    for path in work.glob("*.lock"):
+        with path.open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
 
 
 def read_part(path: Path, part: Shard) -> Tokens | None:

@@ -386,6 +386,24 @@ def test_processes_that_ask_for_the_same_rows_share_their_parts(tokenizer, tmp_p
     assert left == {name + end for name in ("whole", "2", "4") for end in ("", ".lock")}
 
 
+def test_of_processes_that_share_a_bad_text_each_says_so_and_nothing_is_left(
+    tokenizer, tmp_path, rows
+):
+    def broken():
+        yield from itertools.islice(pieces(800), 400)
+        raise ValueError("line 401 is bad")
+
+    def work(number):
+        encode = noting(tokenizer, tmp_path, seconds=0.05 + 0.2 * number)
+        with pytest.raises(ValueError, match="line 401 is bad"):
+            prepare(rows / "rows", tokenizer, encode=encode, read=broken)
+
+    assert [ended(child) for child in [forked(partial(work, n)) for n in range(3)]] == [0, 0, 0]
+    assert len(noted(tmp_path)) == 3
+    assert not (rows / "rows").exists()
+    assert not preparation.work_folder(rows / "rows").exists()
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_shares_parts_and_is_killed_leaves_its_part_to_the_others(
     killed, tokenizer, tmp_path, rows
