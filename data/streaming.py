@@ -9,8 +9,10 @@ from units that are far apart: the shuffled buffer is one unit per lane, about 1
 characters. Each epoch reads the parts of the corpus (files) in another order. So the row at a
 position depends on the text and the seed alone, not on the number of devices.
 
-A device tokenizes the lanes that it is asked for, and only reads the text of the others. A bookmark
-says where to read on: without one, all text up to the position is tokenized again.
+A device tokenizes the lanes that it is asked for, and only reads the text of the others. With
+`by_files` each lane has files of its own instead, others in each epoch, and cuts its units from
+these; so a device reads the files of its lanes and no others. A bookmark says where to read on:
+without one, all text up to the position is tokenized again.
 """
 
 import base64
@@ -77,6 +79,7 @@ class Lane:
     bookmark: Bookmark  # of the unit that gave `rows`; of the next one where there are no rows
     rows: Chunk | None = None
     rest: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    units: Iterator[Unit] | None = None  # of files of its own
     waiting: deque[Unit] = field(default_factory=deque)  # read, not tokenized
 
     @property
@@ -86,26 +89,33 @@ class Lane:
 
 
 class StreamedText:
-    """A training split to be streamed. parts: each reads a part of the text from its beginning."""
+    """A training split to be streamed. parts: each reads a part of the text from its beginning.
+    by_files: a part belongs to one lane, in each epoch to another."""
 
-    def __init__(self, split: Split, parts: list[Part]):
+    def __init__(self, split: Split, parts: list[Part], by_files: bool = False):
         """Reads the beginning of the text, to find what is wrong with it before any work."""
-        self.split, self.parts = split, parts
+        if by_files and len(parts) < LANES:
+            raise ValueError(
+                f"data.stream_by=files: {split} has {len(parts)} files, and {LANES} are needed; cut"
+                " it into more, or use data.stream_by=units"
+            )
+        self.split, self.parts, self.by_files = split, parts, by_files
         check_text(parts, split)
 
     def fingerprint(self, seed: int) -> str:
         """Of all that decides which row stands where; bookmarks of another are of no use."""
         version = version_of(seed)
         decides = [self.split.about, seed, LANES, UNIT_CHARACTERS, *[version] * (version > 1)]
+        decides += ["files"] * self.by_files
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def streamed(split: Split, cache: Path) -> StreamedText:
-    """The split, not prepared. cache: where downloads are kept."""
+def streamed(split: Split, cache: Path, by_files: bool = False) -> StreamedText:
+    """The split, not prepared. cache: where downloads are kept. by_files: as in StreamedText."""
     if split.entry.windows:
         raise ValueError(f"data.streaming=True: {split.corpus} is windows of prepared rows")
-    return StreamedText(split, split.passages(cache))
+    return StreamedText(split, split.passages(cache), by_files)
 
 
 class Stream:
@@ -124,17 +134,20 @@ class Stream:
         bookmarks: dict[int, Bookmark] | None = None,
     ):
         self.split, self.row_format, self.seed = text.split, text.split.row_format, seed
-        start, bookmarks = UnitStart(0, 0, 0, 0), bookmarks or {}
-        lanes = list(lanes)
-        if all(lane in bookmarks for lane in lanes):
-            start = min(bookmarks[lane].start for lane in lanes)
-        else:
-            none = np.empty(0, np.int64)
-            bookmarks = {lane: Bookmark(start, 0, none) for lane in lanes}
+        lanes, bookmarks = list(lanes), bookmarks or {}
+        if not all(lane in bookmarks for lane in lanes):
+            none, first = np.empty(0, np.int64), text.by_files  # the number of its first unit
+            starts = {lane: UnitStart(lane * first, 0, 0, 0) for lane in lanes}
+            bookmarks = {lane: Bookmark(start, 0, none) for lane, start in starts.items()}
         self.lanes = {lane: Lane(bookmarks[lane], rest=bookmarks[lane].rest) for lane in lanes}
         # Units of wrapped text may end inside a document; the lane goes on with the rest.
         self.wrapped = self.row_format.one_stream
-        self.units = units(text.parts, seed, start, anywhere=self.wrapped)
+        read = partial(units, text.parts, seed, anywhere=self.wrapped)
+        if text.by_files:
+            for number, lane in self.lanes.items():
+                lane.units = read(lane.bookmark.start, lane=number)
+        else:
+            self.units = read(min(lane.bookmark.start for lane in self.lanes.values()))
 
     def read(self, positions: Iterable[int]) -> Chunk:
         """The rows at these positions; in each lane they must not go backwards by a unit."""
@@ -168,6 +181,8 @@ class Stream:
         lane.rows = rows.pick(order(self.seed, "unit", unit.start.unit, len(rows.ids)))
 
     def next_unit(self, lane: Lane) -> Unit:
+        if lane.units is not None:
+            return next(lane.units)
         while not lane.waiting:
             unit = next(self.units)
             owner = self.lanes.get(self.lane_of(unit.start.unit))
@@ -183,16 +198,19 @@ class Stream:
         return {number: lane.bookmark for number, lane in self.lanes.items()}
 
 
-def units(parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool) -> Iterator[Unit]:
+def units(
+    parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool, lane: int | None = None
+) -> Iterator[Unit]:
     """The text from a start on, epoch after epoch, in units of equal size. anywhere: they may end
-    inside a document."""
+    inside a document. lane: of its files alone; its units are every LANES-th by number."""
     number, epoch, part, skip = start
     begin, texts, ends, characters = start, [], [], 0
     parts, turn = read_once(parts), [0]
     while True:
         if len(parts) > 1:
             turn = order(seed, "parts", epoch, len(parts))
-        while part < len(parts):
+            turn = turn if lane is None else turn[lane::LANES]
+        while part < len(turn):
             for piece in itertools.islice(parts[turn[part]](), skip, None):
                 skip += 1
                 texts.append(piece.text)
@@ -200,7 +218,7 @@ def units(parts: list[Part], seed: int, start: UnitStart, *, anywhere: bool) -> 
                 characters += len(piece.text)
                 if characters >= UNIT_CHARACTERS and (anywhere or piece.ends):
                     yield Unit(begin, texts, ends)
-                    number += 1
+                    number += 1 if lane is None else LANES
                     begin, texts, ends, characters = UnitStart(number, epoch, part, skip), [], [], 0
             part, skip = part + 1, 0
         epoch, part = epoch + 1, 0

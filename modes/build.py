@@ -335,7 +335,8 @@ def build_data(
     loader, length = config.loader, config.model.length
     training = None
     if train and config.data.streaming:
-        training = streamed(build_split(config, tokenizer, "train"), build_cache(config).folder)
+        split, by_files = build_split(config, tokenizer, "train"), config.data.stream_by == "files"
+        training = streamed(split, build_cache(config).folder, by_files)
     elif train:
         training = build_rows(config, tokenizer, "train")
     windows = isinstance(training, TokenRows) and training.length != length

@@ -215,6 +215,8 @@ def _data(config: Config) -> Iterator[str]:
     data = config.data
     if data.chat_fields and data.format != "chat":
         yield f"data.chat_fields has no effect: data.format={data.format}"
+    if data.stream_by != "units" and not data.streaming:
+        yield f"data.stream_by={data.stream_by} has no effect without data.streaming=true"
     if not data.wrap:
         for key in ("train_special", "valid_special", "train_eos", "valid_eos"):
             if not getattr(data, f"insert_{key}"):

@@ -47,6 +47,7 @@ NOT_SHAPING = {
 LATER = {
     "data.format": "text",
     "data.chat_fields": None,
+    "data.stream_by": "units",
     "lora.rank": None,
     "lora.alpha": None,
     "lora.dropout": 0.05,

@@ -337,6 +337,12 @@ class Data:
         one_of("wrap", "documents", "whole"),
     )
     streaming: bool = doc("tokenize the training text during training, not before it")
+    stream_by: str = doc(
+        "with data.streaming: units, all devices read the whole text and each tokenizes its share;"
+        " files, each reads files of its own, of which there must be 48 or more",
+        one_of("units", "files"),
+        default="units",
+    )
     insert_train_eos: bool = doc("put EOS after each training document")
     insert_train_special: bool = doc("put BOS and EOS round training chunks or packed documents")
     insert_valid_eos: bool = doc("put EOS after each validation document")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -59,8 +60,21 @@ def text(parts=4, documents=200, **changes):
     return streamed_text(readers, row_format(**changes))
 
 
-def streamed_text(readers, how=None, encode=encode, vocab_size=VOCABULARY):
-    return StreamedText(MadeUpSplit(None, encode, how or row_format(), vocab_size), readers)
+def streamed_text(readers, how=None, encode=encode, vocab_size=VOCABULARY, by_files=False):
+    split = MadeUpSplit(None, encode, how or row_format(), vocab_size)
+    return StreamedText(split, readers, by_files)
+
+
+def text_by_files(parts=60, documents=20, opened=None, **changes):
+    """opened: gets the number of each part that is read."""
+
+    def reader(part):
+        if opened is not None:
+            opened.append(part)
+        return write(part, documents)
+
+    readers = [lambda part=part: reader(part) for part in range(parts)]
+    return streamed_text(readers, row_format(**changes), vocab_size=0x10000, by_files=True)
 
 
 def read(stream, first, last):
@@ -179,8 +193,12 @@ def test_units_can_be_read_from_any_place(changes):
 # Devices and workers
 
 
+KINDS = pytest.mark.parametrize("text", [text, text_by_files], ids=["units", "files"])
+
+
+@KINDS
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
-def test_devices_together_see_the_rows_that_one_sees(world_size):
+def test_devices_together_see_the_rows_that_one_sees(world_size, text):
     alone = read(Stream(text(), SEED), 0, 120 * world_size)
     seen = {}
     for rank in range(world_size):
@@ -210,6 +228,31 @@ def test_a_device_tokenizes_its_lanes_only():
         stream.read(range(0, 960, world_size))
         work.append(sum(tokenized))
     assert work[1] < 0.35 * work[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 16])
+def test_a_device_opens_the_files_of_its_lanes_and_no_others(world_size):
+    """Of 96 files, in two epochs; together the devices open all."""
+    opened, seen = [], set()
+    given = text_by_files(parts=96, opened=opened)
+    for rank in range(world_size):
+        opened.clear()
+        stream = Stream(given, SEED, lanes=streaming.lanes_of(rank, world_size))
+        for lane in stream.lanes.values():
+            while lane.bookmark.start.epoch == 0:
+                stream.advance(lane)
+        now, later = (
+            {part for lane in stream.lanes for part in order(SEED, "parts", epoch, 96)[lane::48]}
+            for epoch in (0, 1)
+        )
+        assert now <= {*opened} <= now | later
+        seen |= now
+    assert seen == {*range(96)}
+
+
+def test_too_few_files_for_the_lanes_are_refused():
+    with pytest.raises(ValueError, match=r"data.stream_by=files: .* has 47 files, and 48 are need"):
+        text_by_files(parts=47)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -260,7 +303,8 @@ def test_padding_and_segments_reach_the_batch(workers):
 @pytest.mark.parametrize(
     "changes", [{}, {"wrap": False}, {"align": 4}, {"align": 4, "whole": True}], ids=str
 )
-def test_a_stream_goes_on_from_its_bookmarks_at_any_row(changes):
+@KINDS
+def test_a_stream_goes_on_from_its_bookmarks_at_any_row(changes, text):
     given = text(**changes)
     rows = read(Stream(given, SEED), 0, 2000)
     stream, before = Stream(given, SEED), 0
@@ -272,7 +316,8 @@ def test_a_stream_goes_on_from_its_bookmarks_at_any_row(changes):
         assert read(again, at, at + 200) == rows[at : at + 200]
 
 
-def test_bookmarks_are_those_of_a_stream_that_went_on():
+@KINDS
+def test_bookmarks_are_those_of_a_stream_that_went_on(text):
     """Saved right after going on: the same again, without a unit read."""
     stream = Stream(text(), SEED)
     stream.read(range(700))
@@ -281,8 +326,9 @@ def test_bookmarks_are_those_of_a_stream_that_went_on():
     assert streaming.to_text(again.bookmarks(), "x") == noted
 
 
+@KINDS
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 4), (5, 2)])
-def test_a_run_goes_on_on_other_devices(before, after):
+def test_a_run_goes_on_on_other_devices(before, after, text):
     rows = read(Stream(text(), SEED), 0, 1600)
     noted = []
     for rank in range(before):
@@ -532,6 +578,30 @@ def test_two_devices_train_on_the_rows_of_one(uninterrupted, run_folder):
     given, one = uninterrupted
     both = ranks(2, [*given, "trainer.devices=2"], run_folder / "log")
     assert finish(both) == [0, 0], both[0].text() + both[1].text()
+    two = weights(run_folder)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)
+
+
+def test_devices_that_read_files_of_their_own_train_as_one(run_folder, monkeypatch):
+    """Two processes, of which one is killed in between; 48 files."""
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 500)
+    for number in range(3, 49):
+        lines(run_folder / f"train-{number}.jsonl", 30, number)
+    given = [*arguments(run_folder), "data.stream_by=files", "model.dropout=0"]
+    code, said = run([*given, "checkpointing.save_dir=outputs/a/one"], run_folder / "log")
+    assert code == 0, said
+    one = weights(run_folder)
+    shutil.rmtree(run_folder / "outputs")
+    given += ["trainer.devices=2", "checkpointing.save_dir=outputs/a/two"]
+    both = ranks(2, given, run_folder / "log")
+    while not list(run_folder.glob("outputs/*/*/checkpoints/step=4.ckpt")):
+        assert both[0].poll() is None, both[0].text()
+    both[1].send(9)
+    finish(both)
+    both = ranks(2, given, run_folder / "log")
+    assert finish(both) == [0, 0], both[0].text() + both[1].text()
+    assert "no bookmark" not in both[0].text()
     two = weights(run_folder)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)

@@ -639,6 +639,7 @@ HARMLESS = [
         ["data.wrap=False", "data.insert_train_eos=False"],
         "data.insert_train_eos=False has no",
     ),
+    (TRAIN, ["data.stream_by=files"], "data.stream_by=files has no effect without data.streaming"),
     (
         TRAIN,
         ["data.train_revision=main"],
