@@ -318,6 +318,8 @@ def masters(config: Config) -> Iterator[str]:
         )
     if config.strategy.name == "fsdp":
         yield f"{asked} does not go with strategy=fsdp, which shares out float32 weights; use ddp"
+    if config.strategy.gradients == "bf16":
+        yield f"{asked} does not go with strategy.gradients=bf16: its gradients are sums in float32"
 
 
 def adapters(config: Config) -> Iterator[str]:

@@ -72,6 +72,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     if config.mode not in ("train", "plan", "demo") and "model.param_dtype" in typed:
         yield f"model.param_dtype has no effect: mode={config.mode} trains nothing"
     yield from _groups(config)
+    if config.strategy.gradients != "float32":
+        yield from _exchange(config)
     yield from _adapters(config, typed)
     yield from _network(config, typed)
     if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
@@ -105,6 +107,14 @@ def _groups(config: Config) -> Iterator[str]:
         yield f"{key} has no effect: mode={config.mode} trains nothing"
     elif strategy != "fsdp":
         yield f"{key} has no effect: strategy={strategy} has a copy on every device"
+
+
+def _exchange(config: Config) -> Iterator[str]:
+    key = f"strategy.gradients={config.strategy.gradients}"
+    if config.mode not in ("train", "plan"):
+        yield f"{key} has no effect: mode={config.mode} has no gradients"
+    elif config.trainer.devices * config.trainer.num_nodes == 1:
+        yield f"{key} has no effect: one device exchanges nothing"
 
 
 def _adapters(config: Config, typed: Collection[str]) -> Iterator[str]:

@@ -473,6 +473,11 @@ class Strategy:
         "at least 1",
         default=1,
     )
+    gradients: str = doc(
+        "what devices exchange gradients in; bf16: half the bytes, rounded to 8 bits of precision",
+        one_of("float32", "bf16"),
+        default="float32",
+    )
 
 
 @dataclass

@@ -5,12 +5,14 @@ A checkpoint has the same content as on one device; each reads the other's.
 """
 
 import inspect
+from dataclasses import replace
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed import fsdp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -32,27 +34,37 @@ class _Saving:
 class Replicated(_Saving, DDPStrategy):
     """Lightning's strategy for ddp. Gradients are views of what is exchanged, so nothing is copied.
     Buffers are not sent before each pass: they are constants, or follow from what all devices
-    know."""
+    know. half: gradients are divided, sent and added up in bfloat16."""
 
-    def __init__(self):
+    def __init__(self, half: bool = False):
+        self.half = half
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         super().__init__(gradient_as_bucket_view=True, **{name: False})
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         # if it knew its device, it would send batches there; the host needs them for loss inputs
-        return DistributedDataParallel(model, **self._ddp_kwargs)
+        wrapped = DistributedDataParallel(model, **self._ddp_kwargs)
+        if self.half:
+            wrapped.register_comm_hook(None, in_bf16)
+        return wrapped
+
+
+def in_bf16(group, bucket):
+    """torch's hook, which under its own name is refused on CPUs."""
+    return bf16_compress_hook(group, bucket)
 
 
 class Sharded(_Saving, ModelParallelStrategy):
     """Lightning's strategy for FSDP2, reading checkpoints as every other run does. `replicate`:
-    groups of neighbouring devices, each of which shares out a model of its own."""
+    groups of neighbouring devices, each of which shares out a model of its own. `half`: gradients
+    are sent and added up in bfloat16."""
 
-    def __init__(self, devices: int, replicate: int = 1):
+    def __init__(self, devices: int, replicate: int = 1, half: bool = False):
         super().__init__(
             data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-        self.replicate = replicate
+        self.replicate, self.half = replicate, half
 
     def mesh(self) -> DeviceMesh:
         """[devices], or [groups, devices of a group]."""
@@ -103,21 +115,25 @@ def share_out(module: L.LightningModule) -> None:
 
     With bf16-mixed the linear layers of the blocks are sent in bfloat16, as autocast would round
     them. What it computes in float32 (norms, embedding) and the head, whose gradient is summed in
-    float32, belong to the rest, which is sent as it is. Gradients are summed in float32.
+    float32, belong to the rest, which is sent as it is. Gradients are summed in float32, or all in
+    bfloat16 where the strategy says so (`half`).
     """
     strategy, backbone = module.trainer.strategy, module.backbone
     if not isinstance(strategy, Sharded) or is_sharded(backbone):
         return
     half = module.trainer.precision == "bf16-mixed"
-    policy = fsdp.MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if half else None,
-        reduce_dtype=torch.float32 if half else None,
+    summed = torch.bfloat16 if strategy.half else torch.float32 if half else None
+    of_rest = fsdp.MixedPrecisionPolicy(
+        reduce_dtype=torch.bfloat16 if strategy.half else None,
         cast_forward_inputs=False,  # autocast does, where it is needed
     )
+    sent = torch.bfloat16 if half else None
+    policy = replace(of_rest, param_dtype=sent, reduce_dtype=summed)
     mesh = strategy.mesh()
     # The rest comes first, though it is around the blocks: it has parameters of theirs
     of_blocks = _block_parameters(backbone, half)
-    fsdp.fully_shard(backbone, mesh=mesh, reshard_after_forward=False, ignored_params=of_blocks)
+    options = {"reshard_after_forward": False, "ignored_params": of_blocks}
+    fsdp.fully_shard(backbone, mesh=mesh, mp_policy=of_rest, **options)
     for block in backbone.blocks:
         others = set(block.parameters()) - of_blocks
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)

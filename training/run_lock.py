@@ -2,7 +2,8 @@
 
 The first process of the run keeps running.json in the folder, which says where it runs. What a
 killed run has left is taken over: on the same machine where its process is gone, and in a Slurm job
-that was requeued, or where torchrun has started the processes again. Nobody can know whether a process of another machine still runs.
+that was requeued, or where torchrun has started the processes again. Nobody can know whether a
+process of another machine still runs.
 """
 
 import os

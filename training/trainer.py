@@ -41,7 +41,9 @@ def build_trainer(
     devices, strategy = t.devices * t.num_nodes, "auto"
     if devices > 1:  # fsdp is for training; an evaluation holds the network once per device
         sharded = config.strategy.name == "fsdp" and config.mode == "train"
-        strategy = Sharded(devices, config.strategy.replicate) if sharded else Replicated()
+        half = config.strategy.gradients == "bf16"
+        groups = config.strategy.replicate
+        strategy = Sharded(devices, groups, half) if sharded else Replicated(half)
     callbacks = []
     if step_flops is not None and loggers:
         rates = _rates(config) == "step"

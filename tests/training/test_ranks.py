@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from runs import ALGORITHMS, COUNTS, differences, finish, ranks, read, run, tiny
 
+import settings
 from checkpointing import torch_file
 from data import streaming
 from diffusion import Diffusion
@@ -98,6 +99,31 @@ def test_two_processes_train_as_one(strategy, again, one, tmp_path):
     started = of_two(overrides, tmp_path, *more)
     assert finish(started) == [0, 0], started[0].text() + started[1].text()
     equal_runs(tmp_path, alone)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_that_are_exchanged_in_bf16_train_nearly_alike(strategy, one, tmp_path):
+    """bfloat16 has 8 bits: each gradient is off by at most 2^-8 of itself, and by as much again
+    where it is added. Losses of ten steps are within 1e-3, and not those of float32."""
+    overrides, alone = one
+    started = of_two(overrides, tmp_path, "strategy.gradients=bf16", f"strategy={strategy}")
+    assert finish(started) == [0, 0], started[0].text() + started[1].text()
+    ours, theirs = (read_log(f / "run/metrics.csv")["trainer/loss"] for f in (tmp_path, alone))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours != pytest.approx(theirs, rel=TOLERANCE)
+    weights, other = (read(folder / LAST)["state_dict"] for folder in (tmp_path, alone))
+    assert any(not torch.allclose(weights[k], other[k], rtol=1e-4, atol=1e-4) for k in other)
+    assert all(v.dtype == other[k].dtype for k, v in weights.items())
+
+
+def test_an_exchange_in_bf16_is_refused_or_noted_where_there_is_none():
+    words = ["data=text8", "wandb=null", "strategy.gradients=bf16"]
+    _, _, notes = settings.examine(words)
+    assert "strategy.gradients=bf16 has no effect: one device exchanges nothing" in notes
+    _, _, notes = settings.examine([*words, "mode=prepare"])
+    assert any("bf16 has no effect: mode=prepare has no gradients" in note for note in notes)
+    _, problems, _ = settings.examine([*words, "trainer.devices=2", "model.param_dtype=bfloat16"])
+    assert any("does not go with strategy.gradients=bf16" in problem for problem in problems)
 
 
 def test_two_processes_train_by_muon_as_one(one, tmp_path):
