@@ -3,28 +3,33 @@
 Memory: weights in float32 (16-mixed and bf16-mixed add a copy in two bytes) or in bfloat16
 (model.param_dtype), of those that are trained (with lora.rank few) also gradients, two moments (one
 with Muon), the average and masters of bfloat16, the activations that the backward pass keeps, and
-the head's chunk of logits with the gradient of its weight. fsdp shares out all but the last two.
+the head's chunk of logits with the gradient of its weight. fsdp shares out the weights and what
+belongs to them; what it puts together for a pass (two layers at a time, and in float32 what is
+outside of the layers) comes on top, with its gradients.
 With model.activation_checkpointing a layer that is made again keeps its input until its turn.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
+from models.network import Network
 from models.recomputing import Recompute
+from modes import fitting
 from modes.build import build_backbone, build_shape, build_tokenizer, read_weights
+from modes.gpus import GPUS, MFU, NOT_MEASURED, SEVERAL, Gpu, gpu_of, mfu, room
 from modes.lora import build_adapter, put_adapters
+from objectives.algorithms import get_algorithm
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
-from training.flops import NetworkShape, flops, matmul_dtype, matmul_peak
+from training.flops import NetworkShape, flops, matmul_dtype
 from training.optimizers import matrices, trained
 from utils import listed, say
 
-MFU = 0.4  # share of the peak that a training run reaches: what the hours assume
 GIB = 1 << 30
-# FLOP/s of dense matrix products as their makers state them
-KNOWN = {"H100 (bf16, 989 TFLOP/s)": 989e12, "A100 (bf16, 312 TFLOP/s)": 312e12}
 # Bytes kept per row, layer and unit of width (inputs of the norms, modulations, gates and products,
 # q, k, v, the MLP's hidden layer before and after its gelu, dropout masks) and what is made on the
 # way: fitted to peaks of bamdlm and mdlm, model=small in bf16 on an H100, model=tiny in float32.
@@ -34,7 +39,23 @@ KEPT = {2: 62, 4: 120}
 # DiT's in bf16.
 KEPT_LLAMA = {2: (30, 11, 14, 9), 4: (27, 23, 18, 18)}
 KEPT_COMPILED = 0.7  # of that
+# The same two of a DiT without modulation (ar): a share of KEPT, and of that if compiled.
+PLAIN, PLAIN_COMPILED = 0.74, 0.82
 INPUT = 4  # bytes kept likewise of a layer that is made again: the residual stream, in float32
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many numbers a network has."""
+
+    all: int
+    by_muon: int = 0  # of them, those with one moment
+    frozen: int = 0  # those without gradient, moments and average
+    outside: int = 0  # of the layers
+
+    @property
+    def trained(self) -> int:
+        return self.all - self.frozen
 
 
 @dataclass(frozen=True)
@@ -47,44 +68,52 @@ class Plan:
     head: float
     tokens: float
     flops: float  # of the run
-    again: float = 0.0  # as a share of these, what is made a second time in the backward pass
+    gathered: float  # bytes per device: what fsdp puts together for a pass, and its gradients
+    checkpoint: float  # bytes, of all devices together
+    exchange: float  # bytes that a device sends in an optimizer step
+    again: float = 0.0  # as a share of the FLOPs, what is made again in the backward pass
 
     @property
     def memory(self) -> float:
-        return self.weights + self.activations + self.head
+        return self.weights + self.gathered + self.activations + self.head
 
-    def hours(self, peak: float) -> float:
-        return self.flops * (1 + self.again) / (peak * MFU * self.devices) / 3600
+    def hours(self, reached: float) -> float:
+        """reached: FLOP/s of one device in training."""
+        several = SEVERAL if self.devices > 1 else 1
+        return self.flops * (1 + self.again) / (reached * several * self.devices) / 3600
 
 
-def plan(
-    config: Config, shape: NetworkShape, parameters: int, by_muon: int = 0, frozen: int = 0
-) -> Plan:
-    """by_muon: of the parameters, those with one moment; frozen: those with nothing."""
+def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
     trainer, loader = config.trainer, config.loader
     devices = trainer.devices * trainer.num_nodes
     size = min(matmul_dtype(trainer.precision).itemsize, 4)  # bytes of a number in products
     per_weight, if_trained = bytes_per_weight(config, size)
-    weights = parameters * per_weight + (parameters - frozen) * if_trained - 4 * by_muon
+    weights = count.all * per_weight + count.trained * if_trained - 4 * count.by_muon
     rows = loader.batch_size * shape.length * shape.parts
     again = Recompute(config.model.activation_checkpointing).layers(shape.n_blocks)
     # the last layer keeps little more than its keys and values, and the rows that are read
     last = (loader.batch_size * shape.read) / rows
-    kept = kept_per_width(shape, size) * (KEPT_COMPILED if config.model.compile else 1)
+    modulated = get_algorithm(shape.algo).noise or config.model.adaln
+    kept = kept_per_width(shape, size, modulated, config.model.compile)
     cost = flops(shape)
     logits = CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR
-    sharded = config.strategy.name == "fsdp"
     sequences = float(trainer.max_steps) * loader.global_batch_size
+    shards = shards_of(config)
+    layer = (count.all - count.outside) / shape.n_blocks
     return Plan(
         shape=shape,
         devices=devices,
-        parameters=parameters,
-        weights=weights / (devices // config.strategy.replicate if sharded else 1),
+        parameters=count.all,
+        weights=weights / shards,
+        gathered=2 * (4 * count.outside + size * 2 * layer) if shards > 1 else 0,
         activations=rows * shape.hidden_size * most_kept(shape.n_blocks, again, kept, last),
         head=logits * (6 if size == 2 else 4)  # in half precision a float32 copy
-        + 4 * shape.vocab_size * shape.hidden_size * (frozen == 0),
+        + 4 * shape.vocab_size * shape.hidden_size * (count.frozen == 0),
         tokens=sequences * shape.length,
         flops=cost.step * sequences,
+        checkpoint=4 * (count.all - count.by_muon)  # weights, and of what is trained
+        + (8 + 4 * (config.training.ema > 0)) * count.trained,  # moments and average
+        exchange=exchanged(config, count, size),
         again=cost.inner * len(again) / cost.step,
     )
 
@@ -100,6 +129,30 @@ def bytes_per_weight(config: Config, size: int) -> tuple[int, int]:
     return 2, 4 + 2 + 4 * summed + 8 + average
 
 
+def shards_of(config: Config) -> int:
+    """Devices that share out one copy of the network."""
+    devices = config.trainer.devices * config.trainer.num_nodes
+    return devices // config.strategy.replicate if is_sharded(config) else 1
+
+
+def is_sharded(config: Config) -> bool:
+    return config.strategy.name == "fsdp"
+
+
+def exchanged(config: Config, count: Weights, size: int) -> float:
+    """Bytes that a device sends in an optimizer step, in rings. Within the devices of a copy:
+    weights put together for the forward and the backward pass (what is outside of the layers once)
+    and gradients added up, in every micro-batch. Between copies: an all-reduce of the gradients,
+    with ddp once a step."""
+    trainer, shards = config.trainer, shards_of(config)
+    copies, passes = trainer.devices * trainer.num_nodes // shards, trainer.accumulate_grad_batches
+    gradients = (2 if config.strategy.gradients == "bf16" else 4) * count.trained
+    weights = 2 * size * (count.all - count.outside) + 4 * count.outside
+    within = (shards - 1) / shards * (weights + gradients)
+    between = 2 * (copies - 1) / copies * gradients / shards
+    return passes * within + between * (passes if shards > 1 else 1)
+
+
 def most_kept(layers: int, again: list[int], kept: float, last: float) -> float:
     """Bytes per row and unit of width when they are the most, on the way back through the layers:
     those not reached yet, and the one at hand, which may have been made again. kept: by a layer;
@@ -113,24 +166,27 @@ def most_kept(layers: int, again: list[int], kept: float, last: float) -> float:
     return most
 
 
-def kept_per_width(shape: NetworkShape, size: int) -> float:
+def kept_per_width(shape: NetworkShape, size: int, modulated: bool, compiled: bool) -> float:
     """Bytes per row, layer and unit of width, with products of `size` bytes a number."""
     if shape.mlp_weights is None:
-        return KEPT[size]
+        kept, share = (1, KEPT_COMPILED) if modulated else (PLAIN, PLAIN_COMPILED)
+        return KEPT[size] * kept * (share if compiled else 1)
     of_width, of_heads, of_norm, of_mlp = KEPT_LLAMA[size]
     heads = shape.query_width * (of_heads + of_norm * shape.qk_norm)
     mlp = of_mlp * shape.mlp_weights / (3 * shape.hidden_size)
-    return of_width + (heads + mlp) / shape.hidden_size
+    kept = of_width + (heads + mlp) / shape.hidden_size
+    return kept * (KEPT_COMPILED if compiled else 1)
 
 
-def report(made: Plan, peak: float | None) -> str:
-    """The plan as lines of text. peak: FLOP/s measured on the GPU of this machine, None without."""
+def report(made: Plan, config: Config) -> list[str]:
+    """What a run takes, on any machine."""
     shape, part = made.shape, flops(made.shape)
+    gathered = f" gathered for a pass {made.gathered / GIB:.1f};" if made.gathered else ""
     lines = [
         f"{shape.algo}: {made.parameters / 1e6:,.1f}M parameters, sequences of {shape.length}"
         + (f" in blocks of {listed(shape.shares)}" if shape.clean_half else ""),
         f"memory per device: {made.memory / GIB:.1f} GiB"
-        f" (weights, gradients, optimizer and average {made.weights / GIB:.1f};"
+        f" (weights, gradients, optimizer and average {made.weights / GIB:.1f};{gathered}"
         f" activations {made.activations / GIB:.1f}; head {made.head / GIB:.1f})",
         f"training tokens: {made.tokens:,.0f}",
         f"FLOPs: {made.flops:.2e} in all, {part.step / shape.length / 1e9:.2f} G per token"
@@ -139,11 +195,43 @@ def report(made: Plan, peak: float | None) -> str:
     ]
     if made.again:
         lines.append(f"made again in the backward pass: {made.again:.0%} more FLOPs")
-    measured = {} if peak is None else {f"this GPU (measured {peak / 1e12:.0f} TFLOP/s)": peak}
-    lines.append(f"estimated training time, at {MFU:.0%} of the device's peak (MFU):")
-    for name, rate in (measured | KNOWN).items():
-        lines.append(f"  {made.devices} × {name}: {duration(made.hours(rate))}")
-    return "\n".join(lines)
+    lines.append(f"a checkpoint: {in_bytes(made.checkpoint)}")
+    if is_sharded(config):
+        lines[-1] += f"; sharded, {in_bytes(made.checkpoint / made.devices)} per device"
+    if made.devices > 1:
+        lines.append(
+            f"exchange: each device sends {in_bytes(made.exchange)} per optimizer step"
+            f" (strategy={config.strategy.name}, {made.devices} devices)"
+        )
+    return lines
+
+
+def in_bytes(number: float) -> str:
+    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / (1 << 20):.2f} MiB"
+
+
+def on_gpus(made: Plan, config: Config, gpu: Gpu) -> list[str]:
+    """Whether the run fits, and how long it takes."""
+    trainer, algo = config.trainer, made.shape.algo
+    nodes = f"{trainer.num_nodes} nodes with " if trainer.num_nodes > 1 else ""
+    limit = room(gpu.memory)
+    fits = "fits" if made.memory <= limit else "does not fit"
+    share = mfu(algo, config.model.compile)
+    lines = [
+        f"on {nodes}{trainer.devices} × {gpu.name}: {fits}; {made.memory / GIB:.1f} GiB needed,"
+        f" {limit / GIB:.1f} GiB of {gpu.memory / GIB:.1f} GiB usable",
+        f"estimated training time: {duration(made.hours(gpu.peak * share))}",
+        f"  at {share:.1%} (MFU) of a matrix product's speed ({gpu.source}), as measured on one"
+        f" H100, model=small, {'compiled' if config.model.compile else 'not compiled'}",
+    ]
+    if algo not in MFU:
+        lines.append(f"  {algo} was not measured on a GPU: the figure is that of {NOT_MEASURED}")
+    if made.devices > 1:
+        lines.append(
+            f"  and {SEVERAL:.1%} of the sum of the GPUs, as measured with ddp on two of one host;"
+            " more GPUs and several nodes were not measured"
+        )
+    return lines
 
 
 def duration(hours: float) -> str:
@@ -154,24 +242,48 @@ def duration(hours: float) -> str:
     return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours > 48 else "")
 
 
-def prepare(config: Config) -> Callable[[], None]:
-    """mode=plan: nothing is read but the tokenizer, and nothing is trained."""
-    trainer, start = config.trainer, config.training.from_pretrained
-    tokenizer, asks = build_tokenizer(config), config.algo.backbone != "dit" and start is not None
-    checkpoint = read_weights(config, start, tokenizer) if asks else None
-    with torch.device("meta"):
-        backbone = build_backbone(config, tokenizer, checkpoint)
-        if (adapter := build_adapter(config, tokenizer)) is not None:
-            say(put_adapters(backbone, adapter))
+def counted(backbone: Network, config: Config) -> Weights:
     parameters = sum(p.numel() for p in backbone.parameters())
     muon = config.optim.name == "muon"
-    by_muon = sum(p.numel() for p in matrices(backbone)) if muon else 0
-    frozen = parameters - sum(p.numel() for _, p in trained(backbone))
-    made = plan(config, build_shape(config, backbone), parameters, by_muon, frozen)
+    return Weights(
+        parameters,
+        by_muon=sum(p.numel() for p in matrices(backbone)) if muon else 0,
+        frozen=parameters - sum(p.numel() for _, p in trained(backbone)),
+        outside=parameters - sum(p.numel() for p in backbone.blocks.parameters()),
+    )
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """mode=plan: nothing is read but the tokenizer, and nothing is trained."""
+    start = config.training.from_pretrained
+    tokenizer, asks = build_tokenizer(config), config.algo.backbone != "dit" and start is not None
+    checkpoint = read_weights(config, start, tokenizer) if asks else None
+    adapter = build_adapter(config, tokenizer)
+
+    @cache
+    def backbone_of(n_blocks: int) -> tuple[Network, str | None]:
+        other = copy.deepcopy(config)
+        other.model.n_blocks = n_blocks
+        with torch.device("meta"):
+            backbone = build_backbone(other, tokenizer, checkpoint)
+            return backbone, None if adapter is None else put_adapters(backbone, adapter)
+
+    def planned(config: Config) -> Plan:
+        backbone, _ = backbone_of(config.model.n_blocks)
+        return plan(config, build_shape(config, backbone), counted(backbone, config))
+
+    made, (_, words) = planned(config), backbone_of(config.model.n_blocks)
+    if words is not None:
+        say(words)
 
     def run() -> None:
-        device = torch.accelerator.current_accelerator()
-        gpu = trainer.accelerator == "gpu" and device is not None
-        say(report(made, matmul_peak(device, matmul_dtype(trainer.precision)) if gpu else None))
+        lines, gpu = report(made, config), gpu_of(config)
+        if gpu is None:
+            lines.append(f"whether it fits, and hours: add plan.gpu={'|'.join(GPUS)}")
+        else:
+            lines += on_gpus(made, config, gpu)
+            if made.memory > room(gpu.memory):
+                lines += fitting.advice(config, planned, room(gpu.memory))
+        say("\n".join(lines))
 
     return run

@@ -15,6 +15,7 @@ from settings.defaults import (
     has_package,
     has_wide_heads,
     head_width,
+    is_elsewhere,
     needs_block_mask,
     sized_by_checkpoint,
     started_by_torchrun,
@@ -200,11 +201,16 @@ def batches(config: Config) -> Iterator[str]:
 
 def machine(config: Config) -> Iterator[str]:
     trainer = config.trainer
-    gpu = trainer.accelerator == "gpu"
-    gpus = visible_gpus() if gpu else None
+    gpu, elsewhere = trainer.accelerator == "gpu", is_elsewhere(config)
+    gpus = visible_gpus() if gpu and not elsewhere else None
+    if elsewhere and not gpu:
+        yield (
+            f"trainer.accelerator={trainer.accelerator}: plan.gpu={config.plan.gpu} is a GPU; leave"
+            " one of them out"
+        )
     if gpus == 0:
         yield "trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=auto"
-    elif gpu and trainer.devices > gpus:
+    elif gpus is not None and trainer.devices > gpus:
         yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
     started = started_by_torchrun()
     if started not in (None, trainer.devices) and config.mode in DISTRIBUTED:
@@ -253,7 +259,9 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
         yield f"{needed} needs a GPU; {way_out}"
     elif not gpu and not entry["cpu_backward"] and config.mode == "train":
         yield f"{needed} cannot train on a CPU (no backward pass); {way_out}"
-    elif gpu and entry["package"] and not has_package(entry["package"]):
+    elif (
+        gpu and entry["package"] and not is_elsewhere(config) and not has_package(entry["package"])
+    ):
         name = entry["package"]
         yield f"{needed}: the package {name} is not installed: pip install {name}; or {way_out}"
     elif not entry["full_precision"] and not config.trainer.precision.startswith(("bf16", "16")):
@@ -280,6 +288,8 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
 
 def _compiled(config: Config, gpu: bool) -> Iterator[str]:
     if not config.model.compile:
+        return
+    if is_elsewhere(config):
         return
     if gpu and not has_package("triton"):
         yield (

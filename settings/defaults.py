@@ -18,6 +18,7 @@ OF_SIZES = (
     "counts",
 )  # eval.likelihood with eval.block_sizes: the first that is affordable
 ROUNDING = 1e-9  # weights of this sum but for rounding stay as they are typed
+GPUS_OF_A_NODE = 8  # of several nodes, in a plan that does not say it
 WARMUP = "lr_scheduler.num_warmup_steps"
 # Other names for the same, as Lightning has them.
 ACCELERATORS = {"cuda": "gpu"}
@@ -28,6 +29,8 @@ def fill(config: Config) -> None:
     """Replaces auto, and every null that stands for a choice of this machine."""
     trainer, loader, sampling = config.trainer, config.loader, config.sampling
     trainer.accelerator = ACCELERATORS.get(trainer.accelerator, trainer.accelerator)
+    if config.mode == "plan":
+        _plan_elsewhere(config)
     gpus = 0 if trainer.accelerator == "cpu" else visible_gpus()
     if trainer.accelerator == "auto":
         trainer.accelerator = "gpu" if gpus else "cpu"
@@ -68,6 +71,21 @@ def fill(config: Config) -> None:
         _set(config.lora, alpha=2.0 * config.lora.rank)
     if config.model.attn_backend == "auto":
         config.model.attn_backend = _attn_backend(config) if gpu else "sdpa"
+
+
+def _plan_elsewhere(config: Config) -> None:
+    """The nodes of a plan, and its GPUs where they are named, as if they were these."""
+    trainer = config.trainer
+    trainer.num_nodes = config.plan.nodes or trainer.num_nodes
+    if config.plan.gpu is not None:
+        _set(trainer, devices=GPUS_OF_A_NODE if trainer.num_nodes > 1 else 1)
+        if trainer.accelerator == "auto":
+            trainer.accelerator = "gpu"
+
+
+def is_elsewhere(config: Config) -> bool:
+    """Whether the run is planned for GPUs that are named, and need not be here."""
+    return config.mode == "plan" and config.plan.gpu is not None
 
 
 def _fill_llama(config: Config) -> None:

@@ -78,6 +78,11 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     yield from _network(config, typed)
     if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
         yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
+    if config.mode == "plan" and {"plan.nodes", "trainer.num_nodes"} <= set(typed):
+        yield f"trainer.num_nodes has no effect: it is planned for plan.nodes={config.plan.nodes}"
+    for key in ("plan.gpu", "plan.nodes"):
+        if config.mode != "plan" and key in typed:
+            yield f"{key} has no effect: mode={config.mode} plans nothing"
     yield from _algorithm(config)
     yield from _data(config)
 

@@ -22,6 +22,7 @@ Examples
       data=openwebtext-split data.insert_valid_special=False wandb=null \\
       eval.checkpoint_path=kuleshov-group/bamdlm-owt-block_size4
   python main.py --cfg job experiment=quickstart    # print the settings and stop
+  python main.py mode=plan model=medium plan.gpu=H100-80GB plan.nodes=4    # does it fit? how long?
   python main.py -m experiment=quickstart block_size=4,16 seed=1,2    # four runs, and a table
 
 A + or ++ before a setting changes nothing. ~key means key=null. wandb=null turns Weights & Biases

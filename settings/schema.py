@@ -481,6 +481,18 @@ class Strategy:
 
 
 @dataclass
+class PlannedFor:
+    """Of mode=plan: other machines than this one, as in plan.gpu=H100-80GB plan.nodes=4."""
+
+    gpu: str | None = doc(
+        "GPU to plan for; null: the one at hand. trainer.devices is how many a node has, one where"
+        " it is not set, and 8 on several nodes",
+        one_of(*tables.gpus()),
+    )
+    nodes: int | None = doc("nodes to plan for; null: trainer.num_nodes", "at least 1")
+
+
+@dataclass
 class CheckpointEveryNSteps:
     every_n_train_steps: int = doc("optimizer steps between checkpoints", "at least 1")
 
@@ -561,6 +573,7 @@ class Config:
     noise: Noise
     lr_scheduler: LRScheduler
     strategy: Strategy
+    plan: PlannedFor
     callbacks: Callbacks
     checkpointing: Checkpointing
     wandb: WandB | None

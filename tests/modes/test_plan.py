@@ -10,13 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from networks import small, small_llama, texts
+from runs import run, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import settings
 from models.masks import BlockDiffusion, Causal, Full
+from modes import fitting
 from modes import plan as plan_mode
 from modes.build import _layers
-from modes.plan import plan, report
+from modes.gpus import GPUS, MFU, REACHED, Gpu, room
+from modes.plan import Weights, on_gpus, plan, report
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
@@ -131,7 +134,7 @@ PLANNED += ["loader.batch_size=16", "trainer.max_steps=10"]
 
 def planned(*words):
     """Of ten steps in bf16, on a CPU."""
-    return plan(settings.load([*PLANNED, *words]), SMALL, 170_000_000)
+    return plan(settings.load([*PLANNED, *words]), SMALL, Weights(170_000_000))
 
 
 def test_a_plan_adds_up():
@@ -139,14 +142,48 @@ def test_a_plan_adds_up():
     assert made.tokens == 10 * 512 * 1024
     assert made.flops == pytest.approx(10 * 512 * flops(SMALL).step)
     assert made.weights == 170e6 * 22  # weights, gradients, moments, average, copy in two bytes
-    assert made.hours(1e15) == pytest.approx(made.flops / 1e15 / 0.4 / 8 / 3600)
+    assert made.hours(4e14) == pytest.approx(made.flops / 4e14 / 8 / 0.955 / 3600)
+    assert planned().hours(4e14) == pytest.approx(made.flops / 4e14 / 3600)
     assert planned("loader.batch_size=32").activations == 2 * made.activations
-    assert planned("strategy=fsdp", "trainer.devices=8").weights == made.weights / 8
-    groups = planned("strategy=fsdp", "trainer.devices=8", "strategy.replicate=2")
-    assert groups.weights == made.weights / 4
     assert planned("training.ema=0").weights == 170e6 * 18
-    by_muon = plan(settings.load(PLANNED), SMALL, 170_000_000, by_muon=100_000_000)
+    by_muon = plan(settings.load(PLANNED), SMALL, Weights(170_000_000, by_muon=100_000_000))
     assert by_muon.weights == 170e6 * 22 - 4 * 100e6  # those have one moment
+    assert (made.checkpoint, by_muon.checkpoint) == (170e6 * 16, 170e6 * 16 - 4 * 100e6)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_checkpoint_has_the_bytes_that_were_planned(optim, tmp_path, capsys):
+    words = [*tiny(tmp_path), "model.hidden_size=128", "model.n_heads=4", f"optim={optim}"]
+    words += ["trainer.max_steps=1", f"checkpointing.save_dir={tmp_path / 'run'}"]
+    code, said = run(words, tmp_path / "log")
+    assert code == 0, said
+    size = (tmp_path / "run/checkpoints/last.ckpt").stat().st_size
+    plan_mode.prepare(settings.load([*words, "mode=plan"]))()
+    said = capsys.readouterr().out.partition("a checkpoint: ")[2].split()
+    assert float(said[0]) * 2**20 == pytest.approx(size, rel=0.02)  # the rest: names, settings
+
+
+def test_what_fsdp_shares_out_and_sends():
+    """By hand, of 8 devices: 12 layers of 5M and 110M outside of them, two micro-batches."""
+    words = ["strategy=fsdp", "trainer.devices=8", "loader.batch_size=32"]
+    config, count = settings.load([*PLANNED, *words]), Weights(170_000_000, outside=110_000_000)
+    made = plan(config, SMALL, count)
+    assert made.weights == 170e6 * 22 / 8
+    assert made.gathered == 2 * (4 * 110e6 + 2 * 2 * 5e6)
+    sent = 2 * 60e6 * 2 + 110e6 * 4 + 170e6 * 4  # layers twice, the rest once, gradients
+    assert made.exchange == pytest.approx(2 * sent * 7 / 8)
+    config.strategy.replicate = 2  # groups of 4; between them, gradients of each device's part
+    of_two = plan(config, SMALL, count)
+    assert of_two.weights == 170e6 * 22 / 4
+    assert of_two.exchange == pytest.approx(2 * (sent * 3 / 4 + 170e6 * 4 / 4))
+    config.strategy.replicate = 1
+    text = "\n".join(report(made, config))
+    assert f"sharded, {16 * 170e6 / 8 / 2**30:.2f} GiB per device" in text
+    ddp = planned("trainer.devices=8", "loader.batch_size=32")
+    assert ddp.exchange == pytest.approx(2 * 7 / 8 * 4 * 170e6)
+    assert (ddp.gathered, planned().exchange) == (0, 0)
+    half = planned("trainer.devices=8", "loader.batch_size=32", "strategy.gradients=bf16")
+    assert half.exchange == ddp.exchange / 2
 
 
 def test_a_plan_of_weights_in_bfloat16():
@@ -159,29 +196,139 @@ def test_a_plan_of_weights_in_bfloat16():
     assert planned(half, "trainer.devices=2", "loader.global_batch_size=32").weights == 170e6 * 24
     assert planned(half, "training.ema=0").weights == 170e6 * 20
     config = settings.load([*PLANNED, half, "loader.global_batch_size=16"])
-    assert plan(config, SMALL, 170_000_000, frozen=169_000_000).weights == 170e6 * 2 + 1e6 * 18
+    assert (
+        plan(config, SMALL, Weights(170_000_000, frozen=169_000_000)).weights
+        == 170e6 * 2 + 1e6 * 18
+    )
 
 
 def test_a_plan_reads_well():
-    text = report(planned("trainer.devices=8"), peak=4e14)
+    config = settings.load([*PLANNED, "trainer.devices=8"])
+    made = plan(config, SMALL, Weights(170_000_000))
+    text = "\n".join(report(made, config))
     assert "170.0M parameters, sequences of 1024 in blocks of 16" in text
     assert "memory per device" in text
-    assert "8 × this GPU (measured 400 TFLOP/s)" in text
-    assert "8 × H100" in text
-    assert "this GPU" not in report(planned(), peak=None)
+    assert "a checkpoint: 2.53 GiB\n" in text
+    assert "exchange: each device sends 1.11 GiB per optimizer step (strategy=ddp, 8" in text
+    lines = on_gpus(made, config, Gpu("this GPU", 80e9, 4e14, "measured 400 TFLOP/s"))
+    assert lines[0].startswith("on 8 × this GPU: fits; ")
+    assert lines[1] == f"estimated training time: {3600 * made.hours(4e14 * 0.206):.3g} seconds"
+    assert "at 20.6% (MFU) of a matrix product's speed (measured 400 TFLOP/s)" in lines[2]
+
+
+TEXT8 = ["mode=plan", "data=text8", "model=tiny", "model.length=64", "wandb=null"]
+TEXT8 += ["block_size=4", "data.tokenizer_name_or_path=text8", "trainer.max_steps=5000"]
+
+
+def printed(capsys, *words):
+    made = settings.load([*TEXT8, *words])
+    assert settings.check(made) == ([], [])
+    plan_mode.prepare(made)()
+    return capsys.readouterr().out
 
 
 def test_mode_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    overrides = ["mode=plan", "data=text8", "model=tiny", "model.length=64", "block_size=4"]
-    made = settings.load([*overrides, "wandb=null", "trainer.max_steps=5000"])
-    assert settings.check(made) == ([], [])
-    plan_mode.prepare(made)()
-    printed = capsys.readouterr().out
-    assert "in blocks of 4" in printed
-    assert "estimated training time, at 40% of the device's peak (MFU):\n  1 × H100" in printed
-    assert "this GPU" not in printed  # there is none
+    said = printed(capsys)
+    assert "in blocks of 4" in said
+    assert "whether it fits, and hours: add plan.gpu=RTX4090-24GB|L40S-48GB|" in said
+    assert "estimated training time" not in said  # of no GPU
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_for_gpus_that_are_named(capsys):
+    config = settings.load([*TEXT8, "plan.gpu=H100-80GB", "plan.nodes=4"])
+    trainer = config.trainer
+    assert (trainer.num_nodes, trainer.devices, trainer.accelerator) == (4, 8, "gpu")
+    assert (trainer.precision, config.loader.batch_size) == ("bf16-mixed", 16)
+    said = printed(capsys, "plan.gpu=H100-80GB", "plan.nodes=4")
+    assert "on 4 nodes with 8 × H100-80GB: fits; " in said
+    assert "(77% of 989 TFLOP/s)" in said
+    assert "several nodes were not measured" in said
+    said = printed(capsys, "plan.gpu=A100-40GB", "algo=sedd", "block_size=64", "trainer.devices=2")
+    assert "on 2 × A100-40GB: fits; " in said
+    assert "sedd was not measured on a GPU: the figure is that of mdlm" in said
+
+
+def test_the_hours_are_those_that_were_measured():
+    """258 518 tokens/s of bamdlm and 438 048 of mdlm, on one H100."""
+    peak = GPUS["H100-80GB"]["peak"] * 1e12 * REACHED
+    for algo, size, rate in (("bamdlm", 16, 258_518), ("mdlm", 1024, 438_048)):
+        cost = flops(NetworkShape(algo, 768, 12, 50_258, 1024, size)).step / 1024
+        assert peak * MFU[algo][0] / cost == pytest.approx(rate, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("algo", "compiled", "measured"),
+    [
+        *(("bamdlm", True, 27.5), ("bamdlm", False, 37.5), ("mdlm", True, 15.8)),
+        *(("mdlm", False, 21.7), ("ar", True, 15.6), ("ar", False, 17.9)),
+    ],
+)
+def test_the_memory_is_that_which_was_measured_on_an_h100(algo, compiled, measured):
+    """GiB of docs/performance.md: model=small, 32 rows of 1024."""
+    size = {"bamdlm": 16, "mdlm": 1024, "ar": 1}[algo]
+    words = [f"algo={algo}", f"block_size={size}", f"model.compile={compiled}", "mode=plan"]
+    words += ["plan.gpu=H100-80GB", "loader.global_batch_size=32"]
+    count = Weights(162_246_482 if algo == "ar" else 169_627_218)
+    made = plan(settings.load(words), NetworkShape(algo, 768, 12, 50_258, 1024, size), count)
+    assert made.memory / 2**30 == pytest.approx(measured, rel=0.07)
+
+
+NOT_FITTING = {  # what is added to the command, and the changes that are named
+    ("model=small",): [{"model.activation_checkpointing"}, {"loader.batch_size"}],
+    ("loader.batch_size=1", "model=medium", "model.length=16384"): [
+        {"model.activation_checkpointing"}
+    ],
+    (
+        *("loader.batch_size=1", "model.hidden_size=2048", "model.n_blocks=48"),
+        *("trainer.devices=8", "trainer.accelerator=gpu"),
+    ): [{"strategy"}],
+    ("loader.batch_size=1", "model.hidden_size=4096", "model.n_blocks=48"): [
+        {"model.activation_checkpointing", "loader.batch_size", "model.n_blocks"}
+    ],
+}
+
+
+@pytest.mark.parametrize("words", NOT_FITTING)
+def test_what_makes_it_fit_is_planned(words, capsys):
+    gpu = "plan.gpu=RTX4090-24GB"
+    said = printed(capsys, gpu, *words, "model.n_heads=16")
+    assert "does not fit; " in said
+    listed = said.partition("to make it fit, one of these:\n")[2].splitlines()
+    ways = [line.rpartition(": ") for line in listed if "GiB" in line]
+    changes = [way.split() for way, _, _ in ways]
+    assert [{word.split("=")[0] for word in change} for change in changes] == NOT_FITTING[words]
+    for change in changes:  # the command with the change fits, as it is said
+        kept = [word for word in words if word.split("=")[0] not in " ".join(change)]
+        assert ": fits; " in printed(capsys, gpu, *kept, *change, "model.n_heads=16")
+
+
+def test_the_largest_batch_is_taken_that_fits():
+    config = settings.load([*PLANNED, "trainer.devices=2", "loader.batch_size=128"])
+
+    def made(config):
+        return plan(config, SMALL, Weights(170_000_000))
+
+    limit = made(fitting.changed(config, {"loader.batch_size": 64})).memory
+    assert {"loader.batch_size": 64} in fitting.ways(config, made, limit)
+    assert {"loader.batch_size": 32} in fitting.ways(config, made, limit - 1)
+    whole = room(GPUS["H200-141GB"]["memory"] * 1e9)
+    assert "  as it is, on " in fitting.advice(config, made, whole / 2)[-1]
+
+
+def test_what_a_plan_cannot_do_is_said():
+    _, problems, _ = settings.examine([*TEXT8, "plan.gpu=H100"])
+    assert any("plan.gpu=H100 must be one of RTX4090-24GB, L40S-48GB" in each for each in problems)
+    words = [*TEXT8, "plan.gpu=H100-80GB", "trainer.accelerator=cpu"]
+    _, problems, _ = settings.examine(words)
+    assert problems == [
+        "trainer.accelerator=cpu: plan.gpu=H100-80GB is a GPU; leave one of them out"
+    ]
+    _, _, notes = settings.examine([*TEXT8, "plan.nodes=2", "trainer.num_nodes=4"])
+    assert "trainer.num_nodes has no effect: it is planned for plan.nodes=2" in notes
+    _, _, notes = settings.examine([*TEXT8[1:], "plan.gpu=H100-80GB"])
+    assert "plan.gpu has no effect: mode=train plans nothing" in notes
 
 
 class StandIn:
