@@ -197,7 +197,8 @@ def report(made: Plan, config: Config) -> list[str]:
         lines.append(f"made again in the backward pass: {made.again:.0%} more FLOPs")
     lines.append(f"a checkpoint: {in_bytes(made.checkpoint)}")
     if is_sharded(config):
-        lines[-1] += f"; sharded, {in_bytes(made.checkpoint / made.devices)} per device"
+        each = in_bytes(made.checkpoint / made.devices)
+        lines[-1] += f"; {each} per device with checkpointing.format=sharded"
     if made.devices > 1:
         lines.append(
             f"exchange: each device sends {in_bytes(made.exchange)} per optimizer step"

@@ -178,7 +178,7 @@ def test_what_fsdp_shares_out_and_sends():
     assert of_two.exchange == pytest.approx(2 * (sent * 3 / 4 + 170e6 * 4 / 4))
     config.strategy.replicate = 1
     text = "\n".join(report(made, config))
-    assert f"sharded, {16 * 170e6 / 8 / 2**30:.2f} GiB per device" in text
+    assert f"; {16 * 170e6 / 8 / 2**30:.2f} GiB per device with checkpointing.format=sh" in text
     ddp = planned("trainer.devices=8", "loader.batch_size=32")
     assert ddp.exchange == pytest.approx(2 * 7 / 8 * 4 * 170e6)
     assert (ddp.gathered, planned().exchange) == (0, 0)
