@@ -17,9 +17,9 @@ import settings
 from models.masks import BlockDiffusion, Causal, Full
 from modes import fitting
 from modes import plan as plan_mode
-from modes.build import _layers
-from modes.gpus import GPUS, MFU, REACHED, Gpu, room
-from modes.plan import Weights, on_gpus, plan, report
+from modes.build import _layers, build_backbone, build_shape
+from modes.gpus import MFU, REACHED, Gpu, room
+from modes.plan import Weights, counted, on_gpus, plan, report
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion
@@ -28,7 +28,16 @@ from scripts.show_mask import document_ids_of
 from scripts.show_mask import main as show_mask
 from scripts.show_mask import seen_pairs as drawn_pairs
 from training.csv_log import CSVLog
-from training.flops import PEAK_SIZE, NetworkShape, flops, matmul_dtype, matmul_peak, seen_pairs
+from training.flops import (
+    GPUS,
+    PEAK_SIZE,
+    NetworkShape,
+    flops,
+    matmul_dtype,
+    matmul_peak,
+    nominal_peak,
+    seen_pairs,
+)
 from training.log_reading import read_log
 from training.logged import LOGGED, StepLog
 
@@ -275,6 +284,51 @@ def test_the_memory_is_that_which_was_measured_on_an_h100(algo, compiled, measur
     assert made.memory / 2**30 == pytest.approx(measured, rel=0.07)
 
 
+SMOL = ["algo.backbone=llama", "model=llama-135m", "model.length=512", "loader.batch_size=16"]
+DIT = ["model.hidden_size=576", "model.cond_dim=128", "model.n_blocks=18", "model.n_heads=9"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stated"),
+    [
+        *(("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce RTX 4090", 165.2e12)),
+        *(("NVIDIA H100 PCIe", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA T4", None)),
+    ],
+)
+def test_what_the_maker_states_is_known_of_one_form_alone(name, stated, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert nominal_peak(cuda, torch.bfloat16) == stated
+    assert nominal_peak(cuda, torch.float32) is None
+    assert nominal_peak(torch.device("cpu"), torch.bfloat16) is None
+
+
+COUNTS = "training.noise=counts"
+ON_AN_H200 = {  # docs/results.md: settings, ids of the vocabulary with the mask, GiB
+    "bamdlm": ([*SMOL, "block_size=4", "training.noise=counts"], 49_153, 12.2),
+    "two views": (
+        [*SMOL, "block_size=16", "training.noise=counts", "training.views=2"],
+        49_153,
+        16.5,
+    ),
+    "ar": ([*SMOL, "algo=ar"], 49_153, 7.9),
+    "dit": ([*DIT, "block_size=4", "model.length=512", "loader.batch_size=16"], 49_153, 10.0),
+    "small": (["model=small", "block_size=4", "loader.batch_size=32"], 8_193, 26.8),
+}
+
+
+@pytest.mark.parametrize("case", ON_AN_H200)
+def test_the_memory_is_that_which_was_measured_on_an_h200(case):
+    """With SmolLM2's shape, a DiT of its size and model=small, compiled."""
+    words, ids, measured = ON_AN_H200[case]
+    words = ["mode=plan", "plan.gpu=H200-141GB", "model.compile=true", *words]
+    config = settings.load([*words, "loader.global_batch_size=32"])
+    with torch.device("meta"):
+        backbone = build_backbone(config, SimpleNamespace(vocab_size=ids), None)
+    made = plan(config, build_shape(config, backbone), counted(backbone, config))
+    assert made.memory / 2**30 == pytest.approx(measured, rel=0.1)
+
+
 NOT_FITTING = {  # what is added to the command, and the changes that are named
     ("model=small",): [{"model.activation_checkpointing"}, {"loader.batch_size"}],
     ("loader.batch_size=1", "model=medium", "model.length=16384"): [
@@ -352,7 +406,8 @@ class Optimizer:
     param_groups = ({"lr": 0.1},)
 
 
-def test_every_figure_of_the_steps_goes_to_the_log_at_its_steps(tmp_path):
+def test_every_figure_of_the_steps_goes_to_the_log_at_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.logged.nominal_peak", lambda device, dtype: 1e15)
     trainer, callback = StandIn(tmp_path / "metrics.csv"), StepLog(1e9, torch.float32, rates=True)
     callback.on_train_start(trainer, Module)
     for step in range(1, 6):
