@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Callable
 
 import settings
-from modes.gpus import GPUS, room
+from modes.gpus import room
 from settings import Config
 from settings.defaults import sized_by_checkpoint
 from settings.keys import put
+from training.flops import GPUS
 
 GIB = 1 << 30
 STRONGER = {"none": ("selective", "full"), "selective": ("full",), "full": ()}

@@ -5,20 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from settings import Config
-from training.flops import matmul_dtype, matmul_peak
+from training.flops import GPUS, matmul_dtype, matmul_peak
 
-# memory in GB and TFLOP/s of dense bf16 matrix products, as NVIDIA's data sheets state them: the
-# SXM form where there are several; half of the figure where that is with sparsity; for the RTX 4090
-# the figure with sums in float32.
-GPUS = {
-    "RTX4090-24GB": {"memory": 24, "peak": 165.2},
-    "L40S-48GB": {"memory": 48, "peak": 362.0},
-    "A100-40GB": {"memory": 40, "peak": 312.0},
-    "A100-80GB": {"memory": 80, "peak": 312.0},
-    "H100-80GB": {"memory": 80, "peak": 989.0},
-    "H200-141GB": {"memory": 141, "peak": 989.0},
-    "B200-180GB": {"memory": 180, "peak": 2250.0},
-}
 # Of the memory, what a run may take: the rest is for CUDA's context, NCCL's buffers and gaps.
 USABLE = 0.97
 # docs/performance.md, one H100 80GB, model=small, 32 rows a step, with the fastest attention: the

@@ -151,7 +151,7 @@ corpora_on_the_hub = partial(built_with, "data/corpora.py", "CORPORA", "Hub")  #
 # eval.likelihood, before a colon and a number
 likelihoods = partial(table, "evaluation/table.py", "LIKELIHOODS")
 logged_figures = partial(table, "training/logged.py", "LOGGED")  # the names in metrics.csv
-gpus = partial(table, "modes/gpus.py", "GPUS")  # plan.gpu
+gpus = partial(table, "training/flops.py", "GPUS")  # plan.gpu
 chat_names = partial(table, "data/chat/records.py", "NAMES")  # the keys of data.chat_fields
 # model.activation_checkpointing
 activation_checkpointing = partial(table, "models/recomputing.py", "ACTIVATION_CHECKPOINTING")

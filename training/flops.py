@@ -19,6 +19,18 @@ from objectives.algorithms import get_algorithm
 PEAK_SIZE = {"cpu": 768}  # side of the square matrices that measure the peak; else 8192
 PEAK_TRIES = 24  # the machine may have other work
 BACKWARD = 2  # times the forward pass
+# memory in GB and TFLOP/s of dense bf16 matrix products, as NVIDIA's data sheets state them: the
+# SXM form where there are several; half of the figure where that is with sparsity; for the RTX 4090
+# the figure with sums in float32. `device`: in the name that CUDA reports, for these forms alone.
+GPUS = {
+    "RTX4090-24GB": {"memory": 24, "peak": 165.2, "device": "RTX 4090"},
+    "L40S-48GB": {"memory": 48, "peak": 362.0, "device": "L40S"},
+    "A100-40GB": {"memory": 40, "peak": 312.0, "device": "A100-SXM4-40GB"},
+    "A100-80GB": {"memory": 80, "peak": 312.0, "device": "A100-SXM4-80GB"},
+    "H100-80GB": {"memory": 80, "peak": 989.0, "device": "H100 80GB HBM3"},
+    "H200-141GB": {"memory": 141, "peak": 989.0, "device": "H200"},
+    "B200-180GB": {"memory": 180, "peak": 2250.0, "device": "B200"},
+}
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,15 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         _wait(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
+
+
+def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s as the maker states them; None for products in float32, and where GPUS lacks the
+    device."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return next((1e12 * gpu["peak"] for gpu in GPUS.values() if gpu["device"] == name), None)
 
 
 def _wait(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluation.likelihood import Likelihood
 from training.csv_log import record
-from training.flops import matmul_peak
+from training.flops import matmul_peak, nominal_peak
 
 GIB = 1 << 30
 
@@ -32,6 +32,7 @@ class Steps:
     flops: float = 0.0  # floating-point operations, forward and backward (flops.py)
     seconds: float = 0.0  # without validations
     peak: float = 0.0  # FLOP/s of a large matrix product, measured on this device
+    nominal: float | None = None  # FLOP/s of the device as its maker states them, where known
 
     @property
     def diffusion_loss(self) -> Tensor | None:
@@ -95,6 +96,11 @@ LOGGED = {
     "throughput/mfu": Logged(
         lambda steps: steps.flops / steps.seconds / steps.peak,
         doc="The same, as a share of the speed of a large matrix product on this device",
+    ),
+    "throughput/mfu_nominal": Logged(
+        lambda steps: None if not steps.nominal else steps.flops / steps.seconds / steps.nominal,
+        doc="The same, as a share of what the maker of the GPU states for bf16; in half precision,"
+        " on GPUs that plan.gpu knows",
     ),
     "throughput/memory_gib": Logged(
         lambda steps: peak_memory(steps.module.device) / GIB,
@@ -163,6 +169,7 @@ class StepLog(L.Callback):
         self.step_flops, self.dtype, self.rates = step_flops, dtype, rates
         self._written = 0  # the step of the last row
         self._peak: float | None = None
+        self._nominal: float | None = None
         self._steps: Steps | None = None
         self._since = self._paused = 0.0
 
@@ -201,6 +208,7 @@ class StepLog(L.Callback):
         done.seconds = max(time.monotonic() - self._since, 1e-9)
         if self._peak is None:
             self._peak = matmul_peak(module.device, self.dtype)
-        done.peak = self._peak
+            self._nominal = nominal_peak(module.device, self.dtype)
+        done.peak, done.nominal = self._peak, self._nominal
         self._begin(module)
         record(trainer, figures(done))
