@@ -83,8 +83,15 @@ def choose(blocks: nn.Module, modules: tuple[str, ...] | None) -> dict[str, nn.L
 
 
 def adapt(network: nn.Module, adapter: Adapter) -> None:
-    """Put the adapters into a network that has the weights to start from; all else is frozen."""
+    """Put the adapters into a network that has the weights to start from; all else is frozen.
+    ValueError where a layer is not there, or none is as wide as the rank."""
     chosen = choose(network.blocks, adapter.modules)
+    most = max(min(m.in_features, m.out_features) for m in chosen.values())
+    if adapter.rank > most:
+        raise ValueError(
+            f"lora.rank={adapter.rank} is more than the rank of any layer that gets adapters: use"
+            f" at most {most}, or lora.rank=null to train all weights"
+        )
     network.requires_grad_(False)
     for name, module in chosen.items():
         parent, _, last = name.rpartition(".")

@@ -194,6 +194,8 @@ REFUSED = {
         "lora.modules=[proj]"
     ],
     "lora.rank=0 must be at least 1": ["lora.rank=0"],
+    "lora.rank=33 is more than the rank of any layer": ["lora.rank=33", "lora.modules=[q_proj]"],
+    "lora.rank=1000000000 is more than": ["lora.rank=1000000000"],
     "lora.alpha=0.0 must be above 0": ["lora.alpha=0"],
     "lora.alpha=-1.0 must be above 0": ["lora.alpha=-1"],
     "lora.dropout=1.0 must be in [0, 1)": ["lora.dropout=1"],
