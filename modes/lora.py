@@ -8,6 +8,7 @@ import torch
 from checkpointing.layouts import Checkpoint, section
 from checkpointing.load import load_pretrained
 from checkpointing.restricted_pickle import CheckpointError
+from checkpointing.vocabulary import has_words
 from data.tokenizer import Tokenizer
 from models.lora import Adapter, adapt
 from models.network import Network
@@ -80,7 +81,9 @@ def _take_base(config: Config, backbone: Network, base: Checkpoint) -> None:
 def _check_base(config: Config, base: dict, tokenizer: Tokenizer) -> None:
     """CheckpointError where training.from_pretrained has other weights than when the run began."""
     start = config.training.from_pretrained
-    if not base or not Path(start).exists():  # of a hub id the checkpoint is enough
+    place = Path(start)
+    gone = not place.exists() or (has_words(place) and not (place / "config.json").exists())
+    if not base or gone:  # of a hub id, or a tokenizer alone, the checkpoint is enough
         return
     if read_weights(config, start, tokenizer).fingerprint != base.get("fingerprint"):
         raise CheckpointError(

@@ -100,7 +100,7 @@ def checkpoints(config: Config) -> Iterator[str]:
 
 def _training_start(config: Config) -> Iterator[str]:
     start, checkpointing = config.training.from_pretrained, config.checkpointing
-    if start is not None and is_missing(start):
+    if start is not None and is_missing(start) and not _goes_on(config):
         yield f"training.from_pretrained={start} does not exist (null trains from scratch)"
     if config.algo.backbone == "hf_dit" and (start is None or start.endswith(WEIGHT_SUFFIXES)):
         yield f"training.from_pretrained={start}: {HF_DIT}"
@@ -110,6 +110,15 @@ def _training_start(config: Config) -> Iterator[str]:
             f"checkpointing.resume_ckpt_path={resume} does not exist;"
             " checkpointing.resume_from_ckpt=False starts anew"
         )
+
+
+def _goes_on(config: Config) -> bool:
+    """Whether the run has a checkpoint here to go on from: it has all weights, so what training
+    began with may be gone."""
+    saved = config.checkpointing
+    named, folder = Path(saved.resume_ckpt_path), Path(saved.save_dir, "checkpoints")
+    found = named.exists() or any(folder.glob("step=*.ckpt"))
+    return config.mode == "train" and saved.resume_from_ckpt and found
 
 
 def results(config: Config) -> Iterator[str]:

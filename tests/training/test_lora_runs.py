@@ -238,6 +238,33 @@ def test_a_base_that_changed_is_refused(whole, start, folder, tmp_path, capsys):
     assert f"training.from_pretrained={folder} has other weights than when this run began" in text
 
 
+def test_a_run_goes_on_where_of_its_base_the_tokenizer_alone_is_left(whole, start, tmp_path):
+    """And where the base lies in a folder of its own, with nothing."""
+    model, place, words = (tmp_path / name for name in ("model", "run", "words"))
+    shutil.copytree(start[-1].partition("=")[2], model)
+    mine = [*start, f"training.from_pretrained={model}", f"checkpointing.save_dir={place}"]
+    mine += [f"data.tokenizer_name_or_path={model}"]
+    assert main.main([*mine, "trainer.max_steps=4"]) == 0
+    for name in ("model.safetensors", "config.json"):
+        (model / name).unlink()
+    assert main.main(mine) == 0
+    differing = differences(read(place / LAST)["state_dict"], read(whole / LAST)["state_dict"])
+    assert differing == []
+    shutil.rmtree(place)
+    with_base = [*start, f"checkpointing.save_dir={place}"]
+    shutil.copytree(start[-1].partition("=")[2], model, dirs_exist_ok=True)
+    with_base += [f"training.from_pretrained={model}"]
+    assert main.main([*with_base, "trainer.max_steps=4"]) == 0
+    model.rename(words)
+    assert main.main([*with_base, "trainer.max_steps=5"]) == 0
+
+
+def test_a_run_that_has_not_begun_needs_its_base(start, tmp_path, capsys):
+    mine = [*start, f"training.from_pretrained={tmp_path / 'gone'}"]
+    text = ends_with_2([*mine, f"checkpointing.save_dir={tmp_path / 'run'}"], capsys)
+    assert f"training.from_pretrained={tmp_path / 'gone'} does not exist" in text
+
+
 def test_weights_that_the_algorithm_adds_are_no_adapters(words, tmp_path, capsys):
     """A DiT from AR weights has gates that are closed until they are trained."""
     common = [*words, "data.tokenizer_name_or_path=text8"]
