@@ -142,6 +142,10 @@ def get_tokenizer(
         raise ValueError(
             f"data.tokenizer_name_or_path={name} is no folder: name one with a tokenizer.json"
         )
+    elif name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(
+            f"data.tokenizer_name_or_path={name} does not exist: name the folder where it lies now"
+        )
     else:
         hf = vocabularies.from_hub(name)
     return wrap(hf, name, eos_token)

@@ -47,9 +47,12 @@ def from_folder(folder: Path):
         with unheard():
             return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError, KeyError) as error:
+        files = ("tokenizer.json", "tokenizer_config.json")
+        missing = [name for name in files if not (folder / name).exists()]
+        way_out = f"it needs {' and '.join(files)}" if missing else "copy or download it again"
         raise ValueError(
             f"data.tokenizer_name_or_path={folder}: the folder holds no tokenizer that transformers"
-            f" can load ({reason(error)}); it needs tokenizer.json and tokenizer_config.json"
+            f" can load ({reason(error)}); {way_out}"
         ) from error
 
 

@@ -208,8 +208,21 @@ def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
-    with pytest.raises(ValueError, match=r"data.tokenizer_name_or_path=.*holds no tokenizer"):
+    with pytest.raises(ValueError, match=r"holds no tokenizer .*; it needs tokenizer.json and"):
         get_tokenizer(str(tmp_path))
+
+
+def test_a_model_beside_a_tokenizer_that_is_damaged_is_named(tmp_path):
+    vocabularies.character_set("abc").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json' is not a valid JSON.*download it again$"):
+        get_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/words", "./words", "../words", "~/words"])
+def test_a_path_that_does_not_exist_is_not_taken_for_a_model_of_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"_path={name} does not exist: name the folder"):
+        get_tokenizer(name)
 
 
 def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
