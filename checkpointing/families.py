@@ -160,7 +160,7 @@ def shape_of(place: str, config: dict) -> LlamaShape:
         **_rope(found),
     )
     if problem := next(shape.problems(NAMES), None):
-        raise found.refused(problem)
+        raise CheckpointError(f"{place}: in config.json {problem}")
     return shape
 
 

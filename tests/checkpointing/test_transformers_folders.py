@@ -301,7 +301,7 @@ WRONG = {
         "two values of rope_theta: 6.0 and 5.0",
     ),
     "a part of a head": (says(partial_rotary_factor=0.5), "partial_rotary_factor=0.5; only 1"),
-    "heads": (says(num_key_value_heads=3), "num_attention_heads=4 is not a multiple of num_key"),
+    "heads": (says(num_key_value_heads=3), "in config.json num_attention_heads=4 is not a"),
     "more heads of keys": (says(num_key_value_heads=8), "is not a multiple of num_key_value_heads"),
     "odd head": (says(head_dim=7), "head_dim=7 is odd"),
     "no even share": (
