@@ -173,6 +173,12 @@ def _training(config: Config) -> Iterator[str]:
             f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"
             f" trainer.max_steps={trainer.max_steps}: optim.lr is never reached"
         )
+    sizes = config.training.block_schedule or {}
+    if late := [step for step in sorted(sizes) if step >= trainer.max_steps]:
+        yield (
+            f"training.block_schedule: blocks of {sizes[late[0]]} begin at step {late[0]}, which is"
+            f" not below trainer.max_steps={trainer.max_steps}: they are never trained"
+        )
 
 
 def _algorithm(config: Config) -> Iterator[str]:

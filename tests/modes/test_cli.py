@@ -636,6 +636,11 @@ HARMLESS = [
     (TRAIN, ["trainer.max_steps=100"], "optim.lr is never reached"),
     (
         TRAIN,
+        ["training.block_schedule={0: 4, 3000: 8, 9000: 16}", *BLOCKS, "trainer.max_steps=3000"],
+        "training.block_schedule: blocks of 8 begin at step 3000, which is not",
+    ),
+    (
+        TRAIN,
         ["data.wrap=False", "data.insert_train_eos=False"],
         "data.insert_train_eos=False has no",
     ),
