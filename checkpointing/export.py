@@ -31,8 +31,8 @@ CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
 CAUSAL = {"AutoModelForCausalLM": "BD3LMForCausalLM"}  # rows about the next token
 CARD_SECTIONS = (
-    *("algo", "block_size", "data", "loader", "lr_scheduler", "model", "noise", "optim"),
-    *("seed", "training"),
+    *("adapt", "algo", "block_size", "data", "loader", "lora", "lr_scheduler", "model", "noise"),
+    *("optim", "seed", "training"),
 )
 ABSOLUTE = re.compile(r"^from (models\.|(?=noise_schedule ))", re.MULTILINE)
 IMPORTED = re.compile(r"^ *from \.(\w+) import", re.MULTILINE)
@@ -191,6 +191,9 @@ def card(checkpoint: Checkpoint, config: dict, use_ema: bool, template: Path, ba
     )
     rows = [f"| {name} | {value} |" for name, value in figures.items() if value is not None]
     trained = {key: run[key] for key in CARD_SECTIONS if key in run}
+    if is_llama(checkpoint) and "model" in trained:  # whose settings may say other sizes
+        sizes, model = build_backbone_args(checkpoint), trained["model"]
+        trained["model"] = {key: sizes.get(key, value) for key, value in model.items()}
     sizes = listed(config.get("block_sizes", [config["block_size"]]))
     return Template(template.read_text()).substitute(
         name=f"{config['algo']}, block size {sizes}",

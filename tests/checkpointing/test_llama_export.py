@@ -74,6 +74,20 @@ def test_an_export_comes_back_bit_for_bit(algo, words, tmp_path):
     assert f"algo={algo} algo.backbone=llama" in (tmp_path / "x" / "README.md").read_text()
 
 
+def test_the_card_has_the_sizes_of_the_network(words, tmp_path):
+    """Those of model.* have no effect where a checkpoint has the sizes."""
+    run = trained(words)
+    run.config["model"] |= {"hidden_size": 768, "n_blocks": 12, "param_dtype": "bfloat16"}
+    run.config["lora"] = {"rank": 2}
+    text = (export.export(run, tmp_path / "x", words) / "README.md").read_text()
+    said = json.loads(text.partition("```json")[2].partition("```")[0])
+    shape = build_network(run).shape
+    assert said["model"]["hidden_size"] == shape.hidden_size != 768
+    assert said["model"]["n_blocks"] == shape.n_blocks != 12
+    assert said["model"]["param_dtype"] == "bfloat16"
+    assert said["lora"] == {"rank": 2}
+
+
 def test_spare_rows_are_exported_and_the_chat_template_stays(words, tmp_path):
     from transformers import AutoTokenizer
 
