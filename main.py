@@ -82,6 +82,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
+        ".*is not supported by the model summary.*",  # bf16-mixed; ours shows no megabytes
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
