@@ -27,6 +27,7 @@ from scripts import summarize
 from scripts.plot_run import finish, losses, perplexities, smoothed
 from scripts.support.command import new_parser
 from scripts.support.picture import picture
+from settings.effects import OF_DIT, OF_LLAMA, SIZES
 from utils import atomic_file, harmless, reason, say, shown
 
 TEXTS, LONGEST_TEXT = 2, 4000  # of each run that are shown, and their characters
@@ -82,7 +83,8 @@ def names(runs: Sequence[Results]) -> list[str]:
 def columns(runs: Sequence[Results]) -> dict[str, list]:
     """{header: one value for each run, None where it has none}."""
     found = dict.fromkeys(["run"])
-    found |= {key: [run.settings.get(key) for run in runs] for key in differing(runs)}
+    told = [used(run.settings) for run in runs]
+    found |= {key: [each.get(key) for each in told] for key in differing(told)}
     found["run"] = names(runs)  # whatever a settings.json calls its settings
     found["steps"] = [run.steps for run in runs]
     found["tokens seen"] = [run.tokens for run in runs]
@@ -97,9 +99,18 @@ def columns(runs: Sequence[Results]) -> dict[str, list]:
     return found
 
 
-def differing(runs: Sequence[Results]) -> list[str]:
+def used(settings: dict) -> dict:
+    """Without the sizes of model.* where the network has those of a checkpoint."""
+    pretrained = settings.get("algo.backbone") == "llama" and settings.get(
+        "training.from_pretrained"
+    )
+    unused = {f"model.{name}" for name in (*SIZES, *OF_DIT, *OF_LLAMA)} if pretrained else ()
+    return {key: value for key, value in settings.items() if key not in unused}
+
+
+def differing(told: Sequence[dict]) -> list[str]:
     """The settings that are not the same in all runs that have a settings.json."""
-    told = [run.settings for run in runs if run.settings]
+    told = [settings for settings in told if settings]
     keys = sorted({key for settings in told for key in settings})
     return [k for k in keys if len({json.dumps(s.get(k), sort_keys=True) for s in told}) > 1]
 

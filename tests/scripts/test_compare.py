@@ -166,6 +166,21 @@ def test_the_curves_are_over_steps_and_over_tokens(runs, monkeypatch):
     assert len(second) == 4
 
 
+def test_sizes_that_a_checkpoint_overrides_are_no_difference(tmp_path, capsys):
+    llama = {"algo.backbone": "llama", "training.from_pretrained": "SmolLM2", "model.n_blocks": 12}
+    for name, layers in {"a": 12, "b": 8}.items():
+        make_run(tmp_path / name, **llama | {"model.n_blocks": layers})
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "model.n_blocks" not in capsys.readouterr().out
+    scratch = llama | {"training.from_pretrained": None, "model.n_blocks": 30}
+    make_run(tmp_path / "c", **scratch)
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 0
+    said = capsys.readouterr().out
+    assert "model.n_blocks" in said
+    assert "30" in said
+    assert "12" not in said
+
+
 def test_one_run_is_enough_and_figures_that_are_missing_are_left_out(tmp_path, capsys):
     folder = tmp_path / "only"
     folder.mkdir()
