@@ -303,6 +303,30 @@ def differences(ours, theirs, path: str = "") -> list[str]:
     return [line for key, a, b in pairs for line in differences(a, b, f"{path}/{key}")]
 
 
+def equal_states(a, b):
+    """Weights, averages, moments: equal but for the order of sums."""
+    assert a.keys() == b.keys()
+    assert a["loops"]["fit_loop"].keys() == b["loops"]["fit_loop"].keys()
+    assert list(a["state_dict"]) == list(b["state_dict"])
+    for name, value in b["state_dict"].items():
+        close(a["state_dict"][name], value, name)
+    for x, y in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True):
+        close(x, y, "ema")
+    assert a["ema"]["num_updates"] == b["ema"]["num_updates"]
+    mine, other = (state["optimizer_states"][0] for state in (a, b))
+    assert mine["param_groups"] == other["param_groups"]
+    assert mine["state"].keys() == other["state"].keys()
+    for key, moments in other["state"].items():
+        for name, value in moments.items():
+            close(mine["state"][key][name], value, name)
+    assert differences(a["sampler"], b["sampler"]) == []
+    assert differences(a["lr_schedulers"], b["lr_schedulers"]) == []
+
+
+def close(x, y, name):
+    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
 def goes_on_to_the_same_end(overrides: list[str], folder: Path, expected: dict) -> str:
     """Asserts it of a run that was stopped; what the rest of it printed."""
     code, text = run(overrides, folder / "log")

@@ -11,7 +11,17 @@ import time
 import pytest
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from runs import ALGORITHMS, COUNTS, differences, finish, ranks, read, run, tiny
+from runs import (
+    ALGORITHMS,
+    COUNTS,
+    differences,
+    equal_states,
+    finish,
+    ranks,
+    read,
+    run,
+    tiny,
+)
 
 import settings
 from checkpointing import torch_file
@@ -63,30 +73,6 @@ def equal_runs(ours, theirs, names=("trainer/loss", "val/nll", "valid_var_0.0 - 
             assert ours_log[name][step] == pytest.approx(value, rel=TOLERANCE), (name, step)
     a, b = read(ours / LAST), read(theirs / LAST)
     equal_states(a, b)
-
-
-def equal_states(a, b):
-    """Weights, averages, moments: equal but for the order of sums."""
-    assert a.keys() == b.keys()
-    assert a["loops"]["fit_loop"].keys() == b["loops"]["fit_loop"].keys()
-    assert list(a["state_dict"]) == list(b["state_dict"])
-    for name, value in b["state_dict"].items():
-        close(a["state_dict"][name], value, name)
-    for x, y in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True):
-        close(x, y, "ema")
-    assert a["ema"]["num_updates"] == b["ema"]["num_updates"]
-    mine, other = (state["optimizer_states"][0] for state in (a, b))
-    assert mine["param_groups"] == other["param_groups"]
-    assert mine["state"].keys() == other["state"].keys()
-    for key, moments in other["state"].items():
-        for name, value in moments.items():
-            close(mine["state"][key][name], value, name)
-    assert differences(a["sampler"], b["sampler"]) == []
-    assert differences(a["lr_schedulers"], b["lr_schedulers"]) == []
-
-
-def close(x, y, name):
-    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(
