@@ -113,7 +113,8 @@ class StepCheckpoints(L.Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         """With on_save_error=continue as well: what was trained since the last save is lost."""
         if self.every is not None and not self.save(trainer):
-            failure = self.io.failure or "the last checkpoint could not be written by rank 0"
+            failure = self.io.failed(*self._paths(trainer.global_step))
+            failure = failure or "the last checkpoint could not be written by rank 0"
             raise SaveError(f"not saved: step {trainer.global_step:,}; {failure}")
 
     def on_exception(self, trainer, pl_module, exception) -> None:
@@ -160,8 +161,13 @@ class StepCheckpoints(L.Callback):
 
     def _notice_failure(self) -> None:
         """The answer of other ranks may come when a later save has succeeded."""
-        if self.io.failure is not None and self.stop_on_error:
-            self._failure = self.io.failure
+        failure = self.io.failed(*self._paths(self._begun))
+        if failure is not None and self.stop_on_error:
+            self._failure = failure
+
+    def _paths(self, step: int | None) -> tuple[str, str]:
+        """What a save of this step writes."""
+        return f"{self.folder}/step={step}.ckpt", f"{self.folder}/{LAST}"
 
     def save(self, trainer, *, wait: bool = True) -> bool:
         """Save this step unless that is done. Returns whether it is on disk; without `wait`, where
@@ -175,17 +181,18 @@ class StepCheckpoints(L.Callback):
             self.io.wait()
             self._notice_failure()
             self.io.failure = None
-            path = f"{self.folder}/step={step}.ckpt"
+            path, last = self._paths(step)
             trainer.save_checkpoint(path)
             self._begun = step
             if trainer.is_global_zero:
                 keep = partial(self._keep, path)
-                self.io.afterwards(lambda: self.io.attempt(f"{self.folder}/{LAST}", keep))
+                self.io.afterwards(lambda: self.io.attempt(last, keep))
         if self.io.in_parts and not wait:
             return True
         self.io.wait()
         self._begun = None
-        saved = trainer.strategy.reduce_boolean_decision(self.io.failure is None)
+        failure = self.io.failed(*self._paths(step))
+        saved = trainer.strategy.reduce_boolean_decision(failure is None)
         if saved:
             self._saved = step
         return saved or (again and self.save(trainer))  # it failed while training went on

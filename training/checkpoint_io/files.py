@@ -101,6 +101,12 @@ class CarefulIO(SafeCheckpointIO):
         self.missing.pop(os.fspath(path), None)
         return True
 
+    def failed(self, *paths: str) -> str | None:
+        """Why the last file could not be written, or else one of these: training may have gone on,
+        and another file may have been written since."""
+        missing = (self.missing.get(path) for path in paths)
+        return self.failure or next(filter(None, missing), None)
+
     def lost(self) -> list[str]:
         """Of files that no later save replaces: those of best checkpoints."""
         return [line for path, line in self.missing.items() if "/step=" not in path]
