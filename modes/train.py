@@ -1,12 +1,13 @@
 """mode=train: train, or continue the run that the same command began."""
 
+import os
 from collections.abc import Callable
 
 import lightning as L
 
 import settings
 from checkpointing.as_trained import check_as_trained, streams_version
-from checkpointing.layouts import Checkpoint, section
+from checkpointing.layouts import Checkpoint, CheckpointError, section
 from dataloader import DataModule
 from evaluation.table import check_likelihoods, check_training, parse_likelihood
 from modes.build import (
@@ -101,7 +102,10 @@ def fit(config: Config, trainer, module, data: DataModule, resume: Checkpoint | 
         say(f"nothing is left to train: trainer.max_steps={steps}")
     log = f" (its log: {settings.local_folder(folder)})" if "://" in folder else ""
     say(f"run folder: {folder}{log}")
-    trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else resume.source)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else resume.source)
+    except CheckpointError as error:  # numbers that are read only now
+        raise CheckpointError(f"{error}; {way_out(config, resume.source)}") from error
     trainer.strategy.checkpoint_io.wait()
     if rank() == 0:  # again: a folder that was deleted is begun anew by a save
         settings.write_settings(config)
@@ -111,6 +115,14 @@ def fit(config: Config, trainer, module, data: DataModule, resume: Checkpoint | 
         raise Failure("; ".join(filter(None, lost)))
     if config.trainer.enable_checkpointing and not finished and trainer.global_step >= steps:
         say(f"trained to step {steps:,}; checkpoints: {folder}/checkpoints")
+
+
+def way_out(config: Config, damaged: str) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    place = os.path.realpath(damaged)
+    if os.path.dirname(place) != os.path.realpath(checkpoint_folder(config.checkpointing)):
+        return "or give another checkpointing.resume_ckpt_path"
+    return f"or delete {place}, and the run goes on from the checkpoint before it"
 
 
 def go_on(config: Config, data: DataModule, resume: Checkpoint) -> None:

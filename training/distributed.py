@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpointing.restricted_pickle import CheckpointError
 from checkpointing.sharded import is_sharded as is_in_parts
 from samplers.sending import send
 from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
@@ -84,10 +85,21 @@ class Sharded(_Saving, ModelParallelStrategy):
             return optimizer.state_dict()
         return super().optimizer_state(optimizer)
 
+    def _read_parts(self, path: str) -> dict:
+        """An error on one rank is one on all: the others would wait for it."""
+        checkpoint, problem = None, None
+        try:
+            checkpoint = load_in_place(self.lightning_module, self.optimizers, path)
+        except (CheckpointError, OSError) as error:
+            problem = error
+        if not self.reduce_boolean_decision(problem is None):
+            raise problem or CheckpointError(f"{path}: another process could not read its part")
+        return checkpoint
+
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         path = self.broadcast(checkpoint_path)
         if is_in_parts(path):
-            checkpoint = load_in_place(self.lightning_module, self.optimizers, path)
+            checkpoint = self._read_parts(path)
             set_fused(checkpoint, self.lightning_module.fused())
             for optimizer, state in zip(
                 self.optimizers, checkpoint["optimizer_states"], strict=True

@@ -193,7 +193,7 @@ def newest_complete(c: settings.Checkpointing) -> Checkpoint | None:
     best = f"{folder}/best.ckpt"
     if newest is None and damaged and exists(best):
         newest = read_checkpoint(best, numbers=False)
-    for problem in damaged:
+    for problem in dict.fromkeys(damaged):  # last.ckpt may lead to one of the others
         say(f"not complete: {problem}")
     if newest is None and damaged:
         raise ValueError(
