@@ -15,11 +15,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from checkpointing.restricted_pickle import CheckpointError
 from samplers.sending import Here, send
 from training.distributed import norms_of, part
 from training.run_lock import process_start
 from training.signals import Stopped
-from utils import Failure, atomic_file, reason
+from utils import Failure, atomic_file, reason, shown
 
 TIDY_SECONDS = 15.0  # for a process of a failed job, until it is ended
 STALL_SECONDS = 60.0  # without a batch, until a line says so
@@ -199,7 +200,8 @@ class _Step:
 
 
 class RankFailure(L.Callback):
-    """Where one of several processes fails, prints its traceback first and ends it soon.
+    """Where one of several processes fails, prints its traceback first, or the line that says all,
+    and ends it soon.
 
     Lightning's clean-up may wait for the other processes, and they may wait for this one.
     """
@@ -208,8 +210,13 @@ class RankFailure(L.Callback):
         if trainer.world_size == 1 or isinstance(exception, Stopped | KeyboardInterrupt):
             return
         where = f"rank {trainer.global_rank} failed in step {trainer.global_step + 1:,}"
-        text = "".join(traceback.format_exception(exception))
-        print(f"{where}\n{text}", file=sys.stderr, flush=True)
+        if isinstance(exception, Failure | CheckpointError | OSError):
+            text = f": {shown(reason(exception))}"
+        else:
+            text = "\n" + "".join(traceback.format_exception(exception))
+        print(f"{where}{text}", file=sys.stderr, flush=True)
+        if isinstance(exception, BadSteps):  # all ranks have it, and can finish what they save
+            trainer.strategy.checkpoint_io.wait()
         ending = threading.Timer(TIDY_SECONDS, os._exit, [1])
         ending.daemon = True
         ending.start()

@@ -1,6 +1,7 @@
 """checkpointing.format=sharded: the same run, in folders to which every rank writes its part while
 training goes on."""
 
+import errno
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ from runs import (
     at_call,
     differences,
     ends_with_2,
+    equal_states,
     finish,
     ranks,
     read,
@@ -25,12 +27,12 @@ from runs import (
     tell,
     tiny,
 )
-from test_ranks import equal_states, patched
 from torch.distributed import checkpoint as dcp
 
 from checkpointing import sharded
 from diffusion import Diffusion
 from scripts import consolidate
+from training import health
 from training.log_reading import read_log
 from training.signals import GO_ON
 
@@ -80,7 +82,7 @@ def begun(base, tmp_path_factory):
 
     def told(rank):
         if rank == 1:
-            patched(6, tell(signal.SIGUSR1))
+            at_call(Diffusion, "training_step", 6, tell(signal.SIGUSR1))()
 
     codes, text = of(2, base, folder, "strategy=fsdp", before=told)
     assert codes == [GO_ON, GO_ON], text
@@ -131,8 +133,9 @@ def test_the_consolidated_file_is_that_of_the_other_format(base, whole, tmp_path
         assert found == [f"{FORMAT}: sharded, file"]
         assert consolidate.main([str(folder), str(file)]) == 2
         assert "exists" in capsys.readouterr().err
-    assert consolidate.main([str(file), str(tmp_path / "x.ckpt")]) == 2
-    assert "is no checkpoint in parts" in capsys.readouterr().err
+    for source, said in ((str(file), "is no checkpoint in parts"), ("s3://a/b", "is no path")):
+        assert consolidate.main([source, str(tmp_path / "x.ckpt")]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_it_is_evaluated_as_it_is(base, whole, tmp_path):
@@ -189,12 +192,37 @@ def test_training_goes_on_while_it_is_written(base, tmp_path):
 
         if rank == 1:
             dcp.FileSystemWriter.write_data = write_data
-            patched(9, begun.set)
+            at_call(Diffusion, "training_step", 9, begun.set)()
 
     more = ["strategy=fsdp", "callbacks.checkpoint_every_n_steps.every_n_train_steps=5"]
     more += ["callbacks.checkpoint_monitor=null", "trainer.limit_val_batches=0"]
     trained(2, base, tmp_path, *more, before=slow)
     assert sharded.read(tmp_path / LAST)["global_step"] == 10
+
+
+def test_a_save_is_finished_where_bad_steps_end_the_run(base, tmp_path):
+    """Also where that takes longer than processes of a failed run have."""
+
+    def before(rank):
+        health.TIDY_SECONDS = 0.5
+        real, training_step = dcp.FileSystemWriter.write_data, Diffusion.training_step
+
+        def write_data(self, plan, planner):
+            if rank == 1:
+                time.sleep(2)
+            return real(self, plan, planner)
+
+        def step(self, batch, batch_idx):
+            loss = training_step(self, batch, batch_idx)
+            return loss * float("nan") if batch_idx == 4 else loss
+
+        dcp.FileSystemWriter.write_data, Diffusion.training_step = write_data, step
+
+    more = ["strategy=fsdp", "training.max_bad_steps=0", "trainer.limit_val_batches=0"]
+    codes, text = of(2, base, tmp_path, *more, before=before)
+    assert codes == [1, 1], text
+    assert "more than training.max_bad_steps=0" in text
+    assert sharded.read(tmp_path / LAST)["global_step"] == 4
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop", "at the end"])
@@ -230,6 +258,47 @@ def test_a_rank_that_cannot_write(policy, base, whole, tmp_path):
     else:
         assert codes == [0, 0], text
         equal_states(sharded.read(tmp_path / LAST), sharded.read(whole / LAST))
+
+
+def test_a_last_save_that_fails_is_made_again_whatever_is_written_after_it(base, tmp_path):
+    """Here best.ckpt, which the validation after the last step chooses."""
+    real, calls = dcp.FileSystemWriter.write_data, []
+
+    def write_data(self, plan, planner):
+        last = "step=10.ckpt" in str(self.path)
+        calls.extend([self.path] * last)
+        if last and len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, plan, planner)
+
+    def full():
+        dcp.FileSystemWriter.write_data = write_data
+
+    words = [*base, "trainer.val_check_interval=5", f"checkpointing.save_dir={tmp_path / 'run'}"]
+    words += ["checkpointing.on_save_error=continue", "loader.batch_size=8"]
+    words += ["callbacks.checkpoint_every_n_steps.every_n_train_steps=5"]
+    code, text = run(words, tmp_path / "log", before=full)
+    assert code == 0, text
+    assert text.count("step=10.ckpt could not be written (No space left on device)") == 1
+    assert text.count("validation perplexity") == 2
+    assert sharded.read(tmp_path / LAST)["global_step"] == 10
+
+
+def test_damaged_numbers_of_one_rank_end_all_before_a_step(base, begun, tmp_path):
+    """Each says in a line what to do; without the folder the run goes on from the one before."""
+    shutil.copytree(begun / "run", tmp_path / "run", symlinks=True)
+    place = tmp_path / "run/checkpoints"
+    part = place / "step=6.ckpt/__1_0.distcp"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 255
+    part.write_bytes(data)
+    codes, text = of(2, base, tmp_path, "strategy=fsdp")
+    assert codes == [2, 2], text
+    assert "__1_0.distcp is damaged" in text
+    assert text.count(f"or delete {place / 'step=6.ckpt'}, and the run goes on from the") == 2
+    assert "Traceback" not in text
+    shutil.rmtree(place / "step=6.ckpt")
+    assert "going on from step 4 of" in trained(2, base, tmp_path, "strategy=fsdp")
 
 
 def test_what_is_not_whole_is_not_taken(base, begun, tmp_path, capfd):
