@@ -9,6 +9,7 @@ on other machines, tokenize parts as well. The rows do not depend on the number 
 interruptions: the text alone decides where parts end, and they are packed in its order.
 """
 
+import errno
 import json
 import logging
 import os
@@ -199,7 +200,14 @@ def remove_parts(folder: Path) -> None:
     its lock there."""
     (work_folder(folder) / NOTE).unlink(missing_ok=True)
     while (work := work_folder(folder)).exists():
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            shutil.rmtree(work)
+        except FileNotFoundError:
+            continue  # another process removes it too
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):  # else somebody has a file open
+                raise
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 class CutDocuments:

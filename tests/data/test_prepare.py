@@ -426,6 +426,27 @@ def test_a_process_that_shares_parts_and_is_killed_leaves_its_part_to_the_others
     assert left == {"whole", "whole.lock", "rows", "rows.lock"}
 
 
+def test_parts_that_may_not_be_deleted_are_an_error_at_once(tmp_path):
+    """Another user's, who was killed while they were deleted."""
+    work = preparation.work_folder(tmp_path / "rows")
+    work.mkdir()
+    (work / "000001.npz").touch()
+
+    def remove():
+        signal.alarm(20)
+        os.chdir(tmp_path)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        with pytest.raises(PermissionError):
+            preparation.remove_parts(Path("rows"))
+
+    for folder in (tmp_path, work):
+        folder.chmod(0o555)
+    assert ended(forked(remove)) == 0
+    for folder in (tmp_path, work):
+        folder.chmod(0o755)
+
+
 def test_of_the_processes_of_a_launcher_on_one_machine_the_first_prepares(
     tokenizer, tmp_path, rows, monkeypatch
 ):
