@@ -197,7 +197,8 @@ def report(made: Plan, config: Config) -> list[str]:
     if made.again:
         lines.append(f"made again in the backward pass: {made.again:.0%} more FLOPs")
     lines.append(f"a checkpoint: {in_bytes(made.checkpoint)}")
-    if is_sharded(config):
+    in_parts = config.checkpointing.format == "sharded" and made.devices > 1
+    if is_sharded(config) or in_parts:  # with ddp, too, each writes a share
         each = in_bytes(made.checkpoint / made.devices)
         lines[-1] += f"; {each} per device with checkpointing.format=sharded"
     if made.devices > 1:

@@ -188,6 +188,8 @@ def test_what_fsdp_shares_out_and_sends():
     config.strategy.replicate = 1
     text = "\n".join(report(made, config))
     assert f"; {16 * 170e6 / 8 / 2**30:.2f} GiB per device with checkpointing.format=sh" in text
+    config = settings.load([*PLANNED, *words[:1], "checkpointing.format=sharded"])
+    assert f"; {16 * 170e6 / 8 / 2**30:.2f} GiB per device with" in "\n".join(report(made, config))
     ddp = planned("trainer.devices=8", "loader.batch_size=32")
     assert ddp.exchange == pytest.approx(2 * 7 / 8 * 4 * 170e6)
     assert (ddp.gathered, planned().exchange) == (0, 0)
