@@ -32,6 +32,8 @@ def run(folder: str, file: str) -> None:
         raise ValueError(f"{file} exists: delete it, or give another name")
     if "://" in file:
         raise ValueError(f"{file} is no path: write a local file, and upload that")
+    if "://" in folder:
+        raise ValueError(f"{folder} is no path: download the folder, and give its place on a disk")
     if not sharded.is_sharded(folder):
         what = "is no checkpoint in parts" if os.path.lexists(folder) else "does not exist"
         raise CheckpointError(f"{folder} {what} (a folder with {sharded.INDEX})")
