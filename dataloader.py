@@ -87,8 +87,10 @@ class StreamedExamples(Dataset):
         rank: int,
         world_size: int,
         bookmarks: Callable[[], list[str]],
+        resumed: Callable[[], int],
     ):
-        self.text, self.seed = text, seed
+        """bookmarks, resumed: of the run that goes on, and how many examples it has seen."""
+        self.text, self.seed, self.resumed = text, seed, resumed
         self.lanes, self.bookmarks = streaming.lanes_of(rank, world_size), bookmarks
         self.fingerprint = text.fingerprint(seed)
         self.stream: streaming.Stream | None = None
@@ -100,7 +102,7 @@ class StreamedExamples(Dataset):
         bookmarks = next((marks for at, marks in reversed(self.own) if at <= position), None)
         if bookmarks is None:
             bookmarks = streaming.from_texts(self.bookmarks(), self.fingerprint)
-        if position and not bookmarks:
+        if self.resumed() and not bookmarks:
             log.info("no bookmark: tokenizing the text up to example %s again", f"{position:,}")
         return streaming.Stream(self.text, self.seed, lanes=self.lanes, bookmarks=bookmarks)
 
@@ -181,7 +183,11 @@ class DataModule(LightningDataModule):
         streams = isinstance(self.train, StreamedText)
         if streams:
             examples = StreamedExamples(
-                self.train, self.seed, *self.rank_and_size, lambda: self.resumed_bookmarks
+                self.train,
+                self.seed,
+                *self.rank_and_size,
+                lambda: self.resumed_bookmarks,
+                lambda: self.resumed_examples,
             )
         else:
             windows = self.train.length != self.length

@@ -194,7 +194,7 @@ def test_a_streamed_text_gives_the_same_conversations(tmp_path, monkeypatch):
     records = some(12)
     path = write(tmp_path / "a.jsonl", *records)
     text = streaming.streamed(split(path), tmp_path)
-    examples = StreamedExamples(text, 1, 0, 1, list)
+    examples = StreamedExamples(text, 1, 0, 1, list, int)
     found = {}
     for start in range(0, 96, 4):
         batch = examples.__getitems__([ExampleIndex(i, i) for i in range(start, start + 4)])

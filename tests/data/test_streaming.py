@@ -578,6 +578,7 @@ def test_two_devices_train_on_the_rows_of_one(uninterrupted, run_folder):
     given, one = uninterrupted
     both = ranks(2, [*given, "trainer.devices=2"], run_folder / "log")
     assert finish(both) == [0, 0], both[0].text() + both[1].text()
+    assert "no bookmark" not in both[1].text()  # a new run needs none
     two = weights(run_folder)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)
