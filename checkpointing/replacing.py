@@ -12,6 +12,8 @@ from pathlib import Path
 
 from utils import atomic_link
 
+MARK = "link"  # in a folder that is there for a link: its name
+
 
 def unfinished(name: str, token: str) -> str:
     """The name of a folder that is no checkpoint `name` yet, or no longer. A later run deletes it.
@@ -24,12 +26,22 @@ def put(partial: Path, path: Path, step: int) -> None:
     because a link can be exchanged at once."""
     numbered = re.search(r"step=\d+$", path.stem) is not None
     own = path if numbered else path.with_name(f"{path.stem}-step={step}{path.suffix}")
+    if own != path:
+        (partial / MARK).write_text(path.name)
     with making_way(own):
         own.unlink(missing_ok=True)  # a file
         os.rename(partial, own)
     if own != path:
         with making_way(path):
             atomic_link(path, own)
+
+
+def left_behind(folder: Path) -> Iterator[Path]:
+    """Folders that `put` made for links which do not lead there: it was killed on the way."""
+    for mark in folder.glob(f"*/{MARK}"):
+        link, own = folder / mark.read_text(errors="replace"), mark.parent
+        if own.name.startswith(f"{link.stem}-step=") and link.resolve() != own.resolve():
+            yield own
 
 
 @contextmanager

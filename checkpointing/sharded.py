@@ -5,6 +5,7 @@ it holds.
     state.ckpt        all else of the published layout, with None where a tensor was
     __0_0.distcp …    the parts, a file of each rank
     .metadata         the index once more, for torch's own tools; never read here
+    link              where the folder is there for a link: its name (replacing.py)
 
 Put together, it is the file that checkpointing.format=file writes, key for key.
 """

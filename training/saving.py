@@ -94,6 +94,9 @@ class StepCheckpoints(L.Callback):
         for path in fs.ls(place, detail=False) if fs.isdir(place) else []:
             if path.endswith(".partial"):
                 fs.rm(path, recursive=True)
+        if isinstance(fs, LocalFileSystem):
+            for left in list(replacing.left_behind(Path(place))):
+                replacing.remove(left)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self._step:

@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +107,33 @@ def test_a_name_without_a_step_is_a_link_and_nothing_old_stays(tmp_path):
     write(best, 6)
     replacing.remove(best)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["symlink", "replace", "rename"])
+def test_what_a_kill_between_a_folder_and_its_link_leaves_is_known(step, tmp_path):
+    """Ahead of the link, of its exchange, and of the removal of the folder it led to."""
+    best = tmp_path / "best.ckpt"
+    write(tmp_path / "step=2.ckpt", 2)
+    write(best, 2)
+    child = os.fork()
+    if child == 0:
+        real = getattr(os, step)
+
+        def killed(*given, **named):
+            if Path(given[0]).name.startswith(begins[step]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **named)
+
+        begins = {"symlink": "best", "replace": ".best.ckpt", "rename": "best-step=2"}
+        setattr(os, step, killed)
+        write(best, 4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    led, other = (2, 4) if step != "rename" else (4, 2)
+    assert sharded.read(best)["global_step"] == led
+    assert list(replacing.left_behind(tmp_path)) == [tmp_path / f"best-step={other}.ckpt"]
+    shutil.rmtree(tmp_path / f"best-step={other}.ckpt")
+    assert list(replacing.left_behind(tmp_path)) == []
 
 
 def test_a_file_and_a_folder_take_each_others_place(folder):
