@@ -213,6 +213,7 @@ def test_compiled_blocks_train_as_those_that_are_not(more, base, tmp_path):
 
 def traced(rank):
     """The compiler reads the blocks and leaves them to torch: seconds, where it takes minutes."""
+    torch._dynamo.reset()  # the process has what tests before this one compiled
     real, graphs = torch.compile, []
 
     def backend(graph, inputs):
