@@ -26,6 +26,9 @@ from training.signals import HEARD
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("one", "two", "three", "four", "night", "day", "king", "queen", "love", "war", "time")
 TIMEOUT = 120.0
+IMPORTED = ["modes.cli", "modes.train", "modes.ppl_eval", "modes.sample_eval"]
+IMPORTED += ["objectives.autoregressive", "objectives.sedd", "torch._dynamo", "s3fs"]
+IMPORTED += ["torch.distributed.algorithms.ddp_comm_hooks"]
 
 
 def ends_with_2(words, capsys) -> str:
@@ -96,7 +99,7 @@ COUNTS = ["block_size=4", "training.noise=counts", "training.count_law=learnt"]
 @functools.cache
 def prepare_forks(groups: tuple[str, ...]) -> None:
     """Do once, here, what every run would do anew: import, and compose these groups of settings."""
-    for name in ("modes.train", "modes.ppl_eval", "modes.sample_eval", "torch._dynamo", "s3fs"):
+    for name in IMPORTED:
         try:  # Lightning imports s3fs where it is installed
             importlib.import_module(name)
         except ImportError:
