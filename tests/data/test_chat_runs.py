@@ -45,6 +45,8 @@ def test_killed_it_goes_on_to_the_same_bits(words, tmp_path, monkeypatch):
     """Streamed, so that conversations are rendered below a process that loads data."""
     monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 1000)
     words = [*words, *ALGORITHMS["bamdlm"], *STREAMED, "model.dropout=0.2"]
+    words += ["trainer.max_steps=7", "trainer.limit_val_batches=0"]
+    words += ["callbacks.checkpoint_monitor=null"]
     whole = in_folder(words, tmp_path / "whole")
     code, text = run(whole, tmp_path / "log")
     assert code == 0, text
@@ -62,7 +64,7 @@ def test_killed_it_goes_on_to_the_same_bits(words, tmp_path, monkeypatch):
 
 def test_two_processes_train_as_one(words, tmp_path):
     """A step is divided by the answers' tokens of all processes."""
-    words = [*words, *ALGORITHMS["bamdlm"], "trainer.limit_val_batches=0"]
+    words = [*words, *ALGORITHMS["bamdlm"], "trainer.limit_val_batches=0", "trainer.max_steps=4"]
     code, text = run(in_folder([*words, "loader.batch_size=8"], tmp_path / "one"), tmp_path / "log")
     assert code == 0, text
     both = in_folder([*words, "loader.batch_size=2", "trainer.devices=2"], tmp_path / "two")
@@ -77,7 +79,8 @@ def test_evaluation_scores_the_answers(algo, words, tmp_path):
     """As many tokens as the answers and their ends have, whatever the block size."""
     words = [*words, *ALGORITHMS[algo], "trainer.max_steps=1", "algo.clip_search_widths=[]"]
     words = in_folder(words, tmp_path / "run")
-    code, text = run(words, tmp_path / "log")
+    more = ["trainer.limit_val_batches=0", "callbacks.checkpoint_monitor=null"]
+    code, text = run([*words, *more], tmp_path / "log")
     assert code == 0, text
     code, text = run([*words, "mode=ppl_eval"], tmp_path / "log")
     assert code == 0, text

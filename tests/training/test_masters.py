@@ -174,6 +174,7 @@ def test_a_checkpoint_is_like_that_of_a_run_in_float32(whole, words, tmp_path):
     assert any((value != value.bfloat16()).any() for value in masters.values())
 
 
+@pytest.mark.parametrize("whole", ["adamw"], indirect=True)
 def test_every_reader_gets_the_masters(whole, words, tmp_path, capsys):
     """mode=ppl_eval measures in float32 whatever the setting, and in bfloat16 what the run's own
     validation did: averages that are rounded before they are used, or in products."""
@@ -193,6 +194,7 @@ def test_every_reader_gets_the_masters(whole, words, tmp_path, capsys):
     assert nll["half"] == pytest.approx(nll["plain"], rel=1e-2)
 
 
+@pytest.mark.parametrize("whole", ["adamw"], indirect=True)
 def test_layers_that_are_made_again_change_nothing(whole, words, tmp_path):
     given, place = whole
     again = [*given, "model.activation_checkpointing=full"]
@@ -253,7 +255,7 @@ def test_frozen_weights_are_in_bfloat16_and_have_no_master(adapters, tmp_path, m
     monkeypatch.setattr(
         Diffusion, "on_fit_start", lambda self: (seen.append(self.backbone), real(self))[1]
     )
-    place = tmp_path / "run"
+    place, words = tmp_path / "run", [*words, "trainer.max_steps=6"]
     assert main.main([*words, f"checkpointing.save_dir={place}"]) == 0
     (net,), base = seen, read_checkpoint(folder).weights
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
