@@ -145,9 +145,3 @@ def next_token_loss(w, heads, x0, loss_mask, *, mask_id: int):
     scores[:, :, mask_id] = NEVER
     log_p = scores.log_softmax(-1).gather(-1, targets[:, :, None])[:, :, 0]
     return -(log_p * loss_mask[:, 1:]).sum() / loss_mask[:, 1:].sum()
-
-
-@torch.no_grad()
-def update_ema(shadow: list[Tensor], parameters: list[Tensor], decay: float) -> None:
-    for average, parameter in zip(shadow, parameters, strict=True):
-        average.sub_((1 - decay) * (average - parameter))
