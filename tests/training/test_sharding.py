@@ -9,6 +9,7 @@ from test_ranks import BY_ONE, LAST, TOLERANCE, equal_runs, equal_states
 
 import diffusion
 from diffusion import Diffusion
+from models import compiling
 from models.block import Block
 from training import distributed
 from training.log_reading import read_log
@@ -214,6 +215,7 @@ def test_compiled_blocks_train_as_those_that_are_not(more, base, tmp_path):
 def traced(rank):
     """The compiler reads the blocks and leaves them to torch: seconds, where it takes minutes."""
     torch._dynamo.reset()  # the process has what tests before this one compiled
+    compiling.compiled.cache_clear()
     real, graphs = torch.compile, []
 
     def backend(graph, inputs):
