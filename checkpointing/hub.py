@@ -17,7 +17,7 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from checkpointing import sharded, torch_file
+from checkpointing import sharded_index, torch_file
 from checkpointing.families import SAFETENSORS, layout_of
 from checkpointing.restricted_pickle import CheckpointError
 from utils import CONNECT_SECONDS, HubUnreachable, hub_errors
@@ -74,8 +74,8 @@ def in_parts(fs, path: str) -> bool:
     """Whether a checkpoint in parts lies there (sharded.py). CheckpointError where it cannot be
     read, because it is not on a disk."""
     if isinstance(fs, LocalFileSystem):
-        return sharded.is_sharded(path)
-    if fs.exists(f"{path}/{sharded.INDEX}"):
+        return sharded_index.is_sharded(path)
+    if fs.exists(f"{path}/{sharded_index.NAME}"):
         raise CheckpointError(
             f"{path} is a checkpoint in parts, which is read from a disk alone: download the"
             " folder, or the file that scripts/consolidate.py makes of it"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpointing import hub, sharded, torch_file
+from checkpointing import hub, torch_file
 from checkpointing.families import ARCHITECTURES, architecture_of, layout_of
 from checkpointing.restricted_pickle import CheckpointError
 from models import lora
@@ -138,6 +138,8 @@ def read_checkpoint(
         with plain_errors(source):
             fs, path = hub.locate(path_or_id, revision=revision)
             if hub.in_parts(fs, path):
+                from checkpointing import sharded  # imports torch.distributed.checkpoint
+
                 wanted = ("state_dict", "ema") if numbers else ()
                 return _from_lightning(source, sharded.read(path, wanted))
             if fs.isdir(path):

@@ -30,11 +30,10 @@ from torch.futures import Future
 from checkpointing import sharded_index, torch_file
 from checkpointing.replacing import put, unfinished
 from checkpointing.restricted_pickle import CheckpointError
+from checkpointing.sharded_index import STATE
 from utils import reason
 
 SECTIONS = ("state_dict", "ema", "optimizer_states")  # of a checkpoint; their tensors are the parts
-STATE = "state.ckpt"
-INDEX = sharded_index.NAME
 
 
 @dataclass
@@ -161,13 +160,6 @@ def write(parts: Parts, path: str, *, group, token: str) -> None:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def is_sharded(path: str | Path) -> bool:
-    """Whether a checkpoint in parts lies there, or what is left of one."""
-    folder = Path(path)
-    marks = (INDEX, STATE, ".metadata", "__0_0.distcp")
-    return "://" not in str(path) and any((folder / name).is_file() for name in marks)
-
-
 class Sharded:
     """A folder that is whole as far as names and sizes say. `checkpoint`: all of it, its tensors on
     the meta device until `load`. CheckpointError where it is damaged."""
@@ -179,7 +171,7 @@ class Sharded:
         try:
             self.checkpoint, self.places = rest["checkpoint"], rest["places"]
             if self.places.keys() != self.entries.keys():
-                raise ValueError(f"{STATE} and {INDEX} name other tensors")
+                raise ValueError(f"{STATE} and {sharded_index.NAME} name other tensors")
             for name, entry in self.entries.items():
                 self._put(name, torch.empty(entry.size, dtype=entry.dtype, device="meta"))
         except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -3,6 +3,9 @@ of a part lie.
 
 torch.distributed.checkpoint keeps the same in `.metadata`, which is a pickle and grows with the
 number of ranks. That file is written too, for torch's own tools, and never read here.
+
+Whoever reads a checkpoint asks here whether it is in parts. So torch.distributed.checkpoint, which
+takes half a second to import, is imported where it is needed.
 """
 
 import json
@@ -11,21 +14,18 @@ import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from checkpointing.restricted_pickle import MOST_DIMENSIONS, STORAGES, CheckpointError
 from utils import atomic_file, read_json, reason
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 NAME = "index.json"
+STATE = "state.ckpt"  # beside it: all of the checkpoint that is no tensor
 VERSION = 1
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
 LARGEST = 1 << 62
@@ -50,8 +50,17 @@ class Entry:
     parts: tuple[Part, ...]
 
 
-def write_index(folder: Path, metadata: Metadata) -> None:
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint in parts lies there, or what is left of one."""
+    folder = Path(path)
+    marks = (NAME, STATE, ".metadata", "__0_0.distcp")
+    return "://" not in str(path) and any((folder / name).is_file() for name in marks)
+
+
+def write_index(folder: Path, metadata: "Metadata") -> None:
     """From what torch.distributed.checkpoint knows once all ranks have written."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
     tensors = {}
     for name, about in metadata.state_dict_metadata.items():
         parts = []
@@ -86,8 +95,17 @@ def read_index(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def metadata_of(entries: dict[str, Entry]) -> Metadata:
+def metadata_of(entries: dict[str, Entry]) -> "Metadata":
     """What torch.distributed.checkpoint plans a reading by."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     tensors, places = {}, {}
     for name, entry in entries.items():
         chunks = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpointing import sharded, torch_file
+from checkpointing import sharded, sharded_index, torch_file
 from checkpointing.layouts import CheckpointError
 from scripts.support.command import answered, new_parser
 
@@ -34,9 +34,9 @@ def run(folder: str, file: str) -> None:
         raise ValueError(f"{file} is no path: write a local file, and upload that")
     if "://" in folder:
         raise ValueError(f"{folder} is no path: download the folder, and give its place on a disk")
-    if not sharded.is_sharded(folder):
+    if not sharded_index.is_sharded(folder):
         what = "is no checkpoint in parts" if os.path.lexists(folder) else "does not exist"
-        raise CheckpointError(f"{folder} {what} (a folder with {sharded.INDEX})")
+        raise CheckpointError(f"{folder} {what} (a folder with {sharded_index.NAME})")
     torch_file.save(sharded.read(folder), file)
     print(f"{file}: {Path(file).stat().st_size:,} bytes, as checkpointing.format=file writes it")
 

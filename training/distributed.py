@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointing.restricted_pickle import CheckpointError
-from checkpointing.sharded import is_sharded as is_in_parts
+from checkpointing.sharded_index import is_sharded as is_in_parts
 from samplers.sending import send
 from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
 
