@@ -8,6 +8,7 @@ from evaluation.estimators import Ask
 from models.adaptation import PLAIN, Adaptation
 from models.clean_half import clean_half
 from models.document_ids import positions
+from models.layers import wide_dtype
 from models.masks import Full
 from models.network import products, products_dtype
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
@@ -63,7 +64,7 @@ def reduced(backbone, hidden: Tensor, read: Tensor, mask_id: int, reduce) -> Ten
             logits = wide = memory[: len(states)]
             products(features, weight, bias, out=logits)
         logits[:, mask_id] = -torch.inf
-        dtype = torch.promote_types(logits.dtype, torch.float32)
+        dtype = wide_dtype(logits)
         answers.append(reduce(torch.log_softmax(logits, -1, dtype=dtype, out=wide), rows))
     return torch.cat(answers)
 

@@ -32,11 +32,16 @@ class Embedding(nn.Module):
         return look_up(tokens, self.embedding)
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums are made in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def look_up(tokens: Tensor, table: Tensor) -> Tensor:
     """Rows of table [V, E] for tokens [B, T], in float32 at least: the residual stream begins with
     them. The gradients of a row are summed in float32 too, as those of a frequent token would be
     lost in bfloat16."""
-    wide = torch.promote_types(table.dtype, torch.float32)
+    wide = wide_dtype(table)
     if table.requires_grad and torch.is_grad_enabled():
         table = table.to(wide)
     return F.embedding(tokens, table).to(wide)  # table[ids] has an irreproducible backward pass

@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Callable
 
 import settings
-from modes.gpus import room
+from modes.gpus import GIB, room
 from settings import Config
 from settings.defaults import sized_by_checkpoint
 from settings.keys import put
 from training.flops import GPUS
 
-GIB = 1 << 30
 STRONGER = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
 Planned = Callable[[Config], object]  # to a Plan
 Change = dict[str, object]  # {setting: its value}

@@ -7,6 +7,7 @@ import torch
 from settings import Config
 from training.flops import GPUS, matmul_dtype, matmul_peak
 
+GIB = 1 << 30
 # Of the memory, what a run may take: the rest is for CUDA's context, NCCL's buffers and gaps.
 USABLE = 0.97
 # docs/performance.md, one H100 80GB, model=small, 32 rows a step, with the fastest attention: the

@@ -20,7 +20,7 @@ from models.network import Network
 from models.recomputing import Recompute
 from modes import fitting
 from modes.build import build_backbone, build_shape, build_tokenizer, read_weights
-from modes.gpus import MFU, NOT_MEASURED, SEVERAL, Gpu, gpu_of, mfu, room
+from modes.gpus import GIB, MFU, NOT_MEASURED, SEVERAL, Gpu, gpu_of, mfu, room
 from modes.lora import build_adapter, put_adapters
 from objectives.algorithms import get_algorithm
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
@@ -29,7 +29,6 @@ from training.flops import GPUS, NetworkShape, flops, matmul_dtype
 from training.optimizers import matrices, trained
 from utils import listed, say
 
-GIB = 1 << 30
 # Bytes kept per row, layer and unit of width (inputs of the norms, modulations, gates and products,
 # q, k, v, the MLP's hidden layer before and after its gelu, dropout masks) and what is made on the
 # way: fitted to peaks of bamdlm and mdlm, model=small in bf16 on an H100, model=tiny in float32.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.compiling import compiled, compiling
+from models.layers import wide_dtype
 from models.network import products, products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
@@ -182,8 +183,3 @@ def _chunk_rows(rows: int, w: Tensor) -> int:
     logits = CHUNK_LOGITS if w.device.type == "cpu" else CHUNK_LOGITS_ACCELERATOR
     most = max(1, logits // len(w))
     return max(1, -(-rows // max(1, -(-rows // most))))
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """What sums are made in: float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)

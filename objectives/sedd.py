@@ -13,12 +13,13 @@ from torch import Tensor
 
 from models.denoiser import Score
 from models.document_ids import positions
+from models.layers import wide_dtype
 from models.masks import Full
 from noise_schedule import Schedule
 
 from .algorithms import Algorithm
 from .corruption import Interval, Noise, mask_tokens, masked_independently, times
-from .head import LossKernel, wide_dtype
+from .head import LossKernel
 from .loss import LossInputs, MaskingObjective
 
 
