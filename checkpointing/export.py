@@ -34,19 +34,20 @@ CARD_SECTIONS = (
     *("adapt", "algo", "block_size", "data", "loader", "lora", "lr_scheduler", "model", "noise"),
     *("optim", "seed", "training"),
 )
-ABSOLUTE = re.compile(r"^from (models\.|(?=noise_schedule ))", re.MULTILINE)
+FOLDERS = ("models", "models/kernels", "samplers")
+ELSEWHERE = re.compile(r"^from (models\.|\.kernels\.|(?=noise_schedule ))", re.MULTILINE)
 IMPORTED = re.compile(r"^ *from \.(\w+) import", re.MULTILINE)
 
 
 def sources() -> dict[str, str]:
     """{file name in the export: its text}: the entry, and all that is imported from there on."""
     paths = [ENTRY, ROOT / "noise_schedule.py"]
-    paths += [path for name in ("models", "samplers") for path in (ROOT / name).glob("[!_]*.py")]
+    paths += [path for name in FOLDERS for path in (ROOT / name).glob("[!_]*.py")]
     known = {path.name: path for path in paths}
     assert len(known) == len(paths), "two files of an export would have the same name"
     wanted, found = [ENTRY.name], {}
     for name in wanted:  # grows on the way
-        found[name] = ABSOLUTE.sub("from .", known[name].read_text())
+        found[name] = ELSEWHERE.sub("from .", known[name].read_text())
         others = [f"{module}.py" for module in IMPORTED.findall(found[name])]
         wanted += [other for other in dict.fromkeys(others) if other not in wanted]
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import attention
 from .compiling import compiled
-from .decode import can_decode, decode
+from .kernels.decode import can_decode, decode
 from .masks import BlockCausal, CausalClean
 
 REACH_STEP = 128
@@ -153,7 +153,7 @@ def _places(committed, tokens: int, slots: int, reach: int, mask, dtype, open=No
 
 @dataclass(frozen=True)
 class Decode:
-    """attend(qkv, cos, sin): the same as one kernel, see decode.py."""
+    """attend(qkv, cos, sin): the same as one kernel, see kernels/decode.py."""
 
     keys: Tensor
     values: Tensor

@@ -35,7 +35,7 @@ class Network(nn.Module):
     head_bias: Tensor | None  # [V]
     kv_heads: int  # heads of keys and values
     head_width: int  # D
-    decodes = False  # whether its blocks take the attention of decode.py
+    decodes = False  # whether its blocks take the attention of kernels/decode.py
     masters = None  # float32 copies of weights that training keeps in bfloat16: Masters
 
     def __init__(self, attn_backend: str, compile: bool, activation_checkpointing: str):

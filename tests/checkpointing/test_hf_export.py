@@ -94,11 +94,13 @@ def test_plain_weights_are_exported_on_request(tmp_path, tokenizer):
 
 
 def test_an_export_holds_the_projects_own_files(folders):
-    places = (ROOT, ROOT / "models", ROOT / "samplers", export.ENTRY.parent)
+    folders_of_sources = ("models", "models/kernels", "samplers")
+    places = (ROOT, *(ROOT / name for name in folders_of_sources), export.ENTRY.parent)
     for name in export.sources():
         (source,) = [place / name for place in places if (place / name).exists()]
         written = (folders["mdlm"] / name).read_text()
         expected = source.read_text().replace("\nfrom models.", "\nfrom .")
+        expected = expected.replace("\nfrom .kernels.", "\nfrom .")
         assert written == expected.replace("\nfrom noise_schedule ", "\nfrom .noise_schedule ")
     for name in ("dit.py", "attention.py", "cache.py", "masks.py", "draw.py", "randomness.py"):
         assert name in export.sources()

@@ -10,7 +10,7 @@ import torch
 from networks import assert_within, small, texts
 
 from models import cache as cache_module
-from models import decode
+from models.kernels import decode
 from models.layers import Rotary, rotate
 from models.masks import BlockCausal
 

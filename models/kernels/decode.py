@@ -71,8 +71,8 @@ def decode(
 ) -> Tensor:
     """qkv [B, T, 3 H D] of T new tokens, not rotated -> what each of them sees, [B, T, H D].
 
-    cos, sin [B or 1, 1, T, D/2]: of their positions. keys, values [B, slots, H, D]: the
-    ring of one layer (cache.py), to which the new ones are written behind the `committed` [B] ones.
+    cos, sin [B or 1, 1, T, D/2]: of their positions. keys, values [B, slots, H, D]: the ring of one
+    layer (models/cache.py), to which the new ones are written behind the `committed` [B] ones.
     A token sees its own block and the window - block_size tokens before it. To the compiler this is
     one operator, which it neither looks into nor copies the cache for.
     """
