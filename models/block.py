@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Decode
+from .kernels.heads import can_split, rotated_heads
+from .kernels.mlp import can_fuse_mlp, mlp
+from .kernels.residual import can_fuse, new_seed, residual
 from .layers import Norm, Pick, rotate
 from .lora import parts
+from .network import products_dtype
 
 
 class Block(nn.Module):
@@ -33,8 +37,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, E] -> q of the first `num_queries` rows, all k, v, [B, H, ., D]; q, k rotated."""
         if num_queries == x.shape[1]:
-            qkv = self._heads(self.attn_qkv(x), 3)  # [3, B, H, T, D]
-            qk, v = qkv.split((2, 1))
+            qkv = self.attn_qkv(x)
+            if can_split(qkv, self.n_heads):
+                q, k, v = rotated_heads(qkv, cos, sin, self.n_heads)
+                return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            qk, v = self._heads(qkv, 3).split((2, 1))  # of [3, B, H, T, D]
             return *rotate(qk, cos, sin).unbind(), v[0]
         width = x.shape[-1]
         to_queries, to_keys_values = parts(self.attn_qkv, (width, 2 * width))
@@ -51,7 +58,11 @@ class Block(nn.Module):
         """x [B, T, E] -> [B, num_queries, E], or [M, E] where `read` picks rows of the flattened
         B * num_queries."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self, c, 6)
-        y = modulate(self.norm1(x), shift, scale)
+        fused = can_fuse(x)
+        if fused:
+            x, y = self._fused(x, None, None, self.norm1, shift, scale)
+        else:
+            y = modulate(self.norm1(x), shift, scale)
         if isinstance(attend, Decode):
             a = attend(self.attn_qkv(y), cos, sin)
         else:
@@ -63,17 +74,34 @@ class Block(nn.Module):
             parts = [gate, mlp_shift, mlp_scale, mlp_gate]
             gate, mlp_shift, mlp_scale, mlp_gate = (of_rows(part, row) for part in parts)
             x, a = (Pick.apply(y.flatten(0, 1), read) for y in (x, a))  # [M, E]
+        if fused and x.dim() == 3:
+            x, y = self._fused(x, self.attn_out(a), gate, self.norm2, mlp_shift, mlp_scale)
+            return self._fused(x, self._mlp(y), mlp_gate)[0]
         x = _added(x, gate, self._drop(self.attn_out(a)))
         y = self._mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
         return _added(x, mlp_gate, self._drop(y))
 
     def _mlp(self, x: Tensor) -> Tensor:
+        first, _, second = self.mlp
+        if can_fuse_mlp(x, first, second):
+            x = x.to(products_dtype(x))
+            weight, weight2, bias2 = (
+                w.to(x.dtype) for w in (first.weight, second.weight, second.bias)
+            )
+            return mlp(x, weight, first.bias, weight2, bias2)[0]
         if not self.gelu_inside or x.device.type != "cuda":
             return self.mlp(x)
-        first, _, second = self.mlp
         rows = x.to(first.weight.dtype).flatten(0, -2)
         rows = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
         return second(rows).view_as(x)
+
+    def _fused(self, x, branch, gate, norm=None, shift=None, scale=None) -> tuple[Tensor, Tensor]:
+        """x + gate * dropout(branch), and that normed and modulated; see kernels/residual.py."""
+        drops = branch is not None and self.training and self.dropout > 0
+        seed = new_seed(x.device) if drops else None
+        weight = None if norm is None else norm.weight
+        dtype = products_dtype(x)
+        return residual(x, branch, gate, seed, self.dropout, weight, shift, scale, dtype)[:2]
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

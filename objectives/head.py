@@ -6,7 +6,6 @@ and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales. Of
 [V, E] is not made.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.compiling import compiled, compiling
+from models.kernels.cross_entropy import can_take, cross_entropy_in_place
 from models.layers import wide_dtype
 from models.network import products, products_dtype, widened
 
@@ -45,8 +45,14 @@ def cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: in
 
 
 def cross_entropy_kernel(backbone, mask_id: int) -> LossKernel:
-    kernel = fused_cross_entropy if backbone.compiled else cross_entropy
-    return functools.partial(kernel, mask_id=mask_id)
+    """The fastest form of `cross_entropy` for the device of the logits."""
+    without = fused_cross_entropy if backbone.compiled else cross_entropy
+
+    def kernel(logits: Tensor, target: Tensor, gradient: bool) -> Tensor:
+        chosen = cross_entropy_in_place if can_take(logits) else without
+        return chosen(logits, target, gradient, mask_id=mask_id)
+
+    return kernel
 
 
 def fused_cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: int) -> Tensor:

@@ -10,11 +10,11 @@ The softmax is summed up while the keys come in, as in FlashAttention (arXiv:220
 """
 
 import functools
-import os
-import shutil
 
 import torch
 from torch import Tensor
+
+from .starting import can_start
 
 try:  # comes with torch where there are GPUs; an export must load without it
     import triton
@@ -23,7 +23,6 @@ except ImportError:
     triton = None
 
 MOST_TOKENS = 64  # of one pass; they stay in registers
-SHARED_MEMORY = 99 << 10  # bytes per block; the largest variant takes 96 K
 TILE_BYTES = 16 << 10  # of keys, and as many of values, on their way at a time
 COUNTS = ["tokens", "slots", "block_size", "window_blocks", "angle_rows"]  # one kernel for all
 HEAD_WIDTHS = (32, 64, 128)  # powers of two; tensor cores take sixteen of half a head
@@ -38,17 +37,8 @@ def can_decode(keys: Tensor, tokens: int) -> bool:
         and keys.shape[-1] in HEAD_WIDTHS
         and tokens <= MOST_TOKENS
         and not torch.is_grad_enabled()  # it has none
-        and _can_run(keys.device)
+        and can_start(keys.device)
     )
-
-
-@functools.cache
-def _can_run(device: torch.device) -> bool:
-    """Whether Triton finds the C compiler that it starts kernels with, and the GPU has room for the
-    largest tiles: NVIDIA's from Ampere on."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return compiler is not None and room >= SHARED_MEMORY
 
 
 @functools.cache

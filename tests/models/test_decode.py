@@ -10,7 +10,7 @@ import torch
 from networks import assert_within, small, texts
 
 from models import cache as cache_module
-from models.kernels import decode
+from models.kernels import decode, starting
 from models.layers import Rotary, rotate
 from models.masks import BlockCausal
 
@@ -194,7 +194,7 @@ class OnGpu:
 )
 def test_what_the_kernel_takes(keys, tokens, expected, monkeypatch):
     monkeypatch.setattr(decode, "triton", object())
-    monkeypatch.setattr(decode, "_can_run", lambda device: True)
+    monkeypatch.setattr(decode, "can_start", lambda device: True)
     assert not decode.can_decode(keys, tokens)  # it has no gradients
     with torch.no_grad():
         assert decode.can_decode(keys, tokens) == expected
@@ -211,7 +211,7 @@ def test_where_the_kernel_runs(kilobytes, compiler, expected, monkeypatch):
     properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(decode.shutil, "which", {compiler: "/usr/bin/it"}.get)
-    assert decode._can_run.__wrapped__(torch.device("cuda")) == expected
+    monkeypatch.setattr(starting.shutil, "which", {compiler: "/usr/bin/it"}.get)
+    assert starting._can_start.__wrapped__(torch.device("cuda")) == expected
     monkeypatch.setenv("CC", "cc")
-    assert decode._can_run.__wrapped__(torch.device("cuda")) == (kilobytes >= 99)
+    assert starting._can_start.__wrapped__(torch.device("cuda")) == (kilobytes >= 99)
