@@ -10,7 +10,12 @@ STEP = {"mfu": 0.4, "peak": 7.5e14, "seconds": 0.1, "memory_gib": 20.0}
 SEVERAL = {"tokens_per_second": 1.0, "mfu": 0.4, "memory_gib": 20.0, "alone": [0.5, 0.6]}
 RIGHT = {
     "check": {"check": {"flex": {"gap": 1e-6, "limit": 1e-3, "right": True}}, "wrong": []},
-    "train": {"train": {gpu_table.AIMED: STEP | {"tokens_per_second": gpu_table.TRAINED}}},
+    "train": {
+        "train": {
+            name: STEP | {"tokens_per_second": aim, "largest_batch": 128, "capacity_gib": 77.0}
+            for name, aim in gpu_table.TRAINED.items()
+        }
+    },
     "sample": {
         "sample": {
             "one": {"tokens_per_second": gpu_table.SAMPLED},
@@ -62,7 +67,22 @@ def test_all_right(tmp_path, capsys):
         ({"train": {"train": {"ar": {"left_out": "no time left"}}}}, "missed: ar: no time left"),
         (
             {"train": {"train": {gpu_table.AIMED: STEP | {"tokens_per_second": 9.0}}}},
-            f"missed: {gpu_table.AIMED}: 9 tokens/s, wanted 250,000",
+            f"missed: {gpu_table.AIMED}: 9 tokens/s, wanted 300,000",
+        ),
+        (
+            {"train": {"train": {"bamdlm 16 flex": STEP | {"tokens_per_second": 9.0}}}},
+            "missed: bamdlm 16 flex: 9 tokens/s, wanted 175,000",
+        ),
+        (
+            {
+                "train": {
+                    "train": {
+                        gpu_table.AIMED: STEP
+                        | {"tokens_per_second": 3e5, "largest_batch": 200, "capacity_gib": 140.0}
+                    }
+                }
+            },
+            f"missed: {gpu_table.AIMED}: batch 111 in 77.5 GiB, wanted 128",
         ),
         (
             {
@@ -74,7 +94,7 @@ def test_all_right(tmp_path, capsys):
         ),
         (
             {"sample": {"sample": {"one": {"tokens_per_second": 9.0}}}},
-            "missed: one text: 9 tokens/s, wanted 1,500",
+            "missed: one text: 9 tokens/s, wanted 2,500",
         ),
         (
             {"several": {"several": {"ddp on 2": SEVERAL | {"efficiency": 0.875}}}},
@@ -97,6 +117,6 @@ def test_what_a_part_had_measured_before_it_was_ended_is_shown(tmp_path, capsys)
     assert gpu_table.main([str(tmp_path), "train"]) == 1
     text = capsys.readouterr().out
     assert "WRONG: train ended early" in text
-    assert "250,000 tokens/s" in text
+    assert "300,000 tokens/s" in text
     assert gpu_table.main([str(tmp_path), "nothing"]) == 1
     assert "WRONG: nothing ended early" in capsys.readouterr().out
