@@ -1,5 +1,6 @@
 """What every test shares: where the recordings lie, and one thread, so that two workers fit."""
 
+import gc
 import json
 import os
 import signal
@@ -70,6 +71,18 @@ def s3():
 
     with s3_server() as environment:
         yield environment
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports and tests make a million objects that stay. To look for garbage among them takes half
+    a second each time; a forked run does it too, and copies the pages that they are on."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):
