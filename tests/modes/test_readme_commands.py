@@ -54,7 +54,8 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bash(launch, tmp_path_factory):
-    """bash(number, **settings): that block of the README, the settings at its end."""
+    """bash(number, **settings): that block of the README, the settings at its end. interpreter:
+    it starts one, as a user does; this takes longer than what it does."""
     place = tmp_path_factory.mktemp("corpus")
     corpus = [
         f"data.train={write_text(place / 'train.txt', 3000, 1)}",
@@ -88,10 +89,10 @@ def bash(launch, tmp_path_factory):
         assert "Traceback" not in done.stderr
         return done.stdout, done.stderr
 
-    def run(number, **settings):
-        """Training in an interpreter of its own. Else bash hands its words to a `python` that notes
-        them, a fork of this process runs them, and bash is asked again with what that said."""
-        if number == TRAIN:
+    def run(number, *, interpreter=False, **settings):
+        """In an interpreter of its own. Else bash hands its words to a `python` that notes them, a
+        fork of this process runs them, and bash is asked again with what that said."""
+        if interpreter:
             return ask(number, settings, ".")
         place = tmp_path_factory.mktemp("python")
         python, said = place / "python", place / "out"
@@ -167,7 +168,7 @@ def test_training_from_a_pretrained_checkpoint(bash, launch):
         "loader__global_batch_size": 16,
         "loader__eval_global_batch_size": 16,
     }
-    out, err = bash(TRAIN, **settings)
+    out, err = bash(TRAIN, interpreter=True, **settings)
     assert [line for line in (out + err).splitlines() if "wandb" in line] == [
         "wandb: nobody is logged in, logging to"
         f" {folder_of(out)}/wandb (wandb login, or wandb=null)"
