@@ -473,7 +473,7 @@ def test_a_fault_of_reading_is_told_from_a_bug(fault, kind, words, workers):
 def test_a_worker_writes_a_message_whole_or_not_at_all(kind, tmp_path):
     """The kernel does so below PIPE_BUF: a worker that is killed leaves no half of one, for which
     the run would wait without end."""
-    (tmp_path / "a.txt").write_text("one two three " * 3000)
+    (tmp_path / "a.txt").write_text("one two three " * 300)
     words = tiny(tmp_path)
     words += [f"data.train={tmp_path / 'a.txt'}", "model.length=64", "block_size=16"]
     words += ["data.pack=documents"] * (kind == "documents")

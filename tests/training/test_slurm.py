@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
+from forked_python import forked_python
 from runs import ALGORITHMS, differences, read, run, tiny, write_text
 from test_ranks import BY_ONE, equal_states
 
@@ -46,6 +47,14 @@ def cluster(tmp_path_factory):
         yield made
     finally:
         made.stop()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """The environment of jobs that need no interpreters of their own. That of which one is told to
+    stop while it imports has them, and those with --slow."""
+    with forked_python(tmp_path_factory.mktemp("python"), tuple(SCRIPT)) as python:
+        yield {"BAMDLM_PYTHON": str(python)}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +132,7 @@ def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, ov
     assert differences(last, whole) == []
 
 
-def test_two_tasks_on_one_node_or_two_train_as_one_process(cluster, overrides, tmp_path):
+def test_two_tasks_on_one_node_or_two_train_as_one_process(cluster, forks, overrides, tmp_path):
     script = SCRIPTS / "train/train_owt_bamdlm.sh"
     jobs = {}
     for name, asked in (
@@ -134,7 +143,7 @@ def test_two_tasks_on_one_node_or_two_train_as_one_process(cluster, overrides, t
         save = f"trainer.devices={devices} checkpointing.save_dir={tmp_path / name / 'run'}"
         words = " ".join([*overrides, "trainer.val_check_interval=4"])
         line = f"{asked} -o '{cluster.folder}/%x_%j.log' {script} {words} {save}"
-        jobs[name] = cluster.submit(line, SCRIPTS.parent, BLOCK_SIZE="4")
+        jobs[name] = cluster.submit(line, SCRIPTS.parent, BLOCK_SIZE="4", **forks)
         if name == "node":  # the nodes are free again, and so is the port
             assert "COMPLETED" in cluster.wait(jobs[name]), cluster.log(jobs[name])
     code, text = run(
@@ -155,10 +164,11 @@ def multi_node(cluster, words, asked, **environment):
 SMALL = "-N2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1"
 
 
-def test_two_nodes_of_two_processes_train_as_one(cluster, overrides, tmp_path):
+def test_two_nodes_of_two_processes_train_as_one(cluster, forks, overrides, tmp_path):
     """multi_node.sbatch with smaller sizes."""
     words = [*overrides, "loader.batch_size=2", "trainer.val_check_interval=4", "trainer.devices=2"]
-    job = multi_node(cluster, [*words, f"checkpointing.save_dir={tmp_path / 'two/run'}"], SMALL)
+    words.append(f"checkpointing.save_dir={tmp_path / 'two/run'}")
+    job = multi_node(cluster, words, SMALL, **forks)
     one = [*overrides, *BY_ONE, f"checkpointing.save_dir={tmp_path / 'one/run'}"]
     assert "COMPLETED" in cluster.wait(job), cluster.log(job)
     code, text = run(one, tmp_path / "log")
@@ -191,7 +201,7 @@ def test_torchrun_starts_all_again_where_one_is_killed_and_the_job_is_requeued(
     assert read(tmp_path / LAST)["global_step"] == 150
 
 
-def test_an_array_of_evaluations_ends_in_one_table(cluster, overrides, tmp_path):
+def test_an_array_of_evaluations_ends_in_one_table(cluster, forks, overrides, tmp_path):
     """Submitted from a folder of its own, so that outputs/ is its own as well."""
     run_folder = tmp_path / "run"
     code, text = run([*overrides, f"checkpointing.save_dir={run_folder}"], tmp_path / "log")
@@ -200,7 +210,8 @@ def test_an_array_of_evaluations_ends_in_one_table(cluster, overrides, tmp_path)
         (tmp_path / name).symlink_to(SCRIPTS.parent / name)
     words = " ".join(overrides)
     line = f"--array=1-2 -o '{cluster.folder}/%x_%A_%a.log' scripts/ppl/eval_owt_bamdlm.sh {words}"
-    job = cluster.submit(line, tmp_path, BLOCK_SIZE="4", CHECKPOINT=str(tmp_path / LAST))
+    given = {"BLOCK_SIZE": "4", "CHECKPOINT": str(tmp_path / LAST), **forks}
+    job = cluster.submit(line, tmp_path, **given)
     assert set(cluster.wait(job).split()) == {"COMPLETED"}, cluster.log(job)
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/ppl_*.json")]
     found = {each["seed"]: each for each in summaries}
