@@ -17,6 +17,7 @@ marks="$slow${slow:+ and }$gpu"
 
 bash scripts/setup.sh
 python=${BAMDLM_PYTHON:-.venv/bin/python}
+unset PYTHONDONTWRITEBYTECODE # the asserts of tests are rewritten once, not in each run
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # two workers on two cores
 
 style=0 # a fault of style is reported, and the tests run all the same
