@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,21 +36,23 @@ for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: os.kill(process, number))
 code = int(answers.readline() or 70)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
 
 
 @contextmanager
-def forked_python(folder: Path, groups: tuple[str, ...]):
+def forked_python(groups: tuple[str, ...] = ()):
     """The path of that program, which serves until the end of the block. groups: of settings, which
     are composed once for all."""
     prepare_forks(groups)
-    address, program = folder / "socket", folder / "python"
-    program.write_text(CLIENT.format(python=sys.executable, address=address))
-    program.chmod(0o755)
-    with socket.socket(socket.AF_UNIX) as listener:
+    # a folder of its own: the name of a socket has at most 107 bytes
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        address, program = Path(folder, "socket"), Path(folder, "python")
+        program.write_text(CLIENT.format(python=sys.executable, address=address))
+        program.chmod(0o755)
         listener.bind(str(address))
         listener.listen(64)
         server = os.fork()

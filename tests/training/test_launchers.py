@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import launched as program
 import pytest
+from forked_python import forked_python
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_script
 from lightning.pytorch.strategies.launchers import subprocess_script as trainer_script
 from runs import ALGORITHMS, LAST, Run, differences, finish, ranks, read, run, tiny
@@ -30,9 +31,9 @@ def overrides(tmp_path_factory):
     return [*tiny(folder), *ALGORITHMS["bamdlm"], "trainer.devices=2"]
 
 
-def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeout=150):
+def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeout=150, python=None):
     """(exit code, output) of two processes started by the launcher, of which `rank` has the fault
-    (see the program, tests/launched.py)."""
+    (see the program, tests/launched.py). python: torchrun starts this in place of interpreters."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(OTHERS)}
     process = subprocess.Popen(
         [sys.executable, *LAUNCHERS[launcher], program.__file__, *arguments],
@@ -40,7 +41,8 @@ def launched(launcher, arguments, folder, *, rank="none", fault="raises", timeou
         stderr=subprocess.STDOUT,
         text=True,
         cwd=folder if fault == "late" else None,
-        env={**kept, **FEW, "FAULT_RANK": rank, "FAULT": fault},
+        env={**kept, **FEW, "FAULT_RANK": rank, "FAULT": fault}
+        | ({"PYTHON_EXEC": str(python)} if python else {}),
         start_new_session=True,
     )
     try:
@@ -147,11 +149,12 @@ def test_who_is_done_with_its_texts_ends_nobody(overrides, tmp_path):
 
 
 DEATHS = [
-    (launched, "torchrun", "1", "SIGKILL"),  # three processes that import everything
     (forked, "torchrun", "1", "raises"),
     (forked, "lightning", "1", "SIGKILL"),
     (forked, "lightning", "1", "raises"),
     (forked, "lightning", "0", "SIGKILL"),  # with it goes the one that watches the others
+    # three processes that import everything
+    pytest.param(launched, "torchrun", "1", "SIGKILL", marks=pytest.mark.slow),
     pytest.param(launched, "torchrun", "1", "raises", marks=pytest.mark.slow),
     pytest.param(launched, "lightning", "0", "SIGKILL", marks=pytest.mark.slow),
 ]
@@ -161,6 +164,14 @@ DEATHS = [
 def test_a_rank_that_dies_brings_the_job_down(start, launcher, rank, fault, overrides, tmp_path):
     arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
     dies(functools.partial(start, launcher), arguments, tmp_path, rank=rank, fault=fault)
+
+
+def test_a_rank_that_dies_brings_torchrun_down(overrides, tmp_path):
+    """torchrun in an interpreter of its own, which starts its ranks; those are forks."""
+    arguments = [*overrides, f"checkpointing.save_dir={tmp_path / 'run'}"]
+    with forked_python() as python:
+        start = functools.partial(launched, "torchrun", python=python)
+        dies(start, arguments, tmp_path, rank="1", fault="SIGKILL")
 
 
 def dies(start, arguments, folder, *, rank, fault, timeout=150):

@@ -50,10 +50,10 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
+def forks():
     """The environment of jobs that need no interpreters of their own. That of which one is told to
     stop while it imports has them, and those with --slow."""
-    with forked_python(tmp_path_factory.mktemp("python"), tuple(SCRIPT)) as python:
+    with forked_python(tuple(SCRIPT)) as python:
         yield {"BAMDLM_PYTHON": str(python)}
 
 
