@@ -267,3 +267,17 @@ def test_the_command_line_is_checked_before_anything_heavy_is_imported():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_what_few_need_is_imported_when_it_is_asked_for():
+    """The compiler, and half a second ahead of every export, inspection and notebook: what
+    checkpoints in parts need."""
+    rare = ["torch.distributed.checkpoint", "torch._dynamo"]
+    code = (
+        "import sys, checkpointing.layouts, main, models.dit, samplers.writing;"
+        f" print([m for m in {rare} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
