@@ -284,7 +284,7 @@ class Diffusion(L.LightningModule):
         # layers that are made again draw their dropout again from a state that a graph cannot read
         once = not self.backbone.recompute
         # shared out weights come and go during a pass, and a graph reads them where they were
-        stays = not distributed.is_sharded(self.backbone)
+        stays = not distributed.has_sharded_weights(self.backbone)
         compiled = self.backbone.compiled and self.device.type == "cuda"
         if compiled and one_host and once and stays:
             self.graphed = GraphedLoss(

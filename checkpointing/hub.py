@@ -74,7 +74,7 @@ def in_parts(fs, path: str) -> bool:
     """Whether a checkpoint in parts lies there (sharded.py). CheckpointError where it cannot be
     read, because it is not on a disk."""
     if isinstance(fs, LocalFileSystem):
-        return sharded_index.is_sharded(path)
+        return sharded_index.is_in_parts(path)
     if fs.exists(f"{path}/{sharded_index.NAME}"):
         raise CheckpointError(
             f"{path} is a checkpoint in parts, which is read from a disk alone: download the"

@@ -50,7 +50,7 @@ class Entry:
     parts: tuple[Part, ...]
 
 
-def is_sharded(path: str | Path) -> bool:
+def is_in_parts(path: str | Path) -> bool:
     """Whether a checkpoint in parts lies there, or what is left of one."""
     folder = Path(path)
     marks = (NAME, STATE, ".metadata", "__0_0.distcp")

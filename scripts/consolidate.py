@@ -34,7 +34,7 @@ def run(folder: str, file: str) -> None:
         raise ValueError(f"{file} is no path: write a local file, and upload that")
     if "://" in folder:
         raise ValueError(f"{folder} is no path: download the folder, and give its place on a disk")
-    if not sharded_index.is_sharded(folder):
+    if not sharded_index.is_in_parts(folder):
         what = "is no checkpoint in parts" if os.path.lexists(folder) else "does not exist"
         raise CheckpointError(f"{folder} {what} (a folder with {sharded_index.NAME})")
     torch_file.save(sharded.read(folder), file)

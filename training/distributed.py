@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointing.restricted_pickle import CheckpointError
-from checkpointing.sharded_index import is_sharded as is_in_parts
+from checkpointing.sharded_index import is_in_parts
 from samplers.sending import send
 from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
 
@@ -131,7 +131,7 @@ def share_out(module: L.LightningModule) -> None:
     bfloat16 where the strategy says so (`half`).
     """
     strategy, backbone = module.trainer.strategy, module.backbone
-    if not isinstance(strategy, Sharded) or is_sharded(backbone):
+    if not isinstance(strategy, Sharded) or has_sharded_weights(backbone):
         return
     half = module.trainer.precision == "bf16-mixed"
     summed = torch.bfloat16 if strategy.half else torch.float32 if half else None
@@ -167,7 +167,7 @@ def _block_parameters(backbone: nn.Module, linear: bool) -> set[nn.Parameter]:
     }
 
 
-def is_sharded(backbone: nn.Module) -> bool:
+def has_sharded_weights(backbone: nn.Module) -> bool:
     return isinstance(backbone, fsdp.FSDPModule)
 
 
