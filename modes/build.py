@@ -37,6 +37,7 @@ from objectives.sizes import SizeLaw, shares_of_steps
 from random_streams import VERSION, seed_of
 from settings import Config, local_folder
 from settings.defaults import (
+    all_devices,
     block_sizes,
     default_likelihood,
     needs_block_mask,
@@ -367,19 +368,18 @@ def validation_rows(config: Config) -> int:
 
 def validated_rows(config: Config, rows: int) -> int:
     """How many of the split's rows trainer.limit_val_batches lets a validation read."""
-    limit, trainer = config.trainer.limit_val_batches, config.trainer
+    limit = config.trainer.limit_val_batches
     if limit is None:
         return rows
-    at_once = validation_rows(config) * trainer.devices * trainer.num_nodes
+    at_once = validation_rows(config) * all_devices(config)
     batches = int(limit * -(-rows // at_once)) if isinstance(limit, float) else limit
     return min(rows, batches * at_once)
 
 
 def check_share(config: Config, rows: int) -> None:
     """trainer.limit_val_batches as a share of the batches of a device: one of them at least."""
-    share, devices = config.trainer.limit_val_batches, config.trainer.devices
-    batch_size = validation_rows(config)
-    batches = -(-rows // (batch_size * devices * config.trainer.num_nodes))
+    share, batch_size = config.trainer.limit_val_batches, validation_rows(config)
+    batches = -(-rows // (batch_size * all_devices(config)))
     if isinstance(share, float) and share and not int(share * batches):
         raise ValueError(
             f"trainer.limit_val_batches={share:g} of {batches:,} validation batches of {batch_size}"

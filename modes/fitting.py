@@ -8,7 +8,7 @@ from collections.abc import Callable
 import settings
 from modes.gpus import GIB, room
 from settings import Config
-from settings.defaults import sized_by_checkpoint
+from settings.defaults import all_devices, sized_by_checkpoint
 from settings.keys import put
 from training.flops import GPUS
 
@@ -75,7 +75,7 @@ def sharding(config: Config) -> list[Change]:
 
 def largest_batch(config: Config, beside: Change, fits: Fits) -> Change:
     """The largest loader.batch_size below that of the run with which it fits; empty: none does."""
-    loader, devices = config.loader, config.trainer.devices * config.trainer.num_nodes
+    loader, devices = config.loader, all_devices(config)
     sizes = range(loader.batch_size - 1, 0, -1)
     whole = (size for size in sizes if loader.global_batch_size % (size * devices) == 0)
     found = ({"loader.batch_size": size} for size in whole)
@@ -86,8 +86,7 @@ def changed(config: Config, change: Change) -> Config:
     config = copy.deepcopy(config)
     for key, value in change.items():
         put(config, "strategy.name" if key == "strategy" else key, value)
-    loader, devices = config.loader, config.trainer.devices * config.trainer.num_nodes
-    config.trainer.accumulate_grad_batches = loader.global_batch_size // (
-        loader.batch_size * devices
-    )
+    loader = config.loader
+    at_once = loader.batch_size * all_devices(config)
+    config.trainer.accumulate_grad_batches = loader.global_batch_size // at_once
     return config

@@ -25,6 +25,7 @@ from modes.lora import build_adapter, put_adapters
 from objectives.algorithms import get_algorithm
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
+from settings.defaults import all_devices
 from training.flops import GPUS, NetworkShape, flops, matmul_dtype
 from training.optimizers import matrices, trained
 from utils import listed, say
@@ -85,7 +86,6 @@ class Plan:
 
 def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
     trainer, loader = config.trainer, config.loader
-    devices = trainer.devices * trainer.num_nodes
     size = min(matmul_dtype(trainer.precision).itemsize, 4)  # bytes of a number in products
     per_weight, if_trained = bytes_per_weight(config, size)
     weights = count.all * per_weight + count.trained * if_trained - 4 * count.by_muon
@@ -102,7 +102,7 @@ def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
     layer = (count.all - count.outside) / shape.n_blocks
     return Plan(
         shape=shape,
-        devices=devices,
+        devices=all_devices(config),
         parameters=count.all,
         weights=weights / shards,
         gathered=2 * (4 * count.outside + size * 2 * layer) if shards > 1 else 0,
@@ -125,18 +125,14 @@ def bytes_per_weight(config: Config, size: int) -> tuple[int, int]:
     average, trainer = 4 * (config.training.ema > 0), config.trainer
     if config.model.param_dtype == "float32":
         return 4 + 2 * (size == 2), 4 + 8 + average
-    summed = trainer.accumulate_grad_batches * trainer.devices * trainer.num_nodes > 1
+    summed = trainer.accumulate_grad_batches * all_devices(config) > 1
     return 2, 4 + 2 + 4 * summed + 8 + average
 
 
 def shards_of(config: Config) -> int:
     """Devices that share out one copy of the network."""
-    devices = config.trainer.devices * config.trainer.num_nodes
-    return devices // config.strategy.replicate if is_sharded(config) else 1
-
-
-def is_sharded(config: Config) -> bool:
-    return config.strategy.name == "fsdp"
+    sharded = config.strategy.name == "fsdp"
+    return all_devices(config) // config.strategy.replicate if sharded else 1
 
 
 def exchanged(config: Config, count: Weights, size: int) -> float:
@@ -144,8 +140,8 @@ def exchanged(config: Config, count: Weights, size: int) -> float:
     weights put together for the forward and the backward pass (what is outside of the layers once)
     and gradients added up, in every micro-batch. Between copies: an all-reduce of the gradients,
     with ddp once a step."""
-    trainer, shards = config.trainer, shards_of(config)
-    copies, passes = trainer.devices * trainer.num_nodes // shards, trainer.accumulate_grad_batches
+    passes, shards = config.trainer.accumulate_grad_batches, shards_of(config)
+    copies = all_devices(config) // shards
     gradients = (2 if config.strategy.gradients == "bf16" else 4) * count.trained
     weights = 2 * size * (count.all - count.outside) + 4 * count.outside
     within = (shards - 1) / shards * (weights + gradients)
@@ -197,7 +193,7 @@ def report(made: Plan, config: Config) -> list[str]:
         lines.append(f"made again in the backward pass: {made.again:.0%} more FLOPs")
     lines.append(f"a checkpoint: {in_bytes(made.checkpoint)}")
     in_parts = config.checkpointing.format == "sharded" and made.devices > 1
-    if is_sharded(config) or in_parts:  # with ddp, too, each writes a share
+    if config.strategy.name == "fsdp" or in_parts:  # with ddp, too, each writes a share
         each = in_bytes(made.checkpoint / made.devices)
         lines[-1] += f"; {each} per device with checkpointing.format=sharded"
     if made.devices > 1:

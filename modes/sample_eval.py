@@ -22,6 +22,7 @@ from sampling.run import Model, Output, SamplingRun, Texts, run_id, visible_toke
 from sampling.sample_file import SampleFile
 from sampling.sweep import Sweep
 from settings import Config
+from settings.defaults import all_devices
 from training.flops import matmul_dtype
 from utils import say
 
@@ -68,7 +69,7 @@ def prepare(config: Config) -> Callable[[], None]:
 def build_fabric(config: Config) -> L.Fabric:
     """What starts the processes and says which of them this is."""
     t = config.trainer
-    strategy = "ddp" if t.devices * t.num_nodes > 1 else "auto"
+    strategy = "ddp" if all_devices(config) > 1 else "auto"
     placed = {"accelerator": t.accelerator, "devices": t.devices, "num_nodes": t.num_nodes}
     return L.Fabric(**placed, strategy=strategy, precision=t.precision)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from settings.amounts import amounts
 from settings.composing import read
 from settings.defaults import (
+    all_devices,
     has_package,
     has_wide_heads,
     head_width,
@@ -185,7 +186,7 @@ def batches(config: Config) -> Iterator[str]:
         yield f"trainer.limit_val_batches={trainer.limit_val_batches} leaves nothing to evaluate"
     if config.mode not in ("train", "plan"):
         return
-    devices = trainer.devices * trainer.num_nodes
+    devices = all_devices(config)
     at_once = loader.batch_size * devices
     total = at_once * trainer.accumulate_grad_batches
     each = f"loader.batch_size={loader.batch_size} on {devices} device{'s' * (devices > 1)}"
@@ -229,7 +230,7 @@ def machine(config: Config) -> Iterator[str]:
 
 def _sharded(config: Config) -> Iterator[str]:
     trainer, groups = config.trainer, config.strategy.replicate
-    devices = trainer.devices * trainer.num_nodes
+    devices = all_devices(config)
     if trainer.precision == "16-mixed":
         precision = f"trainer.precision={trainer.precision}"
         yield f"{precision} does not go with strategy=fsdp; use bf16, 32, or strategy=ddp"

@@ -41,7 +41,7 @@ def fill(config: Config) -> None:
         precision="bf16-mixed" if gpu else "32-true",
     )
     trainer.precision = PRECISIONS.get(trainer.precision, trainer.precision)
-    devices = max(trainer.devices * trainer.num_nodes, 1)
+    devices = max(all_devices(config), 1)
     _set(
         loader,
         batch_size=_share(loader.global_batch_size, devices),
@@ -71,6 +71,11 @@ def fill(config: Config) -> None:
         _set(config.lora, alpha=2.0 * config.lora.rank)
     if config.model.attn_backend == "auto":
         config.model.attn_backend = _attn_backend(config) if gpu else "sdpa"
+
+
+def all_devices(config: Config) -> int:
+    """Of all machines together."""
+    return config.trainer.devices * config.trainer.num_nodes
 
 
 def _plan_elsewhere(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from settings.defaults import EVALUATES, sized_by_checkpoint
+from settings.defaults import EVALUATES, all_devices, sized_by_checkpoint
 from settings.schema import Config
 from settings.tables import (
     algorithms,
@@ -118,7 +118,7 @@ def _exchange(config: Config) -> Iterator[str]:
     key = f"strategy.gradients={config.strategy.gradients}"
     if config.mode not in ("train", "plan"):
         yield f"{key} has no effect: mode={config.mode} has no gradients"
-    elif config.trainer.devices * config.trainer.num_nodes == 1:
+    elif all_devices(config) == 1:
         yield f"{key} has no effect: one device exchanges nothing"
 
 

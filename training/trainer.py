@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 import settings
 from checkpointing.layouts import Checkpoint, CheckpointError, read_checkpoint, section
 from settings import Config
+from settings.defaults import all_devices
 from training.checkpoint_io.files import CarefulIO
 from training.checkpoint_io.parts import PartsIO
 from training.csv_log import CSVLog
@@ -38,7 +39,7 @@ def build_trainer(
     t = config.trainer
     in_parts = config.checkpointing.format == "sharded" and config.mode == "train"
     io = PartsIO() if in_parts else CarefulIO()
-    devices, strategy = t.devices * t.num_nodes, "auto"
+    devices, strategy = all_devices(config), "auto"
     if devices > 1:  # fsdp is for training; an evaluation holds the network once per device
         sharded = config.strategy.name == "fsdp" and config.mode == "train"
         half = config.strategy.gradients == "bf16"

@@ -18,6 +18,7 @@ import settings
 from modes.build import build_rows, build_tokenizer
 from sampling.sample_file import SampleFile
 from scripts.plot_run import plot
+from settings.defaults import all_devices
 from training.log_reading import read_log
 
 SAMPLE_LINES = 16
@@ -41,7 +42,7 @@ def page(run: settings.Config, sampling: settings.Config, found: dict, unigram: 
     folder, texts = Path(run.checkpointing.save_dir), Path(sampling.sampling.logdir)
     samples = json.loads(texts.with_suffix(".json").read_text())
     rates = [*read_log(folder / "metrics.csv")["throughput/tokens_per_second"].values()]
-    rate = np.median(rates) * run.trainer.devices * run.trainer.num_nodes
+    rate = np.median(rates) * all_devices(run)
     length = sampling.model.length
     verdict = "below half of it" if found["ppl"] < unigram / 2 else "NOT below half of it"
     return {
