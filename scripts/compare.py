@@ -27,7 +27,7 @@ from scripts import summarize
 from scripts.plot_run import finish, losses, perplexities, smoothed
 from scripts.support.command import new_parser
 from scripts.support.picture import picture
-from settings.effects import OF_DIT, OF_LLAMA, SIZES
+from settings.rules.effects import OF_DIT, OF_LLAMA, SIZES
 from utils import atomic_file, harmless, reason, say, shown
 
 TEXTS, LONGEST_TEXT = 2, 4000  # of each run that are shown, and their characters

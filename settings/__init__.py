@@ -8,9 +8,9 @@ Nothing here imports torch or lightning unless the machine has a GPU: a wrong co
 answered at once.
 """
 
+from settings.blame import blamed
 from settings.checks import check, examine
 from settings.composing import ConfigError, composed_yaml, load
-from settings.paths import blamed
 from settings.run_folder import (
     differences,
     local_folder,

@@ -27,7 +27,7 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 def fill(config: Config) -> None:
     """Replaces auto, and every null that stands for a choice of this machine."""
-    trainer, loader, sampling = config.trainer, config.loader, config.sampling
+    trainer = config.trainer
     trainer.accelerator = ACCELERATORS.get(trainer.accelerator, trainer.accelerator)
     if config.mode == "plan":
         _plan_elsewhere(config)
@@ -41,29 +41,14 @@ def fill(config: Config) -> None:
         precision="bf16-mixed" if gpu else "32-true",
     )
     trainer.precision = PRECISIONS.get(trainer.precision, trainer.precision)
-    devices = max(all_devices(config), 1)
-    _set(
-        loader,
-        batch_size=_share(loader.global_batch_size, devices),
-        eval_batch_size=_share(loader.eval_global_batch_size, devices),
-        num_workers=len(os.sched_getaffinity(0)),
-    )
-    at_once = max(loader.batch_size, 1) * devices
-    _set(trainer, accumulate_grad_batches=max(_share(loader.global_batch_size, at_once), 1))
+    _fill_batches(config)
     _set(config.data, cache_dir=str(user_cache()) if has_user_cache() else None)
-    if config.training.block_sizes is not None:
-        config.training.block_sizes = normalised(config.training.block_sizes)
-    if config.training.block_schedule is not None:
-        config.training.block_schedule = dict(sorted(config.training.block_schedule.items()))
     _set(config.lr_scheduler, num_warmup_steps=default_warmup(config))
-    if config.eval.block_sizes is not None:
-        config.eval.block_sizes = normalised(config.eval.block_sizes)
-        if config.mode == "ppl_eval":
-            _set(config.eval, likelihood=list(OF_SIZES))
+    _fill_sizes(config)
     _set(config.eval, likelihood=[default_likelihood(config)])
-    _set(sampling, batch_size=loader.eval_batch_size)
     if "steps" in _entry(config).get("can", ()):
-        _set(sampling, steps="first_hitting" if sampling.first_hitting else "ancestral")
+        steps = "first_hitting" if config.sampling.first_hitting else "ancestral"
+        _set(config.sampling, steps=steps)
     _set(config.model, dropout=0.0 if config.algo.backbone == "llama" else 0.1)
     if config.algo.backbone == "llama":
         _fill_llama(config)
@@ -71,6 +56,31 @@ def fill(config: Config) -> None:
         _set(config.lora, alpha=2.0 * config.lora.rank)
     if config.model.attn_backend == "auto":
         config.model.attn_backend = _attn_backend(config) if gpu else "sdpa"
+
+
+def _fill_batches(config: Config) -> None:
+    loader, devices = config.loader, max(all_devices(config), 1)
+    _set(
+        loader,
+        batch_size=_share(loader.global_batch_size, devices),
+        eval_batch_size=_share(loader.eval_global_batch_size, devices),
+        num_workers=len(os.sched_getaffinity(0)),
+    )
+    at_once = max(loader.batch_size, 1) * devices
+    accumulated = max(_share(loader.global_batch_size, at_once), 1)
+    _set(config.trainer, accumulate_grad_batches=accumulated)
+    _set(config.sampling, batch_size=loader.eval_batch_size)
+
+
+def _fill_sizes(config: Config) -> None:
+    if config.training.block_sizes is not None:
+        config.training.block_sizes = normalised(config.training.block_sizes)
+    if config.training.block_schedule is not None:
+        config.training.block_schedule = dict(sorted(config.training.block_schedule.items()))
+    if config.eval.block_sizes is not None:
+        config.eval.block_sizes = normalised(config.eval.block_sizes)
+        if config.mode == "ppl_eval":
+            _set(config.eval, likelihood=list(OF_SIZES))
 
 
 def all_devices(config: Config) -> int:

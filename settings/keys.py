@@ -66,6 +66,12 @@ def get(config: Config, key: str):
     return value
 
 
+def changed(config: Config, usual: dict[str, object]) -> dict[str, object]:
+    """{setting: its value} of those of `usual` that have another value than it has for them."""
+    found = {key: get(config, key) for key in usual}
+    return {key: value for key, value in found.items() if value != usual[key]}
+
+
 def put(config: Config, key: str, value) -> None:
     """Changes a setting of a section that is not left out."""
     section, _, name = key.rpartition(".")

@@ -114,6 +114,17 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     return f"{key}={as_typed(value)} must be {wanted}{' or null' if optional else ''}{way_out}"
 
 
+def limit_problem(key: str, value: object) -> str | None:
+    """The sentence about a value that is of the right type, and not what its setting may be."""
+    limit = LEAVES[key].limit
+    if end := unfit(value):
+        return f"{key}={value} {end}"
+    if limit is None or value is None or limit.holds(value):
+        return None
+    hint = nearest(value, limit.names) if limit.names else ""
+    return f"{key}={value} must be {limit.words}{hint and '.'}{hint}"
+
+
 def as_typed(value: object) -> object:
     return "null" if value is None else value
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 from settings.defaults import fill
 from settings.keys import LEAVES, put, unwrap
-from settings.limits import unfit
-from settings.overrides import nearest, type_problem
+from settings.overrides import limit_problem, nearest, type_problem
 from settings.schema import Config
 from settings.tables import algorithms, sampling_fields, step_rules
 
@@ -111,7 +110,6 @@ def _axes(
 
 
 def _values(key: str, values: list, problems: list[str]) -> Iterator[object]:
-    limit = LEAVES[key].limit
     bare, optional = unwrap(LEAVES[key].hint)
     for value in values:
         if bare is float and type(value) is int:
@@ -120,13 +118,8 @@ def _values(key: str, values: list, problems: list[str]) -> Iterator[object]:
             value = int(value)
         if type(value) is not bare and not (value is None and optional):
             problems.append(f"sampling.sweep: {type_problem(key, value)}")
-        elif end := unfit(value):
-            problems.append(f"sampling.sweep: {key}={value} {end}")
-        elif value is not None and limit is not None and not limit.holds(value):
-            hint = nearest(str(value), limit.names) if limit.names else ""
-            problems.append(
-                f"sampling.sweep: {key}={value} must be {limit.words}{hint and '.'}{hint}"
-            )
+        elif problem := limit_problem(key, value):
+            problems.append(f"sampling.sweep: {problem}")
         else:
             yield value
 

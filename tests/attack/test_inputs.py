@@ -15,8 +15,8 @@ from tools import ROOT, answer, clear, files, refused, refused_process
 
 import main
 from modes import cli
-from settings.amounts import memory
 from settings.keys import CONFIGS, LEAVES
+from settings.rules.amounts import memory
 from utils import escaped, matching_files, reason, shown
 
 TRAIN = [

@@ -241,10 +241,10 @@ MISSING = {
 
 @pytest.mark.parametrize("word", MISSING)
 def test_a_package_that_is_missing_is_named_with_its_command(word, good, monkeypatch):
-    import settings.packages
+    import settings.rules.machine
 
     package, name = MISSING[word]
-    has = settings.packages.has_package
-    monkeypatch.setattr(settings.packages, "has_package", lambda p: p != package and has(p))
+    has = settings.rules.machine.has_package
+    monkeypatch.setattr(settings.rules.machine, "has_package", lambda p: p != package and has(p))
     words = [each for each in good[1] if each != "wandb=null"]
     is_refused([*words, word], word.partition(".")[0], f"pip install {name}")

@@ -317,7 +317,7 @@ def test_windows_of_one_document_cannot_be_packed(tmp_path):
 
 def test_flash_attention_has_no_document_ids(monkeypatch):
     assert any("flash_attn cannot keep" in p for p in problems("model.attn_backend=flash_attn"))
-    for name in ("settings.defaults", "settings.checks"):
+    for name in ("settings.defaults", "settings.rules.machine"):
         monkeypatch.setattr(f"{name}.visible_gpus", lambda: 1)
         monkeypatch.setattr(f"{name}.has_package", lambda name: True)
     for pack in ("documents", "whole"):

@@ -527,7 +527,7 @@ WRONG += [
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """A launch folder with a few files, on a machine without a GPU."""
-    for module in ("settings.defaults", "settings.checks"):
+    for module in ("settings.defaults", "settings.rules.machine"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text")
@@ -583,7 +583,7 @@ def test_all_problems_are_listed_at_once(capsys):
 
 
 def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
-    for module in ("settings.defaults", "settings.checks"):
+    for module in ("settings.defaults", "settings.rules.machine"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 2)
         monkeypatch.setattr(f"{module}.has_package", lambda name: False)
     for wrong, message in (
@@ -608,7 +608,7 @@ def test_a_gpu_machine_has_limits_too(monkeypatch, capsys):
     ],
 )
 def test_flash_attention_is_refused_where_it_cannot_serve(monkeypatch, capsys, wrong, message):
-    for module in ("settings.defaults", "settings.checks"):
+    for module in ("settings.defaults", "settings.rules.machine"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
         monkeypatch.setattr(f"{module}.has_package", lambda name: True)
     (_, problem) = refused([*TRAIN, "model.attn_backend=flash_attn", *wrong], capsys)
@@ -722,7 +722,7 @@ def test_option_without_effect_gets_one_line(context, words, message, capsys):
 
 
 def test_an_older_torch_has_no_muon(monkeypatch, capsys):
-    monkeypatch.setattr("settings.checks.torch_version", lambda: (2, 8))
+    monkeypatch.setattr("settings.rules.training.torch_version", lambda: (2, 8))
     said = "\n".join(refused([*TRAIN, "optim=muon"], capsys))
     assert "optim=muon needs torch 2.9 or newer, here is 2.8; use optim=adamw" in said
     cli.configure(TRAIN)

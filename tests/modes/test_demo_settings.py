@@ -12,7 +12,7 @@ from runs import ends_with_2
 import settings
 from checkpointing.layouts import read_checkpoint
 from modes import demo
-from settings import checks
+from settings.rules import sampling
 from settings.tables import step_numbers, step_rules
 
 TOKENIZER = f"data.tokenizer_name_or_path={GOLDEN / 'tokenizer'}"
@@ -26,7 +26,7 @@ def command(path=BLOCKS, *words):
 @pytest.fixture
 def with_gradio(monkeypatch):
     """As if it were installed: nothing here comes so far as to need it."""
-    monkeypatch.setattr(checks, "has_package", lambda name: True)
+    monkeypatch.setattr(sampling, "has_package", lambda name: True)
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def page_of(name, *words):
 
 
 def test_without_gradio_the_way_to_it_is_named_before_anything_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(checks, "has_package", lambda name: name != "gradio")
+    monkeypatch.setattr(sampling, "has_package", lambda name: name != "gradio")
     monkeypatch.setattr(demo, "read_checkpoint", None)
     said = ends_with_2(command(), capsys)
     assert "mode=demo: the package gradio is not installed; run pip install -r" in said

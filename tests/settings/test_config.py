@@ -31,7 +31,7 @@ def _cpu(monkeypatch, tmp_path):
 
 
 def gpus(monkeypatch, count, *, flash_attn=False):
-    for module in ("settings.defaults", "settings.checks"):
+    for module in ("settings.defaults", "settings.rules.machine"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: count)
         monkeypatch.setattr(f"{module}.has_package", lambda name: flash_attn)
 

@@ -3,11 +3,21 @@ rules as in checks.py."""
 
 from collections.abc import Collection, Iterator
 
-from settings.amounts import MOST_INTERVALS
 from settings.defaults import TRAINS, noise_block
+from settings.keys import changed
+from settings.rules.amounts import MOST_INTERVALS
 from settings.schema import Config
 from settings.tables import algorithms, names_with
 from utils import listed
+
+# settings with the values that leave them out
+OF_COUNTS = {"training.counts": None, "training.count_law": "uniform", "training.views": 1}
+OF_ONE_LAW = {
+    "training.count_law": "uniform",
+    "training.counts": None,
+    "algo.clip_search_widths": [],
+}
+ADAPTED = {"adapt.clean": "block", "adapt.label": "same", "adapt.ar_loss": 0}
 
 
 def clipping(config: Config) -> Iterator[str]:
@@ -65,9 +75,9 @@ def counts(config: Config) -> Iterator[str]:
             "training.resample=True has no meaning with training.noise=counts, which draws how"
             " many tokens are masked: training.counts bounds that; set training.resample=False"
         )
-    for key, unset in (("counts", None), ("count_law", "uniform"), ("views", 1)):
-        if training.noise != "counts" and (value := getattr(training, key)) != unset:
-            yield f"training.{key}={value} needs training.noise=counts"
+    if training.noise != "counts":
+        for key, value in changed(config, OF_COUNTS).items():
+            yield f"{key}={value} needs training.noise=counts"
     if drawn:
         yield from _law(config)
     if drawn and training.views > 1:
@@ -99,84 +109,53 @@ def _law(config: Config) -> Iterator[str]:
 
 
 def block_sizes(config: Config) -> Iterator[str]:
-    """What training on several block sizes goes with, and measuring at several. Modes that do
-    neither do not read them."""
+    """What training on several block sizes goes with, at once or one after the other, and measuring
+    at several. Modes that do neither do not read them."""
     if config.mode == "ppl_eval":
-        yield from _sizes_fit(config, "eval.block_sizes", config.eval.block_sizes)
-    algo, sizes = config.algo, config.training.block_sizes
-    if config.mode in TRAINS:
-        yield from _schedule(config)
-    if sizes is None or config.mode not in TRAINS:
+        sizes = config.eval.block_sizes
+        yield from _sizes_fit(config, f"eval.block_sizes={sizes}", sizes or ())
+    if config.mode not in TRAINS:
         return
-    unfit = list(_sizes_fit(config, "training.block_sizes", sizes))
-    yield from unfit
-    if not algorithms()[algo.name]["blocks"]:
-        return
-    given = f"training.block_sizes={sizes}"
-    if not unfit and config.block_size not in sizes:
-        yield (
-            f"block_size={config.block_size} is that of validation, and {given} does not train it:"
-            f" set block_size to {' or '.join(map(str, sizes))}"
-        )
-    yield from _of_one_size(config, given)
+    drawn, grown = config.training.block_sizes, config.training.block_schedule
+    given = f"training.block_sizes={drawn}", f"training.block_schedule={grown}"
+    if grown is not None:
+        yield from _trained_sizes(config, given[1], dict.fromkeys(grown.values()))
+    if drawn is not None:
+        yield from _trained_sizes(config, given[0], drawn)
+    if None not in (drawn, grown) and algorithms()[config.algo.name]["blocks"]:
+        yield f"{given[1]} does not go with {given[0]}: choose one"
 
 
-def _of_one_size(config: Config, given: str) -> Iterator[str]:
-    training, algo = config.training, config.algo
-    others = {
-        f"training.count_law={training.count_law}": training.count_law != "uniform",
-        f"training.counts={training.counts}": training.counts is not None,
-        f"training.views={training.views}": training.views > 1,
-        f"training.resample={training.resample}": training.resample,
-        f"algo.clip_search_widths={algo.clip_search_widths}": bool(algo.clip_search_widths),
-    }
-    for other, set_ in others.items():
-        if set_:
-            yield f"{given} does not go with {other}, which is of one block size: choose one"
-
-
-def _schedule(config: Config) -> Iterator[str]:
-    """What blocks that grow go with."""
-    training, steps = config.training, config.training.block_schedule
-    if steps is None:
-        return
-    given, sizes = f"training.block_schedule={steps}", dict.fromkeys(steps.values())
-    unfit = list(_sizes_fit(config, "training.block_schedule", steps, sizes))
+def _trained_sizes(config: Config, given: str, sizes: Collection[int]) -> Iterator[str]:
+    unfit = list(_sizes_fit(config, given, sizes))
     yield from unfit
     if not algorithms()[config.algo.name]["blocks"]:
         return
-    if training.block_sizes is not None:
-        yield f"{given} does not go with training.block_sizes={training.block_sizes}: choose one"
     if not unfit and config.block_size not in sizes:
         yield (
             f"block_size={config.block_size} is that of validation, and {given} does not train it:"
             f" set block_size to {' or '.join(map(str, sizes))}"
         )
-    yield from _of_one_size(config, given)
+    alone = {**OF_ONE_LAW, "training.views": 1, "training.resample": False}
+    for key, value in changed(config, alone).items():
+        yield f"{given} does not go with {key}={value}, which is of one block size: choose one"
 
 
-def _sizes_fit(
-    config: Config, key: str, value: dict | None, sizes: Collection[int] | None = None
-) -> Iterator[str]:
-    """sizes: those in the value, None: its keys."""
+def _sizes_fit(config: Config, given: str, sizes: Collection[int]) -> Iterator[str]:
     name, length = config.algo.name, config.model.length
-    sizes = value if sizes is None else sizes
     if sizes and not algorithms()[name]["blocks"]:
-        yield f"{key}={value} does not fit algo={name}, only {names_with('blocks')}; leave it out"
-    elif odd := [size for size in sizes or () if length % size]:
-        yield f"{key}={value}: {listed(odd)} does not divide model.length={length}"
+        yield f"{given} does not fit algo={name}, only {names_with('blocks')}; leave it out"
+    elif odd := [size for size in sizes if length % size]:
+        yield f"{given}: {listed(odd)} does not divide model.length={length}"
 
 
 def adaptation(config: Config) -> Iterator[str]:
     """What adapt.* goes with."""
     adapt, name = config.adapt, config.algo.name
-    given = {"clean": "block", "label": "same", "ar_loss": 0}
-    changed = [
-        f"adapt.{key}={getattr(adapt, key)}" for key in given if getattr(adapt, key) != given[key]
-    ]
-    if changed and not algorithms()[name]["blocks"]:
-        for each in changed:
-            yield f"{each} does not fit algo={name}, only {names_with('blocks')}; leave it out"
+    if not algorithms()[name]["blocks"]:
+        with_blocks = f"only {names_with('blocks')}; leave it out"
+        for key, value in changed(config, ADAPTED).items():
+            yield f"{key}={value} does not fit algo={name}, {with_blocks}"
         return
     if adapt.ar_loss and adapt.clean != "causal":
         yield (
@@ -207,11 +186,5 @@ def _views(config: Config) -> Iterator[str]:
         yield f"{views} share the clean half, which only algo=bamdlm in blocks of several has"
     elif blocks == 1:
         yield f"{views}: with block_size=1 one of them would always be empty"
-    others = {
-        f"training.count_law={training.count_law}": training.count_law != "uniform",
-        f"training.counts={training.counts}": training.counts is not None,
-        f"algo.clip_search_widths={algo.clip_search_widths}": bool(algo.clip_search_widths),
-    }
-    for other, given in others.items():
-        if given:
-            yield f"{views} have a law of their own, without {other}: choose one"
+    for key, value in changed(config, OF_ONE_LAW).items():
+        yield f"{views} have a law of their own, without {key}={value}: choose one"

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from settings.defaults import EVALUATES, all_devices, sized_by_checkpoint
+from settings.keys import changed
 from settings.schema import Config
 from settings.tables import (
     algorithms,
@@ -23,6 +24,20 @@ DRAWN_IN_TRAINING = (  # of training.*
     *("sampling_eps_min", "sampling_eps_max", "resample"),
     *("noise", "counts", "count_law", "views"),
 )
+OF_NOISE = {  # settings with their usual values
+    "noise.type": "loglinear",
+    "algo.ignore_bos": False,
+    "algo.mdlm_loss_scale": False,
+    "training.noise": "times",
+    "training.counts": None,
+    "training.count_law": "uniform",
+    "training.views": 1,
+    "training.resample": False,
+    "training.antithetic_sampling": True,
+    "training.sampling_eps": 1e-3,
+    "training.sampling_eps_min": 1e-3,
+    "training.sampling_eps_max": 1,
+}
 
 
 def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
@@ -39,31 +54,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
         yield from _demo(typed)
     if config.mode == "sample_eval":
         yield from _sampling(config)
-        if config.eval.tokens_per_batch is not None:
-            yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
-    if config.mode != "ppl_eval" and config.eval.draws != 1:
-        yield f"eval.draws has no effect: mode={config.mode} draws once; mode=ppl_eval has draws"
-    if config.mode != "ppl_eval" and config.eval.block_sizes is not None:
-        yield f"eval.block_sizes has no effect: mode={config.mode} does not measure at several"
-    if config.mode == "ppl_eval" and config.eval.block_sizes and "block_size" in typed:
-        yield f"block_size has no effect: eval.block_sizes={config.eval.block_sizes} has the sizes"
-    entry = algorithms()[config.algo.name]
-    chosen = config.training.eval_nll or (entry["blocks"] and config.block_size == 1)
-    if config.mode in ("train", "plan", "ppl_eval") and not chosen:
-        yield (
-            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
-            " choice"
-        )
-    if config.mode == "ppl_eval" and entry["noise"]:
-        for key in DRAWN_IN_TRAINING:
-            if f"training.{key}" in typed:
-                yield f"training.{key} has no effect: mode=ppl_eval draws from the full interval"
-        sizes = "eval.block_sizes" if config.eval.block_sizes else "block_size"
-        for name in ("block_sizes", "block_schedule"):
-            if f"training.{name}" in typed:
-                yield f"training.{name} has no effect: mode=ppl_eval measures at {sizes}"
-        if "adapt.ar_loss" in typed:
-            yield "adapt.ar_loss has no effect: mode=ppl_eval measures diffusion alone"
+    yield from _evaluation(config, typed)
     if config.mode == "train" and config.training.noise == "counts":
         for key in ("training.sampling_eps_min", "training.sampling_eps_max", "noise.type"):
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
@@ -78,13 +69,45 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     yield from _network(config, typed)
     if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
         yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
+    yield from _plan(config, typed)
+    yield from _algorithm(config)
+    yield from _data(config)
+
+
+def _evaluation(config: Config, typed: Collection[str]) -> Iterator[str]:
+    mode, sizes = config.mode, config.eval.block_sizes
+    if mode == "sample_eval" and config.eval.tokens_per_batch is not None:
+        yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
+    if mode != "ppl_eval" and config.eval.draws != 1:
+        yield f"eval.draws has no effect: mode={mode} draws once; mode=ppl_eval has draws"
+    if mode != "ppl_eval" and sizes is not None:
+        yield f"eval.block_sizes has no effect: mode={mode} does not measure at several"
+    if mode == "ppl_eval" and sizes and "block_size" in typed:
+        yield f"block_size has no effect: eval.block_sizes={sizes} has the sizes"
+    entry = algorithms()[config.algo.name]
+    chosen = config.training.eval_nll or (entry["blocks"] and config.block_size == 1)
+    if mode in ("train", "plan", "ppl_eval") and not chosen:
+        yield (
+            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
+            " choice"
+        )
+    if mode != "ppl_eval" or not entry["noise"]:
+        return
+    measured = f"measures at {'eval.block_sizes' if sizes else 'block_size'}"
+    reasons = {f"training.{name}": "draws from the full interval" for name in DRAWN_IN_TRAINING}
+    reasons |= {f"training.{name}": measured for name in ("block_sizes", "block_schedule")}
+    reasons["adapt.ar_loss"] = "measures diffusion alone"
+    for key, why in reasons.items():
+        if key in typed:
+            yield f"{key} has no effect: mode=ppl_eval {why}"
+
+
+def _plan(config: Config, typed: Collection[str]) -> Iterator[str]:
     if config.mode == "plan" and {"plan.nodes", "trainer.num_nodes"} <= set(typed):
         yield f"trainer.num_nodes has no effect: it is planned for plan.nodes={config.plan.nodes}"
     for key in ("plan.gpu", "plan.nodes"):
         if config.mode != "plan" and key in typed:
             yield f"{key} has no effect: mode={config.mode} plans nothing"
-    yield from _algorithm(config)
-    yield from _data(config)
 
 
 def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
@@ -182,7 +205,7 @@ def _training(config: Config) -> Iterator[str]:
 
 
 def _algorithm(config: Config) -> Iterator[str]:
-    algo, training = config.algo, config.training
+    algo = config.algo
     noise = algorithms()[algo.name]["noise"]
     if config.model.adaln and noise and algo.backbone != "llama":
         yield f"model.adaln=True has no effect: algo={algo.name} always modulates"
@@ -190,23 +213,8 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield "algo.fix_clipping=True has no effect: algo.clip_search_widths is empty"
     if noise:
         return
-    changed = {
-        "noise": config.noise.type != "loglinear",
-        "algo.ignore_bos": algo.ignore_bos,
-        "algo.mdlm_loss_scale": algo.mdlm_loss_scale,
-        "training.noise": training.noise != "times",
-        "training.counts": training.counts is not None,
-        "training.count_law": training.count_law != "uniform",
-        "training.views": training.views != 1,
-        "training.resample": training.resample,
-        "training.antithetic_sampling": not training.antithetic_sampling,
-        "training.sampling_eps": training.sampling_eps != 1e-3,
-        "training.sampling_eps_min": training.sampling_eps_min != 1e-3,
-        "training.sampling_eps_max": training.sampling_eps_max != 1,
-    }
-    for key, differs in changed.items():
-        if differs:
-            yield f"{key} has no effect: algo={algo.name} has no noise"
+    for key in changed(config, OF_NOISE):
+        yield f"{key.removesuffix('.type')} has no effect: algo={algo.name} has no noise"
 
 
 def _sampling(config: Config) -> Iterator[str]:

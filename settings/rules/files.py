@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from settings.defaults import EVALUATES, has_user_cache, user_cache
-from settings.keys import LEAVES, get
 from settings.overrides import nearest
 from settings.run_folder import local_folder
 from settings.schema import Config
 from settings.tables import known_corpora
-from utils import ALPHABET, matching_files, read_json, reason, visible_files
+from utils import ALPHABET, matching_files, read_json, visible_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".gguf")
@@ -37,46 +36,9 @@ def is_missing(path: str) -> bool:
     return not path or ("://" not in path and not Path(path).exists() and not is_hub_id(path))
 
 
-def _is_lost(name: str) -> bool:
+def is_lost(name: str) -> bool:
     """Whether a tokenizer or a judge can only be a path, and does not exist."""
     return not HUB_ID.fullmatch(name) and is_missing(os.path.expanduser(name))
-
-
-def blamed(error: Exception, config: Config) -> str:
-    """The reason of an error. One about a file or a URL begins with the setting that names it."""
-    why, path = reason(error), str(getattr(error, "filename", None) or "")
-    values = {key: value for key in LEAVES if isinstance(value := get(config, key), str) and value}
-    if path:
-        found = {key: len(v) for key, v in values.items() if _is_in(path, v)}
-        found = found or {key: len(v) for key, v in values.items() if v in path or path in v}
-    else:
-        found = {key: len(v) for key, v in values.items() if os.path.lexists(v) and _is_in(why, v)}
-        found = found or {key: -len(v) for key, v in values.items() if _is_about(why, v)}
-    if not found or any(re.search(rf"\b{re.escape(key)}\b", why) for key in LEAVES):
-        return why
-    key = max(found, key=found.get)
-    return f"{key}={values[key]}: {_less(why, values[key])}"
-
-
-def _less(text: str, place: str) -> str:
-    """A text without the place that it begins with."""
-    text = text.removeprefix("data: ")
-    return text.removeprefix(f"{place}: ").removeprefix(f"{place}, ")
-
-
-def _is_in(text: str, place: str) -> bool:
-    """Whether a path, or a text that begins with one, is this place or inside of it."""
-    text = text.removeprefix("data: ")
-    names = (place, os.path.expanduser(place), os.path.abspath(place))
-    ends = ("", "/", ".", ":", " ", ",")
-    return any(text.startswith(name) and text[len(name) :][:1] in ends for name in names)
-
-
-def _is_about(text: str, url: str) -> bool:
-    """Whether a text names the protocol or the host of a URL."""
-    protocol, is_url, place = url.partition("://")
-    host = re.split("[:/]", place)[0]
-    return bool(is_url) and (text.endswith(f" {protocol}") or (bool(host) and host in text))
 
 
 def checkpoints(config: Config) -> Iterator[str]:
@@ -197,44 +159,8 @@ def corpora(config: Config) -> Iterator[str]:
     if config.data.cache_dir and Path(config.data.cache_dir).is_file():
         yield f"data.cache_dir={config.data.cache_dir} is a file: name a folder"
     tokenizer = config.data.tokenizer_name_or_path
-    if not tokenizer.startswith(ALPHABET) and _is_lost(tokenizer):
+    if not tokenizer.startswith(ALPHABET) and is_lost(tokenizer):
         yield f"data.tokenizer_name_or_path={tokenizer} does not exist"
-
-
-def chats(config: Config) -> Iterator[str]:
-    """What goes with conversations."""
-    data, packed = config.data, config.data.pack
-    if data.format != "chat":
-        return
-    if packed != "whole":
-        yield (
-            f"data.pack={packed} does not go with data.format=chat, which packs whole"
-            " conversations; use data.pack=whole"
-        )
-    if not data.wrap:
-        yield "data.wrap=False does not go with data.format=chat; use data.wrap=True"
-    for split in ("train", "valid"):
-        for key in (f"insert_{split}_eos", f"insert_{split}_special"):
-            if getattr(data, key):
-                yield (
-                    f"data.{key}=True does not go with data.format=chat, whose template sets all"
-                    f" special tokens; use data.{key}=False"
-                )
-        if getattr(data, split) in known_corpora():
-            yield (
-                f"data.{split}={getattr(data, split)} is a corpus of plain text: data.format=chat"
-                " needs .jsonl or .parquet files of conversations"
-            )
-    if data.text_column is not None:
-        yield (
-            f"data.text_column={data.text_column} does not go with data.format=chat; use"
-            " data.chat_fields"
-        )
-    if config.training.resample and config.mode in ("train", "plan"):
-        yield (
-            "training.resample=True does not go with data.format=chat: a share of a block says"
-            " nothing where only a part of it is masked; use training.noise=counts"
-        )
 
 
 def _is_prepared(config: Config, key: str, name: str | None) -> bool:
@@ -290,23 +216,3 @@ def _files(key: str, pattern: str) -> Iterator[str]:
             yield f"{key}: {file} must be a file of kind {suffixes}"
         elif file.stat().st_size == 0:
             yield f"{key}: {file} is empty"
-
-
-def sampling_files(config: Config) -> Iterator[str]:
-    sampling = config.sampling
-    if sampling.prompts is not None:
-        path = Path(sampling.prompts)
-        if not sampling.prompts or not path.exists():
-            yield f"sampling.prompts={sampling.prompts} does not exist"
-        elif not path.is_file():
-            kind = "a folder" if path.is_dir() else "no regular file"
-            yield f"sampling.prompts={path} is {kind}: name a .txt or .jsonl file"
-        elif path.suffix not in (".txt", ".jsonl"):
-            yield f"sampling.prompts={path} must be a .txt or .jsonl file"
-        elif path.stat().st_size == 0:
-            yield f"sampling.prompts={path} is empty"
-    if sampling.trajectory is not None and not sampling.trajectory.endswith(".html"):
-        yield f"sampling.trajectory={sampling.trajectory} must be the name of an .html file"
-    judge = config.eval.gen_ppl_eval_model_name_or_path
-    if judge is not None and _is_lost(judge):
-        yield f"eval.gen_ppl_eval_model_name_or_path={judge} does not exist (null: no judge)"
