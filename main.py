@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     config = cli.configure(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # data workers do not tokenize
     with imports():
-        from checkpointing.layouts import CheckpointError
+        from checkpointing.restricted_pickle import CheckpointError
         from training import distributed
         from training.health import follow_launcher
 

@@ -10,9 +10,11 @@ from string import Template
 
 import torch
 
+from checkpointing.checkpoint import Checkpoint, section
 from checkpointing.export import check_free
-from checkpointing.layouts import Checkpoint, CheckpointError, adapter_of, read_checkpoint, section
+from checkpointing.layouts import adapter_of, read_checkpoint
 from checkpointing.load import averages
+from checkpointing.restricted_pickle import CheckpointError
 from checkpointing.vocabulary import with_mask
 from data.tokenizer import Tokenizer
 from models.lora import of_adapter

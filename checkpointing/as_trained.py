@@ -8,7 +8,8 @@ import functools
 import os
 import reprlib
 
-from checkpointing.layouts import ALIASES, Checkpoint, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.layouts import ALIASES
 from checkpointing.restricted_pickle import CheckpointError
 from data.tokenizer import Tokenizer
 from random_streams import VERSION

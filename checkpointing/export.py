@@ -14,8 +14,10 @@ from string import Template
 import torch
 
 from checkpointing import served
-from checkpointing.layouts import INTERVAL, Checkpoint, CheckpointError, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.layouts import INTERVAL
 from checkpointing.load import build_backbone_args, build_network, is_llama, load_into
+from checkpointing.restricted_pickle import CheckpointError
 from checkpointing.served import sdar_config
 from checkpointing.trained import begins_with_bos
 from checkpointing.vocabulary import with_mask

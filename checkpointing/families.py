@@ -106,20 +106,19 @@ class _Config:
         return CheckpointError(f"{self.place}: config.json has {what}")
 
     def whole(self, key: str, default: int | None = None, most: int = MOST) -> int:
-        value = self.config.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 1 <= value <= most:
-            said = "no" if value is None else f"{reprlib.repr(value)} as"
-            raise self.refused(f"{said} {key}; a whole number from 1 to {most:,} was expected")
-        return value
+        wanted = f"a whole number from 1 to {most:,}"
+        return self._value(key, default, lambda x: type(x) is int and 1 <= x <= most, wanted)
 
     def number(self, key: str, default: float | None = None) -> float:
+        return float(self._value(key, default, _is_positive, "a number above 0"))
+
+    def _value(self, key: str, default, fits: Callable[[object], bool], wanted: str):
         value = self.config.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if not fits(value):
             said = "no" if value is None else f"{reprlib.repr(value)} as"
-            raise self.refused(f"{said} {key}; a number above 0 was expected")
-        return float(value)
+            raise self.refused(f"{said} {key}; {wanted} was expected")
+        return value
 
     def flag(self, key: str | bool) -> bool:
         if isinstance(key, bool):
@@ -128,6 +127,10 @@ class _Config:
         if value is not None and type(value) is not bool:
             raise self.refused(f"{reprlib.repr(value)} as {key}; true or false was expected")
         return bool(value)
+
+
+def _is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def shape_of(place: str, config: dict) -> LlamaShape:
@@ -249,7 +252,7 @@ def recorded_shape(place: str, record: dict) -> LlamaShape:
 def _fits(value, kind) -> bool:
     checks: dict[object, Callable] = {
         int: lambda v: type(v) is int and 1 <= v <= MOST_IDS,
-        float: lambda v: type(v) in (int, float) and 0 < v < math.inf,
+        float: _is_positive,
         bool: lambda v: type(v) is bool,
         str: lambda v: isinstance(v, str),
     }

@@ -5,15 +5,10 @@ Names are those of the network (`blocks.0.norm1.weight`): the `backbone.` of the
 the names of its parameters.
 """
 
-import functools
-import hashlib
 import math
-import operator
-import re
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,9 @@ import torch
 from torch import Tensor
 
 from checkpointing import hub, torch_file
+from checkpointing.checkpoint import Checkpoint, check_whole, section
 from checkpointing.families import ARCHITECTURES, architecture_of, layout_of
+from checkpointing.interpolation import resolve
 from checkpointing.restricted_pickle import CheckpointError
 from models import lora
 from settings.tables import algorithms
@@ -31,101 +28,7 @@ ALIASES = {"bd3lm": "bamdlm"}
 INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 BUFFERS = ("rotary_emb.inv_freq",)  # in state_dict, but not averaged
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MOST_CHARACTERS = 300_000  # of a configuration; a run's has 3 000
 PUBLISHED_EPS = (0.001, 0.999)  # written by BD3LMConfig whatever the weights were trained with
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a file or folder holds. The `weights` of a hub folder are averages; it has no `ema`."""
-
-    source: str
-    layout: str  # "lightning", "hub" or "transformers"
-    algorithms: tuple[str, ...]  # which runs it fits: several where it does not say, or N = 1
-    config: dict  # the run's configuration (lightning) or config.json (hub); {} if there is none
-    weights: dict[str, Tensor]
-    foreign: dict[str, Tensor] = field(default_factory=dict)  # keys no network of ours has
-    ema: dict[str, Tensor] | None = None
-    ema_problem: str | None = None  # why `ema` is empty
-    ema_decay: float | None = None
-    ema_updates: int = 0
-    interval: tuple[float, float] | None = None  # the clipped schedule, if it was saved
-    step: int | None = None
-    raw: dict = field(default_factory=dict, repr=False)  # the whole file without optimizer states
-    optimizer: Any = field(default=None, repr=False)  # those, their tensors on the meta device
-
-    def __post_init__(self):
-        _check_whole(self.source, "block_size", self.block_size)
-        for size in self.block_sizes:
-            _check_whole(self.source, "one of its block_sizes", size)
-        _check_whole(self.source, "the length of the model", self.length)
-        _check_whole(self.source, "global_step", self.step, least=0)
-
-    @property
-    def algo(self) -> str | None:
-        """None where the file leaves it open."""
-        known = len(self.algorithms) == 1 or self.algorithms[0] == "bamdlm"
-        return self.algorithms[0] if known else None
-
-    @property
-    def block_size(self) -> int | None:
-        return self.config.get("block_size")
-
-    @property
-    def block_sizes(self) -> tuple[int, ...]:
-        """Of training: several where each row drew its own or blocks grew; none where the file does
-        not say."""
-        of_run = self.config if self.layout == "hub" else section(self.config, "training")
-        drawn = of_run.get("block_sizes")
-        if not isinstance(drawn, dict | list | type(None)):
-            raise CheckpointError(f"{self.source}: its block_sizes are {reprlib.repr(drawn)}")
-        grown = of_run.get("block_schedule")
-        if not drawn and isinstance(grown, dict):
-            drawn = list(grown.values())
-            if all(type(size) is int for size in drawn):  # else __post_init__ says so
-                drawn = sorted(set(drawn))
-        return tuple(drawn or ([] if self.block_size is None else [self.block_size]))
-
-    @property
-    def algo_settings(self) -> dict:
-        """Those of algo.* by name; config.json of a hub folder has some of them at its top."""
-        return self.config if self.layout == "hub" else section(self.config, "algo")
-
-    @property
-    def adapt(self) -> dict:
-        """Settings of adapt.* that training had other than their defaults, or all."""
-        return section(self.config, "adapt")
-
-    @property
-    def noise(self) -> str:
-        """Name of the noise schedule that it was trained with."""
-        lightning = self.layout == "lightning"
-        said = section(self.config, "noise").get("type") if lightning else self.config.get("noise")
-        return said or "loglinear"
-
-    @property
-    def fingerprint(self) -> str:
-        """Other weights, other name."""
-        return fingerprint(self.weights, self.ema or {})
-
-    @property
-    def length(self) -> int | None:
-        """Tokens of a training sequence."""
-        if self.layout == "transformers":
-            return None
-        if self.layout == "hub":
-            return self.config.get("model_length")
-        return section(self.config, "model").get("length")
-
-
-def fingerprint(*groups: Mapping[str, Tensor]) -> str:
-    """A hash of the first numbers of every tensor, 16 hex digits."""
-    digest = hashlib.sha256()
-    for group in groups:
-        for name, value in group.items():
-            digest.update(f"{name} {tuple(value.shape)} ".encode())
-            digest.update(str(value.flatten()[:16].tolist()).encode())
-    return digest.hexdigest()[:16]
 
 
 def read_checkpoint(
@@ -196,8 +99,8 @@ def _from_lightning(source: str, raw: Any) -> Checkpoint:
 def adapter_of(source: str, record: dict) -> lora.Adapter:
     """What a checkpoint with adapters says about them; CheckpointError where that cannot be."""
     rank, alpha, mask = (record.get(key) for key in ("rank", "alpha", "mask_id"))
-    _check_whole(source, "the rank of its adapters", rank)
-    _check_whole(source, "the mask's row of its adapters", mask, least=0)
+    check_whole(source, "the rank of its adapters", rank)
+    check_whole(source, "the mask's row of its adapters", mask, least=0)
     if rank is None or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         said = f"rank {reprlib.repr(rank)} and alpha {reprlib.repr(alpha)}"
         raise CheckpointError(f"{source}: its adapters have {said}")
@@ -267,18 +170,6 @@ def _interval(source: str, bounds: Sequence) -> tuple[float, float] | None:
             f"{source}: {' and '.join(INTERVAL)} are {reprlib.repr(bounds)}, no interval"
         )
     return tuple(bounds) or None
-
-
-def _check_whole(source: str, name: str, value, least: int = 1) -> None:
-    """CheckpointError where a value of a file is neither a whole number nor None."""
-    if value is not None and not (type(value) is int and least <= value < 1 << 63):
-        raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}, not a whole number")
-
-
-def section(config: dict, name: str) -> dict:
-    """A part of a configuration that may lack it: foreign files hold anything."""
-    part = config.get(name)
-    return part if isinstance(part, dict) else {}
 
 
 def _named(source: str, name: str, block_size, length) -> tuple[str, ...]:
@@ -385,47 +276,3 @@ def _average(ema: Any, weights: dict[str, Tensor]) -> dict:
         first = f"the EMA does not fit the parameters, first at {odd[0]}"
         return {"ema": {}, "ema_problem": first, **about}
     return {"ema": named, **about}
-
-
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-
-
-def resolve(config: dict) -> dict:
-    """Interpolations `${a.b}` and `${.b}` filled in; resolvers (`${cwd:}`) stay as written.
-    ValueError where the result would be longer than MOST_CHARACTERS."""
-    left = MOST_CHARACTERS
-
-    def counted(*texts):
-        nonlocal left
-        left -= 1 + sum(len(text) for text in texts if isinstance(text, str))
-        if left < 0:
-            raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
-
-    def filled(node, path, chain=()):
-        counted(node, *path[-1:])
-        if isinstance(node, dict):
-            return {key: filled(item, (*path, key), chain) for key, item in node.items()}
-        if isinstance(node, list | tuple):
-            return [filled(item, (*path, str(i)), chain) for i, item in enumerate(node)]
-        if not isinstance(node, str) or path in chain:
-            return node
-        chain = (*chain, path)
-
-        def target(match):
-            name = match[1]
-            up = len(name) - len(name.lstrip("."))
-            start = path[: len(path) - up] if up else ()
-            found = (*start, *name.lstrip(".").split("."))
-            return filled(functools.reduce(operator.getitem, found, config), found, chain)
-
-        try:
-            whole = _REFERENCE.fullmatch(node)
-            if whole:
-                return target(whole)
-            node = _REFERENCE.sub(lambda m: str(target(m)), node)
-        except (KeyError, TypeError):  # it leads nowhere
-            return node
-        counted(node)
-        return node
-
-    return filled(config, ())

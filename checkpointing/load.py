@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from checkpointing.checkpoint import Checkpoint, section
 from checkpointing.families import recorded_shape, shape_of
-from checkpointing.layouts import BUFFERS, INTERVAL, Checkpoint, plain_name, section
+from checkpointing.layouts import BUFFERS, INTERVAL, plain_name
 from checkpointing.restricted_pickle import CheckpointError
 from models.dit import DiT
 from models.llama import Llama, LlamaShape

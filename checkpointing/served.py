@@ -8,8 +8,9 @@ top of config.json, and no scaling of it here: under transformers 5 that would h
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpointing.layouts import Checkpoint, CheckpointError
+from checkpointing.checkpoint import Checkpoint
 from checkpointing.load import is_llama
+from checkpointing.restricted_pickle import CheckpointError
 from data.tokenizer import Tokenizer
 from models.llama import LlamaShape
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from checkpointing.as_trained import check_as_trained
-from checkpointing.layouts import Checkpoint, section
+from checkpointing.checkpoint import Checkpoint, section
 from checkpointing.load import build_network, is_llama, load_into
 from checkpointing.vocabulary import has_words, place_of, with_mask
 from data.tokenizer import Tokenizer, get_tokenizer

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpointing.layouts import Checkpoint
+from checkpointing.checkpoint import Checkpoint
 from checkpointing.load import EMBEDDING
 from checkpointing.restricted_pickle import CheckpointError
 from data.tokenizer import Tokenizer, get_tokenizer

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpointing.layouts import CheckpointError, fingerprint
+from checkpointing.checkpoint import fingerprint
+from checkpointing.restricted_pickle import CheckpointError
 from data.trial import TEXTS, tried, unheard
 from evaluation.judge_files import check_judge
 from evaluation.own_judge import is_own, load_own

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpointing.layouts import ALIASES, Checkpoint, read_checkpoint
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.layouts import ALIASES, read_checkpoint
 from checkpointing.load import say_untrained, trained_sizes
 from checkpointing.trained import trained_network, trained_tokenizer
 from evaluation.judge import Judge, TextScore, describe

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpointing import sharded, sharded_index, torch_file
-from checkpointing.layouts import CheckpointError
+from checkpointing.restricted_pickle import CheckpointError
 from scripts.support.command import answered, new_parser
 
 

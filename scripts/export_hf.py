@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpointing import export
 from checkpointing.adapter_folder import write_adapter
 from checkpointing.as_trained import check_as_trained
-from checkpointing.layouts import Checkpoint, read_checkpoint, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.layouts import read_checkpoint
 from data.tokenizer import Tokenizer, get_tokenizer, wrap
 from scripts.support.command import answered, new_parser
 from settings.tables import algorithms

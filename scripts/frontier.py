@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from checkpointing.layouts import fingerprint
+from checkpointing.checkpoint import fingerprint
 from checkpointing.load import say_untrained
 from evaluation.judge import Judge, load_judge
 from evaluation.quality import Figure, diversity, mean, number, perplexity

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from checkpointing.layouts import BUFFERS, Checkpoint, CheckpointError, read_checkpoint, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.layouts import BUFFERS, read_checkpoint
 from checkpointing.load import build_backbone_args
+from checkpointing.restricted_pickle import CheckpointError
 from scripts.support.command import answered, new_parser
 from utils import escaped, listed
 

@@ -13,7 +13,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from checkpointing.layouts import Checkpoint, CheckpointError, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.restricted_pickle import CheckpointError
 from objectives.counts import FLOOR, CountLaw
 from training.optimizers import STATES, OptimizerSettings, shared_out
 

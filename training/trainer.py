@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 
 import settings
-from checkpointing.layouts import Checkpoint, CheckpointError, read_checkpoint, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.layouts import read_checkpoint
+from checkpointing.restricted_pickle import CheckpointError
 from settings import Config
 from settings.defaults import all_devices
 from training.checkpoint_io.files import CarefulIO
