@@ -4,24 +4,16 @@ Only this file, the modes and training/trainer.py read the configuration of a ru
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
-import torch
-
 from checkpointing.as_trained import check_as_trained, streams_version
-from checkpointing.layouts import Checkpoint, read_checkpoint
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.layouts import read_checkpoint
 from checkpointing.load import build_network, is_llama, load_into, load_pretrained
 from checkpointing.restricted_pickle import CheckpointError
 from checkpointing.trained import fits_vocabulary
 from checkpointing.vocabulary import with_mask
-from data.preparation import prepare
-from data.remote_cache import CacheDir, open_cache
-from data.split import Split
-from data.streaming import streamed
-from data.token_rows import TokenRows
-from data.tokenizer import Tokenizer, get_tokenizer
-from dataloader import DataModule
+from data.tokenizer import Tokenizer
 from diffusion import ClippingSettings, Diffusion, NoiseSettings
 from models.adaptation import Adaptation
 from models.dit import DiT
@@ -33,32 +25,18 @@ from objectives.algorithms import ObjectiveSettings
 from objectives.corruption import Interval
 from objectives.counts import CountLaw, to_learn, within
 from objectives.loss import Objective
-from objectives.sizes import SizeLaw, shares_of_steps
+from objectives.sizes import SizeLaw
 from random_streams import VERSION, seed_of
 from settings import Config, local_folder
 from settings.defaults import (
-    all_devices,
-    block_sizes,
     default_likelihood,
-    needs_block_mask,
     noise_block,
-    user_cache,
 )
 from settings.schema import Training
-from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
-from training.optimizers import OptimizerSettings, trained
+from training.optimizers import OptimizerSettings
 from utils import say
-
-
-def build_tokenizer(config: Config) -> Tokenizer:
-    return get_tokenizer(
-        config.data.tokenizer_name_or_path,
-        eos_token=config.data.eos_token,
-        cache_dir=build_cache(config).folder,
-        source=config.data.source,
-    )
 
 
 def read_weights(config: Config, path: str, tokenizer: Tokenizer) -> Checkpoint:
@@ -269,158 +247,3 @@ def evaluated_module(
     """Of a network that has the weights of the checkpoint already."""
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
     return build_module(config, backbone, tokenizer, streams_version(checkpoint))
-
-
-def build_shape(config: Config, backbone: Network) -> NetworkShape:
-    """What the cost of training depends on."""
-    algo, law, share = config.algo, build_counts(config), 1.0
-    schedule = config.training.block_schedule
-    drawn = config.training.block_sizes
-    if schedule is not None:
-        drawn = shares_of_steps(schedule, config.trainer.max_steps)
-    sizes = drawn or {noise_block(config): 1.0}
-    if law is not None and config.training.views == 1:
-        share = sum(weight * expected_share(law, size) for size, weight in sizes.items())
-    elif law is None and algorithms.get_algorithm(algo.name).noise:
-        times = torch.linspace(*interval(config.training), 1001, dtype=torch.float64)
-        schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
-        share = float(schedule(times).p.mean())
-    return NetworkShape(
-        algo=algo.name,
-        hidden_size=backbone.hidden_size,
-        n_blocks=len(backbone.blocks),
-        vocab_size=backbone.vocab_size,
-        length=config.model.length,
-        block_size=config.block_size,
-        masked_share=share,
-        views=config.training.views,
-        sizes=drawn,
-        causal_clean=config.adapt.clean == "causal",
-        answers_clean=config.adapt.label == "next" or config.adapt.ar_loss > 0,
-        ar_loss=config.adapt.ar_loss > 0,
-        adapters=None if config.lora.rank is None else adapter_weights(backbone),
-        **_layers(backbone),
-    )
-
-
-def adapter_weights(backbone: Network) -> int:
-    """Of the adapters of a layer; without those of the modulation, which has one row a batch."""
-    named = trained(backbone.blocks[0])
-    return sum(p.numel() for name, p in named if "adaLN_modulation" not in name)
-
-
-def expected_share(law: CountLaw, size: int) -> float:
-    """Of a block of `size` tokens that the law masks, on average."""
-    m = torch.arange(1, size + 1)
-    return float((m * law.chance(m, torch.tensor(size))).sum() / size)
-
-
-def _layers(backbone: Network) -> dict:
-    """Widths of NetworkShape that are not the DiT's."""
-    if not isinstance(backbone, Llama):
-        return {}
-    shape = backbone.shape
-    return {
-        "query_width": shape.n_heads * shape.head_dim,
-        "key_width": shape.n_kv_heads * shape.head_dim,
-        "mlp_weights": 3 * shape.hidden_size * shape.ffn_size,
-        "qk_norm": shape.qk_norm,
-    }
-
-
-def build_data(
-    config: Config, tokenizer: Tokenizer, *, train: bool, version: int = VERSION
-) -> DataModule:
-    """The splits that the mode reads, prepared at the first use; evaluation reads only its own.
-    version: of the random streams."""
-    loader, length = config.loader, config.model.length
-    training = None
-    if train and config.data.streaming:
-        split, by_files = build_split(config, tokenizer, "train"), config.data.stream_by == "files"
-        training = streamed(split, build_cache(config).folder, by_files)
-    elif train:
-        training = build_rows(config, tokenizer, "train")
-    windows = isinstance(training, TokenRows) and training.length != length
-    shifted = windows and config.algo.name == "ar"
-    if shifted:
-        length += 1  # windows of a longer row: one more token, so that ar predicts L as well
-    special = config.data.insert_train_special
-    valid = build_rows(config, tokenizer, "valid")
-    check_share(config, len(valid))
-    return DataModule(
-        train=training,
-        valid=valid,
-        length=length,
-        seed=seed_of(config.seed, version),
-        batch_size=loader.batch_size,
-        eval_batch_size=validation_rows(config),
-        num_workers=loader.num_workers,
-        window_bos=tokenizer.bos_id if special else None,
-        window_eos=tokenizer.eos_id if special and shifted else None,
-    )
-
-
-def validation_rows(config: Config) -> int:
-    """Of a device's batch. The noise is that of loader.eval_global_batch_size in any case."""
-    tokens = config.eval.tokens_per_batch
-    return config.loader.eval_batch_size if tokens is None else tokens // config.model.length
-
-
-def validated_rows(config: Config, rows: int) -> int:
-    """How many of the split's rows trainer.limit_val_batches lets a validation read."""
-    limit = config.trainer.limit_val_batches
-    if limit is None:
-        return rows
-    at_once = validation_rows(config) * all_devices(config)
-    batches = int(limit * -(-rows // at_once)) if isinstance(limit, float) else limit
-    return min(rows, batches * at_once)
-
-
-def check_share(config: Config, rows: int) -> None:
-    """trainer.limit_val_batches as a share of the batches of a device: one of them at least."""
-    share, batch_size = config.trainer.limit_val_batches, validation_rows(config)
-    batches = -(-rows // (batch_size * all_devices(config)))
-    if isinstance(share, float) and share and not int(share * batches):
-        raise ValueError(
-            f"trainer.limit_val_batches={share:g} of {batches:,} validation batches of {batch_size}"
-            " rows is less than one; give a number of batches, such as 1, or a larger share"
-        )
-
-
-def alignment(config: Config) -> int | None:
-    """Documents that are kept apart begin at blocks, where the algorithm has them; of several sizes
-    at blocks of each. In a row of one block they may begin anywhere."""
-    if config.data.pack == "wrap":
-        return None
-    if not needs_block_mask(config):
-        return 1
-    return math.lcm(*(size for size in block_sizes(config) if size < config.model.length))
-
-
-def build_rows(config: Config, tokenizer: Tokenizer, split: str) -> TokenRows:
-    """split: "train" or "valid"."""
-    wanted = build_split(config, tokenizer, split)
-    return prepare(wanted, build_cache(config), config.loader.num_workers)
-
-
-def build_cache(config: Config) -> CacheDir:
-    return open_cache(config.data.cache_dir, user_cache())
-
-
-def build_split(config: Config, tokenizer: Tokenizer, split: str) -> Split:
-    data, train = config.data, split == "train"
-    return Split(
-        data.train if train else data.valid,
-        split,
-        tokenizer=tokenizer,
-        length=config.model.length,
-        wrap=data.wrap,
-        align=alignment(config),
-        whole=data.pack == "whole",
-        insert_eos=data.insert_train_eos if train else data.insert_valid_eos,
-        insert_special=data.insert_train_special if train else data.insert_valid_special,
-        revision=data.train_revision if train else data.valid_revision,
-        text_column=data.text_column,
-        source=data.source,
-        chat=dict(data.chat_fields or {}) if data.format == "chat" else None,
-    )

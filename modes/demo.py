@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import lightning as L
 
-from checkpointing.layouts import Checkpoint, read_checkpoint
-from modes.build import build_cache
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.layouts import read_checkpoint
+from modes.build_data import build_cache
 from objectives.algorithms import get_algorithm
 from samplers.params import whole_blocks
 from samplers.writing import SAMPLERS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from checkpointing.layouts import Checkpoint, section
+from checkpointing.checkpoint import Checkpoint, section
 from checkpointing.load import load_pretrained
 from checkpointing.restricted_pickle import CheckpointError
 from checkpointing.vocabulary import has_words

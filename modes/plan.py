@@ -18,10 +18,12 @@ import torch
 
 from models.network import Network
 from models.recomputing import Recompute
-from modes import fitting
-from modes.build import build_backbone, build_shape, build_tokenizer, read_weights
-from modes.gpus import GIB, MFU, NOT_MEASURED, SEVERAL, Gpu, gpu_of, mfu, room
+from modes.build import build_backbone, read_weights
+from modes.build_data import build_tokenizer
+from modes.build_shape import build_shape
 from modes.lora import build_adapter, put_adapters
+from modes.planning import fitting
+from modes.planning.gpus import GIB, MFU, NOT_MEASURED, SEVERAL, Gpu, gpu_of, mfu, room
 from objectives.algorithms import get_algorithm
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config

@@ -10,19 +10,14 @@ import torch
 
 import settings
 from checkpointing.as_trained import streams_version
-from checkpointing.layouts import Checkpoint
+from checkpointing.checkpoint import Checkpoint
 from checkpointing.load import say_untrained, trained_sizes
 from evaluation.journal import Journal
 from evaluation.likelihood import Likelihood, of_rows
 from evaluation.mixture import mixture
 from evaluation.table import BOUND, check_likelihoods, parse_likelihood
-from modes.build import (
-    build_data,
-    build_tokenizer,
-    evaluated_module,
-    trained_module,
-    validated_rows,
-)
+from modes.build import evaluated_module, trained_module
+from modes.build_data import build_data, build_tokenizer, validated_rows
 from modes.evaluator import Evaluator, Measure
 from objectives.algorithms import get_algorithm
 from settings import Config

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from data.token_rows import TokenRows
-from modes.build import build_rows, build_tokenizer
+from modes.build_data import build_rows, build_tokenizer
 from settings import Config
 from utils import say
 

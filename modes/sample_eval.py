@@ -7,11 +7,12 @@ from pathlib import Path
 import lightning as L
 
 import settings
-from checkpointing.layouts import Checkpoint
+from checkpointing.checkpoint import Checkpoint
 from checkpointing.load import say_untrained, trained_sizes
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, load_judge
-from modes.build import build_cache, build_objective, build_tokenizer, trained_module
+from modes.build import build_objective, trained_module
+from modes.build_data import build_cache, build_tokenizer
 from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
 from objectives.algorithms import get_algorithm

@@ -7,18 +7,13 @@ import lightning as L
 
 import settings
 from checkpointing.as_trained import check_as_trained, streams_version
-from checkpointing.layouts import Checkpoint, CheckpointError, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.restricted_pickle import CheckpointError
 from dataloader import DataModule
 from evaluation.table import check_likelihoods, check_training, parse_likelihood
-from modes.build import (
-    build_backbone,
-    build_data,
-    build_module,
-    build_shape,
-    build_tokenizer,
-    read_weights,
-    start_from,
-)
+from modes.build import build_backbone, build_module, read_weights, start_from
+from modes.build_data import build_data, build_tokenizer
+from modes.build_shape import build_shape
 from modes.lora import build_adapter, start_adapter
 from objectives.algorithms import get_algorithm
 from random_streams import VERSION

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpointing.layouts import Checkpoint, read_checkpoint, section
+from checkpointing.checkpoint import Checkpoint, section
+from checkpointing.layouts import read_checkpoint
 from checkpointing.load import build_backbone_args, is_llama
 from checkpointing.trained import tokenizer_name
 from modes.tables import csv_text, markdown, text
@@ -129,7 +130,7 @@ def evaluate(words: list[str], folder: Path, likelihoods: str) -> dict | None:
 def bytes_per_row(words: list[str]) -> float:
     """Of the text that the rows of the validation split hold, without special tokens."""
     import settings
-    from modes.build import build_rows, build_tokenizer
+    from modes.build_data import build_rows, build_tokenizer
 
     config = settings.load(words)
     tokenizer = build_tokenizer(config)

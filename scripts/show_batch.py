@@ -33,7 +33,8 @@ from data.tokenizer import Tokenizer
 from dataloader import DataModule
 from main import quiet
 from modes import cli
-from modes.build import build_cache, build_data, build_sizes, build_split, build_tokenizer
+from modes.build import build_sizes
+from modes.build_data import build_cache, build_data, build_split, build_tokenizer
 from objectives.corruption import SIZES
 from objectives.sizes import deal, size_at
 from scripts.support.command import answered, new_parser

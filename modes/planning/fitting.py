@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import settings
-from modes.gpus import GIB, room
+from modes.planning.gpus import GIB, room
 from settings import Config
 from settings.defaults import all_devices, sized_by_checkpoint
 from settings.keys import put

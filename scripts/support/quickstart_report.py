@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import settings
-from modes.build import build_rows, build_tokenizer
+from modes.build_data import build_rows, build_tokenizer
 from sampling.sample_file import SampleFile
 from scripts.plot_run import plot
 from settings.defaults import all_devices

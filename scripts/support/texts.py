@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import settings
-from modes.build import build_cache, build_rows, build_tokenizer
+from modes.build_data import build_cache, build_rows, build_tokenizer
 from random_streams import order
 from sampling.prompts import lines_of_text
 from sampling.sample_file import SampleFile

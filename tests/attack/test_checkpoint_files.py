@@ -10,7 +10,7 @@ from tools import refused
 import settings
 from checkpointing.layouts import read_checkpoint
 from checkpointing.load import build_backbone_args
-from modes import build
+from modes import build, build_data
 from scripts import inspect_checkpoint
 from training.resuming import check_resumable
 from training.trainer import build_trainer, newest_complete
@@ -34,7 +34,7 @@ def good(tmp_path_factory):
 def run_of_it(good):
     """(module, trainer) of the same run."""
     config = settings.load(good[0])
-    tokenizer = build.build_tokenizer(config)
+    tokenizer = build_data.build_tokenizer(config)
     module = build.build_module(config, build.build_backbone(config, tokenizer, None), tokenizer)
     return module, build_trainer(config, loggers=[])
 

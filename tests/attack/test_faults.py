@@ -32,7 +32,7 @@ from data.token_rows import TokenRows
 from diffusion import Diffusion
 from evaluation.journal import Journal
 from evaluation.likelihood import RowResults
-from modes import build, train
+from modes import build_data, train
 from sampling import sample_file
 from sampling.sample_file import SampleFile, SampleRow
 from training import profiling
@@ -479,7 +479,7 @@ def test_a_worker_writes_a_message_whole_or_not_at_all(kind, tmp_path):
     words += ["data.pack=documents"] * (kind == "documents")
     words += ["data.streaming=true"] * (kind in ("streamed", "unreadable"))
     config = settings.load([*words, "loader.batch_size=64", "loader.global_batch_size=64"])
-    data = build.build_data(config, build.build_tokenizer(config), train=True)
+    data = build_data.build_data(config, build_data.build_tokenizer(config), train=True)
     if kind == "unreadable":
         (tmp_path / "a.txt").write_bytes(b"\xff" * 9000)
     loader = data.train_dataloader()

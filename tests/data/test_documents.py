@@ -20,7 +20,7 @@ from data.packing import RowFormat, Tokens
 from data.preparation import CutDocuments
 from data.tokenizer import get_tokenizer
 from dataloader import DataModule
-from modes.build import alignment
+from modes.build_data import alignment
 
 BOS, EOS, PAD = 1, 2, 0
 

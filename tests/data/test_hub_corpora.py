@@ -18,7 +18,7 @@ import settings
 from data import corpora, shards
 from data.hub_tables import CONVERTED, Hub
 from data.tokenizer import get_tokenizer
-from modes.build import build_data, build_tokenizer
+from modes.build_data import build_data, build_tokenizer
 from utils import CONNECT_SECONDS
 
 WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"

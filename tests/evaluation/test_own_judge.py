@@ -15,7 +15,7 @@ from checkpointing import export
 from checkpointing.layouts import read_checkpoint
 from data.tokenizer import get_tokenizer
 from evaluation.judge import load_judge
-from modes.build import build_rows, build_tokenizer
+from modes.build_data import build_rows, build_tokenizer
 from sampling.notebook import load
 
 TOKENIZER, SPLITS = GOLDEN / "tokenizer", ("train", "valid")

@@ -17,7 +17,7 @@ from checkpointing.load import build_network, is_llama
 from checkpointing.trained import trained_network, trained_tokenizer
 from models.denoiser import Denoiser
 from models.masks import Causal
-from modes.build import build_rows, build_tokenizer
+from modes.build_data import build_rows, build_tokenizer
 
 ALGORITHMS = {
     "ar": ["algo=ar"],

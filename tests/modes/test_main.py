@@ -22,7 +22,8 @@ from data.tokenizer import get_tokenizer
 from diffusion import Diffusion
 from models.dit import DiT
 from models.masks import BlockDiffusion, Causal, Full
-from modes.build import build_data, build_objective
+from modes.build import build_objective
+from modes.build_data import build_data
 from objectives.corruption import draw_example_noise
 from random_streams import key
 from training.log_reading import read_log

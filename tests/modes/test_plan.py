@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import settings
 from models.masks import BlockDiffusion, Causal, Full
-from modes import fitting
 from modes import plan as plan_mode
-from modes.build import _layers, build_backbone, build_shape
-from modes.gpus import MFU, REACHED, Gpu, room
+from modes.build import build_backbone
+from modes.build_shape import _layers, build_shape
 from modes.plan import Weights, counted, on_gpus, plan, report
+from modes.planning import fitting
+from modes.planning.gpus import MFU, REACHED, Gpu, room
 from noise_schedule import get_schedule
 from objectives.autoregressive import Autoregressive
 from objectives.block_diffusion import MaskedDiffusion

@@ -16,7 +16,8 @@ from checkpointing.layouts import read_checkpoint
 from checkpointing.trained import trained_network, trained_tokenizer
 from models.lora import adapt, of_adapter
 from models.masks import BlockCausal
-from modes.build import build_backbone, build_tokenizer
+from modes.build import build_backbone
+from modes.build_data import build_tokenizer
 from modes.lora import build_adapter
 from scripts import inspect_checkpoint
 
