@@ -3,6 +3,7 @@ one process."""
 
 import errno
 import glob
+import hashlib
 import json
 import logging
 import math
@@ -90,6 +91,11 @@ def unread(descriptor: int) -> None:
     if nowhere != descriptor:
         os.dup2(nowhere, descriptor)
         os.close(nowhere)
+
+
+def digest(text: str, digits: int) -> str:
+    """The first hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def first_line(error: Exception) -> str:
@@ -414,7 +420,11 @@ def lock(
         held.release()
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """All or nothing, in a folder that is made if need be."""
     with atomic_file(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.write(text)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")

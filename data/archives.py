@@ -5,7 +5,6 @@ the hub, which were made from these files. Text8 is one file, cut by position.
 """
 
 import fnmatch
-import hashlib
 import io
 import json
 import logging
@@ -24,7 +23,7 @@ from pathlib import Path, PurePath
 
 from data.readers import DOCUMENT, MOST_PACKED, Piece, check_unpacked, cut_long, decoded_lines
 from data.tables import Part, stamp
-from utils import atomic_file, atomic_folder, lock, naming
+from utils import atomic_file, atomic_folder, digest, lock, naming
 
 log = logging.getLogger("bamdlm")
 
@@ -181,8 +180,7 @@ def _damaged(place: str, error: Exception | str) -> str:
 def unpacked(source: Path, pattern: str, cache: Path) -> Path:
     """A folder with those files of a tar, unpacked once: a tar has no index to read them by."""
     known = [*stamp(source).values(), pattern]
-    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
-    folder = cache / f"unpacked-{digest}"
+    folder = cache / f"unpacked-{digest(json.dumps(known), 12)}"
     with lock(folder):
         if not folder.is_dir():
             log.info("unpacking %s to %s", source, folder)

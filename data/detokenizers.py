@@ -6,8 +6,9 @@ recordings in tests/golden/data/detokenizers.json, whose oddities (such as "$ 5"
 joined by another) are part of the published perplexities.
 """
 
-import hashlib
 import re
+
+from utils import digest
 
 Rule = tuple[str | re.Pattern, str]
 
@@ -95,4 +96,4 @@ def fingerprint(name: str) -> str:
     rules = [
         (p if isinstance(p, str) else ["pattern", p.pattern], r) for p, r in DETOKENIZERS[name]
     ]
-    return hashlib.sha256(repr(rules).encode()).hexdigest()[:12]
+    return digest(repr(rules), 12)

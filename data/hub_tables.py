@@ -10,7 +10,6 @@ HF_HUB_OFFLINE). The list of files is kept beside the downloads: without a netwo
 files can still be read.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -24,7 +23,15 @@ from data.arrow import parquet
 from data.arrow.thrift import Damaged
 from data.readers import Piece
 from data.tables import Part
-from utils import CONNECT_SECONDS, HubUnreachable, first_line, hub_errors, read_json, write_json
+from utils import (
+    CONNECT_SECONDS,
+    HubUnreachable,
+    digest,
+    first_line,
+    hub_errors,
+    read_json,
+    write_json,
+)
 
 log = logging.getLogger("bamdlm")
 
@@ -63,9 +70,8 @@ class Hub:
 
         table = replace(self, revision=revision or self.revision)
         key = json.dumps([asdict(table), split], sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         listings = cache / "downloads" / "listings"
-        note = listings / f"{self.repo.replace('/', '--')}-{digest}.json"
+        note = listings / f"{self.repo.replace('/', '--')}-{digest(key, 12)}.json"
         if not constants.is_offline_mode():
             try:
                 write_json(note, _ask(table, split, cache))

@@ -29,7 +29,7 @@ from data.remote_cache import CacheDir
 from data.split import Split
 from data.tables import Gone
 from data.token_rows import TokenRows
-from utils import atomic_file, atomic_folder, lock, read_json
+from utils import atomic_folder, lock, read_json, write_text
 
 log = logging.getLogger("bamdlm")
 
@@ -128,8 +128,8 @@ def write(split: Split, downloads: Path, folder: Path, processes: int) -> None:
         with atomic_folder(folder, locked=True) as new:
             made = write_rows(split, text, new, work, processes)
             about = split.about | {"read_from": place} | made
-            with atomic_file(new / "about.json") as file:
-                file.write(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+            noted = json.dumps(about, indent=1, ensure_ascii=False)
+            write_text(new / "about.json", noted + "\n")
     except ValueError:  # the text is bad: once corrected it gives other parts
         (work / NOTE).unlink(missing_ok=True)
         shards.await_others(work)
@@ -185,8 +185,7 @@ def start_or_go_on(work: Path, place: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if found := sum(1 for _ in work.glob("*.npz")):
         log.info("going on with %d finished parts in %s", found, work)
-    with atomic_file(note) as file:
-        file.write(plan)
+    write_text(note, plan)
 
 
 def plan_of(place: str) -> str:

@@ -4,7 +4,6 @@ Rows are read through the page cache, so they are used from a local copy, which 
 cache folder. A remote folder is complete when it has its about.json, which is written last.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from utils import atomic_folder, plain_errors
+from utils import atomic_folder, digest, plain_errors
 
 log = logging.getLogger("bamdlm")
 
@@ -41,8 +40,8 @@ def open_cache(cache_dir: str | Path, user_cache: Path) -> CacheDir:
     if "://" not in str(cache_dir):
         return CacheDir(Path(os.path.expanduser(cache_dir)))
     url = str(cache_dir).rstrip("/")
-    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return CacheDir(user_cache / "mirrors" / f"{url.rpartition('/')[2]}-{digest}", url)
+    name = f"{url.rpartition('/')[2]}-{digest(url, 12)}"
+    return CacheDir(user_cache / "mirrors" / name, url)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """One split of a corpus as a run wants it: which text, tokenized how, in rows of what format."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from data.chat.records import Chats
 from data.packing import RowFormat
 from data.readers import Piece
 from data.tokenizer import Tokenizer
+from utils import digest
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Split:
     @property
     def folder_name(self) -> str:
         """Of the prepared rows."""
-        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:12]
         name = Path(self.corpus).stem
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-        return f"{name[:40]}-{self.split}-{self.row_format.length}-{digest}"
+        about = digest(json.dumps(self.about, sort_keys=True), 12)
+        return f"{name[:40]}-{self.split}-{self.row_format.length}-{about}"
 
     def is_of(self, about: dict) -> bool:
         """Whether rows were made like those of this split, from the place that it names, whatever

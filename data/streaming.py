@@ -16,7 +16,6 @@ without one, all text up to the position is tokenized again.
 """
 
 import base64
-import hashlib
 import itertools
 import json
 import logging
@@ -36,7 +35,7 @@ from data.readers import Piece
 from data.split import Split
 from data.token_rows import check_ids
 from random_streams import order, version_of
-from utils import DataFailure, reason, shown
+from utils import DataFailure, digest, reason, shown
 
 log = logging.getLogger("bamdlm")
 
@@ -108,7 +107,7 @@ class StreamedText:
         decides = [self.split.about, seed, LANES, UNIT_CHARACTERS, *[version] * (version > 1)]
         decides += ["files"] * self.by_files
         text = json.dumps(decides, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(text, 16)
 
 
 def streamed(split: Split, cache: Path, by_files: bool = False) -> StreamedText:

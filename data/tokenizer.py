@@ -6,7 +6,6 @@ and the padding of GPT-2 share an id, as in the published models: padding is nev
 attended, and no text encodes to it.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data import vocabularies
-from utils import ALPHABET, reason
+from utils import ALPHABET, digest, reason
 
 MOST_IDS = 1 << 24
 
@@ -115,7 +114,7 @@ class Tokenizer:
             mapping = [type(self.hf).__name__, self.hf.get_vocab()]
         ids = [self.vocab_size, self.mask_id, self.bos_id, self.eos_id, self.pad_id]
         text = json.dumps([mapping, ids], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(text, 16)
 
 
 def get_tokenizer(

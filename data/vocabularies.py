@@ -5,7 +5,6 @@ two corpora. Those of one's own end documents with <|endoftext|>, which also beg
 GPT-2 does, and have no mask and no padding token (tokenizer.wrap adds the mask).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,16 @@ from pathlib import Path
 
 from data.packaged import shakespeare, state_of_the_union
 from data.trial import tried, unheard
-from utils import ALPHABET, CONNECT_SECONDS, atomic_folder, first_line, hub_errors, lock, reason
+from utils import (
+    ALPHABET,
+    CONNECT_SECONDS,
+    atomic_folder,
+    digest,
+    first_line,
+    hub_errors,
+    lock,
+    reason,
+)
 
 log = logging.getLogger("bamdlm")
 
@@ -181,10 +189,9 @@ def corpus_bpe(name: str, documents: Callable[[str | None], Iterable[str]], cach
         if cache_dir is None or len(made) != 1:
             raise
         return AutoTokenizer.from_pretrained(str(made[0]), **LOCAL)
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     if cache_dir is None:
         return train_bpe(texts, CORPUS_TOKENS)
-    folder = kept / f"{name}-{digest}"
+    folder = kept / (f"{name}-" + digest("\0".join(texts), 12))
     if not folder.is_dir():
         with lock(folder, waiting=f"another process trains {folder.name}; waiting for it"):
             if not folder.is_dir():

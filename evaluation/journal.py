@@ -5,12 +5,11 @@ One line of JSON for each batch and likelihood, written by one process to a file
 are known by their number, so the batches and the number of processes may be others next time.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
 from evaluation.likelihood import RowResults
-from utils import check_place, lines_of, naming, write_whole
+from utils import check_place, digest, lines_of, naming, write_whole
 
 
 class Journal:
@@ -18,8 +17,8 @@ class Journal:
     file. ValueError where something else than a file has its place."""
 
     def __init__(self, folder: Path, facts: dict, rank: int = 0):
-        text = json.dumps(facts, sort_keys=True, default=str)
-        self.folder, self.key = folder, hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = folder
+        self.key = digest(json.dumps(facts, sort_keys=True, default=str), 16)
         self.path = folder / f"{self.key}-{rank}.jsonl"
         for path in (self.path, *self._files()):
             check_place(path)

@@ -8,7 +8,6 @@ a mean over several clusterings, and its name says the rest. Even two sets of re
 reach 1: `ceiling` says what they reach.
 """
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 
 from evaluation.judge import Judge
 from random_streams import order
-from utils import atomic_file, say
+from utils import atomic_file, digest, say
 
 MOST_TOKENS = 1024  # of a text, as published
 CLUSTERINGS = 5
@@ -132,10 +131,8 @@ def features(featurizer: Judge, texts: Sequence[str], folder: str | Path) -> np.
     `folder` under a name made of the ids and the weights."""
     context = min(featurizer.context, MOST_TOKENS)
     ids = [x[:context] for x in featurizer.tokenize(texts)]
-    digest = hashlib.sha256(f"{featurizer.fingerprint} {featurizer.eos_id}".encode())
-    for each in ids:
-        digest.update(f"\n{each.tolist()}".encode())
-    path = Path(folder) / f"{digest.hexdigest()[:24]}.npy"
+    facts = [f"{featurizer.fingerprint} {featurizer.eos_id}", *(str(x.tolist()) for x in ids)]
+    path = Path(folder) / (digest("\n".join(facts), 24) + ".npy")
     if (found := _kept(path, len(ids))) is not None:
         return found
     say(f"features of {len(ids):,} texts")

@@ -4,7 +4,6 @@ A text is a list of ids, of which the first ones may be given (a prompt, BOS). I
 last block: the places behind it are masked and stay so, as for a sampler that has not come so far.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from evaluation.network import asker, reduced
 from evaluation.table import Chosen, check_likelihoods, parse_likelihood
 from models.adaptation import PLAIN, Adaptation
 from models.masks import Causal
+from utils import digest
 
 EXACT_TOKENS = 10  # of a block: 1 023 passes
 
@@ -163,5 +163,4 @@ def _picked(log_p: Tensor, targets: Tensor) -> Tensor:
 
 def _number(text: Sequence[int]) -> int:
     """Of a text, whatever the batch: its random numbers follow from it."""
-    digest = hashlib.sha256(str(list(text)).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
+    return int(digest(str(list(text)), 8), 16)

@@ -14,10 +14,8 @@ from functools import cache
 
 from samplers.params import SamplingParams
 from samplers.request import Frame, Sample, TextRequest
-from samplers.writing import check, generate
+from samplers.writing import generate
 from sampling.notebook import Writer
-from sampling.prompts import encode_prompts
-from sampling.run import visible_tokens
 from sampling.view import FRESH, MASKED, SETTLED
 from settings.limits import Limit, unfit
 from utils import escaped, harmless, reason, shown
@@ -128,14 +126,7 @@ class Text:
             )
         self.params = self.writer.params.changed(batch_size=1, **self.changes)
         infill = GAP in self.prompt
-        check(self.params, self.writer.writes, infill)
-        (ids,) = encode_prompts(
-            [self.prompt],
-            self.writer.tokenizer,
-            infill=infill,
-            length=self.params.length,
-            context_size=visible_tokens(self.writer.algo, self.params),
-        )
+        (ids,) = self.writer.encode([self.prompt], self.params, infill)
         total = len(ids) if infill else self.params.length
         self.request = TextRequest(0, ids, total=total if infill else None)
         tokens = [*ids, *[self.writer.tokenizer.mask_id] * (total - len(ids))]

@@ -30,9 +30,8 @@ from noise_schedule import get_schedule
 from objectives.algorithms import ObjectiveSettings, build_objective, get_algorithm
 from samplers.params import CONTEXT_TOKENS, SamplingParams, whole_blocks
 from samplers.request import Sample
-from samplers.writing import SAMPLERS, check, generate
-from sampling.prompts import encode_prompts
-from sampling.run import Model, Texts, visible_tokens
+from samplers.writing import SAMPLERS, generate
+from sampling.run import Model, Texts
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,7 @@ class Writer(Model):
         params = self.asked({"batch_size": max(1, len(prompts))} | changes)
         if params.block_size != self.params.block_size and self.writes == "bamdlm":
             say_untrained(self.trained, [params.block_size])
-        check(params, self.writes, infill)
-        found = encode_prompts(
-            prompts,
-            self.tokenizer,
-            infill=infill,
-            length=params.length,
-            context_size=visible_tokens(self.algo, params),
-        )
+        found = self.encode(prompts, params, infill)
         texts = Texts(len(found), found, infill)
         requests = [texts.request(row, params.bos_id) for row in range(texts.count)]
         groups = generate(

@@ -4,7 +4,6 @@ Row r of a run is text number r: what is written depends on (seed, r) and the se
 shared out over processes by r, and an interrupted run is completed by the same command.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -20,15 +19,16 @@ from objectives.algorithms import get_algorithm
 from samplers.params import SamplingParams
 from samplers.request import Sample, TextRequest
 from samplers.writing import SAMPLERS, check, generate
+from sampling.prompts import encode_prompts
 from sampling.report import RULES, lines, made_with, summarise
 from sampling.sample_file import SampleFile, SampleRow
 from sampling.view import Progress, Show, Trajectory
-from utils import say
+from utils import digest, say
 
 
 def run_id(*parts: object) -> str:
     """Name of a run: a hash of whatever decides its texts (checkpoint, settings, seed, prompts)."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return digest(json.dumps(parts, sort_keys=True, default=str), 12)
 
 
 def visible_tokens(algo: str, params: SamplingParams) -> int:
@@ -51,6 +51,20 @@ class Model:
     def writes(self) -> str:
         """A name of SAMPLERS."""
         return get_algorithm(self.algo).writes
+
+    def encode(
+        self, prompts: Sequence[str], params: SamplingParams, infill: bool
+    ) -> list[tuple[int, ...]]:
+        """Ids of prompts, BOS first. ValueError where a sampler with these params cannot go on with
+        them."""
+        check(params, self.writes, infill)
+        return encode_prompts(
+            prompts,
+            self.tokenizer,
+            infill=infill,
+            length=params.length,
+            context_size=visible_tokens(self.algo, params),
+        )
 
 
 @dataclass(frozen=True)

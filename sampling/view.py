@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from samplers.request import Frame
-from utils import atomic_file, harmless, say
+from utils import harmless, say, write_text
 
 PAGE = Path(__file__).with_name("page.html")
 LINE_SECONDS = 15  # between lines in a log file
@@ -155,5 +155,4 @@ class Trajectory:
             facts=html.escape(facts),
             data=data.replace("<", "\\u003c"),
         )
-        with atomic_file(self.path) as file:
-            file.write(page)
+        write_text(self.path, page)

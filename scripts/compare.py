@@ -28,7 +28,7 @@ from scripts.plot_run import finish, losses, perplexities, smoothed
 from scripts.support.command import new_parser
 from scripts.support.picture import picture
 from settings.rules.effects import OF_DIT, OF_LLAMA, SIZES
-from utils import atomic_file, harmless, reason, say, shown
+from utils import harmless, reason, say, shown, write_text
 
 TEXTS, LONGEST_TEXT = 2, 4000  # of each run that are shown, and their characters
 # column: the key in a report of sampling; of each run the newest report counts
@@ -231,8 +231,7 @@ def write(out: Path, runs: Sequence[Results], found: dict[str, list]) -> None:
         ("md", as_markdown(tables, picture, texts)),
         ("html", as_html(tables, picture, texts)),
     ):
-        with atomic_file(out / f"compare.{suffix}") as file:
-            file.write(content)
+        write_text(out / f"compare.{suffix}", content)
 
 
 def as_markdown(tables: list, picture: Path, texts: list) -> str:

@@ -10,7 +10,6 @@ written to OUT.txt, OUT.csv and OUT.md.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import subprocess
@@ -25,7 +24,7 @@ from checkpointing.load import build_backbone_args, is_llama
 from checkpointing.trained import tokenizer_name
 from modes.tables import csv_text, markdown, text
 from scripts.support.command import new_parser, parsed
-from utils import atomic_file, read_json, say, shown
+from utils import digest, read_json, say, shown, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -65,8 +64,8 @@ def main(argv=None) -> int:
 def run_folder(args, checkpoint: Checkpoint, run: list[str], corpus: str) -> Path:
     """Of its own for other weights, settings and likelihoods, and for files of equal names."""
     said = [word for word in run if not word.startswith("eval.checkpoint_path=")]
-    digest = hashlib.sha256(json.dumps([*said, args.likelihood]).encode()).hexdigest()
-    name = f"{checkpoint.fingerprint[:8]}-{Path(corpus).stem}-{digest[:8]}"
+    words = digest(json.dumps([*said, args.likelihood]), 8)
+    name = f"{checkpoint.fingerprint[:8]}-{Path(corpus).stem}-{words}"
     return Path(f"{args.out}.runs") / name
 
 
@@ -169,8 +168,7 @@ def write(out: str, table: list[dict]) -> None:
         ("md", markdown(figures(table)) + "\n"),
         ("csv", csv_text(in_full)),
     ):
-        with atomic_file(f"{out}.{suffix}") as file:
-            file.write(made)
+        write_text(f"{out}.{suffix}", made)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from modes.results import Summary, reports
 from modes.tables import csv_text, filled, markdown
 from samplers.params import SamplingParams
 from scripts.support.command import new_parser
-from utils import atomic_file, reason, say, shown
+from utils import reason, say, shown, write_text
 
 # column: the key in a summary
 COLUMNS = {
@@ -99,8 +99,7 @@ def main(argv: list[str]) -> int:
     say(markdown(rows))
     try:
         if asked.csv is not None:
-            with atomic_file(asked.csv) as file:
-                file.write(csv_text(rows))
+            write_text(asked.csv, csv_text(rows))
     except OSError as error:
         print(shown(reason(error)), file=sys.stderr)
         return 1

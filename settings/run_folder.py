@@ -1,6 +1,5 @@
 """Where a run lives: one folder for all commands whose settings give the same trained weights."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -9,7 +8,7 @@ from pathlib import Path
 from settings.defaults import EVALUATES, PRECISIONS, WARMUP, default_warmup
 from settings.keys import LEAVES, get, put
 from settings.schema import Config
-from utils import read_json, write_json
+from utils import digest, read_json, write_json
 
 OUTPUTS = Path("outputs")
 SETTINGS = "settings.json"  # in a run folder: shaping(config) of the run
@@ -133,10 +132,10 @@ def run_dir(config: Config) -> Path:
     sizes = "_".join(map(str, dict.fromkeys(drawn) or [config.block_size]))
     name = name or f"{config.algo.name}-{config.model.length}-{sizes}"
     shapes = {k: v for k, v in shaping(config).items() if k not in LATER or v != LATER[k]}
-    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    shaped = digest(json.dumps(shapes, sort_keys=True), 8)
     corpus = Path(config.data.train or "none")
     corpus = corpus.stem if corpus.suffix else str(corpus)
-    return OUTPUTS / _slug(corpus) / f"{_slug(name)}-{digest[:8]}"
+    return OUTPUTS / _slug(corpus) / f"{_slug(name)}-{shaped}"
 
 
 def _slug(text: str) -> str:

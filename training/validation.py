@@ -123,18 +123,19 @@ class Validation:
     def likelihood(self) -> Likelihood:
         """What was measured so far, over all devices; every rank must call it."""
         sums = self.meter.sums
-        if self.module.trainer.world_size > 1:
-            mine = torch.zeros(6, dtype=torch.float64) if sums is None else sums
-            sums = self.module.all_gather(mine.to(self.module.device)).sum(0)
-        return replace(self.meter.compute(sums), by_share=self._by_share())
-
-    def _by_share(self) -> tuple[float | None, ...]:
+        if sums is None:  # this device had no row
+            sums = torch.zeros(6, dtype=torch.float64)
+        found = self.meter.compute(self._over_devices(sums))
         if self.shares is None:
-            return ()
-        sums = self.shares
-        if self.module.trainer.world_size > 1:
-            sums = self.module.all_gather(sums).sum(0)
-        return tuple(s / m if m else None for s, m in sums.T.tolist())
+            return found
+        shares = self._over_devices(self.shares).T.tolist()
+        return replace(found, by_share=tuple(s / m if m else None for s, m in shares))
+
+    def _over_devices(self, sums: Tensor) -> Tensor:
+        module = self.module
+        if module.trainer.world_size == 1:
+            return sums
+        return module.all_gather(sums.to(module.device)).sum(0)
 
     def adopt(self) -> dict[str, float]:
         """Train on the best interval or law from here on. What is logged of it: every candidate's
@@ -159,10 +160,8 @@ class Validation:
         return {**found, "sampling_eps_min": low, "sampling_eps_max": high}
 
     def _adopt_law(self) -> dict[str, float]:
-        module, sums = self.module, self.second.sums
-        if module.trainer.world_size > 1:
-            sums = module.all_gather(sums).sum(0)
-        set_law(module, least_variance(sums))
+        module = self.module
+        set_law(module, least_variance(self._over_devices(self.second.sums)))
         density = module.count_law.density
         return {f"count_law_{i}": float(x) / len(density) for i, x in enumerate(density, 1)}
 

@@ -11,7 +11,6 @@ stays so: then the figure is of the answers alone, and what would fill the block
 their length.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +20,7 @@ from data.chat.records import read_back
 from data.chat.rendering import PLAIN, Answer, Renderer, Template
 from data.packing import SCORED
 from data.tokenizer import Tokenizer
+from utils import digest
 
 FORMAT = 1  # raise it when the same conversations would give other ids
 
@@ -65,8 +65,11 @@ class ChatEncoder:
     def about(self) -> dict:
         """What decides the ids beside the tokenizer and the shape of the rows."""
         made = repr((self.template.source, sorted(self.template.tokens.items())))
-        digest = hashlib.sha256(made.encode()).hexdigest()[:16]
-        return {"template": digest, "fill": "eos" if self.train else "mask", "format": FORMAT}
+        return {
+            "template": digest(made, 16),
+            "fill": "eos" if self.train else "mask",
+            "format": FORMAT,
+        }
 
     @cached_property
     def renderer(self) -> Renderer:

@@ -12,15 +12,14 @@ earlier turns ends, with the generation prompt behind it, as it does when the mo
 import json
 import os
 import re
-import resource
 import signal
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import NamedTuple
 
 from data.chat.records import Message
+from data.trial import confine
 from utils import reason, shown
 
 SECONDS, MEMORY = 30, 1 << 28  # of one conversation; bytes beside those of this process
@@ -197,14 +196,9 @@ def _serve(channel: Connection, template: Template) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for standard in (1, 2):
-        os.dup2(nowhere, standard)
+    confine(MEMORY)
     os.closerange(3, channel.fileno())
     os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
         try:
             messages = json.loads(channel.recv_bytes())

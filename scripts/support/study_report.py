@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modes.tables import csv_text, markdown, text
 from scripts.support.picture import picture
-from utils import atomic_file, say
+from utils import say, write_text
 
 RECIPE = "clipped"  # what the others are compared with
 COLUMNS = (
@@ -42,19 +42,14 @@ class Line:
 
 def report(found: Sequence[Line], out: Path) -> None:
     header = [field.name for field in fields(Line)]
-    write(out / "runs.csv", csv_text([header, *([*asdict(each).values()] for each in found)]))
+    write_text(out / "runs.csv", csv_text([header, *([*asdict(each).values()] for each in found)]))
     rows = table(found)
     read = [rows[0], *([digits(cell, i) for i, cell in enumerate(row)] for row in rows[1:])]
     print(text(read))
-    write(out / "study.csv", csv_text(rows))
-    write(out / "study.md", markdown(read) + "\n")
+    write_text(out / "study.csv", csv_text(rows))
+    write_text(out / "study.md", markdown(read) + "\n")
     draw(rows, out / "study.png")
     say(f"written to {out}: runs.csv, study.csv, study.md and study.png")
-
-
-def write(path: Path, made: str) -> None:
-    with atomic_file(path) as file:
-        file.write(made)
 
 
 def read_runs(path: Path) -> list[Line]:
