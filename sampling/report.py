@@ -49,6 +49,13 @@ def made_with(algo: str, params: SamplingParams) -> dict:
     return found | {"steps": params.steps if "steps" in can else algo}
 
 
+def read_numbers(algo: str, params: SamplingParams) -> set[str]:
+    """The fields of SamplingParams that decide how a text is written."""
+    made = made_with(algo, params)
+    names = (each.name for each in fields(params))
+    return {name for name in names if made.get(SHOWN.get(name, name)) is not None}
+
+
 def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> dict:
     """rows: all of the run. notes: what was logged when they were added (may be incomplete)."""
     tries, logged, rejected, tokens, nfes = (

@@ -26,9 +26,9 @@ from modes import tables
 from samplers.params import SamplingParams
 from samplers.writing import SAMPLERS, check
 from sampling.notebook import Writer, load
-from sampling.report import SHOWN, UNTOLD, made_with
-from scripts.support.command import answered, chosen_device, new_parser, parsed
-from scripts.support.texts import at_least_two, cache_folder, read_texts
+from sampling.report import UNTOLD, read_numbers
+from scripts.support.command import answered, at_least, chosen_device, new_parser, parsed
+from scripts.support.texts import cache_folder, read_texts
 from utils import write_json
 
 NUMBERS = {
@@ -69,8 +69,8 @@ def options() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help=".ckpt, exported folder or hub id")
     parser.add_argument("--reference", required=True, help="real texts: a file or a corpus")
-    parser.add_argument("--prefixes", type=at_least_two, default=512, help="(%(default)s)")
-    parser.add_argument("--draws", type=at_least_two, default=4, help="of each (%(default)s)")
+    parser.add_argument("--prefixes", type=at_least(2), default=512, help="(%(default)s)")
+    parser.add_argument("--draws", type=at_least(2), default=4, help="of each (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seed", type=int, default=1)
@@ -94,8 +94,7 @@ def writer_of(path: str, args, words) -> tuple[Writer, SamplingParams]:
 
 def reads(writer: Writer, params: SamplingParams) -> set[str]:
     """The names of --set that decide its texts."""
-    made = made_with(writer.algo, params)
-    found = {name for name in NUMBERS if made.get(SHOWN.get(name, name)) is not None}
+    found = read_numbers(writer.algo, params) & NUMBERS.keys()
     return found if "steps" in SAMPLERS[writer.writes].can else found - {"steps"}
 
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,19 +40,7 @@ QUALITY = {
     "NFE": "gen_nfes",
     "sampling tokens/s": "tokens_per_second",
 }
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Comparison of runs</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-style-src 'unsafe-inline'">
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
-div { overflow-x: auto } img { max-width: 100% }
-table { border-collapse: collapse; white-space: nowrap }
-th, td { border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left }
-pre { background: #f4f4f4; padding: .8em; white-space: pre-wrap; overflow-wrap: anywhere }
-</style></head><body>
-"""
+PAGE = Path(__file__).parent / "support" / "compare_page.html"
 
 
 @dataclass(frozen=True)
@@ -245,7 +234,7 @@ def as_markdown(tables: list, picture: Path, texts: list) -> str:
 
 
 def as_html(tables: list, picture: Path, texts: list) -> str:
-    parts = [PAGE + "<h1>Comparison of runs</h1>"]
+    parts = ["<h1>Comparison of runs</h1>"]
     parts += [f"<h2>{title}</h2>\n<div>{html_table(rows)}</div>" for title, rows in tables]
     if picture.exists():
         data = base64.b64encode(picture.read_bytes()).decode()
@@ -253,7 +242,7 @@ def as_html(tables: list, picture: Path, texts: list) -> str:
     for title, each in texts:
         parts.append(f"<h2>Texts of {html.escape(shown(title))}</h2>")
         parts += [f"<pre>{html.escape(words)}</pre>" for words in each]
-    return "\n".join([*parts, "</body></html>"]) + "\n"
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(body="\n".join(parts))
 
 
 # ---- the command --------------------------------------------------------------------------------

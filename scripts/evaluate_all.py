@@ -24,6 +24,7 @@ from checkpointing.load import build_backbone_args, is_llama
 from checkpointing.trained import tokenizer_name
 from modes.tables import csv_text, markdown, text
 from scripts.support.command import new_parser, parsed
+from settings.keys import choices
 from utils import digest, read_json, say, shown, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,8 @@ def main(argv=None) -> int:
     table, failed = [], []
     for name, checkpoint, words in models:
         for corpus in args.data.split(","):
-            run = [*words, f"data={corpus}" if known(corpus) else f"data.valid={corpus}"]
+            key = "data" if corpus in choices("data") else "data.valid"
+            run = [*words, f"{key}={corpus}"]
             folder = run_folder(args, checkpoint, run, corpus)
             found = evaluate(run, folder, args.likelihood)
             if found is None:
@@ -78,10 +80,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--block-size", type=int, help="the same")
     parser.add_argument("--out", default="evaluation", help="(%(default)s)")
     return parser
-
-
-def known(corpus: str) -> bool:
-    return (ROOT / "configs" / "data" / f"{corpus}.yaml").exists()
 
 
 def model_words(name: str, checkpoint: Checkpoint, args) -> list[str]:

@@ -13,7 +13,6 @@ data, such as data.source=/corpora.
 """
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -24,39 +23,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
-
 from checkpointing.checkpoint import fingerprint
 from checkpointing.load import say_untrained
 from evaluation.judge import Judge, load_judge
-from evaluation.quality import Figure, diversity, mean, number, perplexity
-from modes import tables
+from evaluation.quality import diversity, mean, number, perplexity
 from samplers.params import SamplingParams
 from samplers.steps import STEPS
 from samplers.writing import SAMPLERS
 from sampling.notebook import Writer, load
-from sampling.report import SHOWN, UNTOLD, made_with
+from sampling.report import UNTOLD, made_with, read_numbers
 from sampling.run import Model, Output, SamplingRun, Texts, run_id
 from sampling.sample_file import SampleFile
-from scripts.support.command import chosen_device, new_parser, parsed
-from scripts.support.picture import picture
-from scripts.support.texts import at_least_two, cache_folder, read_texts
-from utils import atomic_file, reason, say, shown, write_json
+from scripts.support.command import at_least, chosen_device, new_parser, parsed
+from scripts.support.frontier_report import COLUMNS, REAL, as_text, draw, matched, short, write
+from scripts.support.texts import cache_folder, read_texts
+from utils import reason, say, shown
 
 # --set does not take what is part of no point and what has an option
 NOT_SET = (*UNTOLD, "length", "steps", "temperature", "nucleus_p")
 NUMBERS = {
-    each.name: each
+    each.name: each.type
     for each in fields(SamplingParams)
     if each.type in (int, float, str) and each.name not in NOT_SET
 }
-COLUMNS = (
-    *("model", "algo", "block_size", "steps", "numbers", "temperature", "nucleus_p", "nfe"),
-    *("gen_ppl", "gen_ppl_error", "entropy", "entropy_error", "length", "texts"),
-    *("distinct_1", "distinct_2", "distinct_3", "distinct_4", "repetition", "ended_by_eos"),
-    *("tokens_per_evaluation", "tokens_per_second", "seconds", "run"),
-)
 FROM_REPORT = {  # a column by another name
     "nfe": "gen_nfes",
     "entropy": "gen_entropy",
@@ -64,8 +53,6 @@ FROM_REPORT = {  # a column by another name
     "length": "gen_lengths",
     "texts": "rows",
 }
-MARKERS = "osD^vPX*<>hp"
-REAL = "real text"
 
 
 @dataclass(frozen=True)
@@ -118,49 +105,21 @@ def main(argv=None) -> int:
 
 def parse(argv) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the settings of main.py behind --."""
-
-    def numbers(text: str) -> list[float]:
-        return [float(each) for each in text.split(",")]
-
-    def evaluations(text: str) -> list[float]:
-        found = numbers(text)
-        if not all(0 < each < math.inf for each in found):
-            raise argparse.ArgumentTypeError(f"{text} must be numbers above 0")
-        return found
-
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-        return value
-
-    def named(text: str) -> tuple[str, str]:
-        name, _, path = text.rpartition("=")
-        return name or short(path), path
-
-    def setting(text: str) -> tuple[str, list]:
-        name, _, values = text.partition("=")
-        if name not in NUMBERS:
-            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(NUMBERS)}")
-        found = [NUMBERS[name].type(each) for each in values.split(",")]
-        if NUMBERS[name].type is float and not all(map(math.isfinite, found)):
-            raise argparse.ArgumentTypeError(f"{name}={values} must be finite numbers")
-        return name, found
-
     parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=named, help="[NAME=]file, export or hub id")
     parser.add_argument("--judge", default="gpt2-large", help="causal model or ar checkpoint")
     parser.add_argument("--steps", default="first_hitting", help="rules, separated by commas")
-    parser.add_argument("--temperatures", type=numbers, default=[0.8, 0.9, 1.0])
+    parser.add_argument("--temperatures", type=floats, default=[0.8, 0.9, 1.0])
     parser.add_argument(
         "--nfe", type=evaluations, help="about so many evaluations a text: sets k, T"
     )
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=1,2")
-    parser.add_argument("--texts", type=positive, default=64, help="of each point (%(default)s)")
+    parser.add_argument("--texts", type=at_least(1), default=64, help="of each point (%(default)s)")
     parser.add_argument(
-        "--length", type=at_least_two, help="tokens of a text (that of the training)"
+        "--length", type=at_least(2), help="tokens of a text (that of the training)"
     )
-    parser.add_argument("--batch-size", type=positive, help="texts side by side (all)")
-    parser.add_argument("--judge-batch-size", type=positive, default=16)
+    parser.add_argument("--batch-size", type=at_least(1), help="texts side by side (all)")
+    parser.add_argument("--judge-batch-size", type=at_least(1), default=16)
     parser.add_argument("--nucleus-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--reference", help="real texts: a file, or a corpus such as shakespeare")
@@ -176,10 +135,33 @@ def parse(argv) -> tuple[argparse.Namespace, list[str]]:
     return args, words
 
 
-def short(path: str) -> str:
-    """A name for a checkpoint: the folder of its run."""
-    parts = [part for part in Path(path).parts if part not in ("checkpoints", "last.ckpt", "/")]
-    return parts[-1] if parts else path
+# ---- types of options
+
+
+def floats(text: str) -> list[float]:
+    return [float(each) for each in text.split(",")]
+
+
+def evaluations(text: str) -> list[float]:
+    found = floats(text)
+    if not all(0 < each < math.inf for each in found):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers above 0")
+    return found
+
+
+def named(text: str) -> tuple[str, str]:
+    name, _, path = text.rpartition("=")
+    return name or short(path), path
+
+
+def setting(text: str) -> tuple[str, list]:
+    name, _, values = text.partition("=")
+    if name not in NUMBERS:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(NUMBERS)}")
+    found = [NUMBERS[name](each) for each in values.split(",")]
+    if NUMBERS[name] is float and not all(map(math.isfinite, found)):
+        raise argparse.ArgumentTypeError(f"{name}={values} must be finite numbers")
+    return name, found
 
 
 def judge_of(args, words) -> Judge:
@@ -233,8 +215,7 @@ def rules(writer: Writer, length: int, args) -> Iterator[tuple[str, dict]]:
     follows = "steps" in SAMPLERS[writer.writes].can
     for rule in args.steps.split(",") if follows else [writer.writes]:
         steps = {"steps": rule} if follows else {}
-        read = made_with(writer.algo, base.changed(**steps))
-        read = {name for name in NUMBERS if read.get(SHOWN.get(name, name)) is not None}
+        read = read_numbers(writer.algo, base.changed(**steps)) & NUMBERS.keys()
         grid = {name: values for name, values in chosen.items() if name in read}
         blocks = [{"block_size": size} for size in grid.pop("block_size", ())] or [{}]
         for nfe, own in itertools.product(args.nfe or [None], blocks):
@@ -293,123 +274,6 @@ def row(point: Point, report: dict) -> dict:
     found = {name: report.get(FROM_REPORT.get(name, name)) for name in COLUMNS}
     said = " ".join(f"{name}={value}" for name, value in point.numbers.items())
     return found | {"model": point.model, "steps": point.rule, "numbers": said}
-
-
-def matched(rows: list[dict]) -> Iterator[str]:
-    """The generative perplexity of each curve where its entropy is that of real text, by a straight
-    line between two temperatures in log perplexity; the error is that of these two points."""
-    real = next((r for r in rows if r["model"] == REAL), None)
-    for name, curve in curves(rows).items() if real else ():
-        target = real["entropy"]
-        curve = sorted(curve, key=lambda r: r["entropy"])
-        for a, b in itertools.pairwise(curve):
-            if a["entropy"] <= target <= b["entropy"] and a["entropy"] < b["entropy"]:
-                at = between(a, b, target)
-                yield f"{' '.join(name)}: generative perplexity {at} at the entropy of real text"
-
-
-def between(a: dict, b: dict, entropy: float) -> Figure:
-    width = b["entropy"] - a["entropy"]
-    share = (entropy - a["entropy"]) / width
-    slope = math.log(b["gen_ppl"] / a["gen_ppl"]) / width
-    value = a["gen_ppl"] * math.exp(slope * (entropy - a["entropy"]))
-    variance = 0.0
-    for point, weight in ((a, 1 - share), (b, share)):
-        errors = (point["gen_ppl_error"] or math.nan) / point["gen_ppl"]
-        errors = math.hypot(errors, slope * (point["entropy_error"] or math.nan))
-        variance += (weight * errors) ** 2
-    return Figure(value, value * math.sqrt(variance))
-
-
-def curves(rows: list[dict]) -> dict[tuple[str, ...], list[dict]]:
-    """The points that differ in temperature alone."""
-    found = {}
-    for each in rows:
-        if each["model"] != REAL and each["gen_ppl"] is not None:
-            name = each["model"], each["steps"], each["numbers"]
-            found.setdefault(tuple(filter(None, name)), []).append(each)
-    return found
-
-
-def as_text(rows: list[dict]) -> str:
-    lines = [["model", "steps", "", "T", "NFE", "gen. PPL", "entropy", "tokens/NFE", "seconds"]]
-    for each in rows:
-        figures = [
-            "–" if each[x] is None else str(Figure(each[x], each[f"{x}_error"] or math.nan))
-            for x in ("gen_ppl", "entropy")
-        ]
-        others = [
-            "" if each[name] is None else format(each[name], form)
-            for name, form in (
-                ("temperature", "g"),
-                ("nfe", ",.1f"),
-                ("tokens_per_evaluation", ".2f"),
-                ("seconds", ",.1f"),
-            )
-        ]
-        said = [each[name] or "" for name in ("model", "steps", "numbers")]
-        lines.append([*said, *others[:2], *figures, *others[2:]])
-    return tables.text(lines)
-
-
-def write(out: Path, rows: list[dict], args) -> None:
-    """The table so far."""
-    with atomic_file(out / "frontier.csv") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    write_json(out / "frontier.json", {"judge": args.judge, "seed": args.seed, "points": rows})
-
-
-def draw(rows: list[dict], target: Path, judge: str) -> None:
-    """A line for each curve: a colour for a model, a marker for a rule, its size for the NFE."""
-    found = curves(rows)
-    models = list(dict.fromkeys(name[0] for name in found))
-    steps = list(dict.fromkeys(curve[0]["steps"] for curve in found.values()))
-    marker = {rule: MARKERS[i % len(MARKERS)] for i, rule in enumerate(steps)}
-    with picture(target, 8.5, 5.5) as axes:
-        for name, curve in found.items():
-            curve = sorted(curve, key=lambda r: r["temperature"])
-            axes.errorbar(
-                *([r[x] for r in curve] for x in ("entropy", "gen_ppl")),
-                *([r[x] or 0 for r in curve] for x in ("gen_ppl_error", "entropy_error")),
-                color=f"C{models.index(name[0]) % 10}",
-                marker=marker[curve[0]["steps"]],
-                markersize=marker_size(sum(r["nfe"] for r in curve) / len(curve)),
-                linewidth=0.7,
-                elinewidth=0.7,
-                alpha=0.75,
-            )
-        keys = [{"color": f"C{i % 10}", "label": name} for i, name in enumerate(models)]
-        grey = {"color": "0.4", "linestyle": ""}
-        keys += [{**grey, "marker": marker[rule], "label": rule} for rule in steps]
-        evaluations = sorted({round(r["nfe"]) for curve in found.values() for r in curve})
-        shown_sizes = evaluations[:1] + evaluations[len(evaluations) // 2 :][:1] + evaluations[-1:]
-        keys += [
-            {**grey, "marker": "o", "markersize": marker_size(n), "label": f"{n:,} NFE"}
-            for n in dict.fromkeys(shown_sizes)
-        ]
-        for each in rows:
-            if each["model"] == REAL:
-                axes.plot(each["entropy"], each["gen_ppl"], "k*", markersize=14)
-                axes.axvline(each["entropy"], color="k", linewidth=0.5, linestyle=":")
-                keys.append({"color": "k", "marker": "*", "linestyle": "", "label": REAL})
-        axes.set(yscale="log", xlabel="entropy of a text in nats")
-        axes.set_ylabel(f"generative perplexity (judge: {short(judge)})")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())  # else its labels lie over the others
-        axes.grid(True, alpha=0.2)
-        axes.legend(
-            handles=[Line2D([], [], **key) for key in keys],
-            fontsize=8,
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
-        )
-
-
-def marker_size(nfe: float) -> float:
-    return 1 + 1.2 * math.log2(1 + nfe)
 
 
 if __name__ == "__main__":

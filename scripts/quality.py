@@ -24,8 +24,8 @@ from evaluation.quality import Figure, diversity, mean, perplexity
 from modes import tables
 from sampling.report import summarise
 from sampling.sample_file import SampleFile
-from scripts.support.command import answered, chosen_device, new_parser, parsed
-from scripts.support.texts import at_least_two, cache_folder, read_texts
+from scripts.support.command import answered, at_least, chosen_device, new_parser, parsed
+from scripts.support.texts import cache_folder, read_texts
 from utils import say, write_json
 
 OF_RUNS = ("gen_nfes", "tokens_per_evaluation", "tokens_per_second", "seconds")
@@ -65,12 +65,12 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--reference", help="real texts: a file, or a corpus such as shakespeare")
     parser.add_argument("--featurizer", help="causal model for MAUVE (the judge)")
     parser.add_argument(
-        "--length", type=at_least_two, help="tokens of a row of a corpus (as sampled)"
+        "--length", type=at_least(2), help="tokens of a row of a corpus (as sampled)"
     )
     parser.add_argument(
-        "--clusterings", type=at_least_two, default=CLUSTERINGS, help="(%(default)s)"
+        "--clusterings", type=at_least(2), default=CLUSTERINGS, help="(%(default)s)"
     )
-    parser.add_argument("--buckets", type=at_least_two, help="clusters (one for ten texts)")
+    parser.add_argument("--buckets", type=at_least(2), help="clusters (one for ten texts)")
     parser.add_argument("--batch-size", type=int, default=8, help="of the judge (%(default)s)")
     parser.add_argument("--features", type=Path, default=Path("outputs/features"))
     parser.add_argument("--device", help="(the accelerator, if there is one)")

@@ -27,6 +27,17 @@ def parsed(
     return options.parse_args(words[:end]), words[end + 1 :]
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+        return value
+
+    return number
+
+
 def chosen_device(name: str | None):
     """torch's device of this name; None: the accelerator, or the CPU where there is none."""
     import torch

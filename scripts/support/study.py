@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import settings
-from scripts.support.command import new_parser, parsed
+from scripts.support.command import at_least, new_parser, parsed
 from scripts.support.jobs import called, devices, side_by_side
 from scripts.support.study_report import RECIPE, Line, report
 from training.log_reading import read_log
@@ -173,18 +173,13 @@ def options() -> argparse.ArgumentParser:
     def seeds(text: str) -> list[int]:
         return [int(each) for each in names(text)]
 
-    def amount(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-        return value
-
     parser = new_parser(__doc__)
     parser.add_argument("--corpora", type=names, default=["shakespeare", "state_of_the_union"])
     parser.add_argument("--sizes", type=sizes, default=["4", "16", WHOLE], help="L: whole rows")
     parser.add_argument("--variants", type=variants, default=known, help=",".join(known))
     parser.add_argument("--seeds", type=seeds, default=[1, 2, 3])
-    parser.add_argument("--steps", type=amount, default=2500, help="of a run (%(default)s)")
-    parser.add_argument("--jobs", type=amount, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--steps", type=at_least(1), default=2500, help="of a run (%(default)s)")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="side by side (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/study"), help="(%(default)s)")
     return parser
 

@@ -1,6 +1,5 @@
 """Texts that scripts compare: from a file of samples, a plain file, or a corpus."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,16 +8,8 @@ from modes.build_data import build_cache, build_rows, build_tokenizer
 from random_streams import order
 from sampling.prompts import lines_of_text
 from sampling.sample_file import SampleFile
+from settings.keys import choices
 from utils import check_file
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
-
-
-def at_least_two(text: str) -> int:
-    """The value of an option."""
-    if (value := int(text)) < 2:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 2")
-    return value
 
 
 def cache_folder(words: Sequence[str] = ()) -> str:
@@ -32,9 +23,9 @@ def corpus_rows(
     """Whole rows of the validation split of data=NAME, `count` of them or as many as there are,
     from random places, int64 [N, length]; and their tokenizer. ValueError where there is no such
     corpus."""
-    if not (CONFIGS / f"{name}.yaml").exists():
-        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-        raise ValueError(f"{name} is neither a file nor a corpus: a corpus is one of {known}")
+    if name not in (known := choices("data")):
+        corpora = ", ".join(known)
+        raise ValueError(f"{name} is neither a file nor a corpus: a corpus is one of {corpora}")
     special = ["data.insert_valid_special=false"]
     config = settings.load([f"data={name}", f"model.length={length}", *special, *words])
     tokenizer = build_tokenizer(config)

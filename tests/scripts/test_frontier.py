@@ -11,6 +11,7 @@ from runs import write_text
 from evaluation.judge import load_judge
 from evaluation.quality import perplexity
 from scripts import frontier
+from scripts.support import frontier_report
 from scripts.support.texts import read_texts
 
 
@@ -135,12 +136,12 @@ def test_a_point_without_a_perplexity_is_told_and_not_drawn(tmp_path):
 def test_the_entropy_of_real_text_is_met_between_two_temperatures():
     a = {"entropy": 4.0, "entropy_error": 0.01, "gen_ppl": 100.0, "gen_ppl_error": 3.0}
     b = {"entropy": 5.0, "entropy_error": 0.02, "gen_ppl": 400.0, "gen_ppl_error": 8.0}
-    middle = frontier.between(a, b, 4.5)
+    middle = frontier_report.between(a, b, 4.5)
     assert middle.value == pytest.approx(200)
     slope = math.log(4)
     parts = (math.hypot(0.03, 0.01 * slope) / 2, math.hypot(0.02, 0.02 * slope) / 2)
     assert middle.error == pytest.approx(200 * math.hypot(*parts))
-    assert frontier.between(a, b, 4.0).value == pytest.approx(100)
+    assert frontier_report.between(a, b, 4.0).value == pytest.approx(100)
     named = {"model": "m", "steps": "s", "numbers": "", "temperature": 1.0}
     real = {**a, "model": frontier.REAL, "entropy": 4.5}
     (line,) = frontier.matched([real, named | a, named | b])
