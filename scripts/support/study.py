@@ -21,7 +21,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,42 +30,10 @@ import settings
 from scripts.support.command import at_least, new_parser, parsed
 from scripts.support.jobs import called, devices, side_by_side
 from scripts.support.study_report import RECIPE, Line, report
+from scripts.support.study_runs import BESIDE, SIZES, VARIANTS, WHOLE, Run, trainings
 from training.log_reading import read_log
 from utils import read_json, reason, say, shown
 
-LENGTH = 128
-WARMUP = 200  # steps; a tenth of a run that is shorter than 2,000
-BASE = (
-    *("wandb=null", "lr_scheduler=cosine_decay_warmup"),
-    *("data.insert_train_special=false", "data.insert_valid_special=false"),
-    *("loader.global_batch_size=64", "loader.eval_global_batch_size=128", "loader.num_workers=1"),
-    *(f"model.length={LENGTH}", "model.hidden_size=256", "model.cond_dim=128", "model.n_blocks=6"),
-    *("model.n_heads=8", "model.dropout=0.1", "optim.lr=1e-3", "training.ema=0.999"),
-    *("trainer.log_every_n_steps=50", "trainer.num_sanity_val_steps=0"),
-    *("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"),
-    *("trainer.devices=1", "model.attn_backend=sdpa"),
-    "callbacks.checkpoint_every_n_steps.every_n_train_steps=500",
-)
-SIZES = "sizes"  # one network for all
-SEARCH = ("algo.var_min=true", "algo.clip_search_widths=[0.5,0.6,0.7,0.8,0.9]")
-# name: its settings. A variant more is one line here.
-VARIANTS = {
-    "full": (),
-    RECIPE: ("training.resample=true", *SEARCH),
-    "counts": ("training.noise=counts",),
-    "counts-learnt": ("training.noise=counts", "training.count_law=learnt"),
-    "counts-range": ("training.noise=counts", *SEARCH),
-    "views": ("training.noise=counts", "training.views=2"),
-    "muon": ("training.noise=counts", "optim=muon"),
-    SIZES: ("training.noise=counts",),
-}
-WHOLE = "L"  # a block of the whole row: the objective of mdlm
-NEEDS_BLOCKS = ("views",)  # not at WHOLE
-BESIDE = {  # without blocks or variants
-    "ar": ("algo=ar", "block_size=1"),
-    "sedd": ("algo=sedd",),
-    "sedd-no-time": ("algo=sedd", "algo.time_conditioning=false"),
-}
 SAME_STEP = ("full", "counts", "counts-learnt", "counts-range")  # as RECIPE: other noise alone
 TRIAL_STEPS = 120
 TRIAL = (
@@ -74,57 +42,6 @@ TRIAL = (
     "lr_scheduler.num_warmup_steps=20",
 )
 NEAR = 0.05  # speeds that differ by less than this share are equal
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training, and its evaluation at each of `sizes`; () beside. The first is that of its
-    own validations."""
-
-    corpus: str
-    sizes: tuple[str, ...]
-    variant: str
-    seed: int
-    steps: int
-    timed: bool = False  # of as many steps as fit the recipe's time
-
-    @property
-    def name(self) -> str:
-        size = f"S{self.sizes[0]}-" if self.sizes and self.variant != SIZES else ""
-        timed = "-equal-time" if self.timed else ""
-        return f"{self.corpus}-{size}{self.variant}-seed{self.seed}{timed}"
-
-    def words(self, more: Sequence[str] = (), size: str | None = None) -> list[str]:
-        """size: that of an evaluation."""
-        chosen = [*BESIDE.get(self.variant, ())]
-        if self.sizes:
-            asked = [tokens(each) for each in self.sizes]
-            at = tokens(size or self.sizes[0])
-            chosen = ["algo=bamdlm", f"block_size={at}", *VARIANTS[self.variant]]
-            if self.variant == SIZES:
-                shares = ", ".join(f"{each}: {1 / len(asked):.4f}" for each in asked)
-                chosen.append(f"training.block_sizes={{{shares}}}")
-        steps = (
-            *(f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={interval(self)}"),
-            f"lr_scheduler.num_warmup_steps={min(WARMUP, self.steps // 10)}",
-        )
-        return [f"data={self.corpus}", *BASE, *steps, *chosen, f"seed={self.seed}", *more]
-
-    def evaluations(self) -> dict[str, list[str]]:
-        """{size: the words of its evaluation}; the key "" beside."""
-        if not self.sizes:
-            return {"": ["eval.draws=8"] if self.variant.startswith("sedd") else []}
-        exact, drawn = ["eval.likelihood=exact"], ["eval.draws=8"]
-        return {size: exact if tokens(size) <= 4 else drawn for size in self.sizes}
-
-
-def tokens(size: str) -> int:
-    return LENGTH if size == WHOLE else int(size)
-
-
-def interval(run: Run) -> int:
-    """Ten validations of a run."""
-    return max(1, run.steps // 10)
 
 
 def main(argv=None) -> int:
@@ -201,15 +118,6 @@ def problems(runs: Sequence[Run], more: Sequence[str]) -> list[str]:
     kinds = {(run.sizes, run.variant): run for run in reversed(runs)}.values()
     found = (line for run in kinds for line in settings.examine(run.words(more))[1])
     return [f"  - {line}" for line in dict.fromkeys(found)]
-
-
-def trainings(variant: str, sizes: Sequence[str]) -> list[tuple[str, ...]]:
-    """The block sizes of each training of a variant."""
-    if variant in BESIDE:
-        return [()]
-    if variant == SIZES:
-        return [tuple(sizes)]
-    return [(size,) for size in sizes if size != WHOLE or variant not in NEEDS_BLOCKS]
 
 
 # ---- the runs -----------------------------------------------------------------------------------
