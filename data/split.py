@@ -102,9 +102,9 @@ class Split:
     @property
     def folder_name(self) -> str:
         """Of the prepared rows."""
+        about = digest(json.dumps(self.about, sort_keys=True), 12)
         name = Path(self.corpus).stem
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-        about = digest(json.dumps(self.about, sort_keys=True), 12)
         return f"{name[:40]}-{self.split}-{self.row_format.length}-{about}"
 
     def is_of(self, about: dict) -> bool:

@@ -182,7 +182,7 @@ def test_few_parts_are_read_ahead(processes, tokenizer, rows):
 MOMENTS = {  # what the process that prepares is about to call for the n-th time
     "in the middle of the text": (shards, "tokenize", 9),
     "rows to be written": (token_rows, "save", 1),
-    "about.json to be written": (preparation, "atomic_file", 1),
+    "about.json to be written": (preparation, "write_text", 2),
     "the folder has its name": (shutil, "rmtree", 1),
 }
 
