@@ -1,10 +1,10 @@
-"""What a single setting may be, whatever the others are; the schema gives each its limit."""
+"""What a single setting may be, whatever the others are, and how the schema says so."""
 
 import math
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from settings.tables import chat_names, sampling_ranges
 
@@ -109,3 +109,10 @@ DURATION = Limit(
     lambda value: re.fullmatch(r"[0-9]{1,6}(:[0-9]{2}){3}", value) is not None,
     "01:00:00:00",
 )
+
+
+def doc(text: str, limit: Limit | str | None = None, default: object = None):
+    """A required setting: what --help says about it, and what it may be beside its type (the words
+    of LIMITS, or a Limit). With `default` it needs no line in configs/."""
+    limit = LIMITS[limit] if isinstance(limit, str) else limit
+    return field(metadata={"doc": text, "limit": limit, "default": default})

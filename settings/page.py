@@ -12,7 +12,7 @@ HEAD = """\
 
 This page lists every setting of `python main.py` with its default and its meaning, to look one up.
 `python main.py --help` prints the same. The page is made by `python -m settings.page`: change
-`settings/schema.py` or `configs/`, and run that command again.
+`settings/sections/` or `configs/`, and run that command again.
 
 A setting is typed as `name=value`. `null` stands for a value that is chosen when the run starts.
 """

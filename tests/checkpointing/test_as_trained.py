@@ -193,7 +193,7 @@ def test_a_new_flag_of_the_network_is_compared_without_further_work(tmp_path):
         shutil.copytree(ROOT / name, copy / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
-    schema = copy / "settings/schema.py"
+    schema = copy / "settings/sections/network.py"
     line = '    compile: bool = doc("compile the layers'
     flag = '    post_norm: bool = doc("normalise after attention", default=False)\n'
     assert schema.read_text().count(line) == 1

@@ -18,7 +18,7 @@ from settings import tables
 from settings.keys import LEAVES, choices, groups
 from settings.limits import BY_WORDS
 from settings.page import PAGE, page
-from settings.schema import _step_number
+from settings.sections.inference import _step_number
 from training.logged import LOGGED
 from training.lr_schedules import LR_SCHEDULES
 
