@@ -1,5 +1,4 @@
-"""Small things with several callers: files written whole, locks, errors of the hub, messages from
-one process."""
+"""Small things with several callers: files written whole, locks, JSON, messages of one process."""
 
 import errno
 import glob
@@ -22,7 +21,6 @@ from typing import IO
 log = logging.getLogger("bamdlm")
 
 ALPHABET = "characters:"  # begins the name of a tokenizer that lists its characters
-CONNECT_SECONDS = 10  # to the hub; its own client would try for half a minute
 LONGEST_WORD, LONGEST_SENTENCE = 300, 1500  # characters of foreign text that are shown
 # What a disk, little memory or strange input makes Python raise. A ValueError beside them says what
 # is wrong with an input; any other error is a bug of this project.
@@ -255,33 +253,6 @@ class Failure(RuntimeError):
 
 class DataFailure(Failure):
     """Data do not come any more."""
-
-
-class HubUnreachable(OSError):
-    """The hub does not answer; this says nothing about what it was asked for."""
-
-
-@contextmanager
-def hub_errors(what: str, *, absent: str) -> Iterator[None]:
-    """The errors of huggingface_hub as OSErrors of one sentence about `what`.
-
-    FileNotFoundError: it is not there, or not for this user; absent: what is said where there is no
-    such repository. HubUnreachable: no answer. Errors of the disk stay as they are.
-    """
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{what} asks for an agreement: accept it on its page, then `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{what}{absent}") from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{what}: no such branch, tag or commit") from error
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
-        raise HubUnreachable(f"{what}: the hub cannot be reached ({first_line(error)})") from error
 
 
 @contextmanager

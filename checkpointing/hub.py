@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from checkpointing import sharded_index, torch_file
 from checkpointing.families import SAFETENSORS, layout_of
 from checkpointing.restricted_pickle import CheckpointError
-from utils import CONNECT_SECONDS, HubUnreachable, hub_errors
+from data.hub_errors import CONNECT_SECONDS, HubUnreachable, hub_errors
 
 log = logging.getLogger(__name__)
 

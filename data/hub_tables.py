@@ -21,17 +21,10 @@ from pathlib import Path
 from data import tables
 from data.arrow import parquet
 from data.arrow.thrift import Damaged
+from data.hub_errors import CONNECT_SECONDS, HubUnreachable, hub_errors
 from data.readers import Piece
 from data.tables import Part
-from utils import (
-    CONNECT_SECONDS,
-    HubUnreachable,
-    digest,
-    first_line,
-    hub_errors,
-    read_json,
-    write_json,
-)
+from utils import digest, first_line, read_json, write_json
 
 log = logging.getLogger("bamdlm")
 

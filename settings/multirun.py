@@ -16,7 +16,8 @@ from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
 from settings.keys import choices, groups
-from settings.overrides import CONFIG_DIR, PROSE, nearest, own_folder
+from settings.overrides import PROSE, nearest
+from settings.own_files import CONFIG_DIR, own_folder
 
 MULTIRUN = ("-m", "--multirun")
 MOST_RUNS = 1000

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 
 from settings.keys import LEAVES, SCHEMA, choices, groups, unwrap
 from settings.limits import unfit
+from settings.own_files import OWN_FILE, own_folder
 from settings.tables import known_corpora
 from utils import first_line
 
@@ -49,7 +50,6 @@ INSTEAD = {
 }
 PROSE = {"sampling.prompt", "wandb.notes", "data.tokenizer_name_or_path"}
 PRINT = "`--cfg job` prints the settings that a command has"
-OWN_FILE = "a file of your own is DIR/experiment/NAME.yaml: --config-dir DIR experiment=NAME"
 # Options of Hydra that are not offered: what to do instead.
 OPTIONS = {
     ("-m", "--multirun"): "python main.py -m starts one run after the other, and nothing else does",
@@ -59,7 +59,6 @@ OPTIONS = {
     ("-sc", "--shell-completion", "--hydra-help", "--version"): "--help lists all settings",
     ("--experimental-rerun",): "the same command goes on with its run",
 }
-CONFIG_DIR = ("--config-dir", "-cd")
 LISTS_BY_NAME = "lists of values by name, like {temperature: [0.8, 1]},"
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
@@ -261,47 +260,6 @@ def section_problem(key: str, value: object) -> str:
     chosen = f", and its files {', '.join(choices(key))}" if key in groups() else ""
     wrong = "sets nothing" if isinstance(value, dict) else "must be a section"
     return f"{key}={as_typed(value)} {wrong}; its settings are {names}{chosen}"
-
-
-def own_folder(overrides: list[str]) -> tuple[list[str], Path | None, list[str]]:
-    """The words without --config-dir DIR, DIR as an absolute path if it can serve, and what is
-    wrong with it."""
-    words, given, left = [], [], iter(overrides)
-    for word in left:
-        option, equals, text = word.partition("=")
-        if option in CONFIG_DIR:
-            given.append(text if equals else next(left, ""))
-        else:
-            words.append(word)
-    if not given:
-        return words, None, []
-    try:
-        problem = _folder_problem(given)
-    except OSError as error:
-        problem = f"--config-dir={given[0]}: {error.strerror}"
-    return words, None if problem else Path(given[0]).absolute(), [problem] * bool(problem)
-
-
-def _folder_problem(given: list[str]) -> str | None:
-    """The sentence about what stands behind --config-dir, or None."""
-    named, known = f"--config-dir={given[0]}", groups()
-    if len(given) > 1:
-        return f"--config-dir is given {len(given)} times: name one folder"
-    if not given[0]:
-        return f"--config-dir names no folder; {OWN_FILE}"
-    if end := unfit(given[0]):
-        return f"{named} {end}"
-    folder = Path(given[0])
-    if not folder.is_dir():
-        return f"{named} {'is no folder' if folder.exists() else 'does not exist'}; {OWN_FILE}"
-    inside = [group for group in known if (folder / group).is_dir()]
-    if not inside:
-        return f"{named} has no folder of a group ({', '.join(known)}); {OWN_FILE}"
-    for group in inside:
-        if twice := set(choices(group)) & {path.stem for path in (folder / group).glob("*.yaml")}:
-            name = min(twice)
-            return f"{named}: {group}={name} is a file of configs/ too: rename {group}/{name}.yaml"
-    return None
 
 
 def parse(overrides: list[str]) -> ParsedOverrides:

@@ -10,7 +10,8 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
-from utils import HubUnreachable, atomic_file, atomic_folder, atomic_link, hub_errors, lock
+from data.hub_errors import HubUnreachable, hub_errors
+from utils import atomic_file, atomic_folder, atomic_link, lock
 
 
 def names(folder):

@@ -16,10 +16,10 @@ from huggingface_hub import HfApi, constants
 
 import settings
 from data import corpora, shards
+from data.hub_errors import CONNECT_SECONDS
 from data.hub_tables import CONVERTED, Hub
 from data.tokenizer import get_tokenizer
 from modes.build_data import build_data, build_tokenizer
-from utils import CONNECT_SECONDS
 
 WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 OPENWEBTEXT = "79d93d786212f7344586290adb811d4ae6a1762c"
