@@ -162,19 +162,7 @@ def wrap(hf, name: str, eos_token: str | None = None) -> Tokenizer:
             " (eos_token or sep_token); set data.eos_token to a token of its vocabulary, or add one"
             " and save it again"
         )
-    for token in (bos, eos):
-        if token not in vocabulary:
-            raise ValueError(
-                f"data.eos_token={token!r} is not in the vocabulary of the tokenizer {name}"
-                f" ({len(vocabulary)} tokens); name one that is"
-            )
-    if len(named := {id: token for token, id in vocabulary.items()}) < len(vocabulary):
-        twice = next(token for token, id in vocabulary.items() if named[id] != token)
-        both = " and ".join(sorted([repr(twice), repr(named[vocabulary[twice]])]))
-        raise ValueError(
-            f"data.tokenizer_name_or_path={name}: {both} have the same id: a text would come back"
-            " as another"
-        )
+    _check_vocabulary(vocabulary, (bos, eos), name)
     if hf.is_fast:  # settings saved with some tokenizers, which would cut or pad documents
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()
@@ -194,3 +182,20 @@ def wrap(hf, name: str, eos_token: str | None = None) -> Tokenizer:
         eos_id=vocabulary[eos],
         pad_id=mask if hf.pad_token is None else hf.pad_token_id,
     )
+
+
+def _check_vocabulary(vocabulary: dict[str, int], needed: tuple[str, ...], name: str) -> None:
+    """ValueError where it lacks a token that is needed, or two tokens have one id."""
+    for token in needed:
+        if token not in vocabulary:
+            raise ValueError(
+                f"data.eos_token={token!r} is not in the vocabulary of the tokenizer {name}"
+                f" ({len(vocabulary)} tokens); name one that is"
+            )
+    if len(named := {id: token for token, id in vocabulary.items()}) < len(vocabulary):
+        twice = next(token for token, id in vocabulary.items() if named[id] != token)
+        both = " and ".join(sorted([repr(twice), repr(named[vocabulary[twice]])]))
+        raise ValueError(
+            f"data.tokenizer_name_or_path={name}: {both} have the same id: a text would come back"
+            " as another"
+        )

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -222,12 +222,7 @@ def load_judge(
     executed, and no weight may be missing. setting: what messages call it; cache_dir: see
     get_tokenizer."""
     try:
-        if Path(name_or_path).is_dir():
-            check_files(Path(name_or_path))
-        elif os.path.lexists(name_or_path) and not os.path.isfile(name_or_path):
-            raise ValueError("it is no regular file")
-        load = partial(load_own, cache_dir=cache_dir) if is_own(name_or_path) else _load_foreign
-        model, tokenizer, context, bos_id = load(name_or_path)
+        model, tokenizer, context, bos_id = _load(name_or_path, cache_dir)
     except CheckpointError as error:  # says what it is
         raise ValueError(
             f"{setting}={name_or_path!r} cannot be used ({reason(error)[:400]}). Give an ar"
@@ -256,8 +251,19 @@ def load_judge(
     )
 
 
+def _load(name_or_path: str, cache_dir: str | Path | None):
+    """The network, its tokenizer, the tokens it sees, and the BOS that begins its rows or None."""
+    if Path(name_or_path).is_dir():
+        check_files(Path(name_or_path))
+    elif os.path.lexists(name_or_path) and not os.path.isfile(name_or_path):
+        raise ValueError("it is no regular file")
+    if is_own(name_or_path):
+        return load_own(name_or_path, cache_dir)
+    return _load_foreign(name_or_path)
+
+
 def _load_foreign(name_or_path: str):
-    """A model of transformers, its tokenizer, the tokens it sees and no BOS, as published."""
+    """A model of transformers, without BOS, as published."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def encoder(place: str | Path):

@@ -61,13 +61,7 @@ def prepare(config: Config) -> Callable[[], None]:
     trainer = build_trainer(config, loggers=logs, signals=signals, step_flops=cost.step)
     if resume is not None:
         check_resumable(resume, module, trainer)
-    run_folder = config.checkpointing.save_dir
-    lock = RunLock(settings.local_folder(run_folder))
-    if saved != steps_in(checkpoint_folder(config.checkpointing)):
-        with lock:
-            raise ValueError(
-                f"another run has saved in {run_folder} meanwhile: start this one again"
-            )
+    lock = take_folder(config, saved)
 
     def run() -> None:
         with lock:
@@ -80,6 +74,17 @@ def prepare(config: Config) -> Callable[[], None]:
             fit(config, trainer, module, data, resume)
 
     return run
+
+
+def take_folder(config: Config, saved: list[int]) -> RunLock:
+    """The lock of the run folder, which had checkpoints of the steps `saved` when this run looked
+    where to go on from. ValueError where another run has it, or has saved since."""
+    folder = config.checkpointing.save_dir
+    lock = RunLock(settings.local_folder(folder))
+    if saved != steps_in(checkpoint_folder(config.checkpointing)):
+        with lock:
+            raise ValueError(f"another run has saved in {folder} meanwhile: start this one again")
+    return lock
 
 
 def check_validation(config: Config) -> None:

@@ -123,6 +123,21 @@ def changed_numbers(summary: dict) -> dict:
     }
 
 
+def facts(summary: dict) -> dict:
+    """How the texts were made; None: it is not known, or has no meaning."""
+    return {
+        "steps": summary["steps"],
+        "T": summary.get("T"),
+        **{name: summary.get(name) for name in rule_numbers(summary["steps"])},
+        **changed_numbers(summary),
+        "nucleus": summary["nucleus_p"],
+        "precision": summary.get("precision"),
+        "draws": summary["dtype"],
+        "seed": summary["seed"],
+        "checkpoint": summary.get("checkpoint"),
+    }
+
+
 def lines(summary: dict) -> list[str]:
     """The report as text."""
 
@@ -152,18 +167,8 @@ def lines(summary: dict) -> list[str]:
         found.append(
             f"{show('tokens_per_second', '{:,.0f}')} tokens/s, {show('seconds', '{:,.1f}')} s"
         )
-    facts = {
-        "steps": summary["steps"],
-        "T": summary.get("T"),
-        **{name: summary.get(name) for name in rule_numbers(summary["steps"])},
-        **changed_numbers(summary),
-        "nucleus": summary["nucleus_p"],
-        "precision": summary.get("precision"),
-        "draws": summary["dtype"],
-        "seed": summary["seed"],
-        "checkpoint": summary.get("checkpoint"),
-    }
-    found.append(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    told = {name: value for name, value in facts(summary).items() if value is not None}
+    found.append(", ".join(f"{name} {value}" for name, value in told.items()))
     if summary.get("reject_low_entropy"):
         found.append(f"acceptance {show('acceptance', '{:.3f}')} ({RULES['low_entropy']})")
     return found

@@ -8,6 +8,7 @@ import lightning as L
 from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import Strategy
 
 import settings
 from checkpointing.checkpoint import Checkpoint, section
@@ -41,12 +42,6 @@ def build_trainer(
     t = config.trainer
     in_parts = config.checkpointing.format == "sharded" and config.mode == "train"
     io = PartsIO() if in_parts else CarefulIO()
-    devices, strategy = all_devices(config), "auto"
-    if devices > 1:  # fsdp is for training; an evaluation holds the network once per device
-        sharded = config.strategy.name == "fsdp" and config.mode == "train"
-        half = config.strategy.gradients == "bf16"
-        groups = config.strategy.replicate
-        strategy = Sharded(devices, groups, half) if sharded else Replicated(half)
     callbacks = []
     if step_flops is not None and loggers:
         rates = _rates(config) == "step"
@@ -64,7 +59,7 @@ def build_trainer(
     }
     trainer = L.Trainer(
         **dataclasses.asdict(t) | ours,
-        strategy=strategy,
+        strategy=build_strategy(config),
         check_val_every_n_epoch=None,
         callbacks=callbacks,
         logger=loggers or False,
@@ -74,6 +69,16 @@ def build_trainer(
     )
     leave_signals(trainer)
     return trainer
+
+
+def build_strategy(config: Config) -> Strategy | str:
+    """fsdp is for training; an evaluation holds the network once per device."""
+    devices, half = all_devices(config), config.strategy.gradients == "bf16"
+    if devices == 1:
+        return "auto"
+    if config.strategy.name == "fsdp" and config.mode == "train":
+        return Sharded(devices, config.strategy.replicate, half)
+    return Replicated(half)
 
 
 def leave_signals(trainer: L.Trainer) -> None:
