@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow  # numbers things faster than numpy, which sorts them
 import torch
 
-from evaluation.judge import TextScore
+from evaluation.judge import Judge, TextScore
 from evaluation.likelihood import LikelihoodMeter
 
 NGRAMS = 4  # distinct-1 .. 4; repetition is that of 4-grams
@@ -105,6 +105,18 @@ def ended(texts: Sequence[Ids], eos_id: int) -> float:
     """The share of texts that end with EOS."""
     found = [len(x) > 1 and int(x[-1]) == eos_id for x in texts]
     return sum(found) / len(found) if found else math.nan
+
+
+def judged(judge: Judge, texts: Sequence[str]) -> dict[str, Figure]:
+    """{name: figure} of a set of texts, in the tokens of a judge."""
+    ids, scores = judge.tokenize(texts), judge.score(texts)
+    return {
+        "texts": Figure(len(texts)),
+        "gen_ppl": perplexity(scores),
+        "entropy": mean([score.entropy for score in scores]),
+        "length": mean([score.tokens for score in scores]),
+        **diversity(ids, judge.eos_id),
+    }
 
 
 def diversity(texts: Sequence[Ids], eos_id: int) -> dict[str, Figure]:

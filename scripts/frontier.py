@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpointing.checkpoint import fingerprint
 from checkpointing.load import say_untrained
 from evaluation.judge import Judge, load_judge
-from evaluation.quality import diversity, mean, number, perplexity
+from evaluation.quality import judged, number
 from samplers.params import SamplingParams
 from samplers.steps import STEPS
 from samplers.writing import SAMPLERS
@@ -258,16 +258,10 @@ def reference(args, judge: Judge, words) -> dict | None:
     # BOS, which the judge adds, is one of the tokens of a model's text
     length = args.length - len(judge.bos) if args.length else judge.context
     texts = read_texts(args.reference, length, args.texts, words)
-    scores, ids = judge.score(texts), judge.tokenize(texts)
-    ppl, entropy = perplexity(scores), mean([score.entropy for score in scores])
-    return {
-        **dict.fromkeys(COLUMNS),
-        "model": REAL,
-        **{"gen_ppl": ppl.value, "gen_ppl_error": number(ppl.error)},
-        **{"entropy": entropy.value, "entropy_error": number(entropy.error)},
-        **{"length": mean([score.tokens for score in scores]).value, "texts": len(texts)},
-        **{name: number(x.value) for name, x in diversity(ids, judge.eos_id).items()},
-    }
+    found = judged(judge, texts)
+    errors = {f"{name}_error": number(found[name].error) for name in ("gen_ppl", "entropy")}
+    values = {name: number(figure.value) for name, figure in found.items()} | errors
+    return {**dict.fromkeys(COLUMNS), **values, "model": REAL}
 
 
 def row(point: Point, report: dict) -> dict:

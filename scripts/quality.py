@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.judge import Judge, load_judge
 from evaluation.mauve import CLUSTERINGS, ceiling_halves, features, mauve
-from evaluation.quality import Figure, diversity, mean, perplexity
+from evaluation.quality import Figure, judged
 from modes import tables
 from sampling.report import summarise
 from sampling.sample_file import SampleFile
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
             " of a run and as many real ones; give fewer clusters, or more texts"
         )
     judge = judge_of(args, args.judge, words)
-    found = {name: figures(judge, texts) | of for name, (texts, of) in runs.items()}
+    found = {name: judged(judge, texts) | of for name, (texts, of) in runs.items()}
     if args.reference:
         other = args.featurizer not in (None, args.judge)
         featurizer = judge_of(args, args.featurizer, words) if other else judge
@@ -108,17 +108,6 @@ def read_runs(path: str, words) -> dict[str, tuple[list[str], dict[str, Figure]]
     return found
 
 
-def figures(judge: Judge, texts: list[str]) -> dict[str, Figure]:
-    ids, scores = judge.tokenize(texts), judge.score(texts)
-    return {
-        "texts": Figure(len(texts)),
-        "gen_ppl": perplexity(scores),
-        "entropy": mean([score.entropy for score in scores]),
-        "length": mean([score.tokens for score in scores]),
-        **diversity(ids, judge.eos_id),
-    }
-
-
 def compare(found: dict, texts: dict, judge: Judge, featurizer: Judge, args, words) -> None:
     """Adds MAUVE to what was found of each run, what two sets of real texts reach, and the figures
     of as many real texts."""
@@ -126,7 +115,7 @@ def compare(found: dict, texts: dict, judge: Judge, featurizer: Judge, args, wor
     typical = next(iter(found.values()))["length"].value
     length = args.length or max(2, round(typical) + 1 - len(judge.bos))
     real = read_texts(args.reference, length, 2 * most, words)
-    found[REAL] = figures(judge, real[:most])
+    found[REAL] = judged(judge, real[:most])
     made = features(featurizer, real, args.features)
     name = Path(args.featurizer or args.judge)
     name = name.parent.parent.name if name.stem == "last" else name.stem

@@ -40,6 +40,7 @@ from objectives.sizes import deal, size_at
 from scripts.support.command import answered, new_parser
 from scripts.support.picture import picture
 from settings import Config
+from utils import escaped
 
 SPECIAL, PADDING, BORDER = "bold black on yellow", "dim", "dim red"
 BLOCKS = ("", "cyan")  # in turn
@@ -49,8 +50,7 @@ SHOWN = str.maketrans({"\n": "↵", "\t": "⇥"})
 
 def printable(text: str) -> str:
     """Without what a terminal would obey."""
-    text = text.translate(SHOWN)
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return escaped(text.translate(SHOWN))
 
 
 class Painter:
