@@ -8,7 +8,7 @@ None, settings.load has chosen. A device is a GPU, or a process on a CPU.
 from dataclasses import dataclass
 
 import settings.tables as tables
-from settings.limits import SEED, doc, one_of
+from settings.limits import Limit, doc, one_of
 from settings.sections.data import Data
 from settings.sections.inference import Demo, Eval, Sampling
 from settings.sections.network import Adapt, Algo, LoRA, Model, Noise
@@ -22,6 +22,8 @@ from settings.sections.training import (
     Trainer,
     Training,
 )
+
+SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 
 
 @dataclass

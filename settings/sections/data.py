@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from settings.limits import CHAT_FIELDS, doc, one_of
+from settings.limits import Limit, doc, one_of
+from settings.tables import chat_names
+
+CHAT_FIELDS = Limit(
+    f"names in your files for some of {', '.join(chat_names())}, such as {{messages:"
+    " conversations, user: human}",
+    lambda value: all(
+        name in chat_names() and isinstance(own, str) and own for name, own in value.items()
+    ),
+    {},
+)
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import settings.tables as tables
-from settings.limits import SHARES, doc, one_of
+from settings.limits import Limit, doc, one_of
+
+SHARES = Limit("a list of numbers in (0, 1]", lambda value: all(0 < x <= 1 for x in value), [])
 
 
 def _values(field: str) -> list[str]:

@@ -1,18 +1,37 @@
 """Settings of training: batches, noise, optimizer, trainer, devices."""
 
+import re
 from dataclasses import dataclass
 
 import settings.tables as tables
-from settings.limits import (
-    BATCHES,
-    BATCHES_OR_SHARE,
-    COUNTS,
-    DURATION,
-    SCHEDULE,
-    SIZES,
-    VIEWS,
-    doc,
-    one_of,
+from settings.limits import SIZES, Limit, doc, one_of
+
+COUNTS = Limit(
+    "two numbers [least, most] of masked tokens with 1 <= least <= most",
+    lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
+    [1, 1],
+)
+VIEWS = Limit("1 or 2", lambda value: value in (1, 2), 1)
+SCHEDULE = Limit(
+    "sizes of blocks, at least 1, by the step from which they are trained, the first 0, such as"
+    " {0: 1, 500: 4}",
+    lambda value: bool(value) and min(value) == 0 and min(value.values()) >= 1,
+    {0: 1},
+)
+BATCHES = Limit(
+    "a number of batches, at least 1: the training data are an endless stream",
+    lambda value: isinstance(value, int) and value >= 1,
+    1,
+)
+BATCHES_OR_SHARE = Limit(
+    "a number of batches (0, 1, 2 ...) or a share (0.0 to 1.0)",
+    lambda value: value >= 0 and (isinstance(value, int) or value <= 1),
+    1.0,
+)
+DURATION = Limit(
+    "DD:HH:MM:SS, such as 01:12:00:00",
+    lambda value: re.fullmatch(r"[0-9]{1,6}(:[0-9]{2}){3}", value) is not None,
+    "01:00:00:00",
 )
 
 
