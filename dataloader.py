@@ -242,7 +242,6 @@ class DataModule(LightningDataModule):
 
     @property
     def rank_and_size(self) -> tuple[int, int]:
-        """(rank, world size)"""
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size

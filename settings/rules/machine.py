@@ -116,9 +116,7 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
 
 
 def _compiled(config: Config, gpu: bool) -> Iterator[str]:
-    if not config.model.compile:
-        return
-    if is_elsewhere(config):
+    if not config.model.compile or is_elsewhere(config):
         return
     if gpu and not has_package("triton"):
         yield (
