@@ -14,6 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
+from . import split
 from .starting import can_start
 
 try:  # comes with torch where there are GPUs; an export must load without it
@@ -23,7 +24,7 @@ except ImportError:
     triton = None
 
 MOST_TOKENS = 64  # of one pass; they stay in registers
-TILE_BYTES = 16 << 10  # of keys, and as many of values, on their way at a time
+TILE_BYTES = 8 << 10  # of keys, and as many of values, on their way at a time
 COUNTS = ["tokens", "slots", "block_size", "window_blocks", "angle_rows"]  # one kernel for all
 HEAD_WIDTHS = (32, 64, 128)  # powers of two; tensor cores take sixteen of half a head
 
@@ -69,9 +70,11 @@ def decode(
     qkv, cos, sin = (x.contiguous() for x in (qkv, cos, sin))
     rows, tokens, _ = qkv.shape
     _, slots, heads, width = keys.shape
+    few = rows * heads < 2 * _processors(qkv.device)  # each waits for the memory alone
+    if few and tokens <= split.MOST_SPLIT:
+        numbers = block_size, window
+        return split.decode_split(qkv, cos, sin, keys, values, committed, *numbers)
     out = qkv.new_empty(rows, tokens, heads * width)
-    few = rows * heads < 2 * _processors(qkv.device)  # each waits for the memory alone: long tiles
-    size = TILE_BYTES if few and tokens <= 32 else TILE_BYTES // 2
     with torch.cuda.device_of(qkv):  # Triton starts on the current device
         _decode[(rows * heads,)](
             qkv,
@@ -90,7 +93,7 @@ def decode(
             PADDED=max(16, triton.next_power_of_2(tokens)),
             HEADS=heads,
             HALF=width // 2,
-            TILE=size // (width * keys.element_size()),
+            TILE=TILE_BYTES // (width * keys.element_size()),
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
             num_warps=4,
             num_stages=3,
@@ -104,19 +107,6 @@ def _(qkv, cos, sin, keys, values, committed, block_size, window):
 
 
 if triton is not None:
-
-    @triton.jit
-    def _rotated(x, at, cos, sin, HALF: tl.constexpr, mask):
-        """Both halves of x at the places `at`, turned, in float32 and back in their own type."""
-        a = tl.load(x + at, mask=mask, other=0)
-        b = tl.load(x + at + HALF, mask=mask, other=0)
-        a32, b32 = a.to(tl.float32), b.to(tl.float32)
-        return (a32 * cos - b32 * sin).to(a.dtype), (b32 * cos + a32 * sin).to(b.dtype)
-
-    @triton.jit
-    def _scores(qa, qb, ka, kb, PRECISION: tl.constexpr):
-        scores = tl.dot(qa, tl.trans(ka), input_precision=PRECISION)
-        return tl.dot(qb, tl.trans(kb), scores, input_precision=PRECISION)
 
     @triton.jit(do_not_specialize=COUNTS)
     def _decode(
@@ -154,8 +144,8 @@ if triton is not None:
         c = tl.load(cos + angle, mask=written, other=0)
         s = tl.load(sin + angle, mask=written, other=0)
         token = (row * tokens + t)[:, None] * (3 * width) + head * 2 * HALF
-        qa, qb = _rotated(qkv, token + half[None, :], c, s, HALF, written)
-        ka, kb = _rotated(qkv, token + width + half[None, :], c, s, HALF, written)
+        qa, qb = split._rotated(qkv, token + half[None, :], c, s, HALF, written)
+        ka, kb = split._rotated(qkv, token + width + half[None, :], c, s, HALF, written)
         v = tl.load(qkv + token + 2 * width + whole[None, :], mask=written, other=0)
         ring = row * slots * width + head * 2 * HALF
         slot = ring + (position % slots)[:, None] * width
@@ -172,7 +162,7 @@ if triton is not None:
         block = position // block_size
         behind = block[:, None] - block[None, :]
         seen = new[None, :] & (behind >= 0) & (behind < window_blocks)
-        scores = _scores(qa, qb, ka.to(qa.dtype), kb.to(qb.dtype), PRECISION) * scale
+        scores = split._scores(qa, qb, ka.to(qa.dtype), kb.to(qb.dtype), PRECISION) * scale
         scores = tl.where(seen, scores, -float("inf"))
         best = tl.maximum(tl.max(scores, 1), -1e30)  # not -inf: a padded token may see nothing
         chances = tl.exp2(scores - best[:, None])
@@ -190,7 +180,7 @@ if triton is not None:
             ob = tl.load(keys + held + HALF + half[None, :], mask=old[:, None], other=0)
             ov = tl.load(values + held + whole[None, :], mask=old[:, None], other=0)
             near = block[:, None] - (p // block_size)[None, :] < window_blocks
-            more = _scores(qa, qb, oa.to(qa.dtype), ob.to(qa.dtype), PRECISION) * scale
+            more = split._scores(qa, qb, oa.to(qa.dtype), ob.to(qa.dtype), PRECISION) * scale
             more = tl.where(old[None, :] & near, more, -float("inf"))
             better = tl.maximum(best, tl.max(more, 1))
             more = tl.exp2(more - better[:, None])

@@ -83,13 +83,15 @@ KINDS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
     ("head_width", "dtype", "tolerance"),
     [(64, torch.float16, 2e-3), *((w, *kind) for w in decode.HEAD_WIDTHS for kind in KINDS)],
 )
-def test_the_kernel_is_the_steps(cuda, head_width, dtype, tolerance):
-    for case in PASSES:
-        compare(*case, head_width, dtype, cuda, tolerance)
+def test_the_kernel_is_the_steps(cuda, head_width, dtype, tolerance, monkeypatch):
+    for few in (True, False):  # programs: their keys are shared out, or not
+        monkeypatch.setattr(decode, "_processors", lambda device, few=few: 1000 * few)
+        for case in PASSES:
+            compare(*case, head_width, dtype, cuda, tolerance)
 
 
 @pytest.mark.gpu
-def test_few_rows_and_many_are_taken_in_other_tiles(cuda):
+def test_few_rows_and_many_are_taken_in_other_ways(cuda):
     many = decode._processors(cuda)  # of three heads each: more than two programs a processor
     for rows in (1, many):
         compare([24] * rows, 4, 4, 64, 32, torch.float32, cuda, 1e-5)
