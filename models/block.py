@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Decode
+from .kernels.few_rows import MOST_ROWS, added_product, normed_product, takes
 from .kernels.heads import can_split, rotated_heads
 from .kernels.mlp import can_fuse_mlp, mlp
 from .kernels.residual import can_fuse, new_seed, residual
@@ -27,7 +28,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
-        self.gelu_inside = False  # see freeze
+        self.gelu_inside = self.fused = False  # see freeze
         self.register_buffer("cached_modulation", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
@@ -54,9 +55,18 @@ class Block(nn.Module):
         """[B, T, parts * E] -> [parts, B, H, T, D]."""
         return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
 
+    def freeze(self, dtype: torch.dtype) -> None:
+        """See DiT.freeze; of the weights, which are in `dtype` by now."""
+        first, _, second = self.mlp
+        self.gelu_inside = dtype.itemsize == 2
+        self.fused = takes(self.attn_qkv, self.attn_out, first, second)
+
     def forward(self, x, c, attend, cos, sin, num_queries, read):
         """x [B, T, E] -> [B, num_queries, E], or [M, E] where `read` picks rows of the flattened
         B * num_queries."""
+        few = self.fused and c is None and isinstance(attend, Decode) and not self.training
+        if few and x.shape[0] * x.shape[1] <= MOST_ROWS:
+            return self._few_rows(x, attend, cos, sin, read)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self, c, 6)
         fused = can_fuse(x)
         if fused:
@@ -80,6 +90,15 @@ class Block(nn.Module):
         x = _added(x, gate, self._drop(self.attn_out(a)))
         y = self._mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
         return _added(x, mlp_gate, self._drop(y))
+
+    def _few_rows(self, x: Tensor, attend: Decode, cos: Tensor, sin: Tensor, read) -> Tensor:
+        """The same where every product is one kernel with what stands around it."""
+        made, (first, _, second) = self.cached_modulation, self.mlp
+        qkv = normed_product(x, self.norm1.weight, made, 0, self.attn_qkv.weight, None, False)
+        a = attend(qkv, cos, sin)
+        x = added_product(x, a, made, 0, self.attn_out.weight, None, read)
+        y = normed_product(x, self.norm2.weight, made, 1, first.weight, first.bias, True)
+        return added_product(x, y, made, 1, second.weight, second.bias, None)
 
     def _mlp(self, x: Tensor) -> Tensor:
         first, _, second = self.mlp

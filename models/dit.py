@@ -96,12 +96,13 @@ class DiT(Network):
         """For evaluation only: keep what each pass would make anew, the modulation at sigma 0 and
         the weights of linear layers in `dtype`, to be used under the same autocast; and the head's
         weights as wide as tensor cores like. In half precision on CUDA the GELU is made inside the
-        product before it, on sums that are not rounded to half precision first."""
+        product before it, on sums that are not rounded to half precision first, and a pass of few
+        rows with a cache has a kernel of its own for each product (kernels/few_rows.py)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
         for block in self.blocks:
-            block.gelu_inside = dtype.itemsize == 2
+            block.freeze(dtype)
         head = self.output_layer
         head.wide_weight, head.wide_bias = widened(head.linear.weight, head.linear.bias)
         if not self.adaln:
