@@ -103,7 +103,8 @@ class KVCache:
         layers = list(zip(self.keys, self.values, strict=True))
         if self.decodes and can_decode(self.keys[0], tokens):
             attends = [Decode(*ring, self.committed, self.attention_mask) for ring in layers]
-            return attends, _positions(committed, tokens)
+            positions = compiled(_positions) if by_compiler else _positions
+            return attends, positions(committed, tokens)
         one_block = same and tokens == size and self.uniform % size == 0
         alike = isinstance(self.attention_mask, BlockCausal)  # all queries of a block
         sees_all = one_block and alike and self.uniform + tokens <= window  # none has left it yet

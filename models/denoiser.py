@@ -50,19 +50,27 @@ class Denoiser:
     def __call__(self, tokens: Tensor, read: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T], read [B, R] positions in 0..T-1 -> normalised log-probabilities float32
         [B, R, V]. With a cache the tokens stand behind its committed ones."""
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-        if self.adapt.shifted:
-            read = (read - 1).clamp(min=0)  # what reads at 0 concerns nobody
-        read_rows = (rows + read).flatten()
-        seen = self.seen(tokens, cache)
-        hidden = self.backbone.hidden(tokens, cache=cache, read=read_rows, **seen)
         on_gpu = self.compiled and tokens.device.type == "cuda"
-        finish = compiled(_log_probs) if on_gpu else _log_probs
+        begin, finish = _rows_read, _log_probs
+        if on_gpu:
+            begin, finish = compiled(begin), compiled(finish)
+        with compiling(on_gpu):
+            rows = begin(read, tokens.shape[1], self.adapt.shifted)
+        seen = self.seen(tokens, cache)
+        hidden = self.backbone.hidden(tokens, cache=cache, read=rows, **seen)
         with compiling(on_gpu):
             return finish(self.backbone, hidden, self.mask_id).unflatten(0, read.shape)
 
     def new_cache(self, batch: int, window: int) -> KVCache:
         return self.backbone.new_cache(batch, window, self.block_size, adapt=self.adapt)
+
+
+def _rows_read(read: Tensor, length: int, shifted: bool) -> Tensor:
+    """Positions read [B, R] of B texts of `length` as rows of them all [B * R]."""
+    if shifted:
+        read = (read - 1).clamp(min=0)  # what reads at 0 concerns nobody
+    first = torch.arange(len(read), device=read.device)[:, None] * length
+    return (first + read).flatten()
 
 
 def _log_probs(backbone, hidden: Tensor, mask_id: int) -> Tensor:

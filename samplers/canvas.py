@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from models.compiling import compiling
+from models.compiling import compiled, compiling
 
 from .draw import compiled_sample, sample
 from .params import SamplingParams
@@ -59,7 +59,9 @@ class Canvas:
 
     def _heard(self, answer: Tensor) -> Tensor:
         """[..., V], and in every row NaN comes alone or not at all, but for the mask token."""
-        self.sum += answer[..., 0 if self.mask_id else 1].sum()
+        add = compiled(_add_sum) if self.compiled else _add_sum
+        with compiling(self.compiled):
+            add(self.sum, answer, 0 if self.mask_id else 1)
         return answer
 
     def check(self) -> None:
@@ -199,14 +201,26 @@ class Canvas:
         return self._behind(to_device(starts, self.device), width)
 
     def _behind(self, starts: Tensor, width: int) -> Tensor:
-        places = starts[:, None] + torch.arange(width, device=self.device)
-        return self.x.gather(1, places.clamp(max=self.x.shape[1] - 1))
+        behind = compiled(_behind) if self.compiled else _behind
+        with compiling(self.compiled):
+            return behind(self.x, starts, width)
 
     def tails(self, width: int, ends: list[int]) -> list[Tensor]:
         """The last (at most) `width` tokens of the first ends[b] of row b. Waits for the device."""
         starts = [max(0, end - width) for end in ends]
         tails = self.window(starts, max(e - s for e, s in zip(ends, starts, strict=True))).cpu()
         return [t[: e - s] for t, e, s in zip(tails, ends, starts, strict=True)]
+
+
+def _behind(x: Tensor, starts: Tensor, width: int) -> Tensor:
+    """The `width` tokens of each row of x [B, N] from starts [B] on; past the end the last one."""
+    places = starts[:, None] + torch.arange(width, device=x.device)
+    return x.gather(1, places.clamp(max=x.shape[1] - 1))
+
+
+def _add_sum(total: Tensor, answer: Tensor, column: int) -> None:
+    """To total, of answer [..., V] one column."""
+    total += answer[..., column].sum()
 
 
 class Replay:
