@@ -37,7 +37,9 @@ CARD_SECTIONS = (
     *("optim", "seed", "training"),
 )
 FOLDERS = ("models", "models/kernels", "samplers")
-ELSEWHERE = re.compile(r"^from (models\.|\.kernels\.|(?=noise_schedule ))", re.MULTILINE)
+ELSEWHERE = re.compile(
+    r"^from (models\.(kernels\.)?|\.kernels\.|(?=noise_schedule ))", re.MULTILINE
+)
 IMPORTED = re.compile(r"^ *from \.(\w+) import", re.MULTILINE)
 
 

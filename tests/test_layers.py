@@ -44,7 +44,16 @@ DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 BESIDE = {"benchmarks", "docs", "scripts", "ssd-lm", "tests"}
 MOST_FILES = {"python at the root": 8, "at the root": 24, "in a folder": 20}
 WITH_LIGHTNING = {"main", "modes", "diffusion", "dataloader", "training"}
-KERNELS = ("cross_entropy", "decode", "few_rows", "heads", "mlp", "residual", "split")
+KERNELS = (
+    "cross_entropy",
+    "decode",
+    "few_rows",
+    "heads",
+    "mlp",
+    "residual",
+    "split",
+    "top_p",
+)
 OPTIONAL_IN_MODELS = {
     "hf.py": {"transformers"},
     "attention.py": {"flash_attn"},
