@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.kernels.count_p import MOST_ROWS, counted
 from models.kernels.top_p import ONE, can_filter, filtered
 
 HALF = 15  # bits: a float32 in [0, 1] has 30 below its sign
@@ -42,7 +43,7 @@ def nucleus(log_probs: Tensor, p: float, search: bool = False, apart: Callable =
     sort = log_probs.dtype == torch.float64 or log_probs.shape[-1] <= SORTED
     rows = log_probs.numel() // log_probs.shape[-1]
     if not sort and rows >= FUSED_ROWS and can_filter(log_probs):
-        return filtered(log_probs, p)
+        return counted(log_probs, p) if rows <= MOST_ROWS else filtered(log_probs, p)
     if sort:
         kept = by_sorting(log_probs, p)
     elif search and rows >= SEARCHED_ROWS:

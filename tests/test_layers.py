@@ -45,6 +45,7 @@ BESIDE = {"benchmarks", "docs", "scripts", "ssd-lm", "tests"}
 MOST_FILES = {"python at the root": 8, "at the root": 24, "in a folder": 20}
 WITH_LIGHTNING = {"main", "modes", "diffusion", "dataloader", "training"}
 KERNELS = (
+    "count_p",
     "cross_entropy",
     "decode",
     "few_rows",
