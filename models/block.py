@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
-        self.gelu_inside = self.fused = False  # see freeze
+        self.gelu_inside = self.few_rows = False  # see freeze
         self.register_buffer("cached_modulation", None, persistent=False)
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
@@ -59,12 +59,12 @@ class Block(nn.Module):
         """See DiT.freeze; of the weights, which are in `dtype` by now."""
         first, _, second = self.mlp
         self.gelu_inside = dtype.itemsize == 2
-        self.fused = takes(self.attn_qkv, self.attn_out, first, second)
+        self.few_rows = takes(self.attn_qkv, self.attn_out, first, second)
 
     def forward(self, x, c, attend, cos, sin, num_queries, read):
         """x [B, T, E] -> [B, num_queries, E], or [M, E] where `read` picks rows of the flattened
         B * num_queries."""
-        few = self.fused and c is None and isinstance(attend, Decode) and not self.training
+        few = self.few_rows and c is None and isinstance(attend, Decode) and not self.training
         if few and x.shape[0] * x.shape[1] <= MOST_ROWS:
             return self._few_rows(x, attend, cos, sin, read)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self, c, 6)

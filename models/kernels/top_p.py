@@ -9,8 +9,8 @@ search ends among them. All sums are of integers, so that the result depends on 
 import torch
 from torch import Tensor
 
-from .decode import _can_run as can_start
 from .decode import _processors as processors
+from .starting import can_start
 
 try:  # see decode.py
     import triton
@@ -33,14 +33,13 @@ class Tiles:
 
 
 def can_filter(log_probs: Tensor) -> bool:
-    """Whether `filtered` can take log_probs [..., V]. Where torch.compile makes a graph for a GPU
-    Triton has all it needs, and the compiler would not get through the search for it."""
+    """Whether `filtered` can take log_probs [..., V]."""
     return (
         triton is not None
         and log_probs.device.type == "cuda"
         and log_probs.dtype == torch.float32
         and not torch.is_grad_enabled()  # it has none
-        and (torch.compiler.is_compiling() or can_start(log_probs.device))
+        and can_start(log_probs.device)
     )
 
 

@@ -217,3 +217,13 @@ def test_where_the_kernel_runs(kilobytes, compiler, expected, monkeypatch):
     assert starting._can_start.__wrapped__(torch.device("cuda")) == expected
     monkeypatch.setenv("CC", "cc")
     assert starting._can_start.__wrapped__(torch.device("cuda")) == (kilobytes >= 99)
+
+
+def test_the_compiler_does_not_look_for_a_compiler(monkeypatch):
+    """It could not follow, and where it runs for a GPU Triton runs too."""
+    asked = []
+    monkeypatch.setattr(starting, "_can_start", asked.append)
+    assert not starting.can_start("here")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert starting.can_start("there")
+    assert asked == ["here"]

@@ -145,7 +145,7 @@ def test_a_block_with_the_kernels_is_the_block(stand_in, adaln, read):
     block, x = net.blocks[0], torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
     found = answered(block, x, read=read)
     assert stand_in == [16, 16 if read is None else 3]
-    block.fused = False
+    block.few_rows = False
     assert_within(found, answered(block, x, read=read), 2**-7)
     assert len(stand_in) == 2
 
@@ -207,8 +207,8 @@ def test_a_frozen_network_with_the_kernels_is_as_exact_as_without(cuda):
     answers = []
     for fused in (True, False):
         for block in net.blocks:
-            assert block.fused or not fused
-            block.fused = fused
+            assert block.few_rows or not fused
+            block.few_rows = fused
         cache, found = net.new_cache(2, 32, 8, dtype=torch.bfloat16), []
         for start in range(0, 32, 8):
             with torch.autocast("cuda", torch.bfloat16):

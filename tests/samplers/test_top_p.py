@@ -134,16 +134,3 @@ def test_what_the_kernel_takes(monkeypatch):
         given.dtype = torch.float32
         monkeypatch.setattr(top_p, "triton", None)
         assert not top_p.can_filter(given)
-
-
-def test_the_compiler_does_not_look_for_a_compiler(monkeypatch):
-    def can_start(device):
-        raise AssertionError("asked")
-
-    monkeypatch.setattr(top_p, "triton", object())
-    monkeypatch.setattr(top_p, "can_start", can_start)
-    with torch.no_grad():
-        with pytest.raises(AssertionError, match="asked"):
-            top_p.can_filter(OnGpu())
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert top_p.can_filter(OnGpu())
