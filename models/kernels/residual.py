@@ -29,7 +29,8 @@ class Tiles:
     time, warps."""
 
     FORWARD = 4, 4, 4
-    BACKWARD = 16, 2, 4
+    BACKWARD = 32, 2, 2
+    BACKWARD_WITHOUT_NORM = 16, 2, 4
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -176,7 +177,8 @@ def residual_backward(
     d_total = d_total.contiguous()
     d_y = None if d_y is None else d_y.contiguous()
     batch, tokens, width = d_total.shape
-    rows, tile, warps = _tiles(Tiles.BACKWARD, width)
+    tiles = Tiles.BACKWARD_WITHOUT_NORM if weight is None else Tiles.BACKWARD
+    rows, tile, warps = _tiles(tiles, width)
     parts = triton.cdiv(tokens, rows)
     d_x = d_total.new_empty(0) if weight is None else torch.empty_like(d_total)
     d_branch = d_total.new_empty(0) if branch is None else torch.empty_like(branch)
@@ -354,15 +356,15 @@ if triton is not None:
         inside = lane < WIDTH
         if gate is not None:
             g = tl.load(gate + sample * gate_row + lane, mask=inside, other=0).to(tl.float32)
-            d_gate = tl.zeros([TILE, LANES], tl.float32)  # rows are added up once, in the end
+            d_gate = tl.zeros([LANES], tl.float32)
         if seed is not None:
             drawn = tl.load(seed)
             first, second = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
             limit = limit.to(tl.uint32)
         if weight is not None:
             w = tl.load(weight + lane, mask=inside, other=0).to(tl.float32)
-            d_shift = tl.zeros([TILE, LANES], tl.float32)
-            d_scaled = tl.zeros([TILE, LANES], tl.float32)
+            d_shift = tl.zeros([LANES], tl.float32)
+            d_scaled = tl.zeros([LANES], tl.float32)
             m = tl.full([LANES], 1, tl.float32)
             if scale is not None:
                 m += tl.load(scale + sample * scale_row + lane, mask=inside, other=0).to(tl.float32)
@@ -379,8 +381,8 @@ if triton is not None:
                 v = tl.load(total + at, mask=mask, other=0).to(tl.float32)
                 v = tl.where(mask, (v - mean[:, None]) * inverse[:, None], 0)
                 dy = tl.load(d_y + at, mask=mask, other=0).to(tl.float32)
-                d_shift += dy
-                d_scaled += dy * v
+                d_shift += tl.sum(dy, 0)
+                d_scaled += tl.sum(dy * v, 0)
                 dy *= (w * m)[None, :]
                 slope = tl.sum(dy * v, 1) / WIDTH
                 dy -= (tl.sum(dy, 1) / WIDTH)[:, None] + v * slope[:, None]
@@ -391,16 +393,15 @@ if triton is not None:
                     b = tl.load(branch + at, mask=mask, other=0).to(tl.float32)
                     if seed is not None:
                         b = _dropped(b, at, first, second, limit, factor)
-                    d_gate += d * b
+                    d_gate += tl.sum(d * b, 0)
                     d *= g[None, :]
                 if seed is not None:
                     d = _dropped(d, at, first, second, limit, factor)
                 tl.store(d_branch + at, d.to(d_branch.dtype.element_ty), mask=mask)
         found = sums + tl.program_id(0).to(tl.int64) * 4 * WIDTH + lane
         if gate is not None:
-            tl.store(found, tl.sum(d_gate, 0), mask=inside)
+            tl.store(found, d_gate, mask=inside)
         if weight is not None:
-            scaled = tl.sum(d_scaled, 0)
-            tl.store(found + WIDTH, tl.sum(d_shift, 0), mask=inside)
-            tl.store(found + 2 * WIDTH, scaled * w, mask=inside)
-            tl.store(found + 3 * WIDTH, scaled * m, mask=inside)
+            tl.store(found + WIDTH, d_shift, mask=inside)
+            tl.store(found + 2 * WIDTH, d_scaled * w, mask=inside)
+            tl.store(found + 3 * WIDTH, d_scaled * m, mask=inside)
