@@ -7,9 +7,9 @@ also keeps the token that crosses p. Published numbers depend on it.
 Sorting 50 000 numbers costs as much as the network's head. In float32 the edge of the nucleus is
 therefore found by two histograms over the halves of the probabilities' bit patterns (which order as
 the numbers do), with masses in fixed point, so that the result depends on no order of summation.
-On a GPU with Triton one kernel does all of it (models/kernels/top_p.py). Without Triton, compiled
-for a GPU, many rows are searched for it instead: there a histogram is slower than the two dozen
-sums of a search. In float64 it is sorted, as the reference does.
+On a GPU with Triton, kernels do all of it (models/kernels: top_p.py, of few rows count_p.py).
+Without Triton, compiled for a GPU, many rows are searched for it instead: there a histogram is
+slower than the two dozen sums of a search. In float64 it is sorted, as the reference does.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from models.kernels.top_p import ONE, can_filter, filtered
 
 HALF = 15  # bits: a float32 in [0, 1] has 30 below its sign
 SORTED = 4096  # a vocabulary that is sorted sooner than counted
-FUSED_ROWS = 1  # taken sooner by one kernel, where there is one
 SEARCHED_ROWS = 64  # and searched sooner than counted, see by_search
 BITS = 2  # of the key found by each pass of by_search
 
@@ -42,7 +41,7 @@ def nucleus(log_probs: Tensor, p: float, search: bool = False, apart: Callable =
         return log_probs
     sort = log_probs.dtype == torch.float64 or log_probs.shape[-1] <= SORTED
     rows = log_probs.numel() // log_probs.shape[-1]
-    if not sort and rows >= FUSED_ROWS and can_filter(log_probs):
+    if not sort and rows and can_filter(log_probs):
         return counted(log_probs, p) if rows <= MOST_ROWS else filtered(log_probs, p)
     if sort:
         kept = by_sorting(log_probs, p)

@@ -52,6 +52,7 @@ KERNELS = (
     "heads",
     "mlp",
     "residual",
+    "residual_steps",
     "split",
     "top_p",
 )

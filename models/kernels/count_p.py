@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import top_p
 from .split import can_start_early, early_launch
+from .starting import operator
 from .top_p import ONE
 
 try:  # see decode.py
@@ -23,7 +24,7 @@ DIGIT = 10  # bits; a float32 in [0, 1] has three such digits below its sign
 SLICE = 1024  # tokens of a program
 
 
-@torch.library.custom_op("bamdlm::counted", mutates_args=())
+@operator(__name__, "counted", mutates_args=())
 def counted(log_probs: Tensor, p: float) -> Tensor:
     """The same as `filtered`, for any number of rows."""
     vocabulary = log_probs.shape[-1]

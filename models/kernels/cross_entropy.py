@@ -30,7 +30,7 @@ def cross_entropy_in_place(
     """-log p(target), float32 [m], of logits [m, V] whose rows may lie apart; `gradient` overwrites
     them by its derivative, softmax - one-hot. The mask id has no chance (subs parameterization,
     arXiv:2406.07524)."""
-    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    losses, target = logits.new_empty(len(logits), dtype=torch.float32), target.contiguous()
     if len(logits):
         with torch.cuda.device_of(logits):
             _cross_entropy[(len(logits),)](
@@ -82,6 +82,7 @@ if triton is not None:
         chosen = tl.where(wanted == mask_id, -float("inf"), chosen)
         tl.store(losses + row, norm - chosen)
         if GRADIENT:
+            tl.debug_barrier()  # all threads have read the target's logit, which one overwrites
             y = chosen - norm
             # exp(y) - 1, which is lost in float32 where the target is nearly certain
             less = tl.where(y > -0.01, y * (1 + y * (0.5 + y / 6)), tl.exp(y) - 1)

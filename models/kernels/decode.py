@@ -9,13 +9,11 @@ is read follows from a number on the device, so one recorded CUDA graph serves a
 The softmax is summed up while the keys come in, as in FlashAttention (arXiv:2205.14135).
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from . import split
-from .starting import can_start
+from .starting import can_start, operator, processors
 
 try:  # comes with torch where there are GPUs; an export must load without it
     import triton
@@ -25,7 +23,7 @@ except ImportError:
 
 MOST_TOKENS = 64  # of one pass; they stay in registers
 TILE_BYTES = 8 << 10  # of keys, and as many of values, on their way at a time
-COUNTS = ["tokens", "slots", "block_size", "window_blocks", "angle_rows"]  # one kernel for all
+COUNTS = ["tokens", "slots", "block_size", "window_blocks", "angle_rows"]  # any values: one kernel
 HEAD_WIDTHS = (32, 64, 128)  # powers of two; tensor cores take sixteen of half a head
 
 
@@ -42,14 +40,7 @@ def can_decode(keys: Tensor, tokens: int) -> bool:
     )
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":  # Triton's interpreter
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@torch.library.custom_op("bamdlm::decode", mutates_args=("keys", "values"))
+@operator(__name__, "decode", mutates_args=("keys", "values"))
 def decode(
     qkv: Tensor,
     cos: Tensor,
@@ -70,7 +61,7 @@ def decode(
     qkv, cos, sin = (x.contiguous() for x in (qkv, cos, sin))
     rows, tokens, _ = qkv.shape
     _, slots, heads, width = keys.shape
-    few = rows * heads < 2 * _processors(qkv.device)  # each waits for the memory alone
+    few = rows * heads < 2 * processors(qkv.device)  # each waits for the memory alone
     if few and tokens <= split.MOST_SPLIT:
         numbers = block_size, window
         return split.decode_split(qkv, cos, sin, keys, values, committed, *numbers)

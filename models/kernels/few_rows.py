@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .split import can_start_early, early_launch
+from .starting import operator
 
 try:  # see decode.py
     import triton
@@ -71,7 +72,7 @@ def takes(*layers: nn.Linear) -> bool:
     )
 
 
-@torch.library.custom_op("bamdlm::normed_product", mutates_args=())
+@operator(__name__, "normed_product", mutates_args=())
 def normed_product(
     x: Tensor,
     norm: Tensor,
@@ -114,7 +115,7 @@ def _(x, norm, modulation, part, weight, bias, gelu):
     return weight.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("bamdlm::added_product", mutates_args=())
+@operator(__name__, "added_product", mutates_args=())
 def added_product(
     x: Tensor,
     a: Tensor,

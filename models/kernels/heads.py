@@ -7,7 +7,7 @@ side for the product. Here it writes them once.
 import torch
 from torch import Tensor
 
-from .starting import can_start, differentiated_by
+from .starting import can_start, differentiated_by, operator
 
 try:  # see decode.py
     import triton
@@ -29,6 +29,7 @@ def can_split(qkv: Tensor, heads: int) -> bool:
         and torch.is_grad_enabled()
         and qkv.shape[-1] <= 3 * MOST_WIDTH
         and qkv.shape[-1] // 3 // heads in HEAD_WIDTHS
+        and qkv.dtype.itemsize <= 4
         and can_start(qkv.device)
     )
 
@@ -43,7 +44,7 @@ def _gradients(ctx, d_q, d_k, d_v):
 
 
 @differentiated_by(_gradients, _keep)
-@torch.library.custom_op("bamdlm::rotated_heads", mutates_args=())
+@operator(__name__, "rotated_heads", mutates_args=())
 def rotated_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +63,7 @@ def _(qkv, cos, sin, heads):
     return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-@torch.library.custom_op("bamdlm::rotated_heads_backward", mutates_args=())
+@operator(__name__, "rotated_heads_backward", mutates_args=())
 def rotated_heads_backward(
     d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:

@@ -1,14 +1,14 @@
 """The MLP of a block in training: two products with a GELU between them, for CUDA.
 
-Between the products lie four times as many numbers as anywhere else in a block. Only what enters
-the GELU is kept; the backward pass makes what leaves it again, in the kernel that reads it anyway
-and sums up the gradient of the bias.
+Between the products lie four times as many numbers as anywhere else in a block. Only what the first
+product gives is kept; the backward pass makes what leaves the GELU again, in the kernel that reads
+it anyway and sums up the gradient of the bias.
 """
 
 import torch
 from torch import Tensor, nn
 
-from .starting import can_start, differentiated_by
+from .starting import can_start, differentiated_by, operator
 
 try:  # see decode.py
     import triton
@@ -27,6 +27,8 @@ def can_fuse_mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> bool:
         and torch.is_grad_enabled()
         and type(first) is nn.Linear  # an adapter's have more in them
         and type(second) is nn.Linear
+        and first.weight.requires_grad  # gradients of both are made
+        and second.weight.requires_grad
         and x.dtype.itemsize <= 4
         and can_start(x.device)
     )
@@ -37,17 +39,19 @@ def _keep(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight, bias, weight2)
-    ctx.bias2_dtype = bias2.dtype
+    ctx.dtypes = bias.dtype, bias2.dtype
 
 
 def _gradients(ctx, d_out, _):
-    bias = ctx.saved_tensors[3]
-    d_x, d_weight, d_bias, d_weight2, d_bias2 = mlp_backward(d_out, *ctx.saved_tensors)
-    return d_x, d_weight, d_bias.to(bias.dtype), d_weight2, d_bias2.to(ctx.bias2_dtype)
+    if d_out is None:
+        return (None,) * 5
+    saved = ctx.saved_tensors  # once: a layer that is made again gives them out once
+    d_x, d_weight, d_bias, d_weight2, d_bias2 = mlp_backward(d_out, *saved)
+    return d_x, d_weight, d_bias.to(ctx.dtypes[0]), d_weight2, d_bias2.to(ctx.dtypes[1])
 
 
 @differentiated_by(_gradients, _keep)
-@torch.library.custom_op("bamdlm::mlp", mutates_args=())
+@operator(__name__, "mlp", mutates_args=())
 def mlp(
     x: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -57,7 +61,7 @@ def mlp(
     rows = x.reshape(-1, x.shape[-1])
     inner = rows @ weight.t()
     out = torch.addmm(bias2, _gelu(inner, bias), weight2.t())
-    return out.view(*x.shape[:-1], -1), inner
+    return out.view(*x.shape[:-1], len(weight2)), inner
 
 
 @mlp.register_fake
@@ -66,13 +70,13 @@ def _(x, weight, bias, weight2, bias2):
     return x.new_empty(*x.shape[:-1], len(weight2)), x.new_empty(rows, len(weight))
 
 
-@torch.library.custom_op("bamdlm::mlp_backward", mutates_args=())
+@operator(__name__, "mlp_backward", mutates_args=())
 def mlp_backward(
     d_out: Tensor, x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias (float32), weight2 and bias2 (float32)."""
     rows = x.reshape(-1, x.shape[-1])
-    d_rows = d_out.reshape(len(rows), -1)
+    d_rows = d_out.reshape(-1, d_out.shape[-1])
     d_inner, left, d_bias = _gelu_backward(inner, bias, d_rows @ weight2)
     d_weight2, d_bias2 = d_rows.t() @ left, d_rows.sum(0, dtype=torch.float32)
     del left
@@ -90,6 +94,8 @@ def _(d_out, x, inner, weight, bias, weight2):
 def _gelu(inner: Tensor, bias: Tensor) -> Tensor:
     rows, width = inner.shape
     out = torch.empty_like(inner)
+    if not rows:  # a step in which nothing counts
+        return out
     with torch.cuda.device_of(inner):
         _forward[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](
             inner, bias, out, rows, width, ROWS=ROWS, TILE=TILE, COLUMNS=COLUMNS, num_warps=WARPS
@@ -103,6 +109,8 @@ def _gelu_backward(inner: Tensor, bias: Tensor, d_out: Tensor) -> tuple[Tensor, 
     parts = triton.cdiv(rows, ROWS)
     d_inner = torch.empty_like(inner)
     sums = inner.new_empty(parts, width, dtype=torch.float32)
+    if not rows:
+        return d_inner, d_out, sums.sum(0)
     with torch.cuda.device_of(inner):
         _backward[(parts, triton.cdiv(width, COLUMNS))](
             inner,

@@ -10,18 +10,17 @@ seed, and the backward pass asks again.
 import torch
 from torch import Tensor
 
-from .starting import can_start, differentiated_by
+from .residual_steps import backward, forward
+from .starting import can_start, differentiated_by, operator
 
 try:  # see decode.py
     import triton
-    import triton.language as tl
 except ImportError:
     triton = None
 
 MOST_WIDTH = 2048  # a program holds whole rows
 EPS = 1e-5  # that of torch's layer_norm
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LIVE = ["tokens", "limit"]  # one kernel for all
 
 
 class Tiles:
@@ -67,6 +66,8 @@ def _keep(ctx, inputs, output) -> None:
 def _gradients(ctx, d_total, d_y, _):
     total, stats, branch, gate, seed, weight, shift, scale = ctx.saved_tensors
     added, gated, normed, modulated = ctx.has
+    if d_total is None and d_y is None:
+        return (None,) * 9
     if d_total is None:
         d_total = torch.zeros_like(total)
     if normed and d_y is None:
@@ -97,7 +98,7 @@ def _gradients(ctx, d_total, d_y, _):
 
 
 @differentiated_by(_gradients, _keep)
-@torch.library.custom_op("bamdlm::residual", mutates_args=())
+@operator(__name__, "residual", mutates_args=())
 def residual(
     x: Tensor,
     branch: Tensor | None,
@@ -125,7 +126,7 @@ def residual(
     stats = x.new_empty((2, batch, tokens) if normed else 0, dtype=torch.float32)
     rows, tile, warps = _tiles(Tiles.FORWARD, width)
     with torch.cuda.device_of(x):
-        _forward[(batch * triton.cdiv(tokens, rows),)](
+        forward[(batch * triton.cdiv(tokens, rows),)](
             x,
             branch,
             *_strided(gate),
@@ -158,7 +159,7 @@ def _(x, branch, gate, seed, dropout, weight, shift, scale, dtype):
     return torch.empty_like(x), torch.empty_like(x, dtype=dtype), stats
 
 
-@torch.library.custom_op("bamdlm::residual_backward", mutates_args=())
+@operator(__name__, "residual_backward", mutates_args=())
 def residual_backward(
     d_total: Tensor,
     d_y: Tensor | None,
@@ -184,7 +185,7 @@ def residual_backward(
     d_branch = d_total.new_empty(0) if branch is None else torch.empty_like(branch)
     sums = d_total.new_empty(batch, parts, 4, width, dtype=torch.float32)
     with torch.cuda.device_of(d_total):
-        _backward[(batch * parts,)](
+        backward[(batch * parts,)](
             d_total,
             d_y,
             total,
@@ -220,9 +221,10 @@ def _(d_total, d_y, total, stats, branch, gate, seed, dropout, weight, scale):
 
 
 def _tiles(chosen: tuple[int, int, int], width: int) -> tuple[int, int, int]:
-    """As many numbers at a time where rows are wider than those of the measurement."""
+    """As many numbers of a thread where rows are wider than those of the measurement."""
     rows, tile, warps = chosen
-    return rows, max(1, tile * 1024 // max(1024, triton.next_power_of_2(width))), warps
+    wider = max(1, triton.next_power_of_2(width) // 1024)
+    return rows, tile, warps * wider
 
 
 def _strided(part: Tensor | None) -> tuple[Tensor | None, int]:
@@ -235,173 +237,6 @@ def _strided(part: Tensor | None) -> tuple[Tensor | None, int]:
 
 def _chances(dropout: float, seed: Tensor | None) -> tuple[int, float]:
     """Hashes below the first are dropped; what is kept is multiplied with the second."""
-    return (0, 1.0) if seed is None else (min(round(dropout * 2**32), 2**32 - 1), 1 / (1 - dropout))
-
-
-if triton is not None:
-
-    @triton.jit
-    def _mixed(h):
-        """A bijection of 32 bits in which every bit depends on every other."""
-        h ^= h >> 16
-        h *= 0x7FEB352D
-        h ^= h >> 15
-        h *= 0x846CA68B
-        return h ^ (h >> 16)
-
-    @triton.jit
-    def _dropped(branch, at, first, second, limit, factor):
-        """branch after dropout: what its places, hashed with both halves of the seed, decide."""
-        h = _mixed(_mixed(at.to(tl.uint32) ^ first) + second)
-        return tl.where(h < limit, 0.0, branch * factor)
-
-    @triton.jit(do_not_specialize=LIVE)
-    def _forward(
-        x,
-        branch,
-        gate,
-        gate_row,
-        seed,
-        weight,
-        shift,
-        shift_row,
-        scale,
-        scale_row,
-        total,
-        y,
-        stats,
-        all_rows,
-        tokens,
-        limit,
-        factor,
-        WIDTH: tl.constexpr,
-        LANES: tl.constexpr,
-        EPS: tl.constexpr,
-        ROWS: tl.constexpr,
-        TILE: tl.constexpr,
-    ):
-        parts = tl.cdiv(tokens, ROWS)
-        sample = (tl.program_id(0) // parts).to(tl.int64)
-        start = tl.program_id(0) % parts * ROWS
-        lane = tl.arange(0, LANES)
-        inside = lane < WIDTH
-        if gate is not None:
-            g = tl.load(gate + sample * gate_row + lane, mask=inside, other=0).to(tl.float32)
-        if seed is not None:
-            drawn = tl.load(seed)
-            first, second = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
-            limit = limit.to(tl.uint32)
-        if weight is not None:
-            w = tl.load(weight + lane, mask=inside, other=0).to(tl.float32)
-        if shift is not None:
-            a = tl.load(shift + sample * shift_row + lane, mask=inside, other=0).to(tl.float32)
-            m = 1 + tl.load(scale + sample * scale_row + lane, mask=inside, other=0).to(tl.float32)
-        for i in range(0, ROWS, TILE):
-            row = start + i + tl.arange(0, TILE)
-            live = row < tokens
-            mask = live[:, None] & inside[None, :]
-            place = sample * tokens + row
-            at = place[:, None] * WIDTH + lane[None, :]
-            v = tl.load(x + at, mask=mask, other=0).to(tl.float32)
-            if branch is not None:
-                b = tl.load(branch + at, mask=mask, other=0).to(tl.float32)
-                if seed is not None:
-                    b = _dropped(b, at, first, second, limit, factor)
-                if gate is not None:
-                    b *= g[None, :]
-                v += b
-            kept = v.to(total.dtype.element_ty)
-            tl.store(total + at, kept, mask=mask)
-            if weight is not None:
-                v = kept.to(tl.float32)
-                mean = tl.sum(v, 1) / WIDTH
-                v = tl.where(mask, v - mean[:, None], 0)
-                inverse = tl.rsqrt(tl.sum(v * v, 1) / WIDTH + EPS)
-                tl.store(stats + place, mean, mask=live)
-                tl.store(stats + all_rows + place, inverse, mask=live)
-                v *= inverse[:, None] * w[None, :]
-                if shift is not None:
-                    v = v * m[None, :] + a[None, :]
-                tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
-
-    @triton.jit(do_not_specialize=LIVE)
-    def _backward(
-        d_total,
-        d_y,
-        total,
-        stats,
-        branch,
-        gate,
-        gate_row,
-        seed,
-        weight,
-        scale,
-        scale_row,
-        d_x,
-        d_branch,
-        sums,
-        all_rows,
-        tokens,
-        limit,
-        factor,
-        WIDTH: tl.constexpr,
-        LANES: tl.constexpr,
-        ROWS: tl.constexpr,
-        TILE: tl.constexpr,
-    ):
-        parts = tl.cdiv(tokens, ROWS)
-        sample = (tl.program_id(0) // parts).to(tl.int64)
-        start = tl.program_id(0) % parts * ROWS
-        lane = tl.arange(0, LANES)
-        inside = lane < WIDTH
-        if gate is not None:
-            g = tl.load(gate + sample * gate_row + lane, mask=inside, other=0).to(tl.float32)
-            d_gate = tl.zeros([LANES], tl.float32)
-        if seed is not None:
-            drawn = tl.load(seed)
-            first, second = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
-            limit = limit.to(tl.uint32)
-        if weight is not None:
-            w = tl.load(weight + lane, mask=inside, other=0).to(tl.float32)
-            d_shift = tl.zeros([LANES], tl.float32)
-            d_scaled = tl.zeros([LANES], tl.float32)
-            m = tl.full([LANES], 1, tl.float32)
-            if scale is not None:
-                m += tl.load(scale + sample * scale_row + lane, mask=inside, other=0).to(tl.float32)
-        for i in range(0, ROWS, TILE):
-            row = start + i + tl.arange(0, TILE)
-            live = row < tokens
-            mask = live[:, None] & inside[None, :]
-            place = sample * tokens + row
-            at = place[:, None] * WIDTH + lane[None, :]
-            d = tl.load(d_total + at, mask=mask, other=0).to(tl.float32)
-            if weight is not None:
-                mean = tl.load(stats + place, mask=live, other=0)
-                inverse = tl.load(stats + all_rows + place, mask=live, other=0)
-                v = tl.load(total + at, mask=mask, other=0).to(tl.float32)
-                v = tl.where(mask, (v - mean[:, None]) * inverse[:, None], 0)
-                dy = tl.load(d_y + at, mask=mask, other=0).to(tl.float32)
-                d_shift += tl.sum(dy, 0)
-                d_scaled += tl.sum(dy * v, 0)
-                dy *= (w * m)[None, :]
-                slope = tl.sum(dy * v, 1) / WIDTH
-                dy -= (tl.sum(dy, 1) / WIDTH)[:, None] + v * slope[:, None]
-                d += dy * inverse[:, None]
-                tl.store(d_x + at, d.to(d_x.dtype.element_ty), mask=mask)
-            if branch is not None:
-                if gate is not None:
-                    b = tl.load(branch + at, mask=mask, other=0).to(tl.float32)
-                    if seed is not None:
-                        b = _dropped(b, at, first, second, limit, factor)
-                    d_gate += tl.sum(d * b, 0)
-                    d *= g[None, :]
-                if seed is not None:
-                    d = _dropped(d, at, first, second, limit, factor)
-                tl.store(d_branch + at, d.to(d_branch.dtype.element_ty), mask=mask)
-        found = sums + tl.program_id(0).to(tl.int64) * 4 * WIDTH + lane
-        if gate is not None:
-            tl.store(found, d_gate, mask=inside)
-        if weight is not None:
-            tl.store(found + WIDTH, d_shift, mask=inside)
-            tl.store(found + 2 * WIDTH, d_scaled * w, mask=inside)
-            tl.store(found + 3 * WIDTH, d_scaled * m, mask=inside)
+    if seed is None:
+        return 0, 1.0
+    return min(round(dropout * 2**32), 2**32 - 1), 1 / (1 - dropout) if dropout < 1 else 0.0

@@ -26,7 +26,9 @@ COUNTS = ["tokens", "slots", "block_size", "window_blocks", "angle_rows", "parts
 @functools.cache
 def can_start_early(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it still runs, and wait for it inside."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def early_launch(early: bool) -> dict:

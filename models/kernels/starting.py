@@ -2,17 +2,21 @@
 
 import functools
 import os
+import re
 import shutil
 from collections.abc import Callable
 
 import torch
 
-SHARED_MEMORY = 99 << 10  # bytes per block; the largest variant of all takes 96 K
+SHARED_MEMORY = 99 << 10  # bytes per block; decode.py takes up to 96 K
 
 
 def can_start(device: torch.device) -> bool:
     """Whether Triton finds the C compiler that it starts kernels with, and the GPU has room for the
-    largest tiles: NVIDIA's from Ampere on. torch.compile, which cannot look, needs the same."""
+    largest tiles: NVIDIA's from Ampere on. Inside what torch.compile compiles nobody can look;
+    there Triton runs already, and no kernel with large tiles is asked for."""
+    if torch.version.hip is not None:  # AMD's: not tried, and some options are NVIDIA's
+        return False
     return torch.compiler.is_compiling() or _can_start(device)
 
 
@@ -21,6 +25,21 @@ def _can_start(device: torch.device) -> bool:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return compiler is not None and room >= SHARED_MEMORY
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type == "cpu":  # Triton's interpreter
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def operator(module: str, name: str, *, mutates_args: tuple[str, ...]) -> Callable:
+    """A decorator: torch.library.custom_op under the name of its module. An export brings these
+    files along, and a second operator of one name would end the process at the next use of the
+    first."""
+    space = re.sub(r"\W", "_", module)
+    return torch.library.custom_op(f"{space}::{name}", mutates_args=mutates_args)
 
 
 def differentiated_by(backward: Callable, keep: Callable) -> Callable:

@@ -9,8 +9,7 @@ search ends among them. All sums are of integers, so that the result depends on 
 import torch
 from torch import Tensor
 
-from .decode import _processors as processors
-from .starting import can_start
+from .starting import can_start, operator, processors
 
 try:  # see decode.py
     import triton
@@ -43,7 +42,7 @@ def can_filter(log_probs: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("bamdlm::filtered", mutates_args=())
+@operator(__name__, "filtered", mutates_args=())
 def filtered(log_probs: Tensor, p: float) -> Tensor:
     """log_probs float32 [..., V] -> the same with -inf at all tokens that the nucleus drops.
 

@@ -85,14 +85,14 @@ KINDS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 )
 def test_the_kernel_is_the_steps(cuda, head_width, dtype, tolerance, monkeypatch):
     for few in (True, False):  # programs: their keys are shared out, or not
-        monkeypatch.setattr(decode, "_processors", lambda device, few=few: 1000 * few)
+        monkeypatch.setattr(decode, "processors", lambda device, few=few: 1000 * few)
         for case in PASSES:
             compare(*case, head_width, dtype, cuda, tolerance)
 
 
 @pytest.mark.gpu
 def test_few_rows_and_many_are_taken_in_other_ways(cuda):
-    many = decode._processors(cuda)  # of three heads each: more than two programs a processor
+    many = decode.processors(cuda)  # of three heads each: more than two programs a processor
     for rows in (1, many):
         compare([24] * rows, 4, 4, 64, 32, torch.float32, cuda, 1e-5)
 
@@ -107,7 +107,7 @@ def test_the_kernel_runs_where_its_tensors_are():
 BY_THE_INTERPRETER = """
 import torch, test_decode as t
 for few in (False, True):
-    t.decode._processors = lambda device: 1000 * few
+    t.decode.processors = lambda device: 1000 * few
     for case in t.PASSES:
         t.compare(*case, 32, torch.float32, "cpu", 1e-5)
 t.compare(*t.PASSES[0], 32, torch.float32, "cpu", 1e-5, kept=torch.float16)

@@ -1,9 +1,12 @@
 """The kernels of a training step against the same in plain operators."""
 
+import importlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from models.layers import Rotary, rotate
 from models.masks import BlockDiffusion, Full
 from objectives import head
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 P = 0.3
 
@@ -89,6 +93,46 @@ def check_dropout(device):
         assert abs((one * other).mean() - (1 - P) ** 2) < 2 * spread
 
 
+REGISTERED = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def check_operators(device):
+    """What the compiler is told of them is what they do."""
+    x, y, weight, gate = (
+        leaf(*shape, device=device) for shape in ((2, 5, 8),) * 2 + ((8,), (2, 1, 8))
+    )
+    seed, wide = residual.new_seed(x.device), torch.float32
+    cos, sin = Rotary(16).to(device)(torch.arange(5, device=device))
+    shapes = (3, 4, 24), (96, 24), (96,), (24, 96), (24,)
+    for operator, arguments in (
+        (residual.residual, (x, y, gate, seed, P, weight, gate, gate, wide)),
+        (residual.residual, (x, None, None, None, 0.0, weight, None, None, wide)),
+        (residual.residual, (x, y, None, None, 0.0, None, None, None, wide)),
+        (heads.rotated_heads, (leaf(2, 5, 96, device=device), cos, sin, 2)),
+        (mlp.mlp, tuple(leaf(*shape, device=device) for shape in shapes)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=REGISTERED)
+
+
+def check_edges(device):
+    """Gradients that are not there, a step in which nothing counts, and a dropout of all."""
+    x, y, weight = (leaf(*shape, device=device) for shape in ((2, 5, 8), (2, 5, 8), (8,)))
+    without = None, None, 0.0
+    total, normed, _ = residual.residual(x, y, *without, weight, None, None, torch.float32)
+    wanted = F.layer_norm(x + y, (8,), weight)
+    for ours, theirs in ((total, x + y), (normed, wanted)):
+        found = torch.autograd.grad(ours.square().sum(), x, retain_graph=True)[0]
+        expected = torch.autograd.grad(theirs.square().sum(), x)[0]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    seed = residual.new_seed(x.device)
+    assert torch.equal(residual.residual(x, y, None, seed, 1.0, *(None,) * 3, x.dtype)[0], x)
+    shapes = (0, 24), (96, 24), (96,), (24, 96), (24,)
+    inputs = [leaf(*shape, device=device) for shape in shapes]
+    out, _ = mlp.mlp(*inputs)
+    assert out.shape == (0, 24)
+    assert not any(d.any() for d in torch.autograd.grad(out.sum(), inputs))
+
+
 def check_heads(device, dtype, tolerance):
     torch.manual_seed(0)
     for batch, tokens, count, width, shared in ((2, 13, 3, 32, True), (3, 8, 2, 16, False)):
@@ -104,7 +148,7 @@ def check_heads(device, dtype, tolerance):
 def check_mlp(device, dtype, tolerance):
     torch.manual_seed(0)
     options = {"device": device, "dtype": dtype}
-    for shape in ((2, 70, 24), (13, 24)):
+    for shape in ((2, 70, 24), (13, 24), (1, 1, 24)):
         x, bias = leaf(*shape, **options), leaf(600, device=device)
         weight, weight2, bias2 = leaf(600, 24, **options), leaf(24, 600, **options), leaf(24)
         bias2 = bias2.detach().to(**options).requires_grad_()
@@ -166,19 +210,53 @@ def check_network(device, monkeypatch, adaln=True):
             assert (grad - wanted[name]).norm() <= GRADIENTS * wanted[name].norm() + 1e-6, name
 
 
+def check_dropout_of_a_network(device, monkeypatch):
+    """Its draws follow from the device's generator, are not those of another place, and are the
+    same where a layer is made again."""
+    tokens, found = texts(2, 32, 6).to(device), []
+    for name in CHOICES:
+        monkeypatch.setattr(block, name, lambda *_: True)
+    for seed, again in ((1, "none"), (1, "full"), (2, "none")):
+        net = small(hidden_size=64, n_blocks=3, activation_checkpointing=again).to(device).train()
+        for each in net.blocks:
+            each.dropout = P
+        drawn, new_seed = [], residual.new_seed
+
+        def kept(device, drawn=drawn, new_seed=new_seed):
+            drawn.append(new_seed(device))
+            return drawn[-1]
+
+        monkeypatch.setattr(block, "new_seed", kept)
+        torch.manual_seed(seed)
+        hidden = net.hidden(tokens, attention_mask=Full())
+        assert len({int(each) for each in drawn}) == 2 * len(net.blocks)  # two places of each
+        hidden.square().sum().backward()
+        found.append([hidden, *(p.grad for p in net.parameters() if p.grad is not None)])
+    one, same, other = found
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not torch.equal(one[0], other[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), KINDS)
 def test_a_kernel_is_its_operators(cuda, dtype, tolerance):
     check_residual(cuda, dtype, tolerance)
-    check_residual(cuda, dtype, tolerance, [(2, 300, 768)])
+    check_residual(cuda, dtype, tolerance, [(2, 300, 768), (2, 5, 1536)])
     check_heads(cuda, dtype, tolerance)
     check_mlp(cuda, dtype, tolerance)
     check_cross_entropy(cuda, dtype, tolerance)
 
 
 @pytest.mark.gpu
-def test_dropout_is_even(cuda):
+def test_dropout_is_even(cuda, monkeypatch):
     check_dropout(cuda)
+    check_dropout_of_a_network(cuda, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_operators_are_what_the_compiler_is_told(cuda):
+    check_operators(cuda)
+    check_edges(cuda)
 
 
 @pytest.mark.gpu
@@ -192,6 +270,9 @@ import pytest, torch, test_training_kernels as t
 single = torch.float32, 1e-5
 t.check_residual("cpu", *single)
 t.check_dropout("cpu")
+t.check_dropout_of_a_network("cpu", pytest.MonkeyPatch())
+t.check_operators("cpu")
+t.check_edges("cpu")
 t.check_heads("cpu", *single)
 t.check_mlp("cpu", *single)
 t.check_cross_entropy("cpu", *single)
@@ -220,7 +301,7 @@ class OnGpu:
         return 1
 
 
-LINEAR = torch.nn.Linear(2, 2)
+LINEAR, FROZEN = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False)
 TAKEN = [
     (residual.can_fuse, (OnGpu(),), True),
     (residual.can_fuse, (OnGpu(shape=(2, 8, 4096)),), False),
@@ -231,6 +312,8 @@ TAKEN = [
     (heads.can_split, (torch.zeros(2, 8, 192), 2), False),
     (mlp.can_fuse_mlp, (OnGpu(), LINEAR, LINEAR), True),
     (mlp.can_fuse_mlp, (OnGpu(), LINEAR, torch.nn.Identity()), False),
+    (mlp.can_fuse_mlp, (OnGpu(), LINEAR, FROZEN), False),
+    (heads.can_split, (OnGpu(dtype=torch.float64), 2), False),
     (mlp.can_fuse_mlp, (OnGpu(dtype=torch.float64), LINEAR, LINEAR), False),
     (mlp.can_fuse_mlp, (torch.zeros(2), LINEAR, LINEAR), False),
 ]
@@ -244,3 +327,15 @@ def test_what_the_kernels_take(can, asked, expected, monkeypatch):
     assert can(*asked) == expected
     with torch.no_grad():
         assert not can(*asked)  # it is worth it in training alone
+
+
+def test_a_copy_has_operators_of_its_own(tmp_path, monkeypatch):
+    """An export brings these files along. Two operators of one name end the process."""
+    shutil.copytree(ROOT / "models" / "kernels", tmp_path / "copy_of_kernels")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in sorted((ROOT / "models" / "kernels").glob("[a-z]*.py")):
+        ours = importlib.import_module(f"models.kernels.{path.stem}")
+        theirs = importlib.import_module(f"copy_of_kernels.{path.stem}")
+        for name, operator in vars(ours).items():
+            if isinstance(operator, torch._library.custom_ops.CustomOpDef):
+                assert operator._qualname != vars(theirs)[name]._qualname
