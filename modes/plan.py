@@ -16,6 +16,7 @@ from functools import cache
 
 import torch
 
+from models.kernels.residual import MOST_WIDTH
 from models.network import Network
 from models.recomputing import Recompute
 from modes.build import build_backbone, read_weights
@@ -44,6 +45,9 @@ KEPT_COMPILED = 0.7  # of that; and of KEPT_LLAMA, fitted to three peaks of Smol
 KEPT_LLAMA_COMPILED = 0.46
 # The same two of a DiT without modulation (ar): a share of KEPT, and of that if compiled.
 PLAIN, PLAIN_COMPILED = 0.74, 0.82
+# The same with the kernels that a GPU uses (models/kernels), compiled or not: counted, and times
+# 1.03, as peaks in bf16 on an H200 are; and the share of ar.
+KEPT_BY_KERNELS, PLAIN_BY_KERNELS = {2: 33, 4: 58}, 0.95
 INPUT = 4  # bytes kept likewise of a layer that is made again: the residual stream, in float32
 
 
@@ -96,7 +100,8 @@ def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
     # the last layer keeps little more than its keys and values, and the rows that are read
     last = (loader.batch_size * shape.read) / rows
     modulated = get_algorithm(shape.algo).noise or config.model.adaln
-    kept = kept_per_width(shape, size, modulated, config.model.compile)
+    kernels = by_kernels(config, shape)
+    kept = kept_per_width(shape, size, modulated, config.model.compile, kernels)
     cost = flops(shape)
     logits = CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR
     sequences = float(trainer.max_steps) * loader.global_batch_size
@@ -109,7 +114,8 @@ def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
         weights=weights / shards,
         gathered=2 * (4 * count.outside + size * 2 * layer) if shards > 1 else 0,
         activations=rows * shape.hidden_size * most_kept(shape.n_blocks, again, kept, last),
-        head=logits * (6 if size == 2 else 4)  # in half precision a float32 copy
+        # in half precision a float32 copy, but for the kernels
+        head=logits * (6 if size == 2 and not kernels else size)
         + 4 * shape.vocab_size * shape.hidden_size * (count.frozen == 0),
         tokens=sequences * shape.length,
         flops=cost.step * sequences,
@@ -164,8 +170,19 @@ def most_kept(layers: int, again: list[int], kept: float, last: float) -> float:
     return most
 
 
-def kept_per_width(shape: NetworkShape, size: int, modulated: bool, compiled: bool) -> float:
+def by_kernels(config: Config, shape: NetworkShape) -> bool:
+    """Whether the kernels of a training step are used: by a DiT on a GPU, without adapters. The
+    figures of models/llama.py were fitted to the head as it was without them."""
+    on_gpu = config.trainer.accelerator != "cpu" and config.lora.rank is None
+    return on_gpu and shape.mlp_weights is None and shape.hidden_size <= MOST_WIDTH
+
+
+def kept_per_width(
+    shape: NetworkShape, size: int, modulated: bool, compiled: bool, kernels: bool
+) -> float:
     """Bytes per row, layer and unit of width, with products of `size` bytes a number."""
+    if kernels:
+        return KEPT_BY_KERNELS[size] * (1 if modulated else PLAIN_BY_KERNELS)
     if shape.mlp_weights is None:
         kept, share = (1, KEPT_COMPILED) if modulated else (PLAIN, PLAIN_COMPILED)
         return KEPT[size] * kept * (share if compiled else 1)
@@ -222,7 +239,7 @@ def on_gpus(made: Plan, config: Config, gpu: Gpu) -> list[str]:
         f" {limit / GIB:.1f} GiB of {gpu.memory / GIB:.1f} GiB usable",
         f"estimated training time: {duration(made.hours(gpu.peak * share))}",
         f"  at {share:.1%} (MFU) of a matrix product's speed ({gpu.source}), as measured on one"
-        f" H100, model=small, {'compiled' if config.model.compile else 'not compiled'}",
+        f" H200, model=small, {'compiled' if config.model.compile else 'not compiled'}",
     ]
     if algo not in MFU:
         lines.append(f"  {algo} was not measured on a GPU: the figure is that of {NOT_MEASURED}")

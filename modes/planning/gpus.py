@@ -10,11 +10,11 @@ from training.flops import GPUS, matmul_dtype, matmul_peak
 GIB = 1 << 30
 # Of the memory, what a run may take: the rest is for CUDA's context, NCCL's buffers and gaps.
 USABLE = 0.97
-# docs/performance.md, one H100 80GB, model=small, 32 rows a step, with the fastest attention: the
-# share of a large matrix product's speed that training reaches, compiled and not.
-MFU = {"bamdlm": (0.404, 0.206), "mdlm": (0.411, 0.223), "ar": (0.438, 0.271)}
+# docs/performance.md, one H200, model=small, 32 rows a step, with the fastest attention: the share
+# of a large matrix product's speed that training reaches, compiled and not.
+MFU = {"bamdlm": (0.450, 0.424), "mdlm": (0.480, 0.415), "ar": (0.503, 0.477)}
 NOT_MEASURED = "mdlm"  # stands for algorithms that are not in MFU
-REACHED = 0.77  # that speed as a share of `peak`: 750 to 774 of 989 TFLOP/s
+REACHED = 0.77  # that speed as a share of `peak`: 747 to 793 of 989 TFLOP/s, H100 and H200
 SEVERAL = 0.955  # of the sum of their speeds: two GPUs of one host, with ddp
 
 

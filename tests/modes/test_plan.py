@@ -224,8 +224,8 @@ def test_a_plan_reads_well():
     assert "exchange: each device sends 1.11 GiB per optimizer step (strategy=ddp, 8" in text
     lines = on_gpus(made, config, Gpu("this GPU", 80e9, 4e14, "measured 400 TFLOP/s"))
     assert lines[0].startswith("on 8 × this GPU: fits; ")
-    assert lines[1] == f"estimated training time: {3600 * made.hours(4e14 * 0.206):.3g} seconds"
-    assert "at 20.6% (MFU) of a matrix product's speed (measured 400 TFLOP/s)" in lines[2]
+    assert lines[1] == f"estimated training time: {3600 * made.hours(4e14 * 0.424):.3g} seconds"
+    assert "at 42.4% (MFU) of a matrix product's speed (measured 400 TFLOP/s)" in lines[2]
 
 
 TEXT8 = ["mode=plan", "data=text8", "model=tiny", "model.length=64", "wandb=null"]
@@ -263,32 +263,33 @@ def test_a_plan_for_gpus_that_are_named(capsys):
 
 
 def test_the_hours_are_those_that_were_measured():
-    """258 518 tokens/s of bamdlm and 438 048 of mdlm, on one H100."""
-    peak = GPUS["H100-80GB"]["peak"] * 1e12 * REACHED
-    for algo, size, rate in (("bamdlm", 16, 258_518), ("mdlm", 1024, 438_048)):
+    """297 920 tokens/s of bamdlm and 520 729 of mdlm, on one H200 faster than REACHED says."""
+    peak = GPUS["H200-141GB"]["peak"] * 1e12 * REACHED
+    for algo, size, rate in (("bamdlm", 16, 297_920), ("mdlm", 1024, 520_729)):
         cost = flops(NetworkShape(algo, 768, 12, 50_258, 1024, size)).step / 1024
-        assert peak * MFU[algo][0] / cost == pytest.approx(rate, rel=0.02)
+        assert peak * MFU[algo][0] / cost == pytest.approx(rate, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    ("algo", "compiled", "measured"),
+    ("algo", "compiled", "rows", "measured"),
     [
-        *(("bamdlm", True, 27.5), ("bamdlm", False, 37.5), ("mdlm", True, 15.8)),
-        *(("mdlm", False, 21.7), ("ar", True, 15.6), ("ar", False, 17.9)),
+        *(("bamdlm", True, 32, 21.2), ("bamdlm", False, 32, 21.3), ("bamdlm", True, 16, 12.4)),
+        *(("bamdlm", True, 64, 39.0), ("bamdlm", True, 128, 74.4), ("mdlm", True, 32, 12.5)),
+        *(("mdlm", False, 32, 12.6), ("ar", True, 32, 12.8), ("ar", False, 32, 12.8)),
     ],
 )
-def test_the_memory_is_that_which_was_measured_on_an_h100(algo, compiled, measured):
-    """GiB of docs/performance.md: model=small, 32 rows of 1024."""
+def test_the_memory_is_that_which_was_measured_by_kernels(algo, compiled, rows, measured):
+    """GiB of docs/performance.md: model=small, rows of 1024, on an H200."""
     size = {"bamdlm": 16, "mdlm": 1024, "ar": 1}[algo]
     words = [f"algo={algo}", f"block_size={size}", f"model.compile={compiled}", "mode=plan"]
-    words += ["plan.gpu=H100-80GB", "loader.global_batch_size=32"]
+    words += ["plan.gpu=H200-141GB", f"loader.global_batch_size={rows}"]
+    words += [f"loader.batch_size={rows}"]
     count = Weights(162_246_482 if algo == "ar" else 169_627_218)
     made = plan(settings.load(words), NetworkShape(algo, 768, 12, 50_258, 1024, size), count)
-    assert made.memory / 2**30 == pytest.approx(measured, rel=0.07)
+    assert made.memory / 2**30 == pytest.approx(measured, rel=0.05)
 
 
 SMOL = ["algo.backbone=llama", "model=llama-135m", "model.length=512", "loader.batch_size=16"]
-DIT = ["model.hidden_size=576", "model.cond_dim=128", "model.n_blocks=18", "model.n_heads=9"]
 
 
 @pytest.mark.parametrize(
@@ -315,14 +316,12 @@ ON_AN_H200 = {  # docs/results.md: settings, ids of the vocabulary with the mask
         16.5,
     ),
     "ar": ([*SMOL, "algo=ar"], 49_153, 7.9),
-    "dit": ([*DIT, "block_size=4", "model.length=512", "loader.batch_size=16"], 49_153, 10.0),
-    "small": (["model=small", "block_size=4", "loader.batch_size=32"], 8_193, 26.8),
 }
 
 
 @pytest.mark.parametrize("case", ON_AN_H200)
 def test_the_memory_is_that_which_was_measured_on_an_h200(case):
-    """With SmolLM2's shape, a DiT of its size and model=small, compiled."""
+    """With SmolLM2's shape, compiled."""
     words, ids, measured = ON_AN_H200[case]
     words = ["mode=plan", "plan.gpu=H200-141GB", "model.compile=true", *words]
     config = settings.load([*words, "loader.global_batch_size=32"])
@@ -333,8 +332,11 @@ def test_the_memory_is_that_which_was_measured_on_an_h200(case):
 
 
 NOT_FITTING = {  # what is added to the command, and the changes that are named
-    ("model=small",): [{"model.activation_checkpointing"}, {"loader.batch_size"}],
-    ("loader.batch_size=1", "model=medium", "model.length=16384"): [
+    ("model=small", "model.length=128"): [
+        {"model.activation_checkpointing"},
+        {"loader.batch_size"},
+    ],
+    ("loader.batch_size=1", "model=medium", "model.length=24576"): [
         {"model.activation_checkpointing"}
     ],
     (
