@@ -45,7 +45,7 @@ def cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: in
 
 
 def cross_entropy_kernel(backbone, mask_id: int) -> LossKernel:
-    """The fastest form of `cross_entropy` for the device of the logits."""
+    """`cross_entropy`, in one kernel where there is one, else compiled where the network is."""
     without = fused_cross_entropy if backbone.compiled else cross_entropy
 
     def kernel(logits: Tensor, target: Tensor, gradient: bool) -> Tensor:

@@ -54,6 +54,7 @@ KERNELS = (
     "residual",
     "residual_steps",
     "split",
+    "starting",
     "top_p",
 )
 OPTIONAL_IN_MODELS = {

@@ -24,9 +24,7 @@ WARPS = 4
 def can_split(qkv: Tensor, heads: int) -> bool:
     """Whether `rotated_heads` can take qkv [B, T, 3 E], and is worth it: gradients are wanted."""
     return (
-        triton is not None
-        and qkv.device.type == "cuda"
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and qkv.shape[-1] <= 3 * MOST_WIDTH
         and qkv.shape[-1] // 3 // heads in HEAD_WIDTHS
         and qkv.dtype.itemsize <= 4

@@ -8,13 +8,21 @@ from collections.abc import Callable
 
 import torch
 
+try:  # see decode.py
+    import triton
+except ImportError:
+    triton = None
+
 SHARED_MEMORY = 99 << 10  # bytes per block; decode.py takes up to 96 K
 
 
 def can_start(device: torch.device) -> bool:
-    """Whether Triton finds the C compiler that it starts kernels with, and the GPU has room for the
-    largest tiles: NVIDIA's from Ampere on. Inside what torch.compile compiles nobody can look;
-    there Triton runs already, and no kernel with large tiles is asked for."""
+    """Whether this is a GPU and Triton is there, which finds the C compiler that it starts kernels
+    with, and the GPU has room for the largest tiles: NVIDIA's from Ampere on. Inside what
+    torch.compile compiles nobody can look; there Triton runs already, and no kernel with large
+    tiles is asked for."""
+    if triton is None or device.type != "cuda":
+        return False
     if torch.version.hip is not None:  # AMD's: not tried, and some options are NVIDIA's
         return False
     return torch.compiler.is_compiling() or _can_start(device)

@@ -34,9 +34,7 @@ class Tiles:
 def can_filter(log_probs: Tensor) -> bool:
     """Whether `filtered` can take log_probs [..., V]."""
     return (
-        triton is not None
-        and log_probs.device.type == "cuda"
-        and log_probs.dtype == torch.float32
+        log_probs.dtype == torch.float32
         and not torch.is_grad_enabled()  # it has none
         and can_start(log_probs.device)
     )

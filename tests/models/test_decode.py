@@ -195,12 +195,12 @@ class OnGpu:
     ids=["taken", "tokens", "width 48", "width 16", "float64", "cpu"],
 )
 def test_what_the_kernel_takes(keys, tokens, expected, monkeypatch):
-    monkeypatch.setattr(decode, "triton", object())
-    monkeypatch.setattr(decode, "can_start", lambda device: True)
+    monkeypatch.setattr(starting, "triton", object())
+    monkeypatch.setattr(starting, "_can_start", lambda device: True)
     assert not decode.can_decode(keys, tokens)  # it has no gradients
     with torch.no_grad():
         assert decode.can_decode(keys, tokens) == expected
-        monkeypatch.setattr(decode, "triton", None)
+        monkeypatch.setattr(starting, "triton", None)
         assert not decode.can_decode(keys, tokens)
 
 
@@ -221,9 +221,13 @@ def test_where_the_kernel_runs(kilobytes, compiler, expected, monkeypatch):
 
 def test_the_compiler_does_not_look_for_a_compiler(monkeypatch):
     """It could not follow, and where it runs for a GPU Triton runs too."""
-    asked = []
+    asked, here, there = [], torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(starting, "triton", object())
     monkeypatch.setattr(starting, "_can_start", asked.append)
-    assert not starting.can_start("here")
+    assert not starting.can_start(here)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert starting.can_start("there")
-    assert asked == ["here"]
+    assert starting.can_start(there)
+    assert asked == [here]
+    assert not starting.can_start(torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not starting.can_start(there)

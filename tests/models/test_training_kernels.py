@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from networks import GRADIENTS, LOGITS, small, texts
 
 from models import block
-from models.kernels import cross_entropy, heads, mlp, residual
+from models.kernels import cross_entropy, heads, mlp, residual, starting
 from models.layers import Rotary, rotate
 from models.masks import BlockDiffusion, Full
 from objectives import head
@@ -321,12 +321,13 @@ TAKEN = [
 
 @pytest.mark.parametrize(("can", "asked", "expected"), TAKEN)
 def test_what_the_kernels_take(can, asked, expected, monkeypatch):
-    for module in (residual, heads, mlp):
-        monkeypatch.setattr(module, "triton", object())
-        monkeypatch.setattr(module, "can_start", lambda device: True)
+    monkeypatch.setattr(starting, "triton", object())
+    monkeypatch.setattr(starting, "_can_start", lambda device: True)
     assert can(*asked) == expected
     with torch.no_grad():
         assert not can(*asked)  # it is worth it in training alone
+    monkeypatch.setattr(starting, "triton", None)
+    assert not can(*asked)
 
 
 def test_a_copy_has_operators_of_its_own(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from models.kernels import top_p
+from models.kernels import starting, top_p
 from samplers import nucleus as nucleus_module
 from samplers.nucleus import by_search, call, nucleus
 
@@ -123,8 +123,8 @@ class OnGpu:
 
 
 def test_what_the_kernel_takes(monkeypatch):
-    monkeypatch.setattr(top_p, "triton", object())
-    monkeypatch.setattr(top_p, "can_start", lambda device: device.type == "cuda")
+    monkeypatch.setattr(starting, "triton", object())
+    monkeypatch.setattr(starting, "_can_start", lambda device: True)
     given = OnGpu()
     assert not top_p.can_filter(given)  # it has no gradients
     with torch.no_grad():
@@ -133,5 +133,5 @@ def test_what_the_kernel_takes(monkeypatch):
         given.dtype = torch.float64
         assert not top_p.can_filter(given)
         given.dtype = torch.float32
-        monkeypatch.setattr(top_p, "triton", None)
+        monkeypatch.setattr(starting, "triton", None)
         assert not top_p.can_filter(given)
