@@ -16,7 +16,8 @@ try:  # see decode.py
 except ImportError:
     triton = None
 
-ROWS, TILE, COLUMNS, WARPS = 64, 4, 512, 4  # of a program; rows of it at a time
+# of a program: rows, rows at a time, columns; how many loads are on their way, itself included
+CUT = {"ROWS": 64, "TILE": 4, "COLUMNS": 512, "STAGES": 3, "num_warps": 4}
 
 
 def can_fuse_mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> bool:
@@ -95,34 +96,25 @@ def _gelu(inner: Tensor, bias: Tensor) -> Tensor:
     if not rows:  # a step in which nothing counts
         return out
     with torch.cuda.device_of(inner):
-        _forward[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](
-            inner, bias, out, rows, width, ROWS=ROWS, TILE=TILE, COLUMNS=COLUMNS, num_warps=WARPS
-        )
+        _forward[_grid(inner)](inner, bias, out, rows, width, **CUT)
     return out
+
+
+def _grid(inner: Tensor) -> tuple[int, int]:
+    rows, width = inner.shape
+    return triton.cdiv(rows, CUT["ROWS"]), triton.cdiv(width, CUT["COLUMNS"])
 
 
 def _gelu_backward(inner: Tensor, bias: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of inner; what _gelu gave, in the place of d_out; the gradient of the bias."""
     rows, width = inner.shape
-    parts = triton.cdiv(rows, ROWS)
+    parts = _grid(inner)[0]
     d_inner = torch.empty_like(inner)
     sums = inner.new_empty(parts, width, dtype=torch.float32)
     if not rows:
         return d_inner, d_out, sums.sum(0)
     with torch.cuda.device_of(inner):
-        _backward[(parts, triton.cdiv(width, COLUMNS))](
-            inner,
-            bias,
-            d_out,
-            d_inner,
-            sums,
-            rows,
-            width,
-            ROWS=ROWS,
-            TILE=TILE,
-            COLUMNS=COLUMNS,
-            num_warps=WARPS,
-        )
+        _backward[_grid(inner)](inner, bias, d_out, d_inner, sums, rows, width, **CUT)
     return d_inner, d_out, sums.sum(0)
 
 
@@ -149,11 +141,12 @@ if triton is not None:
         ROWS: tl.constexpr,
         TILE: tl.constexpr,
         COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         start = tl.program_id(0).to(tl.int64) * ROWS
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         b = tl.load(bias + column, mask=column < width, other=0).to(tl.float32)
-        for i in range(0, ROWS, TILE):
+        for i in tl.range(0, ROWS, TILE, num_stages=STAGES):
             row = start + i + tl.arange(0, TILE)
             mask = (row < rows)[:, None] & (column < width)[None, :]
             at = row[:, None] * width + column[None, :]
@@ -173,12 +166,13 @@ if triton is not None:
         ROWS: tl.constexpr,
         TILE: tl.constexpr,
         COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         start = tl.program_id(0).to(tl.int64) * ROWS
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         b = tl.load(bias + column, mask=column < width, other=0).to(tl.float32)
         total = tl.zeros([TILE, COLUMNS], tl.float32)  # rows are added up once, in the end
-        for i in range(0, ROWS, TILE):
+        for i in tl.range(0, ROWS, TILE, num_stages=STAGES):
             row = start + i + tl.arange(0, TILE)
             mask = (row < rows)[:, None] & (column < width)[None, :]
             at = row[:, None] * width + column[None, :]

@@ -25,11 +25,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 class Tiles:
     """How a kernel is cut up, chosen by measurement on an H200: rows of a program, rows of it at a
-    time, warps."""
+    time, warps. STAGES: so many rows are on their way from memory while one is worked on."""
 
     FORWARD = 4, 4, 4
-    BACKWARD = 32, 2, 2
-    BACKWARD_WITHOUT_NORM = 16, 2, 4
+    BACKWARD = 32, 1, 1
+    BACKWARD_WITHOUT_NORM = 32, 1, 1
+    STAGES = 3
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -203,6 +204,7 @@ def residual_backward(
             LANES=triton.next_power_of_2(width),
             ROWS=rows,
             TILE=tile,
+            STAGES=Tiles.STAGES,
             num_warps=warps,
         )
     return d_x, d_branch, sums.sum(1)

@@ -121,6 +121,7 @@ if triton is not None:
         LANES: tl.constexpr,
         ROWS: tl.constexpr,
         TILE: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         parts = tl.cdiv(tokens, ROWS)
         sample = (tl.program_id(0) // parts).to(tl.int64)
@@ -141,7 +142,7 @@ if triton is not None:
             m = tl.full([LANES], 1, tl.float32)
             if scale is not None:
                 m += tl.load(scale + sample * scale_row + lane, mask=inside, other=0).to(tl.float32)
-        for i in range(0, ROWS, TILE):
+        for i in tl.range(0, ROWS, TILE, num_stages=STAGES):
             row = start + i + tl.arange(0, TILE)
             live = row < tokens
             mask = live[:, None] & inside[None, :]
