@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .by_kernel import ByKernel
 from .compiling import compiled
 from .masks import AttentionMask, BlockCausal, BlockDiffusion, CausalClean, Full
 
@@ -148,7 +149,8 @@ def _split_block_diffusion(mask, queries, keys, document_ids, device) -> Attend:
 def flex(
     mask: AttentionMask, queries: int, keys: int, document_ids: Tensor | None, device: torch.device
 ) -> Attend:
-    """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass."""
+    """FlexAttention: compiled on an accelerator; eager on a CPU, where it has no backward pass.
+    Under the block-diffusion mask, the kernels of by_kernel.py where they can start."""
     from torch.nn.attention.flex_attention import flex_attention
 
     shared = document_ids is None and of_rows(mask) is None
@@ -167,6 +169,8 @@ def flex(
             torch._dynamo.maybe_mark_dynamic(x, 0)
         return compiled(flex_attention)(q, k, v, **options)
 
+    if shared and isinstance(mask, BlockDiffusion):
+        return ByKernel(keys // (mask.views + 1), mask.views, mask.block_size, mask.causal, attend)
     return attend
 
 

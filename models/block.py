@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Attend
+from .by_kernel import ByKernel
 from .cache import Decode
 from .kernels.few_rows import MOST_ROWS, added_product, normed_product, takes
 from .kernels.heads import can_split, rotated_heads
@@ -33,17 +35,23 @@ class Block(nn.Module):
         if adaln:
             self.adaLN_modulation = _zero(nn.Linear(cond_dim, 6 * width))
 
-    def queries_keys_values(
+    def _attended(self, x: Tensor, attend: Attend, cos, sin, num_queries: int) -> Tensor:
+        """[B, T, E] -> what the first `num_queries` rows see, [B, num_queries, E]."""
+        if num_queries < x.shape[1]:
+            return _joined(attend(*self._fewer_queries(x, num_queries, cos, sin)))
+        qkv = self.attn_qkv(x)
+        if isinstance(attend, ByKernel) and attend.takes(qkv, self.n_heads):
+            return attend.rotated(qkv, cos, sin, self.n_heads)
+        if can_split(qkv, self.n_heads):
+            parts = rotated_heads(qkv, cos, sin, self.n_heads)
+            return _joined(attend(*(part.transpose(1, 2) for part in parts)))
+        qk, v = self._heads(qkv, 3).split((2, 1))  # of [3, B, H, T, D]
+        return _joined(attend(*rotate(qk, cos, sin).unbind(), v[0]))
+
+    def _fewer_queries(
         self, x: Tensor, num_queries: int, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, E] -> q of the first `num_queries` rows, all k, v, [B, H, ., D]; q, k rotated."""
-        if num_queries == x.shape[1]:
-            qkv = self.attn_qkv(x)
-            if can_split(qkv, self.n_heads):
-                q, k, v = rotated_heads(qkv, cos, sin, self.n_heads)
-                return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            qk, v = self._heads(qkv, 3).split((2, 1))  # of [3, B, H, T, D]
-            return *rotate(qk, cos, sin).unbind(), v[0]
         width = x.shape[-1]
         to_queries, to_keys_values = parts(self.attn_qkv, (width, 2 * width))
         q = self._heads(to_queries(x[:, :num_queries]), 1)
@@ -76,8 +84,7 @@ class Block(nn.Module):
         if isinstance(attend, Decode):
             a = attend(self.attn_qkv(y), cos, sin)
         else:
-            a = attend(*self.queries_keys_values(y, num_queries, cos, sin))
-            a = a.transpose(1, 2).flatten(2)  # [B, num_queries, E]
+            a = self._attended(y, attend, cos, sin, num_queries)
         x = x[:, :num_queries]
         if read is not None:
             row = read // num_queries
@@ -140,6 +147,11 @@ class OutputLayer(nn.Module):
         if self.wide_weight is None:
             return self.linear(features)
         return F.linear(features, self.wide_weight, self.wide_bias)[..., : len(self.linear.weight)]
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """[B, H, T, D] -> [B, T, H D]."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

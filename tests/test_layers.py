@@ -45,6 +45,9 @@ BESIDE = {"benchmarks", "docs", "scripts", "ssd-lm", "tests"}
 MOST_FILES = {"python at the root": 8, "at the root": 24, "in a folder": 20}
 WITH_LIGHTNING = {"main", "modes", "diffusion", "dataloader", "training"}
 KERNELS = (
+    "block_diffusion",
+    "block_diffusion_gradients",
+    "block_diffusion_steps",
     "count_p",
     "cross_entropy",
     "decode",
