@@ -54,7 +54,7 @@ def fail_in_the_third_step(fault: str) -> None:
 
 def record_and_wait_for_nothing() -> None:
     real_start, real_step = Diffusion.on_fit_start, Diffusion.training_step
-    real_validation, real_end = Diffusion.on_validation_start, Diffusion.on_train_end
+    real_validation, real_end = Diffusion.on_validation_model_eval, Diffusion.on_train_end
 
     def start(self):  # recorded without the compiler, which takes long
         self.backbone.compiled = True
@@ -68,7 +68,7 @@ def record_and_wait_for_nothing() -> None:
         torch.cuda.set_sync_debug_mode("error" if 4 < index < 9 else "default")
         return real_step(self, batch, index)
 
-    def validation(self):
+    def validation(self):  # before the callbacks, which log what is done
         torch.cuda.set_sync_debug_mode("default")
         real_validation(self)
 
@@ -79,7 +79,7 @@ def record_and_wait_for_nothing() -> None:
         real_end(self)
 
     Diffusion.on_fit_start, Diffusion.training_step = start, step
-    Diffusion.on_validation_start, Diffusion.on_train_end = validation, end
+    Diffusion.on_validation_model_eval, Diffusion.on_train_end = validation, end
 
 
 def run(arguments: list[str]) -> int:
