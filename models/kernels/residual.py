@@ -29,7 +29,6 @@ class Tiles:
 
     FORWARD = 4, 4, 4
     BACKWARD = 32, 1, 1
-    BACKWARD_WITHOUT_NORM = 32, 1, 1
     STAGES = 3
 
 
@@ -177,8 +176,7 @@ def residual_backward(
     d_total = d_total.contiguous()
     d_y = None if d_y is None else d_y.contiguous()
     batch, tokens, width = d_total.shape
-    tiles = Tiles.BACKWARD_WITHOUT_NORM if weight is None else Tiles.BACKWARD
-    rows, tile, warps = _tiles(tiles, width)
+    rows, tile, warps = _tiles(Tiles.BACKWARD, width)
     parts = triton.cdiv(tokens, rows)
     d_x = d_total.new_empty(0) if weight is None else torch.empty_like(d_total)
     d_branch = d_total.new_empty(0) if branch is None else torch.empty_like(branch)
