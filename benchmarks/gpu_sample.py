@@ -6,18 +6,24 @@ from functools import partial
 import torch
 
 from benchmarks.gpu_network import autocast, await_turn, network, synchronise
+from benchmarks.gpu_table import parallel_speed
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
 from samplers.params import SamplingParams
 from samplers.request import TextRequest
 from samplers.writing import generate
 
+PARALLEL = {"steps": "threshold", "threshold": 0.9}
+
 
 def sample(args):
-    found, denoise, many = {}, sampler(args), 4 if args.tiny else 512
+    net = frozen(args)
+    found, denoise, many = {}, sampler(net, args), 4 if args.tiny else 512
     warm_up = partial(sampled, denoise, length=args.length // 4, texts=1, args=args)
     for rows in (1, many, 8):
         warm_up(rows=rows)  # compiles
+    for rows in (1, many):
+        warm_up(rows=rows, **PARALLEL)
     await_turn(args.turn, args.device)
     for name, rows, texts in (("one", 1, 3), ("many", many, 1)):
         warm_up(rows=rows)
@@ -37,27 +43,55 @@ def sample(args):
         flush=True,
     )
     yield found
+    # how many tokens an evaluation reveals follows from how certain the network is: at least one,
+    # as random weights are never certain, and at most a block
+    for kind in ("threshold", "threshold, certain"):
+        for rows, texts in ((1, 3), (many, 1)):
+            name = f"{rows} text{'s'[: rows > 1]}, {kind}"
+            warm_up(rows=rows, **PARALLEL)
+            entry = sampled(denoise, rows, args.length, texts, args, **PARALLEL)
+            found.setdefault("parallel", {})[name] = entry
+            print(f"{name}: {parallel_speed(entry)}", flush=True)
+            yield found
+        make_certain(net)
 
 
-def sampler(args):
+def make_certain(net) -> None:
+    """Of one token, everywhere."""
+    head = net.output_layer
+    bias = head.linear.bias if head.wide_bias is None else head.wide_bias
+    with torch.no_grad():
+        bias[1] += 1000
+
+
+def frozen(args):
     net = network(args, compiled=not args.tiny).eval()
     if not args.tiny:
         net.freeze(torch.bfloat16)
+    return net
+
+
+def sampler(net, args):
     objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
     return objective.denoiser(net)
 
 
-def sampled(denoise, rows: int, length: int, texts: int, args) -> dict:
+def sampled(denoise, rows: int, length: int, texts: int, args, **rule) -> dict:
     """`texts` batches of texts one after the other; tokens/s of the last one."""
-    seconds = []
+    seconds, evaluations = [], 0
     synchronise(args.device)
     started = time.perf_counter()
-    for group in groups(denoise, rows, length, rows * texts, args):
+    for group in groups(denoise, rows, length, rows * texts, args, **rule):
         if group:
             synchronise(args.device)
             seconds.append(time.perf_counter() - started)
+            evaluations += sum(text.nfe for text in group)
             started = time.perf_counter()
-    return {"seconds": seconds, "tokens_per_second": rows * length / seconds[-1]}
+    return {
+        "seconds": seconds,
+        "tokens_per_second": rows * length / seconds[-1],
+        "tokens_per_evaluation": (length - 1) * rows * texts / evaluations,
+    }
 
 
 def block_seconds(denoise, rows: int, start: int, args, warm_up: int = 4, blocks: int = 8) -> float:
@@ -73,8 +107,8 @@ def block_seconds(denoise, rows: int, start: int, args, warm_up: int = 4, blocks
     return (time.perf_counter() - started) / blocks
 
 
-def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
-    """Rounds of one block; `given`: tokens that are there already."""
+def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1, **rule):
+    """Rounds of one block; `given`: tokens that are there already; `rule`: which are revealed."""
     params = SamplingParams(
         length=length,
         bos_id=0,
@@ -84,6 +118,7 @@ def groups(denoise, rows: int, length: int, texts: int, args, given: int = 1):
         context_size=args.length,
         kv_cache=True,
         nucleus_p=0.9,
+        **rule,
     )
     requests = [TextRequest(row, (0,) * given) for row in range(texts)]
     with autocast(args.device, None if args.tiny else torch.bfloat16):

@@ -184,6 +184,14 @@ def lines_of_sample(entry: dict):
         yield "a batch of texts", speed
     if ratio := entry.get("cost_ratio"):
         yield "a block of 8 texts behind 8 L tokens, of one behind 2 L", f"{ratio:.3f} x"
+    for name, found in entry.get("parallel", {}).items():
+        yield name, parallel_speed(found)
+
+
+def parallel_speed(entry: dict) -> str:
+    """Of texts by a rule that may reveal several tokens at once."""
+    revealed = entry["tokens_per_evaluation"]
+    return f"{entry['tokens_per_second']:9,.0f} tokens/s, {revealed:.1f} tokens an evaluation"
 
 
 def lines_of_several(entry: dict):

@@ -21,6 +21,9 @@ RIGHT = {
             "one": {"tokens_per_second": gpu_table.SAMPLED},
             "many": {"tokens_per_second": 1.0, "seconds": [gpu_table.SECONDS_FOR_512]},
             "cost_ratio": 1.0,
+            "parallel": {
+                "1 text, threshold": {"tokens_per_second": 9.0, "tokens_per_evaluation": 16.0}
+            },
         }
     },
     "several": {
