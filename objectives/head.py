@@ -19,6 +19,7 @@ from models.network import products, products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 CHUNK_LOGITS_ACCELERATOR = 1 << 28  # small matrices leave a GPU idle
+EVEN_ROWS = 64
 
 # (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> losses float32 [m];
 # overwrites the logits, with `gradient` by d losses / d logits
@@ -171,12 +172,7 @@ class _Gradients:
             self.d_b += torch.mv(pulled, self.factors[part, 0].to(d_logits.dtype))
         if not self.weighted:
             return
-        if self.d_w is None:
-            self.d_w = torch.mm(pulled, scaled).float()
-        elif d_logits.dtype == torch.float32:
-            self.d_w.addmm_(pulled, scaled)
-        else:
-            self.d_w += torch.mm(pulled, scaled)
+        self.d_w = _with_product(self.d_w, pulled, scaled)
 
     def sums(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.weighted and self.d_w is None:
@@ -184,8 +180,24 @@ class _Gradients:
         return self.d_x.mul_(self.factors), self.d_w, self.d_b
 
 
+def _with_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, float32; `total` is overwritten. In half precision a GPU's products are added to
+    it as they are, not rounded first, where torch can (from 2.8 on)."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    narrow = a.dtype.itemsize == 2 and a.device.type == "cuda"
+    if not (narrow and hasattr(torch.ops.aten.addmm, "dtype_out")):
+        made = torch.mm(a, b)
+        return made.float() if total is None else total.add_(made)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
 def _chunk_rows(rows: int, w: Tensor) -> int:
-    """Rows of a chunk; chunks are about equal, so that none is too small to be worth a call."""
-    logits = CHUNK_LOGITS if w.device.type == "cpu" else CHUNK_LOGITS_ACCELERATOR
-    most = max(1, logits // len(w))
-    return max(1, -(-rows // max(1, -(-rows // most))))
+    """Rows of a chunk; chunks are about equal, so that none is too small to be worth a call. On a
+    GPU they are a multiple of EVEN_ROWS, for which its library has faster kernels."""
+    accelerated = w.device.type != "cpu"
+    most = max(1, (CHUNK_LOGITS_ACCELERATOR if accelerated else CHUNK_LOGITS) // len(w))
+    size = max(1, -(-rows // max(1, -(-rows // most))))
+    return -(-size // EVEN_ROWS) * EVEN_ROWS if accelerated else size
