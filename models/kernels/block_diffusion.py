@@ -47,6 +47,7 @@ def can_attend(q: Tensor, length: int, block_size: int) -> bool:
         q.dtype.itemsize == 2
         and q.shape[-1] in HEAD_WIDTHS
         and length % block_size == 0
+        and 3 * math.prod(q.shape[1:]) < 2**31  # places inside a sample are int32
         and can_start(q.device)
     )
 
@@ -83,7 +84,7 @@ def block_diffusion(
     rows, columns, warps, stages = _tiles(q).FORWARD
     parts = asked // length
     with torch.cuda.device_of(q):
-        forward[(triton.cdiv(length, rows) * parts, batch * heads)](
+        forward[(triton.cdiv(length, rows) * parts * batch * heads,)](
             q,
             *q.stride()[:3],
             k,
@@ -215,7 +216,7 @@ def _backward(
     scalars = cos, sin, angle_rows, length, _scale(q), width**-0.5
     rows, columns, warps, stages = _tiles(q).QUERIES
     with torch.cuda.device_of(q):
-        backward_queries[(triton.cdiv(length, rows) * (asked // length), batch * heads)](
+        backward_queries[(triton.cdiv(length, rows) * (asked // length) * batch * heads,)](
             *strided,
             out,
             logs,
@@ -228,7 +229,7 @@ def _backward(
             num_stages=stages,
         )
         rows, columns, warps, stages = _tiles(q).KEYS
-        backward_keys[(triton.cdiv(length, columns) * (views + 1), batch * k.shape[2])](
+        backward_keys[(triton.cdiv(length, columns) * (views + 1) * batch * k.shape[2],)](
             *strided,
             logs,
             deltas,

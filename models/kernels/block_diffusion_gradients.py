@@ -3,6 +3,7 @@
 from .block_diffusion_steps import (
     load_numbers,
     load_rows,
+    place_of,
     seen_by,
     store_rows,
     visible,
@@ -99,11 +100,9 @@ if triton is not None:
         COLUMNS: tl.constexpr,
     ):
         """Also writes the sums of d_out * out of each row, which `backward_keys` reads."""
-        first = (tl.cdiv(length, ROWS) - 1 - tl.program_id(0) // ASKING) * ROWS
-        part = tl.program_id(0) % ASKING
-        clean = part // VIEWS  # 1 for the clean text, else 0
-        head = tl.program_id(1) % HEADS
-        sample = (tl.program_id(1) // HEADS).to(tl.int64)
+        first, part, head, sample = place_of(tl.cdiv(length, ROWS), ASKING, HEADS)
+        first *= ROWS
+        clean = part // VIEWS
         row, lane = first + tl.arange(0, ROWS), tl.arange(0, D)
         last = min(first + ROWS, length) - 1
         base = q + sample * q_sample + head * q_head + part * length * q_token
@@ -114,7 +113,7 @@ if triton is not None:
         base = out + ((sample * asked + part * length) * HEADS + head) * D
         answer = load_rows(base, HEADS * D, row, lane, length, EVEN)
         delta = tl.sum(d.to(tl.float32) * answer.to(tl.float32), 1)
-        at = tl.program_id(1) * asked + part * length
+        at = (sample * HEADS + head) * asked + part * length
         tl.store(deltas + at + row, delta, mask=row < length)
         log = load_numbers(logs + at, row, length, EVEN)
         keys = k + sample * k_sample + head // GROUPS * k_head
@@ -233,10 +232,12 @@ if triton is not None:
     ):
         """HEADS and GROUPS: of the queries, and how many of them share keys and values."""
         tiles = tl.cdiv(length, COLUMNS)
-        part = VIEWS - tl.program_id(0) // tiles  # the clean ones, which most see, first
-        first = tl.program_id(0) % tiles * COLUMNS
-        kept = tl.program_id(1) % (HEADS // GROUPS)
-        sample = (tl.program_id(1) // (HEADS // GROUPS)).to(tl.int64)
+        of_head = tl.program_id(0) % (tiles * (VIEWS + 1))
+        other = tl.program_id(0) // (tiles * (VIEWS + 1))
+        part = VIEWS - of_head // tiles  # the clean ones, which most see, first
+        first = of_head % tiles * COLUMNS
+        kept = other % (HEADS // GROUPS)
+        sample = (other // (HEADS // GROUPS)).to(tl.int64)
         column, lane = first + tl.arange(0, COLUMNS), tl.arange(0, D)
         last = min(first + COLUMNS, length) - 1
         base = k + sample * k_sample + kept * k_head + part * length * k_token

@@ -11,10 +11,19 @@ try:  # see decode.py
 except ImportError:
     triton = None
 
-forward = load_rows = load_numbers = seen_by = visible = store_rows = None  # without Triton
+forward = load_rows = load_numbers = place_of = None  # without Triton
+seen_by = store_rows = visible = None
 
 
 if triton is not None:
+
+    @triton.jit
+    def place_of(tiles, PARTS: tl.constexpr, HEADS: tl.constexpr):
+        """Which tile of queries, part, head and sample this program takes: those of a head beside
+        each other, as they read the same keys, and first the last tiles, which see most."""
+        of_head, other = tl.program_id(0) % (tiles * PARTS), tl.program_id(0) // (tiles * PARTS)
+        sample = (other // HEADS).to(tl.int64)
+        return tiles - 1 - of_head // PARTS, of_head % PARTS, other % HEADS, sample
 
     @triton.jit
     def load_rows(start, token, row, lane, length, EVEN: tl.constexpr):
@@ -139,11 +148,9 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        first = (tl.cdiv(length, ROWS) - 1 - tl.program_id(0) // ASKING) * ROWS  # longest first
-        part = tl.program_id(0) % ASKING
+        first, part, head, sample = place_of(tl.cdiv(length, ROWS), ASKING, HEADS)
+        first *= ROWS
         clean = part // VIEWS  # 1 for the clean text, else 0
-        head = tl.program_id(1) % HEADS
-        sample = (tl.program_id(1) // HEADS).to(tl.int64)
         row, lane = first + tl.arange(0, ROWS), tl.arange(0, D)
         last = min(first + ROWS, length) - 1
         base = q + sample * q_sample + head * q_head + part * length * q_token
@@ -174,6 +181,7 @@ if triton is not None:
             )  # fmt: skip
         asked = ASKING * length
         log = most + tl.log2(total)
-        tl.store(logs + tl.program_id(1) * asked + part * length + row, log, mask=row < length)
+        at = (sample * HEADS + head) * asked + part * length
+        tl.store(logs + at + row, log, mask=row < length)
         base = out + ((sample * asked + part * length) * HEADS + head) * D
         store_rows(base, HEADS * D, row, lane, length, acc / total[:, None], None, None, 0, EVEN, D)
