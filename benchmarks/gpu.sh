@@ -144,8 +144,8 @@ fi
 names="check tests$timed"
 on 0 part check gpu.py check &
 right=$!
-suite tests $((workers < 8 ? workers : 8)) '' block_diffusion decode few_rows forward freeze graphs sampling ssd_lm \
-  training_kernels &
+suite tests $((workers < 8 ? workers : 8)) '' block_diffusion decode few_rows forward freeze \
+  graphs sampling ssd_lm training_kernels &
 right="$right $!"
 if [ "$gpus" -gt 1 ]; then
   names="$names tests_several"

@@ -46,14 +46,15 @@ def sample(args):
     # how many tokens an evaluation reveals follows from how certain the network is: at least one,
     # as random weights are never certain, and at most a block
     for kind in ("threshold", "threshold, certain"):
+        if kind == "threshold, certain":
+            make_certain(net)
         for rows, texts in ((1, 3), (many, 1)):
-            name = f"{rows} text{'s'[: rows > 1]}, {kind}"
+            name = f"{rows} text{'' if rows == 1 else 's'}, {kind}"
             warm_up(rows=rows, **PARALLEL)
             entry = sampled(denoise, rows, args.length, texts, args, **PARALLEL)
             found.setdefault("parallel", {})[name] = entry
             print(f"{name}: {parallel_speed(entry)}", flush=True)
             yield found
-        make_certain(net)
 
 
 def make_certain(net) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .by_kernel import ByKernel
 from .compiling import compiled
+from .kernels.starting import can_start
 from .masks import AttentionMask, BlockCausal, BlockDiffusion, CausalClean, Full
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -170,7 +171,9 @@ def flex(
         return compiled(flex_attention)(q, k, v, **options)
 
     if shared and isinstance(mask, BlockDiffusion):
-        return ByKernel(keys // (mask.views + 1), mask.views, mask.block_size, mask.causal, attend)
+        length = keys // (mask.views + 1)
+        if length % mask.block_size == 0 and can_start(device):
+            return ByKernel(length, mask.views, mask.block_size, mask.causal, attend)
     return attend
 
 

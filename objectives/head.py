@@ -182,10 +182,10 @@ class _Gradients:
 
 def _with_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a b, float32; `total` is overwritten. In half precision a GPU's products are added to
-    it as they are, not rounded first, where torch can (from 2.8 on)."""
+    it as they are, not rounded first, where torch can (NVIDIA's, from 2.8 on)."""
     if a.dtype == torch.float32:
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    narrow = a.dtype.itemsize == 2 and a.device.type == "cuda"
+    narrow = a.dtype.itemsize == 2 and a.device.type == "cuda" and torch.version.hip is None
     if not (narrow and hasattr(torch.ops.aten.addmm, "dtype_out")):
         made = torch.mm(a, b)
         return made.float() if total is None else total.add_(made)
@@ -195,8 +195,8 @@ def _with_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _chunk_rows(rows: int, w: Tensor) -> int:
-    """Rows of a chunk; chunks are about equal, so that none is too small to be worth a call. On a
-    GPU they are a multiple of EVEN_ROWS, for which its library has faster kernels."""
+    """Rows of a chunk; chunks are about equal, so that none is too small to be worth a call. On
+    an accelerator they are a multiple of EVEN_ROWS, for which its library has faster kernels."""
     accelerated = w.device.type != "cpu"
     most = max(1, (CHUNK_LOGITS_ACCELERATOR if accelerated else CHUNK_LOGITS) // len(w))
     size = max(1, -(-rows // max(1, -(-rows // most))))

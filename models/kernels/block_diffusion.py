@@ -14,7 +14,7 @@ from torch import Tensor
 from .block_diffusion_gradients import backward_keys, backward_queries
 from .block_diffusion_steps import forward
 from .heads import rotated_heads
-from .starting import can_start, differentiated_by, operator
+from .starting import differentiated_by, operator
 
 try:  # see decode.py
     import triton
@@ -41,14 +41,13 @@ class TilesOfWideHeads:
     KEYS = 32, 64, 4, 2
 
 
-def can_attend(q: Tensor, length: int, block_size: int) -> bool:
-    """Whether `block_diffusion` can take q [B, T, H, D] of parts of `length` tokens each."""
+def can_attend(dtype: torch.dtype, heads: int, head_width: int, tokens: int) -> bool:
+    """Whether `block_diffusion` can take texts of so many tokens, all parts together, on a GPU
+    where kernels can start (`can_start`)."""
     return (
-        q.dtype.itemsize == 2
-        and q.shape[-1] in HEAD_WIDTHS
-        and length % block_size == 0
-        and 3 * math.prod(q.shape[1:]) < 2**31  # places inside a sample are int32
-        and can_start(q.device)
+        dtype.itemsize == 2
+        and head_width in HEAD_WIDTHS
+        and 3 * tokens * heads * head_width < 2**31  # places inside a sample are int32
     )
 
 
@@ -76,7 +75,7 @@ def block_diffusion(
     """q [B, T, H, D], k, v [B, (views + 1) length, K, D] under BlockDiffusion (models/masks.py),
     each group of H / K heads of queries with one of keys -> [B, T, H, D], and for the backward pass
     float32 [B, H, T]: the logarithm to base 2 of the sum of each row. T is views * length, or all
-    of them."""
+    of them; length is a multiple of block_size."""
     q, k, v = (_readable(x) for x in (q, k, v))
     batch, asked, heads, _ = q.shape
     out = q.new_empty(q.shape)
@@ -135,10 +134,10 @@ def _(d_out, q, k, v, out, logs, length, views, block_size, causal):
 
 def _keep_rotated(ctx, inputs, output) -> None:
     _, cos, sin, _, *numbers = inputs
-    out, *made = output
-    ctx.mark_non_differentiable(*made)
+    out, q, k, v, logs = output
+    ctx.mark_non_differentiable(q, k, v, logs)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*made[:3], out, made[3], cos, sin)
+    ctx.save_for_backward(q, k, v, out, logs, cos, sin)
     ctx.numbers = numbers
 
 

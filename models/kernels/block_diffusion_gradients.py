@@ -1,13 +1,6 @@
 """The backward pass of block_diffusion.py: one kernel for queries, one for keys and values."""
 
-from .block_diffusion_steps import (
-    load_numbers,
-    load_rows,
-    place_of,
-    seen_by,
-    store_rows,
-    visible,
-)
+from .block_diffusion_steps import load_numbers, load_rows, place_of, seen_by, store_rows, visible
 
 try:  # see decode.py
     import triton
@@ -100,9 +93,9 @@ if triton is not None:
         COLUMNS: tl.constexpr,
     ):
         """Also writes the sums of d_out * out of each row, which `backward_keys` reads."""
-        first, part, head, sample = place_of(tl.cdiv(length, ROWS), ASKING, HEADS)
-        first *= ROWS
-        clean = part // VIEWS
+        tile, part, head, sample = place_of(tl.cdiv(length, ROWS), ASKING, HEADS)
+        first = tile * ROWS
+        clean = part // VIEWS  # 1 for the clean text, else 0
         row, lane = first + tl.arange(0, ROWS), tl.arange(0, D)
         last = min(first + ROWS, length) - 1
         base = q + sample * q_sample + head * q_head + part * length * q_token

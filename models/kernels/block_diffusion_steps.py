@@ -148,8 +148,8 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        first, part, head, sample = place_of(tl.cdiv(length, ROWS), ASKING, HEADS)
-        first *= ROWS
+        tile, part, head, sample = place_of(tl.cdiv(length, ROWS), ASKING, HEADS)
+        first = tile * ROWS
         clean = part // VIEWS  # 1 for the clean text, else 0
         row, lane = first + tl.arange(0, ROWS), tl.arange(0, D)
         last = min(first + ROWS, length) - 1

@@ -16,7 +16,7 @@ try:  # see decode.py
 except ImportError:
     triton = None
 
-# of a program: rows, rows at a time, columns; how many loads are on their way, itself included
+# of a program: rows, rows at a time, columns; stages of loading, as in residual.py; warps
 CUT = {"ROWS": 64, "TILE": 4, "COLUMNS": 512, "STAGES": 3, "num_warps": 4}
 
 

@@ -25,7 +25,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 class Tiles:
     """How a kernel is cut up, chosen by measurement on an H200: rows of a program, rows of it at a
-    time, warps. STAGES: so many rows are on their way from memory while one is worked on."""
+    time, warps. STAGES: of loading, as Triton counts them: that of the rows in work and those
+    of rows on their way."""
 
     FORWARD = 4, 4, 4
     BACKWARD = 32, 1, 1

@@ -19,8 +19,8 @@ SHARED_MEMORY = 99 << 10  # bytes per block; decode.py takes up to 96 K
 def can_start(device: torch.device) -> bool:
     """Whether this is a GPU and Triton is there, which finds the C compiler that it starts kernels
     with, and the GPU has room for the largest tiles: NVIDIA's from Ampere on. Inside what
-    torch.compile compiles nobody can look; there Triton runs already, and no kernel with large
-    tiles is asked for."""
+    torch.compile compiles nobody can look; there Triton runs already, and kernels with large tiles
+    must have been chosen outside (flex in attention.py)."""
     if triton is None or device.type != "cuda":
         return False
     if torch.version.hip is not None:  # AMD's: not tried, and some options are NVIDIA's

@@ -185,6 +185,32 @@ def check_cross_entropy(device, dtype, tolerance):
         assert not take(broken, target, True, mask_id=36).isfinite().any()
 
 
+def check_head(device, dtype, tolerance, monkeypatch):
+    """The loss and gradients of logits in several chunks, against the CPU's."""
+    monkeypatch.setattr(head, "CHUNK_LOGITS_ACCELERATOR", 64 * 1000)  # of 64 rows
+    net = small(vocab_size=1000, hidden_size=32, adaln=False)
+    kept, target, factors = torch.randn(300, 32), texts(1, 300, 999)[0], torch.rand(300)
+
+    def made(where, rows):
+        own = net.to(where)
+        own.zero_grad()
+        hidden = kept[:rows].to(where, copy=True).requires_grad_()
+        asked = target[:rows].to(where), factors[:rows].to(where)
+        kernel = head.cross_entropy_kernel(own, 999)
+        narrow = torch.device(where).type == "cuda" and dtype.itemsize == 2
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            loss = head.head_loss(own, hidden, *asked, kernel)
+        loss.total.backward()
+        layer = own.output_layer.linear
+        found = loss.losses, hidden.grad, layer.weight.grad, layer.bias.grad
+        return [x.detach().cpu().double() for x in found]
+
+    several, few, wanted = made(device, 300), made(device, 60), made("cpu", 300)
+    for a, b in zip(several, wanted, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+    assert torch.allclose(several[0][:60], few[0], rtol=tolerance)  # rows do not see each other
+
+
 CHOICES = "can_fuse", "can_split", "can_fuse_mlp"
 
 
@@ -245,6 +271,8 @@ def test_a_kernel_is_its_operators(cuda, dtype, tolerance):
     check_heads(cuda, dtype, tolerance)
     check_mlp(cuda, dtype, tolerance)
     check_cross_entropy(cuda, dtype, tolerance)
+    with pytest.MonkeyPatch.context() as patch:
+        check_head(cuda, dtype, tolerance, patch)
 
 
 @pytest.mark.gpu
