@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from objectives.head import cross_entropy, head_loss
+from objectives.head import cross_entropy_kernel, head_loss
 
 
 def main(argv=None) -> int:
@@ -73,9 +73,10 @@ def ours(hidden, linear, target):
         features=lambda hidden, sigma, row: hidden,
         head_weight=linear.weight,
         head_bias=linear.bias,
+        compiled=False,
     )
     factors = torch.full((len(hidden),), 1 / len(hidden))
-    kernel = partial(cross_entropy, mask_id=linear.out_features - 1)
+    kernel = cross_entropy_kernel(backbone, linear.out_features - 1)
     return head_loss(backbone, hidden, target, factors, kernel).total
 
 

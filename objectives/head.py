@@ -4,6 +4,9 @@ The gradient with respect to the logits is known as soon as a chunk's logits are
 token's factor in the scalar loss is known beforehand. So the forward pass multiplies it out at once
 and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales. Of a frozen head
 [V, E] is not made.
+
+Without gradients a loss needs two numbers of a row of logits. On a CPU these are added up tile by
+tile, so that logits never leave its cache.
 """
 
 from collections.abc import Callable
@@ -15,15 +18,31 @@ from torch import Tensor
 from models.compiling import compiled, compiling
 from models.kernels.cross_entropy import can_take, cross_entropy_in_place
 from models.layers import wide_dtype
-from models.network import products, products_dtype, widened
+from models.network import CPU_COLUMNS, products, products_dtype, widened
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 CHUNK_LOGITS_ACCELERATOR = 1 << 28  # small matrices leave a GPU idle
 EVEN_ROWS = 64
+TILE_ROWS = 512  # times CPU_COLUMNS are 2 MiB in float32: they stay in a cache
 
-# (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> losses float32 [m];
-# overwrites the logits, with `gradient` by d losses / d logits
-LossKernel = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class LossKernel:
+    """A loss on the logits of a row, in two forms."""
+
+    # (logits [m, V] in the dtype of the products, targets [m], gradient, ...) -> losses float32
+    # [m]; overwrites the logits, with `gradient` by d losses / d logits
+    of_logits: Callable[..., Tensor]
+    of_sums: Callable[..., Tensor]  # (RowSums, ...) -> losses [m]
+    mask_id: int  # of the token that has no chance
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Of rows of logits, float32 [m] at least."""
+
+    norm: Tensor  # log of the sum of exp(logit) over all tokens but the mask
+    picked: Tensor  # the target's logit
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,11 @@ def cross_entropy_kernel(backbone, mask_id: int) -> LossKernel:
     """`cross_entropy`, in one kernel where there is one, else compiled where the network is."""
     without = fused_cross_entropy if backbone.compiled else cross_entropy
 
-    def kernel(logits: Tensor, target: Tensor, gradient: bool) -> Tensor:
+    def of_logits(logits: Tensor, target: Tensor, gradient: bool) -> Tensor:
         chosen = cross_entropy_in_place if can_take(logits) else without
         return chosen(logits, target, gradient, mask_id=mask_id)
 
-    return kernel
+    return LossKernel(of_logits, lambda sums: sums.norm - sums.picked, mask_id)
 
 
 def fused_cross_entropy(logits: Tensor, target: Tensor, gradient: bool, *, mask_id: int) -> Tensor:
@@ -89,17 +108,60 @@ def head_loss(
     """`kernel` on the logits of hidden [M, E]; targets, factors and each of kernel_rows are [M];
     sigma [B] and row [M] as for `Network.features`."""
     features = backbone.features(hidden, sigma, row)
+    head = backbone.head_weight, backbone.head_bias
+    if features.device.type == "cpu" and not torch.is_grad_enabled():
+        sums = row_sums(features, *head, targets, kernel.mask_id)
+        losses = kernel.of_sums(sums, *kernel_rows).float()
+        return HeadLoss(losses=losses, total=(losses * factors).sum())
     total, losses = _ChunkedHead.apply(
         features,
-        backbone.head_weight,
-        backbone.head_bias,
+        *head,
         targets,
         factors,
-        kernel,
+        kernel.of_logits,
         kernel_rows,
         torch.is_grad_enabled(),
     )
     return HeadLoss(losses=losses, total=total)
+
+
+def row_sums(
+    features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask_id: int
+) -> RowSums:
+    """Of the logits of features [M, E], targets [M]. For evaluation on a CPU."""
+    dtype, wide = products_dtype(features), wide_dtype(features)
+    x, w = features.to(dtype), weight.to(dtype)
+    b = None if bias is None else bias.to(dtype)
+    rows = _even(len(x), TILE_ROWS)
+    columns = CPU_COLUMNS * (TILE_ROWS // rows)
+    memory = x.new_empty(rows * columns)
+    # nan: the loss of a target that is no token
+    norm, picked = (x.new_full((len(x),), torch.nan, dtype=wide) for _ in range(2))
+    for start in range(0, len(x), rows):
+        part, norms = slice(start, start + rows), []
+        for first in range(0, len(w), columns):
+            tile = slice(first, first + columns)
+            logits = memory[: len(x[part]) * len(w[tile])].view(-1, len(w[tile]))
+            products(x[part], w[tile], None if b is None else b[tile], out=logits)
+            if first <= mask_id < first + columns:
+                # not -inf, of which a tile could consist
+                logits[:, mask_id - first] = torch.finfo(dtype).min
+            at = targets[part, None] - first
+            inside = (at >= 0) & (at < len(w[tile]))
+            found = logits.gather(1, at.where(inside, 0))
+            picked[part] = torch.where(inside, found, picked[part, None])[:, 0]
+            norms.append(_log_sum_exp(logits))
+        norm[part] = torch.stack(norms).logsumexp(0)
+    return RowSums(norm, picked.masked_fill_(targets == mask_id, -torch.inf))
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """Of rows [m, n]: [m]; overwrites them. Half the time of torch.logsumexp, which makes a pass
+    for each of its steps."""
+    wide = wide_dtype(logits)
+    greatest = logits.amax(-1).to(wide)
+    in_place = logits if logits.dtype == wide else None
+    return greatest - torch.log_softmax(logits, -1, dtype=wide, out=in_place).amax(-1)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -195,9 +257,15 @@ def _with_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _chunk_rows(rows: int, w: Tensor) -> int:
-    """Rows of a chunk; chunks are about equal, so that none is too small to be worth a call. On
-    an accelerator they are a multiple of EVEN_ROWS, for which its library has faster kernels."""
+    """As `_even`; on an accelerator a multiple of EVEN_ROWS, for which its library has faster
+    kernels."""
     accelerated = w.device.type != "cpu"
-    most = max(1, (CHUNK_LOGITS_ACCELERATOR if accelerated else CHUNK_LOGITS) // len(w))
-    size = max(1, -(-rows // max(1, -(-rows // most))))
+    logits = CHUNK_LOGITS_ACCELERATOR if accelerated else CHUNK_LOGITS
+    size = _even(rows, max(1, logits // len(w)))
     return -(-size // EVEN_ROWS) * EVEN_ROWS if accelerated else size
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows of a chunk, at most `most`; chunks are about equal, so that none is too small to be
+    worth a call."""
+    return max(1, -(-rows // max(1, -(-rows // most))))

@@ -19,7 +19,7 @@ from noise_schedule import Schedule
 
 from .algorithms import Algorithm
 from .corruption import Interval, Noise, mask_tokens, masked_independently, times
-from .head import LossKernel
+from .head import LossKernel, RowSums
 from .loss import LossInputs, MaskingObjective
 
 
@@ -30,7 +30,7 @@ def score_entropy(
     >= 0, and 0 at the true score of a known token."""
     ratio = 1 / expm1
     logits[:, mask_id] = -torch.inf
-    shift = (expm1.log() + math.log(logits.shape[1] - 1))[:, None]
+    shift = _shift(expm1, logits.shape[1])[:, None]
     in_place = logits if logits.dtype == wide_dtype(logits) else None
     score = torch.sub(logits, shift, out=in_place)
     picked = score.gather(1, target[:, None])[:, 0]
@@ -40,6 +40,17 @@ def score_entropy(
             logits.copy_(score)
         logits.scatter_(1, target[:, None], (picked.exp() - ratio)[:, None].to(logits.dtype))
     return entropy
+
+
+def score_entropy_of_sums(sums: RowSums, expm1: Tensor, *, vocab_size: int) -> Tensor:
+    """`score_entropy`, from what it needs of a row of logits."""
+    ratio, shift = 1 / expm1, _shift(expm1, vocab_size)
+    return (sums.norm - shift).exp() - ratio * (sums.picked - shift) + ratio * (ratio.log() - 1)
+
+
+def _shift(expm1: Tensor, vocab_size: int) -> Tensor:
+    """What a logit is above the log of its score."""
+    return expm1.log() + math.log(vocab_size - 1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,11 @@ class ScoreEntropy(MaskingObjective):
         )
 
     def kernel(self, backbone) -> LossKernel:
-        return functools.partial(score_entropy, mask_id=self.mask_id)
+        return LossKernel(
+            functools.partial(score_entropy, mask_id=self.mask_id),
+            functools.partial(score_entropy_of_sums, vocab_size=backbone.vocab_size),
+            self.mask_id,
+        )
 
     def denoiser(self, backbone) -> Score:
         return Score(backbone, self.mask_id, self.time_conditioning)
