@@ -16,7 +16,7 @@ from objectives.head import cross_entropy_kernel, head_loss, row_sums
 from objectives.sedd import ScoreEntropy
 
 ROWS, WIDTH, WORDS = 11, 5, 13
-TILES = [(1, 1), (4, 3), (3, 64), (512, 1024)]  # rows, columns
+TILES = [(1, 1), (4, 3), (3, 64), (1024, 1024)]  # rows, columns
 
 
 def numbers(dtype=torch.float64, scale=1.0):
