@@ -3,7 +3,7 @@ Parameter names are those of the published checkpoints."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, compiler, nn
 
 from .attention import Attend
 from .by_kernel import ByKernel
@@ -15,6 +15,8 @@ from .kernels.residual import can_fuse, new_seed, residual
 from .layers import Norm, Pick, rotate
 from .lora import parts
 from .network import products_dtype
+
+CPU_ROWS = 256  # of the MLP at a time where no gradient is wanted: its inner layer stays in a cache
 
 
 class Block(nn.Module):
@@ -115,6 +117,9 @@ class Block(nn.Module):
                 w.to(x.dtype) for w in (first.weight, second.weight, second.bias)
             )
             return mlp(x, weight, first.bias, weight2, bias2)[0]
+        if x.device.type == "cpu" and not (torch.is_grad_enabled() or compiler.is_compiling()):
+            parts = x.flatten(0, -2).split(CPU_ROWS)
+            return torch.cat([self.mlp(part) for part in parts]).view_as(x)
         if not self.gelu_inside or x.device.type != "cuda":
             return self.mlp(x)
         rows = x.to(first.weight.dtype).flatten(0, -2)
