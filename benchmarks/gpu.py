@@ -12,6 +12,8 @@ check             flex (compiled), sdpa and, where installed, flash_attn, forwar
 train             model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU,
                   memory, largest batch
 sample            bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
+parallel          the same by sampling.steps=threshold, which may reveal several tokens at once:
+                  by a network that is never certain of a token, and by one that always is
 """
 
 import argparse
@@ -25,7 +27,7 @@ import torch
 
 from benchmarks.gpu_check import check
 from benchmarks.gpu_network import SMALL, TINY, device_name
-from benchmarks.gpu_sample import sample
+from benchmarks.gpu_sample import parallel, sample
 from benchmarks.gpu_table import missed
 from benchmarks.gpu_train import ALGORITHMS, BACKENDS, train
 from benchmarks.support.conclusion import conclude
@@ -33,7 +35,7 @@ from training.signals import end_on_interrupt
 from utils import write_json
 
 # each yields {name: what was found} as far as it has come
-PARTS = {"check": check, "train": train, "sample": sample}
+PARTS = {"check": check, "train": train, "sample": sample, "parallel": parallel}
 
 
 def main(argv=None) -> int:
@@ -73,7 +75,7 @@ def parse(argv):
         "--turn",
         type=Path,
         metavar="FOLDER",
-        help="compile for `train`, `sample`; make FOLDER/ready; measure once FOLDER/go is there",
+        help="compile (not for `check`); make FOLDER/ready; measure once FOLDER/go is there",
     )
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args(argv)

@@ -132,6 +132,7 @@ turns() { # names, one after the other
 echo "== at first all is compiled and checked, three minutes on an H100; files in $OUT"
 timed='' queue=() next=0
 start_one sample gpu.py sample
+start_one parallel gpu.py parallel
 for algorithms in bamdlm 'mdlm ar'; do
   [ ${#tiny[@]} != 0 ] || train flex $algorithms
   train sdpa $algorithms
@@ -144,8 +145,8 @@ fi
 names="check tests$timed"
 on 0 part check gpu.py check &
 right=$!
-suite tests $((workers < 8 ? workers : 8)) '' block_diffusion decode few_rows forward freeze \
-  graphs sampling ssd_lm training_kernels &
+suite tests $((workers < 8 ? workers : 8)) '' block_diffusion decode forward freeze graphs sampling \
+  ssd_lm &
 right="$right $!"
 if [ "$gpus" -gt 1 ]; then
   names="$names tests_several"

@@ -17,13 +17,10 @@ PARALLEL = {"steps": "threshold", "threshold": 0.9}
 
 
 def sample(args):
-    net = frozen(args)
-    found, denoise, many = {}, sampler(net, args), 4 if args.tiny else 512
+    found, denoise, many = {}, sampler(frozen(args), args), many_rows(args)
     warm_up = partial(sampled, denoise, length=args.length // 4, texts=1, args=args)
     for rows in (1, many, 8):
         warm_up(rows=rows)  # compiles
-    for rows in (1, many):
-        warm_up(rows=rows, **PARALLEL)
     await_turn(args.turn, args.device)
     for name, rows, texts in (("one", 1, 3), ("many", many, 1)):
         warm_up(rows=rows)
@@ -43,18 +40,30 @@ def sample(args):
         flush=True,
     )
     yield found
-    # how many tokens an evaluation reveals follows from how certain the network is: at least one,
-    # as random weights are never certain, and at most a block
+
+
+def parallel(args):
+    """By a rule that may reveal several tokens at once. How many follows from how certain the
+    network is: at least one, as random weights are never certain, and at most a block. In a process
+    of its own, where nothing is compiled for other rules."""
+    found, net, length = {}, frozen(args), args.length // 4
+    denoise = sampler(net, args)
+    for rows in (1, many_rows(args)):
+        sampled(denoise, rows, length, 1, args, **PARALLEL)  # compiles
+    await_turn(args.turn, args.device)
     for kind in ("threshold", "threshold, certain"):
         if kind == "threshold, certain":
             make_certain(net)
-        for rows, texts in ((1, 3), (many, 1)):
+        for rows, texts in ((1, 3), (many_rows(args), 1)):
             name = f"{rows} text{'' if rows == 1 else 's'}, {kind}"
-            warm_up(rows=rows, **PARALLEL)
-            entry = sampled(denoise, rows, args.length, texts, args, **PARALLEL)
-            found.setdefault("parallel", {})[name] = entry
+            sampled(denoise, rows, length, 1, args, **PARALLEL)
+            found[name] = entry = sampled(denoise, rows, length, texts, args, **PARALLEL)
             print(f"{name}: {parallel_speed(entry)}", flush=True)
             yield found
+
+
+def many_rows(args) -> int:
+    return 4 if args.tiny else 512
 
 
 def make_certain(net) -> None:

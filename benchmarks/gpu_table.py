@@ -184,7 +184,10 @@ def lines_of_sample(entry: dict):
         yield "a batch of texts", speed
     if ratio := entry.get("cost_ratio"):
         yield "a block of 8 texts behind 8 L tokens, of one behind 2 L", f"{ratio:.3f} x"
-    for name, found in entry.get("parallel", {}).items():
+
+
+def lines_of_parallel(entry: dict):
+    for name, found in entry.items():
         yield name, parallel_speed(found)
 
 
@@ -219,6 +222,7 @@ LINES = {
     "tests_several": lines_of_several_tests,
     "train": lines_of_train,
     "sample": lines_of_sample,
+    "parallel": lines_of_parallel,
     "several": lines_of_several,
 }
 
