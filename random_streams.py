@@ -59,7 +59,10 @@ def order(seed: int, name: str, number: int, length: int) -> np.ndarray:
 def seed_dropout(seed: int, row: int, device: torch.device) -> None:
     """Dropout, which takes torch's generators, as a function of the place in the stream."""
     found = key(seed, "dropout", row)
-    torch.manual_seed(found)
+    if device.type == "cpu":  # torch.manual_seed notes who asked, for GPUs that are not in use
+        torch.default_generator.manual_seed(found)
+    else:
+        torch.manual_seed(found)
     if device.type == "cpu" and not isinstance(seed, OldSeed):
         # of a seed it takes 32 bits; its 624 words of 32 bits are set instead
         state = torch.get_rng_state()
