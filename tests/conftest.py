@@ -32,6 +32,18 @@ def _single_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_peak():
+    """One small matrix product in each run, in the place of 24: nobody reads its share of the
+    peak. What is forked has it too."""
+    from training import flops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flops, "PEAK_TRIES", 1)
+        patch.setitem(flops.PEAK_SIZE, "cpu", 64)
+        yield
+
+
 @pytest.fixture(scope="session")
 def wholes(tmp_path_factory):
     """algorithm -> (overrides, folder, last checkpoint) of a run that nothing disturbed."""

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from runs import prepare_forks
 
-from training import flops
 from training.signals import HEARD
 
 CLIENT = """\
@@ -105,7 +104,6 @@ def _become(files: list[int], words: list[str], place: str, environment: dict[st
         os.environ.clear()
         os.environ.update(environment)
         torch.set_num_threads(1)
-        flops.PEAK_TRIES = 1  # nobody reads the share of the peak
         option, script, *rest = words
         assert option == "-u", words
         sys.argv = [script, *rest]
