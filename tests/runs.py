@@ -20,6 +20,7 @@ import torch
 import main
 import settings
 from checkpointing import torch_file
+from settings.overrides import parse
 from training.signals import HEARD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,9 +96,15 @@ ALGORITHMS = {
 COUNTS = ["block_size=4", "training.noise=counts", "training.count_law=learnt"]
 
 
+def prepare_forks(words: list[str]) -> None:
+    """Do once, here, what every run would do anew: import, read these words, and compose the groups
+    of settings among them."""
+    _import_and_compose(tuple(word for word in words if "." not in word.partition("=")[0]))
+    parse(words)
+
+
 @functools.cache
-def prepare_forks(groups: tuple[str, ...]) -> None:
-    """Do once, here, what every run would do anew: import, and compose these groups of settings."""
+def _import_and_compose(groups: tuple[str, ...]) -> None:
     for name in IMPORTED:
         try:  # Lightning imports s3fs where it is installed
             importlib.import_module(name)
@@ -128,7 +135,7 @@ class Run:
         environment=None,
     ):
         self.log, self.program = log, program
-        prepare_forks(tuple(word for word in arguments if "." not in word.partition("=")[0]))
+        prepare_forks(list(map(str, arguments)))
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid, self.screen = pty.fork() if log is None else (os.fork(), None)

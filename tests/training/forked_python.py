@@ -46,7 +46,7 @@ sys.exit(code)
 def forked_python(groups: tuple[str, ...] = ()):
     """The path of that program, which serves until the end of the block. groups: of settings, which
     are composed once for all."""
-    prepare_forks(groups)
+    prepare_forks(list(groups))
     # a folder of its own: the name of a socket has at most 107 bytes
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         address, program = Path(folder, "socket"), Path(folder, "python")
