@@ -1,14 +1,12 @@
 """Folders in hub format, made for tests from the recordings."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import torch
 from checkpoint_helpers import BY_ALGO, network, path
 from conftest import GOLDEN, load_json
+from runs import in_a_copy
 from safetensors.torch import load_file, save_file
 
 from checkpointing.layouts import read_checkpoint
@@ -157,17 +155,28 @@ def with_tokenizer(folder, template=None, family="Qwen3"):
     return folder
 
 
+AWAY = """
+import os
+import sys
+
+import huggingface_hub.constants
+import transformers.dynamic_module_utils
+
+os.chdir("..")
+for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+    del sys.modules[name]
+transformers.dynamic_module_utils.HF_MODULES_CACHE = os.path.abspath("hf")
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+"""
+
+
 def consumed(folder, program, *words):
     """The tensors that a program makes from in.safetensors of this folder, in a process that does
-    not know this project; words: its arguments behind the two files."""
-    (folder / "consumer.py").write_text(textwrap.dedent(program))
-    done = subprocess.run(
-        [sys.executable, "-I", "consumer.py", "in.safetensors", "out.safetensors", *words],
-        cwd=folder,
-        env={**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    not know this project; words: its arguments behind the two files. It is forked: an interpreter
+    takes four seconds to import transformers."""
+    place = folder / "nothing"  # where it would find Python files that are no library
+    place.mkdir()
+    arguments = ["in.safetensors", "out.safetensors", *words]
+    code, text = in_a_copy(place, AWAY + textwrap.dedent(program), arguments)
+    assert code == 0, text[-3000:]
     return load_file(folder / "out.safetensors")
