@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 import main
 import settings
 import utils
-from data import preparation, shards
+from data import preparation, shards, streaming
 from data.token_rows import TokenRows
 from diffusion import Diffusion
 from evaluation.journal import Journal
@@ -470,9 +470,10 @@ def test_a_fault_of_reading_is_told_from_a_bug(fault, kind, words, workers):
 
 
 @pytest.mark.parametrize("kind", ["rows", "documents", "streamed", "unreadable"])
-def test_a_worker_writes_a_message_whole_or_not_at_all(kind, tmp_path):
+def test_a_worker_writes_a_message_whole_or_not_at_all(kind, tmp_path, monkeypatch):
     """The kernel does so below PIPE_BUF: a worker that is killed leaves no half of one, for which
     the run would wait without end."""
+    monkeypatch.setattr(streaming, "UNIT_CHARACTERS", 4000)  # of text at once; the rest is in store
     (tmp_path / "a.txt").write_text("one two three " * 300)
     words = tiny(tmp_path)
     words += [f"data.train={tmp_path / 'a.txt'}", "model.length=64", "block_size=16"]
