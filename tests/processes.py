@@ -1,14 +1,10 @@
-"""Servers and Python programs in processes of their own, for tests."""
+"""Servers in processes of their own, for tests."""
 
-import json
-import os
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 S3_SERVER = """
 import socket, sys
@@ -55,17 +51,3 @@ def wait_for(url):
             return
         except OSError:
             time.sleep(0.05)
-
-
-def in_fresh_process(code, **environment):
-    """What the code prints, as JSON; run in this project with another environment."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])

@@ -20,7 +20,7 @@ from hub_folders import (
     same_weights,
     shard,
 )
-from processes import in_fresh_process, process
+from processes import process
 from runs import differences, run
 from safetensors.torch import save_file
 
@@ -98,25 +98,28 @@ def algorithm(model_id):
     return {"bd3lm": "bamdlm"}.get(name, name)
 
 
-ASK = """
-    import json
-    from checkpointing.layouts import read_checkpoint
-    found = {}
-    for name, revision in json.loads(%r):
-        try:
-            c = read_checkpoint(name, revision=revision)
-            first = float(c.weights["vocab_embed.embedding"][0, 0])
-            found[f"{name} {revision}"] = [c.algorithms, first]
-        except ValueError as error:
-            found[f"{name} {revision}"] = str(error)
-    print(json.dumps(found))
-"""
-
-
-def ask(names, **environment):
+def ask(names, folder, **environment):
+    """What a process with these variables reads, in a fork that has huggingface_hub yet to import:
+    [algorithms, one weight] of each or why not."""
     pairs = [(name, None) if isinstance(name, str) else name for name in names]
-    found = in_fresh_process(ASK % json.dumps(pairs), **environment)
-    return [found[f"{name} {revision}"] for name, revision in pairs]
+
+    def answer(_):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
+        found = []
+        for name, revision in pairs:
+            try:
+                c = read_checkpoint(name, revision=revision)
+                first = float(c.weights["vocab_embed.embedding"][0, 0])
+                found.append([c.algorithms, first])
+            except ValueError as error:
+                found.append(str(error))
+        (folder / "found.json").write_text(json.dumps(found))
+        return 0
+
+    code, text = run([], folder / "log", program=answer, environment=environment)
+    assert code == 0, text
+    return json.loads((folder / "found.json").read_text())
 
 
 def test_models_come_from_the_hub_by_id_and_from_the_cache_when_offline(tmp_path):
@@ -150,7 +153,7 @@ def test_models_come_from_the_hub_by_id_and_from_the_cache_when_offline(tmp_path
     }
     with process(str(TESTS / "hub_server.py"), str(root)) as port:
         endpoint = f"http://127.0.0.1:{port}"
-        found = ask([*IDS, *special, *broken], HF_ENDPOINT=endpoint, **env)
+        found = ask([*IDS, *special, *broken], tmp_path, HF_ENDPOINT=endpoint, **env)
     for model_id, (algorithms, _) in zip(IDS, found, strict=False):
         assert algorithms == [algorithm(model_id)]
     pickled, shards, by_argument, by_name = found[len(IDS) : len(IDS) + len(special)]
@@ -162,7 +165,7 @@ def test_models_come_from_the_hub_by_id_and_from_the_cache_when_offline(tmp_path
 
     wanted = [*IDS, *special, "me/absent", "me/empty"]
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    offline = ask(wanted, **env)
+    offline = ask(wanted, tmp_path, **env)
     assert offline[:-2] == found[: len(wanted) - 2]
     assert "is not in the cache (HF_HUB_OFFLINE is set)" in offline[-2]
     assert "none of model.safetensors" in offline[-1]
@@ -172,6 +175,7 @@ def test_models_come_from_the_hub_by_id_and_from_the_cache_when_offline(tmp_path
 def test_an_unreachable_hub_is_named(tmp_path):
     (found,) = ask(
         ["me/model"],
+        tmp_path,
         HF_HOME=str(tmp_path),
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HUB_DISABLE_TELEMETRY="1",
