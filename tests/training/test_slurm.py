@@ -51,8 +51,8 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forks():
-    """The environment of jobs that need no interpreters of their own. That of which one is told to
-    stop while it imports has them, and those with --slow."""
+    """The environment of jobs that need no interpreters of their own. A start that is told to stop
+    while it imports has one, and so have those with --slow."""
     with forked_python(tuple(SCRIPT)) as python:
         yield {"BAMDLM_PYTHON": str(python)}
 
@@ -77,7 +77,20 @@ def until_saved(cluster, job, step, folder, run="run"):
     until((folder / run / f"checkpoints/step={step}.ckpt").exists, cluster, job)
 
 
-def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, overrides, tmp_path):
+def imports_once(forks, folder):
+    """The environment of a job whose first start has an interpreter, and those after it forks."""
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\nmkdir {folder}/started 2> /dev/null && exec {sys.executable} "$@"\n'
+        f'exec {forks["BAMDLM_PYTHON"]} "$@"\n'
+    )
+    python.chmod(0o755)
+    return {"BAMDLM_PYTHON": str(python)}
+
+
+def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(
+    cluster, forks, overrides, tmp_path
+):
     """Once by USR1 (as ahead of the time limit), once by Slurm's own requeue (as in preemption);
     and before that by USR1 while it is importing, when nobody handles it yet."""
     save = f"checkpointing.save_dir={tmp_path / 'run'}"
@@ -90,7 +103,8 @@ def test_a_job_preempted_twice_is_requeued_and_ends_as_if_it_was_not(cluster, ov
     words = " ".join(f"'{word}'" for word in arguments)
     text = script.read_text().replace('"$@"', f"{words} trainer.max_steps=$(cat {stop})")
     wrapper.write_text(text.replace("$SLURM_SUBMIT_DIR", str(SCRIPTS.parent)))
-    job = cluster.submit(f"--gres=gpu:1 {wrapper}", BLOCK_SIZE="4")
+    python = imports_once(forks, tmp_path)
+    job = cluster.submit(f"--gres=gpu:1 {wrapper}", BLOCK_SIZE="4", **python)
     until(lambda: f"{job}.0" in cluster.command(f"squeue -h -s -j {job}"), cluster, job)
     told = []
 
