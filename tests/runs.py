@@ -1,5 +1,6 @@
 """Runs of main.py as processes of their own: forked, so that nothing has to be imported again."""
 
+import faulthandler
 import fcntl
 import functools
 import importlib
@@ -151,6 +152,7 @@ class Run:
                 os.dup2(output, 2)
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            faulthandler.enable(sys.stderr)  # of the parent it would write elsewhere
             for number in HEARD:
                 signal.signal(number, signal.SIG_DFL)
             os.environ.update(environment)
