@@ -98,5 +98,11 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(items):
-    """The jobs of Slurm first: they take longest, and mostly wait, so they run beside the rest."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """The jobs of Slurm first: they take longest, and mostly wait, so they run beside the rest.
+    Then tests/training, which forks most: the kernel copies the tables of all the memory that a
+    worker holds, and that grows."""
+
+    def late(item):
+        return item.get_closest_marker("slurm") is None, "training" not in item.nodeid.split("/")
+
+    items.sort(key=late)
