@@ -12,9 +12,9 @@ GIB = 1 << 30
 USABLE = 0.97
 # docs/performance.md, one H200, model=small, 32 rows a step, with the fastest attention: the share
 # of a large matrix product's speed that training reaches, compiled and not.
-MFU = {"bamdlm": (0.450, 0.424), "mdlm": (0.480, 0.415), "ar": (0.503, 0.477)}
+MFU = {"bamdlm": (0.504, 0.469), "mdlm": (0.495, 0.415), "ar": (0.510, 0.477)}
 NOT_MEASURED = "mdlm"  # stands for algorithms that are not in MFU
-REACHED = 0.77  # that speed as a share of `peak`: 747 to 793 of 989 TFLOP/s, H100 and H200
+REACHED = 0.77  # that speed as a share of `peak`: 747 to 795 of 989 TFLOP/s, H100 and H200
 SEVERAL = 0.955  # of the sum of their speeds: two GPUs of one host, with ddp
 
 
