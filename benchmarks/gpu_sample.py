@@ -20,6 +20,8 @@ def sample(args):
     found, denoise, many = {}, sampler(frozen(args), args), many_rows(args)
     warm_up = partial(sampled, denoise, length=args.length // 4, texts=1, args=args)
     for rows in (1, many, 8):
+        # a run has one batch: that other ones came before is no sign that sizes change
+        torch._dynamo.pgo.reset_code_state()
         warm_up(rows=rows)  # compiles
     await_turn(args.turn, args.device)
     for name, rows, texts in (("one", 1, 3), ("many", many, 1)):
@@ -49,6 +51,7 @@ def parallel(args):
     found, net, length = {}, frozen(args), args.length // 4
     denoise = sampler(net, args)
     for rows in (1, many_rows(args)):
+        torch._dynamo.pgo.reset_code_state()  # as in `sample`
         sampled(denoise, rows, length, 1, args, **PARALLEL)  # compiles
     await_turn(args.turn, args.device)
     for kind in ("threshold", "threshold, certain"):
