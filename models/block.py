@@ -3,7 +3,7 @@ Parameter names are those of the published checkpoints."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, compiler, nn
+from torch import Tensor, nn
 
 from .attention import Attend
 from .by_kernel import ByKernel
@@ -45,8 +45,8 @@ class Block(nn.Module):
         if isinstance(attend, ByKernel) and attend.takes(qkv, self.n_heads):
             return attend.rotated(qkv, cos, sin, self.n_heads)
         if can_split(qkv, self.n_heads):
-            parts = rotated_heads(qkv, cos, sin, self.n_heads)
-            return _joined(attend(*(part.transpose(1, 2) for part in parts)))
+            split = rotated_heads(qkv, cos, sin, self.n_heads)
+            return _joined(attend(*(x.transpose(1, 2) for x in split)))
         qk, v = self._heads(qkv, 3).split((2, 1))  # of [3, B, H, T, D]
         return _joined(attend(*rotate(qk, cos, sin).unbind(), v[0]))
 
@@ -117,9 +117,11 @@ class Block(nn.Module):
                 w.to(x.dtype) for w in (first.weight, second.weight, second.bias)
             )
             return mlp(x, weight, first.bias, weight2, bias2)[0]
-        if x.device.type == "cpu" and not (torch.is_grad_enabled() or compiler.is_compiling()):
-            parts = x.flatten(0, -2).split(CPU_ROWS)
-            return torch.cat([self.mlp(part) for part in parts]).view_as(x)
+        if x.device.type == "cpu" and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):
+            rows = x.flatten(0, -2).split(CPU_ROWS)
+            return torch.cat([self.mlp(some) for some in rows]).view_as(x)
         if not self.gelu_inside or x.device.type != "cuda":
             return self.mlp(x)
         rows = x.to(first.weight.dtype).flatten(0, -2)
