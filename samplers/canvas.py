@@ -73,33 +73,40 @@ class Canvas:
                 " too large for its precision; no text of this batch is kept"
             )
 
-    def reveal(self, starts: list[int], width: int, step: Tensor) -> None:
-        """Write tokens: step int64 [3, B, R] says where to read in tokens starts[b] .. starts[b] +
-        width - 1, where in row b to write, and with which key. With a cache the rows start behind
-        what is committed."""
+    def evaluate(
+        self, name: Hashable, function: Callable, starts: list[int], width: int, *numbers: Tensor
+    ) -> Tensor | None:
+        """function(tokens starts[b] .. starts[b] + width - 1 of each row, cache, *numbers), which
+        asks the network once; recorded where that is possible. Under one name the function is the
+        same. With a cache the rows start behind what is committed."""
         self._count()
         cache = self.cache
         with torch.inference_mode():
             if self.replay is None:
-                self._reveal(self.window(starts, width), step, cache)
-            elif cache is None:
-                self.replay(
-                    None, lambda *q: self._reveal(*q, None), self.window(starts, width), step
-                )
-            else:
-                reach = cache.reach_of(max(self.committed), width)
-                self.replay(
-                    (reach, width),
-                    lambda step, committed: self._reveal(
-                        self._behind(committed, width), step, cache.at(committed, reach)
-                    ),
-                    step,
-                    cache.committed,
-                )
+                return function(self.window(starts, width), cache, *numbers)
+            if cache is None:
+                tokens = self.window(starts, width)
+                return self.replay(name, lambda x, *n: function(x, None, *n), tokens, *numbers)
+            reach = cache.reach_of(max(self.committed), width)
 
-    def _reveal(self, tokens: Tensor, step: Tensor, cache) -> None:
+            def behind(committed: Tensor, *numbers: Tensor) -> Tensor | None:
+                tokens = self._behind(committed, width)
+                return function(tokens, cache.at(committed, reach), *numbers)
+
+            return self.replay((name, reach, width), behind, cache.committed, *numbers)
+
+    def answer(self, tokens: Tensor, read: Tensor, cache) -> Tensor:
+        """log-probabilities [B, R, V] at read [B, R], places in tokens; inside of `evaluate`."""
+        return self._heard(self.denoise(tokens, read, cache))
+
+    def reveal(self, starts: list[int], width: int, step: Tensor) -> None:
+        """Write tokens: step int64 [3, B, R] says where to read in tokens starts[b] .. starts[b] +
+        width - 1, where in row b to write, and with which key."""
+        self.evaluate("reveal", self._reveal, starts, width, step)
+
+    def _reveal(self, tokens: Tensor, cache, step: Tensor) -> None:
         read, write, key = step
-        log_probs = self._heard(self.denoise(tokens, read, cache))
+        log_probs = self.answer(tokens, read, cache)
         with compiling(self.compiled):
             drawn = self.sample(log_probs, key, self.params.warp, self.params.dtype)
         self.write(write, drawn, log_probs)
@@ -235,13 +242,15 @@ class Replay:
         self.recordings: dict[Hashable, _Recording] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, name: Hashable, function: Callable[..., None], *inputs: Tensor) -> None:
-        """function(*inputs), which writes to tensors of the caller. Under one name all it reads and
-        writes beside the inputs must stay where it is."""
+    def __call__(
+        self, name: Hashable, function: Callable[..., Tensor | None], *inputs: Tensor
+    ) -> Tensor | None:
+        """function(*inputs). Under one name all it reads and writes beside the inputs must stay
+        where it is. The next call overwrites what was returned."""
         key = (name, *((x.shape, x.dtype) for x in inputs))
         if key not in self.recordings:
             self.recordings[key] = _Recording(inputs)
-        self.recordings[key](function, inputs, self.pool)
+        return self.recordings[key](function, inputs, self.pool)
 
     def forget(self) -> None:
         """The tensors beside the inputs have moved. A pool ends with the last recording in it."""
@@ -254,17 +263,18 @@ class _Recording:
         self.inputs = [x.clone() for x in inputs]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.tried = False
+        self.result: Tensor | None = None
 
-    def __call__(self, function, inputs: tuple[Tensor, ...], pool) -> None:
+    def __call__(self, function, inputs: tuple[Tensor, ...], pool) -> Tensor | None:
         for ours, given in zip(self.inputs, inputs, strict=True):
             ours.copy_(given)
         if not self.tried:  # on the very tensors of the recording: nothing is compiled during it
             self.tried = True
-            function(*self.inputs)
-            return
+            return function(*self.inputs)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                function(*self.inputs)
+                self.result = function(*self.inputs)
             self.graph = graph
         self.graph.replay()
+        return self.result

@@ -9,11 +9,12 @@ when they were drawn, and the same rule fills them once more; what was given is 
 """
 
 from collections.abc import Callable
-from itertools import count
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .canvas import Canvas
 from .draw import fold
 from .params import SamplingParams
 from .sending import Countdown, to_device
@@ -110,17 +111,18 @@ class View:
             self.pending = []
             self.width = self.later_width = max(stop - start for start, stop in spans)
 
-    def ask(self, read: Tensor) -> Tensor:
-        """log-probabilities at read [B, R], positions in the view."""
-        canvas = self.texts.canvas
-        answer = canvas.ask(canvas.window(self.starts, self.width), read, canvas.cache)
-        self._asked()
-        return answer
-
     def reveal(self, step: Tensor) -> None:
         """Draw what is read and write it; step: see make_steps."""
         self.texts.canvas.reveal(self.starts, self.width, step)
         self._asked()
+
+    def choose(self, rule: Adaptive, most: int | None, step: Tensor, number: Tensor) -> Tensor:
+        """Reveal what the rule chooses, see `choose`."""
+        canvas = self.texts.canvas
+        function = partial(choose, canvas, rule, most)
+        left = canvas.evaluate(("choose", most), function, self.starts, self.width, step, number)
+        self._asked()
+        return left
 
     def _asked(self) -> None:
         if any(self.pending):
@@ -212,32 +214,40 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills, again: bool) -> N
     Of a rule that is not `sequential` the host learns late how many are left (Countdown): a pass
     that turns out to ask nothing may follow the last one, and changes nothing.
     """
-    params, canvas = texts.params, texts.canvas
     view = View(texts, spans)
     step, later = whole_steps(texts, view, fills, again)
     left = Countdown([len(fill) for fill in fills])
-    each = params.k if "k" in rule.reads else 1  # revealed in a step, where it is sequential
-    for evaluation in count():
-        before = left.most()
-        if before == 0:
-            break
-        read, write, keys = step
-        masked = (canvas.x.gather(1, write) == canvas.mask_id) & (write != canvas.dump)
-        log_probs = view.ask(read)
-        chance = Chance(log_probs, keys, evaluation, params)
-        reveal = rule.choose(log_probs, masked, params, chance)
+    each = texts.params.k if "k" in rule.reads else 1  # revealed in a step, where it is sequential
+    places = step.shape[-1]
+    numbers = iter(torch.arange(places, device=step.device))  # of the evaluations: one a place
+    while bound := left.most():
+        most = None  # a CPU counts what is revealed
+        if step.device.type != "cpu":  # one of few numbers, as each has a recording of its own
+            most = min(each if rule.sequential else 1 << (bound - 1).bit_length(), places)
+        remaining = view.choose(rule, most, step, next(numbers))
         if rule.sequential:
-            left.send(torch.tensor([max(0, n - each) for n in left.known[-1]]))
-        else:
-            left.send((masked & ~reveal).sum(1))
-        most = left.shown(before)
-        if most == 0:
-            break
-        picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
-        token = chance.drawn(picked)
-        target = write.gather(1, picked).where(reveal.gather(1, picked), canvas.dump)
-        canvas.write(target, token, log_probs, picked)
+            remaining = torch.tensor([max(0, n - each) for n in left.known[-1]])
+        left.send(remaining)
         step = later
         texts.show()
     for slot, asked in zip(texts.slots, left.evaluations(), strict=True):
         slot.nfe += asked
+
+
+def choose(
+    canvas: Canvas, rule: Adaptive, most: int | None, tokens: Tensor, cache, step: Tensor, number
+) -> Tensor:
+    """Ask the network about tokens [B, T], reveal what the rule chooses in evaluation `number` of
+    the block, and return how many of each row are masked still, int64 [B]. step: see make_steps.
+    most: no row has more revealed; None: to be counted."""
+    read, write, keys = step
+    masked = (canvas.x.gather(1, write) == canvas.mask_id) & (write != canvas.dump)
+    log_probs = canvas.answer(tokens, read, cache)
+    chance = Chance(log_probs, keys, number, canvas.params)
+    reveal = rule.choose(log_probs, masked, canvas.params, chance)
+    if most is None:
+        most = int(reveal.sum(1).max())
+    picked = reveal.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, most]
+    target = write.gather(1, picked).where(reveal.gather(1, picked), canvas.dump)
+    canvas.write(target, chance.drawn(picked), log_probs, picked)
+    return (masked & ~reveal).sum(1)

@@ -56,13 +56,6 @@ class Countdown:
         self._collect()
         return max(0, max(self.known[-1]) - len(self.coming))
 
-    def shown(self, before: int) -> int:
-        """No row had more revealed by the last evaluation. before: what `most` was ahead of it."""
-        self._collect()
-        if self.coming:
-            return before
-        return max(a - b for a, b in zip(*self.known[-2:], strict=True))
-
     def evaluations(self) -> list[int]:
         """How many each row was asked in, at the end."""
         return [sum(n > 0 for n in row) for row in zip(*self.known, strict=True)]

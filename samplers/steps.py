@@ -149,7 +149,7 @@ class Chance:
 
     log_probs: Tensor  # [B, R, V]
     keys: Tensor  # of the positions, int64 [B, R]
-    evaluation: int  # 0, 1, 2 … in the block
+    evaluation: Tensor | int  # 0, 1, 2 … in the block, int64 []
     params: object
 
     def uniform(self) -> Tensor:

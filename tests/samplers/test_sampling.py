@@ -16,6 +16,7 @@ from samplers.draw import draw, fold, gumbel, in_groups, row_keys, uniform
 from samplers.nucleus import by_digits, by_search, by_sorting, nucleus
 from samplers.params import SamplingParams, Warp
 from samplers.request import TextRequest
+from samplers.rounds import choose
 from samplers.steps import (
     CHAIN,
     CONFIDENCES,
@@ -415,7 +416,7 @@ class Late:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("after", [1, 2, 3, 1000])
+@pytest.mark.parametrize("after", [0, 1, 2, 1000])
 def test_counts_that_arrive_late_change_neither_text_nor_nfe(monkeypatch, after, cached):
     """As on a device that lags behind: passes that ask nothing may be added, one a block at most,
     and only what is older than the last evaluation is waited for."""
@@ -435,8 +436,21 @@ def test_counts_that_arrive_late_change_neither_text_nor_nfe(monkeypatch, after,
     rounds = 2 * SMALL["length"] // SMALL["block_size"]
     assert rounds < needed < 2 * (SMALL["length"] - 1)  # neither all at once nor one by one
     more = len(asked.asked) - 2 * needed
-    assert 0 < more <= rounds if after > 1 else more == 0
-    assert bool(waits) == (after > 2)
+    assert 0 < more <= rounds if after > 0 else more == 0
+    assert bool(waits) == (after > 1)
+
+
+@pytest.mark.parametrize("steps", [name for name in STEPS if isinstance(STEPS[name], Adaptive)])
+def test_places_that_are_drawn_for_and_not_revealed_change_no_text(steps, monkeypatch):
+    """As on a device, where the host knows a bound of what is revealed alone."""
+    counted = texts(write("bamdlm", network("bamdlm"), 3, **SMALL, steps=steps))
+
+    def at_all_places(canvas, rule, most, tokens, cache, step, number):
+        assert most is None
+        return choose(canvas, rule, step.shape[-1], tokens, cache, step, number)
+
+    monkeypatch.setattr("samplers.rounds.choose", at_all_places)
+    assert texts(write("bamdlm", network("bamdlm"), 3, **SMALL, steps=steps)) == counted
 
 
 @pytest.mark.parametrize("algo", ["bamdlm", "mdlm"])
@@ -930,7 +944,9 @@ def test_the_host_never_waits_for_the_device_inside_a_block(cuda, monkeypatch, a
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "change", [{}, CACHED, CACHED | {"corrector": 2}], ids=["uncached", "cached", "corrected"]
+    "change",
+    [{}, CACHED, CACHED | {"corrector": 2}, CACHED | {"steps": "threshold", "threshold": 0.15}],
+    ids=["uncached", "cached", "corrected", "adaptive"],
 )
 def test_batches_on_a_gpu_are_recorded_one_after_the_other(cuda, change):
     """The last of them is smaller."""
