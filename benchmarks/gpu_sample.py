@@ -1,7 +1,7 @@
 """Part of gpu.py: how fast is sampling?"""
 
 import time
-from functools import partial
+from itertools import islice
 
 import torch
 
@@ -18,14 +18,10 @@ PARALLEL = {"steps": "threshold", "threshold": 0.9}
 
 def sample(args):
     found, denoise, many = {}, sampler(frozen(args), args), many_rows(args)
-    warm_up = partial(sampled, denoise, length=args.length // 4, texts=1, args=args)
     for rows in (1, many, 8):
-        # a run has one batch: that other ones came before is no sign that sizes change
-        torch._dynamo.pgo.reset_code_state()
-        warm_up(rows=rows)  # compiles
+        warm_up(denoise, rows, args.length, args)
     await_turn(args.turn, args.device)
     for name, rows, texts in (("one", 1, 3), ("many", many, 1)):
-        warm_up(rows=rows)
         found[name] = entry = sampled(denoise, rows, args.length, texts, args)
         print(
             f"{rows} x {args.length} tokens: {entry['seconds'][-1]:.2f} s,"
@@ -51,15 +47,13 @@ def parallel(args):
     found, net, length = {}, frozen(args), args.length // 4
     denoise = sampler(net, args)
     for rows in (1, many_rows(args)):
-        torch._dynamo.pgo.reset_code_state()  # as in `sample`
-        sampled(denoise, rows, length, 1, args, **PARALLEL)  # compiles
+        warm_up(denoise, rows, length, args, **PARALLEL)
     await_turn(args.turn, args.device)
     for kind in ("threshold", "threshold, certain"):
         if kind == "threshold, certain":
             make_certain(net)
         for rows, texts in ((1, 3), (many_rows(args), 1)):
             name = f"{rows} text{'' if rows == 1 else 's'}, {kind}"
-            sampled(denoise, rows, length, 1, args, **PARALLEL)
             found[name] = entry = sampled(denoise, rows, length, texts, args, **PARALLEL)
             print(f"{name}: {parallel_speed(entry)}", flush=True)
             yield found
@@ -87,6 +81,14 @@ def frozen(args):
 def sampler(net, args):
     objective = MaskedDiffusion(args.vocab - 1, 16, get_schedule("loglinear"))
     return objective.denoiser(net)
+
+
+def warm_up(denoise, rows: int, length: int, args, blocks: int = 3, **rule) -> None:
+    """Compile for `rows` texts of `length`, and write the first blocks of them."""
+    # a run has one batch: that other ones came before is no sign that sizes change
+    torch._dynamo.pgo.reset_code_state()
+    for _ in islice(groups(denoise, rows, length, rows, args, **rule), blocks):
+        pass
 
 
 def sampled(denoise, rows: int, length: int, texts: int, args, **rule) -> dict:
