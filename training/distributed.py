@@ -23,6 +23,8 @@ from checkpointing.sharded_index import is_in_parts
 from samplers.sending import send
 from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
 
+UNIT_BYTES = 50 << 20  # sent at once by fsdp; with less, the host takes longer than the device
+
 
 class _Saving:
     """Of a strategy: in a checkpoint in parts every rank writes its own."""
@@ -123,7 +125,7 @@ class Sharded(_Saving, ModelParallelStrategy):
 
 def share_out(module: L.LightningModule) -> None:
     """With strategy=fsdp: share the network out, and its average in the same way. The blocks are
-    put together one at a time, the rest for a whole pass.
+    put together a unit at a time, the rest for a whole pass.
 
     With bf16-mixed the linear layers of the blocks are sent in bfloat16, as autocast would round
     them. What it computes in float32 (norms, embedding) and the head, whose gradient is summed in
@@ -146,15 +148,30 @@ def share_out(module: L.LightningModule) -> None:
     of_blocks = _block_parameters(backbone, half)
     options = {"reshard_after_forward": False, "ignored_params": of_blocks}
     fsdp.fully_shard(backbone, mesh=mesh, mp_policy=of_rest, **options)
-    for block in backbone.blocks:
-        others = set(block.parameters()) - of_blocks
-        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)
+    for unit in _units(backbone, half):
+        others = {p for block in unit for p in block.parameters()} - of_blocks
+        fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=others)
     backbone.compile_inside_hooks()
     for name in ("hidden", "features", "logits"):  # the objectives do not call `forward`
         fsdp.register_fsdp_forward_method(backbone, name)
     if module.ema is not None:
         like, averages = dict(module.backbone.named_parameters()), module.ema.shadow
         module.ema.shadow = {name: part_of(averages[name], like[name]).clone() for name in averages}
+
+
+def _units(backbone: nn.Module, half: bool) -> list[list[nn.Module]]:
+    """The blocks that are put together at once: neighbours, of UNIT_BYTES and more as they are
+    sent. Each alone where some are made again, as units are complete when all their blocks ran."""
+    if backbone.recompute:
+        return [[block] for block in backbone.blocks]
+    units, sent = [], UNIT_BYTES
+    for block in backbone.blocks:
+        if sent >= UNIT_BYTES:
+            units.append([])
+            sent = 0
+        units[-1].append(block)
+        sent += sum(p.numel() for p in block.parameters()) * (2 if half else 4)
+    return units
 
 
 def _block_parameters(backbone: nn.Module, linear: bool) -> set[nn.Parameter]:
@@ -172,8 +189,11 @@ def has_sharded_weights(backbone: nn.Module) -> bool:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """What this rank holds of it; shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """What this rank holds of it; shares its memory and has no gradient."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():  # else an autograd function: three for each weight and step
+        return tensor.to_local()
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:

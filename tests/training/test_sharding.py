@@ -136,6 +136,29 @@ def test_layers_that_are_made_again_give_the_same_bits(base, tmp_path):
         assert differences(ours["state_dict"], kept["state_dict"]) == []
 
 
+def of_two_blocks(rank):
+    """Units of two blocks and of one, in place of one unit of three."""
+    real = distributed.share_out
+
+    def share_out(module):
+        sizes = {sum(p.numel() for p in block.parameters()) for block in module.backbone.blocks}
+        (size,) = sizes
+        distributed.UNIT_BYTES = 2 * 4 * size
+        real(module)
+        units = {id(block._get_fsdp_state()) for block in module.backbone.blocks}
+        print(len(module.backbone.blocks), "blocks in", len(units), "units", flush=True)
+
+    distributed.share_out = share_out
+
+
+def test_the_size_of_units_changes_no_bit(base, tmp_path):
+    words = [*base, *STEPS, *FSDP, "model.n_blocks=3", "trainer.max_steps=3"]
+    at_once = read(trained(words, tmp_path / "at_once", 2) / LAST)
+    in_two = trained(words, tmp_path / "in_two", 2, before=of_two_blocks)
+    assert "3 blocks in 2 units" in (in_two / "log-0.txt").read_text()
+    assert differences(read(in_two / LAST)["state_dict"], at_once["state_dict"]) == []
+
+
 def parts_alone(rank):
     """Neither an average nor a gradient is put together while it is trained."""
     real, wholes = distributed.DTensor.full_tensor, []
