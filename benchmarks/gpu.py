@@ -10,7 +10,7 @@ check             flex (compiled), sdpa and, where installed, flash_attn, forwar
                   against dense float32; the network in float32 and bf16 against the CPU; cached
                   against uncached
 train             model=small, L = 1024, vocabulary 50 258, synthetic ids, bf16: tokens/s, MFU,
-                  memory, largest batch
+                  memory; of compiled bamdlm the largest batch
 sample            bamdlm S = 16, bf16: batch 1 and 512; 2 048 against 8 192 tokens
 parallel          the same by sampling.steps=threshold, which may reveal several tokens at once:
                   by a network that is never certain of a token, and by one that always is

@@ -15,7 +15,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -53,12 +56,13 @@ def main(argv=None) -> int:
     found = {}
     figures = {"several": found}
     counts = [n for n in (2, 4, 8) if n <= most]
-    for xl, n, strategy in itertools.product((False, True), counts, ("ddp", "fsdp")):
-        name = f"{'xl ' * xl}{strategy} on {n}"
-        found[name] = entry = scaled(n, [f"--strategy={strategy}", *["--xl"] * xl], args)
-        print(f"{name}: {speeds(entry)}", flush=True)
-        if args.out is not None:
-            write_json(args.out, figures)
+    with started(list(itertools.product((False, True), counts, ("ddp", "fsdp"))), args) as runs:
+        await_turn(args.turn, torch.device("cpu"))  # the devices are theirs
+        for name, run in runs.items():
+            found[name] = entry = scaled(run)
+            print(f"{name}: {speeds(entry)}", flush=True)
+            if args.out is not None:
+                write_json(args.out, figures)
     return conclude(figures, [] if args.tiny else missed(figures), check=args.check, out=args.out)
 
 
@@ -75,8 +79,7 @@ def parse(argv):
         "--turn",
         type=Path,
         metavar="FOLDER",
-        help="compile, make FOLDER/ready, measure once FOLDER/go is there; of more than two\n"
-        "devices each compiles when it comes to them",
+        help="compile, make FOLDER/ready, measure once FOLDER/go is there",
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--strategy", default="ddp", help=argparse.SUPPRESS)
@@ -93,27 +96,58 @@ def parse(argv):
     return args
 
 
-def torchrun(devices: int, words: list[str]) -> str:
-    """What the processes print; a RuntimeError with it where one fails."""
+@dataclass(frozen=True)
+class Run:
+    """Processes that train; they compile, make turn/ready and measure once turn/go is there."""
+
+    process: subprocess.Popen
+    log: Path
+    turn: Path
+
+
+@contextmanager
+def started(kinds: list[tuple[bool, int, str]], args):
+    """{name: Run} of (xl or not, devices, strategy) each, all of which have compiled: beside each
+    other, as that takes longer than to measure. They end with this."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for xl, n, strategy in kinds:
+            name = f"{'xl ' * xl}{strategy} on {n}"
+            turn = Path(folder) / name.replace(" ", "_")
+            turn.mkdir()
+            words = [f"--strategy={strategy}", *["--xl"] * xl, f"--turn={turn}"]
+            runs[name] = start(n, words, turn, args)
+        try:
+            for run in runs.values():
+                while not (run.turn / "ready").exists() and run.process.poll() is None:
+                    time.sleep(0.1)
+            yield runs
+        finally:
+            for run in runs.values():
+                run.process.terminate()
+            for run in runs.values():
+                run.process.wait()
+
+
+def start(devices: int, which: list[str], turn: Path, args) -> Run:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={devices}", *words]
-    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(words)}\n{ended.stdout[-3000:]}{ended.stderr[-3000:]}")
-    return ended.stdout
+    command += [f"--nproc-per-node={devices}", "benchmarks/gpu_several.py", "--worker", *which]
+    command += [f"--steps={args.steps}", f"--batch={args.batch}", *["--tiny"] * args.tiny]
+    log = turn / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    return Run(process, log, turn)
 
 
-def scaled(devices: int, which: list[str], args) -> dict:
+def scaled(run: Run) -> dict:
     """Speeds in tokens/s, the batch of each device kept: of each alone, of all together, and what
-    share that is of the sum; MFU and GiB of a device together. left_out: too little memory."""
-    words = ["benchmarks/gpu_several.py", "--worker", *which, f"--steps={args.steps}"]
-    words += [f"--batch={args.batch}", *(["--tiny"] if args.tiny else [])]
-    words += [] if args.turn is None else [f"--turn={args.turn}"]
-    try:
-        said = torchrun(devices, words)
-    except RuntimeError as error:
-        if not is_full(error):
-            raise
+    share that is of the sum; MFU and GiB of a device together. left_out: too little memory.
+    RuntimeError with what the processes print where one fails."""
+    (run.turn / "go").touch()
+    failed, said = run.process.wait(), run.log.read_text()
+    if failed and not is_full(said):
+        raise RuntimeError(f"{run.process.args}\n{said[-6000:]}")
+    if failed:
         return {"left_out": "out of memory"}
     alone, (together,), (mfu,), (gib,) = (
         [float(speed) for speed in re.findall(rf"{name}: (\S+)\n", said)]
@@ -152,15 +186,12 @@ def worker(args) -> int:
         here.sizes, args.batch = here.sizes if args.tiny else XL, max(args.batch // 4, 1)
     backend = "sdpa" if args.tiny else "flex"
     made = partial(network, here, backend=backend, compiled=not args.tiny, dropout=0.1)
-    if not args.xl:
-        fit(made(n_blocks=2), here, args, device, steps=2)  # compiles
+    fit(made(n_blocks=2), here, args, device, steps=2)  # compiles
     release(device)
-    if args.turn is not None:
-        name = f"of_{devices}_{args.strategy}{'_xl' * args.xl}"
-        compiled = [args.turn / f"{each}_{name}" for each in range(devices)]
-        compiled[rank].touch()
-        for each in compiled:
-            await_file(each)
+    compiled = [args.turn / f"compiled_{each}" for each in range(devices)]
+    compiled[rank].touch()
+    for each in compiled:
+        await_file(each)
     await_turn(args.turn, device)
     net, steps = made(), WARM_UP + args.steps
     tokens = args.batch * here.length * args.steps  # of a device, timed
