@@ -4,9 +4,9 @@
     python benchmarks/gpu_several.py --tiny     two processes on a CPU, to try the script itself
     python benchmarks/gpu_several.py --check    exit code 1 where it scales worse than wanted
 
-Ahead of each training its processes train alone, beside each other; that is what it is compared
-with. Those of model=xl, of a billion parameters, train together at once, with a quarter of the
-batch. tests/training/test_gpus.py tests that devices train what one would, and that a run resumes.
+Ahead of ddp its processes train alone, beside each other; that is what ddp and fsdp are compared
+with. model=xl, of a billion parameters, is trained with a quarter of the batch, and not alone.
+tests/training/test_gpus.py tests that devices train what one would, and that a run resumes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks.support.conclusion import conclude
 from diffusion import Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from training.distributed import Poll, Replicated, Sharded
+from training.distributed import Poll, Replicated, Sharded, leave_group
 from training.flops import NetworkShape, flops, matmul_peak
 from training.lr_schedules import lr_factor
 from training.optimizers import OptimizerSettings
@@ -60,6 +60,8 @@ def main(argv=None) -> int:
         await_turn(args.turn, torch.device("cpu"))  # the devices are theirs
         for name, run in runs.items():
             found[name] = entry = scaled(run)
+            if name.startswith("fsdp"):
+                compare(entry, found[name.replace("fsdp", "ddp")])
             print(f"{name}: {speeds(entry)}", flush=True)
             if args.out is not None:
                 write_json(args.out, figures)
@@ -140,9 +142,9 @@ def start(devices: int, which: list[str], turn: Path, args) -> Run:
 
 
 def scaled(run: Run) -> dict:
-    """Speeds in tokens/s, the batch of each device kept: of each alone, of all together, and what
-    share that is of the sum; MFU and GiB of a device together. left_out: too little memory.
-    RuntimeError with what the processes print where one fails."""
+    """Speeds in tokens/s, the batch of each device kept, of all together and, with ddp, of each
+    alone; MFU and GiB of a device together. left_out: too little memory. RuntimeError with what the
+    processes print where one fails."""
     (run.turn / "go").touch()
     failed, said = run.process.wait(), run.log.read_text()
     if failed and not is_full(said):
@@ -154,7 +156,17 @@ def scaled(run: Run) -> dict:
         for name in ("alone tokens/s", "together tokens/s", "mfu", "gib")
     )
     found = {"tokens_per_second": together, "mfu": mfu, "memory_gib": gib}
-    return found | ({"alone": alone, "efficiency": together / sum(alone)} if alone else {})
+    if alone:
+        compare(found, {"alone": alone})
+    return found
+
+
+def compare(entry: dict, other: dict) -> None:
+    """What share of the sum of the devices' speeds alone, measured in `other`, they have together;
+    where both were measured."""
+    if "alone" in other and "tokens_per_second" in entry:
+        entry["alone"] = other["alone"]
+        entry["efficiency"] = entry["tokens_per_second"] / sum(other["alone"])
 
 
 class Clock(L.Callback):
@@ -178,7 +190,7 @@ class Clock(L.Callback):
 
 
 def worker(args) -> int:
-    """One process: trains alone, then with the others."""
+    """One process: trains alone, where that is measured, then with the others."""
     devices, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     here = gpu.parse(["train", *(["--tiny"] if args.tiny else [])])
     here.device, device = torch.device("cpu"), here.device  # Lightning moves the network
@@ -186,7 +198,8 @@ def worker(args) -> int:
         here.sizes, args.batch = here.sizes if args.tiny else XL, max(args.batch // 4, 1)
     backend = "sdpa" if args.tiny else "flex"
     made = partial(network, here, backend=backend, compiled=not args.tiny, dropout=0.1)
-    fit(made(n_blocks=2), here, args, device, steps=2)  # compiles
+    alone = args.strategy == "ddp" and not args.xl
+    fit(made(n_blocks=2), here, args, device, 1 if alone else devices, steps=2)  # compiles
     release(device)
     compiled = [args.turn / f"compiled_{each}" for each in range(devices)]
     compiled[rank].touch()
@@ -195,7 +208,7 @@ def worker(args) -> int:
     await_turn(args.turn, device)
     net, steps = made(), WARM_UP + args.steps
     tokens = args.batch * here.length * args.steps  # of a device, timed
-    if not args.xl:
+    if alone:
         say("alone tokens/s", tokens / fit(net, here, args, device, steps=steps).seconds)
     peak = matmul_peak(device, torch.float32 if args.tiny else torch.bfloat16)
     release(device)
@@ -206,6 +219,7 @@ def worker(args) -> int:
         say("mfu", step * tokens / together.seconds / peak)
         full = 0 if args.tiny else torch.accelerator.max_memory_allocated() / 2**30
         say("gib", full)
+    leave_group()
     return 0
 
 
