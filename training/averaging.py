@@ -16,8 +16,7 @@ def averaged_weights(module: L.LightningModule) -> list[tuple[str, Tensor]]:
 def put_average(module: L.LightningModule, on: bool) -> None:
     """Put the averaged weights in place, or the raw ones back."""
     if module.ema is not None and on != module.averaged:
-        if distributed.has_sharded_weights(module.backbone):
-            module.backbone.reshard()  # what is put together would not see the exchange
+        distributed.reshard(module.backbone)  # what is put together would not see the exchange
         module.ema.swap(averaged_weights(module))
         if module.backbone.masters is not None:
             module.backbone.masters.round()

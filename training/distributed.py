@@ -5,6 +5,7 @@ A checkpoint has the same content as on one device; each reads the other's.
 """
 
 import inspect
+import math
 from dataclasses import replace
 
 import lightning as L
@@ -23,7 +24,9 @@ from checkpointing.sharded_index import is_in_parts
 from samplers.sending import send
 from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
 
-UNIT_BYTES = 50 << 20  # sent at once by fsdp; with less, the host takes longer than the device
+# sent at once by fsdp: with less, the host takes longer than the device; blocks of no more than
+# WHOLE_BYTES are all sent at once, and stay for the backward pass
+UNIT_BYTES, WHOLE_BYTES = 50 << 20, 200 << 20
 
 
 class _Saving:
@@ -148,9 +151,13 @@ def share_out(module: L.LightningModule) -> None:
     of_blocks = _block_parameters(backbone, half)
     options = {"reshard_after_forward": False, "ignored_params": of_blocks}
     fsdp.fully_shard(backbone, mesh=mesh, mp_policy=of_rest, **options)
-    for unit in _units(backbone, half):
-        others = {p for block in unit for p in block.parameters()} - of_blocks
-        fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=others)
+    units = _units(backbone, half)
+    for unit in units:
+        options = {
+            "reshard_after_forward": len(units) > 1,
+            "ignored_params": {p for block in unit for p in block.parameters()} - of_blocks,
+        }
+        fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy, **options)
     backbone.compile_inside_hooks()
     for name in ("hidden", "features", "logits"):  # the objectives do not call `forward`
         fsdp.register_fsdp_forward_method(backbone, name)
@@ -160,17 +167,18 @@ def share_out(module: L.LightningModule) -> None:
 
 
 def _units(backbone: nn.Module, half: bool) -> list[list[nn.Module]]:
-    """The blocks that are put together at once: neighbours, of UNIT_BYTES and more as they are
-    sent. Each alone where some are made again, as units are complete when all their blocks ran."""
-    if backbone.recompute:
-        return [[block] for block in backbone.blocks]
-    units, sent = [], UNIT_BYTES
-    for block in backbone.blocks:
-        if sent >= UNIT_BYTES:
+    """The blocks that are put together at once, neighbours. Each alone where some are made again,
+    as a unit is complete when all its blocks ran."""
+    sizes = [sum(p.numel() for p in block.parameters()) for block in backbone.blocks]
+    sent = [(2 if half else 4) * size for size in sizes]  # bytes
+    least = UNIT_BYTES if sum(sent) > WHOLE_BYTES else WHOLE_BYTES
+    units, bytes_of_last = [], math.inf
+    for block, size in zip(backbone.blocks, sent, strict=True):
+        if bytes_of_last >= least or backbone.recompute:
             units.append([])
-            sent = 0
+            bytes_of_last = 0
         units[-1].append(block)
-        sent += sum(p.numel() for p in block.parameters()) * (2 if half else 4)
+        bytes_of_last += size
     return units
 
 
@@ -186,6 +194,13 @@ def _block_parameters(backbone: nn.Module, linear: bool) -> set[nn.Parameter]:
 
 def has_sharded_weights(backbone: nn.Module) -> bool:
     return isinstance(backbone, fsdp.FSDPModule)
+
+
+def reshard(backbone: nn.Module) -> None:
+    """Of a network that is shared out, nothing is put together afterwards."""
+    for layer in backbone.modules():
+        if isinstance(layer, fsdp.FSDPModule):
+            layer.reshard()
 
 
 def part(tensor: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def of_two_blocks(rank):
     def share_out(module):
         sizes = {sum(p.numel() for p in block.parameters()) for block in module.backbone.blocks}
         (size,) = sizes
-        distributed.UNIT_BYTES = 2 * 4 * size
+        distributed.UNIT_BYTES, distributed.WHOLE_BYTES = 2 * 4 * size, 0
         real(module)
         units = {id(block._get_fsdp_state()) for block in module.backbone.blocks}
         print(len(module.backbone.blocks), "blocks in", len(units), "units", flush=True)
