@@ -4,8 +4,8 @@ Memory: weights in float32 (16-mixed and bf16-mixed add a copy in two bytes) or 
 (model.param_dtype), of those that are trained (with lora.rank few) also gradients, two moments (one
 with Muon), the average and masters of bfloat16, the activations that the backward pass keeps, and
 the head's chunk of logits with the gradient of its weight. fsdp shares out the weights and what
-belongs to them; what it puts together for a pass (two layers at a time, and in float32 what is
-outside of the layers) comes on top, with its gradients.
+belongs to them; what it puts together for a pass (two units of layers at a time, and in float32
+what is outside of the layers) comes on top, with its gradients.
 With model.activation_checkpointing a layer that is made again keeps its input until its turn.
 """
 
@@ -29,6 +29,7 @@ from objectives.algorithms import get_algorithm
 from objectives.head import CHUNK_LOGITS, CHUNK_LOGITS_ACCELERATOR
 from settings import Config
 from settings.defaults import all_devices
+from training.distributed import units
 from training.flops import GPUS, NetworkShape, flops, matmul_dtype
 from training.optimizers import matrices, trained
 from utils import listed, say
@@ -106,13 +107,14 @@ def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
     logits = CHUNK_LOGITS if trainer.accelerator == "cpu" else CHUNK_LOGITS_ACCELERATOR
     sequences = float(trainer.max_steps) * loader.global_batch_size
     shards = shards_of(config)
-    layer = (count.all - count.outside) / shape.n_blocks
+    layer = size * (count.all - count.outside) / shape.n_blocks  # bytes
+    together = [len(unit) * layer for unit in units([layer] * shape.n_blocks, alone=bool(again))]
     return Plan(
         shape=shape,
         devices=all_devices(config),
         parameters=count.all,
         weights=weights / shards,
-        gathered=2 * (4 * count.outside + size * 2 * layer) if shards > 1 else 0,
+        gathered=2 * (4 * count.outside + sum(together[:2])) if shards > 1 else 0,
         activations=rows * shape.hidden_size * most_kept(shape.n_blocks, again, kept, last),
         # in half precision a float32 copy, but for the kernels
         head=logits * (6 if size == 2 and not kernels else size)
@@ -121,7 +123,7 @@ def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
         flops=cost.step * sequences,
         checkpoint=4 * (count.all - count.by_muon)  # weights, and of what is trained
         + (8 + 4 * (config.training.ema > 0)) * count.trained,  # moments and average
-        exchange=exchanged(config, count, size),
+        exchange=exchanged(config, count, size, gathers=1 + (len(together) > 1)),
         again=cost.inner * len(again) / cost.step,
     )
 
@@ -143,15 +145,14 @@ def shards_of(config: Config) -> int:
     return all_devices(config) // config.strategy.replicate if sharded else 1
 
 
-def exchanged(config: Config, count: Weights, size: int) -> float:
+def exchanged(config: Config, count: Weights, size: int, gathers: int) -> float:
     """Bytes that a device sends in an optimizer step, in rings. Within the devices of a copy:
-    weights put together for the forward and the backward pass (what is outside of the layers once)
-    and gradients added up, in every micro-batch. Between copies: an all-reduce of the gradients,
-    with ddp once a step."""
+    layers put together `gathers` times, what is outside of them once, and gradients added up, in
+    every micro-batch. Between copies: an all-reduce of the gradients, with ddp once a step."""
     passes, shards = config.trainer.accumulate_grad_batches, shards_of(config)
     copies = all_devices(config) // shards
     gradients = (2 if config.strategy.gradients == "bf16" else 4) * count.trained
-    weights = 2 * size * (count.all - count.outside) + 4 * count.outside
+    weights = gathers * size * (count.all - count.outside) + 4 * count.outside
     within = (shards - 1) / shards * (weights + gradients)
     between = 2 * (copies - 1) / copies * gradients / shards
     return passes * within + between * (passes if shards > 1 else 1)

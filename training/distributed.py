@@ -5,7 +5,6 @@ A checkpoint has the same content as on one device; each reads the other's.
 """
 
 import inspect
-import math
 from dataclasses import replace
 
 import lightning as L
@@ -24,8 +23,9 @@ from checkpointing.sharded_index import is_in_parts
 from samplers.sending import send
 from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
 
-# sent at once by fsdp: with less, the host takes longer than the device; blocks of no more than
-# WHOLE_BYTES are all sent at once, and stay for the backward pass
+# as they are sent. With less than UNIT_BYTES the host takes longer for the hooks and exchanges of a
+# unit than the device for its products. Blocks of at most WHOLE_BYTES are one unit, which stays put
+# together from the forward pass to the end of the backward pass
 UNIT_BYTES, WHOLE_BYTES = 50 << 20, 200 << 20
 
 
@@ -151,10 +151,13 @@ def share_out(module: L.LightningModule) -> None:
     of_blocks = _block_parameters(backbone, half)
     options = {"reshard_after_forward": False, "ignored_params": of_blocks}
     fsdp.fully_shard(backbone, mesh=mesh, mp_policy=of_rest, **options)
-    units = _units(backbone, half)
-    for unit in units:
+    blocks, width = list(backbone.blocks), 2 if half else 4
+    sizes = [width * sum(p.numel() for p in block.parameters()) for block in blocks]
+    together = units(sizes, alone=bool(backbone.recompute))
+    for numbers in together:
+        unit = [blocks[number] for number in numbers]
         options = {
-            "reshard_after_forward": len(units) > 1,
+            "reshard_after_forward": len(together) > 1,
             "ignored_params": {p for block in unit for p in block.parameters()} - of_blocks,
         }
         fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy, **options)
@@ -166,20 +169,17 @@ def share_out(module: L.LightningModule) -> None:
         module.ema.shadow = {name: part_of(averages[name], like[name]).clone() for name in averages}
 
 
-def _units(backbone: nn.Module, half: bool) -> list[list[nn.Module]]:
-    """The blocks that are put together at once, neighbours. Each alone where some are made again,
-    as a unit is complete when all its blocks ran."""
-    sizes = [sum(p.numel() for p in block.parameters()) for block in backbone.blocks]
-    sent = [(2 if half else 4) * size for size in sizes]  # bytes
-    least = UNIT_BYTES if sum(sent) > WHOLE_BYTES else WHOLE_BYTES
-    units, bytes_of_last = [], math.inf
-    for block, size in zip(backbone.blocks, sent, strict=True):
-        if bytes_of_last >= least or backbone.recompute:
-            units.append([])
-            bytes_of_last = 0
-        units[-1].append(block)
-        bytes_of_last += size
-    return units
+def units(sizes: list[int], alone: bool) -> list[range]:
+    """The numbers of the blocks that are put together at once, neighbours; sizes: bytes of all.
+    alone: each is a unit, as where some are made again: a unit ends when all its blocks ran."""
+    least = UNIT_BYTES if sum(sizes) > WHOLE_BYTES else WHOLE_BYTES
+    made, begun, size = [], 0, 0
+    for number, more in enumerate(sizes, start=1):
+        size += more
+        if alone or size >= least or number == len(sizes):
+            made.append(range(begun, number))
+            begun, size = number, 0
+    return made
 
 
 def _block_parameters(backbone: nn.Module, linear: bool) -> set[nn.Parameter]:

@@ -175,13 +175,18 @@ def test_a_checkpoint_has_the_bytes_that_were_planned(optim, tmp_path, capsys):
 
 
 def test_what_fsdp_shares_out_and_sends():
-    """By hand, of 8 devices: 12 layers of 5M and 110M outside of them, two micro-batches."""
+    """By hand, of 8 devices: 12 layers of 5M, which are one unit, and 110M outside of them, two
+    micro-batches."""
     words = ["strategy=fsdp", "trainer.devices=8", "loader.batch_size=32"]
     config, count = settings.load([*PLANNED, *words]), Weights(170_000_000, outside=110_000_000)
     made = plan(config, SMALL, count)
     assert made.weights == 170e6 * 22 / 8
-    assert made.gathered == 2 * (4 * 110e6 + 2 * 2 * 5e6)
-    sent = 2 * 60e6 * 2 + 110e6 * 4 + 170e6 * 4  # layers twice, the rest once, gradients
+    assert made.gathered == 2 * (4 * 110e6 + 2 * 60e6)
+    larger = plan(config, SMALL, Weights(710_000_000, outside=110_000_000))  # 100 MB a layer
+    assert larger.gathered == 2 * (4 * 110e6 + 2 * 100e6)
+    sent = 2 * 2 * 600e6 + 110e6 * 4 + 710e6 * 4  # layers twice, the rest once, gradients
+    assert larger.exchange == pytest.approx(2 * sent * 7 / 8)
+    sent = 60e6 * 2 + 110e6 * 4 + 170e6 * 4  # layers once
     assert made.exchange == pytest.approx(2 * sent * 7 / 8)
     config.strategy.replicate = 2  # groups of 4; between them, gradients of each device's part
     of_two = plan(config, SMALL, count)

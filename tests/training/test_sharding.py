@@ -151,6 +151,20 @@ def of_two_blocks(rank):
     distributed.share_out = share_out
 
 
+def test_which_blocks_are_put_together():
+    mib = 1 << 20
+    for size, blocks, lengths in (
+        (15 * mib, 12, [12]),  # 180 MiB
+        (20 * mib, 12, [3, 3, 3, 3]),
+        (30 * mib, 7, [2, 2, 2, 1]),
+        (115 * mib, 4, [1, 1, 1, 1]),
+    ):
+        made = distributed.units([size] * blocks, alone=False)
+        assert [len(unit) for unit in made] == lengths
+        assert [number for unit in made for number in unit] == [*range(blocks)]
+        assert len(distributed.units([size] * blocks, alone=True)) == blocks
+
+
 def test_the_size_of_units_changes_no_bit(base, tmp_path):
     words = [*base, *STEPS, *FSDP, "model.n_blocks=3", "trainer.max_steps=3"]
     at_once = read(trained(words, tmp_path / "at_once", 2) / LAST)
