@@ -35,7 +35,7 @@ from benchmarks.support.conclusion import conclude
 from diffusion import Diffusion, NoiseSettings
 from noise_schedule import get_schedule
 from objectives.block_diffusion import MaskedDiffusion
-from training.distributed import Poll, Replicated, Sharded, leave_group
+from training.distributed import Poll, Replicated, Sharded
 from training.flops import NetworkShape, flops, matmul_peak
 from training.lr_schedules import lr_factor
 from training.optimizers import OptimizerSettings
@@ -51,7 +51,10 @@ WARM_UP = 12  # steps; in the first ten torch's ddp measures itself, and waits f
 def main(argv=None) -> int:
     args = parse(argv)
     if args.worker:
-        return worker(args)
+        worker(args)
+        sys.stdout.flush()
+        # torch's cache of meshes holds the group, and threads of gloo that outlive it may abort
+        os._exit(0)
     most = 2 if args.tiny else torch.accelerator.device_count()
     found = {}
     figures = {"several": found}
@@ -189,7 +192,7 @@ class Clock(L.Callback):
             self.seconds = time.perf_counter() - self.begun
 
 
-def worker(args) -> int:
+def worker(args) -> None:
     """One process: trains alone, where that is measured, then with the others."""
     devices, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     here = gpu.parse(["train", *(["--tiny"] if args.tiny else [])])
@@ -219,8 +222,6 @@ def worker(args) -> int:
         say("mfu", step * tokens / together.seconds / peak)
         full = 0 if args.tiny else torch.accelerator.max_memory_allocated() / 2**30
         say("gib", full)
-    leave_group()
-    return 0
 
 
 def shape_of(here) -> NetworkShape:
