@@ -5,7 +5,18 @@ import shutil
 import signal
 
 import pytest
-from runs import LAST, Run, at_call, goes_on_to_the_same_end, read, run, tell
+from runs import (
+    ALGORITHMS,
+    LAST,
+    Run,
+    at_call,
+    differences,
+    goes_on_to_the_same_end,
+    read,
+    run,
+    tell,
+    tiny,
+)
 
 from diffusion import Diffusion
 from training.signals import GO_ON
@@ -36,6 +47,23 @@ def test_killed_again_and_again_it_ends_the_same(algo, wholes):
     saved = any((folder / "run/checkpoints").glob("step=*.ckpt"))
     text = goes_on_to_the_same_end(overrides, folder, expected)
     assert ("going on from step" in text) == saved
+
+
+@pytest.mark.slow
+def test_compiled_it_goes_on_to_the_same_bits(tmp_path):
+    """By the compiler of a CPU, with dropout."""
+    words = [*tiny(tmp_path), *ALGORITHMS["bamdlm"], "model.compile=true", "model.dropout=0.1"]
+    ends = []
+    for name, stops in (("whole", (6,)), ("parts", (3, 6))):
+        folder = tmp_path / name
+        for steps in stops:
+            more = [f"trainer.max_steps={steps}", f"checkpointing.save_dir={folder}"]
+            code, text = run([*words, *more], tmp_path / "log")
+            assert code == 0, text
+        ends.append(read(folder / "checkpoints/last.ckpt"))
+    whole, parts = ends
+    for state in "state_dict", "optimizer_states", "ema":
+        assert differences(parts[state], whole[state]) == []
 
 
 def test_told_to_stop_it_saves_between_steps_and_goes_on(wholes):
