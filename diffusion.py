@@ -235,9 +235,6 @@ class Diffusion(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             record(self.trainer, found)
 
-    def on_exception(self, exception: BaseException) -> None:
-        averaging.put_average(self, False)
-
     # ---- optimizer ----------------------------------------------------------------------------
 
     def configure_optimizers(self):
