@@ -108,7 +108,8 @@ def plan(config: Config, shape: NetworkShape, count: Weights) -> Plan:
     sequences = float(trainer.max_steps) * loader.global_batch_size
     shards = shards_of(config)
     layer = size * (count.all - count.outside) / shape.n_blocks  # bytes
-    together = [len(unit) * layer for unit in units([layer] * shape.n_blocks, alone=bool(again))]
+    remade = bool(Recompute(config.model.activation_checkpointing))
+    together = [len(unit) * layer for unit in units([layer] * shape.n_blocks, alone=remade)]
     return Plan(
         shape=shape,
         devices=all_devices(config),

@@ -23,9 +23,9 @@ from checkpointing.sharded_index import is_in_parts
 from samplers.sending import send
 from training.checkpoint_io.parts import as_part, load_in_place, saves_parts
 
-# as they are sent. With less than UNIT_BYTES the host takes longer for the hooks and exchanges of a
-# unit than the device for its products. Blocks of at most WHOLE_BYTES are one unit, which stays put
-# together from the forward pass to the end of the backward pass
+# of blocks, as they are sent. With less than UNIT_BYTES the host takes longer for the hooks and
+# exchanges of a unit than the device for its products. If all blocks together have at most
+# WHOLE_BYTES, they are one unit, which stays from the forward pass to the end of the backward pass
 UNIT_BYTES, WHOLE_BYTES = 50 << 20, 200 << 20
 
 
@@ -169,9 +169,10 @@ def share_out(module: L.LightningModule) -> None:
         module.ema.shadow = {name: part_of(averages[name], like[name]).clone() for name in averages}
 
 
-def units(sizes: list[int], alone: bool) -> list[range]:
+def units(sizes: list[float], alone: bool) -> list[range]:
     """The numbers of the blocks that are put together at once, neighbours; sizes: bytes of all.
-    alone: each is a unit, as where some are made again: a unit ends when all its blocks ran."""
+    alone: one block each. So it must be where blocks are made again, one by one: a unit is let go
+    when all its blocks ran."""
     least = UNIT_BYTES if sum(sizes) > WHOLE_BYTES else WHOLE_BYTES
     made, begun, size = [], 0, 0
     for number, more in enumerate(sizes, start=1):
@@ -197,17 +198,17 @@ def has_sharded_weights(backbone: nn.Module) -> bool:
 
 
 def reshard(backbone: nn.Module) -> None:
-    """Of a network that is shared out, nothing is put together afterwards."""
+    """Between two passes: let go of what is put together of a network that is shared out."""
     for layer in backbone.modules():
         if isinstance(layer, fsdp.FSDPModule):
             layer.reshard()
 
 
 def part(tensor: Tensor) -> Tensor:
-    """What this rank holds of it; shares its memory and has no gradient."""
+    """What this rank holds of it; shares its memory."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with torch.no_grad():  # else an autograd function: three for each weight and step
+    with torch.no_grad():  # else a node of autograd is made, three times a step for each weight
         return tensor.to_local()
 
 
