@@ -13,6 +13,7 @@ import argparse
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,6 @@ from training.distributed import Poll, Replicated, Sharded
 from training.flops import NetworkShape, flops, matmul_peak
 from training.lr_schedules import lr_factor
 from training.optimizers import OptimizerSettings
-from training.signals import end_on_interrupt
 from training.trainer import leave_signals
 from utils import write_json
 
@@ -116,13 +116,14 @@ def started(kinds: list[tuple[bool, int, str]], args):
     other, as that takes longer than to measure. They end with this."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
-        for xl, n, strategy in kinds:
-            name = f"{'xl ' * xl}{strategy} on {n}"
-            turn = Path(folder) / name.replace(" ", "_")
-            turn.mkdir()
-            words = [f"--strategy={strategy}", *["--xl"] * xl, f"--turn={turn}"]
-            runs[name] = start(n, words, turn, args)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
+            for xl, n, strategy in kinds:
+                name = f"{'xl ' * xl}{strategy} on {n}"
+                turn = Path(folder) / name.replace(" ", "_")
+                turn.mkdir()
+                words = [f"--strategy={strategy}", *["--xl"] * xl, f"--turn={turn}"]
+                runs[name] = start(n, words, turn, args)
             for run in runs.values():
                 while not (run.turn / "ready").exists() and run.process.poll() is None:
                     time.sleep(0.1)
@@ -149,8 +150,9 @@ def scaled(run: Run) -> dict:
     alone; MFU and GiB of a device together. left_out: too little memory. RuntimeError with what the
     processes print where one fails."""
     (run.turn / "go").touch()
+    compiled = (run.turn / "ready").exists()
     failed, said = run.process.wait(), run.log.read_text()
-    if failed and not is_full(said):
+    if failed and not (compiled and is_full(said)):
         raise RuntimeError(f"{run.process.args}\n{said[-6000:]}")
     if failed:
         return {"left_out": "out of memory"}
@@ -281,5 +283,5 @@ def batches(here, args, devices: int, rank: int, steps: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    end_on_interrupt()
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
     sys.exit(main())

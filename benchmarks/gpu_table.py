@@ -108,6 +108,8 @@ def missed(found: dict) -> list[str]:
     if "many" in sample and (seconds := sample["many"]["seconds"][-1]) > SECONDS_FOR_512:
         out.append(f"512 texts: {seconds:.1f} s, wanted {SECONDS_FOR_512}")
     for name, entry in found.get("several", {}).items():
+        if "left_out" in entry and not name.startswith("xl"):  # has an aim
+            out.append(f"{name}: {entry['left_out']}")
         if (share := entry.get("efficiency", 1)) < EFFICIENCY:
             out.append(f"{name}: efficiency {share:.3f}, wanted {EFFICIENCY}")
     return out

@@ -105,6 +105,10 @@ def test_all_right(tmp_path, capsys):
             {"several": {"several": {"ddp on 2": SEVERAL | {"efficiency": 0.875}}}},
             "missed: ddp on 2: efficiency 0.875, wanted 0.9",
         ),
+        (
+            {"several": {"several": {"fsdp on 2": {"left_out": "out of memory"}}}},
+            "missed: fsdp on 2: out of memory",
+        ),
     ],
 )
 def test_what_is_wrong_or_missed_is_said(changes, told, tmp_path, capsys):
