@@ -219,10 +219,10 @@ def adaptive(texts: ActiveTexts, rule: Adaptive, spans, fills, again: bool) -> N
     left = Countdown([len(fill) for fill in fills])
     each = texts.params.k if "k" in rule.reads else 1  # revealed in a step, where it is sequential
     places = step.shape[-1]
-    numbers = iter(torch.arange(places, device=step.device))  # of the evaluations: one a place
+    numbers = iter(torch.arange(places, device=step.device))  # each shows one at least
     while bound := left.most():
         most = None  # a CPU counts what is revealed
-        if step.device.type != "cpu":  # one of few numbers, as each has a recording of its own
+        if step.device.type != "cpu":  # rounded up, as each value is recorded apart
             most = min(each if rule.sequential else 1 << (bound - 1).bit_length(), places)
         remaining = view.choose(rule, most, step, next(numbers))
         if rule.sequential:
