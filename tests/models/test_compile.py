@@ -177,7 +177,7 @@ def test_only_compiled_draws_may_have_more_graphs_than_torch_allows(compiled, mo
     page = canvas.Canvas(denoise, SamplingParams(3, bos_id=0, eos_id=1), 0, "cpu", None)
     page.x, page.compiled, page.sample = torch.zeros(1, 4, dtype=torch.int64), compiled, sample
     page.denoise = lambda *asked: torch.rand(1, 1, 2)
-    page._reveal(page.x, torch.zeros(3, 1, 1, dtype=torch.int64), None)
+    page._reveal(page.x, None, torch.zeros(3, 1, 1, dtype=torch.int64))
     assert found == [GRAPHS if compiled else before]
     assert torch._dynamo.config.recompile_limit == before
 
