@@ -1,6 +1,9 @@
-"""torch.compile, and its settings, which hold for this project's compiled functions alone."""
+"""torch.compile, its settings, which hold for this project's compiled functions alone, and what a
+compiler leaves behind."""
 
 import functools
+import signal
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,3 +25,11 @@ def compiling(on: bool = True) -> AbstractContextManager:
         return nullcontext()
     config = torch._dynamo.config
     return config.patch(recompile_limit=max(GRAPHS, config.recompile_limit), optimize_ddp=False)
+
+
+def keep_signal() -> None:
+    """To be called between steps. The first kernel that Triton compiles in a process has LLVM put
+    a handler of its own in place of Python's, under which SIGUSR1 does nothing: Slurm's warning
+    ahead of a time limit would be lost. What Python knows to be set is set again."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))

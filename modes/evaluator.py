@@ -15,6 +15,7 @@ from evaluation.journal import Journal
 from evaluation.likelihood import Likelihood, RowResults
 from evaluation.network import asker
 from evaluation.table import Chosen, one
+from models.compiling import keep_signal
 from objectives.block_diffusion import MaskedDiffusion
 from training.validation import chance, one_pass, texts_of, weights_by_time
 from utils import say
@@ -83,6 +84,7 @@ class Evaluator(L.LightningModule):
         return batch
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
+        keep_signal()
         rows, asks, done = batch["row"].tolist(), {}, itertools.count(1)
         self.seen += rows
         for each, results in self.results.items():

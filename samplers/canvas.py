@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from models.compiling import compiled, compiling
+from models.compiling import compiled, compiling, keep_signal
 
 from .draw import compiled_sample, sample
 from .params import SamplingParams
@@ -125,6 +125,7 @@ class Canvas:
 
     def _count(self) -> None:
         """One more evaluation of the batch; who watches will see what it was asked about."""
+        keep_signal()
         self.evaluations += 1
         if self.watch is not None:
             self.before = self._copy(self.x)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from checkpointing import replacing
+from models.compiling import keep_signal
 from training.averaging import put_average
 from training.checkpoint_io.files import CarefulIO
 from training.distributed import Poll
@@ -133,6 +134,7 @@ class StepCheckpoints(L.Callback):
     def stop_if_told(self, trainer) -> None:
         """Every rank must call this equally often. They stop together, with the raw weights in
         place."""
+        keep_signal()
         told = self.signals.received is not None
         over = self.deadline is not None and self.deadline.over()
         self._notice_failure()

@@ -5,6 +5,8 @@ does and leaves out the minutes of the C++ compiler.
 """
 
 import functools
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ from models.attention import (
     _kernel_options,
     dense,
 )
-from models.compiling import GRAPHS, compiled
+from models.compiling import GRAPHS, compiled, keep_signal
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
 from objectives import head
 from samplers import canvas, draw, nucleus
@@ -239,3 +241,24 @@ def test_tiles_fit_the_gpu(kilobytes, width, dtype, tiles, monkeypatch):
     small = _has_little_shared_memory(torch.device("meta"))
     _has_little_shared_memory.cache_clear()
     assert _kernel_options(small, width, dtype) == tiles
+
+
+def test_a_signal_is_heard_after_triton_has_compiled(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="pip install triton, to compile a kernel")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    @triton.jit
+    def kernel(x):
+        pass
+
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        triton.compile(ASTSource(kernel, {"x": "*fp32"}), target=GPUTarget("cuda", 90, 32))
+        keep_signal()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]

@@ -91,13 +91,19 @@ def test_a_run_moves_between_two_gpus_and_one(strategy, base, alone, tmp_path):
     equal_states(read(tmp_path / LAST), read(alone / LAST))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_stopped_run_goes_on_to_the_same_bits(strategy, dtype, base, tmp_path):
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "strategy=ddp",
+        "strategy=ddp model.compile=true",
+        "strategy=ddp model.param_dtype=bfloat16",
+        "strategy=fsdp",
+        "strategy=fsdp model.compile=true",
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(setting, base, tmp_path):
     """With FlexAttention, in bf16, with dropout, under trainer.deterministic."""
-    if (strategy, dtype) == ("fsdp", "bfloat16"):
-        pytest.skip("refused")
-    words = [*base, *BITS, f"strategy={strategy}", f"model.param_dtype={dtype}"]
+    words = [*base, *BITS, *setting.split()]
     whole = read(finished(words, tmp_path) / LAST)
     (tmp_path / "run").rename(tmp_path / "whole")
     finished(words, tmp_path, code=GO_ON, rank="1", fault="SIGUSR1")

@@ -1,5 +1,7 @@
-"""Ctrl-C in a real terminal: one line at once, a save between two steps, and the run goes on."""
+"""Ctrl-C in a real terminal: one line at once, a save between two steps, and the run goes on. And a
+signal that a library has taken for itself."""
 
+import ctypes
 import os
 import pty
 import select
@@ -11,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import runs
-from runs import LAST, TIMEOUT, Run, at_call, differences, read, run
+from runs import LAST, TIMEOUT, Run, at_call, differences, read, run, tell
 
 from checkpointing import torch_file
 from diffusion import Diffusion
+from modes.evaluator import Evaluator
+from samplers.canvas import Canvas
 from training import signals
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +146,28 @@ def test_a_reader_that_ctrl_c_ends_as_well_does_not_keep_the_run_from_saving(who
     code, text = run([*overrides, WORKERS, save_dir], folder / "log", before=before)
     assert code == signals.BY_HAND, text
     assert read(folder / "piped" / LAST)["global_step"] == 2
+
+
+def test_a_signal_that_a_library_takes_for_itself_stops_what_runs(wholes):
+    """A compiler may take it in the first step, behind Python's back: Slurm's warning."""
+    overrides, folder, _ = wholes("bamdlm")
+    run_folder = folder / "taken" / "run"
+    evaluate = [f"eval.checkpoint_path={folder / 'taken' / LAST}", "loader.eval_batch_size=1"]
+    unjudged = ["eval.gen_ppl_eval_model_name_or_path=null", f"sampling.logdir={folder / 'texts'}"]
+    libc, ignore = ctypes.CDLL(None), 1  # SIG_IGN of signal.h
+    for owner, name, code, words in (
+        (Diffusion, "training_step", signals.GO_ON, []),
+        (Evaluator, "validation_step", -signal.SIGUSR1, ["mode=ppl_eval", *evaluate]),
+        (Canvas, "evaluate", -signal.SIGUSR1, ["mode=sample_eval", *evaluate, *unjudged]),
+    ):
+
+        def before(owner=owner, name=name):
+            at_call(owner, name, 2, lambda: libc.signal(signal.SIGUSR1, ignore))()
+            at_call(owner, name, 5, tell(signal.SIGUSR1))()
+
+        words = [*overrides, f"checkpointing.save_dir={run_folder}", *words]
+        ended, text = run(words, folder / "log", before=before)
+        assert ended == code, text
 
 
 def test_ctrl_c_while_importing_ends_the_process_with_one_line(wholes):
