@@ -18,10 +18,11 @@ marks="$slow${slow:+ and }$gpu"
 bash scripts/setup.sh
 python=${BAMDLM_PYTHON:-.venv/bin/python}
 unset PYTHONDONTWRITEBYTECODE # the asserts of tests are rewritten once, not in each run
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # two workers on two cores
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # a worker computes on one core
 
 style=0 # a fault of style is reported, and the tests run all the same
 "$python" -m ruff check . || style=$?
 "$python" -m ruff format --check . || style=$?
-"$python" -m pytest -n 2 --dist worksteal -m "$marks" "${rest[@]}"
+# three workers on two cores: some tests wait for processes that they started
+"$python" -m pytest -n 3 --dist worksteal -m "$marks" "${rest[@]}"
 exit "$style"
