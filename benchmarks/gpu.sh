@@ -150,7 +150,7 @@ suite tests $((workers < 8 ? workers : 8)) '' block_diffusion decode forward fre
 right="$right $!"
 if [ "$gpus" -gt 1 ]; then
   names="$names tests_several"
-  long="dies or moves or evaluate or texts or (bits and (ddp or compile)) or (as_one and fsdp)"
+  long="dies or moves or evaluate or texts or bits or (as_one and fsdp)"
   suite tests_several 3 "$long" gpus &
   right="$right $!"
 fi
