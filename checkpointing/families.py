@@ -51,15 +51,11 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Family(**_QWEN3),
     "SDARForCausalLM": Family(**_QWEN3, algorithm="bamdlm"),
 }
-NAMES = {  # of the fields of LlamaShape
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
+NAMES = {  # of the fields of LlamaShape that config.json calls otherwise
     "n_blocks": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "ffn_size": "intermediate_size",
-    "rope_type": "rope_type",
     "rope_low_freq_factor": "low_freq_factor",
     "rope_high_freq_factor": "high_freq_factor",
 }
@@ -123,10 +119,7 @@ class _Config:
     def flag(self, key: str | bool) -> bool:
         if isinstance(key, bool):
             return key
-        value = self.config.get(key)
-        if value is not None and type(value) is not bool:
-            raise self.refused(f"{reprlib.repr(value)} as {key}; true or false was expected")
-        return bool(value)
+        return self._value(key, False, lambda x: type(x) is bool, "true or false")
 
 
 def _is_positive(value) -> bool:
@@ -189,13 +182,10 @@ def _window(found: _Config, family: Family) -> int | None:
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             raise found.refused(f"layer_types={reprlib.repr(kinds)}; known: {', '.join(known)}")
         return found.whole("sliding_window") if "sliding_attention" in kinds else None
-    if family.switched and not found.flag("use_sliding_window"):
+    limited = found.flag("use_sliding_window") if family.switched else family.window is not None
+    if not limited or config.get("sliding_window", family.window) is None:
         return None
-    if "sliding_window" not in config and family.window is not None:
-        return family.window
-    if (not family.switched and family.window is None) or config.get("sliding_window") is None:
-        return None
-    return found.whole("sliding_window")
+    return found.whole("sliding_window", family.window)
 
 
 def _rope(found: _Config) -> dict:
@@ -219,16 +209,12 @@ def _rope(found: _Config) -> dict:
     inside, beside = scaling.get("rope_theta"), config.get("rope_theta")
     if None not in (inside, beside) and inside != beside:
         raise found.refused(f"two values of rope_theta: {inside!r} and {beside!r}")
-    values = _Config(f"{found.place}, {given}" if given else found.place, scaling | _theta(config))
+    theta = {} if beside is None else {"rope_theta": beside}
+    values = _Config(f"{found.place}, {given}" if given else found.place, scaling | theta)
     made = {"rope_type": kind, "rope_theta": values.number("rope_theta", 10_000.0)}
     for key, field in SCALING[kind].items():
         made[field] = values.whole(key) if key.startswith("original") else values.number(key)
     return made
-
-
-def _theta(config: dict) -> dict:
-    theta = config.get("rope_theta")
-    return {} if theta is None else {"rope_theta": theta}
 
 
 def recorded_shape(place: str, record: dict) -> LlamaShape:
@@ -240,22 +226,17 @@ def recorded_shape(place: str, record: dict) -> LlamaShape:
     ]
     odd += [name for name in record if name not in kinds]
     odd += ["n_blocks"] if not odd and record["n_blocks"] > MOST_LAYERS else []
-    if odd:
-        shown = ", ".join(f"{name}={reprlib.repr(record.get(name))}" for name in odd[:5])
-        raise CheckpointError(f"{place}: its description of the network is damaged: {shown}")
-    shape = LlamaShape(**record)
-    if problem := next(shape.problems(), None):
+    problem = ", ".join(f"{name}={reprlib.repr(record.get(name))}" for name in odd[:5])
+    problem = problem or next(LlamaShape(**record).problems(), None)
+    if problem:
         raise CheckpointError(f"{place}: its description of the network is damaged: {problem}")
-    return shape
+    return LlamaShape(**record)
 
 
 def _fits(value, kind) -> bool:
-    checks: dict[object, Callable] = {
-        int: lambda v: type(v) is int and 1 <= v <= MOST_IDS,
-        float: _is_positive,
-        bool: lambda v: type(v) is bool,
-        str: lambda v: isinstance(v, str),
-    }
-    if kind not in checks:  # int or None
-        return value is None or checks[int](value)
-    return checks[kind](value)
+    if kind is float:
+        return _is_positive(value)
+    if kind in (bool, str):
+        return type(value) is kind
+    whole = type(value) is int and 1 <= value <= MOST_IDS
+    return whole or (kind is not int and value is None)
