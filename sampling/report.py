@@ -19,6 +19,11 @@ RULES = {
 }
 # fields of SamplingParams that say nothing of how a text was made, or have a place of their own
 UNTOLD = ("bos_id", "eos_id", "seed", "batch_size", "move_chance")
+NUMBERS = {  # the type of each of the others that a command line can set
+    each.name: each.type
+    for each in fields(SamplingParams)
+    if each.type in (int, float, str) and each.name not in UNTOLD
+}
 SHOWN = {"num_steps": "T"}  # a field by another name: as the paper and the setting have it
 
 
@@ -28,32 +33,24 @@ def made_with(algo: str, params: SamplingParams) -> dict:
     writes = get_algorithm(algo).writes
     can = SAMPLERS[writes].can
     reads = STEPS[params.steps].reads if "steps" in can else ()
-    unread = {name for rule in STEPS.values() for name in rule.reads}.difference(reads)
+    of_rules = {name for rule in STEPS.values() for name in rule.reads}
+    read = {name: name in reads for name in of_rules} | {
+        "block_size": writes == "bamdlm",
+        "window": writes == "mdlm",
+        "context_size": "cache" in can,
+        "corrector": "corrector" in can,
+    }
     if writes == "sedd":
-        unread.discard("num_steps")
-    unread |= {
-        name
-        for name, has in (
-            ("block_size", writes == "bamdlm"),
-            ("window", writes == "mdlm"),
-            ("context_size", "cache" in can),
-            ("corrector", "corrector" in can),
-        )
-        if not has
-    }
-    found = {
-        SHOWN.get(each.name, each.name): None if each.name in unread else getattr(params, each.name)
-        for each in fields(params)
-        if each.name not in UNTOLD
-    }
-    return found | {"steps": params.steps if "steps" in can else algo}
+        read["num_steps"] = True
+    names = [each.name for each in fields(params) if each.name not in UNTOLD]
+    made = {SHOWN.get(n, n): getattr(params, n) if read.get(n, True) else None for n in names}
+    return made | {"steps": params.steps if "steps" in can else algo}
 
 
 def read_numbers(algo: str, params: SamplingParams) -> set[str]:
     """The fields of SamplingParams that decide how a text is written."""
-    made = made_with(algo, params)
-    names = (each.name for each in fields(params))
-    return {name for name in names if made.get(SHOWN.get(name, name)) is not None}
+    made = {name for name, value in made_with(algo, params).items() if value is not None}
+    return {each.name for each in fields(params) if SHOWN.get(each.name, each.name) in made}
 
 
 def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> dict:
@@ -63,13 +60,14 @@ def summarise(rows: Sequence[SampleRow], notes: Sequence[dict], about: dict) -> 
         for name in ("tries", "rows", "rejected", "tokens", "nfes")
     )
     seconds, ppl = _seconds(notes), perplexity([score_of(row) for row in rows])
+    entropies = [row.gen_entropy for row in rows]
     found = {
         "rows": len(rows),
         "gen_ppl": ppl.value,
         "gen_ppl_error": ppl.error,
         "gen_ppl_mean": _mean([r.gen_ppl for r in rows if r.gen_ppl is not None]),
-        "gen_entropy": _mean([r.gen_entropy for r in rows]),
-        "gen_entropy_error": mean([r.gen_entropy for r in rows]).error,
+        "gen_entropy": _mean(entropies),
+        "gen_entropy_error": mean(entropies).error,
         "gen_lengths": _mean([r.gen_lengths for r in rows]),
         "gen_nfes": _mean([r.gen_nfes for r in rows]),
         "tokens_per_evaluation": tokens / nfes if nfes else math.nan,
@@ -106,30 +104,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def rule_numbers(rule: str) -> list[str]:
-    """The fields of SamplingParams that a step rule reads, beside num_steps; else none."""
-    reads = STEPS[rule].reads if rule in STEPS else ()
-    return [name for name in reads if name != "num_steps"]
-
-
-def changed_numbers(summary: dict) -> dict:
-    """Those that every rule obeys, such as the temperature, where they are not the default."""
-    return {
-        each.name: summary[each.name]
-        for each in fields(SamplingParams)
-        if each.metadata.get("if_changed")
-        and not each.metadata.get("if_read")
-        and summary.get(each.name, each.default) != each.default
-    }
-
-
 def facts(summary: dict) -> dict:
     """How the texts were made; None: it is not known, or has no meaning."""
+    rule = summary["steps"]
+    reads = STEPS[rule].reads if rule in STEPS else ()
+    of_all_rules = {
+        each.name: each.default
+        for each in fields(SamplingParams)
+        if each.metadata.get("if_changed") and not each.metadata.get("if_read")
+    }
     return {
-        "steps": summary["steps"],
+        "steps": rule,
         "T": summary.get("T"),
-        **{name: summary.get(name) for name in rule_numbers(summary["steps"])},
-        **changed_numbers(summary),
+        **{name: summary.get(name) for name in reads if name != "num_steps"},
+        **{n: summary[n] for n, usual in of_all_rules.items() if summary.get(n, usual) != usual},
         "nucleus": summary["nucleus_p"],
         "precision": summary.get("precision"),
         "draws": summary["dtype"],
@@ -141,34 +129,31 @@ def facts(summary: dict) -> dict:
 def lines(summary: dict) -> list[str]:
     """The report as text."""
 
-    def show(name, form="{:,.2f}"):
-        value = summary[name]
-        return "–" if value is None else form.format(value)
+    def show(name, form=",.2f"):
+        return "–" if summary[name] is None else format(summary[name], form)
 
     judge = summary.get("judge")
     over = f"tokens of {judge}" if judge else "the model's own tokens"
     texts = "text" if summary["rows"] == 1 else "texts"
     found = [
-        f"{summary['rows']} {texts} of {summary['algo']}, {show('gen_nfes', '{:,.1f}')} evaluations"
+        f"{summary['rows']} {texts} of {summary['algo']}, {show('gen_nfes', ',.1f')} evaluations"
         f" each, {show('tokens_per_evaluation')} tokens per evaluation",
         f"generative perplexity {show('gen_ppl')} ± {show('gen_ppl_error')} (judge: {judge})"
         if judge
         else "no judge, so no generative perplexity",
-        f"entropy {show('gen_entropy', '{:.3f}')} ± {show('gen_entropy_error', '{:.3f}')} nats,"
-        f" length {show('gen_lengths', '{:,.1f}')} ({over})",
+        f"entropy {show('gen_entropy', '.3f')} ± {show('gen_entropy_error', '.3f')} nats,"
+        f" length {show('gen_lengths', ',.1f')} ({over})",
     ]
     if "repetition" in summary:
-        several = ", ".join(show(f"distinct_{n}", "{:.3f}") for n in range(1, NGRAMS + 1))
+        several = ", ".join(show(f"distinct_{n}", ".3f") for n in range(1, NGRAMS + 1))
         found.append(
             f"distinct-1 to -{NGRAMS} {several}, repeated {NGRAMS}-grams"
-            f" {show('repetition', '{:.1%}')}, ended by EOS {show('ended_by_eos', '{:.1%}')}"
+            f" {show('repetition', '.1%')}, ended by EOS {show('ended_by_eos', '.1%')}"
         )
     if summary["seconds"]:
-        found.append(
-            f"{show('tokens_per_second', '{:,.0f}')} tokens/s, {show('seconds', '{:,.1f}')} s"
-        )
+        found.append(f"{show('tokens_per_second', ',.0f')} tokens/s, {show('seconds', ',.1f')} s")
     told = {name: value for name, value in facts(summary).items() if value is not None}
     found.append(", ".join(f"{name} {value}" for name, value in told.items()))
     if summary.get("reject_low_entropy"):
-        found.append(f"acceptance {show('acceptance', '{:.3f}')} ({RULES['low_entropy']})")
+        found.append(f"acceptance {show('acceptance', '.3f')} ({RULES['low_entropy']})")
     return found

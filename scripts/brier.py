@@ -11,7 +11,6 @@ behind -- are settings of main.py for the data, such as data.source=/corpora.
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,17 +25,10 @@ from modes import tables
 from samplers.params import SamplingParams
 from samplers.writing import SAMPLERS, check
 from sampling.notebook import Writer, load
-from sampling.report import UNTOLD, read_numbers
+from sampling.report import NUMBERS, read_numbers
 from scripts.support.command import answered, at_least, chosen_device, new_parser, parsed
 from scripts.support.texts import cache_folder, read_texts
 from utils import write_json
-
-NUMBERS = {
-    each.name: each.type
-    for each in fields(SamplingParams)
-    if each.type in (int, float, str)
-    and each.name not in UNTOLD  # those have options, or nobody asks
-}
 
 
 def main(argv=None) -> int:
@@ -50,13 +42,15 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
     for name in dict(args.set).keys() - read:
         raise ValueError(f"--set {name}: no checkpoint reads it with these steps, leave it out")
     found = {path: measured(path, *each, args, words) for path, each in writers.items()}
-    print(as_text(found))
+    told = {path: figures(*each) for path, each in found.items()}
+    print(as_text(told))
     for path, (each, _) in found.items():
         few = [f"Brier-{n}" for n, figure in each.orders.items() if not figure.value > 0]
         if few:
             print(f"{path}: {', '.join(few)} not above 0: take more --prefixes or --draws")
     if args.out:
-        write_json(args.out, {path: as_dict(each) for path, each in found.items()})
+        as_json = {path: {n: x.as_dict() for n, x in own.items()} for path, own in told.items()}
+        write_json(args.out, as_json)
 
 
 def options() -> argparse.ArgumentParser:
@@ -85,9 +79,11 @@ def writer_of(path: str, args, words) -> tuple[Writer, SamplingParams]:
     changes = {"batch_size": args.batch_size, "seed": args.seed} | dict(args.set)
     params = writer.asked(changes)
     check(params, writer.writes)
-    if "block_size" in changes and writer.writes != "bamdlm":
-        raise ValueError(f"--set block_size: {path} holds {writer.algo} weights, without blocks")
     if "block_size" in changes:
+        if writer.writes != "bamdlm":
+            raise ValueError(
+                f"--set block_size: {path} holds {writer.algo} weights, without blocks"
+            )
         say_untrained(writer.trained, [params.block_size])
     return writer, params
 
@@ -131,22 +127,15 @@ def exact_first(writer: Writer, prefixes, truth: torch.Tensor) -> dict:
     return {"Brier-1 exact": mean(found)}
 
 
-def as_text(found: dict) -> str:
-    columns = dict.fromkeys(name for each in found.values() for name in figures(*each))
-    rows = [["", *columns]]
-    for path, each in found.items():
-        known = figures(*each)
-        rows.append([path, *(str(known[name]) if name in known else None for name in columns)])
-    return tables.text(rows)
+def as_text(told: dict[str, dict]) -> str:
+    columns = dict.fromkeys(name for each in told.values() for name in each)
+    rows = [[path, *(each.get(name) for name in columns)] for path, each in told.items()]
+    return tables.text([["", *columns], *rows])
 
 
 def figures(found: BrierLM, exact: dict) -> dict:
     orders = {f"Brier-{n}": figure for n, figure in found.orders.items()}
     return {f"BrierLM-n{found.prefixes}": found.value, **orders, **exact}
-
-
-def as_dict(each) -> dict:
-    return {name: figure.as_dict() for name, figure in figures(*each).items()}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,7 +31,7 @@ from samplers.params import SamplingParams
 from samplers.steps import STEPS
 from samplers.writing import SAMPLERS
 from sampling.notebook import Writer, load
-from sampling.report import UNTOLD, made_with, read_numbers
+from sampling.report import NUMBERS, UNTOLD, made_with, read_numbers
 from sampling.run import Model, Output, SamplingRun, Texts, run_id
 from sampling.sample_file import SampleFile
 from scripts.support.command import at_least, chosen_device, new_parser, parsed
@@ -41,11 +41,7 @@ from utils import reason, say, shown
 
 # --set does not take what is part of no point and what has an option
 NOT_SET = (*UNTOLD, "length", "steps", "temperature", "nucleus_p")
-NUMBERS = {
-    each.name: each.type
-    for each in fields(SamplingParams)
-    if each.type in (int, float, str) and each.name not in NOT_SET
-}
+SETTABLE = {name: kind for name, kind in NUMBERS.items() if name not in NOT_SET}
 FROM_REPORT = {  # a column by another name
     "nfe": "gen_nfes",
     "entropy": "gen_entropy",
@@ -96,9 +92,7 @@ def main(argv=None) -> int:
     except (OSError, MemoryError) as error:
         print(shown(reason(error)), file=sys.stderr)
         return 1
-    print(as_text(rows))
-    for line in matched(rows):
-        print(line)
+    print(as_text(rows), *matched(rows), sep="\n")
     say(f"written to {args.out}: frontier.csv, frontier.json, frontier.png and the texts")
     return 0
 
@@ -135,9 +129,6 @@ def parse(argv) -> tuple[argparse.Namespace, list[str]]:
     return args, words
 
 
-# ---- types of options
-
-
 def floats(text: str) -> list[float]:
     return [float(each) for each in text.split(",")]
 
@@ -156,10 +147,10 @@ def named(text: str) -> tuple[str, str]:
 
 def setting(text: str) -> tuple[str, list]:
     name, _, values = text.partition("=")
-    if name not in NUMBERS:
-        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(NUMBERS)}")
-    found = [NUMBERS[name](each) for each in values.split(",")]
-    if NUMBERS[name] is float and not all(map(math.isfinite, found)):
+    if name not in SETTABLE:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(SETTABLE)}")
+    found = [SETTABLE[name](each) for each in values.split(",")]
+    if SETTABLE[name] is float and not all(map(math.isfinite, found)):
         raise argparse.ArgumentTypeError(f"{name}={values} must be finite numbers")
     return name, found
 
@@ -179,12 +170,8 @@ def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
     """The points of a checkpoint, all checked. ValueError where one cannot be."""
     writer = load(path, device=chosen_device(args.device), cache_dir=cache_folder(words))
     length = args.length or writer.params.context_size
-    base = {
-        "length": length,
-        "seed": args.seed,
-        "batch_size": args.batch_size or args.texts,
-        "nucleus_p": args.nucleus_p,
-    }
+    base = {"length": length, "seed": args.seed, "nucleus_p": args.nucleus_p}
+    base["batch_size"] = args.batch_size or args.texts
     if writer.writes == "bamdlm":
         say_untrained(writer.trained, dict(args.set).get("block_size", ()))
     file = SampleFile(args.out / f"{name}.csv")
@@ -199,8 +186,7 @@ def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
             params = writer.asked({**base, "temperature": temperature, **numbers})
             asked = writer.denoiser(params)
             model = Model(writer.algo, asked, writer.tokenizer, params, writer.device)
-            made = made_with(writer.algo, params)
-            run = run_id(weights, made, params.seed, *judged_by)
+            run = run_id(weights, made_with(writer.algo, params), params.seed, *judged_by)
             output = Output(file, run, about=about)
             numbers_of_rule = {k: v for k, v in numbers.items() if k != "steps"}
             made = SamplingRun(model, Texts(args.texts), output, judge)
@@ -215,7 +201,7 @@ def rules(writer: Writer, length: int, args) -> Iterator[tuple[str, dict]]:
     follows = "steps" in SAMPLERS[writer.writes].can
     for rule in args.steps.split(",") if follows else [writer.writes]:
         steps = {"steps": rule} if follows else {}
-        read = read_numbers(writer.algo, base.changed(**steps)) & NUMBERS.keys()
+        read = read_numbers(writer.algo, base.changed(**steps)) & SETTABLE.keys()
         grid = {name: values for name, values in chosen.items() if name in read}
         blocks = [{"block_size": size} for size in grid.pop("block_size", ())] or [{}]
         for nfe, own in itertools.product(args.nfe or [None], blocks):
