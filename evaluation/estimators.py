@@ -16,6 +16,7 @@ MDLM arXiv:2406.07524, Block Diffusion 2503.09573, any-order AR 2205.13554, IWAE
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,14 +24,7 @@ from torch import Tensor
 from models.randomness import uniform
 from objectives.corruption import log_binomial, rank_in_block
 from objectives.counts import UNIFORM, masked_by_counts
-from samplers.steps import (
-    at_least,
-    by_entropy,
-    by_margin,
-    by_probability,
-    greatest,
-    within_entropy,
-)
+from samplers.steps import at_least, by_entropy, by_margin, by_probability, greatest, within_entropy
 
 Ask = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
 
@@ -62,8 +56,7 @@ class AskedTexts:
         masked, about: boolean [B, L]."""
         read = (masked if about is None else about).flatten().nonzero()[:, 0]
         x_t = torch.where(masked, self.mask_id, self.x0)
-        nll = ask(x_t, read, lambda log_probs, at: self.nll(log_probs, at))
-        return self.scatter(read, nll.double())
+        return self.scatter(read, ask(x_t, read, self.nll).double())
 
     def nll(self, log_probs: Tensor, read: Tensor) -> Tensor:
         """-log p of the true tokens, [m]."""
@@ -129,8 +122,7 @@ def rank_of_scored(keys: Tensor, texts: AskedTexts) -> Tensor:
 def nelbo(ask: Ask, texts: AskedTexts, chance: Chance, number=None) -> Tensor:
     """Nats per token [B, L], one draw: a time per block, uniform on [EPS, 1]; weight 1 / t."""
     t = EPS + (1 - EPS) * chance.times(texts.per_block(texts.x0))[..., None]
-    masked = texts.per_block(chance.tokens(texts.x0)) <= t
-    masked = masked.flatten(1) & texts.scored
+    masked = (texts.per_block(chance.tokens(texts.x0)) <= t).flatten(1) & texts.scored
     return (texts.per_block(texts.surprisal(ask, masked)) / t).flatten(1)
 
 
@@ -248,30 +240,25 @@ def walk(ask: Ask, texts: AskedTexts, score: Callable, reveal: Callable) -> Path
     return Path(total, likeliest)
 
 
-def greedy_path(ask: Ask, texts: AskedTexts, number: int = 1) -> Path:
-    return walk(ask, texts, by_probability, lambda s, masked: greatest(s, masked, number))
+def greedy_path(ask: Ask, texts: AskedTexts) -> Path:
+    return walk(ask, texts, by_probability, lambda s, masked: greatest(s, masked, 1))
 
 
-def greedy(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
-    """The law of revealing the `number` places of greatest probability at a time, [B, L]."""
-    return greedy_path(ask, texts, number).nll
+def by_rule(
+    score: Callable, reveal: Callable, ask: Ask, texts: AskedTexts, chance=None, number: float = 1
+) -> Tensor:
+    """The law of reveal(scores, masked, number), [B, L]; score, reveal: as in walk()."""
+    return walk(ask, texts, score, lambda s, masked: reveal(s, masked, number)).nll
 
 
-def margin(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
-    """The same by the distance of the two greatest probabilities."""
-    return walk(ask, texts, by_margin, lambda s, masked: greatest(s, masked, number)).nll
-
-
-def threshold(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.9) -> Tensor:
-    """The law of revealing all places whose greatest probability is at least `number`, or else the
-    greatest one; with 1 always one."""
-    return walk(ask, texts, by_probability, lambda s, masked: at_least(s, masked, number)).nll
-
-
-def entropy_bounded(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.0) -> Tensor:
-    """The law of revealing the places of least entropy that the bound `number`, in nats, lets pass
-    together, [B, L]."""
-    return walk(ask, texts, by_entropy, lambda s, masked: within_entropy(-s, masked, number)).nll
+# Reveals the `number` places of greatest probability at a time.
+greedy = partial(by_rule, by_probability, greatest)
+# The same by the distance of the two greatest probabilities.
+margin = partial(by_rule, by_margin, greatest)
+# All places whose greatest probability is at least `number`, or else the greatest one.
+threshold = partial(by_rule, by_probability, at_least)
+# The places of least entropy that the bound `number`, in nats, lets pass together.
+entropy_bounded = partial(by_rule, by_entropy, lambda s, *rest: within_entropy(-s, *rest))
 
 
 def left_to_right(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:

@@ -47,6 +47,12 @@ def rule(estimate: Callable, law: str) -> Kind:
     return Kind(estimate, passes, f"exact for {law}", number=number, default=1)
 
 
+def adaptive(estimate: Callable, law: str, number: str, limit: str) -> Kind:
+    """Of a step rule that reveals as many positions as a number allows, at least one."""
+    passes, law = lambda size, number: size, f"exact for {law}"
+    return Kind(estimate, passes, law, number=number, type=float, limit=limit)
+
+
 LIKELIHOODS = {
     "nelbo": Kind(estimators.nelbo, one, BOUND, sampled=True),
     "counts": Kind(estimators.counts, one, BOUND, sampled=True),
@@ -62,21 +68,9 @@ LIKELIHOODS = {
     "left_to_right": rule(estimators.left_to_right, "revealing from the left"),
     "greedy": rule(estimators.greedy, "steps=confidence by probability"),
     "margin": rule(estimators.margin, "steps=confidence by margin"),
-    "threshold": Kind(
-        estimators.threshold,
-        lambda size, number: size,  # at most
-        "exact for steps=threshold",
-        number="a probability",
-        type=float,
-        limit="in (0, 1]",
-    ),
-    "entropy_bounded": Kind(
-        estimators.entropy_bounded,
-        lambda size, number: size,  # at most
-        "exact for steps=entropy_bounded",
-        number="a bound in nats",
-        type=float,
-        limit="at least 0",
+    "threshold": adaptive(estimators.threshold, "steps=threshold", "a probability", "in (0, 1]"),
+    "entropy_bounded": adaptive(
+        estimators.entropy_bounded, "steps=entropy_bounded", "a bound in nats", "at least 0"
     ),
 }
 
