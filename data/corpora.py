@@ -106,17 +106,10 @@ def _wikitext(name: str, sister: str) -> Corpus:
 
 
 def _openwebtext(train: str | None, valid: str | None) -> Corpus:
-    hub = Hub(
-        "Skylion007/openwebtext",
-        name="plain_text",
-        revision="79d93d786212f7344586290adb811d4ae6a1762c",
-    )
-    return Corpus(
-        (hub,),
-        licence="CC0 for the collection; texts belong to their authors",
-        train=train,
-        valid=valid,
-    )
+    revision = "79d93d786212f7344586290adb811d4ae6a1762c"
+    hub = Hub("Skylion007/openwebtext", name="plain_text", revision=revision)
+    licence = "CC0 for the collection; texts belong to their authors"
+    return Corpus((hub,), licence=licence, train=train, valid=valid)
 
 
 # Name as in data.train and data.valid -> corpus.
@@ -138,13 +131,7 @@ CORPORA = {
     "wikitext2": _wikitext("wikitext-2-raw-v1", sister="wikitext-103"),
     "wikitext103": _wikitext("wikitext-103-raw-v1", sister="wikitext-2"),
     "ptb": Corpus(
-        (
-            Hub(
-                "ptb-text-only/ptb_text_only",
-                data_dir="penn_treebank",
-                revision=CONVERTED,
-            ),
-        ),
+        (Hub("ptb-text-only/ptb_text_only", data_dir="penn_treebank", revision=CONVERTED),),
         licence="LDC user agreement",
         column="sentence",
         detokenizer="ptb",
@@ -251,7 +238,6 @@ def found(
     revision: str | None,
     column: str,
     cache: Path,
-    *,
     download: bool = True,
 ) -> tuple[str, list[Part]]:
     """The same as parts, each to be read by itself. With download=False parquet files are read over

@@ -132,10 +132,7 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
         return reader(path, column)
 
     def streamed(column: str) -> Iterator[Piece]:
-        with (
-            _reading(place),
-            HfFileSystem().open(address, "rb", cache_type="blockcache") as file,
-        ):
+        with _reading(place), HfFileSystem().open(address, "rb", cache_type="blockcache") as file:
             yield from parquet.parquet_rows(file, column, place)
 
     def count() -> int:
