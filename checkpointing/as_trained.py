@@ -50,8 +50,8 @@ def check_as_trained(
     for key in (key for key in LEAVES if key.split(".")[0] in groups and key not in MAY_DIFFER):
         group, setting = key.split(".")
         said = section(record, group)
-        theirs = said[setting] if setting in said else _default(algo, group, setting)
-        here = _default(algo, group, setting) if config is None else get(config, key)
+        theirs = said[setting] if setting in said else _defaults(algo)[group][setting]
+        here = _defaults(algo)[group][setting] if config is None else get(config, key)
         found.append((key, theirs, here))
     if ours and config is not None and config.mode == "ppl_eval":
         data = section(record, "data")
@@ -88,12 +88,10 @@ def _check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, name: str) ->
         )
 
 
-def _default(algo: str, group: str, setting: str) -> object:
+@functools.cache
+def _defaults(algo: str) -> dict:
     """To compose them takes a tenth of a second, and a checkpoint of today says every setting."""
-    return _defaults(f"algo={algo}")[group][setting]
-
-
-_defaults = functools.cache(composed_defaults)
+    return composed_defaults(f"algo={algo}")
 
 
 def written_here(checkpoint: Checkpoint) -> bool:

@@ -25,12 +25,7 @@ from data.hub_errors import CONNECT_SECONDS, HubUnreachable, hub_errors
 log = logging.getLogger(__name__)
 
 # The first name of each pair is looked for; an index also names the shards that belong to it.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 MOST_JSON = 1 << 24  # bytes of a config.json, an index of shards, or a head of safetensors
 

@@ -196,15 +196,8 @@ def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
     listed = tuple(config[name] for name in INTERVAL if name in config)
     if interval is None and config.get("var_min") and listed not in ((), PUBLISHED_EPS):
         interval = _interval(source, listed)
-    return Checkpoint(
-        source=source,
-        layout="hub",
-        algorithms=_hub_algorithms(source, config),
-        config=config,
-        weights=weights,
-        foreign=foreign,
-        interval=interval,
-    )
+    algorithms = _hub_algorithms(source, config)
+    return Checkpoint(source, "hub", algorithms, config, weights, foreign, interval=interval)
 
 
 def _from_transformers(source: str, config: dict, tensors: dict) -> Checkpoint:
@@ -225,13 +218,7 @@ def _from_transformers(source: str, config: dict, tensors: dict) -> Checkpoint:
             )
         del weights[head]
     algorithm = ARCHITECTURES[architecture_of(config)].algorithm
-    return Checkpoint(
-        source=source,
-        layout="transformers",
-        algorithms=(algorithm,),
-        config=config,
-        weights=weights,
-    )
+    return Checkpoint(source, "transformers", (algorithm,), config, weights)
 
 
 def _hub_algorithms(source, config) -> tuple[str, ...]:
@@ -265,14 +252,9 @@ def _average(ema: Any, weights: dict[str, Tensor]) -> dict:
         counts = f"the EMA has {len(shadow)} tensors, the network {len(parameters)} parameters"
         return {"ema": {}, "ema_problem": counts, **about}
     named = dict(zip(parameters, shadow, strict=True))  # the list is in their order
-    odd = [
-        name
-        for name, value in named.items()
-        if not isinstance(value, Tensor)
-        or value.shape != parameters[name].shape
-        or not value.is_floating_point()
-    ]
-    if odd:
-        first = f"the EMA does not fit the parameters, first at {odd[0]}"
-        return {"ema": {}, "ema_problem": first, **about}
+    for name, value in named.items():
+        fits = isinstance(value, Tensor) and value.shape == parameters[name].shape
+        if not (fits and value.is_floating_point()):
+            problem = f"the EMA does not fit the parameters, first at {name}"
+            return {"ema": {}, "ema_problem": problem, **about}
     return {"ema": named, **about}

@@ -194,12 +194,10 @@ class _Unpickler(BoundedUnpickler):
         )
 
     def persistent_load(self, pid):
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise ValueError(f"unknown kind of stored object {reprlib.repr(pid)}")
-        _, kind, key, _location, numel = pid
-        if not (isinstance(kind, str) and isinstance(key, str) and isinstance(numel, int)):
-            raise ValueError(f"unknown kind of stored object {reprlib.repr(pid)}")
-        return _Storage(kind, key, numel)
+        match pid:
+            case ("storage", str(kind), str(key), _location, int(numel)) if type(pid) is tuple:
+                return _Storage(kind, key, numel)
+        raise ValueError(f"unknown kind of stored object {reprlib.repr(pid)}")
 
     def set_state(self, value, state):
         """That of dicts (an OrderedDict's _metadata) means nothing here."""

@@ -68,14 +68,8 @@ def _problems(
     if not is_llama(checkpoint):
         yield "its network is dit, and servers know Qwen3's layers (algo.backbone=llama)"
         return
-    wanted = {
-        "qk_norm": True,
-        "mlp_bias": False,
-        "o_bias": shape.qkv_bias,
-        "rope_type": "default",
-        "sliding_window": None,
-    }
-    for name, value in wanted.items():
+    wanted = {"qk_norm": True, "mlp_bias": False, "o_bias": shape.qkv_bias}
+    for name, value in (wanted | {"rope_type": "default", "sliding_window": None}).items():
         if (theirs := getattr(shape, name)) != value:
             yield f"Qwen3 has {name}={value}, it has {theirs}"
     for name, value in (("clean", "block"), ("label", "same")):

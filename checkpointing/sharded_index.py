@@ -174,14 +174,10 @@ def _check_files(folder: Path, entries: dict[str, Entry]) -> None:
         for part in entry.parts:
             ends[part.file] = max(ends.get(part.file, 0), part.start + part.length)
     for name, end in sorted(ends.items()):
-        path = folder / name
+        path, problem = folder / name, None
         if not path.is_file():
-            raise CheckpointError(
-                f"{folder} is not whole: {name} is missing ({len(ends)} files belong to it); copy"
-                " it again"
-            )
-        if (size := path.stat().st_size) < end:
-            raise CheckpointError(
-                f"{folder} is not whole: {name} was cut short ({size:,} of {end:,} bytes); copy it"
-                " again"
-            )
+            problem = f"is missing ({len(ends)} files belong to it)"
+        elif (size := path.stat().st_size) < end:
+            problem = f"was cut short ({size:,} of {end:,} bytes)"
+        if problem:
+            raise CheckpointError(f"{folder} is not whole: {name} {problem}; copy it again")

@@ -28,10 +28,8 @@ def tokenizer_name(found: Checkpoint) -> str:
     if found.layout == "transformers":
         return place_of(found)
     folder = Path(found.source).expanduser()
-    if folder.is_dir():
-        holds = has_words(folder)
-    else:
-        holds = found.layout == "hub" and "algo" in found.config  # only our exports say it
+    exported = found.layout == "hub" and "algo" in found.config  # only our exports say it
+    holds = has_words(folder) if folder.is_dir() else exported
     return found.source if holds else "gpt2"
 
 
