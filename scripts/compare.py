@@ -51,16 +51,11 @@ class Measured:
     error: float | None
 
     def __str__(self) -> str:
-        return cell(float(self.value)) + (
-            "" if self.error is None else f" ± {cell(float(self.error))}"
-        )
+        return " ± ".join(cell(float(x)) for x in (self.value, self.error) if x is not None)
 
 
 def measured(value: object, error: object) -> Measured | None:
     return None if number(value) is None else Measured(number(value), number(error))
-
-
-# ---- the table ----------------------------------------------------------------------------------
 
 
 def names(runs: Sequence[Results]) -> list[str]:
@@ -71,9 +66,8 @@ def names(runs: Sequence[Results]) -> list[str]:
 
 def columns(runs: Sequence[Results]) -> dict[str, list]:
     """{header: one value for each run, None where it has none}."""
-    found = dict.fromkeys(["run"])
     told = [used(run.settings) for run in runs]
-    found |= {key: [each.get(key) for each in told] for key in differing(told)}
+    found = {"run": None} | {key: [each.get(key) for each in told] for key in differing(told)}
     found["run"] = names(runs)  # whatever a settings.json calls its settings
     found["steps"] = [run.steps for run in runs]
     found["tokens seen"] = [run.tokens for run in runs]
@@ -90,10 +84,9 @@ def columns(runs: Sequence[Results]) -> dict[str, list]:
 
 def used(settings: dict) -> dict:
     """Without the sizes of model.* where the network has those of a checkpoint."""
-    pretrained = settings.get("algo.backbone") == "llama" and settings.get(
-        "training.from_pretrained"
-    )
-    unused = {f"model.{name}" for name in (*SIZES, *OF_DIT, *OF_LLAMA)} if pretrained else ()
+    if settings.get("algo.backbone") != "llama" or not settings.get("training.from_pretrained"):
+        return settings
+    unused = {f"model.{name}" for name in (*SIZES, *OF_DIT, *OF_LLAMA)}
     return {key: value for key, value in settings.items() if key not in unused}
 
 
@@ -148,10 +141,7 @@ def number_rows(found: dict[str, list]) -> Rows:
         split[name] = [each.value if isinstance(each, Measured) else each for each in values]
         if any(isinstance(each, Measured) for each in values):
             split[f"{name}: error"] = [each and each.error for each in values]
-    return filled([list(split), *zip(*split.values(), strict=True)])
-
-
-# ---- curves -------------------------------------------------------------------------------------
+    return read_rows(split)
 
 
 def draw(runs: Sequence[Results], target: Path) -> bool:
@@ -183,22 +173,17 @@ def curve(axes, training: dict[int, float], valid: dict[int, float], size: int, 
         axes.plot([x * size for x in steps], [valid[x] for x in steps], "o-", ms=3, **look)
 
 
-# ---- what is written ----------------------------------------------------------------------------
-
-
 def samples(runs: Sequence[Results]) -> list[tuple[str, list[str]]]:
     """(run, its first texts) of those that have any; one without a CSV is told of in `trouble`."""
     found = []
     for run, name in zip(runs, names(runs), strict=True):
         for path, summary in reversed(run.samples):
             try:
-                texts = first_texts(path, summary.get("run"), TEXTS)
+                if texts := first_texts(path, summary.get("run"), TEXTS):
+                    found.append((f"{name}, {path}", [shortened(each) for each in texts]))
+                    break
             except (OSError, ValueError) as error:
                 run.trouble.append(f"no texts beside {path} ({reason(error)})")
-                continue
-            if texts:
-                found.append((f"{name}, {path}", [shortened(each) for each in texts]))
-                break
     return found
 
 
@@ -215,12 +200,9 @@ def write(out: Path, runs: Sequence[Results], found: dict[str, list]) -> None:
     picture, texts = out / "compare.png", samples(runs)
     if not draw(runs, picture):
         picture.unlink(missing_ok=True)
-    for suffix, content in (
-        ("csv", csv_text(number_rows(found))),
-        ("md", as_markdown(tables, picture, texts)),
-        ("html", as_html(tables, picture, texts)),
-    ):
-        write_text(out / f"compare.{suffix}", content)
+    write_text(out / "compare.csv", csv_text(number_rows(found)))
+    write_text(out / "compare.md", as_markdown(tables, picture, texts))
+    write_text(out / "compare.html", as_html(tables, picture, texts))
 
 
 def as_markdown(tables: list, picture: Path, texts: list) -> str:
@@ -243,9 +225,6 @@ def as_html(tables: list, picture: Path, texts: list) -> str:
         parts.append(f"<h2>Texts of {html.escape(shown(title))}</h2>")
         parts += [f"<pre>{html.escape(words)}</pre>" for words in each]
     return Template(PAGE.read_text(encoding="utf-8")).substitute(body="\n".join(parts))
-
-
-# ---- the command --------------------------------------------------------------------------------
 
 
 def above(folder: Path) -> Path:

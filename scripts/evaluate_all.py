@@ -56,7 +56,7 @@ def main(argv=None) -> int:
             table += [row(each, name, corpus, size) for each in found.get("likelihoods", [found])]
             write(args.out, table)
     if table:
-        print(text(figures(table)))
+        print(text(rows_of(table, figure)))
         say(f"written to {args.out}.txt, {args.out}.csv and {args.out}.md")
     for each in failed:
         print(shown(f"failed, not in the table: {each}"), file=sys.stderr)
@@ -67,8 +67,7 @@ def run_folder(args, checkpoint: Checkpoint, run: list[str], corpus: str) -> Pat
     """Of its own for other weights, settings and likelihoods, and for files of equal names."""
     said = [word for word in run if not word.startswith("eval.checkpoint_path=")]
     words = digest(json.dumps([*said, args.likelihood]), 8)
-    name = f"{checkpoint.fingerprint[:8]}-{Path(corpus).stem}-{words}"
-    return Path(f"{args.out}.runs") / name
+    return Path(f"{args.out}.runs", f"{checkpoint.fingerprint[:8]}-{Path(corpus).stem}-{words}")
 
 
 def options() -> argparse.ArgumentParser:
@@ -105,12 +104,9 @@ def model_words(name: str, checkpoint: Checkpoint, args) -> list[str]:
 
 def dit_words(checkpoint: Checkpoint, algo: str) -> list[str]:
     sizes = build_backbone_args(checkpoint)
-    words = [f"model.{key}={sizes[key]}" for key in ("hidden_size", "n_blocks", "n_heads")]
-    if algo == "ar":
-        words.append(f"model.adaln={sizes['adaln']}")
-    if sizes.get("adaln"):
-        words.append(f"model.cond_dim={sizes['cond_dim']}")
-    return words
+    keys = ["hidden_size", "n_blocks", "n_heads", *["adaln"] * (algo == "ar")]
+    keys += ["cond_dim"] if sizes.get("adaln") else []
+    return [f"model.{key}={sizes[key]}" for key in keys]
 
 
 def evaluate(words: list[str], folder: Path, likelihoods: str) -> dict | None:
@@ -146,12 +142,13 @@ def row(entry: dict, model: str, corpus: str, size: float) -> dict:
     return {key: named.get(key, entry.get(key)) for key in COLUMNS}
 
 
-def figures(table: list[dict]) -> list[list[str]]:
-    """As it is read, with a header."""
-    return [[*COLUMNS], *([figure(each[key]) for key in COLUMNS] for each in table)]
+def rows_of(table: list[dict], form=lambda value: value) -> list[list]:
+    """With a header. form: how a cell is written."""
+    return [[*COLUMNS], *([form(each[key]) for key in COLUMNS] for each in table)]
 
 
 def figure(value) -> str:
+    """As it is read."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -160,13 +157,9 @@ def figure(value) -> str:
 
 
 def write(out: str, table: list[dict]) -> None:
-    in_full = [[*COLUMNS], *([each[key] for key in COLUMNS] for each in table)]
-    for suffix, made in (
-        ("txt", text(figures(table)) + "\n"),
-        ("md", markdown(figures(table)) + "\n"),
-        ("csv", csv_text(in_full)),
-    ):
-        write_text(f"{out}.{suffix}", made)
+    write_text(f"{out}.txt", text(rows_of(table, figure)) + "\n")
+    write_text(f"{out}.md", markdown(rows_of(table, figure)) + "\n")
+    write_text(f"{out}.csv", csv_text(rows_of(table)))
 
 
 if __name__ == "__main__":

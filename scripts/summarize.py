@@ -7,6 +7,7 @@ ppl_*.json, and the .json beside a CSV of samples. A file that cannot be read is
 and skipped. compare.py shows what the runs themselves were.
 """
 
+import itertools
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -38,8 +39,6 @@ COLUMNS = {
     "seed": "seed",
     "checkpoint": "checkpoint",
 }
-
-
 # The numbers of sampling; of these a column is shown where one is not the default.
 NUMBERS = {each.name: each.default for each in fields(SamplingParams) if each.metadata}
 NUMBERS |= {"nucleus_p": 1.0}
@@ -47,12 +46,8 @@ NUMBERS |= {"nucleus_p": 1.0}
 
 def find(folders: list[Path]) -> list[tuple[Path, Summary]]:
     """Every summary in these folders, with its file, in the order of their paths."""
-    paths = [
-        path
-        for folder in folders
-        for path in ([folder] if folder.is_file() else sorted(folder.rglob("*.json")))
-    ]
-    found, trouble = reports(paths)
+    paths = [[each] if each.is_file() else sorted(each.rglob("*.json")) for each in folders]
+    found, trouble = reports(itertools.chain.from_iterable(paths))
     for line in trouble:
         print(shown(line), file=sys.stderr)
     return found
@@ -62,14 +57,10 @@ def table(summaries: list[tuple[Path, Summary]]) -> list[list[str]]:
     """A header and a row for each summary; columns that no summary fills are left out."""
     told = [content for _, content in summaries]
     numbers = [
-        name
-        for name, default in NUMBERS.items()
-        if any(content.get(name) not in (None, default) for content in told)
+        n for n, usual in NUMBERS.items() if any(x.get(n) not in (None, usual) for x in told)
     ]
-    rows = [
-        [figure(content.get(key)) for key in (*COLUMNS.values(), *numbers)] + [str(path)]
-        for path, content in summaries
-    ]
+    keys = [*COLUMNS.values(), *numbers]
+    rows = [[*(figure(each.get(key)) for key in keys), str(path)] for path, each in summaries]
     return filled([[*COLUMNS, *numbers, "file"], *sorted(rows)])
 
 
@@ -90,10 +81,8 @@ def main(argv: list[str]) -> int:
         return 2
     summaries = find(asked.folders)
     if not summaries:
-        print(
-            shown(f"no finished evaluation in {', '.join(map(str, asked.folders))}"),
-            file=sys.stderr,
-        )
+        searched = ", ".join(map(str, asked.folders))
+        print(shown(f"no finished evaluation in {searched}"), file=sys.stderr)
         return 1
     rows = table(summaries)
     say(markdown(rows))
