@@ -55,14 +55,16 @@ class Canvas:
         """The denoiser's answer; counted as one evaluation of the batch."""
         self._count()
         with torch.inference_mode():
-            return self._heard(self.denoise(*arguments))
+            return self.answer(*arguments)
 
-    def _heard(self, answer: Tensor) -> Tensor:
-        """[..., V], and in every row NaN comes alone or not at all, but for the mask token."""
+    def answer(self, *arguments) -> Tensor:
+        """The same [..., V], inside of `evaluate`. In every row NaN comes alone or not at all, but
+        for the mask token."""
+        found = self.denoise(*arguments)
         add = compiled(_add_sum) if self.compiled else _add_sum
         with compiling(self.compiled):
-            add(self.sum, answer, 0 if self.mask_id else 1)
-        return answer
+            add(self.sum, found, 0 if self.mask_id else 1)
+        return found
 
     def check(self) -> None:
         """FloatingPointError where the network did not answer with numbers. Waits for the
@@ -94,10 +96,6 @@ class Canvas:
                 return function(tokens, cache.at(committed, reach), *numbers)
 
             return self.replay((name, reach, width), behind, cache.committed, *numbers)
-
-    def answer(self, tokens: Tensor, read: Tensor, cache) -> Tensor:
-        """log-probabilities [B, R, V] at read [B, R], places in tokens; inside of `evaluate`."""
-        return self._heard(self.denoise(tokens, read, cache))
 
     def reveal(self, starts: list[int], width: int, step: Tensor) -> None:
         """Write tokens: step int64 [3, B, R] says where to read in tokens starts[b] .. starts[b] +
