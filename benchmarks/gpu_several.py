@@ -116,7 +116,8 @@ def started(kinds: list[tuple[bool, int, str]], args):
     other, as that takes longer than to measure. They end with this."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             for xl, n, strategy in kinds:
                 name = f"{'xl ' * xl}{strategy} on {n}"
@@ -283,5 +284,4 @@ def batches(here, args, devices: int, rank: int, steps: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
     sys.exit(main())
