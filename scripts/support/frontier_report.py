@@ -20,6 +20,7 @@ COLUMNS = (
     *("distinct_1", "distinct_2", "distinct_3", "distinct_4", "repetition", "ended_by_eos"),
     *("tokens_per_evaluation", "tokens_per_second", "seconds", "run"),
 )
+FORMS = {"temperature": "g", "nfe": ",.1f", "tokens_per_evaluation": ".2f", "seconds": ",.1f"}
 MARKERS = "osD^vPX*<>hp"
 REAL = "real text"
 
@@ -70,18 +71,10 @@ def as_text(rows: list[dict]) -> str:
     lines = [["model", "steps", "", "T", "NFE", "gen. PPL", "entropy", "tokens/NFE", "seconds"]]
     for each in rows:
         figures = [
-            "–" if each[x] is None else str(Figure(each[x], each[f"{x}_error"] or math.nan))
+            "–" if each[x] is None else Figure(each[x], each[f"{x}_error"] or math.nan)
             for x in ("gen_ppl", "entropy")
         ]
-        others = [
-            "" if each[name] is None else format(each[name], form)
-            for name, form in (
-                ("temperature", "g"),
-                ("nfe", ",.1f"),
-                ("tokens_per_evaluation", ".2f"),
-                ("seconds", ",.1f"),
-            )
-        ]
+        others = ["" if each[x] is None else format(each[x], form) for x, form in FORMS.items()]
         said = [each[name] or "" for name in ("model", "steps", "numbers")]
         lines.append([*said, *others[:2], *figures, *others[2:]])
     return tables.text(lines)
@@ -102,6 +95,7 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
     models = list(dict.fromkeys(name[0] for name in found))
     steps = list(dict.fromkeys(curve[0]["steps"] for curve in found.values()))
     marker = {rule: MARKERS[i % len(MARKERS)] for i, rule in enumerate(steps)}
+    thin = {"linewidth": 0.7, "elinewidth": 0.7, "alpha": 0.75}
     with picture(target, 8.5, 5.5) as axes:
         for name, curve in found.items():
             curve = sorted(curve, key=lambda r: r["temperature"])
@@ -111,9 +105,7 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
                 color=f"C{models.index(name[0]) % 10}",
                 marker=marker[curve[0]["steps"]],
                 markersize=marker_size(sum(r["nfe"] for r in curve) / len(curve)),
-                linewidth=0.7,
-                elinewidth=0.7,
-                alpha=0.75,
+                **thin,
             )
         keys = [{"color": f"C{i % 10}", "label": name} for i, name in enumerate(models)]
         grey = {"color": "0.4", "linestyle": ""}
@@ -135,12 +127,8 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())  # else its labels lie over the others
         axes.grid(True, alpha=0.2)
-        axes.legend(
-            handles=[Line2D([], [], **key) for key in keys],
-            fontsize=8,
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
-        )
+        handles = [Line2D([], [], **key) for key in keys]
+        axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def marker_size(nfe: float) -> float:

@@ -9,15 +9,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
 
+from scripts.support.study_runs import Run
 from utils import say
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Named(Protocol):
-    name: str
 
 
 def devices() -> list[str | None]:
@@ -32,31 +28,31 @@ def devices() -> list[str | None]:
 
 
 def side_by_side(
-    todo: Sequence[Named],
+    todo: Sequence[Run],
     places: Sequence[str | None],
-    work: Callable[[Named, str | None], bool],
+    work: Callable[[Run, str | None], bool],
     what: str = "",
-) -> list[Named]:
-    """One job at a time in each of the places, which are its GPU. Those of which `work` says that
+) -> list[Run]:
+    """One run at a time in each of the places, which are its GPU. Those of which `work` says that
     they failed."""
     free: SimpleQueue = SimpleQueue()
     for place in places:
         free.put(place)
     failed, done, began, told = [], 0, time.monotonic(), threading.Lock()
 
-    def one(job: Named) -> None:
+    def one(run: Run) -> None:
         nonlocal done
         place = free.get()
         try:
-            good = work(job, place)
+            good = work(run, place)
         finally:
             free.put(place)
         with told:
             done += 1
-            failed.extend([] if good else [job])
+            failed.extend([] if good else [run])
             left = (time.monotonic() - began) / done * (len(todo) - done)
             said = "done" if good else "failed"
-            say(f"{what}{job.name} {said}; {done} of {len(todo)}, about {left:,.0f} s left")
+            say(f"{what}{run.name} {said}; {done} of {len(todo)}, about {left:,.0f} s left")
 
     with ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(one, todo))
@@ -66,13 +62,8 @@ def side_by_side(
 def called(words: Sequence[str], folder: Path, place: str | None) -> bool:
     """Whether main.py ended well; its output goes to a log beside the folder."""
     where = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
+    command, env = [sys.executable, str(ROOT / "main.py"), *words], os.environ | where
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.log").open("a") as log:
-        ended = subprocess.run(
-            [sys.executable, str(ROOT / "main.py"), *words],
-            stdout=log,
-            stderr=log,
-            check=False,
-            env=os.environ | where,
-        )
+        ended = subprocess.run(command, stdout=log, stderr=log, check=False, env=env)
     return ended.returncode == 0

@@ -120,9 +120,6 @@ def problems(runs: Sequence[Run], more: Sequence[str]) -> list[str]:
     return [f"  - {line}" for line in dict.fromkeys(found)]
 
 
-# ---- the runs -----------------------------------------------------------------------------------
-
-
 def carry_out(runs: list[Run], args, more: Sequence[str]) -> list[Run]:
     """Those that failed. Adds the runs of equal time to `runs`, once the speeds are known."""
     places = devices()
@@ -145,10 +142,8 @@ def complete(run: Run, out: Path, more: Sequence[str], place: str | None) -> boo
     folder = out / run.name
     if not called([*run.words(more), f"checkpointing.save_dir={folder}"], folder, place):
         return False
-    last = (
-        *("mode=ppl_eval", "model.compile=false"),  # it is short
-        f"eval.checkpoint_path={folder / 'checkpoints' / 'last.ckpt'}",
-    )
+    last = [f"eval.checkpoint_path={folder / 'checkpoints' / 'last.ckpt'}"]
+    last += ["mode=ppl_eval", "model.compile=false"]  # it is short
     for size, asked in run.evaluations().items():
         if evaluated(run, out, size) is None:
             save = f"checkpointing.save_dir={folder_at(run, out, size)}"
@@ -171,9 +166,6 @@ def evaluated(run: Run, out: Path, size: str) -> float | None:
 def results(run: Run, out: Path) -> dict[str, float | None]:
     """{block size: nats per token}"""
     return {size: evaluated(run, out, size) for size in run.evaluations()}
-
-
-# ---- equal time ---------------------------------------------------------------------------------
 
 
 def trials_of(args) -> list[Run]:
@@ -223,17 +215,13 @@ def timed_runs(runs: Sequence[Run], args) -> list[Run]:
     """For each run of another speed than the recipe one that takes its time."""
     rates, found = speeds(args), []
     for run in runs:
-        known = [rates.get((key, sizes)) for key, sizes in pairs(run)]
-        if None not in known:
-            ratio = known[0] / statistics.harmonic_mean(known[1:])
+        own = rates.get((run.variant, run.sizes))
+        of_recipe = [rates.get((RECIPE, (size,))) for size in run.sizes]
+        if None not in (own, *of_recipe):
+            ratio = own / statistics.harmonic_mean(of_recipe)
             if abs(ratio - 1) > NEAR:
                 found.append(replace(run, steps=round(run.steps * ratio), timed=True))
     return found
-
-
-def pairs(run: Run) -> list[tuple[str, tuple[str, ...]]]:
-    """Whose speeds are compared: its own, and the recipe's at each of its sizes."""
-    return [(run.variant, run.sizes), *((RECIPE, (size,)) for size in run.sizes)]
 
 
 def lines(runs: Sequence[Run], args) -> list[Line]:

@@ -81,21 +81,16 @@ def compared(made: Sequence[Line], recipe: Sequence[Line] | None) -> list[object
     timed = steps | {each.seed: each for each in made if each.timed}
     theirs = {each.seed: each.nats for each in recipe or () if not each.timed}
 
-    def apart(ours: dict[int, Line]) -> list[float]:
-        return [ours[seed].nats - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    def apart(ours: dict[int, Line]) -> tuple[float | None, float | None]:
+        both = sorted(ours.keys() & theirs.keys())
+        return mean_and_error([ours[seed].nats - theirs[seed] for seed in both])
 
     nats = [each.nats for each in steps.values()]
     first = next(iter(timed.values()))
     then = [first.steps, statistics.fmean(each.nats for each in timed.values())]
-    return [
-        len(nats),
-        *mean_and_error(nats),
-        math.exp(statistics.fmean(nats)),
-        *mean_and_error(apart(steps)),
-        *(then if first.size else [None, None]),
-        *mean_and_error(apart(timed)),
-        first.rate,
-    ]
+    then = then if first.size else [None, None]
+    alone = [len(nats), *mean_and_error(nats), math.exp(statistics.fmean(nats))]
+    return [*alone, *apart(steps), *then, *apart(timed), first.rate]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -68,9 +68,10 @@ class Run:
             if self.variant == SIZES:
                 shares = ", ".join(f"{each}: {1 / len(asked):.4f}" for each in asked)
                 chosen.append(f"training.block_sizes={{{shares}}}")
+        tenth = self.steps // 10  # ten validations
         steps = (
-            *(f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={interval(self)}"),
-            f"lr_scheduler.num_warmup_steps={min(WARMUP, self.steps // 10)}",
+            *(f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={max(1, tenth)}"),
+            f"lr_scheduler.num_warmup_steps={min(WARMUP, tenth)}",
         )
         return [f"data={self.corpus}", *BASE, *steps, *chosen, f"seed={self.seed}", *more]
 
@@ -84,11 +85,6 @@ class Run:
 
 def tokens(size: str) -> int:
     return LENGTH if size == WHOLE else int(size)
-
-
-def interval(run: Run) -> int:
-    """Ten validations of a run."""
-    return max(1, run.steps // 10)
 
 
 def trainings(variant: str, sizes: Sequence[str]) -> list[tuple[str, ...]]:
