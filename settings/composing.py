@@ -13,6 +13,7 @@ that one run of the command shows them all. Only this file sees Hydra's composed
 import copy
 import re
 import typing
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -22,23 +23,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    GrammarParseError,
-    KeyValidationError,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf.errors import GrammarParseError, KeyValidationError, OmegaConfBaseException
 
 from settings.bounds import file_problems, text_problem, yaml_reason
 from settings.defaults import fill
 from settings.keys import CONFIGS, LEAVES, SCHEMA, Leaf, unwrap
-from settings.overrides import (
-    ParsedOverrides,
-    parse,
-    section_problem,
-    type_problem,
-    unknown_key,
-)
+from settings.overrides import ParsedOverrides, parse, section_problem, type_problem, unknown_key
 from settings.run_folder import RUN_FOLDER, place, take_newest_checkpoint
 from settings.schema import Config
 from settings.tables import algorithms
@@ -46,6 +36,7 @@ from utils import CIRCUMSTANCES, first_line, reason, shown
 
 # Hydra's own settings: to read their files is a fifth of the time
 UNUSED = "env", "help", "hydra_help", "hydra_logging", "job_logging", "launcher", "sweeper"
+REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, *CIRCUMSTANCES)
 
 
 class ConfigError(ValueError):
@@ -79,13 +70,7 @@ def read(parsed: ParsedOverrides) -> tuple[Config | None, list[str], list[str]]:
             config, wrong = _read(_hydra(parsed.without(wrong)))
     except ConfigError as error:
         return None, problems + error.problems, []
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        yaml.YAMLError,
-        ValueError,
-        *CIRCUMSTANCES,
-    ) as error:
+    except REFUSALS as error:
         return None, [*problems, _composing_problem(error, parsed)], []
     if wrong:
         return None, problems, []
@@ -160,14 +145,15 @@ def _chosen(groups: tuple[str, ...], own: Path | None = None) -> DictConfig:
 
 
 def _refuse_growth(cfg: DictConfig) -> None:
-    problem = text_problem(OmegaConf.to_container(cfg, resolve=False))
-    if problem is not None:
+    if problem := text_problem(OmegaConf.to_container(cfg, resolve=False)):
         raise ConfigError([problem])
 
 
 def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
     """The settings in their types, None with {key: problem} of a composed configuration."""
-    raw, resolved = OmegaConf.to_container(cfg, resolve=False), _resolved(cfg)
+    raw, resolved = OmegaConf.to_container(cfg, resolve=False), None
+    with suppress(OmegaConfBaseException):  # where one value cannot be told, each is asked for
+        resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     problems, values = dict(_unknown(raw)), {}
     absent = ()  # sections, as beginnings of keys
     for key, entry in SCHEMA.items():
@@ -176,13 +162,15 @@ def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
         try:
             value = _selected(cfg, key, entry) if resolved is None else _entry(resolved, key)
         except OmegaConfBaseException as error:
-            problems[key] = f"{key}: {_unwrapped(first_line(error))}"
+            said = re.sub(r"^\w+ raised while resolving interpolation: ", "", first_line(error))
+            said = said.strip("\"'")  # what the error of a resolver says
+            problems[key] = f"{key}: {said}"
             absent += (f"{key}.",)
             continue
         if isinstance(entry, Leaf):
             try:
                 values[key] = _converted(key, _prepared(key, entry, value))
-            except (ValidationError, ValueError):
+            except ValueError:
                 problems[key] = type_problem(key, value)
         elif not isinstance(value, dict) or not isinstance(_entry(raw, key), dict):
             value = _entry(raw, key)
@@ -195,14 +183,6 @@ def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
     return None if problems else _built(Config, values), problems
 
 
-def _resolved(cfg: DictConfig) -> dict | None:
-    """All values at once, None where one cannot be told."""
-    try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException:
-        return None
-
-
 def _selected(cfg: DictConfig, key: str, entry: Leaf | type) -> object:
     """One value where others cannot be told."""
     value = OmegaConf.select(cfg, key)
@@ -212,7 +192,7 @@ def _selected(cfg: DictConfig, key: str, entry: Leaf | type) -> object:
 
 
 def _converted(key: str, value: object) -> object:
-    """The value in the type that the schema has for it; ValidationError where it has no such form.
+    """The value in the type that the schema has for it; ValueError where it has no such form.
 
     What was converted before is looked up: composing is most of what a refused command costs.
     """
@@ -227,12 +207,7 @@ def _converted(key: str, value: object) -> object:
 
 
 _CONVERTED: dict[tuple[str, str], object] = {}
-
-
-@cache
-def _typed(section: type) -> DictConfig:
-    """Checks and converts what is put into it."""
-    return OmegaConf.structured(section)
+_typed = cache(OmegaConf.structured)  # of a section: checks and converts what is put into it
 
 
 def _built(section: type, values: dict[str, object], prefix: str = "") -> object:
@@ -262,11 +237,6 @@ def _entry(node: object, key: str) -> object:
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None
     return node
-
-
-def _unwrapped(text: str) -> str:
-    """What an error of OmegaConf says about the error of a resolver."""
-    return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip("\"'")
 
 
 def _unknown(node: dict, prefix: str = ""):
