@@ -21,13 +21,9 @@ def blamed(error: Exception, config: Config) -> str:
     if not found or any(re.search(rf"\b{re.escape(key)}\b", why) for key in LEAVES):
         return why
     key = max(found, key=found.get)
-    return f"{key}={values[key]}: {_less(why, values[key])}"
-
-
-def _less(text: str, place: str) -> str:
-    """A text without the place that it begins with."""
-    text = text.removeprefix("data: ")
-    return text.removeprefix(f"{place}: ").removeprefix(f"{place}, ")
+    place = values[key]
+    why = why.removeprefix("data: ").removeprefix(f"{place}: ").removeprefix(f"{place}, ")
+    return f"{key}={place}: {why}"
 
 
 def _is_in(text: str, place: str) -> bool:

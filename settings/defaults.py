@@ -13,10 +13,7 @@ from utils import whole_number
 TRAINS = ("train", "plan", "prepare")  # modes that read the settings of training
 EVALUATES = ("ppl_eval", "sample_eval", "demo")  # modes that read eval.checkpoint_path
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-OF_SIZES = (
-    "exact",
-    "counts",
-)  # eval.likelihood with eval.block_sizes: the first that is affordable
+OF_SIZES = ("exact", "counts")  # eval.likelihood with eval.block_sizes: the first affordable
 ROUNDING = 1e-9  # weights of this sum but for rounding stay as they are typed
 GPUS_OF_A_NODE = 8  # of several nodes, in a plan that does not say it
 WARMUP = "lr_scheduler.num_warmup_steps"

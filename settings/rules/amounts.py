@@ -4,10 +4,12 @@ What is estimated here is far below what a run takes: a run that may fit is neve
 """
 
 import os
+import re
 from collections.abc import Iterator
 
 from settings.defaults import sized_by_checkpoint
 from settings.schema import Config
+from utils import listed
 
 GIB = 1 << 30
 # What a batch may take at least, however little this machine has: the defaults are for large ones
@@ -20,7 +22,7 @@ WEIGHT, TRAINED_WEIGHT = 4, 12
 # one that is left again, or of which the input is kept (mode=plan estimates 62 and more)
 KEPT, PASSED = 8, 4
 # Variables by which Lightning knows that processes on several machines belong together
-CLUSTERS = ("MASTER_ADDR", "SLURM_", "TORCHELASTIC_", "OMPI_", "LSB_", "KUBERNETES_")
+CLUSTER = re.compile("MASTER_ADDR|SLURM_|TORCHELASTIC_|OMPI_|LSB_|KUBERNETES_")
 MOST_INTERVALS = 10_000  # of a clip search; the published ones have about 80
 
 
@@ -34,7 +36,7 @@ def amounts(config: Config) -> Iterator[str]:
     if config.mode == "plan":  # for another machine
         return
     nodes = config.trainer.num_nodes
-    if nodes > 1 and config.mode != "prepare" and not any(map(_of_a_cluster, os.environ)):
+    if nodes > 1 and config.mode != "prepare" and not any(map(CLUSTER.match, os.environ)):
         yield (
             f"trainer.num_nodes={nodes}: nothing has started processes on other machines; use srun"
             " or torchrun, or set MASTER_ADDR and NODE_RANK on each"
@@ -47,10 +49,6 @@ def amounts(config: Config) -> Iterator[str]:
     for words, least in _batches(config):
         if least > max(have, LARGE_MACHINE):
             yield f"{words} need at least {least / GIB:,.0f} GiB of memory at once"
-
-
-def _of_a_cluster(variable: str) -> bool:
-    return variable.startswith(CLUSTERS)
 
 
 def _intervals(config: Config) -> Iterator[str]:
@@ -78,32 +76,16 @@ def _network(config: Config) -> Iterator[tuple[str, int]]:
     if config.mode == "prepare" or sized_by_checkpoint(config):
         return
     if config.algo.backbone == "llama":
-        yield from _llama(config)
-        return
-    weights = model.n_blocks * model.hidden_size * (12 * model.hidden_size + model.cond_dim)
-    yield (
-        f"model.n_blocks={model.n_blocks} layers of model.hidden_size={model.hidden_size} and"
-        f" model.cond_dim={model.cond_dim}, {weights:,} weights,",
-        weights * _bytes(config),
-    )
-
-
-def _llama(config: Config) -> Iterator[tuple[str, int]]:
-    model = config.model
-    heads = 2 * (model.n_heads + model.n_kv_heads) * (model.head_dim or 1)
-    weights = model.n_blocks * model.hidden_size * (heads + 3 * model.ffn_size)
-    yield (
-        f"model.n_blocks={model.n_blocks} layers of model.hidden_size={model.hidden_size},"
-        f" model.n_heads={model.n_heads}, model.head_dim={model.head_dim} and"
-        f" model.ffn_size={model.ffn_size}, {weights:,} weights,",
-        weights * _bytes(config),
-    )
-
-
-def _bytes(config: Config) -> int:
-    """Of a weight, at least."""
+        heads = 2 * (model.n_heads + model.n_kv_heads) * (model.head_dim or 1)
+        per_unit = heads + 3 * model.ffn_size
+        names = "hidden_size", "n_heads", "head_dim", "ffn_size"
+    else:
+        per_unit, names = 12 * model.hidden_size + model.cond_dim, ("hidden_size", "cond_dim")
+    weights = model.n_blocks * model.hidden_size * per_unit
+    sizes = listed(f"model.{name}={getattr(model, name)}" for name in names)
     trained = config.mode == "train" and config.strategy.name != "fsdp"
-    return TRAINED_WEIGHT if trained else WEIGHT
+    words = f"model.n_blocks={model.n_blocks} layers of {sizes}, {weights:,} weights,"
+    yield words, weights * (TRAINED_WEIGHT if trained else WEIGHT)
 
 
 def _batches(config: Config) -> Iterator[tuple[str, int]]:
