@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 
 from settings.defaults import EVALUATES, all_devices, sized_by_checkpoint
 from settings.keys import changed
+from settings.rules.noise import OF_COUNTS
 from settings.schema import Config
 from settings.tables import (
     algorithms,
@@ -29,9 +30,7 @@ OF_NOISE = {  # settings with their usual values
     "algo.ignore_bos": False,
     "algo.mdlm_loss_scale": False,
     "training.noise": "times",
-    "training.counts": None,
-    "training.count_law": "uniform",
-    "training.views": 1,
+    **OF_COUNTS,
     "training.resample": False,
     "training.antithetic_sampling": True,
     "training.sampling_eps": 1e-3,
@@ -60,38 +59,30 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
                 yield f"{key} has no effect: training.noise=counts draws no times"
     yield from _recomputing(config, typed)
-    if config.mode not in ("train", "plan", "demo") and "model.param_dtype" in typed:
-        yield f"model.param_dtype has no effect: mode={config.mode} trains nothing"
-    yield from _groups(config)
-    if config.strategy.gradients != "float32":
-        yield from _exchange(config)
+    yield from _strategy(config, typed)
     yield from _adapters(config, typed)
     yield from _network(config, typed)
-    if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
-        yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
     yield from _plan(config, typed)
     yield from _algorithm(config)
     yield from _data(config)
 
 
 def _evaluation(config: Config, typed: Collection[str]) -> Iterator[str]:
-    mode, sizes = config.mode, config.eval.block_sizes
+    mode, sizes, entry = config.mode, config.eval.block_sizes, algorithms()[config.algo.name]
+    measures = mode == "ppl_eval"
     if mode == "sample_eval" and config.eval.tokens_per_batch is not None:
         yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
-    if mode != "ppl_eval" and config.eval.draws != 1:
+    if not measures and config.eval.draws != 1:
         yield f"eval.draws has no effect: mode={mode} draws once; mode=ppl_eval has draws"
-    if mode != "ppl_eval" and sizes is not None:
+    if not measures and sizes is not None:
         yield f"eval.block_sizes has no effect: mode={mode} does not measure at several"
-    if mode == "ppl_eval" and sizes and "block_size" in typed:
+    if measures and sizes and "block_size" in typed:
         yield f"block_size has no effect: eval.block_sizes={sizes} has the sizes"
-    entry = algorithms()[config.algo.name]
     chosen = config.training.eval_nll or (entry["blocks"] and config.block_size == 1)
     if mode in ("train", "plan", "ppl_eval") and not chosen:
-        yield (
-            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
-            " choice"
-        )
-    if mode != "ppl_eval" or not entry["noise"]:
+        only = "only algo=bamdlm with block_size=1 has the choice"
+        yield f"training.eval_nll=False has no effect: {only}"
+    if not measures or not entry["noise"]:
         return
     measured = f"measures at {'eval.block_sizes' if sizes else 'block_size'}"
     reasons = {f"training.{name}": "draws from the full interval" for name in DRAWN_IN_TRAINING}
@@ -103,6 +94,8 @@ def _evaluation(config: Config, typed: Collection[str]) -> Iterator[str]:
 
 
 def _plan(config: Config, typed: Collection[str]) -> Iterator[str]:
+    if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
+        yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
     if config.mode == "plan" and {"plan.nodes", "trainer.num_nodes"} <= set(typed):
         yield f"trainer.num_nodes has no effect: it is planned for plan.nodes={config.plan.nodes}"
     for key in ("plan.gpu", "plan.nodes"):
@@ -118,31 +111,24 @@ def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
     if config.mode not in ("train", "plan"):
         if key in typed:
             yield f"{key} has no effect: mode={config.mode} has no backward pass"
-    elif (
-        model.compile
-        and trainer.accelerator == "gpu"
-        and trainer.num_nodes == 1
-        and config.strategy.name != "fsdp"  # which is never replayed
-    ):
+        return
+    one_node = trainer.accelerator == "gpu" and trainer.num_nodes == 1
+    if model.compile and one_node and config.strategy.name != "fsdp":  # which is never replayed
         yield f"{key}={value}: steps are not replayed as CUDA graphs, as they are with none"
 
 
-def _groups(config: Config) -> Iterator[str]:
-    key, strategy = f"strategy.replicate={config.strategy.replicate}", config.strategy.name
-    if config.strategy.replicate == 1:
-        return
-    if config.mode not in ("train", "plan"):
-        yield f"{key} has no effect: mode={config.mode} trains nothing"
-    elif strategy != "fsdp":
-        yield f"{key} has no effect: strategy={strategy} has a copy on every device"
-
-
-def _exchange(config: Config) -> Iterator[str]:
-    key = f"strategy.gradients={config.strategy.gradients}"
-    if config.mode not in ("train", "plan"):
-        yield f"{key} has no effect: mode={config.mode} has no gradients"
-    elif all_devices(config) == 1:
-        yield f"{key} has no effect: one device exchanges nothing"
+def _strategy(config: Config, typed: Collection[str]) -> Iterator[str]:
+    """The format of the weights, and what devices share out and exchange."""
+    mode, strategy, trains = config.mode, config.strategy, config.mode in ("train", "plan")
+    if not trains and mode != "demo" and "model.param_dtype" in typed:
+        yield f"model.param_dtype has no effect: mode={mode} trains nothing"
+    if strategy.replicate != 1 and not (trains and strategy.name == "fsdp"):
+        ddp = f"strategy={strategy.name} has a copy on every device"
+        why = ddp if trains else f"mode={mode} trains nothing"
+        yield f"strategy.replicate={strategy.replicate} has no effect: {why}"
+    if strategy.gradients != "float32" and not (trains and all_devices(config) > 1):
+        why = "one device exchanges nothing" if trains else f"mode={mode} has no gradients"
+        yield f"strategy.gradients={strategy.gradients} has no effect: {why}"
 
 
 def _adapters(config: Config, typed: Collection[str]) -> Iterator[str]:

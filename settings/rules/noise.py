@@ -12,11 +12,7 @@ from utils import listed
 
 # settings with the values that leave them out
 OF_COUNTS = {"training.counts": None, "training.count_law": "uniform", "training.views": 1}
-OF_ONE_LAW = {
-    "training.count_law": "uniform",
-    "training.counts": None,
-    "algo.clip_search_widths": [],
-}
+ONE_LAW = {"training.count_law": "uniform", "training.counts": None, "algo.clip_search_widths": []}
 ADAPTED = {"adapt.clean": "block", "adapt.label": "same", "adapt.ar_loss": 0}
 
 
@@ -136,7 +132,7 @@ def _trained_sizes(config: Config, given: str, sizes: Collection[int]) -> Iterat
             f"block_size={config.block_size} is that of validation, and {given} does not train it:"
             f" set block_size to {' or '.join(map(str, sizes))}"
         )
-    alone = {**OF_ONE_LAW, "training.views": 1, "training.resample": False}
+    alone = {**ONE_LAW, "training.views": 1, "training.resample": False}
     for key, value in changed(config, alone).items():
         yield f"{given} does not go with {key}={value}, which is of one block size: choose one"
 
@@ -186,5 +182,5 @@ def _views(config: Config) -> Iterator[str]:
         yield f"{views} share the clean half, which only algo=bamdlm in blocks of several has"
     elif blocks == 1:
         yield f"{views}: with block_size=1 one of them would always be empty"
-    for key, value in changed(config, OF_ONE_LAW).items():
+    for key, value in changed(config, ONE_LAW).items():
         yield f"{views} have a law of their own, without {key}={value}: choose one"
