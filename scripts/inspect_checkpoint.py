@@ -64,8 +64,11 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         trained = f"{data.get('train')}, tokenizer {data.get('tokenizer_name_or_path')}"
     if checkpoint.interval is not None:
         interval = "{:.6g} to {:.6g} (sampling_eps_min/max)".format(*checkpoint.interval)
-    lora = section(section(checkpoint.raw, "hyper_parameters"), "lora")
-    merged = {"adapters": adapters(lora)} if lora else {}
+    merged = {}
+    if lora := section(section(checkpoint.raw, "hyper_parameters"), "lora"):
+        base = section(lora, "base").get("source")
+        said = f"rank {lora.get('rank')}, alpha {lora.get('alpha')}, of {base}"
+        merged = {"adapters": f"merged here: {said}"}
     return {
         "source": checkpoint.source,
         "layout": LAYOUTS[checkpoint.layout],
@@ -100,11 +103,6 @@ def network(checkpoint: Checkpoint) -> str:
     return ", ".join(f"{name} {value}" for name, value in sizes.items())
 
 
-def adapters(lora: dict) -> str:
-    base = section(lora, "base").get("source")
-    return f"merged here: rank {lora.get('rank')}, alpha {lora.get('alpha')}, of {base}"
-
-
 def finite(checkpoint: Checkpoint) -> str:
     averages = {f"EMA of {name}": value for name, value in (checkpoint.ema or {}).items()}
     tensors = checkpoint.weights | averages
@@ -121,15 +119,11 @@ def average(checkpoint: Checkpoint) -> str:
         return f"broken: {checkpoint.ema_problem}"
     if checkpoint.ema is None:
         return "none"
-    far = math.hypot(
-        *(
-            (checkpoint.weights[name].double() - average).norm()
-            for name, average in checkpoint.ema.items()
-        )
-    )
+    ema, weights = checkpoint.ema, checkpoint.weights
+    far = math.hypot(*((weights[name].double() - each).norm() for name, each in ema.items()))
     return (
-        f"decay {checkpoint.ema_decay}, {checkpoint.ema_updates:,} updates, {len(checkpoint.ema)}"
-        f" tensors, at distance {far:.4g} from the weights"
+        f"decay {checkpoint.ema_decay}, {checkpoint.ema_updates:,} updates, {len(ema)} tensors, at"
+        f" distance {far:.4g} from the weights"
     )
 
 

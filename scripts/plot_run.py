@@ -59,12 +59,10 @@ def plot(folder: Path, target: Path) -> Path:
             f"{log} holds no trainer/loss yet; train for trainer.log_every_n_steps steps"
         )
     steps, nats = list(loss), list(loss.values())
+    smooth = perplexities(smoothed(steps, nats))
     with picture(target, 8, 4.5) as axes:
-        for values, look in (
-            (nats, {"alpha": 0.2, "lw": 0.8}),
-            (smoothed(steps, nats), {"label": "training, smoothed"}),
-        ):
-            axes.plot(steps, perplexities(values), color="tab:blue", **look)
+        axes.plot(steps, perplexities(nats), color="tab:blue", alpha=0.2, lw=0.8)
+        axes.plot(steps, smooth, color="tab:blue", label="training, smoothed")
         if valid := series.get("val/ppl"):
             label = f"validation (last {valid[max(valid)]:.1f})"
             axes.plot([*valid], [*valid.values()], "o-", color="tab:red", label=label)

@@ -61,9 +61,7 @@ class Painter:
         ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
         self.special = ends | set(tokenizer.hf.all_special_ids)
 
-    def lines(
-        self, ids: np.ndarray, mask: np.ndarray, document_ids: np.ndarray | None
-    ) -> list[Text]:
+    def lines(self, ids: np.ndarray, mask: np.ndarray, document_ids) -> list[Text]:
         """One line for a row, or one for each of its documents; ids, mask, document_ids: [L]. The
         mask is of what is learnt, which without document ids is all but padding."""
         if document_ids is None:
@@ -117,14 +115,13 @@ def counted(tokenizer: Tokenizer, rows: dict[str, np.ndarray]) -> Counter:
 
 
 def rows_line(found: Counter) -> str:
-    unknown = f", {found['unknown'] / found['tokens']:.2%} unknown" if found["unknown"] else ""
-    learnt = ""
-    if found["learnt"] < found["tokens"]:
-        learnt = f" {found['learnt'] / found['tokens']:.1%} of them learnt,"
+    tokens = found["tokens"]
+    unknown = f", {found['unknown'] / tokens:.2%} unknown" if found["unknown"] else ""
+    learnt = f" {found['learnt'] / tokens:.1%} of them learnt," * (found["learnt"] < tokens)
     return (
-        f"rows: {found['rows']:,} read with {found['tokens']:,} tokens,{learnt}"
-        f" {found['ends'] / found['tokens']:.1%} of them BOS and EOS{unknown};"
-        f" {1 - found['tokens'] / found['places']:.1%} of the rows is padding"
+        f"rows: {found['rows']:,} read with {tokens:,} tokens,{learnt}"
+        f" {found['ends'] / tokens:.1%} of them BOS and EOS{unknown};"
+        f" {1 - tokens / found['places']:.1%} of the rows is padding"
     )
 
 
@@ -161,9 +158,7 @@ def histogram(lengths: list[int], title: str, target: Path) -> None:
         axes.legend()
 
 
-def show_rows(
-    config: Config, tokenizer: Tokenizer, data: DataModule, options: argparse.Namespace, say
-) -> Counter:
+def show_rows(config: Config, tokenizer: Tokenizer, data: DataModule, options, say) -> Counter:
     """Says rows as text; figures of the batches read for them, and of more."""
     data.num_workers = 0  # the first batch is there sooner
     train = options.split == "train"
@@ -179,8 +174,7 @@ def show_rows(
         for i in range(min(left, len(ids))):
             row = int(rows["row"][i])
             size = config.block_size if sizes is None else sizes(row)
-            drawn = "" if sizes is None else f", blocks of {size}"
-            say(f"row {row}{drawn}", style="bold")
+            say(f"row {row}" if sizes is None else f"row {row}, blocks of {size}", style="bold")
             painter = painters.setdefault(size, Painter(tokenizer, size))
             document_ids = rows["document_ids"][i] if "document_ids" in rows else None
             for line in painter.lines(ids[i], mask[i], document_ids):
@@ -202,14 +196,12 @@ def drawn_sizes(config: Config) -> Callable[[int], int] | None:
     law, batch = build_sizes(config), config.loader.global_batch_size
     if (schedule := config.training.block_schedule) is not None:
         return lambda row: size_at(schedule, row // batch)
-    if law is None:
-        return None
 
     def of_row(row: int) -> int:
         step, place = divmod(row, batch)
         return int(deal(law, config.seed, step, batch, config.model.length, SIZES).sizes[place])
 
-    return of_row
+    return None if law is None else of_row
 
 
 def show(config: Config, options: argparse.Namespace, console: Console) -> None:
@@ -245,10 +237,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("batch", "rows", "tokens"):
         if getattr(options, name) < 0:
             parser.error(f"--{name} {getattr(options, name)} must not be negative")
-    if options.histogram is not None and options.histogram.suffix != ".png":
-        parser.error(f"--histogram {options.histogram} must end in .png")
-    if options.histogram is not None and not options.histogram.absolute().parent.is_dir():
-        parser.error(f"--histogram {options.histogram}: the folder does not exist")
+    if (target := options.histogram) is not None:
+        if target.suffix != ".png":
+            parser.error(f"--histogram {target} must end in .png")
+        if not target.absolute().parent.is_dir():
+            parser.error(f"--histogram {target}: the folder does not exist")
     config = cli.configure(options.settings)
     quiet()
     console = Console(highlight=False, markup=False, emoji=False)

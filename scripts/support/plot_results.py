@@ -17,13 +17,8 @@ from training.log_reading import read_log
 from utils import read_json
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-LABELS = {
-    "ar": "AR",
-    "bamdlm4": "BAM-DLM S = 4",
-    "bamdlm16": "BAM-DLM S = 16",
-    "mdlm": "MDLM",
-    "sedd": "SEDD",
-}
+LABELS = {"ar": "AR", "bamdlm4": "BAM-DLM S = 4", "bamdlm16": "BAM-DLM S = 16"}
+LABELS |= {"mdlm": "MDLM", "sedd": "SEDD"}
 
 
 def read_runs(folder: Path) -> dict[str, tuple[dict[int, float], dict]]:
@@ -61,9 +56,8 @@ def plot(runs: dict, target: Path) -> None:
         axes.set(yscale="log", xlabel="optimizer steps", ylabel="validation perplexity")
         axes.set_yticks(ticks, map(str, ticks))
         axes.minorticks_off()
-        axes.set_title(
-            "Shakespeare's held-out plays (AR exact, the others upper bounds)", fontsize=10
-        )
+        title = "Shakespeare's held-out plays (AR exact, the others upper bounds)"
+        axes.set_title(title, fontsize=10)
         axes.grid(True, alpha=0.2)
         axes.legend(fontsize=9)
 
