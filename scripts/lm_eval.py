@@ -64,8 +64,6 @@ class BlockDiffusionLM(TemplateLM):
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.add_bos = self.model.writes != "ar" if add_bos_token is None else add_bos_token
 
-    # ---- tokens
-
     @property
     def eot_token_id(self) -> int:
         return self.model.tokenizer.eos_id
@@ -99,17 +97,15 @@ class BlockDiffusionLM(TemplateLM):
 
     def get_model_info(self) -> dict:
         """What the report says of the model."""
-        law = "exact" if self.scorer.block_size == 1 else self.chosen.kind.law
+        kind = self.chosen.kind
         return {
             "model_num_parameters": sum(p.numel() for p in self.scorer.backbone.parameters()),
             "likelihood": self.chosen.label,
-            "likelihood_is": law,
-            "likelihood_draws": self.draws if self.chosen.kind.sampled else 1,
+            "likelihood_is": "exact" if self.scorer.block_size == 1 else kind.law,
+            "likelihood_draws": self.draws if kind.sampled else 1,
             "algo": self.model.writes,
             "block_size": self.scorer.block_size,
         }
-
-    # ---- requests
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
         """Requests ((context, continuation), context ids, continuation ids), in batches of similar
@@ -128,15 +124,8 @@ class BlockDiffusionLM(TemplateLM):
             given.append(len(kept))
         name = f"likelihood={self.chosen.label}"
         with tqdm(total=len(texts), desc=name, disable=disable_tqdm) as bar:
-            found = self.scorer.score(
-                texts,
-                given,
-                self.chosen,
-                draws=self.draws,
-                greedy=True,
-                batch_size=self.batch_size,
-                tick=bar.update,
-            )
+            asked = {"draws": self.draws, "greedy": True, "batch_size": self.batch_size}
+            found = self.scorer.score(texts, given, self.chosen, **asked, tick=bar.update)
         answers = [(-score.total, score.greedy) for score in found]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings is not None:
@@ -146,14 +135,13 @@ class BlockDiffusionLM(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """In windows of the model's length, each token scored once; every window begins with the
         token before it, the first with BOS."""
-        windows, owners = [], []
+        windows, owners, length = [], [], self.max_length - 1 - self.add_bos
         for number, (string,) in enumerate(request.args for request in requests):
-            pairs = get_rolling_token_windows(
-                self.tok_encode(string), self.prefix_token_id, self.max_length - 1 - self.add_bos, 1
-            )
-            for context, continuation in map(make_disjoint_window, pairs):
-                windows.append((None, context, continuation))
-                owners.append(number)
+            ids = self.tok_encode(string)
+            pairs = get_rolling_token_windows(ids, self.prefix_token_id, length, 1)
+            found = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            windows += found
+            owners += [number] * len(found)
         totals = [0.0] * len(requests)
         answers = self._loglikelihood_tokens(windows, disable_tqdm)
         for number, (value, _) in zip(owners, answers, strict=True):
@@ -167,10 +155,8 @@ class BlockDiffusionLM(TemplateLM):
         every token is the likeliest one."""
         answers = []
         for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
-            prompt, options = request.args
-            answer = self._continued(prompt, options)
-            self.cache_hook.add_partial("generate_until", request.args, answer)
-            answers.append(answer)
+            answers.append(self._continued(*request.args))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
     def _continued(self, prompt: str, options: dict) -> str:
@@ -180,8 +166,7 @@ class BlockDiffusionLM(TemplateLM):
         wanted = int(options.get("max_gen_toks", GENERATED_TOKENS))
         size, algo = self.scorer.block_size, self.model.writes
         room = self.scorer.length - min(wanted, self.scorer.length - 1)
-        ids = self.given(self.tok_encode(prompt)) or [self.prefix_token_id]
-        ids = self.cut(ids, room)
+        ids = self.cut(self.given(self.tok_encode(prompt)) or [self.prefix_token_id], room)
         length = -(-(len(ids) + wanted) // size) * size if algo == "bamdlm" else len(ids) + wanted
         length = min(length, self.scorer.length)
         params = self.model.params.changed(
@@ -201,25 +186,20 @@ class BlockDiffusionLM(TemplateLM):
         text = self.model.tokenizer.decode(made)
         return min((text.split(stop)[0] for stop in until if stop), key=len, default=text)
 
-    # ---- several processes
+    # lm-eval asks for these three where there are several processes
 
     def all_gather(self, tensor):
-        if self.world_size == 1:
-            return tensor
         parts = [torch.zeros_like(tensor.cpu()) for _ in range(self.world_size)]
         torch.distributed.all_gather(parts, tensor.cpu())
         return torch.stack(parts)
 
     def gather_object(self, obj, dst: int = 0):
-        if self.world_size == 1:
-            return [obj]
         found = [None] * self.world_size if self.rank == dst else None
         torch.distributed.gather_object(obj, found, dst=dst)
         return found
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.barrier()
+        torch.distributed.barrier()
 
 
 LOADING = {"tokenizer", "algo", "block_size", "use_ema", "cache_dir"}
