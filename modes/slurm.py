@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modes.launching import Run, Told, last_figures
-from settings.multirun import SLURM, Multirun
+from settings.multirun import ON_ANY_CLUSTER, Multirun
 from training.run_lock import process_start
 from utils import Failure, rank, read_json, say, write_json
 
@@ -118,8 +118,9 @@ def _submit(runs: list[Run], multirun: Multirun) -> list[tuple[Path, Path]]:
     folder = (LOGS / f"multirun-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").absolute()
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
     path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    asked = {"name": "bamdlm"} | {SLURM[name][1]: value for name, value in multirun.slurm.items()}
-    asked |= {"slurm_setup": [path], "slurm_stderr_to_stdout": True}
+    asked = {"name": "bamdlm", "slurm_setup": [path], "slurm_stderr_to_stdout": True}
+    for name, value in multirun.slurm.items():
+        asked[name if name in ON_ANY_CLUSTER else f"slurm_{name}"] = value
     places = []
     try:
         executor.update_parameters(**asked)

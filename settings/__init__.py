@@ -11,13 +11,6 @@ answered at once.
 from settings.blame import blamed
 from settings.checks import check, examine
 from settings.composing import ConfigError, composed_yaml, load
-from settings.run_folder import (
-    differences,
-    local_folder,
-    newest_checkpoint,
-    run_dir,
-    shaping,
-    write_settings,
-)
+from settings.run_folder import differences, local_folder, run_dir, shaping, write_settings
 from settings.schema import Checkpointing, Config
 from settings.sweep import Sweep, sweep

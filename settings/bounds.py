@@ -114,7 +114,6 @@ def text_problem(raw: dict) -> str | None:
     collect(raw, ())
     for path in texts:
         if length(path) > MOST_TEXT:
-            return (
-                f"{'.'.join(path)} has more than {MOST_TEXT:,} characters with its ${{}} filled in"
-            )
+            name = ".".join(path)
+            return f"{name} has more than {MOST_TEXT:,} characters with its ${{}} filled in"
     return None

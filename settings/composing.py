@@ -27,7 +27,7 @@ from omegaconf.errors import GrammarParseError, KeyValidationError, OmegaConfBas
 
 from settings.bounds import file_problems, text_problem, yaml_reason
 from settings.defaults import fill
-from settings.keys import CONFIGS, LEAVES, SCHEMA, Leaf, unwrap
+from settings.keys import CONFIGS, LEAVES, SCHEMA, Leaf, nested, unwrap
 from settings.overrides import ParsedOverrides, parse, section_problem, type_problem, unknown_key
 from settings.run_folder import RUN_FOLDER, place, take_newest_checkpoint
 from settings.schema import Config
@@ -44,9 +44,7 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: list[str]):
         self.problems = list(problems)
-        super().__init__(
-            "\n".join(["this run cannot start:", *(f"  - {shown(p)}" for p in problems)])
-        )
+        super().__init__("\n  - ".join(["this run cannot start:", *map(shown, problems)]))
 
 
 def load(overrides: list[str]) -> Config:
@@ -160,7 +158,7 @@ def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
         if key.startswith(absent):
             continue
         try:
-            value = _selected(cfg, key, entry) if resolved is None else _entry(resolved, key)
+            value = _selected(cfg, key, entry) if resolved is None else nested(resolved, key)
         except OmegaConfBaseException as error:
             said = re.sub(r"^\w+ raised while resolving interpolation: ", "", first_line(error))
             said = said.strip("\"'")  # what the error of a resolver says
@@ -172,8 +170,8 @@ def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
                 values[key] = _converted(key, _prepared(key, entry, value))
             except ValueError:
                 problems[key] = type_problem(key, value)
-        elif not isinstance(value, dict) or not isinstance(_entry(raw, key), dict):
-            value = _entry(raw, key)
+        elif not isinstance(value, dict) or not isinstance(nested(raw, key), dict):
+            value = nested(raw, key)
             absent += (f"{key}.",)
             if value is None and (key == "wandb" or key.startswith("callbacks.")):
                 values[key] = None
@@ -223,20 +221,13 @@ def _built(section: type, values: dict[str, object], prefix: str = "") -> object
 
 def _begun(problems: dict[str, str], raw: dict) -> dict[str, str]:
     """Without those that a setting takes over from another, through ${...}."""
-    taken = {key for key in problems if "${" in str(_entry(raw, key))}
+    taken = {key for key in problems if "${" in str(nested(raw, key))}
     first = {}
     for key in sorted(problems, key=taken.__contains__):
         first.setdefault(problems[key].removeprefix(key), key)
     sections = any(key not in LEAVES for key in problems)
     kept = [key for key in problems if key in first.values()]
     return {k: problems[k] for k in kept if not (sections and "is not a container" in problems[k])}
-
-
-def _entry(node: object, key: str) -> object:
-    """Of nested dictionaries; None where there is none."""
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, dict) else None
-    return node
 
 
 def _unknown(node: dict, prefix: str = ""):

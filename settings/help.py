@@ -1,10 +1,10 @@
 """The text of `python main.py --help`."""
 
-import functools
 import textwrap
 
 from settings.composing import composed_defaults
-from settings.keys import LEAVES, choices, groups
+from settings.keys import LEAVES, choices, groups, nested
+from settings.overrides import as_typed
 from settings.tables import modes
 
 TITLE = """\
@@ -60,8 +60,7 @@ def defaults() -> dict[str, str]:
     """{setting: what configs/ have for it, as it would be typed}, in the order of the schema."""
     composed, found = composed_defaults(), {}
     for key in LEAVES:
-        value = functools.reduce(dict.__getitem__, key.split("."), composed)
-        found[key] = "null" if value is None else str(value)
+        found[key] = str(as_typed(nested(composed, key)))
     return found
 
 

@@ -66,6 +66,13 @@ def get(config: Config, key: str):
     return value
 
 
+def nested(node: object, key: str) -> object:
+    """What dictionaries inside each other have for a setting; None where there is nothing."""
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
 def changed(config: Config, usual: dict[str, object]) -> dict[str, object]:
     """{setting: its value} of those of `usual` that have another value than it has for them."""
     found = {key: get(config, key) for key in usual}

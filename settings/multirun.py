@@ -11,34 +11,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
 from settings.keys import choices, groups
-from settings.overrides import PROSE, nearest
+from settings.overrides import PROSE, by_grammar, nearest
 from settings.own_files import CONFIG_DIR, own_folder
 
 MULTIRUN = ("-m", "--multirun")
 MOST_RUNS = 1000
 LAUNCHERS = ("basic", "submitit_slurm")  # here, one after the other; each as a job of Slurm
-# hydra.launcher.NAME of submitit_slurm: its type, and what it is called by submitit's AutoExecutor
-SLURM = {
-    "timeout_min": (int, "timeout_min"),
-    "nodes": (int, "nodes"),
-    "tasks_per_node": (int, "tasks_per_node"),
-    "gpus_per_node": (int, "gpus_per_node"),
-    "cpus_per_task": (int, "cpus_per_task"),
-    "mem_gb": (float, "mem_gb"),
-    "name": (str, "name"),
-    "partition": (str, "slurm_partition"),
-    "qos": (str, "slurm_qos"),
-    "account": (str, "slurm_account"),
-    "constraint": (str, "slurm_constraint"),
-    "exclude": (str, "slurm_exclude"),
-    "gres": (str, "slurm_gres"),
-    "signal_delay_s": (int, "slurm_signal_delay_s"),
+# hydra.launcher.NAME of submitit_slurm, with its type; first what submitit has for any cluster
+ON_ANY_CLUSTER = {
+    **dict.fromkeys(("timeout_min", "nodes", "tasks_per_node"), int),
+    **dict.fromkeys(("gpus_per_node", "cpus_per_task"), int),
+    **{"mem_gb": float, "name": str},
 }
+OF_SLURM = dict.fromkeys(("partition", "qos", "account", "constraint", "exclude", "gres"), str)
+SLURM = ON_ANY_CLUSTER | OF_SLURM | {"signal_delay_s": int}
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ def expand(arguments: list[str]) -> Multirun:
     """The jobs of a command line with -m; whether each can run is for examine() to say."""
     multirun, lists = Multirun(), []
     own = own_folder(arguments)[1]
-    parser, words = OverridesParser.create(), iter(arguments)
+    words = iter(arguments)
     for word in words:
         if word in MULTIRUN:
             continue
@@ -78,7 +68,7 @@ def expand(arguments: list[str]) -> Multirun:
             multirun.problems += _launcher_problems(multirun, key, value)
         else:
             try:
-                lists.append([(each,) for each in _values(word, key, parser, own)])
+                lists.append([(each,) for each in _values(word, key, own)])
             except ValueError as problem:
                 multirun.problems.append(str(problem))
     if (count := math.prod(map(len, lists))) > MOST_RUNS:
@@ -95,12 +85,12 @@ def expand(arguments: list[str]) -> Multirun:
     return multirun
 
 
-def _values(word: str, key: str, parser: OverridesParser, own: Path | None) -> list[str]:
+def _values(word: str, key: str, own: Path | None) -> list[str]:
     """The word once for each value that it names. ValueError: they cannot be listed."""
     if key in PROSE:
         return [word]
     try:
-        override = parser.parse_override(word)
+        override = by_grammar(word)
     except (HydraException, ValueError, RecursionError):
         return [word]  # examine() has a sentence for it
     if not override.is_sweep_override():
@@ -140,7 +130,7 @@ def _launcher_problems(multirun: Multirun, key: str, value: str) -> Iterator[str
     elif name not in SLURM:
         yield f"{key} does not exist.{nearest(name, SLURM)} There are: {', '.join(SLURM)}"
     else:
-        kind, _ = SLURM[name]
+        kind = SLURM[name]
         try:
             multirun.slurm[name] = kind(value)
         except ValueError:

@@ -26,18 +26,10 @@ from utils import first_line
 
 # Keys of the authors' configs that nothing in their code read.
 DEAD = {
-    "model.tie_word_embeddings",
-    "model.scale_by_sigma",
-    "model.type",
-    "algo.dropout",
-    "algo.causal_attention",
-    "training.coeff_clip",
-    "sampling.noise_removal",
-    "noise.sigma_min",
-    "noise.sigma_max",
-    "diffusion",
-    "eval.compute_perplexity_on_sanity",
-    "eval.generate_samples",
+    *("model.tie_word_embeddings", "model.scale_by_sigma", "model.type", "diffusion"),
+    *("algo.dropout", "algo.causal_attention", "training.coeff_clip", "sampling.noise_removal"),
+    *("noise.sigma_min", "noise.sigma_max"),
+    *("eval.compute_perplexity_on_sanity", "eval.generate_samples"),
 }
 # Keys that people try, and what does the same here.
 INSTEAD = {
@@ -179,7 +171,7 @@ class ParsedOverrides:
 
 
 @lru_cache(maxsize=1000)
-def _by_grammar(argument: str) -> Override:
+def by_grammar(argument: str) -> Override:
     """What Hydra makes of a word. That is a quarter of what a command line costs, and of many in
     one process most words are the same."""
     return OverridesParser.create().parse_override(argument)
@@ -202,7 +194,7 @@ def _read(argument: str) -> tuple[str, object, str]:
         quoted = re.fullmatch(r"'.*'|\".*\"", text, re.S)
         return key, text[1:-1] if quoted else text, text
     try:
-        override = _by_grammar(argument)
+        override = by_grammar(argument)
     except (HydraException, ValueError, RecursionError) as error:
         if "=" in text:  # a path such as step=100.ckpt is a text
             with suppress(ValueError):
@@ -243,10 +235,11 @@ def _one_value(key: str, text: str) -> str:
 def _check_value(key: str, value: object, text: str) -> None:
     if key not in SCHEMA:
         raise ValueError(unknown_key(key))
-    kind = typing.get_origin(unwrap(LEAVES[key].hint)[0]) if key in LEAVES else None
-    if key in LEAVES and isinstance(value, dict | list) and type(value) is not kind:
-        raise ValueError(type_problem(key, value, text))
-    if key not in LEAVES and value is not None and not (isinstance(value, dict) and full(value)):
+    if key in LEAVES:
+        kind = typing.get_origin(unwrap(LEAVES[key].hint)[0])
+        if isinstance(value, dict | list) and type(value) is not kind:
+            raise ValueError(type_problem(key, value, text))
+    elif value is not None and not (isinstance(value, dict) and full(value)):
         raise ValueError(section_problem(key, value))
 
 

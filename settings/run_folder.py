@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from settings.defaults import EVALUATES, PRECISIONS, WARMUP, default_warmup
-from settings.keys import LEAVES, get, put
+from settings.keys import LEAVES, get, nested, put
 from settings.schema import Config
 from utils import digest, read_json, write_json
 
@@ -23,50 +23,32 @@ SHAPING_SECTIONS = (
     *("adapt", "algo", "data", "lora", "model", "noise", "lr_scheduler", "optim", "training"),
 )
 SHAPING_KEYS = (
-    "seed",
-    "block_size",
-    "loader.global_batch_size",
-    "trainer.precision",
-    "trainer.gradient_clip_val",
-    "trainer.gradient_clip_algorithm",
+    *("seed", "block_size", "loader.global_batch_size"),
+    *("trainer.precision", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
 )
 # Settings of SHAPING_SECTIONS that leave the trained weights as they are, rounding apart.
 NOT_SHAPING = {
-    "algo.T",
-    "algo.sampler",
-    "data.cache_dir",
-    "model.activation_checkpointing",
-    "model.attn_backend",
-    "model.compile",
-    "training.eval_nll",
-    "training.max_bad_steps",
+    *("algo.T", "algo.sampler", "data.cache_dir", "training.eval_nll", "training.max_bad_steps"),
+    *("model.activation_checkpointing", "model.attn_backend", "model.compile"),
 }
 # Settings that came later, with what every run before them did: at that they leave the name of a
 # run folder as it was.
 LATER = {
+    **dict.fromkeys(("lora.rank", "lora.alpha", "lora.modules", "data.chat_fields")),
+    **dict.fromkeys(("training.counts", "training.block_sizes", "training.block_schedule")),
+    **dict.fromkeys(("model.n_kv_heads", "model.head_dim", "model.ffn_size", "optim.momentum")),
     "data.format": "text",
-    "data.chat_fields": None,
     "data.stream_by": "units",
-    "lora.rank": None,
-    "lora.alpha": None,
     "lora.dropout": 0.05,
-    "lora.modules": None,
     "lora.mask_row": True,
     "training.noise": "times",
-    "training.counts": None,
     "training.count_law": "uniform",
     "training.views": 1,
-    "training.block_sizes": None,
-    "training.block_schedule": None,
     "adapt.clean": "block",
     "adapt.label": "same",
     "adapt.ar_loss": 0.0,
     "optim.name": "adamw",
-    "optim.momentum": None,
     "model.param_dtype": "float32",
-    "model.n_kv_heads": None,
-    "model.head_dim": None,
-    "model.ffn_size": None,
     "model.rope_theta": 1e4,
     "model.rms_norm_eps": 1e-6,
     "model.qk_norm": False,
@@ -110,16 +92,14 @@ def differences(config: Config, recorded: dict | None) -> list[str]:
     """
     found = []
     for key, value in shaping(config).items():
-        node = recorded or {}
-        *sections, name = key.split(".")
-        for part in sections:
-            node = node.get(part) if isinstance(node, dict) else None
-        node = node.get(name, LATER.get(key, ABSENT)) if isinstance(node, dict) else ABSENT
-        node = SAME_NAME.get((key, str(node)), node)
-        if node is not ABSENT and node != value:
-            theirs = f"the checkpoint has {node}"
+        section, _, name = key.rpartition(".")
+        node = nested(recorded, section) if section else recorded
+        there = node.get(name, LATER.get(key, ABSENT)) if isinstance(node, dict) else ABSENT
+        there = SAME_NAME.get((key, str(there)), there)
+        if there is not ABSENT and there != value:
+            theirs = f"the checkpoint has {there}"
             if key == WARMUP and value == default_warmup(config):
-                theirs += f"; null is a tenth of trainer.max_steps: set {WARMUP}={node} to go on"
+                theirs += f"; null is a tenth of trainer.max_steps: set {WARMUP}={there} to go on"
             found.append(f"{key}={value} ({theirs})")
     return found
 

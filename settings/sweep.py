@@ -5,12 +5,13 @@ Each combination of its values is a point: a sampling run with the settings of a
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from settings.defaults import fill
 from settings.keys import LEAVES, put, unwrap
-from settings.overrides import limit_problem, nearest, type_problem
+from settings.overrides import as_typed, limit_problem, nearest, type_problem
 from settings.schema import Config
 from settings.tables import algorithms, sampling_fields, step_rules
 
@@ -28,8 +29,7 @@ class Point:
 
     @property
     def text(self) -> str:
-        typed = {name: "null" if x is None else x for name, x in self.values.items()}
-        return " ".join(f"{name}={value}" for name, value in typed.items())
+        return " ".join(f"{name}={as_typed(value)}" for name, value in self.values.items())
 
     @property
     def keys(self) -> list[str]:
@@ -64,8 +64,7 @@ def sweep(config: Config) -> Sweep:
         return Sweep([Point({}, alone)])
     made, known = Sweep(), names(config)
     axes = dict(_axes(config.sampling.sweep, known, made.problems))
-    for values in axes.values():
-        made.combinations *= len(values)
+    made.combinations = math.prod(map(len, axes.values()))
     if made.combinations > MOST_POINTS:
         made.problems.append(
             f"sampling.sweep has {made.combinations:,} combinations, more than {MOST_POINTS:,}:"

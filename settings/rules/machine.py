@@ -19,11 +19,8 @@ from settings.schema import Config
 from settings.tables import attention_backends
 
 URLS = (  # settings that may be a URL
-    "checkpointing.save_dir",
-    "checkpointing.resume_ckpt_path",
-    "data.cache_dir",
-    "eval.checkpoint_path",
-    "training.from_pretrained",
+    *("checkpointing.save_dir", "checkpointing.resume_ckpt_path", "data.cache_dir"),
+    *("eval.checkpoint_path", "training.from_pretrained"),
 )
 DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
 

@@ -6,6 +6,7 @@ import settings.tables as tables
 from settings.limits import Limit, doc, one_of
 
 SHARES = Limit("a list of numbers in (0, 1]", lambda value: all(0 < x <= 1 for x in value), [])
+WIDTH = "at least 1 and at most 1000000"
 
 
 def _values(field: str) -> list[str]:
@@ -47,12 +48,8 @@ class Algo:
 
 @dataclass
 class Model:
-    hidden_size: int = doc(
-        "width of the network, a multiple of 2 * n_heads", "at least 1 and at most 1000000"
-    )
-    cond_dim: int = doc(
-        "width of the embedding of the noise level", "at least 1 and at most 1000000"
-    )
+    hidden_size: int = doc("width of the network, a multiple of 2 * n_heads", WIDTH)
+    cond_dim: int = doc("width of the embedding of the noise level", WIDTH)
     length: int = doc("tokens of a sequence", "at least 1")
     n_blocks: int = doc("number of layers", "at least 1 and at most 1000")
     n_heads: int = doc("attention heads per layer", "at least 1")
@@ -78,13 +75,9 @@ class Model:
     n_kv_heads: int | None = doc(
         "llama: heads of keys and values, a divisor of n_heads; null: n_heads", "at least 1"
     )
-    head_dim: int | None = doc(
-        "llama: width of a head, even; null: hidden_size / n_heads",
-        "at least 1 and at most 1000000",
-    )
+    head_dim: int | None = doc("llama: width of a head, even; null: hidden_size / n_heads", WIDTH)
     ffn_size: int | None = doc(
-        "llama: inner width of the MLP; null: 8/3 of hidden_size, up to a multiple of 64",
-        "at least 1 and at most 1000000",
+        "llama: inner width of the MLP; null: 8/3 of hidden_size, up to a multiple of 64", WIDTH
     )
     rope_theta: float = doc("llama: base of the rotary positions", "above 0")
     rms_norm_eps: float = doc("llama: added to the mean square in norms", "above 0")

@@ -660,7 +660,7 @@ def test_foreign_folder_under_outputs_is_passed_over():
     folder = Path("outputs/a/b")
     folder.mkdir(parents=True)
     (folder / "settings.json").write_text("{not json")
-    assert settings.newest_checkpoint(settings.load([])) is None
+    assert run_folder.newest_checkpoint(settings.load([])) is None
 
 
 def test_importing_and_loading_needs_no_torch():
