@@ -70,9 +70,8 @@ def _surroundings(argv: list[str]) -> Iterator[str]:
     """Why there cannot be several runs here."""
     if {"--cfg", "-c"} & set(argv):
         yield "--cfg shows one run: leave -m out, and give one value for each setting"
-    stepped = (
-        "SLURM_STEP_ID" in os.environ and (whole_number(os.environ.get("SLURM_NTASKS")) or 1) > 1
-    )
+    tasks = whole_number(os.environ.get("SLURM_NTASKS")) or 1
+    stepped = "SLURM_STEP_ID" in os.environ and tasks > 1
     if "TORCHELASTIC_RUN_ID" in os.environ or stepped:
         yield (
             f"-m under {'srun' if stepped else 'torchrun'} would start everything several times:"

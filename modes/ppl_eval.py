@@ -43,8 +43,8 @@ def prepare(config: Config) -> Callable[[], None]:
     place = result_path(config, checkpoint, wanted)
     journals = {}
     for each in wanted:
-        facts = journal_facts(at[each.size], checkpoint, data.valid.about)
-        facts = {"likelihood": each.chosen.label, **facts}
+        facts = {"likelihood": each.chosen.label}
+        facts |= journal_facts(at[each.size], checkpoint, data.valid.about)
         journals[each] = Journal(place.with_suffix(".rows"), facts, rank())
     evaluator = Evaluator(modules, journals, config.eval.draws)
     precision = config.trainer.precision
@@ -182,11 +182,9 @@ def likelihood_entry(config: Config, each: Measure, found: Likelihood, seconds: 
 
 def is_exact(config: Config, each: Measure) -> bool:
     """Whether it is the likelihood whatever writes the texts: of blocks of one token."""
-    if get_algorithm(config.algo.name).writes == "ar":
-        return True
-    if config.eval.block_sizes is None:
-        return each.size == 1 and config.training.eval_nll
-    return each.size == 1 and (each.chosen.name != "nelbo" or config.training.eval_nll)
+    of_mixture = config.eval.block_sizes is not None and each.chosen.name != "nelbo"
+    single = each.size == 1 and (config.training.eval_nll or of_mixture)
+    return single or get_algorithm(config.algo.name).writes == "ar"
 
 
 def mixture_entry(

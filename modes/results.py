@@ -73,9 +73,8 @@ class Results:
         """Optimizer steps made, as far as the log and the checkpoints tell."""
         logged = [step for series in self.log.values() for step in series]
         names = [path.stem[5:] for path in self.folder.glob("checkpoints/step=*.ckpt")]
-        return max(
-            [*logged, *(int(n) for n in names if re.fullmatch("[0-9]{1,15}", n))], default=None
-        )
+        saved = [int(name) for name in names if re.fullmatch("[0-9]{1,15}", name)]
+        return max(logged + saved, default=None)
 
     @property
     def tokens_per_step(self) -> int | None:
