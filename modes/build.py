@@ -1,10 +1,12 @@
-"""From settings to objects: the network, its objective, the data.
+"""From settings to objects: the network, its objective, what training it costs.
 
 Only this file, the modes and training/trainer.py read the configuration of a run.
 """
 
 import dataclasses
 from collections.abc import Callable
+
+import torch
 
 from checkpointing.as_trained import check_as_trained, streams_version
 from checkpointing.checkpoint import Checkpoint
@@ -25,17 +27,16 @@ from objectives.algorithms import ObjectiveSettings
 from objectives.corruption import Interval
 from objectives.counts import CountLaw, to_learn, within
 from objectives.loss import Objective
-from objectives.sizes import SizeLaw
+from objectives.sizes import SizeLaw, shares_of_steps
 from random_streams import VERSION, seed_of
 from settings import Config, local_folder
-from settings.defaults import (
-    default_likelihood,
-    noise_block,
-)
+from settings.defaults import default_likelihood, noise_block
+from settings.rules.effects import OF_LLAMA, SIZES
 from settings.schema import Training
+from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
-from training.optimizers import OptimizerSettings
+from training.optimizers import OptimizerSettings, trained
 from utils import say
 
 
@@ -62,12 +63,7 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
     """The network of model.*; with algo.backbone=hf_dit that of the checkpoint, with llama too
     where there is one."""
     model = config.model
-    options = {
-        "dropout": model.dropout,
-        "attn_backend": model.attn_backend,
-        "compile": model.compile,
-        "activation_checkpointing": model.activation_checkpointing,
-    }
+    options = _named(model, "dropout", "attn_backend", "compile", "activation_checkpointing")
     if config.algo.backbone == "hf_dit" or (config.algo.backbone == "llama" and checkpoint):
         network = build_network(checkpoint, **options)
         if not fits_vocabulary(checkpoint, network, tokenizer):
@@ -81,18 +77,15 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.source}: {error}") from None
         return network
-    sizes = {
-        "vocab_size": tokenizer.vocab_size,
-        "hidden_size": model.hidden_size,
-        "n_blocks": model.n_blocks,
-        "n_heads": model.n_heads,
-    }
+    sizes = {"vocab_size": tokenizer.vocab_size, **_named(model, *SIZES)}
     if config.algo.backbone == "llama":
-        own = ("n_kv_heads", "head_dim", "ffn_size", "rope_theta", "rms_norm_eps")
-        own = (*own, "qk_norm", "qkv_bias", "tied")
-        return Llama(**sizes, **{name: getattr(model, name) for name in own}, **options)
+        return Llama(**sizes, **_named(model, *OF_LLAMA), **options)
     adaln = algorithms.get_algorithm(config.algo.name).noise or model.adaln
     return DiT(**sizes, cond_dim=model.cond_dim, adaln=adaln, **options)
+
+
+def _named(section: object, *names: str) -> dict:
+    return {name: getattr(section, name) for name in names}
 
 
 def build_objective(config: Config, mask_id: int) -> Objective:
@@ -247,3 +240,60 @@ def evaluated_module(
     """Of a network that has the weights of the checkpoint already."""
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, ema=0.0))
     return build_module(config, backbone, tokenizer, streams_version(checkpoint))
+
+
+def build_shape(config: Config, backbone: Network) -> NetworkShape:
+    """What the cost of training depends on."""
+    algo, law, share = config.algo, build_counts(config), 1.0
+    schedule = config.training.block_schedule
+    drawn = config.training.block_sizes
+    if schedule is not None:
+        drawn = shares_of_steps(schedule, config.trainer.max_steps)
+    sizes = drawn or {noise_block(config): 1.0}
+    if law is not None and config.training.views == 1:
+        share = sum(weight * expected_share(law, size) for size, weight in sizes.items())
+    elif law is None and algorithms.get_algorithm(algo.name).noise:
+        times = torch.linspace(*interval(config.training), 1001, dtype=torch.float64)
+        schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
+        share = float(schedule(times).p.mean())
+    return NetworkShape(
+        algo=algo.name,
+        hidden_size=backbone.hidden_size,
+        n_blocks=len(backbone.blocks),
+        vocab_size=backbone.vocab_size,
+        length=config.model.length,
+        block_size=config.block_size,
+        masked_share=share,
+        views=config.training.views,
+        sizes=drawn,
+        causal_clean=config.adapt.clean == "causal",
+        answers_clean=config.adapt.label == "next" or config.adapt.ar_loss > 0,
+        ar_loss=config.adapt.ar_loss > 0,
+        adapters=None if config.lora.rank is None else adapter_weights(backbone),
+        **_layers(backbone),
+    )
+
+
+def adapter_weights(backbone: Network) -> int:
+    """Of the adapters of a layer; without those of the modulation, which has one row a batch."""
+    named = trained(backbone.blocks[0])
+    return sum(p.numel() for name, p in named if "adaLN_modulation" not in name)
+
+
+def expected_share(law: CountLaw, size: int) -> float:
+    """Of a block of `size` tokens that the law masks, on average."""
+    m = torch.arange(1, size + 1)
+    return float((m * law.chance(m, torch.tensor(size))).sum() / size)
+
+
+def _layers(backbone: Network) -> dict:
+    """Widths of NetworkShape that are not the DiT's."""
+    if not isinstance(backbone, Llama):
+        return {}
+    shape = backbone.shape
+    return {
+        "query_width": shape.n_heads * shape.head_dim,
+        "key_width": shape.n_kv_heads * shape.head_dim,
+        "mlp_weights": 3 * shape.hidden_size * shape.ffn_size,
+        "qk_norm": shape.qk_norm,
+    }

@@ -19,9 +19,8 @@ import torch
 from models.kernels.residual import MOST_WIDTH
 from models.network import Network
 from models.recomputing import Recompute
-from modes.build import build_backbone, read_weights
+from modes.build import build_backbone, build_shape, read_weights
 from modes.build_data import build_tokenizer
-from modes.build_shape import build_shape
 from modes.lora import build_adapter, put_adapters
 from modes.planning import fitting
 from modes.planning.gpus import GIB, MFU, NOT_MEASURED, SEVERAL, Gpu, gpu_of, mfu, room

@@ -11,9 +11,8 @@ from checkpointing.checkpoint import Checkpoint, section
 from checkpointing.restricted_pickle import CheckpointError
 from dataloader import DataModule
 from evaluation.table import check_likelihoods, check_training, parse_likelihood
-from modes.build import build_backbone, build_module, read_weights, start_from
+from modes.build import build_backbone, build_module, build_shape, read_weights, start_from
 from modes.build_data import build_data, build_tokenizer
-from modes.build_shape import build_shape
 from modes.lora import build_adapter, start_adapter
 from objectives.algorithms import get_algorithm
 from random_streams import VERSION

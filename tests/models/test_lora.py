@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.lora import ADAPTED, Adapter, adapt, merged, of_adapter
 from models.masks import BlockCausal, BlockDiffusion, Causal, Full
-from modes.build_shape import _layers, adapter_weights
+from modes.build import _layers, adapter_weights
 from objectives.head import cross_entropy_kernel, head_loss
 from training.flops import NetworkShape, flops
 from training.optimizers import OptimizerSettings, build_optimizer, trained

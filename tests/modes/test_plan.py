@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import settings
 from models.masks import BlockDiffusion, Causal, Full
 from modes import plan as plan_mode
-from modes.build import build_backbone
-from modes.build_shape import _layers, build_shape
+from modes.build import _layers, build_backbone, build_shape
 from modes.plan import Weights, counted, on_gpus, plan, report
 from modes.planning import fitting
 from modes.planning.gpus import MFU, REACHED, Gpu, room
