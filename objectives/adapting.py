@@ -37,39 +37,26 @@ def with_ar_loss(
     scored = (inputs.loss_mask > 0) & ~begins(x0, document_ids)
     row, at = scored.nonzero().unbind(1)
     clean = (row + 1) * per_row - length + at - 1
-    table = _Table(inputs.outputs, x0.device)
-    nowhere = inputs.views * x0.numel()
-    found = table.of(inputs.loss_positions, clean)
-    ones = torch.ones(len(clean), device=x0.device)
-    targets = table.put(inputs.loss_positions, inputs.targets, 0)
-    targets[clean] = x0[row, at]
+
+    def spread(values: Tensor, elsewhere: float) -> Tensor:
+        """Of the rows that diffusion reads -> of all rows of the network's output."""
+        return values.new_full((inputs.outputs,), elsewhere).index_copy_(0, diffusion, values)
+
+    diffusion, nowhere = inputs.loss_positions, inputs.views * x0.numel()
+    targets, ar_weights = spread(inputs.targets, 0), torch.zeros(inputs.outputs, device=x0.device)
+    targets[clean], ar_weights[clean] = x0[row, at], 1.0
+    used = ar_weights > 0
+    used[diffusion] = True
+    found = used.nonzero()[:, 0]
     return replace(
         inputs,
         loss_positions=found,
         targets=targets[found],
-        weights=table.put(inputs.loss_positions, inputs.weights, 0.0)[found],
-        places=table.put(inputs.loss_positions, inputs.predicted, nowhere)[found],
-        ar_weights=table.put(clean, ones, 0.0)[found],
+        weights=spread(inputs.weights, 0.0)[found],
+        places=spread(inputs.predicted, nowhere)[found],
+        ar_weights=ar_weights[found],
         ar_loss=factor,
     )
-
-
-class _Table:
-    """A number for each row of the network's output."""
-
-    def __init__(self, rows: int, device: torch.device):
-        self.rows, self.device = rows, device
-
-    def put(self, at: Tensor, values: Tensor, elsewhere: float) -> Tensor:
-        table = torch.full((self.rows,), elsewhere, dtype=values.dtype, device=self.device)
-        return table.index_copy_(0, at, values)
-
-    def of(self, *rows: Tensor) -> Tensor:
-        """Those that are in one of the lists, each once, in ascending order."""
-        used = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
-        for each in rows:
-            used[each] = True
-        return used.nonzero()[:, 0]
 
 
 def _answered_whole(inputs: LossInputs, x0: Tensor) -> LossInputs:
