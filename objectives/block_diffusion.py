@@ -194,17 +194,8 @@ class MaskedDiffusion(MaskingObjective):
 
 
 def _in_blocks(s: ObjectiveSettings) -> MaskedDiffusion:
-    return MaskedDiffusion(
-        s.mask_id,
-        s.block_size,
-        s.schedule,
-        s.ignore_bos,
-        s.resample,
-        s.full_from,
-        sizes=s.sizes,
-        adapt=s.adapt,
-        ar_loss=s.ar_loss,
-    )
+    first = (s.mask_id, s.block_size, s.schedule, s.ignore_bos, s.resample, s.full_from)
+    return MaskedDiffusion(*first, sizes=s.sizes, adapt=s.adapt, ar_loss=s.ar_loss)
 
 
 def _whole(s: ObjectiveSettings) -> MaskedDiffusion:

@@ -90,16 +90,11 @@ def count_candidates(block_size: int, widths: list[float], delta: float) -> list
     """The ranges of counts whose shares of the block lie in an interval of `candidates`: all counts
     first, each range once."""
     ranges = [(1, block_size)]
-    for interval in candidates(block_size, widths, delta, EPS)[1:]:
-        inside = [m for m in _counts_within(block_size, interval) if m]
-        if inside and (inside[0], inside[-1]) not in ranges:
-            ranges.append((inside[0], inside[-1]))
+    for low, high in candidates(block_size, widths, delta, EPS)[1:]:
+        least, most = max(1, math.ceil(low * block_size - 1e-6)), int(high * block_size + 1e-6)
+        if least <= most and (least, most) not in ranges:
+            ranges.append((least, most))
     return ranges
-
-
-def _counts_within(block_size: int, interval: Interval) -> list[int]:
-    low, high = interval
-    return list(range(math.ceil(low * block_size - 1e-6), int(high * block_size + 1e-6) + 1))
 
 
 def name_of_counts(counts: Counts) -> str:

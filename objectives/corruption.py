@@ -106,12 +106,8 @@ def draw_example_noise(seed: int, examples: Tensor, *, global_batch: int, **sett
     ]
     if len(parts) == 1:
         return parts[0]
-    return Noise(
-        time=torch.cat([part.time for part in parts]),
-        token=torch.cat([part.token for part in parts]),
-        count=torch.cat([part.count for part in parts]),
-        sizes=None if parts[0].sizes is None else torch.cat([part.sizes for part in parts]),
-    )
+    numbers = zip(*(vars(part).values() for part in parts), strict=True)
+    return Noise(*(None if of_all[0] is None else torch.cat(of_all) for of_all in numbers))
 
 
 def times(u: Tensor, interval: Interval) -> Tensor:

@@ -114,13 +114,7 @@ def head_loss(
         losses = kernel.of_sums(sums, *kernel_rows).float()
         return HeadLoss(losses=losses, total=(losses * factors).sum())
     total, losses = _ChunkedHead.apply(
-        features,
-        *head,
-        targets,
-        factors,
-        kernel.of_logits,
-        kernel_rows,
-        torch.is_grad_enabled(),
+        features, *head, targets, factors, kernel.of_logits, kernel_rows, torch.is_grad_enabled()
     )
     return HeadLoss(losses=losses, total=total)
 
@@ -222,19 +216,16 @@ class _Gradients:
         self.scaled = x * factors.to(x.dtype)
         self.d_x = torch.empty_like(x)
         self.weighted, self.d_w = weighted, None
-        self.d_b = None
-        if biased:
-            self.d_b = torch.zeros(len(w), dtype=torch.float32, device=w.device)
+        self.d_b = torch.zeros(len(w), dtype=torch.float32, device=w.device) if biased else None
 
     def add(self, part: slice, d_logits: Tensor) -> None:
         """The chunk `part` of the rows, d_logits [m, V]."""
         torch.mm(d_logits, self.w, out=self.d_x[part])
-        pulled, scaled = d_logits.t(), self.scaled[part]
+        pulled = d_logits.t()
         if self.d_b is not None:
             self.d_b += torch.mv(pulled, self.factors[part, 0].to(d_logits.dtype))
-        if not self.weighted:
-            return
-        self.d_w = _with_product(self.d_w, pulled, scaled)
+        if self.weighted:
+            self.d_w = _with_product(self.d_w, pulled, self.scaled[part])
 
     def sums(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.weighted and self.d_w is None:

@@ -129,20 +129,15 @@ class LossInputs:
         more = free.nonzero()[: rows - len(positions), 0]
         # their target is that of a row that counts: never the mask, whose probability is 0
         target = self.targets[:1] if len(self.targets) else self.targets.new_zeros(1)
-        added = {}
-        if self.places is not None:
-            nowhere = self.places.new_full((len(more),), self.views * self.loss_mask.numel())
-            added["places"] = torch.cat([self.places, nowhere])
-        if self.ar_weights is not None:
-            nothing = self.ar_weights.new_zeros(len(more))
-            added["ar_weights"] = torch.cat([self.ar_weights, nothing])
-        return replace(
-            self,
-            **added,
-            loss_positions=torch.cat([positions, more]),
-            targets=torch.cat([self.targets, target.expand(len(more))]),
-            weights=torch.cat([self.weights, self.weights.new_zeros(len(more))]),
-        )
+        made = {
+            "loss_positions": torch.cat([positions, more]),
+            "targets": torch.cat([self.targets, target.expand(len(more))]),
+        }
+        nowhere = self.views * self.loss_mask.numel()
+        for name, value in {"weights": 0, "places": nowhere, "ar_weights": 0}.items():
+            if (held := getattr(self, name)) is not None:
+                made[name] = torch.cat([held, held.new_full((len(more),), value)])
+        return replace(self, **made)
 
 
 class Objective:
