@@ -48,10 +48,6 @@ class Parts:
     places: dict[str, list]
     tensors: dict[str, Tensor]
 
-    @property
-    def step(self) -> int:
-        return self.state["global_step"]
-
 
 def name_of(*keys: str | int) -> str:
     return "/".join(map(str, keys))
@@ -129,7 +125,7 @@ class _Writer(dcp.FileSystemWriter):
         sharded_index.write_index(self.path, metadata)
         rest = {"checkpoint": self.parts.state, "places": self.parts.places}
         torch_file.save(rest, str(self.path / STATE))
-        put(self.path, self.target, self.parts.step)
+        put(self.path, self.target, self.parts.state["global_step"])
 
 
 def write(parts: Parts, path: str, *, group, token: str) -> None:
@@ -195,13 +191,6 @@ class Sharded:
         for name, tensor in targets.items():
             self._put(name, tensor)
 
-    def whole(self, sections: Collection[str]) -> dict:
-        """The checkpoint with the tensors of these sections on the host."""
-        names = [name for name in self.entries if name.partition("/")[0] in sections]
-        made = {n: torch.empty(self.entries[n].size, dtype=self.entries[n].dtype) for n in names}
-        self.load(made)
-        return self.checkpoint
-
     def _put(self, name: str, tensor: Tensor) -> None:
         *before, last = self.places[name]
         node = self.checkpoint
@@ -215,7 +204,10 @@ class Sharded:
 
 def read(folder: str | Path, sections: Collection[str] = SECTIONS) -> dict:
     """As torch_file.load would give the file; tensors outside of `sections` on the meta device."""
-    return Sharded(folder).whole(sections)
+    stored = Sharded(folder)
+    wanted = {n: e for n, e in stored.entries.items() if n.partition("/")[0] in sections}
+    stored.load({name: torch.empty(e.size, dtype=e.dtype) for name, e in wanted.items()})
+    return stored.checkpoint
 
 
 class _Reader(dcp.FileSystemReader):
