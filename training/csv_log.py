@@ -33,6 +33,8 @@ class CSVLog(Logger):
     """unix_time: when a row was begun. A log in the old format is kept as metrics.old.csv, and its
     figures go into the new one."""
 
+    name, version = "metrics", ""  # Lightning asks for both
+
     def __init__(self, path: Path):
         """ValueError where something else than a file has its place."""
         super().__init__()
@@ -43,14 +45,6 @@ class CSVLog(Logger):
         self._begin = 0  # of the last row in the file, in bytes
         self._waiting: list[tuple[int, dict[str, str]]] = []  # figures to be written, by step
         self.failure: str | None = None  # why some are left
-
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @rank_zero_only
     def log_hyperparams(self, params, *args, **kwargs) -> None:

@@ -103,19 +103,16 @@ class Sharded(_Saving, ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         path = self.broadcast(checkpoint_path)
-        if is_in_parts(path):
-            checkpoint = self._read_parts(path)
-            set_fused(checkpoint, self.lightning_module.fused())
-            for optimizer, state in zip(
-                self.optimizers, checkpoint["optimizer_states"], strict=True
-            ):
+        cut = is_in_parts(path)
+        checkpoint = self._read_parts(path) if cut else self.checkpoint_io.load_checkpoint(path)
+        set_fused(checkpoint, self.lightning_module.fused())  # state.load_state comes later
+        states = checkpoint.get("optimizer_states", [])
+        if cut:
+            for optimizer, state in zip(self.optimizers, states, strict=True):
                 optimizer.load_state_dict(state)
             return checkpoint
-        checkpoint = self.checkpoint_io.load_checkpoint(path)
-        set_fused(checkpoint, self.lightning_module.fused())  # state.load_state comes later
         options = state_dict.StateDictOptions(full_state_dict=True)
         state_dict.set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
-        states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
             named = fsdp.FullyShardedDataParallel.rekey_optim_state_dict(
                 state, fsdp.OptimStateKeyType.PARAM_NAME, self.model

@@ -136,9 +136,7 @@ def flops(shape: NetworkShape) -> Flops:
         attention=per_pair * ((shape.n_blocks - 1) * inner + last),
         head=2 * width * shape.vocab_size * shape.read,
         inner=layer + per_pair * inner + 2 * (shape.adapters or 0) * rows,
-        adapters=None
-        if shape.adapters is None
-        else 2 * shape.adapters * ((shape.n_blocks - 1) * rows + shape.read),
+        adapters=shape.adapters and 2 * shape.adapters * ((shape.n_blocks - 1) * rows + shape.read),
     )
 
 

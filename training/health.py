@@ -139,9 +139,7 @@ class StepHealth:
         self.skipped = not self.late
         if trainer.precision == "16-mixed" and not loss_is_bad and not nothing_counts:
             return  # the scaler of float16 finds its scale this way
-        odd = [
-            name for name, norm in zip(step.names, norms, strict=True) if not math.isfinite(norm)
-        ]
+        odd = [n for n, norm in zip(step.names, norms, strict=True) if not math.isfinite(norm)]
         self.bad_steps += 1
         self.in_a_row += 1
         what = f"a {'loss' if loss_is_bad else 'gradient'} that is not finite"

@@ -43,13 +43,8 @@ def trained(backbone: nn.Module) -> list[tuple[str, Tensor]]:
 def matrices(backbone: nn.Module) -> list[Tensor]:
     """The weights that Muon is for: those of attention and MLP in the blocks. Embeddings, head,
     norms, biases, modulations and the embedding of the noise level are not."""
-    chosen = {
-        id(p)
-        for name, p in backbone.blocks.named_parameters()
-        if p.dim() == 2 and "adaLN_modulation" not in name
-    }
-    named = dict(backbone.named_parameters())
-    return [p for name, p in trained(backbone) if id(named[name]) in chosen]
+    in_blocks = [(name, p) for name, p in trained(backbone) if name.startswith("blocks.")]
+    return [p for name, p in in_blocks if p.dim() == 2 and "adaLN_modulation" not in name]
 
 
 def shared_out(backbone: nn.Module, settings: OptimizerSettings) -> dict[str, list[Tensor]]:

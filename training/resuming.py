@@ -227,12 +227,9 @@ def count_law(theirs, ours: CountLaw | None) -> Iterator[str]:
     make the weights all are above 0."""
     if ours is None:
         return
-    wanted = ours.density
-    if not isinstance(theirs, Tensor) or (theirs.dtype, theirs.shape) != (
-        wanted.dtype,
-        wanted.shape,
-    ):
-        yield f"it has no count_law of {len(wanted)} numbers"
+    kind = (ours.density.dtype, ours.density.shape)
+    if not isinstance(theirs, Tensor) or (theirs.dtype, theirs.shape) != kind:
+        yield f"it has no count_law of {len(ours.density)} numbers"
     elif not (abs(float(theirs.mean()) - 1) < 1e-9 and float(theirs.min()) >= 0) or (
         ours.reweighted and float(theirs.min()) < FLOOR / 2
     ):

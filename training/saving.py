@@ -2,7 +2,7 @@
 
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from checkpointing import replacing
 from models.compiling import keep_signal
 from training.averaging import put_average
 from training.checkpoint_io.files import CarefulIO
+from training.checkpoint_io.parts import PartsIO
 from training.distributed import Poll
 from training.signals import BY_HAND, GO_ON, LOST, Signals, Stopped
 from utils import DataFailure, Failure, atomic_link, say
@@ -79,9 +80,7 @@ class StepCheckpoints(L.Callback):
     _begun: int | None = None  # the step that is being written
     _saved: int | None = None  # the step that is on the disk
     _failure: str = ""
-
-    def __post_init__(self):
-        self._poll = Poll()
+    _poll: Poll = field(default_factory=Poll)
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._step = self._saved = trainer.global_step
@@ -107,9 +106,7 @@ class StepCheckpoints(L.Callback):
             self.save(trainer, wait=False)
         self.stop_if_told(trainer)
 
-    def on_validation_batch_end(
-        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
-    ) -> None:
+    def on_validation_batch_end(self, trainer, *of_batch) -> None:
         """A validation that is broken off begins anew when the run goes on."""
         if trainer.state.fn == TrainerFn.FITTING:
             self.stop_if_told(trainer)
@@ -192,7 +189,7 @@ class StepCheckpoints(L.Callback):
             if trainer.is_global_zero:
                 keep = partial(self._keep, path)
                 self.io.afterwards(lambda: self.io.attempt(last, keep))
-        if self.io.in_parts and not wait:
+        if isinstance(self.io, PartsIO) and not wait:
             return True
         self.io.wait()
         self._begun = None

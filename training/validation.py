@@ -235,14 +235,9 @@ def nelbo_noise(module: L.LightningModule, batch: dict, draw: int = 0) -> Noise 
 def inputs_by_time(module: L.LightningModule, batch: dict, draw: int = 0) -> LossInputs:
     """What a draw of `nelbo` is computed from."""
     x0, valid, document_ids = module.documents(batch)
-    return even_in_p(module.objective, module.noise_settings.sampling_eps).loss_inputs(
-        x0,
-        valid,
-        nelbo_noise(module, batch, draw),
-        interval=reported_interval(module),
-        training=False,
-        document_ids=document_ids,
-    )
+    given = {"interval": reported_interval(module), "training": False, "document_ids": document_ids}
+    objective = even_in_p(module.objective, module.noise_settings.sampling_eps)
+    return objective.loss_inputs(x0, valid, nelbo_noise(module, batch, draw), **given)
 
 
 def weights_by_time(module: L.LightningModule, batch: dict, draw: int) -> Tensor:

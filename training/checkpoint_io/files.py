@@ -23,8 +23,6 @@ class SafeCheckpointIO(CheckpointIO):
     """Writes to a temporary name and renames: killed at any byte, the last good file is there.
     Reads checkpoints in parts as well."""
 
-    in_parts = False  # whether every rank writes its own part
-
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
         if storage_options is not None:
             raise TypeError("SafeCheckpointIO has no storage_options; use an fsspec URL")

@@ -29,8 +29,6 @@ class PartsIO(CarefulIO):
     The threads of the ranks talk in a group of their own.
     """
 
-    in_parts = True
-
     def __init__(self):
         super().__init__()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
