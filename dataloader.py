@@ -190,14 +190,9 @@ class DataModule(LightningDataModule):
                 lambda: self.resumed_examples,
             )
         else:
-            windows = self.train.length != self.length
-            examples = Examples(
-                self.train,
-                window=self.length if windows else None,
-                bos=self.window_bos if windows else None,
-                eos=self.window_eos if windows else None,
-                seed=self.seed,
-            )
+            window = None if self.train.length == self.length else self.length
+            ends = {"bos": self.window_bos, "eos": self.window_eos}
+            examples = Examples(self.train, window=window, seed=self.seed, **ends)
         batches = TrainBatches(
             InOrder() if streams else ShuffledStream(len(self.train), self.seed),
             self.batch_size,

@@ -2,10 +2,8 @@
 No maths.
 
 What a loss is belongs to objectives/, the average of the weights to models/ema.py, the order of the
-data to the data module. A batch is {"input_ids" [B, L], "attention_mask" [B, L], "row" [B]}, and
-"document_ids" [B, L] where a row holds several documents (packing.document_ids): row is the index
-of the example in the endless stream of training data, or in the validation split, and with the seed
-it fixes the noise of that example.
+data to the data module. A batch is as dataloader.py says; with the seed, its "row" fixes the noise
+of an example.
 """
 
 from collections.abc import Callable

@@ -267,10 +267,7 @@ def atomic_file(path: str | Path, mode: str = "w", *, alone: bool = False) -> It
     if alone:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             left.unlink(missing_ok=True)
-    with (
-        _replacing(path) as new,
-        new.open(mode, encoding=None if "b" in mode else "utf-8") as file,
-    ):
+    with _replacing(path) as new, new.open(mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
