@@ -54,6 +54,8 @@ STYLE = """
 .problem { color: #b00; }
 """
 FONTS = ("system-ui", "sans-serif")  # of the machine that looks
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+OFF = ("run_history", "ssr_mode", "enable_monitoring", "show_error", "pwa", "mcp_server")
 # the gap goes where the cursor is; the box keeps what is marked when it loses the focus
 INSERT = """(text) => {
   const box = document.querySelector('#prompt textarea');
@@ -134,22 +136,16 @@ def side_components(page: Page, name: str, changed: dict) -> tuple[list, object]
         with gr.Accordion(f"Settings of {name}", open=True), gr.Row():
             for c in page.controls:
                 visible = c.rules is None or start.get("steps") in c.rules
-                # a refused value is answered by the page's own sentence
-                ident = f"{name}-{c.field}"
-                made[c] = component(
-                    c, start[c.field], visible=visible, elem_id=ident, min_width=200
-                )
+                look = {"visible": visible, "elem_id": f"{name}-{c.field}", "min_width": 200}
+                made[c] = component(c, start[c.field], **look)
     rule = next((made[c] for c in made if c.field == "steps"), None)
-    depends = [c for c in made if c.rules is not None]
+    depends = {c: each for c, each in made.items() if c.rules is not None}
+
+    def reveal(chosen):
+        return [gr.update(visible=chosen in c.rules) for c in depends]
+
     if rule is not None and depends:
-        rule.change(
-            lambda chosen: [gr.update(visible=chosen in c.rules) for c in depends],
-            inputs=[rule],
-            outputs=[made[c] for c in depends],
-            queue=False,
-            api_visibility="private",
-            show_progress="hidden",
-        )
+        rule.change(reveal, inputs=[rule], outputs=[*depends.values()], queue=False, **QUIET)
     return list(made.values()), output
 
 
@@ -158,19 +154,13 @@ def build_blocks(page: Page):
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    about = "The text begins with it."
+    if page.can_infill:
+        about = f"Each {GAP} is one token to fill; nothing is appended then."
     with gr.Blocks(title="Block diffusion", analytics_enabled=False) as blocks:
         gr.HTML(f"<h2>Block diffusion</h2><p>{plain(page.about)}</p>")
-        prompt = gr.Textbox(
-            page.prompt,
-            label="prompt",
-            info=f"Each {GAP} is one token to fill; nothing is appended then."
-            if page.can_infill
-            else "The text begins with it.",
-            lines=3,
-            max_length=MOST_CHARACTERS,
-            elem_id="prompt",
-        )
+        look = {"label": "prompt", "elem_id": "prompt", "lines": 3}
+        prompt = gr.Textbox(page.prompt, info=about, max_length=MOST_CHARACTERS, **look)
         with gr.Row():
             gap = gr.Button("gap", elem_id="gap", visible=page.can_infill)
             go = gr.Button("write", variant="primary", elem_id="write")
@@ -179,11 +169,8 @@ def build_blocks(page: Page):
             length = component(page.length, page.length.default, elem_id="length")
             pause = component(PAUSE, PAUSE.default, elem_id="pause")
         with gr.Row():
-            changes = [{}, page.second]
-            sides = [
-                side_components(page, name, changed)
-                for name, changed in zip(SIDES, changes, strict=True)
-            ]
+            changes = dict(zip(SIDES, [{}, page.second], strict=True))
+            sides = [side_components(page, name, changed) for name, changed in changes.items()]
 
         def write(request: gr.Request, *values):
             yield from page.write(request.session_hash, *values)
@@ -192,9 +179,9 @@ def build_blocks(page: Page):
             page.stop(request.session_hash)
 
         values = [prompt, length, pause, *(each for made, _ in sides for each in made)]
-        go.click(write, inputs=values, outputs=[out for _, out in sides], **quiet)
-        stop.click(end, queue=False, **quiet)
-        gap.click(None, inputs=[prompt], outputs=[prompt], js=INSERT, **quiet)
+        go.click(write, inputs=values, outputs=[out for _, out in sides], **QUIET)
+        stop.click(end, queue=False, **QUIET)
+        gap.click(None, inputs=[prompt], outputs=[prompt], js=INSERT, **QUIET)
     # one text after the other has the machine to itself
     return blocks.queue(default_concurrency_limit=1, max_size=WAITING)
 
@@ -221,14 +208,9 @@ def build_app(page: Page, hosts: Sequence[str]):
         blocks,
         path="",
         footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        show_error=False,
-        pwa=False,
-        mcp_server=False,
         theme=gr.themes.Default(font=FONTS, font_mono="monospace"),
         css=STYLE,
+        **dict.fromkeys(OFF, False),
     )
 
 

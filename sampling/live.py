@@ -119,11 +119,9 @@ class Text:
     progress: Progress = field(init=False)
 
     def __post_init__(self):
-        if len(self.prompt) > MOST_CHARACTERS:
-            raise ValueError(
-                f"the prompt has {len(self.prompt):,} characters, more than {MOST_CHARACTERS:,}:"
-                " shorten it"
-            )
+        if (length := len(self.prompt)) > MOST_CHARACTERS:
+            more = f"{length:,} characters, more than {MOST_CHARACTERS:,}"
+            raise ValueError(f"the prompt has {more}: shorten it")
         self.params = self.writer.params.changed(batch_size=1, **self.changes)
         infill = GAP in self.prompt
         (ids,) = self.writer.encode([self.prompt], self.params, infill)
@@ -150,12 +148,8 @@ class Text:
         with job.turn:
             begun = time.perf_counter()
             try:
-                writer = self.writer
-                groups = generate(
-                    *(writer.writes, writer.denoise, [self.request], self.params),
-                    device=writer.device,
-                    watch=watch,
-                )
+                asked = self.writer.writes, self.writer.denoise, [self.request], self.params
+                groups = generate(*asked, device=self.writer.device, watch=watch)
                 ((self.sample,),) = (group for group in groups if group)
             except Stopped:
                 self.problem = "stopped"
@@ -183,10 +177,10 @@ class Job:
 
     def run(self) -> Iterator[None]:
         """Writes the texts in threads; yields some times a second, and when all have ended."""
-        threads = [threading.Thread(target=text.write, args=(self,)) for text in self.texts]
+        alone = {"args": (self,), "daemon": True}  # a Ctrl-C waits for no text
+        threads = [threading.Thread(target=text.write, **alone) for text in self.texts]
         try:
             for thread in threads:
-                thread.daemon = True  # a Ctrl-C waits for no text
                 thread.start()
             while any(thread.is_alive() for thread in threads):
                 self.looked = time.monotonic()
@@ -228,15 +222,12 @@ def text_html(progress: Progress, mask_id: int, piece, seen: int | None) -> str:
             spans.append(f'<span class="{MASKED}" title="masked">{BOX}</span>')
             continue
         word = piece(token)
-        about = [escaped(repr(word))]
-        if evaluation:
-            about += [f"probability {chance:.3f}"] if chance is not None else []
-            about += [f"evaluation {evaluation}"]
-        else:
-            about += [GIVEN]
+        said = f"evaluation {evaluation}" if evaluation else GIVEN
+        if evaluation and chance is not None:
+            said = f"probability {chance:.3f}, {said}"
         fresh = seen is not None and evaluation > seen
         state = FRESH if fresh else SETTLED if evaluation else GIVEN
-        title = html.escape(", ".join(about))
+        title = html.escape(f"{escaped(repr(word))}, {said}")
         spans.append(f'<span class="{state}" title="{title}">{plain(word)}</span>')
     return f'<div class="text">{"".join(spans)}</div>'
 
@@ -245,7 +236,7 @@ def figures(text: Text) -> str:
     """Evaluations, seconds and speed so far, in words."""
     progress, mask_id = text.progress, text.writer.tokenizer.mask_id
     given = sum(token != mask_id for token in text.request.tokens)
-    made = len(progress.tokens) - given - sum(t == mask_id for t in progress.tokens)
+    made = sum(token != mask_id for token in progress.tokens) - given
     nfe = progress.nfe if text.sample is None else text.sample.nfe
     rate = f"{made / progress.seconds:,.0f}" if progress.seconds else "–"
     return (

@@ -18,7 +18,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO
@@ -84,8 +84,7 @@ class SampleFile:
         columns = ()
         with naming(self.path), open(self.path, "rb") as file:
             for record in self._records(file):
-                row = self._row(record, columns)
-                if row is not None:
+                if (row := self._row(record, columns)) is not None:
                     yield row
                 columns = columns or self._header(record)
             if not columns:
@@ -125,24 +124,19 @@ class SampleFile:
                 os.fsync(file.fileno())
 
     def notes(self, run: str) -> list[dict]:
-        if not self.log.exists():
-            return []
         found = []
-        for line in lines_of(self.log):
-            try:
+        for line in lines_of(self.log) if self.log.exists() else ():
+            with suppress(ValueError, RecursionError):  # its writer was killed
                 found.append(json.loads(line))
-            except (ValueError, RecursionError):
-                continue  # its writer was killed
         return [note for note in found if isinstance(note, dict) and note.get("run") == run]
 
     def reports(self) -> dict[str, dict]:
         """{run: its report}, in the order they were written. ValueError: it is something else."""
         if not self.summary.exists():
             return {}
-        try:
+        content = None
+        with suppress(ValueError):
             content = read_json(self.summary)
-        except ValueError:
-            content = None
         if isinstance(content, dict) and isinstance(content.get("run"), str):
             # one of a version that kept the last alone has no runs
             runs = content.get("runs", {content["run"]: content})
