@@ -8,13 +8,14 @@ than there is, which ends the process.
 import multiprocessing
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils import check_files, reason
 
 SECONDS, MEMORY = 30, 5 << 28  # bytes beside those of this process, some 500 MB
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for AutoTokenizer
 # What expressions that never end mostly fail on, and what a text is made of.
 TEXTS = (
     *("a" * 64 + "!", " " * 64 + "!", "1" * 64 + "!", "ab" * 32),
@@ -38,13 +39,13 @@ def unheard() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def tried(folder: Path, load: Callable[[Path], Callable[[list[str]], object]]) -> None:
-    """ValueError where the files of `folder` cannot be loaded, or texts not be tokenized, by
-    load(folder)(texts), within SECONDS and MEMORY."""
+def tried(folder: Path) -> None:
+    """ValueError where the tokenizer in `folder` cannot be loaded, or texts not be tokenized,
+    within SECONDS and MEMORY."""
     check_files(folder)
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=_try, args=(folder, load, theirs), daemon=True)
+    process = fork.Process(target=_try, args=(folder, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -69,14 +70,16 @@ def confine(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _try(folder: Path, load: Callable, answer) -> None:
+def _try(folder: Path, answer) -> None:
+    from transformers import AutoTokenizer  # the caller has it, so that this takes no memory
+
     confine(MEMORY)
     said = ""
     try:
-        encode = load(folder)
+        found = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
         for text in TEXTS:
             with suppress(Exception):  # as where an alphabet lacks a character
-                encode([text])
+                found([text], add_special_tokens=False)
     except BaseException as error:  # a panic is no Exception
         said = reason(error)[:1000]
     answer.send(said)

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from data.hub_errors import CONNECT_SECONDS, hub_errors
 from data.packaged import shakespeare, state_of_the_union
-from data.trial import tried, unheard
+from data.trial import LOCAL, tried, unheard
 from utils import ALPHABET, atomic_folder, digest, first_line, lock, reason
 
 log = logging.getLogger("bamdlm")
 
-LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for AutoTokenizer
 END_OF_TEXT = "<|endoftext|>"
 # A mark of the tokenizers made here since <|endoftext|> is in the vocabulary of their model.
 END_INSIDE = "bamdlm_end_of_text"
@@ -38,12 +37,8 @@ BYTES = 256  # the smallest byte-level vocabulary, <|endoftext|> not counted
 def from_folder(folder: Path):
     from transformers import AutoTokenizer
 
-    def encoder(place: Path):
-        found = AutoTokenizer.from_pretrained(str(place), **LOCAL)
-        return lambda texts: found(texts, add_special_tokens=False)
-
     try:
-        tried(folder, encoder)
+        tried(folder)
         with unheard():
             return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError, KeyError) as error:
@@ -147,9 +142,8 @@ def by_character(tokens: Iterable[str], **unknown):
 
 
 def ended(backend):
-    """For transformers, with <|endoftext|> as the last id, in the vocabulary of the model itself:
-    else `vocab_size` would not count it, and code that takes that for the mask would mask with
-    EOS."""
+    """For transformers, with <|endoftext|> as the last id, inside of the model's vocabulary: else
+    `vocab_size` would not count it, and code that takes that for the mask would mask with EOS."""
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 

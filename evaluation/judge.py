@@ -5,8 +5,7 @@ judge, seen in windows of the judge's context that move by 512 tokens, or by hal
 is shorter than 1 024, and every token but the first is scored once, with all that its window shows
 before it. EOS tokens are context but not counted. Where the rows that a judge was trained on begin
 with BOS, so do a text and its windows: without it such a network is far from what it knows.
-Entropy is that of the frequencies of all the text's tokens, in nats; length counts the tokens
-scored.
+Entropy is that of the frequencies of all tokens of a text, in nats; length counts those scored.
 """
 
 import copy
@@ -51,8 +50,7 @@ class TextScore:
 
 def describe(ids: Sequence[int] | Tensor, eos_id: int, nll: float | None = None) -> TextScore:
     ids = torch.as_tensor(ids, dtype=torch.int64)
-    scored = int((ids[1:] != eos_id).sum())
-    return TextScore(nll, scored, entropy(ids))
+    return TextScore(nll, int((ids[1:] != eos_id).sum()), entropy(ids))
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,7 @@ class Judge:
     """A causal language model with its tokenizer.
 
     `foreign`: special tokens of the writer ("[CLS]"), which are shown to the judge as its own EOS
-    where its vocabulary does not have them. `bos_id`: what begins each row of its training, if
-    anything does.
+    where its vocabulary lacks them. `bos_id`: what begins each row of its training, if anything.
     """
 
     def __init__(
@@ -266,14 +263,10 @@ def _load_foreign(name_or_path: str):
     """A model of transformers, without BOS, as published."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def encoder(place: str | Path):
-        made = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-        return lambda texts: made(texts, add_special_tokens=False)
-
     with unheard():
         if Path(name_or_path).is_dir():
             check_judge(Path(name_or_path))
-            tried(Path(name_or_path), encoder)
+            tried(Path(name_or_path))
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path,
