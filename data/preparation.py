@@ -17,6 +17,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +41,9 @@ SECONDS_BETWEEN_LOOKS = 0.2  # at whether another process has begun to make part
 
 
 def prepare(split: Split, cache: CacheDir, processes: int = 1) -> TokenRows:
-    """The rows of a split, made where they are missing.
-
-    Several processes may ask at once: one makes the rows, and the others help and wait. processes:
-    how many tokenize (0 or 1: this one does); the rows do not depend on it. With a cache
-    behind a URL the folder is copied from there where it is complete, and copied to it where it is
-    not.
-    """
+    """The rows of a split, made where they are missing. Of several processes that ask at once one
+    makes the rows, and the others help and wait. processes: how many tokenize (0 or 1: this one
+    does). With a cache behind a URL a complete folder is copied from there, another one to it."""
     try:
         folder = cache.folder / "rows" / split.folder_name
     except Gone as error:
@@ -82,7 +80,8 @@ def help_out(split: Split, downloads: Path, folder: Path, processes: int) -> Non
     started on a machine, the first one does; returns when there is nothing to do."""
     if any(int(os.environ.get(name) or 0) for name in ("LOCAL_RANK", "SLURM_LOCALID")):
         return
-    note = work_folder(folder) / NOTE
+    work = work_folder(folder)
+    note = work / NOTE
     while not note.is_file():
         with suppress(Timeout), lock(folder, timeout=0):
             return  # nobody makes them
@@ -91,9 +90,11 @@ def help_out(split: Split, downloads: Path, folder: Path, processes: int) -> Non
     with suppress(FileNotFoundError):
         if note.read_text() == plan_of(place):
             log.info("another process prepares %s; helping it", folder)
-            vocab_size = split.tokenizer.vocab_size
-            ways = split.encode, vocab_size, work_folder(folder), processes
-            shards.help_with(text, *ways, is_over=lambda: not note.exists())
+            shards.help_with(text, writer(split), work, processes, lambda: not note.exists())
+
+
+def writer(split: Split) -> shards.Write:
+    return partial(shards.tokenize, encode=split.encode, vocab_size=split.tokenizer.vocab_size)
 
 
 def kept_rows(split: Split, rows: Path) -> Path | None:
@@ -104,10 +105,9 @@ def kept_rows(split: Split, rows: Path) -> Path | None:
 
 
 def about_of(folder: Path) -> dict:
-    try:
+    with suppress(ValueError, OSError):
         return read_json(folder / "about.json")
-    except (ValueError, OSError):
-        return {}
+    return {}
 
 
 def is_whole(folder: Path) -> bool:
@@ -146,10 +146,9 @@ def write(split: Split, downloads: Path, folder: Path, processes: int) -> None:
 
 def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, processes: int) -> dict:
     """Write the rows' files to `new`; what about.json says of them."""
-    row_format, vocab_size = split.row_format, split.tokenizer.vocab_size
-    dtype = token_rows.dtype_of(vocab_size)
+    row_format, dtype = split.row_format, token_rows.dtype_of(split.tokenizer.vocab_size)
     with Report(f"preparing {split}") as report:
-        found = shards.tokenized(text, split.encode, vocab_size, work, processes, report)
+        found = shards.tokenized(text, writer(split), work, processes, report)
         cut = CutDocuments(row_format)
         found = (cut.add(part.lengths, part.ends) or part for part in found)
         count, real = token_rows.save(new, packing.packed(found, row_format), dtype)
@@ -209,16 +208,16 @@ def remove_parts(folder: Path) -> None:
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
+@dataclass
 class CutDocuments:
     """Counts documents that do not lie in one row, from their lengths alone: those that go on in
     the next row, and where rows are unwrapped those that lose their end."""
 
-    def __init__(self, row_format: RowFormat):
-        self.row_format = row_format
-        self.count = 0
-        self.empty = 0  # documents without a token
-        self.begin = 0  # where the next document begins, in its row
-        self.open = 0  # tokens of the document that has not ended
+    row_format: RowFormat
+    count: int = 0
+    empty: int = 0  # documents without a token
+    begin: int = 0  # where the next document begins, in its row
+    open: int = 0  # tokens of the document that has not ended
 
     def add(self, lengths: np.ndarray, ends: np.ndarray) -> None:
         """The next pieces: as in packing.Tokens."""

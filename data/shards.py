@@ -33,8 +33,6 @@ TEXTS_AT_ONCE = 1000
 CHARACTERS_AT_ONCE = 1 << 20
 MADE_BY_OTHERS = 4  # parts that a process without others of its own goes ahead of
 
-Encode = Callable[[list[str]], list[list[int]]]
-
 
 class Shard(NamedTuple):
     """A part of the text."""
@@ -47,6 +45,9 @@ class Shard(NamedTuple):
     @property
     def characters(self) -> int:
         return sum(map(len, self.texts))
+
+
+Write = Callable[[Path, Shard], None]  # the ids of a part to its file
 
 
 def cut(pieces: Iterable[Piece]) -> Iterator[Shard]:
@@ -71,24 +72,19 @@ def grouped(items: Iterable, size: Callable, most: int, count: int) -> Iterator[
 
 
 def tokenized(
-    pieces: Iterable[Piece],
-    encode: Encode,
-    vocab_size: int,
-    work: Path,
-    processes: int,
-    report: Callable,
+    pieces: Iterable[Piece], write: Write, work: Path, processes: int, report: Callable
 ) -> Iterator[Tokens]:
     """The parts' ids in the order of the text; a few parts are under way at any time.
 
-    work: the folder of their files; those of an earlier attempt are taken, and those that others
-    make. report(tokens, documents, done, fresh=) is called with each part.
+    write: as tokenize(). work: the folder of the parts' files; those of an earlier attempt are
+    taken, and those that others make. report(tokens, documents, done, fresh=): called with each.
     """
     parts, earlier = cut(pieces), {path.name for path in work.glob("*.npz")}
     first = list(itertools.islice(parts, 2))
     if len(first) < 2:  # a small text is not worth a process
         processes = 1
     ahead = 2 * processes if processes > 1 else MADE_BY_OTHERS  # parts under way
-    make = partial(make_part, encode=encode, vocab_size=vocab_size)
+    make = partial(make_part, write=write)
     with workers(processes, make) as submit:
         under_way: deque[tuple[Shard, Path, Future | None]] = deque()
 
@@ -124,16 +120,10 @@ def awaited(part: Shard, path: Path, future: Future | None, make: Callable) -> T
 
 
 def help_with(
-    pieces: Iterable[Piece],
-    encode: Encode,
-    vocab_size: int,
-    work: Path,
-    processes: int,
-    is_over: Callable[[], bool],
+    pieces: Iterable[Piece], write: Write, work: Path, processes: int, is_over: Callable[[], bool]
 ) -> None:
     """Make parts of the text that no other process makes, until none is left or it is over."""
-    make = partial(make_part, encode=encode, vocab_size=vocab_size, is_over=is_over)
-    with workers(processes, make) as submit:
+    with workers(processes, partial(make_part, write=write, is_over=is_over)) as submit:
         under_way: deque[Future] = deque()
         for part in cut(pieces):
             if is_over():
@@ -151,13 +141,7 @@ def place_of(work: Path, part: Shard) -> Path:
 
 
 def make_part(
-    path: Path,
-    part: Shard,
-    *,
-    encode: Encode,
-    vocab_size: int,
-    wait: bool = False,
-    is_over: Callable[[], bool] = lambda: False,
+    path: Path, part: Shard, *, write: Write, wait: bool = False, is_over=lambda: False
 ) -> None:
     """The file of a part where it is missing and nobody makes it, or with `wait` when nobody does
     any more. Nothing where it is over: then the files are being removed."""
@@ -171,7 +155,7 @@ def make_part(
         except BlockingIOError:
             return
         if read_part(path, part) is None and not is_over():
-            tokenize(path, part, encode=encode, vocab_size=vocab_size)
+            write(path, part)
 
 
 def await_others(work: Path) -> None:
@@ -193,8 +177,8 @@ def read_part(path: Path, part: Shard) -> Tokens | None:
     return Tokens(*(found[name] for name in Tokens._fields))
 
 
-def tokenize(path: Path, part: Shard, *, encode: Encode, vocab_size: int) -> None:
-    """Write the ids of a part under its name, complete or not at all."""
+def tokenize(path: Path, part: Shard, *, encode: Callable, vocab_size: int) -> None:
+    """Write the ids of a part under its name, complete or not at all. encode: as in Split."""
     batches = grouped(part.texts, len, CHARACTERS_AT_ONCE, TEXTS_AT_ONCE)
     found = [Tokens.of(encode(batch), []) for batch in batches]
     flat = np.concatenate([tokens.ids for tokens in found])
@@ -213,7 +197,7 @@ def tokenize(path: Path, part: Shard, *, encode: Encode, vocab_size: int) -> Non
 
 
 @contextmanager
-def workers(count: int, work: Callable[[Path, Shard], None]) -> Iterator[Callable[..., Future]]:
+def workers(count: int, work: Write) -> Iterator[Callable[..., Future]]:
     """What hands a part to one of `count` processes, or with 0 or 1 does the work at once.
 
     Processes, not threads: reading ids out of the tokenizer and detokenizing hold the interpreter's
@@ -239,7 +223,7 @@ def workers(count: int, work: Callable[[Path, Shard], None]) -> Iterator[Callabl
         os.close(writing)
 
 
-def _done(work: Callable[[Path, Shard], None], path: Path, part: Shard) -> Future:
+def _done(work: Write, path: Path, part: Shard) -> Future:
     done = Future()
     done.set_result(work(path, part))
     return done
@@ -248,10 +232,10 @@ def _done(work: Callable[[Path, Shard], None], path: Path, part: Shard) -> Futur
 class _Worker:
     """What a worker process got when it was forked."""
 
-    work: Callable[[Path, Shard], None]
+    work: Write
 
 
-def _begin(work: Callable, reading: int, writing: int) -> None:
+def _begin(work: Write, reading: int, writing: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the pool ends us with; not to be heard
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
