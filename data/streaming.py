@@ -88,8 +88,7 @@ class Lane:
 
 
 class StreamedText:
-    """A training split to be streamed. parts: each reads a part of the text from its beginning.
-    by_files: a part belongs to one lane, in each epoch to another."""
+    """A training split to be streamed. by_files: a part is of one lane, in each epoch another."""
 
     def __init__(self, split: Split, parts: list[Part], by_files: bool = False):
         """Reads the beginning of the text, to find what is wrong with it before any work."""
@@ -106,8 +105,7 @@ class StreamedText:
         version = version_of(seed)
         decides = [self.split.about, seed, LANES, UNIT_CHARACTERS, *[version] * (version > 1)]
         decides += ["files"] * self.by_files
-        text = json.dumps(decides, sort_keys=True)
-        return digest(text, 16)
+        return digest(json.dumps(decides, sort_keys=True), 16)
 
 
 def streamed(split: Split, cache: Path, by_files: bool = False) -> StreamedText:
@@ -284,23 +282,20 @@ def to_text(bookmarks: dict[int, Bookmark], of: str) -> str:
 
 def from_texts(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
     """The bookmarks of all devices, by lane; none where they are of another stream."""
+    found = {}
     try:
-        return _read_bookmarks(texts, of)
+        for noted in map(json.loads, texts):
+            if noted["of"] != of:
+                log.warning(
+                    "the text or its settings have changed since the checkpoint: reading anew"
+                )
+                return {}
+            for number, (start, _, begin, rest) in noted["lanes"].items():
+                ids = np.frombuffer(base64.b64decode(rest), "<u4").astype(np.int64)
+                mark = Bookmark(UnitStart(*start), begin, ids)
+                if int(number) not in found or mark.start < found[int(number)].start:
+                    found[int(number)] = mark
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("the bookmarks cannot be read (%s): reading the text anew", shown(error))
         return {}
-
-
-def _read_bookmarks(texts: Iterable[str], of: str) -> dict[int, Bookmark]:
-    found = {}
-    for text in texts:
-        noted = json.loads(text)
-        if noted["of"] != of:
-            log.warning("the text or its settings have changed since the checkpoint: reading anew")
-            return {}
-        for number, (start, _, begin, rest) in noted["lanes"].items():
-            ids = np.frombuffer(base64.b64decode(rest), "<u4").astype(np.int64)
-            mark = Bookmark(UnitStart(*start), begin, ids)
-            if int(number) not in found or mark.start < found[int(number)].start:
-                found[int(number)] = mark
     return found
