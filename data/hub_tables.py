@@ -18,12 +18,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from data import tables
 from data.arrow import parquet
 from data.arrow.thrift import Damaged
 from data.hub_errors import CONNECT_SECONDS, HubUnreachable, hub_errors
 from data.readers import Piece
-from data.tables import Part
+from data.tables import READERS, Part
 from utils import digest, first_line, read_json, write_json
 
 log = logging.getLogger("bamdlm")
@@ -54,11 +53,8 @@ class Hub:
     def parts(
         self, split: str, revision: str | None, cache: Path, *, download: bool = True
     ) -> list[Part]:
-        """The files of a split, in order. OSError: it cannot be had from the hub now.
-
-        cache: where downloads are kept. With download=False files are read over the network and not
-        kept (parquet only).
-        """
+        """The files of a split, in order. OSError: it cannot be had from the hub now. cache,
+        download: as in corpora.found()."""
         from huggingface_hub import constants
 
         table = replace(self, revision=revision or self.revision)
@@ -123,7 +119,7 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
     address = f"hf://datasets/{repo}@{commit}/{name}"
     kept = {"repo_id": repo, "filename": name, "repo_type": "dataset", "revision": commit}
     kept["cache_dir"] = str(cache / "downloads")
-    reader = tables.READERS[Path(name).suffix]
+    reader = READERS[Path(name).suffix]
 
     def read(column: str) -> Iterator[Piece]:
         """From the cache, downloaded if need be."""

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data import tables
 from data.archives import SUFFIXES, Archive
 from data.arrow import saved
-from data.tables import Part
+from data.tables import READERS, Part, check_one_kind, file_part, stamp
 from utils import read_json, visible_files
 
 # What splits are called in the names of files and folders.
@@ -26,7 +25,7 @@ NAMES = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test"},
 }
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `datasets` writes
+SAVED, SAVED_SPLITS = saved.STATE, "dataset_dict.json"  # what `datasets` writes
 WAY_OUT = "give a folder of .parquet, .jsonl or .txt files, or one such file"
 
 
@@ -45,14 +44,17 @@ class LocalCopy:
             paths = sorted(path for path in found if path.is_file())
         else:
             paths = self.files(split)
-        return {"files": [tables.stamp(path) for path in paths], "split": split}
+        return {"files": [stamp(path) for path in paths], "split": split}
 
     def parts(self, split, revision, cache, *, download=True):
         if self.is_saved():
-            return [saved_part(self.saved_folder(split))]
+            folder = self.saved_folder(split)
+            paths = saved.files(folder)
+            read, count = (partial(each, folder, paths) for each in (saved.rows, saved.count))
+            return [Part(str(folder), 1, read, count)]
         if self.is_archive():
             return self.archive.parts(self.path, split, cache)
-        return [tables.file_part(path) for path in self.files(split)]
+        return [file_part(path) for path in self.files(split)]
 
     # folders that `datasets` has saved
 
@@ -101,12 +103,12 @@ class LocalCopy:
         found = sorted(visible(self.path))
         if self.is_archive():
             return [path for path in found if self.archive.fits(path.name)]
-        known = [path for path in found if path.suffix in tables.READERS]
+        known = [path for path in found if path.suffix in READERS]
         if not known:
             some = ", ".join(path.name for path in found[:10]) or "nothing"
             raise ValueError(
                 f"data.source={self.path} holds {some}, but no file of the kinds"
-                f" {', '.join(tables.READERS)}; an archive must be named itself"
+                f" {', '.join(READERS)}; an archive must be named itself"
             )
         wanted = [path for path in known if self.names(path, split)]
         if not wanted:
@@ -116,7 +118,7 @@ class LocalCopy:
                 f" {self.corpus}; name it in the file's or its folder's name, and keep several"
                 " corpora in folders of their names"
             )
-        tables.check_one_kind(wanted, f"data.source={self.path}")
+        check_one_kind(wanted, f"data.source={self.path}")
         self.check_lines(wanted[0])
         for path in wanted:
             if "partial" in words(path.relative_to(self.path).as_posix()):
@@ -126,7 +128,7 @@ class LocalCopy:
     def file(self, split: str) -> Path:
         if self.is_archive():
             return self.path
-        if self.path.suffix not in tables.READERS:
+        if self.path.suffix not in READERS:
             raise ValueError(f"data.source={self.path} is of no kind that is known; {WAY_OUT}")
         if not self.names(self.path, split):
             raise ValueError(
@@ -178,10 +180,3 @@ def words(name: str) -> set[str]:
 def visible(folder: Path) -> list[Path]:
     """Its files, without those of tools (.cache, __MACOSX)."""
     return [path for path in visible_files(folder, "._") if path.is_file()]
-
-
-def saved_part(folder: Path) -> Part:
-    """A table that `datasets` has saved."""
-    paths = saved.files(folder)
-    read = partial(saved.rows, folder, paths)
-    return Part(str(folder), 1, read, partial(saved.count, folder, paths))
