@@ -106,8 +106,7 @@ class Chance:
         which = torch.searchsorted(group.unique(), group)
         piece = dealt.argsort(1).argsort(1)[which, self.rows % self.total]
         inside = uniform(self.seed, TIMES, *place, dtype=torch.float64)
-        found = (part + (piece[:, None] + inside) / self.total) / number
-        return found.to(blocks.device)
+        return ((part + (piece[:, None] + inside) / self.total) / number).to(blocks.device)
 
 
 def rank_of_scored(keys: Tensor, texts: AskedTexts) -> Tensor:
@@ -162,8 +161,7 @@ def subsets(texts: AskedTexts) -> Iterator[tuple[int, Tensor]]:
 
 
 def importance(ask: Ask, texts: AskedTexts, chance: Chance, number: int) -> Tensor:
-    """-log of the mean of p(x | order) over `number` orders drawn for each block; [B, L], a block's
-    value in equal shares."""
+    """-log of the mean of p(x | order) over `number` orders drawn for each block; shared out."""
     found = []
     for draw in range(number):
         place = rank_of_scored(chance.tokens(texts.x0, 1 + draw), texts)
@@ -187,8 +185,7 @@ def in_order(ask: Ask, texts: AskedTexts, place: Tensor) -> Tensor:
 
 def first_hitting(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tensor:
     """-log of the chance that first hitting writes the block, all orders together: A(M) = log of
-    the mean over i in M of exp(A(M without i) - a(M, i)). [B, L], a block's value in equal shares.
-    """
+    the mean over i in M of exp(A(M without i) - a(M, i)); shared out."""
     blocks, size = texts.per_block(texts.x0), texts.block_size
     shape = (1 << size, *blocks.shape[:2])
     log_p = torch.zeros(shape, dtype=torch.float64, device=blocks.device)
@@ -205,8 +202,7 @@ def first_hitting(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tens
 @dataclass(frozen=True)
 class Path:
     """What a rule met on the one way to the text: nll float64 [B, L] of each token in the step that
-    reveals it, and whether it was the likeliest token there, boolean [B, L] (true where not
-    scored)."""
+    reveals it; whether it was the likeliest there, boolean [B, L] (true where not scored)."""
 
     nll: Tensor
     likeliest: Tensor

@@ -28,8 +28,7 @@ class Journal:
         return sorted(self.folder.glob(f"{self.key}-*.jsonl"))
 
     def read(self, into: RowResults) -> None:
-        """Everything that any process has written; what was cut off while it was written is left
-        out."""
+        """All that any process has written, without what was cut off while it was written."""
         for path in self._files():
             for line in lines_of(path):
                 try:

@@ -25,8 +25,7 @@ def check_judge(folder: Path) -> None:
     weights or a head of safetensors is refused."""
     weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
     size = sum(path.stat().st_size for path in weights)
-    config = read_json(folder / "config.json")
-    for part in _dicts(config):
+    for part in _dicts(read_json(folder / "config.json")):
         sizes = {str(name): n for name, n in part.items() if type(n) is int}
         layers = max((n for name, n in sizes.items() if LAYERS.fullmatch(name)), default=1)
         width = max((sizes[name] for name in WIDTHS if name in sizes), default=1)

@@ -52,9 +52,7 @@ def reduced(backbone, hidden: Tensor, read: Tensor, mask_id: int, reduce) -> Ten
     -inf. They are made a few at a time, and in float32 all in the same memory."""
     size, weight, bias = rows_at_once(backbone), backbone.head_weight, backbone.head_bias
     half = products_dtype(weight).itemsize == 2
-    memory = None
-    if not half:
-        memory = weight.new_empty(min(size, len(hidden)), len(weight))
+    memory = None if half else weight.new_empty(min(size, len(hidden)), len(weight))
     answers = []
     for states, rows in zip(hidden.split(size), read.split(size), strict=True):
         if half:

@@ -32,8 +32,7 @@ class NextToken(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None):
         """.logits [B, T, V] of the token after each; the mask's are -inf."""
-        hidden = self.backbone.hidden(input_ids, attention_mask=Causal())
-        logits = self.backbone.logits(hidden)
+        logits = self.backbone.logits(self.backbone.hidden(input_ids, attention_mask=Causal()))
         logits[..., self.mask_id] = -torch.inf
         return SimpleNamespace(logits=logits)
 

@@ -13,7 +13,7 @@ import pyarrow  # numbers things faster than numpy, which sorts them
 import torch
 
 from evaluation.judge import Judge, TextScore
-from evaluation.likelihood import LikelihoodMeter
+from evaluation.likelihood import of_rows
 
 NGRAMS = 4  # distinct-1 .. 4; repetition is that of 4-grams
 
@@ -55,10 +55,8 @@ def perplexity(scores: Sequence[TextScore]) -> Figure:
     judged = [s for s in scores if s.nll is not None and s.tokens]
     if not judged:
         return Figure(math.nan)
-    meter = LikelihoodMeter()
-    sums = ([s.nll for s in judged], [s.tokens for s in judged])
-    meter.add(*(torch.tensor(each, dtype=torch.float64) for each in sums))
-    found = meter.compute()
+    nll = torch.tensor([[s.nll] for s in judged], dtype=torch.float64)
+    found = of_rows(nll, torch.tensor([s.tokens for s in judged]), sampled=False)
     return Figure(found.ppl, found.ppl_error)
 
 
@@ -109,7 +107,8 @@ def ended(texts: Sequence[Ids], eos_id: int) -> float:
 
 def judged(judge: Judge, texts: Sequence[str]) -> dict[str, Figure]:
     """{name: figure} of a set of texts, in the tokens of a judge."""
-    ids, scores = judge.tokenize(texts), judge.score(texts)
+    ids = judge.tokenize(texts)
+    scores = judge.score_tokens(ids)
     return {
         "texts": Figure(len(texts)),
         "gen_ppl": perplexity(scores),

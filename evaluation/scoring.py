@@ -44,8 +44,7 @@ class Alone(Chance):
 
 @dataclass(frozen=True)
 class Scorer:
-    """`block_size`: 1 for ar, the whole length for mdlm. `length`: tokens the network was trained
-    on, which no text may exceed."""
+    """`block_size`: 1 for ar, the length for mdlm. `length`: of the training, most of a text."""
 
     algo: str
     backbone: torch.nn.Module
@@ -115,19 +114,19 @@ class Scorer:
                 raise ValueError(f"a text has {len(text)} tokens with BOS, the model takes {room}")
 
     def _padded(self, texts, given, width: int) -> tuple[Tensor, Tensor]:
-        """Ids with masks behind them, and which are scored: [B, width] each."""
+        """Ids with masks behind them, and which are scored, masks left out: [B, width] each."""
         x0 = torch.full((len(texts), width), self.mask_id)
         scored = torch.zeros_like(x0, dtype=torch.bool)
         for i, text in enumerate(texts):
             x0[i, : len(text)] = torch.tensor(text)
             scored[i, given[i] : len(text)] = True
-        return x0.to(self.device), scored.to(self.device)
+        return x0.to(self.device), (scored & (x0 != self.mask_id)).to(self.device)
 
     @torch.no_grad()
     def _in_blocks(self, texts, given, chosen: Chosen, draws: int, greedy: bool):
         longest = max(map(len, texts))
         x0, scored = self._padded(texts, given, -(-longest // self.block_size) * self.block_size)
-        asked = AskedTexts(x0, scored & (x0 != self.mask_id), self.block_size, self.mask_id)
+        asked = AskedTexts(x0, scored, self.block_size, self.mask_id)
         asked_as = {"block_size": self.block_size, "mask_id": self.mask_id, "adapt": self.adapt}
         ask = asker(self.backbone, x0, **asked_as)
         greedy = greedy or chosen.label == "greedy"
@@ -143,14 +142,12 @@ class Scorer:
     @torch.no_grad()
     def _next_tokens(self, texts, given) -> Path:
         x0, scored = self._padded(texts, given, max(map(len, texts)))
-        scored = scored & (x0 != self.mask_id)
         hidden = self.backbone.hidden(x0[:, :-1], attention_mask=Causal())
         read = scored[:, 1:].flatten().nonzero()[:, 0]
         targets, states = x0[:, 1:].flatten()[read], hidden.flatten(0, 1)[read]
         nll = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
         likeliest = torch.ones_like(scored)
-        found = reduced(self.backbone, states, targets, self.mask_id, _picked)
-        picked, best = found.unbind(-1)
+        picked, best = reduced(self.backbone, states, targets, self.mask_id, _picked).unbind(-1)
         where = (read // (x0.shape[1] - 1), read % (x0.shape[1] - 1) + 1)
         nll[where], likeliest[where] = -picked.double(), picked == best
         return Path(nll, likeliest)

@@ -49,8 +49,8 @@ def rule(estimate: Callable, law: str) -> Kind:
 
 def adaptive(estimate: Callable, law: str, number: str, limit: str) -> Kind:
     """Of a step rule that reveals as many positions as a number allows, at least one."""
-    passes, law = lambda size, number: size, f"exact for {law}"
-    return Kind(estimate, passes, law, number=number, type=float, limit=limit)
+    named = {"number": number, "type": float, "limit": limit}
+    return Kind(estimate, lambda size, number: size, f"exact for {law}", **named)
 
 
 LIKELIHOODS = {
