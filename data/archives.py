@@ -135,17 +135,15 @@ def _open_in_zip(path: Path, name: str):
 
 
 def _check_lines(source: Path, files: list[tuple[int, Callable]]) -> None:
-    """Lines are documents, and many short ones take long. They are counted only where there may be
-    too many of them."""
+    """Lines are documents, and many short ones take long: counted where there may be too many."""
     packed, unpacked = source.stat().st_size, sum(size for size, _ in files)
     check_unpacked(f"data.source={source}", packed, unpacked)
-    lines = unpacked
-    if DOCUMENT * lines + unpacked > MOST_PACKED * packed:
-        lines = 0
+    if (1 + DOCUMENT) * unpacked > MOST_PACKED * packed:
         for _, opened in files:
             with opened() as file:
-                lines += sum(part.count(b"\n") for part in iter(partial(file.read, 1 << 20), b""))
-    check_unpacked(f"data.source={source}", packed, unpacked + DOCUMENT * lines)
+                for part in iter(partial(file.read, 1 << 20), b""):
+                    unpacked += DOCUMENT * part.count(b"\n")
+        check_unpacked(f"data.source={source}", packed, unpacked)
 
 
 def _check_zipped(source: Path, info: zipfile.ZipInfo) -> None:
@@ -230,15 +228,13 @@ class Text8:
         """The zip or the file in a folder."""
         if not path.is_dir():
             return path
-        inside = [path / name for name in ("text8.zip", "text8")]
-        found = next((file for file in inside if file.is_file()), None)
-        if found is None:
-            raise ValueError(f"data.source={path} holds neither text8.zip nor the file text8")
-        return found
+        for file in (path / "text8.zip", path / "text8"):
+            if file.is_file():
+                return file
+        raise ValueError(f"data.source={path} holds neither text8.zip nor the file text8")
 
     def parts(self, split, revision, cache, *, download=True):
-        kept = cache / "downloads"
-        path = self.file(Path(self.path)) if self.path else fetched(self.url, kept)
+        path = self.file(Path(self.path)) if self.path else fetched(self.url, cache / "downloads")
 
         def read(column: str) -> Iterator[Piece]:
             text = text8(path)

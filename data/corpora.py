@@ -36,8 +36,7 @@ ROWS = re.compile(r"(?P<name>\w+)(\[(?P<begin>-\d+)?:(?P<end>-\d+)?\])?")
 @dataclass(frozen=True)
 class Corpus:
     """train, valid: what the sources call these splits, or which rows of it, such as
-    train[-100000:]; None where there is no such split. ValueError where both have rows in common.
-    """
+    train[-100000:]; None where there is no such split. ValueError where both share rows."""
 
     sources: tuple[Source, ...]  # in order of preference
     licence: str

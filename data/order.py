@@ -7,6 +7,7 @@ on the seed and the position alone, not on devices, micro-batches or workers, an
 any position. A batch sampler runs in the main process: workers only fetch the rows they are told.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +23,7 @@ class ExampleIndex(NamedTuple):
 
 
 class ShuffledStream:
-    """n rows in a new order every epoch. Reading at any position costs one permutation per
-    epoch."""
+    """n rows in a new order every epoch. Reading anywhere costs one permutation per epoch."""
 
     def __init__(self, rows: int, seed: int):
         if rows < 1:
@@ -91,10 +91,9 @@ class ValidBatches:
             if batch_size > 1:
                 pieces *= 2
         whole = slices * batch_size * world_size
-        bounds = [*range(0, whole, batch_size)]
-        bounds += [whole + (rows - whole) * i // pieces for i in range(pieces)]
-        bounds = [*bounds, rows]
-        self.ranges = [(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
+        begins = [*range(0, whole, batch_size)]
+        begins += [whole + (rows - whole) * i // pieces for i in range(pieces)]
+        self.ranges = [*itertools.pairwise([*begins, rows])][rank::world_size]
 
     def __iter__(self) -> Iterator[list[ExampleIndex]]:
         for begin, end in self.ranges:

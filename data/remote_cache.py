@@ -63,8 +63,7 @@ def is_complete(url: str) -> bool:
 
 
 def fetch(url: str, folder: Path) -> bool:
-    """Copy a complete remote folder here; False: there is none. The caller holds the folder's
-    lock."""
+    """Copy a complete remote folder here, whose lock the caller holds; False: there is none."""
     if not is_complete(url):
         return False
     log.info("copying %s to %s", url, folder)
@@ -77,8 +76,7 @@ def fetch(url: str, folder: Path) -> bool:
 def publish(folder: Path, url: str) -> None:
     """Copy a prepared folder to the URL. Two machines may do it at once: their files are equal."""
     log.info("copying %s to %s", folder, url)
-    files = sorted(folder.iterdir(), key=lambda file: file.name == LAST)
     with reached(url) as (fs, path):
         fs.makedirs(path, exist_ok=True)
-        for file in files:
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == LAST):
             fs.put_file(str(file), f"{path}/{file.name}")

@@ -103,8 +103,7 @@ class Split:
     def folder_name(self) -> str:
         """Of the prepared rows."""
         about = digest(json.dumps(self.about, sort_keys=True), 12)
-        name = Path(self.corpus).stem
-        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(self.corpus).stem)
         return f"{name[:40]}-{self.split}-{self.row_format.length}-{about}"
 
     def is_of(self, about: dict) -> bool:

@@ -112,10 +112,8 @@ class TokenRows:
         ids = np.array(self.ids[rows], np.int64)
         if self.apart:
             return ids, packing.scored(self.marks[rows], self.length)
-        mask = np.arange(self.length) < self.counts[rows][:, None]
-        return ids, mask.astype(np.int64)
+        return ids, (np.arange(self.length) < self.counts[rows][:, None]).astype(np.int64)
 
     def document_ids(self, rows: list[int]) -> np.ndarray:
-        """Where documents are apart: the number of each token's document in its row, int64 [B, L];
-        0 is padding."""
+        """Where documents are apart: packing.document_ids() of these rows, int64 [B, L]."""
         return packing.document_ids(self.marks[rows], self.length)

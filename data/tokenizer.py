@@ -105,16 +105,14 @@ class Tokenizer:
         <|endoftext|> outside of their model once; it is left out, so that names made of it stay."""
         if self.hf.is_fast:
             mapping = json.loads(self.hf.backend_tokenizer.to_str())
-            mapping = {
-                k: mapping[k] for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")
-            }
+            parts = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+            mapping = {part: mapping[part] for part in parts}
             if self.hf.init_kwargs.get(vocabularies.END_INSIDE):
                 del mapping["model"]["vocab"][vocabularies.END_OF_TEXT]
         else:
             mapping = [type(self.hf).__name__, self.hf.get_vocab()]
         ids = [self.vocab_size, self.mask_id, self.bos_id, self.eos_id, self.pad_id]
-        text = json.dumps([mapping, ids], sort_keys=True)
-        return digest(text, 16)
+        return digest(json.dumps([mapping, ids], sort_keys=True), 16)
 
 
 def get_tokenizer(

@@ -13,7 +13,6 @@ from utils import MOST_LINE, first_line
 ROWS_AT_ONCE = 100  # they are in memory together
 TOGETHER = 1 << 27  # bytes of rows, each of which may be as long as the longest page
 VALUE = 256  # bytes of a small object, with what points at it
-BIT_BY_BIT = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
 
 
 def read_parquet(path: Path, column: str) -> Iterator[Piece]:
@@ -62,13 +61,11 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
 
 
 def _opened(file: BinaryIO, metadata, texts: Sequence[str] = ()):
-    """metadata: of checked_footer(). texts: leaves that are read as numbers of texts, each of which
-    is in memory once."""
-    import pyarrow.parquet
+    """metadata: of checked_footer(). texts: leaves read as numbers of texts, kept once."""
+    from pyarrow.parquet import ParquetFile
 
-    return pyarrow.parquet.ParquetFile(
-        file, metadata=metadata, read_dictionary=[*texts], **BIT_BY_BIT
-    )
+    how = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
+    return ParquetFile(file, metadata=metadata, read_dictionary=[*texts], **how)
 
 
 def _leaves(table, columns: list[str]) -> list[tuple[int, object]]:
@@ -114,14 +111,10 @@ def _batches(file: BinaryIO, table, columns: list[str], place: str) -> Iterator:
     groups = [{i: group.column(i) for i in leaves} for group in groups]
     unpacked = sum(chunk.total_uncompressed_size for group in groups for chunk in group.values())
     check_unpacked(place, file.seek(0, os.SEEK_END), unpacked + DOCUMENT * known.num_rows)
-
-    def rows():
-        for number, group in enumerate(groups):
-            said = (longest_page(file, chunk, leaves[i], place) for i, chunk in group.items())
-            count = max(1, min(ROWS_AT_ONCE, TOGETHER // max(said, default=1)))
-            yield from table.iter_batches(count, row_groups=[number], columns=columns)
-
-    return rows()
+    for number, group in enumerate(groups):
+        said = (longest_page(file, chunk, leaves[i], place) for i, chunk in group.items())
+        count = max(1, min(ROWS_AT_ONCE, TOGETHER // max(said, default=1)))
+        yield from table.iter_batches(count, row_groups=[number], columns=columns)
 
 
 def broken_parquet(place: str, error: Exception) -> str:

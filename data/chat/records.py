@@ -7,7 +7,7 @@ its place and its messages, from which data/chat/encoding.py makes ids.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,16 +39,15 @@ class Chats(Files):
 
     def parts(self, split, revision, cache, *, download=True) -> list[Part]:
         found = super().parts(split, revision, cache, download=download)
-        return [self._of_chats(part) for part in found]
-
-    def _of_chats(self, part: Part) -> Part:
-        path = Path(part.place)
-        if path.suffix not in RECORDS:
-            raise ValueError(
-                f"data: {path} is no file of conversations: data.format=chat reads"
-                f" {' and '.join(RECORDS)}"
-            )
-        return Part(part.place, part.size, partial(pieces, path, self.fields), part.count)
+        for part in found:
+            if Path(part.place).suffix not in RECORDS:
+                raise ValueError(
+                    f"data: {part.place} is no file of conversations: data.format=chat reads"
+                    f" {' and '.join(RECORDS)}"
+                )
+        return [
+            replace(part, read=partial(pieces, Path(part.place), self.fields)) for part in found
+        ]
 
 
 def pieces(path: Path, fields: dict[str, str], column: str) -> Iterator[Piece]:
@@ -60,8 +59,7 @@ def _pieces(path: Path, fields: dict[str, str]) -> Iterator[Piece]:
     names = {name: name for name in NAMES} | fields
     columns = [names[name] for name in ("messages", "prompt", "response")]
     for record in RECORDS[path.suffix](path, columns):
-        messages = conversation(record, names)
-        yield Piece(json.dumps([record.place, messages]), True, record.done)
+        yield Piece(json.dumps([record.place, conversation(record, names)]), True, record.done)
 
 
 def read_back(text: str) -> tuple[str, list[Message]]:

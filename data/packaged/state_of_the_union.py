@@ -42,12 +42,10 @@ class Addresses:
 
     def identity(self, split, revision):
         """By the text alone: the same from the .tgz and from its folder, wherever they lie."""
-        text = "\0".join(documents(split, self.path))
-        return {"state_of_the_union": digest(text, 64)}
+        return {"state_of_the_union": digest("\0".join(documents(split, self.path)), 64)}
 
     def parts(self, split, revision, cache, *, download=True):
-        read = partial(documents, split, self.path)
-        return [in_memory(str(place(self.path).resolve()), read)]
+        return [in_memory(str(place(self.path).resolve()), partial(documents, split, self.path))]
 
 
 def place(source: str | None) -> Path:
