@@ -58,13 +58,8 @@ class Model:
         """Ids of prompts, BOS first. ValueError where a sampler with these params cannot go on with
         them."""
         check(params, self.writes, infill)
-        return encode_prompts(
-            prompts,
-            self.tokenizer,
-            infill=infill,
-            length=params.length,
-            context_size=visible_tokens(self.algo, params),
-        )
+        sizes = {"length": params.length, "context_size": visible_tokens(self.algo, params)}
+        return encode_prompts(prompts, self.tokenizer, infill=infill, **sizes)
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,7 @@ class SamplingRun:
 
     def __post_init__(self):
         check(self.model.params, self.model.writes, self.texts.infill)
-        count = self.texts.count
-        if count < 1:
+        if (count := self.texts.count) < 1:
             raise ValueError(f"sampling.num_sample_batches leaves {count} texts to write")
         if not 0 <= self.rank < self.ranks:
             raise ValueError(f"rank {self.rank} is not one of {self.ranks} processes")
@@ -129,45 +123,40 @@ class SamplingRun:
         tell_cache([self])
         summary, file = self.complete(), self.output.file
         if summary is not None:
-            for line in lines(summary):
-                print(line, flush=True)
-            print(f"texts: {file.path}; report: {file.summary}", flush=True)
+            place = f"texts: {file.path}; report: {file.summary}"
+            print(*lines(summary), place, sep="\n", flush=True)
         return summary
 
     def complete(self) -> dict | None:
         """Write the missing texts. Returns the report, or None where rows of the run miss."""
-        missing, path = self.missing(), self.output.file.path
-        if missing:
+        file, run, count = self.output.file, self.output.run, self.texts.count
+        if missing := self.missing():
             self._write(missing)
         else:
-            say(f"{path} has all {self.texts.count} texts of this run: nothing to do")
+            say(f"{file.path} has all {count} texts of this run: nothing to do")
             if self.output.show or self.output.trajectory is not None:
                 say(
                     "nothing is shown or recorded: choose another sampling.logdir or seed to write"
                     " new texts"
                 )
-        file = self.output.file
-        rows = file.rows(self.output.run)
-        rows = [rows[r] for r in range(self.texts.count) if r in rows]
-        if len(rows) < self.texts.count:
+        found = file.rows(run)
+        rows = [found[r] for r in range(count) if r in found]
+        if len(rows) < count:
             return None  # another process is still writing; the last one reports
-        facts = self.diversity([row.samples for row in rows]) | self.report_facts()
-        summary = summarise(rows, file.notes(self.output.run), facts)
-        file.report(self.output.run, summary)
+        # in the tokens of the model, whoever judges them
+        ids = self.model.tokenizer.encode_batch([row.samples for row in rows])
+        different = diversity(ids, self.model.params.eos_id)
+        facts = {name: each.value for name, each in different.items()} | self.report_facts()
+        summary = summarise(rows, file.notes(run), facts)
+        file.report(run, summary)
         return summary
-
-    def diversity(self, texts: list[str]) -> dict[str, float]:
-        """Of the texts in the tokens of the model, whoever judges them."""
-        ids = self.model.tokenizer.encode_batch(texts)
-        return {name: x.value for name, x in diversity(ids, self.model.params.eos_id).items()}
 
     def cache_bytes(self) -> int:
         """Memory of the cache, known before the run: a ring of context + one block per text."""
         params, denoise = self.model.params, self.model.denoise
         if not params.kv_cache:
             return 0
-        size = denoise.block_size
-        texts = min(params.batch_size, self.texts.count)
+        size, texts = denoise.block_size, min(params.batch_size, self.texts.count)
         return denoise.new_cache(1, size).bytes // (2 * size) * (params.context_size + size) * texts
 
     def _write(self, missing: list[int]) -> None:
@@ -178,11 +167,9 @@ class SamplingRun:
             shown = self.rank == 0 and not self.output.show
             progress = stack.enter_context(Progress(len(missing), enabled=shown))
             watchers = [stack.enter_context(view) for view in self._views(missing)]
+            requests = (self.texts.request(row, params.bos_id) for row in missing)
             groups = generate(
-                model.writes,
-                model.denoise,
-                (self.texts.request(row, params.bos_id) for row in missing),
-                params,
+                *(model.writes, model.denoise, requests, params),
                 device=model.device,
                 watch=(lambda frame: [w(frame) for w in watchers]) if watchers else None,
                 tick=progress.tick,
@@ -198,13 +185,11 @@ class SamplingRun:
                     progress.tick(texts=len(rows))
 
     def _views(self, missing: list[int]) -> Iterator[Show | Trajectory]:
-        output, tokenizer = self.output, self.model.tokenizer
-        if output.show and self.rank == 0:
+        page, tokenizer = self.output.trajectory, self.model.tokenizer
+        if self.output.show and self.rank == 0:
             yield Show(tokenizer)
-        if output.trajectory is not None and self.rank == 0:
-            yield Trajectory(
-                output.trajectory, tokenizer, row=missing[0], about=self.report_facts()
-            )
+        if page is not None and self.rank == 0:
+            yield Trajectory(page, tokenizer, row=missing[0], about=self.report_facts())
 
     def _rows(self, samples: list[Sample]) -> list[SampleRow]:
         """One row of the file for each sample, with the figures of its text."""

@@ -32,25 +32,19 @@ class Sweep:
         say(self._line("point", list(FIGURES)))
         for number, (text, run) in enumerate(self.runs.items(), 1):
             say(f"point {number} of {len(self.runs)}: {text}")
-            report = run.complete()
-            if report is not None:
+            if (report := run.complete()) is not None:
                 print(self._line(text, _figures(report)), flush=True)
-        found = self._reports()
-        if len(found) < len(self.runs):
-            return  # another process is still writing
         file = run.output.file
-        print("", self._line("point", list(FIGURES)), *found, sep="\n")
-        print(f"texts: {file.path}; report: {file.summary}", flush=True)
-
-    def _reports(self) -> list[str]:
-        """The lines of the runs that are complete."""
-        first = next(iter(self.runs.values()))
-        reports = first.output.file.reports()
-        return [
+        reports = file.reports()
+        found = [
             self._line(text, _figures(reports[run.output.run]))
             for text, run in self.runs.items()
             if reports.get(run.output.run, {}).get("rows") == run.texts.count
         ]
+        if len(found) < len(self.runs):
+            return  # another process is still writing
+        print("", self._line("point", list(FIGURES)), *found, sep="\n")
+        print(f"texts: {file.path}; report: {file.summary}", flush=True)
 
     def _line(self, text: str, figures: list[str]) -> str:
         width = max(map(len, ["point", *self.runs]))

@@ -9,16 +9,9 @@ from operator import itemgetter
 from pathlib import Path
 from string import Template
 
+from rich import progress
 from rich.console import Console
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import Tensor
 
@@ -33,17 +26,14 @@ MASKED, FRESH, SETTLED = "masked", "fresh", "settled"
 STYLES = {MASKED: "dim", FRESH: "bold black on yellow", SETTLED: ""}
 
 
-class Progress(Bar):
+class Progress(progress.Progress):
     """Tokens written, tokens/s, evaluations: a bar in a terminal, lines in a log file."""
 
     def __init__(self, texts: int, *, enabled: bool):
         super().__init__(
-            SpinnerColumn(),
-            TextColumn("texts"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            *(progress.SpinnerColumn(), progress.TextColumn("texts"), progress.BarColumn()),
+            *(progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[figures]}")),
+            progress.TimeElapsedColumn(),
             disable=not (enabled and sys.stdout.isatty()),
         )
         self.texts, self.lines = texts, enabled and self.disable
@@ -65,9 +55,7 @@ class Progress(Bar):
             say(f"{self.written} of {self.texts} texts, {figures}")
 
 
-def pieces(
-    tokens: list[int], before: list[int] | None, mask_id: int
-) -> list[tuple[str, list[int]]]:
+def pieces(tokens: list[int], before: list[int] | None, mask_id: int) -> list[tuple]:
     """Runs of (state, ids): masked, fresh since `before`, settled."""
     states = [
         MASKED if token == mask_id else SETTLED if token == old else FRESH
@@ -150,9 +138,6 @@ class Trajectory:
         data = json.dumps({"length": used, "given": self.given, "steps": self.steps})
         about = self.about.items()
         facts = ", ".join(f"{k} {v}" for k, v in about if v not in (None, False, "none"))
-        page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-            title=html.escape(f"text {self.row}"),
-            facts=html.escape(facts),
-            data=data.replace("<", "\\u003c"),
-        )
-        write_text(self.path, page)
+        filled = {"title": f"text {self.row}", "facts": html.escape(facts)}
+        filled["data"] = data.replace("<", "\\u003c")
+        write_text(self.path, Template(PAGE.read_text(encoding="utf-8")).substitute(filled))
