@@ -18,16 +18,7 @@ from noise_schedule import EPS, NoiseLevel, Schedule
 
 from .adapting import with_ar_loss, with_rows_before
 from .algorithms import Algorithm, ObjectiveSettings
-from .corruption import (
-    EXACT,
-    Interval,
-    Noise,
-    mask_tokens,
-    masked_independently,
-    masked_within_bounds,
-    per_token,
-    times,
-)
+from .corruption import EXACT, Interval, Noise, masked_within_bounds, per_token
 from .counts import CountLaw, complementary, masked_by_counts, masked_in_sizes
 from .loss import LossInputs, MaskingObjective
 from .sizes import SizeLaw
@@ -70,17 +61,10 @@ class MaskedDiffusion(MaskingObjective):
         lo, hi = interval if self.resample else (0.0, 1.0)
         return (0.0 if lo <= self.full_from + 1e-6 else lo, hi)
 
-    def corrupt(
-        self, x0: Tensor, noise: Noise, interval: Interval, document_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x_t [B, L] and the times t [B, N] of its blocks."""
-        t = times(noise.time, interval)
-        p = self.noise_level(t, interval).p
+    def drawn_masks(self, noise: Noise, p: Tensor, interval: Interval) -> Tensor:
         if self.resample:
-            masked = masked_within_bounds(noise.token, noise.count, p, self.bounds(interval))
-        else:
-            masked = masked_independently(noise.token, p)
-        return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
+            return masked_within_bounds(noise.token, noise.count, p, self.bounds(interval))
+        return super().drawn_masks(noise, p, interval)
 
     def inputs_by_counts(
         self,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from models.document_ids import begins
 from models.masks import AttentionMask, BlockDiffusion
+from noise_schedule import NoiseLevel
 
-from .corruption import Interval, Noise
+from .corruption import Interval, Noise, mask_tokens, masked_independently, times
 from .head import LossKernel, cross_entropy_kernel, head_loss
 from .sizes import SizeLaw
 
@@ -204,8 +205,23 @@ class Objective:
 
 
 class MaskingObjective(Objective):
-    """One whose noise masks tokens. It defines `corrupt` and `loss_inputs_at`; x0, valid,
+    """One whose noise masks tokens. It has a `schedule` and defines `loss_inputs_at`; x0, valid,
     document_ids and x_t are [B, L]."""
+
+    def noise_level(self, t: Tensor, interval: Interval) -> NoiseLevel:
+        return self.schedule(t)
+
+    def drawn_masks(self, noise: Noise, p: Tensor, interval: Interval) -> Tensor:
+        """Which tokens are masked, boolean [B, L]; p [B, N]: how likely."""
+        return masked_independently(noise.token, p)
+
+    def corrupt(
+        self, x0: Tensor, noise: Noise, interval: Interval, document_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_t [B, L] and the times t [B, N] of its blocks."""
+        t = times(noise.time, interval)
+        masked = self.drawn_masks(noise, self.noise_level(t, interval).p, interval)
+        return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
 
     def loss_mask(
         self, valid: Tensor, training: bool, document_ids: Tensor | None = None

@@ -18,7 +18,6 @@ from models.masks import Full
 from noise_schedule import Schedule
 
 from .algorithms import Algorithm
-from .corruption import Interval, Noise, mask_tokens, masked_independently, times
 from .head import LossKernel, RowSums
 from .loss import LossInputs, MaskingObjective
 
@@ -61,14 +60,6 @@ class ScoreEntropy(MaskingObjective):
     schedule: Schedule
     ignore_bos: bool = True
     time_conditioning: bool = True
-
-    def corrupt(
-        self, x0: Tensor, noise: Noise, interval: Interval, document_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x_t [B, L] and the times t [B, 1]."""
-        t = times(noise.time, interval)
-        masked = masked_independently(noise.token, self.schedule(t).p)
-        return mask_tokens(x0, masked, self.mask_id, self.ignore_bos, document_ids), t
 
     def loss_inputs_at(
         self,
