@@ -8,7 +8,7 @@ the file says otherwise than that network computes is refused, with the key and 
 import math
 import reprlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from checkpointing.restricted_pickle import CheckpointError
 from models.llama import ROPE_TYPES, LlamaShape
@@ -36,20 +36,14 @@ class Family:
     algorithm: str = "ar"  # that the weights were trained by
 
 
-_QWEN3 = {
-    "qkv_bias": "attention_bias",
-    "o_bias": "attention_bias",
-    "qk_norm": True,
-    "kv_heads": 32,
-    "head_dim": 128,
-    "switched": True,
-}
+_BIASED = Family(qkv_bias="attention_bias", o_bias="attention_bias")
+_QWEN3 = replace(_BIASED, qk_norm=True, kv_heads=32, head_dim=128, switched=True)
 ARCHITECTURES = {
-    "LlamaForCausalLM": Family("attention_bias", "attention_bias", "mlp_bias"),
+    "LlamaForCausalLM": replace(_BIASED, mlp_bias="mlp_bias"),
     "MistralForCausalLM": Family(kv_heads=8, window=4096),
     "Qwen2ForCausalLM": Family(qkv_bias=True, kv_heads=32, switched=True),
-    "Qwen3ForCausalLM": Family(**_QWEN3),
-    "SDARForCausalLM": Family(**_QWEN3, algorithm="bamdlm"),
+    "Qwen3ForCausalLM": _QWEN3,
+    "SDARForCausalLM": replace(_QWEN3, algorithm="bamdlm"),
 }
 NAMES = {  # of the fields of LlamaShape that config.json calls otherwise
     "n_blocks": "num_hidden_layers",

@@ -150,11 +150,9 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
     _check_fit(backbone, checkpoint, algo, may_be_new=may_be_new)
     _check_average(checkpoint)
     _check_finite(checkpoint.source, checkpoint.weights)
-    ema = checkpoint.ema
-    if ema is not None:
-        _check_finite(f"the EMA of {checkpoint.source}", ema)
+    _check_finite(f"the EMA of {checkpoint.source}", checkpoint.ema or {})
     _copy(backbone, checkpoint.weights)
-    state = _expected(backbone)
+    state, ema = _expected(backbone), checkpoint.ema
     with torch.no_grad():
         for name in may_be_new:
             if "adaLN_modulation" in name:
@@ -225,31 +223,28 @@ def _check_fit(backbone, checkpoint: Checkpoint, algo, *, may_be_new) -> None:
         for name in expected
         if name in values and values[name].shape != expected[name].shape
     }
-    whole = [name for name in values if not values[name].is_floating_point()]
-    if not (missing or unexpected or other or whole):
-        if "rotary_emb.inv_freq" not in expected:
-            return
+    shapes = [f"{name} {mine} in the file, {ours} here" for name, (mine, ours) in other.items()]
+    differences = {
+        "missing from the file": missing,
+        "not in the network": unexpected,
+        "of another shape": shapes,
+        "not floating point": [name for name in values if not values[name].is_floating_point()],
+    }
+    found = [f"{what} ({len(n)}): {_some(n)}" for what, n in differences.items() if n]
+    if found:
+        causes = _causes(checkpoint, algo, missing, unexpected, other)
+        raise CheckpointError(
+            f"{checkpoint.source} does not fit this network (algo={algo}); nothing was loaded."
+            + (f" Probably {'; '.join(causes)}." if causes else "")
+            + f" Weights {'; '.join(found)}"
+        )
+    if "rotary_emb.inv_freq" in expected:
         # inv_freq is computed, not trained: the file must have been made with the same base
         theirs, ours = (each["rotary_emb.inv_freq"].float() for each in (values, expected))
         if not torch.allclose(theirs, ours, rtol=INV_FREQ_TOLERANCE, atol=0):
             raise CheckpointError(
                 f"{checkpoint.source}: rotary_emb.inv_freq is not that of rotary base 10 000"
             )
-        return
-    shapes = [f"{name} {mine} in the file, {ours} here" for name, (mine, ours) in other.items()]
-    causes = _causes(checkpoint, algo, missing, unexpected, other)
-    differences = {
-        "missing from the file": missing,
-        "not in the network": unexpected,
-        "of another shape": shapes,
-        "not floating point": whole,
-    }
-    listed = [f"{what} ({len(n)}): {_some(n)}" for what, n in differences.items() if n]
-    raise CheckpointError(
-        f"{checkpoint.source} does not fit this network (algo={algo}); nothing was loaded."
-        + (f" Probably {'; '.join(causes)}." if causes else "")
-        + f" Weights {'; '.join(listed)}"
-    )
 
 
 def _some(names: Collection[str]) -> str:

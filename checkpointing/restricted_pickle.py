@@ -69,17 +69,8 @@ INERT = {
 }
 
 FAILURES = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    TypeError,
-    ValueError,
+    *(pickle.UnpicklingError, struct.error, AttributeError, EOFError, ImportError, LookupError),
+    *(MemoryError, OverflowError, RuntimeError, TypeError, ValueError),
 )
 
 
@@ -112,9 +103,6 @@ class Inert(_Frozen):
         self = super().__new__(cls, *arguments)
         object.__setattr__(self, "state", None)
         return self
-
-    def __setstate__(self, state):
-        object.__setattr__(self, "state", state)
 
 
 class _Function(_Frozen):
@@ -202,7 +190,7 @@ class _Unpickler(BoundedUnpickler):
     def set_state(self, value, state):
         """That of dicts (an OrderedDict's _metadata) means nothing here."""
         if isinstance(value, Inert):
-            value.__setstate__(state)
+            object.__setattr__(value, "state", state)
         elif not isinstance(value, dict):
             raise TypeError(f"a pickle may not change a {type(value).__name__}")
 

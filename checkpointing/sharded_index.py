@@ -97,26 +97,20 @@ def read_index(folder: Path) -> dict[str, Entry]:
 
 def metadata_of(entries: dict[str, Entry]) -> "Metadata":
     """What torch.distributed.checkpoint plans a reading by."""
+    from torch.distributed.checkpoint import metadata
     from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
 
     tensors, places = {}, {}
     for name, entry in entries.items():
         chunks = []
         for part in entry.parts:
             offsets = torch.Size(part.offsets)
-            chunks.append(ChunkStorageMetadata(offsets, torch.Size(part.sizes)))
+            chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(part.sizes)))
             where = _StorageInfo(part.file, part.start, part.length)
-            places[MetadataIndex(name, offsets)] = where
-        kind = TensorProperties(dtype=entry.dtype)
-        tensors[name] = TensorStorageMetadata(kind, torch.Size(entry.size), chunks)
-    return Metadata(tensors, storage_data=places)
+            places[metadata.MetadataIndex(name, offsets)] = where
+        kind = metadata.TensorProperties(dtype=entry.dtype)
+        tensors[name] = metadata.TensorStorageMetadata(kind, torch.Size(entry.size), chunks)
+    return metadata.Metadata(tensors, storage_data=places)
 
 
 def _entry(name: str, told: dict) -> Entry:
