@@ -40,10 +40,8 @@ def problems(multirun: Multirun) -> Iterator[str]:
     if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
         yield f"{launcher}: there is no Slurm here ({', '.join(absent)} not found)"
     if "timeout_min" not in multirun.slurm:
-        yield (
-            f"{launcher} needs hydra.launcher.timeout_min=MINUTES: after these a job saves and goes"
-            " back into the queue"
-        )
+        why = "after these a job saves and goes back into the queue"
+        yield f"{launcher} needs hydra.launcher.timeout_min=MINUTES: {why}"
     elif limit := multirun.slurm["timeout_min"]:
         early = (multirun.slurm.get("signal_delay_s", SIGNAL_SECONDS) or 0) + EARLY_SECONDS
         if limit * 60 <= early:

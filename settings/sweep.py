@@ -78,15 +78,12 @@ def sweep(config: Config) -> Sweep:
     made.points = list(points.values())
     for name in axes:
         if not any(name in point.values for point in made.points):
-            made.problems.append(
-                f"sampling.sweep: {name} has no effect in any point, as no step rule of them reads"
-                " it: leave it out"
-            )
+            why = "as no step rule of them reads it: leave it out"
+            made.problems.append(f"sampling.sweep: {name} has no effect in any point, {why}")
     if len(made.points) > 1 and config.sampling.trajectory is not None:
-        made.problems.append(
-            f"sampling.trajectory={config.sampling.trajectory} replays one run, and sampling.sweep"
-            f" has {len(made.points)}: leave one of them out"
-        )
+        one = f"sampling.trajectory={config.sampling.trajectory} replays one run"
+        several = f"sampling.sweep has {len(made.points)}: leave one of them out"
+        made.problems.append(f"{one}, and {several}")
     return made
 
 

@@ -45,10 +45,8 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     if config.mode in ("train", "plan"):
         yield from _training(config)
     elif config.mode in EVALUATES and config.training.from_pretrained is not None:
-        yield (
-            f"training.from_pretrained={config.training.from_pretrained} has no effect:"
-            f" mode={config.mode} reads eval.checkpoint_path"
-        )
+        why = f"mode={config.mode} reads eval.checkpoint_path"
+        yield f"training.from_pretrained={config.training.from_pretrained} has no effect: {why}"
     if config.mode == "demo":
         yield from _demo(typed)
     if config.mode == "sample_eval":
@@ -171,6 +169,7 @@ def _demo(typed: Collection[str]) -> Iterator[str]:
 def _training(config: Config) -> Iterator[str]:
     schedule, trainer = config.lr_scheduler, config.trainer
     reads = lr_schedules()[schedule.name].get("reads", ())
+    not_below = f"is not below trainer.max_steps={trainer.max_steps}"
     unset = {"num_warmup_steps": 0, "warmup_lr_init": None, "lr_min": None}
     for key, nothing in unset.items():
         if key not in reads and getattr(schedule, key) != nothing:
@@ -178,16 +177,12 @@ def _training(config: Config) -> Iterator[str]:
     if config.optim.name == "adamw" and config.optim.momentum is not None:
         yield "optim.momentum has no effect: optim=adamw has beta1"
     if schedule.name == "constant_warmup" and schedule.num_warmup_steps >= trainer.max_steps:
-        yield (
-            f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"
-            f" trainer.max_steps={trainer.max_steps}: optim.lr is never reached"
-        )
+        warmup = f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps}"
+        yield f"{warmup} {not_below}: optim.lr is never reached"
     sizes = config.training.block_schedule or {}
     if late := [step for step in sorted(sizes) if step >= trainer.max_steps]:
-        yield (
-            f"training.block_schedule: blocks of {sizes[late[0]]} begin at step {late[0]}, which is"
-            f" not below trainer.max_steps={trainer.max_steps}: they are never trained"
-        )
+        begun = f"blocks of {sizes[late[0]]} begin at step {late[0]}"
+        yield f"training.block_schedule: {begun}, which {not_below}: they are never trained"
 
 
 def _algorithm(config: Config) -> Iterator[str]:

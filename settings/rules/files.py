@@ -68,10 +68,8 @@ def _training_start(config: Config) -> Iterator[str]:
         yield f"training.from_pretrained={start}: {HF_DIT}"
     resume, own = checkpointing.resume_ckpt_path, f"{checkpointing.save_dir}/checkpoints/last.ckpt"
     if checkpointing.resume_from_ckpt and resume != own and is_missing(resume):
-        yield (
-            f"checkpointing.resume_ckpt_path={resume} does not exist;"
-            " checkpointing.resume_from_ckpt=False starts anew"
-        )
+        way_out = "checkpointing.resume_from_ckpt=False starts anew"
+        yield f"checkpointing.resume_ckpt_path={resume} does not exist; {way_out}"
 
 
 def _goes_on(config: Config) -> bool:
@@ -106,10 +104,8 @@ def results(config: Config) -> Iterator[str]:
         elif name is not None:
             yield from _unwritable(key, name)
     if not has_user_cache() and (cache is None or "://" in cache):
-        yield (
-            "data.cache_dir: this user has no home folder for what is prepared; name a folder of"
-            " this machine, or set XDG_CACHE_HOME"
-        )
+        way_out = "name a folder of this machine, or set XDG_CACHE_HOME"
+        yield f"data.cache_dir: this user has no home folder for what is prepared; {way_out}"
 
 
 def _unwritable(key: str, name: str) -> Iterator[str]:

@@ -30,20 +30,16 @@ def machine(config: Config) -> Iterator[str]:
     gpu, elsewhere = trainer.accelerator == "gpu", is_elsewhere(config)
     gpus = visible_gpus() if gpu and not elsewhere else None
     if elsewhere and not gpu:
-        yield (
-            f"trainer.accelerator={trainer.accelerator}: plan.gpu={config.plan.gpu} is a GPU; leave"
-            " one of them out"
-        )
+        why = f"plan.gpu={config.plan.gpu} is a GPU; leave one of them out"
+        yield f"trainer.accelerator={trainer.accelerator}: {why}"
     if gpus == 0:
         yield "trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=auto"
     elif gpus is not None and trainer.devices > gpus:
         yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
     started = started_by_torchrun()
     if started not in (None, trainer.devices) and config.mode in DISTRIBUTED:
-        yield (
-            f"trainer.devices={trainer.devices}: torchrun started {started} processes here;"
-            " leave trainer.devices out"
-        )
+        why = f"torchrun started {started} processes here; leave trainer.devices out"
+        yield f"trainer.devices={trainer.devices}: {why}"
     precision = f"trainer.precision={trainer.precision}"
     if trainer.precision.startswith("16") and not gpu:
         yield f"{precision} needs a GPU; a CPU can do bf16 and 32"
@@ -54,23 +50,19 @@ def machine(config: Config) -> Iterator[str]:
 
 
 def _sharded(config: Config) -> Iterator[str]:
-    trainer, groups = config.trainer, config.strategy.replicate
-    devices = all_devices(config)
+    trainer, replicate, devices = config.trainer, config.strategy.replicate, all_devices(config)
     if trainer.precision == "16-mixed":
         precision = f"trainer.precision={trainer.precision}"
         yield f"{precision} does not go with strategy=fsdp; use bf16, 32, or strategy=ddp"
+    groups = f"strategy.replicate={replicate}"
     if devices == 1:
         yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"
-    elif devices % groups:
-        yield (
-            f"strategy.replicate={groups} does not divide the {devices} devices (trainer.devices x"
-            " trainer.num_nodes); use a number of groups that does"
-        )
-    elif groups == devices:
-        yield (
-            f"strategy.replicate={groups} leaves one device to a group, and nothing to share out;"
-            " use fewer groups, or strategy=ddp"
-        )
+    elif devices % replicate:
+        counted = f"the {devices} devices (trainer.devices x trainer.num_nodes)"
+        yield f"{groups} does not divide {counted}; use a number of groups that does"
+    elif replicate == devices:
+        way_out = "use fewer groups, or strategy=ddp"
+        yield f"{groups} leaves one device to a group, and nothing to share out; {way_out}"
 
 
 def _attention(config: Config, gpu: bool) -> Iterator[str]:
@@ -79,31 +71,25 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
     entry = attention_backends().get(model.attn_backend)
     if entry is None:  # auto, a stand-in
         return
-    needed = f"model.attn_backend={model.attn_backend}"
+    needed, package = f"model.attn_backend={model.attn_backend}", entry["package"]
     way_out = "use model.attn_backend=sdpa or auto"
     if not gpu and not entry["cpu"]:
         yield f"{needed} needs a GPU; {way_out}"
     elif not gpu and not entry["cpu_backward"] and config.mode == "train":
         yield f"{needed} cannot train on a CPU (no backward pass); {way_out}"
-    elif (
-        gpu and entry["package"] and not is_elsewhere(config) and not has_package(entry["package"])
-    ):
-        name = entry["package"]
-        yield f"{needed}: the package {name} is not installed: pip install {name}; or {way_out}"
+    elif gpu and package and not is_elsewhere(config) and not has_package(package):
+        missing = f"the package {package} is not installed: pip install {package}"
+        yield f"{needed}: {missing}; or {way_out}"
     elif not entry["full_precision"] and not config.trainer.precision.startswith(("bf16", "16")):
         yield f"{needed} needs trainer.precision=bf16; or {way_out}"
-    if gpu and not has_wide_heads(config, entry["least_head_width"]):
-        llama = config.algo.backbone == "llama"
+    least, llama = entry["least_head_width"], config.algo.backbone == "llama"
+    if gpu and not has_wide_heads(config, least):
         width = "model.head_dim" if llama else "model.hidden_size / model.n_heads"
-        yield (
-            f"{needed} needs heads of at least {entry['least_head_width']} on a GPU, but"
-            f" {width} is {head_width(config)}; {way_out}"
-        )
+        width = f"{width} is {head_width(config)}"
+        yield f"{needed} needs heads of at least {least} on a GPU, but {width}; {way_out}"
     if needs_block_mask(config) and not entry["block_masks"]:
-        yield (
-            f"{needed} cannot apply the block mask of algo={config.algo.name};"
-            " use model.attn_backend=flex, sdpa or auto"
-        )
+        others = "use model.attn_backend=flex, sdpa or auto"
+        yield f"{needed} cannot apply the block mask of algo={config.algo.name}; {others}"
     if not entry["document_ids"] and not config.data.wrap:
         yield f"{needed} cannot hide padding (data.wrap=False); {way_out}"
     if not entry["document_ids"] and config.data.pack != "wrap":
@@ -116,10 +102,8 @@ def _compiled(config: Config, gpu: bool) -> Iterator[str]:
     if not config.model.compile or is_elsewhere(config):
         return
     if gpu and not has_package("triton"):
-        yield (
-            "model.compile=True: the package triton is not installed: pip install triton; or use"
-            " model.compile=False"
-        )
+        missing = "the package triton is not installed: pip install triton"
+        yield f"model.compile=True: {missing}; or use model.compile=False"
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         yield "model.compile=True needs a C++ compiler (g++, or $CXX); use model.compile=False"
 
