@@ -63,7 +63,7 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
     """The network of model.*; with algo.backbone=hf_dit that of the checkpoint, with llama too
     where there is one."""
     model = config.model
-    options = _named(model, "dropout", "attn_backend", "compile", "activation_checkpointing")
+    options = named(model, "dropout", "attn_backend", "compile", "activation_checkpointing")
     if config.algo.backbone == "hf_dit" or (config.algo.backbone == "llama" and checkpoint):
         network = build_network(checkpoint, **options)
         if not fits_vocabulary(checkpoint, network, tokenizer):
@@ -77,14 +77,15 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.source}: {error}") from None
         return network
-    sizes = {"vocab_size": tokenizer.vocab_size, **_named(model, *SIZES)}
+    sizes = {"vocab_size": tokenizer.vocab_size, **named(model, *SIZES)}
     if config.algo.backbone == "llama":
-        return Llama(**sizes, **_named(model, *OF_LLAMA), **options)
+        return Llama(**sizes, **named(model, *OF_LLAMA), **options)
     adaln = algorithms.get_algorithm(config.algo.name).noise or model.adaln
     return DiT(**sizes, cond_dim=model.cond_dim, adaln=adaln, **options)
 
 
-def _named(section: object, *names: str) -> dict:
+def named(section: object, *names: str) -> dict:
+    """Settings of a section as keyword arguments of the same names."""
     return {name: getattr(section, name) for name in names}
 
 

@@ -113,9 +113,9 @@ def last_figures(run: Run) -> dict[str, object]:
     if config.mode == "sample_eval":
         path = SampleFile(config.sampling.logdir).summary
         wanted = {"checkpoint": config.eval.checkpoint_path, "seed": config.seed}
-        found = [each for each in _matching([path], wanted) if _asked_for(each[1], config)]
+        found = [each for _, each in _matching([path], wanted) if _asked_for(each, config)]
         columns = {"gen PPL": "gen_ppl", "entropy": "gen_entropy", "NFE": "gen_nfes"}
-        last = found[-1][1] if found else {}
+        last = found[-1] if found else {}
         return {name: number(last.get(key)) for name, key in columns.items()}
     return {}
 

@@ -140,10 +140,7 @@ def report(config: Config, done: Evaluator, path: Path) -> None:
         "precision": config.trainer.precision,
         "seed": config.seed,
     }
-    entries = [
-        likelihood_entry(config, each, result, seconds)
-        for each, (result, seconds) in done.found.items()
-    ]
+    entries = [likelihood_entry(config, each, *found) for each, found in done.found.items()]
     results = [result for result, _ in done.found.values()]
     seconds = sum(seconds for _, seconds in done.found.values())
     if config.eval.block_sizes is not None:
@@ -156,13 +153,10 @@ def report(config: Config, done: Evaluator, path: Path) -> None:
     for entry, result in zip(entries, results, strict=True):
         at = f"block_size={entry['block_size']}, " if entry.get("block_size") else ""
         names = dict.fromkeys((entry["likelihood"], entry["bound"]))  # exact may be both
-        name = at + ", ".join(names)
-        say(f"{config.algo.name} on {config.data.valid} ({name}): {result}")
+        say(f"{config.algo.name} on {config.data.valid} ({at}{', '.join(names)}): {result}")
         if entry.get("low_ppl") is not None:
-            say(
-                f"the mean of the draws in its formula gives perplexity {entry['low_ppl']:.3f},"
-                " which is too low in expectation: the mixture lies between the two"
-            )
+            low = f"the mean of the draws in its formula gives perplexity {entry['low_ppl']:.3f}"
+            say(f"{low}, which is too low in expectation: the mixture lies between the two")
     write_json(path, {**about, **entries[0], **several})
     rate = entries[0]["tokens"] / max(seconds, 1e-9)  # of the text, by all likelihoods together
     say(f"{rate:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
@@ -171,12 +165,12 @@ def report(config: Config, done: Evaluator, path: Path) -> None:
 def likelihood_entry(config: Config, each: Measure, found: Likelihood, seconds: float) -> dict:
     """One likelihood in the JSON file. Errors are one standard error; draw_error is the part of
     nll_error that more draws would lower."""
-    kind, draws = each.chosen.kind, config.eval.draws
+    kind, exact = each.chosen.kind, is_exact(config, each)
     return {
         "likelihood": each.chosen.label,
-        "bound": "exact" if is_exact(config, each) else kind.law,
-        "draws": draws if kind.sampled else 1,
-        **figures(found, seconds, 0.0 if is_exact(config, each) else found.draw_error),
+        "bound": "exact" if exact else kind.law,
+        "draws": config.eval.draws if kind.sampled else 1,
+        **figures(found, seconds, 0.0 if exact else found.draw_error),
     }
 
 
@@ -202,8 +196,7 @@ def mixture_entry(
         entry["weight"], entry["share"] = weight, float(share[text].mean())
     result, low = (of_rows(x[:, None], tokens, False) for x in (mixed.nll, mixed.low))
     drawn = any(each.chosen.kind.sampled for each in done.found)
-    laws = {entry["bound"] for entry in entries}
-    bounds = any("bound" in law for law in laws)
+    bounds = any("bound" in entry["bound"] for entry in entries)
     entry = {
         "likelihood": f"mixture of {listed(sizes)}",
         "bound": "upper bound" if bounds else "exact for texts of the mixture",

@@ -17,6 +17,7 @@ from training.log_reading import read_log
 from utils import CIRCUMSTANCES, check_file, read_json, reason
 
 LOG = "metrics.csv"
+WAY_OUT = "give the folder of a run, outputs/…/…"
 MOST_STEPS = 1 << 53  # a number of more is none that was measured
 TELLING = ("ppl", "gen_nfes")  # one of them is in every report
 Summary = dict[str, object]  # of an evaluation or a sampling run
@@ -100,22 +101,16 @@ def read_run(folder: Path, elsewhere: Iterable[Path] = ()) -> Results:
     folder is none of a run."""
     if not folder.is_dir():
         problem = "is no folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {problem}: give the folder of a run, outputs/…/…")
+        raise ValueError(f"{folder} {problem}: {WAY_OUT}")
     inside = [path for path in folder.glob("*.json") if path.name != SETTINGS]
     known = (folder / SETTINGS, folder / LOG)
     if not any(path.exists() for path in (*known, *folder.glob("ppl_*.json"))):
-        raise ValueError(
-            f"{folder} holds no {SETTINGS}, {LOG} or ppl_*.json: give the folder of a run,"
-            " outputs/…/…"
-        )
+        raise ValueError(f"{folder} holds no {SETTINGS}, {LOG} or ppl_*.json: {WAY_OUT}")
     run = Results(folder)
     found = _read(folder / SETTINGS, read_json, run.trouble)
     run.settings = found if isinstance(found, dict) else {}
-    found = _read(folder / LOG, read_log, run.trouble) or {}
-    run.log = {
-        name: {step: value for step, value in series.items() if step < MOST_STEPS}
-        for name, series in found.items()
-    }
+    for name, series in (_read(folder / LOG, read_log, run.trouble) or {}).items():
+        run.log[name] = {step: value for step, value in series.items() if step < MOST_STEPS}
     own = {path.resolve() for path in inside}
     files = {path.resolve(): path for path in (*elsewhere, *inside)}
     found, trouble = reports(sorted(files.values(), key=_age))
