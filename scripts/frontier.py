@@ -43,11 +43,8 @@ from utils import reason, say, shown
 NOT_SET = (*UNTOLD, "length", "steps", "temperature", "nucleus_p")
 SETTABLE = {name: kind for name, kind in NUMBERS.items() if name not in NOT_SET}
 FROM_REPORT = {  # a column by another name
-    "nfe": "gen_nfes",
-    "entropy": "gen_entropy",
-    "entropy_error": "gen_entropy_error",
-    "length": "gen_lengths",
-    "texts": "rows",
+    **{"nfe": "gen_nfes", "entropy": "gen_entropy", "entropy_error": "gen_entropy_error"},
+    **{"length": "gen_lengths", "texts": "rows"},
 }
 
 
@@ -70,9 +67,8 @@ def main(argv=None) -> int:
     args, words = parse(argv)
     try:
         judge = judge_of(args, words)
-        points = [
-            p for name, path in args.checkpoints for p in plan(name, path, judge, args, words)
-        ]
+        plans = [plan(name, path, judge, args, words) for name, path in args.checkpoints]
+        points = [*itertools.chain.from_iterable(plans)]
         for name in dict(args.set).keys() - {name for p in points for name in p.numbers}:
             raise ValueError(
                 f"--set {name}: no point reads it, leave it out or add a rule to --steps"
@@ -157,13 +153,8 @@ def setting(text: str) -> tuple[str, list]:
 
 def judge_of(args, words) -> Judge:
     """Special tokens of a writer are known later, see `plan`."""
-    return load_judge(
-        args.judge,
-        batch_size=args.judge_batch_size,
-        device=chosen_device(args.device),
-        setting="--judge",
-        cache_dir=cache_folder(words),
-    )
+    where = {"device": chosen_device(args.device), "cache_dir": cache_folder(words)}
+    return load_judge(args.judge, batch_size=args.judge_batch_size, setting="--judge", **where)
 
 
 def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:

@@ -66,13 +66,10 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--judge", default="gpt2-large", help="causal model or ar checkpoint")
     parser.add_argument("--reference", help="real texts: a file, or a corpus such as shakespeare")
     parser.add_argument("--featurizer", help="causal model for MAUVE (the judge)")
-    parser.add_argument(
-        "--length", type=at_least(2), help="tokens of a row of a corpus (as sampled)"
-    )
-    parser.add_argument(
-        "--clusterings", type=at_least(2), default=CLUSTERINGS, help="(%(default)s)"
-    )
-    parser.add_argument("--buckets", type=at_least(2), help="clusters (one for ten texts)")
+    several = at_least(2)
+    parser.add_argument("--length", type=several, help="tokens of a row of a corpus (as sampled)")
+    parser.add_argument("--clusterings", type=several, default=CLUSTERINGS, help="(%(default)s)")
+    parser.add_argument("--buckets", type=several, help="clusters (one for ten texts)")
     parser.add_argument("--batch-size", type=int, default=8, help="of the judge (%(default)s)")
     parser.add_argument("--features", type=Path, default=Path("outputs/features"))
     parser.add_argument("--device", help="(the accelerator, if there is one)")
@@ -81,13 +78,9 @@ def options() -> argparse.ArgumentParser:
 
 
 def judge_of(args, name: str, words) -> Judge:
-    return load_judge(
-        name,
-        batch_size=args.batch_size,
-        device=chosen_device(args.device),
-        setting="--judge" if name == args.judge else "--featurizer",
-        cache_dir=cache_folder(words),
-    )
+    setting = "--judge" if name == args.judge else "--featurizer"
+    where = {"device": chosen_device(args.device), "cache_dir": cache_folder(words)}
+    return load_judge(name, batch_size=args.batch_size, setting=setting, **where)
 
 
 def read_runs(path: str, words) -> dict[str, tuple[list[str], dict[str, Figure]]]:

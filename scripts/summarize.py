@@ -22,22 +22,10 @@ from utils import reason, say, shown, write_text
 
 # column: the key in a summary
 COLUMNS = {
-    "algo": "algo",
-    "block size": "block_size",
-    "data": "data",
-    "likelihood": "likelihood",
-    "PPL": "ppl",
-    "±": "ppl_error",
-    "gen. PPL": "gen_ppl",
-    "entropy": "gen_entropy",
-    "length": "gen_lengths",
-    "NFEs": "gen_nfes",
-    "steps": "steps",
-    "rows": "rows",
-    "tokens": "tokens",
-    "EMA": "ema",
-    "seed": "seed",
-    "checkpoint": "checkpoint",
+    **{"algo": "algo", "block size": "block_size", "data": "data", "likelihood": "likelihood"},
+    **{"PPL": "ppl", "±": "ppl_error", "gen. PPL": "gen_ppl", "entropy": "gen_entropy"},
+    **{"length": "gen_lengths", "NFEs": "gen_nfes", "steps": "steps", "rows": "rows"},
+    **{"tokens": "tokens", "EMA": "ema", "seed": "seed", "checkpoint": "checkpoint"},
 }
 # The numbers of sampling; of these a column is shown where one is not the default.
 NUMBERS = {each.name: each.default for each in fields(SamplingParams) if each.metadata}

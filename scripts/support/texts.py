@@ -17,12 +17,9 @@ def cache_folder(words: Sequence[str] = ()) -> str:
     return build_cache(settings.load(list(words))).folder
 
 
-def corpus_rows(
-    name: str, length: int, count: int | None, words: Sequence[str] = (), seed: int = 1
-):
+def corpus_texts(name: str, length: int, count: int | None, words: Sequence[str]) -> list[str]:
     """Whole rows of the validation split of data=NAME, `count` of them or as many as there are,
-    from random places, int64 [N, length]; and their tokenizer. ValueError where there is no such
-    corpus."""
+    from random places. ValueError where there is no such corpus."""
     if name not in (known := choices("data")):
         corpora = ", ".join(known)
         raise ValueError(f"{name} is neither a file nor a corpus: a corpus is one of {corpora}")
@@ -30,9 +27,9 @@ def corpus_rows(
     config = settings.load([f"data={name}", f"model.length={length}", *special, *words])
     tokenizer = build_tokenizer(config)
     rows = build_rows(config, tokenizer, "valid")
-    chosen = order(seed, "rows", 0, len(rows))[:count]
+    chosen = order(1, "rows", 0, len(rows))[:count]
     ids, mask = rows.read(sorted(chosen.tolist()))
-    return ids[mask.all(1)], tokenizer
+    return [tokenizer.decode(row.tolist()) for row in ids[mask.all(1)]]
 
 
 def read_texts(source: str, length: int, count: int | None, words: Sequence[str] = ()) -> list[str]:
@@ -40,8 +37,7 @@ def read_texts(source: str, length: int, count: int | None, words: Sequence[str]
     of a corpus, whose validation rows of `length` tokens are texts."""
     path = Path(source)
     if not path.suffix and not path.exists():
-        rows, tokenizer = corpus_rows(source, length, count, words)
-        return [tokenizer.decode(row.tolist()) for row in rows]
+        return corpus_texts(source, length, count, words)
     if path.suffix not in (".csv", ".txt", ".jsonl"):
         raise ValueError(f"{path} must be a .txt, .jsonl or .csv file, or the name of a corpus")
     if not path.exists():
