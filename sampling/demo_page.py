@@ -12,27 +12,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from samplers.writing import SAMPLERS
-from sampling.live import (
-    GAP,
-    MOST_CHARACTERS,
-    Control,
-    Job,
-    Text,
-    piece_reader,
-    plain,
-    read,
-    refused_html,
-    side_html,
-)
+from sampling import live
+from sampling.live import GAP, Control, Job, Text
 from sampling.notebook import Writer
 from settings.limits import Limit
 
 SIDES = ("A", "B")
 WAITING = 8  # presses of the button that may wait for the one at work
 PAUSE = Control(
-    "pause",
-    "pause",
-    0.05,
+    *("pause", "pause", 0.05),
     "Seconds after each evaluation, to look at it. They are not counted.",
     limit=Limit("at least 0 and at most 1", lambda value: 0 <= value <= 1, 0.0),
 )
@@ -85,16 +73,16 @@ class Page:
     def write(self, session: str, prompt, length, pause, *values) -> Iterator[list[str]]:
         """The HTML of both sides, again and again until both texts have ended. values: of the
         controls of one side after the other."""
-        size, piece = len(self.controls), piece_reader(self.writer.tokenizer)
+        size, piece = len(self.controls), live.piece_reader(self.writer.tokenizer)
         shown, texts = [""] * len(SIDES), {}
         for side in range(len(SIDES)):
             try:
-                wanted = read([self.length], [length])
-                wanted |= read(self.controls, values[side * size : (side + 1) * size])
+                wanted = live.read([self.length], [length])
+                wanted |= live.read(self.controls, values[side * size : (side + 1) * size])
                 pause = PAUSE.read(pause)
                 texts[side] = Text(self.writer, str(prompt or ""), wanted)
             except ValueError as problem:
-                shown[side] = refused_html(str(problem))
+                shown[side] = live.refused_html(str(problem))
         seen = dict.fromkeys(texts, (0, 0))  # evaluations before the last change, and with it
         self.jobs[session] = job = Job(list(texts.values()), pause)
         try:
@@ -103,7 +91,7 @@ class Page:
                     if (nfe := text.progress.nfe) > seen[side][1]:
                         seen[side] = seen[side][1], nfe
                     fresh = None if text.ended else seen[side][0]
-                    shown[side] = side_html(text, piece, fresh)
+                    shown[side] = live.side_html(text, piece, fresh)
                 yield list(shown)
         finally:
             self.jobs.pop(session, None)
@@ -158,9 +146,9 @@ def build_blocks(page: Page):
     if page.can_infill:
         about = f"Each {GAP} is one token to fill; nothing is appended then."
     with gr.Blocks(title="Block diffusion", analytics_enabled=False) as blocks:
-        gr.HTML(f"<h2>Block diffusion</h2><p>{plain(page.about)}</p>")
+        gr.HTML(f"<h2>Block diffusion</h2><p>{live.plain(page.about)}</p>")
         look = {"label": "prompt", "elem_id": "prompt", "lines": 3}
-        prompt = gr.Textbox(page.prompt, info=about, max_length=MOST_CHARACTERS, **look)
+        prompt = gr.Textbox(page.prompt, info=about, max_length=live.MOST_CHARACTERS, **look)
         with gr.Row():
             gap = gr.Button("gap", elem_id="gap", visible=page.can_infill)
             go = gr.Button("write", variant="primary", elem_id="write")
@@ -203,15 +191,9 @@ def build_app(page: Page, hosts: Sequence[str]):
         return response
 
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    return gr.mount_gradio_app(
-        app,
-        blocks,
-        path="",
-        footer_links=[],
-        theme=gr.themes.Default(font=FONTS, font_mono="monospace"),
-        css=STYLE,
-        **dict.fromkeys(OFF, False),
-    )
+    look = {"theme": gr.themes.Default(font=FONTS, font_mono="monospace"), "css": STYLE}
+    off = dict.fromkeys(OFF, False)
+    return gr.mount_gradio_app(app, blocks, path="", footer_links=[], **look, **off)
 
 
 def serve(app, listening: socket.socket) -> None:

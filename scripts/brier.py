@@ -104,15 +104,9 @@ def measured(
     if len(prefixes) < 2:
         raise ValueError(f"{args.reference} has fewer than two texts of more than four tokens")
     with tqdm(total=len(prefixes) * args.draws, desc=path, disable=None) as bar:
-        drawn = continuations(
-            writer.writes,
-            writer.denoiser(params),
-            prefixes,
-            params,
-            draws=args.draws,
-            device=writer.device,
-            tick=bar.update,
-        )
+        asked = writer.writes, writer.denoiser(params), prefixes, params
+        more = {"draws": args.draws, "device": writer.device, "tick": bar.update}
+        drawn = continuations(*asked, **more)
     warped = params.warp != SamplingParams(length=1, bos_id=0, eos_id=0).warp
     exact = exact_first(writer, prefixes, truth) if writer.writes == "ar" and not warped else {}
     return brier_lm(estimates(drawn, truth)), exact
