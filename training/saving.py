@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from checkpointing import replacing
 from models.compiling import keep_signal
+from settings import Checkpointing
 from training.averaging import put_average
 from training.checkpoint_io.files import CarefulIO
 from training.checkpoint_io.parts import PartsIO
@@ -63,19 +64,16 @@ class StepCheckpoints(L.Callback):
     deadline has passed. With every=0 only the last two are written, with None nothing. last.ckpt is
     the newest of these files.
 
-    The newest `keep_last` of them are kept (-1: all), and each whose step is a multiple of
-    `keep_every`. The ranks ask each other whether to stop, after each step and each batch of a
-    validation.
+    Of them the newest `keep_last` are kept (-1: all), and each step that `keep_every` divides. The
+    ranks ask each other whether to stop, after each step and each batch of a validation.
     """
 
+    wanted: Checkpointing
     folder: str
     every: int | None
-    keep_last: int
-    keep_every: int | None
     io: CarefulIO
     signals: Signals
     deadline: Deadline | None
-    stop_on_error: bool
     _step: int = 0
     _begun: int | None = None  # the step that is being written
     _saved: int | None = None  # the step that is on the disk
@@ -129,8 +127,7 @@ class StepCheckpoints(L.Callback):
                 say(f"saved step {trainer.global_step:,}; the same command goes on from here")
 
     def stop_if_told(self, trainer) -> None:
-        """Every rank must call this equally often. They stop together, with the raw weights in
-        place."""
+        """Every rank must call this equally often. They stop together, on the raw weights."""
         keep_signal()
         told = self.signals.received is not None
         over = self.deadline is not None and self.deadline.over()
@@ -164,7 +161,7 @@ class StepCheckpoints(L.Callback):
     def _notice_failure(self) -> None:
         """The answer of other ranks may come when a later save has succeeded."""
         failure = self.io.failed(*self._paths(self._begun))
-        if failure is not None and self.stop_on_error:
+        if failure is not None and self.wanted.on_save_error == "stop":
             self._failure = failure
 
     def _paths(self, step: int | None) -> tuple[str, str]:
@@ -209,17 +206,16 @@ class StepCheckpoints(L.Callback):
                 atomic_link(f"{folder}/{LAST}", newest)
         else:
             fs.cp_file(newest, f"{folder}/{LAST}")
-        steps = sorted(steps_in(self.folder))
-        for step in steps[: len(steps) - self.keep_last] if self.keep_last >= 0 else []:
-            old = f"step={step}.ckpt"
-            if old == name or (self.keep_every and step % self.keep_every == 0):
+        steps, keep_last = sorted(steps_in(self.folder)), self.wanted.keep_last
+        for step in steps[: len(steps) - keep_last] if keep_last >= 0 else []:
+            old, keep_every = f"step={step}.ckpt", self.wanted.keep_every
+            if old == name or (keep_every and step % keep_every == 0):
                 continue
             replacing.remove(Path(folder, old)) if local else fs.rm_file(f"{folder}/{old}")
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, whose state after a resume is that of a run that was not interrupted, also where
-    the run folder has another name now."""
+    """Lightning's, resumed as if never interrupted, also where the run folder has another name."""
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "current_score": self.best_model_score}

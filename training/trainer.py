@@ -104,16 +104,8 @@ def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[
     deadline = None if t.max_time is None else Deadline(t.max_time)
     if t.enable_checkpointing or deadline is not None:
         steps = every.every_n_train_steps if every else 0
-        saver = StepCheckpoints(
-            folder=checkpoint_folder(c),
-            every=steps if t.enable_checkpointing else None,
-            keep_last=c.keep_last,
-            keep_every=c.keep_every,
-            io=io,
-            signals=signals,
-            deadline=deadline,
-            stop_on_error=c.on_save_error == "stop",
-        )
+        steps = steps if t.enable_checkpointing else None
+        saver = StepCheckpoints(c, checkpoint_folder(c), steps, io, signals, deadline)
         made += [saver] if deadline is None else [saver, deadline]
     if t.enable_checkpointing and best:
         made.append(
