@@ -7,8 +7,7 @@ A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64
 documents are apart also "document_ids" int64 [B, L] (data/packing.py). The mask is 1 where a token
 may enter the loss: not in padding and, of conversations, in answers alone. In training "row" is the
 example's position in the endless stream of the run (data/order.py): position // global batch size
-is the optimizer step, the remainder the row of the global batch. In validation it is the row of the
-split.
+is the optimizer step, the remainder the row of the global batch. In validation: row of the split.
 """
 
 import logging
@@ -132,8 +131,7 @@ class StreamedExamples(Dataset):
 
 
 class DataModule(LightningDataModule):
-    """The loaders of training and validation. Set Trainer(use_distributed_sampler=False): the
-    samplers here know their rank.
+    """The loaders, whose samplers know their rank: set Trainer(use_distributed_sampler=False).
 
     The position in the stream is the number of examples trained on: optimizer steps times the
     global batch. Batches that workers fetched ahead do not count. Checkpoints hold the position
@@ -201,7 +199,8 @@ class DataModule(LightningDataModule):
             in_turn=streams,
         )
         # one process reads a text for a device: it tokenizes several times as fast as a GPU trains
-        return self.loader(examples, batches, min(1, self.num_workers) if streams else None)
+        workers = min(1, self.num_workers) if streams else self.num_workers
+        return self.loader(examples, batches, workers)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """Called with each batch when its turn comes, not when it is fetched."""
@@ -228,7 +227,7 @@ class DataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         batches = ValidBatches(len(self.valid), self.eval_batch_size, *self.rank_and_size)
-        return self.loader(Examples(self.valid), batches)
+        return self.loader(Examples(self.valid), batches, self.num_workers)
 
     def on_exception(self, exception: BaseException) -> None:
         """Lightning ends only the workers of the loop that runs: after an error in validation the
@@ -241,10 +240,7 @@ class DataModule(LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def loader(
-        self, examples: Dataset, batches: Iterable, num_workers: int | None = None
-    ) -> DataLoader:
-        workers = self.num_workers if num_workers is None else num_workers
+    def loader(self, examples: Dataset, batches: Iterable, workers: int) -> DataLoader:
         return Loader(
             examples,
             batch_sampler=batches,

@@ -1,9 +1,7 @@
 """The Lightning module of all four algorithms: one step, metrics, optimizer, checkpoint contents.
-No maths.
 
 What a loss is belongs to objectives/, the average of the weights to models/ema.py, the order of the
-data to the data module. A batch is as dataloader.py says; with the seed, its "row" fixes the noise
-of an example.
+data and what a batch is to dataloader.py. With the seed, "row" fixes the noise of an example.
 """
 
 from collections.abc import Callable
@@ -55,8 +53,7 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class ClippingSettings:
-    """The search for the training interval, or range of counts, with the least variance; `fix`:
-    search and log only."""
+    """The search for the training interval or range of counts of least variance; fix: log only."""
 
     widths: tuple[float, ...]
     delta: float
@@ -178,9 +175,7 @@ class Diffusion(L.LightningModule):
 
     def training_loss(self, inputs: LossInputs) -> Tensor:
         """Of a micro-batch: nats per token, counted or not (TokenLoss.parts)."""
-        if self.graphed is not None:
-            return self.graphed(inputs)
-        return self.compute_loss(inputs).parts
+        return self.graphed(inputs) if self.graphed else self.compute_loss(inputs).parts
 
     def noise(
         self,
@@ -257,8 +252,7 @@ class Diffusion(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Make the gradient that of the global batch's mean and clip it, or where loss or gradient
-        are not finite leave the step out."""
+        """Make the gradient that of the global mean and clip it, or leave a bad step out."""
         named = [(name, p) for name, p in trained(self.backbone) if p.grad is not None]
         averaging.uncount(self, self.health.inspect(self.trainer, named))
         self.trainer.optimizers[0].found_inf = self.health.found  # AdamW reads it if fused
@@ -295,8 +289,4 @@ class Diffusion(L.LightningModule):
 
     # ---- checkpoints --------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        save_state(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        load_state(self, checkpoint)
+    on_save_checkpoint, on_load_checkpoint = save_state, load_state

@@ -41,8 +41,7 @@ def plain_errors(place: str) -> Iterator[None]:
 
 
 def end_children() -> None:
-    """For the end of a process: Python would wait for data workers, which ignore the signals that
-    tell them to end."""
+    """At the end of a process: Python would wait for data workers, which ignore signals to end."""
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -201,8 +200,7 @@ def visible_files(folder: Path, hidden: str = ".") -> list[Path]:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """Of a glob pattern, or the file that has exactly this name. `**` enters no link: one that
-    leads back has no end."""
+    """Of a glob pattern, or the file of just this name. `**` enters no link: it may lead back."""
     path = Path(os.path.expanduser(pattern))
     if path.is_file():
         return [path]
@@ -329,16 +327,13 @@ def atomic_folder(
         with naming(path):
             yield new
             _open_to_readers(new)
-        try:
-            if overwrite and path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                os.rename(old, path)
-            raise
+        if overwrite and path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
 
