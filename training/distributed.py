@@ -168,8 +168,7 @@ def share_out(module: L.LightningModule) -> None:
 
 def units(sizes: list[float], alone: bool) -> list[range]:
     """The numbers of the blocks that are put together at once, neighbours; sizes: bytes of all.
-    alone: one block each. So it must be where blocks are made again, one by one: a unit is let go
-    when all its blocks ran."""
+    alone: one block each, as where blocks are made again: a unit is let go when all of it ran."""
     least = UNIT_BYTES if sum(sizes) > WHOLE_BYTES else WHOLE_BYTES
     made, begun, size = [], 0, 0
     for number, more in enumerate(sizes, start=1):
@@ -243,8 +242,7 @@ def norms_of(tensors: list[Tensor]) -> Tensor:
 
 
 def set_fused(checkpoint: dict, fused: bool | None) -> None:
-    """How the steps of AdamW are computed here, in the optimizer states of a checkpoint; a file of
-    weights alone has none."""
+    """How AdamW computes its steps here, put into the optimizer states of a checkpoint, if any."""
     for state in checkpoint.get("optimizer_states", []):
         for group in state.get("param_groups", []):  # with fsdp rank 0 alone has it
             if "betas" in group:

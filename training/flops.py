@@ -1,12 +1,10 @@
-"""What training costs: floating-point operations of the steps as this project computes them, and
-what the device can do.
+"""What training costs: floating-point operations of this project's steps, and a device's speed.
 
 The count is of multiplications and additions in matrix products (2 per pair) that are really made:
 attention over the pairs that may see each other, the head at masked positions, the last layer only
 where it is read. The backward pass costs twice the forward pass; where the weights are frozen and
 adapters are trained, once for products with weights, because their gradients are not made. Norms,
-rotary positions, modulation (one row per batch) and the optimizer are left out; together they are a
-few percent.
+rotary positions, modulation (one row per batch) and the optimizer, a few percent, are left out.
 """
 
 import time
@@ -162,8 +160,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s as the maker states them; None for products in float32, and where GPUS lacks the
-    device."""
+    """FLOP/s as the maker states them; None in float32, and where GPUS lacks the device."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").removeprefix("GeForce ")

@@ -36,8 +36,7 @@ class StepHealth:
     """An optimizer step whose loss or gradient is not finite is left out: no weight, average or
     moment changes.
 
-    At most `allowed` in a row are left out; one more ends the run. Their batches are written to
-    `folder`.
+    At most `allowed` in a row are left out; one more ends the run. `folder` gets their batches.
     """
 
     allowed: int = 10
@@ -121,8 +120,7 @@ class StepHealth:
         return torch.cat([numbers[:2], nothing[None].float()])
 
     def settle(self, trainer: L.Trainer, leave: int = 0) -> int:
-        """Judge the steps that are not judged yet, except the last `leave`. Returns how many
-        earlier steps turn out to have been left out."""
+        """Judge all steps but the last `leave`. Returns how many earlier ones were left out."""
         self.skipped = False
         before = self.bad_steps
         while len(self._coming) > leave:
@@ -198,8 +196,7 @@ class _Step:
 
 
 class RankFailure(L.Callback):
-    """Where one of several processes fails, prints its traceback first, or the line that says all,
-    and ends it soon.
+    """Where one of several processes fails, prints its traceback, or one line, and ends it soon.
 
     Lightning's clean-up may wait for the other processes, and they may wait for this one.
     """

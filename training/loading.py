@@ -1,5 +1,4 @@
-"""torch's DataLoader, where workers may die: the run is told in one line, and never waits for what
-cannot come."""
+"""torch's DataLoader, where workers may die: a run is told so, and waits for nothing in vain."""
 
 import multiprocessing.queues
 import os

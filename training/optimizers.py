@@ -26,15 +26,13 @@ class OptimizerSettings:
 
     @property
     def muon(self) -> dict:
-        """Arguments of Muon. Its steps are as long as AdamW's (arXiv:2502.16982), so that one
-        learning rate serves both."""
+        """Of Muon, whose steps are as long as AdamW's (arXiv:2502.16982): one lr serves both."""
         shared = {name: self.adamw[name] for name in ("lr", "weight_decay")}
         return {**shared, "momentum": self.momentum, "adjust_lr_fn": "match_rms_adamw"}
 
 
 def trained(backbone: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters that are not frozen, by name: what optimizer and average know. Where weights
-    are kept in bfloat16, their masters."""
+    """What optimizer and average know: the parameters that are not frozen, or their masters."""
     masters = getattr(backbone, "masters", None) or {}
     named = backbone.named_parameters()
     return [(name, masters.get(name, p)) for name, p in named if p.requires_grad]
@@ -134,8 +132,7 @@ class Masters(dict[str, nn.Parameter]):
 
 def exchange(masters: Masters, bucket: GradBucket) -> Future[Tensor]:
     """A communication hook of DistributedDataParallel: the means over devices are made in float32,
-    together with what the masters have from earlier passes, and lie at the masters; the weights
-    get zeros."""
+    with what the masters have from earlier passes, and lie at the masters; weights get zeros."""
     narrow = bucket.buffer()
     wide = narrow.float()
     begin, pairs = narrow.storage_offset(), []

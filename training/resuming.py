@@ -29,17 +29,14 @@ COUNTED = {
 
 
 def check_resumable(checkpoint: Checkpoint, module: L.LightningModule, trainer: L.Trainer) -> None:
-    """CheckpointError where the run cannot go on from it; tensors of the optimizer may be on the
-    meta device."""
-    problem = next(problems(checkpoint, module, trainer), None)
-    if problem is not None:
+    """CheckpointError where the run cannot go on from it; moments may be on the meta device."""
+    if problem := next(problems(checkpoint, module, trainer), None):
         raise CheckpointError(f"{checkpoint.source} cannot be resumed from: {problem}")
 
 
 def check_optimizer(states, module: L.LightningModule) -> None:
     """The same of optimizer states whose numbers are there."""
-    problem = next(optimizer(states, module.backbone, module.optimizer_settings), None)
-    if problem is not None:
+    if problem := next(optimizer(states, module.backbone, module.optimizer_settings), None):
         raise CheckpointError(f"the checkpoint cannot be resumed from: {problem}")
 
 

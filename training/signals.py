@@ -65,8 +65,7 @@ def end_on_interrupt() -> None:
 
 
 def end(line: str) -> None:
-    """End the process by SIGINT, so that a script that started it stops as well. Print `line`
-    first unless it is empty."""
+    """End by SIGINT, so that a script that started this stops too. line: printed first, if any."""
     if line:
         tell(line)
     if os.isatty(1):
@@ -76,8 +75,7 @@ def end(line: str) -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line, in the first process only. Python's buffers are not used: the handler may have
-    interrupted a write to them."""
+    """Print a line, in the first process only; past Python's buffers, which may be in use."""
     if rank() == 0:
         try:
             os.write(2, f"\n{line}\n\n".encode())

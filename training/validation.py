@@ -1,5 +1,4 @@
-"""One validation of a Diffusion: its likelihood, and the search for the training interval, or for
-the counts to train on."""
+"""A validation of a Diffusion: its likelihood, and the search for times or counts to train on."""
 
 from dataclasses import replace
 from functools import partial
@@ -200,8 +199,7 @@ def by_time(module: L.LightningModule, likelihood: str) -> bool:
 
 
 def one_pass(module: L.LightningModule, batch: dict, likelihood: str, draw: int = 0) -> TokenLoss:
-    """A draw of `nelbo` or `counts`, by one pass over both halves. With blocks of one token either
-    is the likelihood itself."""
+    """A draw of `nelbo` or `counts` by one pass; with blocks of one token the likelihood itself."""
     if not by_time(module, likelihood):
         texts, loss_mask = texts_of(module, batch)
         masked, weight = drawn_counts(texts, chance(module, batch, draw))

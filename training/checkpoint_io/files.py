@@ -20,8 +20,7 @@ from utils import plain_errors
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Writes to a temporary name and renames: killed at any byte, the last good file is there.
-    Reads checkpoints in parts as well."""
+    """Writes to a temporary name and renames: killed at any byte, the last good file is there."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
         if storage_options is not None:
