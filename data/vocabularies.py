@@ -105,17 +105,19 @@ def gpt2(cache_dir, source):
 def characters(alphabet: str):
     """One id per character after eight special ids; lower-cases; what is unknown is [UNK]."""
     from tokenizers import normalizers
-    from transformers import PreTrainedTokenizerFast
 
     backend = by_character((*TEXT8_SPECIALS, *alphabet), unk_token="[UNK]")
     backend.normalizer = normalizers.Lowercase()
     roles = ("cls", "sep", "bos", "eos", "mask", "pad", "unk")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        additional_special_tokens=["[RESERVED]"],
-        **{f"{role}_token": f"[{role.upper()}]" for role in roles},
-    )
+    tokens = {f"{role}_token": f"[{role.upper()}]" for role in roles}
+    return fast(backend, additional_special_tokens=["[RESERVED]"], **tokens)
+
+
+def fast(backend, **options):
+    """A tokenizer of the library `tokenizers` as one of transformers."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    return Fast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **options)
 
 
 def character_set(alphabet: Iterable[str]):
@@ -145,19 +147,12 @@ def ended(backend):
     """For transformers, with <|endoftext|> as the last id, inside of the model's vocabulary: else
     `vocab_size` would not count it, and code that takes that for the mask would mask with EOS."""
     from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
 
     made = json.loads(backend.to_str())
     made["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
     backend = Backend.from_str(json.dumps(made))
     backend.add_special_tokens([END_OF_TEXT])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        **{END_INSIDE: True},
-    )
+    return fast(backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, **{END_INSIDE: True})
 
 
 def corpus_bpe(name: str, documents: Callable[[str | None], Iterable[str]], cache_dir, source):
