@@ -98,13 +98,10 @@ def continuations(
     """`draws` independent continuations of each prefix, int64 [D, B, 4]: what the sampler writes
     behind them, cut off after four tokens. bamdlm writes up to the end of a block and ar four
     tokens; mdlm and sedd write the whole text, as the network was trained."""
-    texts = [
-        TextRequest(
-            number * draws + draw, prefix, total=written(writes, len(prefix) + TOKENS, params)
-        )
-        for number, prefix in enumerate(prefixes)
-        for draw in range(draws)
-    ]
+    texts = []
+    for number, prefix in enumerate(prefixes):
+        total = written(writes, len(prefix) + TOKENS, params)
+        texts += [TextRequest(number * draws + draw, prefix, total=total) for draw in range(draws)]
     # texts of one length side by side wait for nobody
     texts.sort(key=lambda text: text.total)
     found = torch.empty(draws, len(prefixes), TOKENS, dtype=torch.int64)

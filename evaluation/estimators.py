@@ -156,8 +156,7 @@ def subsets(texts: AskedTexts) -> Iterator[tuple[int, Tensor]]:
     scored, place = texts.per_block(texts.scored), torch.arange(texts.block_size)
     for number in range(1, 1 << texts.block_size):
         chosen = ((number >> place) & 1).bool().to(scored.device)
-        possible = (scored | ~chosen).all(-1, keepdim=True)
-        yield number, (chosen & possible)
+        yield number, chosen & (scored | ~chosen).all(-1, keepdim=True)
 
 
 def importance(ask: Ask, texts: AskedTexts, chance: Chance, number: int) -> Tensor:

@@ -238,14 +238,8 @@ def load_judge(
             f"the tokenizer of the judge {name_or_path!r} has no EOS token, which must not be"
             f" counted: choose another {setting}"
         )
-    return Judge(
-        model.to(device),
-        tokenizer,
-        context=context,
-        batch_size=batch_size,
-        foreign=foreign,
-        bos_id=bos_id,
-    )
+    options = {"batch_size": batch_size, "foreign": foreign, "bos_id": bos_id}
+    return Judge(model.to(device), tokenizer, context=context, **options)
 
 
 def _load(name_or_path: str, cache_dir: str | Path | None):

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-LN2 = math.log(2)
-
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -33,7 +31,7 @@ class Likelihood:
 
     @property
     def bpd(self) -> float:
-        return self.nll / LN2
+        return self.nll / math.log(2)
 
     @property
     def ppl(self) -> float:

@@ -9,6 +9,7 @@ reach 1: `ceiling` says what they reach.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,6 @@ def reduced(points: np.ndarray) -> np.ndarray:
 
 def clusters(points: np.ndarray, buckets: int, seed: int) -> np.ndarray:
     """The number of each point's cluster."""
-    import warnings
-
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 

@@ -58,9 +58,8 @@ def reduced(backbone, hidden: Tensor, read: Tensor, mask_id: int, reduce) -> Ten
         if half:
             logits, wide = backbone.logits(states), None
         else:
-            features = backbone.features(states).to(memory.dtype)
             logits = wide = memory[: len(states)]
-            products(features, weight, bias, out=logits)
+            products(backbone.features(states).to(memory.dtype), weight, bias, out=logits)
         logits[:, mask_id] = -torch.inf
         dtype = wide_dtype(logits)
         answers.append(reduce(torch.log_softmax(logits, -1, dtype=dtype, out=wide), rows))

@@ -135,7 +135,8 @@ class Scorer:
             return path.nll, path
         if not chosen.kind.sampled:
             return chosen.estimate(ask, asked), path
-        rows = torch.tensor([_number(text) for text in texts])
+        # numbers that follow from the text alone, whatever the batch
+        rows = torch.tensor([int(digest(str(list(text)), 8), 16) for text in texts])
         chances = [Alone(self.seed + (draw << 32), rows, 1) for draw in range(draws)]
         return sum(chosen.estimate(ask, asked, each) for each in chances) / draws, path
 
@@ -156,8 +157,3 @@ class Scorer:
 def _picked(log_p: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities of the targets, and the greatest: [m, 2]."""
     return torch.stack([log_p.gather(1, targets[:, None])[:, 0], log_p.amax(1)], -1)
-
-
-def _number(text: Sequence[int]) -> int:
-    """Of a text, whatever the batch: its random numbers follow from it."""
-    return int(digest(str(list(text)), 8), 16)
