@@ -210,8 +210,7 @@ def _unpack(source: Path, pattern: str, folder: Path) -> None:
                 with naming(new), new.open("xb") as file:
                     shutil.copyfileobj(archive.extractfile(member), file)
     if not any(folder.iterdir()):
-        known = ", ".join(names) or "nothing"
-        raise ValueError(f"{place} holds no {pattern}, but {known}")
+        raise ValueError(f"{place} holds no {pattern}, but {', '.join(names) or 'nothing'}")
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,7 @@ class Hub:
     def identity(self, split: str, revision: str | None) -> dict:
         return asdict(self) | {"revision": revision or self.revision, "split": split}
 
-    def parts(
-        self, split: str, revision: str | None, cache: Path, *, download: bool = True
-    ) -> list[Part]:
+    def parts(self, split, revision, cache, *, download=True) -> list[Part]:
         """The files of a split, in order. OSError: it cannot be had from the hub now. cache,
         download: as in corpora.found()."""
         from huggingface_hub import constants
@@ -82,12 +80,9 @@ def _ask(table: Hub, split: str, cache: Path) -> dict:
     with hub_errors(str(table), absent=ABSENT):
         info = HfApi().dataset_info(table.repo, revision=table.revision, timeout=CONNECT_SECONDS)
         try:
+            kept = str(cache / "downloads")
             builder = datasets.load_dataset_builder(
-                table.repo,
-                table.name,
-                data_dir=table.data_dir,
-                revision=info.sha,
-                cache_dir=str(cache / "downloads"),
+                table.repo, table.name, data_dir=table.data_dir, revision=info.sha, cache_dir=kept
             )
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             raise OSError(f"{table}: {first_line(error)}") from error
@@ -124,8 +119,7 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
     def read(column: str) -> Iterator[Piece]:
         """From the cache, downloaded if need be."""
         with _reading(place):
-            path = Path(hf_hub_download(**kept))
-        return reader(path, column)
+            return reader(Path(hf_hub_download(**kept)), column)
 
     def streamed(column: str) -> Iterator[Piece]:
         with _reading(place), HfFileSystem().open(address, "rb", cache_type="blockcache") as file:

@@ -40,8 +40,7 @@ class LocalCopy:
 
     def identity(self, split, revision):
         if self.is_saved():
-            found = self.saved_folder(split).rglob("*")
-            paths = sorted(path for path in found if path.is_file())
+            paths = sorted(path for path in self.saved_folder(split).rglob("*") if path.is_file())
         else:
             paths = self.files(split)
         return {"files": [stamp(path) for path in paths], "split": split}

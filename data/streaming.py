@@ -116,11 +116,8 @@ def streamed(split: Split, cache: Path, by_files: bool = False) -> StreamedText:
 
 
 class Stream:
-    """The rows of a corpus without end, read forwards.
-
-    lanes: those that may be asked for. bookmarks: by lane, of the same text and seed; reading
-    begins anew where one is missing.
-    """
+    """The rows of a corpus without end, read forwards. lanes: those that may be asked for.
+    bookmarks: by lane, of the same text and seed; reading begins anew where one is missing."""
 
     def __init__(
         self,
@@ -182,14 +179,11 @@ class Stream:
             return next(lane.units)
         while not lane.waiting:
             unit = next(self.units)
-            owner = self.lanes.get(self.lane_of(unit.start.unit))
+            turn, at = divmod(unit.start.unit, LANES)
+            owner = self.lanes.get(int(order(self.seed, "lanes", turn, LANES)[at]))
             if owner is not None and unit.start.unit >= owner.bookmark.start.unit:
                 owner.waiting.append(unit)
         return lane.waiting.popleft()
-
-    def lane_of(self, unit: int) -> int:
-        turn, at = divmod(unit, LANES)
-        return int(order(self.seed, "lanes", turn, LANES)[at])
 
     def bookmarks(self) -> dict[int, Bookmark]:
         return {number: lane.bookmark for number, lane in self.lanes.items()}

@@ -24,8 +24,7 @@ def files(folder: Path) -> list[Path]:
             known = read_json(folder / STATE)
         except ValueError as error:
             raise Damaged(first_line(error)) from error
-        names = [Path(each["filename"]).name for each in known["_data_files"]]
-        found = [folder / name for name in names]
+        found = [folder / Path(each["filename"]).name for each in known["_data_files"]]
         for path in found:
             if not path.is_file():
                 raise Damaged(f"{path.name} is no regular file")
