@@ -79,8 +79,7 @@ class MaskedDiffusion(MaskingObjective):
         which noise.time draws. With `ignore_bos` the first token of a text is none of the block's
         scored tokens; arguments as for `loss_inputs`."""
         loss_mask = self.loss_mask(valid, True, document_ids)
-        scored = self._scored(x0, loss_mask, document_ids)
-        drawn = law, noise.time, noise.token, scored
+        drawn = law, noise.time, noise.token, self._scored(x0, loss_mask, document_ids)
         if noise.sizes is None:
             masked, weight = masked_by_counts(*drawn)
         else:
@@ -150,8 +149,7 @@ class MaskedDiffusion(MaskingObjective):
         block_sizes: Tensor | None = None,
     ) -> LossInputs:
         """weight float32 [B, L]: of each masked token. With one block nobody would attend to the
-        clean half: it is not built. block_sizes [B]: where rows differ in them, in place of
-        block_size."""
+        clean half: it is not built. block_sizes [B]: in place of block_size, where rows differ."""
         places = None if document_ids is None else positions(document_ids)
         tokens, attention_mask = x_t, Full()
         size = self.block_size if block_sizes is None else self.sizes.common

@@ -68,12 +68,8 @@ def draw_noise(
         stratum, strata = _dealt_by_size(sizes, seed, step, global_batch, length)
         time = (stratum[place] + time) / strata[place]
     tokens = rows[:, None] * length + torch.arange(length, device=rows.device)
-    return Noise(
-        time=time.float().clamp(max=1 - 2.0**-24),
-        token=uniform(seed, step, TOKENS, tokens),
-        count=uniform(seed, step, COUNTS, place),
-        sizes=of_rows,
-    )
+    token, count = uniform(seed, step, TOKENS, tokens), uniform(seed, step, COUNTS, place)
+    return Noise(time.float().clamp(max=1 - 2.0**-24), token, count, of_rows)
 
 
 @functools.lru_cache(maxsize=2, typed=True)  # an OldSeed is another seed than the equal int

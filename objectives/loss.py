@@ -192,12 +192,8 @@ class Objective:
         ar = inputs.ar_weights
         if inputs.views > 1:
             nll = nll.view(len(loss_mask), inputs.views, -1).sum(1)
-        return TokenLoss(
-            nll=nll.view_as(loss_mask),
-            loss_mask=loss_mask,
-            per_place=head.total,
-            ar=None if ar is None else (head.losses * ar).sum() / number,
-        )
+        ar = None if ar is None else (head.losses * ar).sum() / number
+        return TokenLoss(nll.view_as(loss_mask), loss_mask, head.total, ar)
 
     def loss(self, backbone, *batch, **settings) -> TokenLoss:
         """The loss of a batch; arguments as for `loss_inputs`."""

@@ -1,12 +1,11 @@
 """Score entropy of the absorbing process: SEDD (arXiv:2310.16834).
 
-The network's output, shifted, is the log of the ratios p_t(y) / p_t(x_t) for changing one masked
-token to y.
+The network's output, shifted, is log p_t(y) / p_t(x_t) for changing one masked token to y.
 """
 
-import functools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,11 +85,9 @@ class ScoreEntropy(MaskingObjective):
         )
 
     def kernel(self, backbone) -> LossKernel:
-        return LossKernel(
-            functools.partial(score_entropy, mask_id=self.mask_id),
-            functools.partial(score_entropy_of_sums, vocab_size=backbone.vocab_size),
-            self.mask_id,
-        )
+        of_logits = partial(score_entropy, mask_id=self.mask_id)
+        of_sums = partial(score_entropy_of_sums, vocab_size=backbone.vocab_size)
+        return LossKernel(of_logits, of_sums, self.mask_id)
 
     def denoiser(self, backbone) -> Score:
         return Score(backbone, self.mask_id, self.time_conditioning)
