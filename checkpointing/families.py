@@ -22,8 +22,7 @@ MOST_IDS = 1 << 24
 
 @dataclass(frozen=True)
 class Family:
-    """How an architecture differs. biases: those it has whatever config.json says; a key of
-    config.json that decides: those it switches."""
+    """How an architecture differs. Biases: yes, no, or the key of config.json that says so."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -121,8 +120,7 @@ def _is_positive(value) -> bool:
 
 
 def shape_of(place: str, config: dict) -> LlamaShape:
-    """The network of a config.json of transformers. CheckpointError where there is none here that
-    computes the same."""
+    """The network of a config.json of transformers. CheckpointError where none here is the same."""
     found, family = _Config(place, config), ARCHITECTURES[architecture_of(config)]
     if problem := next(_other(config), None):
         raise found.refused(problem)
@@ -157,8 +155,7 @@ def shape_of(place: str, config: dict) -> LlamaShape:
 def _other(config: dict) -> Iterator[str]:
     """What no network here computes."""
     if config.get("hidden_act", "silu") != "silu":
-        act = reprlib.repr(config["hidden_act"])
-        yield f"hidden_act={act}; only silu is supported"
+        yield f"hidden_act={reprlib.repr(config['hidden_act'])}; only silu is supported"
     if config.get("quantization_config") is not None:
         yield (
             "a quantization_config: weights of fewer bits are not read; take the model they were"
@@ -212,8 +209,7 @@ def _rope(found: _Config) -> dict:
 
 
 def recorded_shape(place: str, record: dict) -> LlamaShape:
-    """The network that a checkpoint or an export of this project describes by the fields of
-    LlamaShape."""
+    """The network that a file of this project describes by the fields of LlamaShape."""
     kinds = {field.name: field.type for field in fields(LlamaShape)}
     odd = [
         name for name, kind in kinds.items() if name not in record or not _fits(record[name], kind)

@@ -66,8 +66,7 @@ def locate(path_or_id: str | Path, *, revision: str | None = None):
 
 
 def in_parts(fs, path: str) -> bool:
-    """Whether a checkpoint in parts lies there (sharded.py). CheckpointError where it cannot be
-    read, because it is not on a disk."""
+    """Whether a checkpoint in parts lies there (sharded.py). CheckpointError: not on a disk."""
     if isinstance(fs, LocalFileSystem):
         return sharded_index.is_in_parts(path)
     if fs.exists(f"{path}/{sharded_index.NAME}"):
@@ -156,8 +155,7 @@ def _listing(repo_id: str, revision: str | None, what: str) -> tuple[set[str], s
 def weight_file(place: str, config: dict, present: set[str], note: str = "") -> str:
     """The name of the file, or of the index, that holds the weights of a folder of these files;
     CheckpointError where there is none that is read."""
-    layout = layout_of(place, config)
-    wanted = SAFETENSORS if layout == "transformers" else WEIGHT_FILES
+    wanted = SAFETENSORS if layout_of(place, config) == "transformers" else WEIGHT_FILES
     if found := next((name for name in wanted if name in present), None):
         return found
     if any(name in present for name in WEIGHT_FILES):

@@ -1,8 +1,7 @@
 """Weights in every published layout: Lightning checkpoints, hub folders, models of transformers.
 
 Names are those of the network (`blocks.0.norm1.weight`): the `backbone.` of the files and the
-`_orig_mod.` of compiled models are taken off. The EMA list of a Lightning checkpoint is put under
-the names of its parameters.
+`_orig_mod.` of compiled models are taken off. An EMA list is put under the parameters' names.
 """
 
 import math

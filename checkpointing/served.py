@@ -23,8 +23,7 @@ MASK_ID = 151_669  # whatever config.json says: SGLang's srt/dllm/config.py
 def sdar_config(
     checkpoint: Checkpoint, shape: LlamaShape | None, tokenizer: Tokenizer, algo: str
 ) -> dict:
-    """config.json. CheckpointError with every reason why no server would compute this network;
-    shape: None of a DiT."""
+    """config.json; CheckpointError with every reason why no server could. shape: None of a DiT."""
     problems = list(_problems(checkpoint, shape, tokenizer, algo))
     if problems:
         raise CheckpointError(

@@ -1,5 +1,4 @@
-"""Checkpoints in parts, by torch.distributed.checkpoint: a folder to which every rank writes what
-it holds.
+"""Checkpoints in parts, by torch.distributed.checkpoint: a folder to which every rank writes.
 
     index.json        which tensors there are, and where their parts lie (sharded_index.py)
     state.ckpt        all else of the published layout, with None where a tensor was
@@ -133,21 +132,15 @@ def write(parts: Parts, path: str, *, group, token: str) -> None:
     where one of them could not write.
 
     group: of gloo, over all ranks, that nobody else uses meanwhile; None: of one process. token:
-    the same on all ranks, and another in each run, so that nobody who is left of a run that was
-    killed writes to the same files.
+    the same on all ranks; another in each run, so that what is left of one writes elsewhere.
     """
     target = Path(path)
     partial = target.with_name(unfinished(target.name, token))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    how = {"planner": planner, "process_group": group, "no_dist": group is None}
     _expect_one_process()
     try:
-        dcp.save(
-            parts.tensors,
-            storage_writer=_Writer(partial, target, parts),
-            planner=planner,
-            process_group=group,
-            no_dist=group is None,
-        )
+        dcp.save(parts.tensors, storage_writer=_Writer(partial, target, parts), **how)
     except CheckpointException as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _first(error) from None
@@ -176,14 +169,11 @@ class Sharded:
     def load(self, targets: dict[str, Tensor]) -> None:
         """Read numbers into these tensors, which take their places in `checkpoint`. Of a DTensor
         this rank's part is read. No other rank is asked."""
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        reader = _Reader(self.folder, self.entries)
         _expect_one_process()
         try:
-            dcp.load(
-                dict(targets),
-                storage_reader=_Reader(self.folder, self.entries),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                no_dist=True,
-            )
+            dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             first = _first(error)
             known = isinstance(first, CheckpointError | OSError | MemoryError)

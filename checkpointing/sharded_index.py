@@ -1,5 +1,4 @@
-"""index.json of a checkpoint in parts: which tensors it holds, how each is cut, and where the bytes
-of a part lie.
+"""index.json of a checkpoint in parts: its tensors, how each is cut, and where its bytes lie.
 
 torch.distributed.checkpoint keeps the same in `.metadata`, which is a pickle and grows with the
 number of ranks. That file is written too, for torch's own tools, and never read here.
@@ -33,8 +32,7 @@ LARGEST = 1 << 62
 
 @dataclass(frozen=True)
 class Part:
-    """Of a tensor: where it begins in it and its size; the file, its first byte there, and how many
-    bytes it takes."""
+    """Of a tensor: where it begins, its size, its file, first byte and number of bytes there."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -75,8 +73,7 @@ def write_index(folder: Path, metadata: "Metadata") -> None:
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
-    """{name: what is known of it}. CheckpointError where a part is missing, is shorter than it was,
-    or belongs nowhere."""
+    """{name: its entry}. CheckpointError where a part is missing, too short or belongs nowhere."""
     path = folder / NAME
     try:
         index = read_json(path)
