@@ -4,6 +4,7 @@ A YAML file of one's own may be broken or, through aliases and interpolations th
 themselves, grow without end.
 """
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -68,10 +69,8 @@ def _count(text: str) -> None:
             inside[-1][1] += size
             sizes[anchor] = size
         if sum(size for _, size in inside) > MOST_NODES or len(inside) > DEEPEST:
-            raise ValueError(
-                f"has more than {MOST_NODES:,} entries, or {DEEPEST} inside each other, with its"
-                " aliases written out"
-            )
+            most = f"{MOST_NODES:,} entries, or {DEEPEST} inside each other"
+            raise ValueError(f"has more than {most}, with its aliases written out")
 
 
 def yaml_reason(error: Exception, path: Path | str) -> str:
@@ -89,17 +88,10 @@ def text_problem(raw: dict) -> str | None:
     raw: with its interpolations. Whatever a text with ${} names counts, so a length is never
     underestimated, and overestimated a little.
     """
-    texts, named = {}, defaultdict(set)  # {path: text}, {dotted end of a path: paths of texts}
-
-    def collect(node: object, path: tuple[str, ...]) -> None:
-        if isinstance(node, dict | list):
-            for name, child in node.items() if isinstance(node, dict) else enumerate(node):
-                collect(child, (*path, str(name)))
-            return
-        texts[path] = str(node)
-        for end in range(1, len(path) + 1):
-            for start in range(end):
-                named[".".join(path[start:end])].add(path)
+    texts, named = dict(_texts(raw)), defaultdict(set)  # {dotted part of a path: paths of texts}
+    for path in texts:
+        for start, end in itertools.combinations(range(len(path) + 1), 2):
+            named[".".join(path[start:end])].add(path)
 
     def length(path: tuple[str, ...]) -> int:
         if path not in lengths:
@@ -111,9 +103,17 @@ def text_problem(raw: dict) -> str | None:
         return lengths[path]
 
     lengths = {}
-    collect(raw, ())
     for path in texts:
         if length(path) > MOST_TEXT:
             name = ".".join(path)
             return f"{name} has more than {MOST_TEXT:,} characters with its ${{}} filled in"
     return None
+
+
+def _texts(node: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path, text) of every value inside."""
+    if not isinstance(node, dict | list):
+        yield path, str(node)
+        return
+    for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from _texts(child, (*path, str(name)))

@@ -64,8 +64,7 @@ def _check_one(
     config: Config, typed: Collection[str], rules: Iterable[Rule]
 ) -> tuple[list[str], list[str]]:
     """check() of a run without a sweep."""
-    found = ((key, limit_problem(key, get(config, key))) for key in LEAVES)
-    outside = {key: problem for key, problem in found if problem}
+    outside = {key: said for key in LEAVES if (said := limit_problem(key, get(config, key)))}
     # The rules between settings go on with stand-ins; what they say about those is not repeated.
     possible = copy.deepcopy(config)
     for key in outside:

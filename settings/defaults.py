@@ -32,11 +32,8 @@ def fill(config: Config) -> None:
     if trainer.accelerator == "auto":
         trainer.accelerator = "gpu" if gpus else "cpu"
     gpu = trainer.accelerator == "gpu"
-    _set(
-        trainer,
-        devices=started_by_torchrun() or (max(gpus, 1) if gpu else 1),
-        precision="bf16-mixed" if gpu else "32-true",
-    )
+    _set(trainer, devices=started_by_torchrun() or (max(gpus, 1) if gpu else 1))
+    _set(trainer, precision="bf16-mixed" if gpu else "32-true")
     trainer.precision = PRECISIONS.get(trainer.precision, trainer.precision)
     _fill_batches(config)
     _set(config.data, cache_dir=str(user_cache()) if has_user_cache() else None)
@@ -57,12 +54,9 @@ def fill(config: Config) -> None:
 
 def _fill_batches(config: Config) -> None:
     loader, devices = config.loader, max(all_devices(config), 1)
-    _set(
-        loader,
-        batch_size=_share(loader.global_batch_size, devices),
-        eval_batch_size=_share(loader.eval_global_batch_size, devices),
-        num_workers=len(os.sched_getaffinity(0)),
-    )
+    _set(loader, batch_size=_share(loader.global_batch_size, devices))
+    _set(loader, eval_batch_size=_share(loader.eval_global_batch_size, devices))
+    _set(loader, num_workers=len(os.sched_getaffinity(0)))
     at_once = max(loader.batch_size, 1) * devices
     accumulated = max(_share(loader.global_batch_size, at_once), 1)
     _set(config.trainer, accumulate_grad_batches=accumulated)
@@ -70,14 +64,13 @@ def _fill_batches(config: Config) -> None:
 
 
 def _fill_sizes(config: Config) -> None:
-    if config.training.block_sizes is not None:
-        config.training.block_sizes = normalised(config.training.block_sizes)
+    for section in (config.training, config.eval):
+        if section.block_sizes is not None:
+            section.block_sizes = normalised(section.block_sizes)
     if config.training.block_schedule is not None:
         config.training.block_schedule = dict(sorted(config.training.block_schedule.items()))
-    if config.eval.block_sizes is not None:
-        config.eval.block_sizes = normalised(config.eval.block_sizes)
-        if config.mode == "ppl_eval":
-            _set(config.eval, likelihood=list(OF_SIZES))
+    if config.eval.block_sizes is not None and config.mode == "ppl_eval":
+        _set(config.eval, likelihood=list(OF_SIZES))
 
 
 def all_devices(config: Config) -> int:
@@ -110,9 +103,8 @@ def _fill_llama(config: Config) -> None:
 def sized_by_checkpoint(config: Config) -> bool:
     """Whether the sizes of the network are those of a checkpoint, and model.* has no say."""
     starts = config.mode in ("train", "plan") and config.training.from_pretrained is not None
-    evaluates = config.mode in EVALUATES
-    of_file = config.algo.backbone == "hf_dit"
-    return of_file or (config.algo.backbone == "llama" and (starts or evaluates))
+    read = config.algo.backbone == "llama" and (starts or config.mode in EVALUATES)
+    return read or config.algo.backbone == "hf_dit"
 
 
 def head_width(config: Config) -> int | None:

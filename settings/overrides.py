@@ -51,8 +51,14 @@ OPTIONS = {
     ("-sc", "--shell-completion", "--hydra-help", "--version"): "--help lists all settings",
     ("--experimental-rerun",): "the same command goes on with its run",
 }
-LISTS_BY_NAME = "lists of values by name, like {temperature: [0.8, 1]},"
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+TYPE_NAMES = {
+    **{int: "a whole number", float: "a number", str: "text", bool: "True or False"},
+    **{list[float]: "a list like [0.5,0.6]", list[int]: "a list like [2,3]"},
+    list: "a list like [a,b]",  # of others
+    dict[int, float]: "weights by size, like {4: 1, 16: 3},",
+    dict[int, int]: "sizes by step, like {0: 1, 500: 4},",
+    dict: "lists of values by name, like {temperature: [0.8, 1]},",
+}
 
 
 def nearest(word: str, candidates, before: str = "", cutoff: float = 0.6) -> str:
@@ -90,17 +96,7 @@ def type_problem(key: str, value: object, typed: str | None = None) -> str:
     """The sentence about a value of a leaf that is of another type. typed: the value as it stands
     on the command line."""
     bare, optional = unwrap(LEAVES[key].hint)
-    if typing.get_origin(bare) is dict:
-        examples = {
-            float: "weights by size, like {4: 1, 16: 3},",
-            int: "sizes by step, like {0: 1, 500: 4},",
-        }
-        wanted = examples.get(typing.get_args(bare)[1], LISTS_BY_NAME)
-    elif typing.get_origin(bare) is list:
-        examples = {float: "[0.5,0.6]", int: "[2,3]"}
-        wanted = f"a list like {examples.get(typing.get_args(bare)[0], '[a,b]')}"
-    else:
-        wanted = TYPE_NAMES.get(bare, "a number")
+    wanted = TYPE_NAMES.get(bare) or TYPE_NAMES.get(typing.get_origin(bare), "a number")
     way_out = f"; as text: {spelled(key, typed)}" if bare is str and typed is not None else ""
     return f"{key}={as_typed(value)} must be {wanted}{' or null' if optional else ''}{way_out}"
 
@@ -181,8 +177,8 @@ def _read(argument: str) -> tuple[str, object, str]:
     """(key, value, the value as typed); ValueError says what is wrong with the form."""
     if argument.startswith("-"):
         option = argument.partition("=")[0]
-        instead = next((way for names, way in OPTIONS.items() if option in names), None)
-        advice = ", see python main.py --help" if instead is None else f"; {instead}"
+        ways_out = (f"; {way}" for names, way in OPTIONS.items() if option in names)
+        advice = next(ways_out, ", see python main.py --help")
         raise ValueError(f"{argument} is not an option: settings are key=value{advice}")
     key, equals, text = argument.lstrip("+~").partition("=")
     if not key and (equals or argument.startswith("~")):

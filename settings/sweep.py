@@ -66,10 +66,9 @@ def sweep(config: Config) -> Sweep:
     axes = dict(_axes(config.sampling.sweep, known, made.problems))
     made.combinations = math.prod(map(len, axes.values()))
     if made.combinations > MOST_POINTS:
-        made.problems.append(
-            f"sampling.sweep has {made.combinations:,} combinations, more than {MOST_POINTS:,}:"
-            " give fewer values, or several commands"
-        )
+        many = f"{made.combinations:,} combinations, more than {MOST_POINTS:,}"
+        way_out = "give fewer values, or several commands"
+        made.problems.append(f"sampling.sweep has {many}: {way_out}")
         return made
     points = {}
     for values in itertools.product(*axes.values()):
@@ -99,10 +98,8 @@ def _axes(
             problems.append(f"sampling.sweep: there is no {name} to go through.{hint}")
         elif not isinstance(values, list) or not values:
             problems.append(f"sampling.sweep: {name}={values} must be a list of values")
-        else:
-            good = [*_values(known[name], values, problems)]
-            if good:
-                yield name, good
+        elif good := [*_values(known[name], values, problems)]:
+            yield name, good
 
 
 def _values(key: str, values: list, problems: list[str]) -> Iterator[object]:

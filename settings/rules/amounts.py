@@ -37,10 +37,9 @@ def amounts(config: Config) -> Iterator[str]:
         return
     nodes = config.trainer.num_nodes
     if nodes > 1 and config.mode != "prepare" and not any(map(CLUSTER.match, os.environ)):
-        yield (
-            f"trainer.num_nodes={nodes}: nothing has started processes on other machines; use srun"
-            " or torchrun, or set MASTER_ADDR and NODE_RANK on each"
-        )
+        why = "nothing has started processes on other machines"
+        way_out = "use srun or torchrun, or set MASTER_ADDR and NODE_RANK on each"
+        yield f"trainer.num_nodes={nodes}: {why}; {way_out}"
     have = memory()
     for words, least in (*_processes(config), *_network(config)):
         if least > have:
@@ -55,11 +54,9 @@ def _intervals(config: Config) -> Iterator[str]:
     algo = config.algo
     count = sum((1 - width) / algo.clip_search_delta + 1 for width in algo.clip_search_widths)
     if count > MOST_INTERVALS:
-        yield (
-            f"algo.clip_search_delta={algo.clip_search_delta:g} makes {count:,.0f} intervals to"
-            f" search, and the most is {MOST_INTERVALS:,}: use a larger distance or fewer"
-            " algo.clip_search_widths"
-        )
+        made = f"algo.clip_search_delta={algo.clip_search_delta:g} makes {count:,.0f} intervals"
+        way_out = "use a larger distance or fewer algo.clip_search_widths"
+        yield f"{made} to search, and the most is {MOST_INTERVALS:,}: {way_out}"
 
 
 def _processes(config: Config) -> Iterator[tuple[str, int]]:

@@ -49,7 +49,5 @@ def chats(config: Config) -> Iterator[str]:
     if data.text_column is not None:
         yield f"data.text_column={data.text_column} {apart}; use data.chat_fields"
     if config.training.resample and config.mode in ("train", "plan"):
-        yield (
-            f"training.resample=True {apart}: a share of a block says nothing where only a part of"
-            " it is masked; use training.noise=counts"
-        )
+        why = "a share of a block says nothing where only a part of it is masked"
+        yield f"training.resample=True {apart}: {why}; use training.noise=counts"

@@ -2,18 +2,11 @@
 
 from collections.abc import Collection, Iterator
 
+import settings.tables as tables
 from settings.defaults import EVALUATES, all_devices, sized_by_checkpoint
 from settings.keys import changed
 from settings.rules.noise import OF_COUNTS
 from settings.schema import Config
-from settings.tables import (
-    algorithms,
-    class_defaults,
-    corpora_on_the_hub,
-    lr_schedules,
-    step_numbers,
-    step_rules,
-)
 
 SIZES = ("hidden_size", "n_blocks", "n_heads")  # of model.*, and of one network alone:
 OF_DIT = ("cond_dim", "adaln")
@@ -66,7 +59,7 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
 
 
 def _evaluation(config: Config, typed: Collection[str]) -> Iterator[str]:
-    mode, sizes, entry = config.mode, config.eval.block_sizes, algorithms()[config.algo.name]
+    mode, sizes, entry = config.mode, config.eval.block_sizes, tables.algorithms()[config.algo.name]
     measures = mode == "ppl_eval"
     if mode == "sample_eval" and config.eval.tokens_per_batch is not None:
         yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
@@ -156,8 +149,8 @@ def _network(config: Config, typed: Collection[str]) -> Iterator[str]:
 
 def _demo(typed: Collection[str]) -> Iterator[str]:
     """What neither the page has nor the checkpoint leaves open."""
-    names = {"steps", "first_hitting", "nucleus_p", "prompt", *step_numbers()}
-    names |= {name for rule in step_rules().values() for name in rule.get("reads", ())}
+    names = {"steps", "first_hitting", "nucleus_p", "prompt", *tables.step_numbers()}
+    names |= {name for rule in tables.step_rules().values() for name in rule.get("reads", ())}
     read = {"model.length", *(f"sampling.{name}" for name in names)}
     for key in typed:
         if key.startswith(("model.", "sampling.")) and key not in read:
@@ -168,7 +161,7 @@ def _demo(typed: Collection[str]) -> Iterator[str]:
 
 def _training(config: Config) -> Iterator[str]:
     schedule, trainer = config.lr_scheduler, config.trainer
-    reads = lr_schedules()[schedule.name].get("reads", ())
+    reads = tables.lr_schedules()[schedule.name].get("reads", ())
     not_below = f"is not below trainer.max_steps={trainer.max_steps}"
     unset = {"num_warmup_steps": 0, "warmup_lr_init": None, "lr_min": None}
     for key, nothing in unset.items():
@@ -187,7 +180,7 @@ def _training(config: Config) -> Iterator[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     algo = config.algo
-    noise = algorithms()[algo.name]["noise"]
+    noise = tables.algorithms()[algo.name]["noise"]
     if config.model.adaln and noise and algo.backbone != "llama":
         yield f"model.adaln=True has no effect: algo={algo.name} always modulates"
     if algo.fix_clipping and not algo.clip_search_widths:
@@ -200,8 +193,8 @@ def _algorithm(config: Config) -> Iterator[str]:
 
 def _sampling(config: Config) -> Iterator[str]:
     sampling, algo = config.sampling, config.algo
-    entry = algorithms()[algo.name]
-    rules = step_rules()
+    entry = tables.algorithms()[algo.name]
+    rules = tables.step_rules()
     reads = rules[sampling.steps].get("reads", ()) if sampling.steps else ()
     if algo.T and not entry["noise"]:
         yield f"algo.T={algo.T} has no effect: {algo.name} takes one step per token"
@@ -213,8 +206,8 @@ def _sampling(config: Config) -> Iterator[str]:
         yield f"sampling.context_size has no effect: algo={algo.name} has no blocks to look back on"
     if sampling.temperature == 0 and sampling.top_k:
         yield "sampling.top_k has no effect: sampling.temperature=0 takes the likeliest token"
-    defaults = class_defaults("samplers/params.py", "SamplingParams")
-    defaults |= {name: number["default"] for name, number in step_numbers().items()}
+    defaults = tables.class_defaults("samplers/params.py", "SamplingParams")
+    defaults |= {name: number["default"] for name, number in tables.step_numbers().items()}
     for key, value in vars(sampling).items():
         readers = [name for name, rule in rules.items() if key in rule.get("reads", ())]
         if readers and key not in reads and value != defaults[key]:
@@ -236,7 +229,7 @@ def _data(config: Config) -> Iterator[str]:
         if data.pack != "wrap" and getattr(data, special) and not getattr(data, eos):
             yield f"data.{eos}=False has no effect: data.{special} puts EOS after each document"
         name, revision = getattr(data, split), getattr(data, f"{split}_revision")
-        if revision is not None and name is not None and name not in corpora_on_the_hub():
+        if revision is not None and name is not None and name not in tables.corpora_on_the_hub():
             yield f"data.{split}_revision has no effect: {name} does not come from the hub"
         elif revision is not None and data.source is not None:
             yield f"data.{split}_revision has no effect: data.source={data.source} is read"

@@ -50,10 +50,9 @@ def checkpoints(config: Config) -> Iterator[str]:
     elif path is None and config.algo.backbone == "hf_dit":
         yield f"eval.checkpoint_path is not set: {HF_DIT}"
     elif path is None:
-        yield (
-            f"eval.checkpoint_path is not set: mode={config.mode} needs a checkpoint, and no run of"
-            f" algo={config.algo.name} in checkpointing.save_dir or under outputs/ has written one"
-        )
+        runs = f"run of algo={config.algo.name} in checkpointing.save_dir or under outputs/"
+        why = f"mode={config.mode} needs a checkpoint, and no {runs} has written one"
+        yield f"eval.checkpoint_path is not set: {why}"
     elif is_missing(path):
         yield f"eval.checkpoint_path={path} does not exist"
     elif config.algo.backbone == "hf_dit" and path.endswith(WEIGHT_SUFFIXES):
@@ -185,10 +184,9 @@ def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
         own = ", ".join(f"{key}={name}" for key, name in names.items())
         yield f"data.source={source} stands for a named corpus, but {own} is text of your own"
     elif not Path(os.path.expanduser(source)).exists():
-        yield (
-            f"data.source={source} does not exist: name a folder, an archive or a file with"
-            f" {', '.join(dict.fromkeys(map(str, names.values())))}"
-        )
+        wanted = ", ".join(dict.fromkeys(map(str, names.values())))
+        way_out = f"name a folder, an archive or a file with {wanted}"
+        yield f"data.source={source} does not exist: {way_out}"
 
 
 def _files(key: str, pattern: str) -> Iterator[str]:

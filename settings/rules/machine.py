@@ -40,9 +40,8 @@ def machine(config: Config) -> Iterator[str]:
     if started not in (None, trainer.devices) and config.mode in DISTRIBUTED:
         why = f"torchrun started {started} processes here; leave trainer.devices out"
         yield f"trainer.devices={trainer.devices}: {why}"
-    precision = f"trainer.precision={trainer.precision}"
     if trainer.precision.startswith("16") and not gpu:
-        yield f"{precision} needs a GPU; a CPU can do bf16 and 32"
+        yield f"trainer.precision={trainer.precision} needs a GPU; a CPU can do bf16 and 32"
     if config.strategy.name == "fsdp":
         yield from _sharded(config)
     yield from _attention(config, gpu)
@@ -52,8 +51,8 @@ def machine(config: Config) -> Iterator[str]:
 def _sharded(config: Config) -> Iterator[str]:
     trainer, replicate, devices = config.trainer, config.strategy.replicate, all_devices(config)
     if trainer.precision == "16-mixed":
-        precision = f"trainer.precision={trainer.precision}"
-        yield f"{precision} does not go with strategy=fsdp; use bf16, 32, or strategy=ddp"
+        way_out = "use bf16, 32, or strategy=ddp"
+        yield f"trainer.precision=16-mixed does not go with strategy=fsdp; {way_out}"
     groups = f"strategy.replicate={replicate}"
     if devices == 1:
         yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"

@@ -149,10 +149,9 @@ def adaptation(config: Config) -> Iterator[str]:
     if adapt.label != "next":
         return
     if not config.algo.ignore_bos:
-        yield (
-            "adapt.label=next predicts a token at the one before it, and the first of a row has"
-            " none: set algo.ignore_bos=True, which never masks it"
-        )
+        why = "predicts a token at the one before it, and the first of a row has none"
+        way_out = "set algo.ignore_bos=True, which never masks it"
+        yield f"adapt.label=next {why}: {way_out}"
     context, least = config.sampling.context_size, 2 * config.block_size
     sees = config.mode == "sample_eval" and context is not None
     if sees and context < min(least, config.model.length):

@@ -21,11 +21,6 @@ def sampling(config: Config) -> Iterator[str]:
         yield "sampling.prompt and sampling.prompts are both set: choose one"
     if sampling.infill and sampling.prompt is None and sampling.prompts is None:
         yield "sampling.infill=True needs sampling.prompt or sampling.prompts with [MASK] in it"
-    yield from sampling_files(config)
-
-
-def sampling_files(config: Config) -> Iterator[str]:
-    sampling = config.sampling
     if sampling.prompts is not None:
         path = Path(sampling.prompts)
         if not sampling.prompts or not path.exists():
