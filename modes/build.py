@@ -24,7 +24,6 @@ from models.network import Network
 from noise_schedule import get_schedule
 from objectives import algorithms
 from objectives.algorithms import ObjectiveSettings
-from objectives.corruption import Interval
 from objectives.counts import CountLaw, to_learn, within
 from objectives.loss import Objective
 from objectives.sizes import SizeLaw, shares_of_steps
@@ -32,7 +31,6 @@ from random_streams import VERSION, seed_of
 from settings import Config, local_folder
 from settings.defaults import default_likelihood, noise_block
 from settings.rules.effects import OF_LLAMA, SIZES
-from settings.schema import Training
 from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
@@ -46,10 +44,8 @@ def read_weights(config: Config, path: str, tokenizer: Tokenizer) -> Checkpoint:
     checkpoint = read_checkpoint(path)
     wanted, theirs = config.algo.backbone, "llama" if is_llama(checkpoint) else "dit"
     if theirs != wanted.removeprefix("hf_"):
-        raise CheckpointError(
-            f"{path} holds weights of the network {theirs}, and algo.backbone={wanted}: set"
-            f" algo.backbone={theirs}"
-        )
+        problem = f"{path} holds weights of the network {theirs}, and algo.backbone={wanted}"
+        raise CheckpointError(f"{problem}: set algo.backbone={theirs}")
     checkpoint, done = with_mask(checkpoint, tokenizer, config.data.tokenizer_name_or_path)
     if done is not None:
         say(done)
@@ -84,9 +80,9 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
     return DiT(**sizes, cond_dim=model.cond_dim, adaln=adaln, **options)
 
 
-def named(section: object, *names: str) -> dict:
-    """Settings of a section as keyword arguments of the same names."""
-    return {name: getattr(section, name) for name in names}
+def named(owner: object, *names: str) -> dict:
+    """{name: the attribute of that name}, as keyword arguments or in a record."""
+    return {name: getattr(owner, name) for name in names}
 
 
 def build_objective(config: Config, mask_id: int) -> Objective:
@@ -135,7 +131,7 @@ def build_noise(config: Config, version: int) -> NoiseSettings:
     training = config.training
     return NoiseSettings(
         seed=seed_of(config.seed, version),
-        interval=interval(training),
+        interval=(training.sampling_eps_min, training.sampling_eps_max),
         sampling_eps=training.sampling_eps,
         antithetic=training.antithetic_sampling,
         global_batch=config.loader.global_batch_size,
@@ -149,8 +145,7 @@ def build_noise(config: Config, version: int) -> NoiseSettings:
 
 def optimizer_settings(config: Config) -> OptimizerSettings:
     optim = config.optim
-    betas = optim.beta1, optim.beta2
-    adamw = {"lr": optim.lr, "betas": betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    adamw = {"betas": (optim.beta1, optim.beta2), **named(optim, "lr", "eps", "weight_decay")}
     return OptimizerSettings(
         adamw,
         momentum=optim.momentum if optim.name == "muon" else None,
@@ -168,10 +163,6 @@ def build_lr_factor(config: Config) -> Callable[[int], float]:
         lr_init=schedule.warmup_lr_init,
         lr_min=schedule.lr_min,
     )
-
-
-def interval(training: Training) -> Interval:
-    return training.sampling_eps_min, training.sampling_eps_max
 
 
 def build_sizes(config: Config) -> SizeLaw | None:
@@ -194,13 +185,9 @@ def build_counts(config: Config) -> CountLaw | None:
 
 def description(config: Config, tokenizer: Tokenizer, backbone: Network) -> dict:
     """What a checkpoint says about the run beside its weights."""
-    about = {
-        "name_or_path": config.data.tokenizer_name_or_path,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "mask_id": tokenizer.mask_id,
-    }
-    about = {"config": dataclasses.asdict(config), "tokenizer": about}
+    name, known = config.data.tokenizer_name_or_path, ("fingerprint", "vocab_size", "mask_id")
+    about = {"config": dataclasses.asdict(config)}
+    about["tokenizer"] = {"name_or_path": name, **named(tokenizer, *known)}
     if isinstance(backbone, Llama):  # which model.* need not describe
         about["llama"] = dataclasses.asdict(backbone.shape)
     return about
@@ -245,16 +232,16 @@ def evaluated_module(
 
 def build_shape(config: Config, backbone: Network) -> NetworkShape:
     """What the cost of training depends on."""
-    algo, law, share = config.algo, build_counts(config), 1.0
-    schedule = config.training.block_schedule
-    drawn = config.training.block_sizes
-    if schedule is not None:
-        drawn = shares_of_steps(schedule, config.trainer.max_steps)
+    algo, training, law, share = config.algo, config.training, build_counts(config), 1.0
+    drawn = training.block_sizes
+    if training.block_schedule is not None:
+        drawn = shares_of_steps(training.block_schedule, config.trainer.max_steps)
     sizes = drawn or {noise_block(config): 1.0}
-    if law is not None and config.training.views == 1:
+    if law is not None and training.views == 1:
         share = sum(weight * expected_share(law, size) for size, weight in sizes.items())
     elif law is None and algorithms.get_algorithm(algo.name).noise:
-        times = torch.linspace(*interval(config.training), 1001, dtype=torch.float64)
+        ends = training.sampling_eps_min, training.sampling_eps_max
+        times = torch.linspace(*ends, 1001, dtype=torch.float64)
         schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
         share = float(schedule(times).p.mean())
     return NetworkShape(
@@ -265,7 +252,7 @@ def build_shape(config: Config, backbone: Network) -> NetworkShape:
         length=config.model.length,
         block_size=config.block_size,
         masked_share=share,
-        views=config.training.views,
+        views=training.views,
         sizes=drawn,
         causal_clean=config.adapt.clean == "causal",
         answers_clean=config.adapt.label == "next" or config.adapt.ar_loss > 0,

@@ -76,9 +76,10 @@ def check_share(config: Config, rows: int) -> None:
     share, batch_size = config.trainer.limit_val_batches, validation_rows(config)
     batches = -(-rows // (batch_size * all_devices(config)))
     if isinstance(share, float) and share and not int(share * batches):
+        of_all = f"of {batches:,} validation batches of {batch_size} rows"
+        way_out = "give a number of batches, such as 1, or a larger share"
         raise ValueError(
-            f"trainer.limit_val_batches={share:g} of {batches:,} validation batches of {batch_size}"
-            " rows is less than one; give a number of batches, such as 1, or a larger share"
+            f"trainer.limit_val_batches={share:g} {of_all} is less than one; {way_out}"
         )
 
 

@@ -88,7 +88,5 @@ def take_output(descriptor: int) -> tuple[Output, IO[str]]:
     except OSError:
         unread(descriptor)
     raw = Output(descriptor, "w", closefd=False)
-    stream = io.TextIOWrapper(
-        io.BufferedWriter(raw), errors="backslashreplace", line_buffering=True
-    )
-    return raw, stream
+    buffer = io.BufferedWriter(raw)
+    return raw, io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=True)

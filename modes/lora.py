@@ -67,10 +67,9 @@ def _take_base(config: Config, backbone: Network, base: Checkpoint) -> None:
     taken = load_pretrained(backbone, base, algo=config.algo.name)
     new = [name for name in taken.new_keys if name.startswith("backbone.")]
     if new:
-        raise CheckpointError(
-            f"{base.source} lacks {new[0]} and {len(new)} weights in all, which algo="
-            f"{config.algo.name} adds and adapters do not train: set lora.rank=null"
-        )
+        lacks = f"{base.source} lacks {new[0]} and {len(new)} weights in all"
+        why = f"which algo={config.algo.name} adds and adapters do not train"
+        raise CheckpointError(f"{lacks}, {why}: set lora.rank=null")
     if taken.ema is not None:
         with torch.no_grad():
             for name, p in backbone.named_parameters():
@@ -86,7 +85,6 @@ def _check_base(config: Config, base: dict, tokenizer: Tokenizer) -> None:
     if not base or gone:  # of a hub id, or a tokenizer alone, the checkpoint is enough
         return
     if read_weights(config, start, tokenizer).fingerprint != base.get("fingerprint"):
-        raise CheckpointError(
-            f"training.from_pretrained={start} has other weights than when this run began: put"
-            " those back, or begin anew in another checkpointing.save_dir"
-        )
+        differs = f"training.from_pretrained={start} has other weights than when this run began"
+        way_out = "put those back, or begin anew in another checkpointing.save_dir"
+        raise CheckpointError(f"{differs}: {way_out}")

@@ -73,10 +73,9 @@ def _surroundings(argv: list[str]) -> Iterator[str]:
     tasks = whole_number(os.environ.get("SLURM_NTASKS")) or 1
     stepped = "SLURM_STEP_ID" in os.environ and tasks > 1
     if "TORCHELASTIC_RUN_ID" in os.environ or stepped:
-        yield (
-            f"-m under {'srun' if stepped else 'torchrun'} would start everything several times:"
-            " run it alone, each run takes the processes that trainer.devices names"
-        )
+        starter = "srun" if stepped else "torchrun"
+        way_out = "run it alone, each run takes the processes that trainer.devices names"
+        yield f"-m under {starter} would start everything several times: {way_out}"
 
 
 def _checked(jobs: list[Job]) -> tuple[list[Config | None], list[str]]:
@@ -87,10 +86,9 @@ def _checked(jobs: list[Job]) -> tuple[list[Config | None], list[str]]:
         configs.append(config)
         for problem in problems:
             found[problem].append(job)
-    several = {problem: those for problem, those in found.items() if len(those) < len(jobs)}
     return configs, [
-        f"{problem} (in {_named(several[problem])})" if problem in several else problem
-        for problem in found
+        problem if len(those) == len(jobs) else f"{problem} (in {_named(those)})"
+        for problem, those in found.items()
     ]
 
 
@@ -116,10 +114,9 @@ def _shared(jobs: list[Job], configs: list[Config]) -> Iterator[str]:
             values = ",".join(word.partition("=")[2] for job in those for word in job.swept)
             together = f"; or leave -m out, and give {key}=[{values}]"
         if len(those) > 1:
-            yield (
-                f"{setting}={path} is the same in {_named(those)}, and they would write over each"
-                f" other: put what differs into it, as in '{setting}={path}-{inside}'{together}"
-            )
+            same = f"{setting}={path} is the same in {_named(those)}"
+            way_out = f"put what differs into it, as in '{setting}={path}-{inside}'{together}"
+            yield f"{same}, and they would write over each other: {way_out}"
 
 
 def _written(config: Config) -> Iterator[tuple]:

@@ -82,11 +82,10 @@ def measures(config: Config) -> list[Measure]:
         chosen = next((each for each in wanted if each.passes(size, draws) <= most), wanted[-1])
         check_likelihoods([chosen], block_size=size, **limits)
         if chosen.kind.sampled and draws < 2:
-            raise ValueError(
-                f"eval.draws={draws}: at block_size={size} eval.likelihood={chosen.label} is"
-                " estimated, and of one draw nobody can tell how much too low the likelihood of"
-                " the mixture comes out; set eval.draws=2 or more"
-            )
+            at = f"at block_size={size} eval.likelihood={chosen.label} is estimated"
+            why = "of one draw nobody can tell how much too low the likelihood of the mixture"
+            problem = f"{at}, and {why} comes out; set eval.draws=2 or more"
+            raise ValueError(f"eval.draws={draws}: {problem}")
         found.append(Measure(size, chosen))
     return found
 

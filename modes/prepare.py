@@ -11,14 +11,10 @@ from utils import say
 def prepare(config: Config) -> Callable[[], None]:
     """Prepare the splits that are set; the function returned says where they are. The training
     split of a streaming run is not prepared."""
-    data = config.data
-    wanted = {"train": None if data.streaming else data.train, "valid": data.valid}
+    splits = ("valid",) if config.data.streaming else ("train", "valid")
+    wanted = [split for split in splits if getattr(config.data, split) is not None]
     tokenizer = build_tokenizer(config)
-    made = {
-        split: build_rows(config, tokenizer, split)
-        for split, corpus in wanted.items()
-        if corpus is not None
-    }
+    made = {split: build_rows(config, tokenizer, split) for split in wanted}
 
     def run() -> None:
         if not made:

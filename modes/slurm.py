@@ -45,11 +45,9 @@ def problems(multirun: Multirun) -> Iterator[str]:
     elif limit := multirun.slurm["timeout_min"]:
         early = (multirun.slurm.get("signal_delay_s", SIGNAL_SECONDS) or 0) + EARLY_SECONDS
         if limit * 60 <= early:
-            yield (
-                f"hydra.launcher.timeout_min={limit} leaves no time for work: Slurm may tell a job"
-                f" {early} seconds before its limit to save; give more, or a smaller"
-                " hydra.launcher.signal_delay_s"
-            )
+            why = f"Slurm may tell a job {early} seconds before its limit to save"
+            way_out = "give more, or a smaller hydra.launcher.signal_delay_s"
+            yield f"hydra.launcher.timeout_min={limit} leaves no time for work: {why}; {way_out}"
 
 
 @dataclass

@@ -40,7 +40,9 @@ def ways(config: Config, planned: Planned, limit: float) -> list[Change]:
     def fits(change: Change) -> bool:
         return planned(changed(config, change)).memory <= limit
 
-    pairs = itertools.product([{}, *checkpointing(config)], [{}, *sharding(config)])
+    key = "model.activation_checkpointing"
+    stronger = [{key: value} for value in STRONGER[config.model.activation_checkpointing]]
+    pairs = itertools.product([{}, *stronger], [{}, *sharding(config)])
     lowered = [kind | other for kind, other in pairs]
     for count in (1, 2, 3):
         found = [change for change in lowered if len(change) == count and fits(change)]
@@ -58,11 +60,6 @@ def fewer_layers(config: Config, beside: Change, fits: Fits) -> list[Change]:
     key = "model.n_blocks"
     most = bisect.bisect_left(range(1, layers), True, key=lambda n: not fits(beside | {key: n}))
     return [beside | {key: most}] if most else []
-
-
-def checkpointing(config: Config) -> list[Change]:
-    key = "model.activation_checkpointing"
-    return [{key: value} for value in STRONGER[config.model.activation_checkpointing]]
 
 
 def sharding(config: Config) -> list[Change]:
