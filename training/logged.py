@@ -206,8 +206,8 @@ class StepLog(L.Callback):
         done = self._steps
         done.seconds = max(time.monotonic() - self._since, 1e-9)
         if self._peaks is None:
-            device = module.device, self.dtype
-            self._peaks = matmul_peak(*device), nominal_peak(*device)
+            products = module.device, self.dtype
+            self._peaks = matmul_peak(*products), nominal_peak(*products)
         done.peak, done.nominal = self._peaks
         self._begin(module)
         record(trainer, figures(done))

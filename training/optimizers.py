@@ -101,8 +101,7 @@ class Masters(dict[str, nn.Parameter]):
         super().__init__((name, nn.Parameter(p.detach().clone())) for name, p in trained(backbone))
         for p in backbone.parameters():
             p.data = p.data.bfloat16()
-        named = dict(backbone.named_parameters())
-        self.weights = {name: named[name] for name in self}
+        self.weights = {name: p for name, p in backbone.named_parameters() if name in self}
         self.of = {id(p): self[name] for name, p in self.weights.items()}
 
     def to(self, device: torch.device) -> None:

@@ -68,7 +68,7 @@ class StepCheckpoints(L.Callback):
     ranks ask each other whether to stop, after each step and each batch of a validation.
     """
 
-    wanted: Checkpointing
+    settings: Checkpointing  # checkpointing.*
     folder: str
     every: int | None
     io: CarefulIO
@@ -161,7 +161,7 @@ class StepCheckpoints(L.Callback):
     def _notice_failure(self) -> None:
         """The answer of other ranks may come when a later save has succeeded."""
         failure = self.io.failed(*self._paths(self._begun))
-        if failure is not None and self.wanted.on_save_error == "stop":
+        if failure is not None and self.settings.on_save_error == "stop":
             self._failure = failure
 
     def _paths(self, step: int | None) -> tuple[str, str]:
@@ -206,9 +206,9 @@ class StepCheckpoints(L.Callback):
                 atomic_link(f"{folder}/{LAST}", newest)
         else:
             fs.cp_file(newest, f"{folder}/{LAST}")
-        steps, keep_last = sorted(steps_in(self.folder)), self.wanted.keep_last
+        steps, keep_last = sorted(steps_in(self.folder)), self.settings.keep_last
         for step in steps[: len(steps) - keep_last] if keep_last >= 0 else []:
-            old, keep_every = f"step={step}.ckpt", self.wanted.keep_every
+            old, keep_every = f"step={step}.ckpt", self.settings.keep_every
             if old == name or (keep_every and step % keep_every == 0):
                 continue
             replacing.remove(Path(folder, old)) if local else fs.rm_file(f"{folder}/{old}")
