@@ -22,6 +22,7 @@ from checkpointing.served import sdar_config
 from checkpointing.trained import begins_with_bos
 from checkpointing.vocabulary import with_mask
 from data.tokenizer import Tokenizer
+from models.adaptation import PLAIN, Adaptation
 from models.llama import LlamaShape
 from objectives.algorithms import get_algorithm
 from utils import atomic_folder, listed
@@ -125,8 +126,9 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
     low, high = checkpoint.interval or (1e-3, 1.0)
     block_size = 1 if trains.causal else length
     several = len(checkpoint.block_sizes) > 1
-    plain = {"clean": "block", "label": "same"}
-    adapt = {name: checkpoint.adapt.get(name, value) for name, value in plain.items()}
+    adapt = {"clean": "block", "label": "same"}
+    adapt = {name: checkpoint.adapt.get(name, value) for name, value in adapt.items()}
+    adapted = Adaptation.named(**adapt) != PLAIN
     classes = CLASSES | (CAUSAL if trains.causal else {})
     return {
         **_sizes(checkpoint),
@@ -137,7 +139,7 @@ def hub_config(checkpoint: Checkpoint, tokenizer: Tokenizer, algo: str | None = 
         "begins_with_bos": begins_with_bos(checkpoint),
         "block_size": checkpoint.block_size if trains.blocks else block_size,
         **({"block_sizes": list(checkpoint.block_sizes)} if several else {}),
-        **({"adapt": adapt} if adapt != plain else {}),
+        **({"adapt": adapt} if adapted else {}),
         "bos_token_id": tokenizer.bos_id,
         "causal": trains.causal,
         "cross_attn": trains.blocks,
