@@ -205,6 +205,7 @@ class MaskingObjective(Objective):
     document_ids and x_t are [B, L]."""
 
     def noise_level(self, t: Tensor, interval: Interval) -> NoiseLevel:
+        """At times t of any shape, drawn from the interval."""
         return self.schedule(t)
 
     def drawn_masks(self, noise: Noise, p: Tensor, interval: Interval) -> Tensor:
