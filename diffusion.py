@@ -116,8 +116,6 @@ class Diffusion(L.LightningModule):
         if training and self.optimizer_settings.masters and self.backbone.masters is None:
             self.backbone.masters = Masters(self.backbone)
 
-    # ---- one step -----------------------------------------------------------------------------
-
     def compute_loss(self, inputs: LossInputs) -> TokenLoss:
         return self.objective.compute_loss(self.backbone, inputs.to(self.device, self.pin_memory))
 
@@ -204,8 +202,6 @@ class Diffusion(L.LightningModule):
         """Nothing yet: the host makes the loss inputs first, and need not wait for the device."""
         return batch
 
-    # ---- validation ---------------------------------------------------------------------------
-
     def on_validation_epoch_start(self) -> None:
         averaging.put_average(self, True)
         self.validation = Validation(self)
@@ -227,8 +223,6 @@ class Diffusion(L.LightningModule):
         self.log_dict(found, logger=False)  # for best.ckpt; Lightning's steps begin at 0
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             record(self.trainer, found)
-
-    # ---- optimizer ----------------------------------------------------------------------------
 
     def configure_optimizers(self):
         if self.backbone.masters is not None:
@@ -286,7 +280,5 @@ class Diffusion(L.LightningModule):
     def on_train_end(self) -> None:
         averaging.settle(self)
         self.graphed = None
-
-    # ---- checkpoints --------------------------------------------------------------------------
 
     on_save_checkpoint, on_load_checkpoint = save_state, load_state

@@ -100,9 +100,6 @@ def _without_tensors(value: Any, keys: tuple, found: dict[tuple, Tensor] | None)
     return value
 
 
-# ---- writing ------------------------------------------------------------------------------------
-
-
 class _Writer(dcp.FileSystemWriter):
     """Once all ranks have written, the first one gives the folder its name."""
 
@@ -144,9 +141,6 @@ def write(parts: Parts, path: str, *, group, token: str) -> None:
     except CheckpointException as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _first(error) from None
-
-
-# ---- reading ------------------------------------------------------------------------------------
 
 
 class Sharded:
