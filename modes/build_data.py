@@ -41,7 +41,7 @@ def build_data(
         length += 1  # windows of a longer row: one more token, so that ar predicts L as well
     special = config.data.insert_train_special
     valid = build_rows(config, tokenizer, "valid")
-    check_share(config, len(valid))
+    validated_rows(config, len(valid))  # refuses a share that is less than a batch
     return DataModule(
         train=training,
         valid=valid,
@@ -62,25 +62,20 @@ def validation_rows(config: Config) -> int:
 
 
 def validated_rows(config: Config, rows: int) -> int:
-    """How many of the split's rows trainer.limit_val_batches lets a validation read."""
-    limit = config.trainer.limit_val_batches
+    """How many of the split's rows trainer.limit_val_batches lets a validation read. ValueError: it
+    is a share of the batches of a device, and less than one of them."""
+    limit, batch_size = config.trainer.limit_val_batches, validation_rows(config)
     if limit is None:
         return rows
-    at_once = validation_rows(config) * all_devices(config)
-    batches = int(limit * -(-rows // at_once)) if isinstance(limit, float) else limit
-    return min(rows, batches * at_once)
-
-
-def check_share(config: Config, rows: int) -> None:
-    """trainer.limit_val_batches as a share of the batches of a device: one of them at least."""
-    share, batch_size = config.trainer.limit_val_batches, validation_rows(config)
-    batches = -(-rows // (batch_size * all_devices(config)))
-    if isinstance(share, float) and share and not int(share * batches):
-        of_all = f"of {batches:,} validation batches of {batch_size} rows"
+    at_once = batch_size * all_devices(config)
+    there = -(-rows // at_once)
+    batches = int(limit * there) if isinstance(limit, float) else limit
+    if limit and not batches:
+        of_all = f"of {there:,} validation batches of {batch_size} rows"
         way_out = "give a number of batches, such as 1, or a larger share"
-        raise ValueError(
-            f"trainer.limit_val_batches={share:g} {of_all} is less than one; {way_out}"
-        )
+        share = f"trainer.limit_val_batches={limit:g}"
+        raise ValueError(f"{share} {of_all} is less than one; {way_out}")
+    return min(rows, batches * at_once)
 
 
 def alignment(config: Config) -> int | None:

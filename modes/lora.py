@@ -12,7 +12,7 @@ from checkpointing.vocabulary import has_words
 from data.tokenizer import Tokenizer
 from models.lora import Adapter, adapt
 from models.network import Network
-from modes.build import read_weights
+from modes.build import named, read_weights
 from objectives.algorithms import get_algorithm
 from settings import Config
 from training.optimizers import trained
@@ -26,9 +26,7 @@ def build_adapter(config: Config, tokenizer: Tokenizer) -> Adapter | None:
         return None
     masks = lora.mask_row and not get_algorithm(config.algo.name).causal
     return Adapter(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
+        **named(lora, "rank", "alpha", "dropout"),
         modules=None if lora.modules is None else tuple(lora.modules),
         mask_id=tokenizer.mask_id if masks else None,
     )
