@@ -86,18 +86,16 @@ class Archive:
         }
 
     def wanted(self, source: Path, split: str, names: Iterable[str]) -> list[str]:
+        place = f"data.source={source}"
         for name in (source.name, *names):
             if self.sister and self.sister in name.lower():
                 raise ValueError(
-                    f"data.source={source} is of another corpus ({name}); look at data.train and"
-                    " data.valid"
+                    f"{place} is of another corpus ({name}); look at data.train and data.valid"
                 )
         if found := sorted(name for name in names if _matches(name, self.pattern(split))):
             return found
         known = ", ".join(sorted(names)[:10]) or "no file at all"
-        raise ValueError(
-            f"data.source={source} holds no {self.pattern(split)} ({split} split), but {known}"
-        )
+        raise ValueError(f"{place} holds no {self.pattern(split)} ({split} split), but {known}")
 
     def part(self, source: Path, name: str, size: int, opened: Callable) -> Part:
         place = f"data: {source}" if name == source.name else f"data: {source}, {name}"

@@ -38,6 +38,9 @@ class LocalCopy:
     one_split: bool  # the corpus has no other, so that none needs to be named
     archive: Archive | None = None
 
+    def __str__(self) -> str:
+        return f"data.source={self.path}"
+
     def identity(self, split, revision):
         if self.is_saved():
             paths = sorted(path for path in self.saved_folder(split).rglob("*") if path.is_file())
@@ -65,19 +68,17 @@ class LocalCopy:
             if names_split(_own_name(self.path), split) or self.one_split:
                 return self.path
             raise ValueError(
-                f"data.source={self.path} is one saved table: give the folder of the DatasetDict,"
+                f"{self} is one saved table: give the folder of the DatasetDict,"
                 f" with the split {split} inside, or name this folder {split}"
             )
         try:
             known = read_json(self.path / SAVED_SPLITS)["splits"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"data.source={self.path}: {SAVED_SPLITS} is damaged ({error}); save it again"
+                f"{self}: {SAVED_SPLITS} is damaged ({error}); save it again"
             ) from error
         if split not in known:
-            raise ValueError(
-                f"data.source={self.path} has no split {split}, only {', '.join(known)}"
-            )
+            raise ValueError(f"{self} has no split {split}, only {', '.join(known)}")
         return self.path / split
 
     # the published archive
@@ -88,8 +89,7 @@ class LocalCopy:
             return any(fits(path.name) for path in visible(self.path))
         if self.path.suffix in SUFFIXES and self.archive is None:
             raise ValueError(
-                f"data.source={self.path}: no archive of this corpus is known; unpack it, then"
-                f" {WAY_OUT}"
+                f"{self}: no archive of this corpus is known; unpack it, then {WAY_OUT}"
             )
         return self.path.suffix in SUFFIXES or fits(self.path.name)
 
@@ -106,33 +106,33 @@ class LocalCopy:
         if not known:
             some = ", ".join(path.name for path in found[:10]) or "nothing"
             raise ValueError(
-                f"data.source={self.path} holds {some}, but no file of the kinds"
-                f" {', '.join(READERS)}; an archive must be named itself"
+                f"{self} holds {some}, but no file of the kinds {', '.join(READERS)};"
+                " an archive must be named itself"
             )
         wanted = [path for path in known if self.names(path, split)]
         if not wanted:
             some = ", ".join(path.relative_to(self.path).as_posix() for path in known[:10])
             raise ValueError(
-                f"data.source={self.path} holds {some}, but no file of the split {split} of"
-                f" {self.corpus}; name it in the file's or its folder's name, and keep several"
-                " corpora in folders of their names"
+                f"{self} holds {some}, but no file of the split {split} of {self.corpus}; name it"
+                " in the file's or its folder's name, and keep several corpora in folders of their"
+                " names"
             )
-        check_one_kind(wanted, f"data.source={self.path}")
+        check_one_kind(wanted, str(self))
         self.check_lines(wanted[0])
         for path in wanted:
             if "partial" in words(path.relative_to(self.path).as_posix()):
-                raise ValueError(f"data.source={self.path}: {path} is only a part of {split}")
+                raise ValueError(f"{self}: {path} is only a part of {split}")
         return wanted
 
     def file(self, split: str) -> Path:
         if self.is_archive():
             return self.path
         if self.path.suffix not in READERS:
-            raise ValueError(f"data.source={self.path} is of no kind that is known; {WAY_OUT}")
+            raise ValueError(f"{self} is of no kind that is known; {WAY_OUT}")
         if not self.names(self.path, split):
             raise ValueError(
-                f"data.source={self.path}: its name does not say that it is the split {split};"
-                f" rename it, or {WAY_OUT}, that does"
+                f"{self}: its name does not say that it is the split {split}; rename it, or"
+                f" {WAY_OUT}, that does"
             )
         self.check_lines(self.path)
         return self.path

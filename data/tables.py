@@ -94,14 +94,14 @@ def matching(pattern: str) -> list[Path]:
         found = [p for p in visible_files(path) if p.suffix in READERS]
     else:
         found = matching_files(pattern)
+    known = ", ".join(READERS)
     if not found:
         raise Gone(
-            f"data: no file matches {pattern} (looked in {Path.cwd()}); known kinds:"
-            f" {', '.join(READERS)}"
+            f"data: no file matches {pattern} (looked in {Path.cwd()}); known kinds: {known}"
         )
     for file in found:
         if file.suffix not in READERS:
-            raise ValueError(f"data: {file} is none of the known kinds: {', '.join(READERS)}")
+            raise ValueError(f"data: {file} is none of the known kinds: {known}")
     check_one_kind(found, f"data: {pattern}")
     return sorted(found)
 

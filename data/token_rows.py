@@ -92,14 +92,12 @@ class TokenRows:
         return self.about["shape"].get("align") is not None
 
     def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-        check_place(self.folder / name)
-        expected = math.prod(shape) * dtype.itemsize
-        found = (self.folder / name).stat().st_size
+        path, expected = self.folder / name, math.prod(shape) * dtype.itemsize
+        check_place(path)
+        found = path.stat().st_size
         if found != expected:
-            raise ValueError(
-                f"{self.folder / name} has {found} bytes, {expected} were written: {AGAIN}"
-            )
-        return np.memmap(self.folder / name, dtype, "r", shape=shape)
+            raise ValueError(f"{path} has {found} bytes, {expected} were written: {AGAIN}")
+        return np.memmap(path, dtype, "r", shape=shape)
 
     def __reduce__(self):  # a memory map would be copied into a worker
         return TokenRows, (self.folder,)

@@ -98,15 +98,14 @@ class Chosen:
 def parse_likelihood(label: str) -> Chosen:
     """The likelihood of a name, such as iw:8. ValueError says what is wrong with it."""
     name, colon, text = label.partition(":")
+    asked = f"eval.likelihood={label}"
     if name not in LIKELIHOODS:
-        raise ValueError(
-            f"eval.likelihood={label} must be one of {', '.join(LIKELIHOODS)}; {NO_LIKELIHOOD}"
-        )
+        raise ValueError(f"{asked} must be one of {', '.join(LIKELIHOODS)}; {NO_LIKELIHOOD}")
     kind = LIKELIHOODS[name]
     if colon and not kind.number:
-        raise ValueError(f"eval.likelihood={label}: {name} takes no number")
+        raise ValueError(f"{asked}: {name} takes no number")
     if not colon and kind.number and kind.default is None:
-        raise ValueError(f"eval.likelihood={label} needs a number, {kind.number}: {name}:NUMBER")
+        raise ValueError(f"{asked} needs a number, {kind.number}: {name}:NUMBER")
     if not colon:
         return Chosen(name, kind.default, label)
     try:
@@ -115,8 +114,7 @@ def parse_likelihood(label: str) -> Chosen:
         number = math.nan  # which is in no range
     if not in_range(kind.limit, number):
         whole = "a whole number, " if kind.type is int else ""
-        allowed = f"{kind.number} must be {whole}{kind.limit}"
-        raise ValueError(f"eval.likelihood={label}: {allowed}, got {text!r}")
+        raise ValueError(f"{asked}: {kind.number} must be {whole}{kind.limit}, got {text!r}")
     return Chosen(name, number, label)
 
 
