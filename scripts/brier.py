@@ -49,8 +49,7 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
         if few:
             print(f"{path}: {', '.join(few)} not above 0: take more --prefixes or --draws")
     if args.out:
-        as_json = {path: {n: x.as_dict() for n, x in own.items()} for path, own in told.items()}
-        write_json(args.out, as_json)
+        write_json(args.out, {path: as_dict(each) for path, each in told.items()})
 
 
 def options() -> argparse.ArgumentParser:
@@ -104,9 +103,15 @@ def measured(
     if len(prefixes) < 2:
         raise ValueError(f"{args.reference} has fewer than two texts of more than four tokens")
     with tqdm(total=len(prefixes) * args.draws, desc=path, disable=None) as bar:
-        asked = writer.writes, writer.denoiser(params), prefixes, params
-        more = {"draws": args.draws, "device": writer.device, "tick": bar.update}
-        drawn = continuations(*asked, **more)
+        drawn = continuations(
+            writer.writes,
+            writer.denoiser(params),
+            prefixes,
+            params,
+            draws=args.draws,
+            device=writer.device,
+            tick=bar.update,
+        )
     warped = params.warp != SamplingParams(length=1, bos_id=0, eos_id=0).warp
     exact = exact_first(writer, prefixes, truth) if writer.writes == "ar" and not warped else {}
     return brier_lm(estimates(drawn, truth)), exact
@@ -130,6 +135,10 @@ def as_text(told: dict[str, dict]) -> str:
 def figures(found: BrierLM, exact: dict) -> dict:
     orders = {f"Brier-{n}": figure for n, figure in found.orders.items()}
     return {f"BrierLM-n{found.prefixes}": found.value, **orders, **exact}
+
+
+def as_dict(told: dict) -> dict:
+    return {name: figure.as_dict() for name, figure in told.items()}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def names(runs: Sequence[Results]) -> list[str]:
 def columns(runs: Sequence[Results]) -> dict[str, list]:
     """{header: one value for each run, None where it has none}."""
     told = [used(run.settings) for run in runs]
-    found = {"run": None} | {key: [each.get(key) for each in told] for key in differing(told)}
+    found = dict.fromkeys(["run"])
+    found |= {key: [each.get(key) for each in told] for key in differing(told)}
     found["run"] = names(runs)  # whatever a settings.json calls its settings
     found["steps"] = [run.steps for run in runs]
     found["tokens seen"] = [run.tokens for run in runs]
@@ -179,11 +180,13 @@ def samples(runs: Sequence[Results]) -> list[tuple[str, list[str]]]:
     for run, name in zip(runs, names(runs), strict=True):
         for path, summary in reversed(run.samples):
             try:
-                if texts := first_texts(path, summary.get("run"), TEXTS):
-                    found.append((f"{name}, {path}", [shortened(each) for each in texts]))
-                    break
+                texts = first_texts(path, summary.get("run"), TEXTS)
             except (OSError, ValueError) as error:
                 run.trouble.append(f"no texts beside {path} ({reason(error)})")
+                continue
+            if texts:
+                found.append((f"{name}, {path}", [shortened(each) for each in texts]))
+                break
     return found
 
 
@@ -200,9 +203,13 @@ def write(out: Path, runs: Sequence[Results], found: dict[str, list]) -> None:
     picture, texts = out / "compare.png", samples(runs)
     if not draw(runs, picture):
         picture.unlink(missing_ok=True)
-    write_text(out / "compare.csv", csv_text(number_rows(found)))
-    write_text(out / "compare.md", as_markdown(tables, picture, texts))
-    write_text(out / "compare.html", as_html(tables, picture, texts))
+    contents = {
+        "csv": csv_text(number_rows(found)),
+        "md": as_markdown(tables, picture, texts),
+        "html": as_html(tables, picture, texts),
+    }
+    for suffix, content in contents.items():
+        write_text(out / f"compare.{suffix}", content)
 
 
 def as_markdown(tables: list, picture: Path, texts: list) -> str:

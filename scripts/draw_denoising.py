@@ -83,7 +83,8 @@ def main() -> int:
 
 
 def draw_all(arguments: argparse.Namespace) -> None:
-    record, rows = read(arguments.page), -(-len(arguments.evaluations) // 2)
+    record = read(arguments.page)
+    rows = -(-len(arguments.evaluations) // 2)
     with picture(arguments.out, 10.8, 2.3 * rows, rows=rows, columns=2, dpi=100) as panels:
         for axes in panels.flat:
             axes.axis("off")

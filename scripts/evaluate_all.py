@@ -104,8 +104,11 @@ def model_words(name: str, checkpoint: Checkpoint, args) -> list[str]:
 
 def dit_words(checkpoint: Checkpoint, algo: str) -> list[str]:
     sizes = build_backbone_args(checkpoint)
-    keys = ["hidden_size", "n_blocks", "n_heads", *["adaln"] * (algo == "ar")]
-    keys += ["cond_dim"] if sizes.get("adaln") else []
+    keys = ["hidden_size", "n_blocks", "n_heads"]
+    if algo == "ar":
+        keys.append("adaln")
+    if sizes.get("adaln"):
+        keys.append("cond_dim")
     return [f"model.{key}={sizes[key]}" for key in keys]
 
 
@@ -157,9 +160,14 @@ def figure(value) -> str:
 
 
 def write(out: str, table: list[dict]) -> None:
-    write_text(f"{out}.txt", text(rows_of(table, figure)) + "\n")
-    write_text(f"{out}.md", markdown(rows_of(table, figure)) + "\n")
-    write_text(f"{out}.csv", csv_text(rows_of(table)))
+    read = rows_of(table, figure)
+    contents = {
+        "txt": text(read) + "\n",
+        "md": markdown(read) + "\n",
+        "csv": csv_text(rows_of(table)),
+    }
+    for suffix, content in contents.items():
+        write_text(f"{out}.{suffix}", content)
 
 
 if __name__ == "__main__":

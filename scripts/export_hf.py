@@ -70,13 +70,17 @@ def find_tokenizer(checkpoint: Checkpoint, name: str | None) -> Tokenizer:
     if name is not None:
         return get_tokenizer(name)
     data = section(checkpoint.config, "data")
-    eos_token, name = data.get("eos_token"), data.get("tokenizer_name_or_path")
+    eos_token = data.get("eos_token")
     kept = section(checkpoint.raw, "hyper_parameters").get("tokenizer")
     if isinstance(kept, dict) and isinstance(kept.get("_tokenizer"), str):
         return wrap(rebuilt(kept), "of the checkpoint", eos_token)
     if "tokenizer_name_or_path" not in data:
         raise ValueError(f"{checkpoint.source} names no tokenizer: give --tokenizer")
-    return get_tokenizer(name, eos_token=eos_token, cache_dir=data.get("cache_dir"))
+    return get_tokenizer(
+        data["tokenizer_name_or_path"],
+        eos_token=eos_token,
+        cache_dir=data.get("cache_dir"),
+    )
 
 
 def rebuilt(kept: dict):

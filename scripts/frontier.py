@@ -43,8 +43,11 @@ from utils import reason, say, shown
 NOT_SET = (*UNTOLD, "length", "steps", "temperature", "nucleus_p")
 SETTABLE = {name: kind for name, kind in NUMBERS.items() if name not in NOT_SET}
 FROM_REPORT = {  # a column by another name
-    **{"nfe": "gen_nfes", "entropy": "gen_entropy", "entropy_error": "gen_entropy_error"},
-    **{"length": "gen_lengths", "texts": "rows"},
+    "nfe": "gen_nfes",
+    "entropy": "gen_entropy",
+    "entropy_error": "gen_entropy_error",
+    "length": "gen_lengths",
+    "texts": "rows",
 }
 
 
@@ -67,8 +70,9 @@ def main(argv=None) -> int:
     args, words = parse(argv)
     try:
         judge = judge_of(args, words)
-        plans = [plan(name, path, judge, args, words) for name, path in args.checkpoints]
-        points = [*itertools.chain.from_iterable(plans)]
+        points = [
+            p for name, path in args.checkpoints for p in plan(name, path, judge, args, words)
+        ]
         for name in dict(args.set).keys() - {name for p in points for name in p.numbers}:
             raise ValueError(
                 f"--set {name}: no point reads it, leave it out or add a rule to --steps"
@@ -88,7 +92,9 @@ def main(argv=None) -> int:
     except (OSError, MemoryError) as error:
         print(shown(reason(error)), file=sys.stderr)
         return 1
-    print(as_text(rows), *matched(rows), sep="\n")
+    print(as_text(rows))
+    for line in matched(rows):
+        print(line)
     say(f"written to {args.out}: frontier.csv, frontier.json, frontier.png and the texts")
     return 0
 
@@ -153,16 +159,25 @@ def setting(text: str) -> tuple[str, list]:
 
 def judge_of(args, words) -> Judge:
     """Special tokens of a writer are known later, see `plan`."""
-    where = {"device": chosen_device(args.device), "cache_dir": cache_folder(words)}
-    return load_judge(args.judge, batch_size=args.judge_batch_size, setting="--judge", **where)
+    return load_judge(
+        args.judge,
+        batch_size=args.judge_batch_size,
+        device=chosen_device(args.device),
+        setting="--judge",
+        cache_dir=cache_folder(words),
+    )
 
 
 def plan(name: str, path: str, judge: Judge, args, words) -> list[Point]:
     """The points of a checkpoint, all checked. ValueError where one cannot be."""
     writer = load(path, device=chosen_device(args.device), cache_dir=cache_folder(words))
     length = args.length or writer.params.context_size
-    base = {"length": length, "seed": args.seed, "nucleus_p": args.nucleus_p}
-    base["batch_size"] = args.batch_size or args.texts
+    base = {
+        "length": length,
+        "seed": args.seed,
+        "batch_size": args.batch_size or args.texts,
+        "nucleus_p": args.nucleus_p,
+    }
     if writer.writes == "bamdlm":
         say_untrained(writer.trained, dict(args.set).get("block_size", ()))
     file = SampleFile(args.out / f"{name}.csv")

@@ -124,8 +124,15 @@ class BlockDiffusionLM(TemplateLM):
             given.append(len(kept))
         name = f"likelihood={self.chosen.label}"
         with tqdm(total=len(texts), desc=name, disable=disable_tqdm) as bar:
-            asked = {"draws": self.draws, "greedy": True, "batch_size": self.batch_size}
-            found = self.scorer.score(texts, given, self.chosen, **asked, tick=bar.update)
+            found = self.scorer.score(
+                texts,
+                given,
+                self.chosen,
+                draws=self.draws,
+                greedy=True,
+                batch_size=self.batch_size,
+                tick=bar.update,
+            )
         answers = [(-score.total, score.greedy) for score in found]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings is not None:
@@ -135,13 +142,14 @@ class BlockDiffusionLM(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """In windows of the model's length, each token scored once; every window begins with the
         token before it, the first with BOS."""
-        windows, owners, length = [], [], self.max_length - 1 - self.add_bos
+        windows, owners = [], []
         for number, (string,) in enumerate(request.args for request in requests):
-            ids = self.tok_encode(string)
-            pairs = get_rolling_token_windows(ids, self.prefix_token_id, length, 1)
-            found = [(None, *make_disjoint_window(pair)) for pair in pairs]
-            windows += found
-            owners += [number] * len(found)
+            pairs = get_rolling_token_windows(
+                self.tok_encode(string), self.prefix_token_id, self.max_length - 1 - self.add_bos, 1
+            )
+            for context, continuation in map(make_disjoint_window, pairs):
+                windows.append((None, context, continuation))
+                owners.append(number)
         totals = [0.0] * len(requests)
         answers = self._loglikelihood_tokens(windows, disable_tqdm)
         for number, (value, _) in zip(owners, answers, strict=True):
@@ -155,8 +163,10 @@ class BlockDiffusionLM(TemplateLM):
         every token is the likeliest one."""
         answers = []
         for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
-            answers.append(self._continued(*request.args))
-            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+            prompt, options = request.args
+            answer = self._continued(prompt, options)
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+            answers.append(answer)
         return answers
 
     def _continued(self, prompt: str, options: dict) -> str:
@@ -166,7 +176,8 @@ class BlockDiffusionLM(TemplateLM):
         wanted = int(options.get("max_gen_toks", GENERATED_TOKENS))
         size, algo = self.scorer.block_size, self.model.writes
         room = self.scorer.length - min(wanted, self.scorer.length - 1)
-        ids = self.cut(self.given(self.tok_encode(prompt)) or [self.prefix_token_id], room)
+        ids = self.given(self.tok_encode(prompt)) or [self.prefix_token_id]
+        ids = self.cut(ids, room)
         length = -(-(len(ids) + wanted) // size) * size if algo == "bamdlm" else len(ids) + wanted
         length = min(length, self.scorer.length)
         params = self.model.params.changed(

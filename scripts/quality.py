@@ -54,9 +54,7 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
         compare(found, texts, judge, featurizer, args, words)
     print(as_text(found))
     if args.out:
-        told = {run: {n: x.as_dict() for n, x in each.items()} for run, each in found.items()}
-        about = {"judge": args.judge, "reference": args.reference}
-        write_json(args.out, {**about, "figures": told})
+        write(found, args)
         say(f"written to {args.out}")
 
 
@@ -78,26 +76,32 @@ def options() -> argparse.ArgumentParser:
 
 
 def judge_of(args, name: str, words) -> Judge:
-    setting = "--judge" if name == args.judge else "--featurizer"
-    where = {"device": chosen_device(args.device), "cache_dir": cache_folder(words)}
-    return load_judge(name, batch_size=args.batch_size, setting=setting, **where)
+    return load_judge(
+        name,
+        batch_size=args.batch_size,
+        device=chosen_device(args.device),
+        setting="--judge" if name == args.judge else "--featurizer",
+        cache_dir=cache_folder(words),
+    )
 
 
 def read_runs(path: str, words) -> dict[str, tuple[list[str], dict[str, Figure]]]:
     """{run: (its texts in order, what its report has beside them)}; other files are one run."""
     if Path(path).suffix != ".csv" or not Path(path).exists():
         return {Path(path).stem: (read_texts(path, 0, None, words), {})}
-    file, runs, found = SampleFile(path), {}, {}
+    file, runs = SampleFile(path), {}
     for row in file:
         runs.setdefault(row.run, {})[row.row] = row
     if not runs:
         raise ValueError(f"{path} has no sample")
+    found = {}
     for run, by_number in runs.items():
         rows = [by_number[number] for number in sorted(by_number)]
         report = summarise(rows, file.notes(run), {})
         known = {name: Figure(report[name]) for name in OF_RUNS if report[name]}
         steps = rows[0].made.get("steps")
-        found[run if steps is None else f"{run} {steps}"] = [row.samples for row in rows], known
+        name = run if steps is None else f"{run} {steps}"
+        found[name] = [row.samples for row in rows], known
     return found
 
 
@@ -131,6 +135,15 @@ def as_text(found: dict[str, dict[str, Figure]]) -> str:
         cells = [each.get(name) for each in found.values()]
         rows.append([name, *(None if x is None or math.isnan(x.value) else x for x in cells)])
     return tables.text(rows)
+
+
+def write(found: dict[str, dict[str, Figure]], args) -> None:
+    figures = {
+        run: {name: figure.as_dict() for name, figure in each.items()}
+        for run, each in found.items()
+    }
+    about = {"judge": args.judge, "reference": args.reference}
+    write_json(args.out, {**about, "figures": figures})
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ class Painter:
         ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
         self.special = ends | set(tokenizer.hf.all_special_ids)
 
-    def lines(self, ids: np.ndarray, mask: np.ndarray, document_ids) -> list[Text]:
+    def lines(
+        self, ids: np.ndarray, mask: np.ndarray, document_ids: np.ndarray | None
+    ) -> list[Text]:
         """One line for a row, or one for each of its documents; ids, mask, document_ids: [L]. The
         mask is of what is learnt, which without document ids is all but padding."""
         if document_ids is None:
@@ -117,7 +119,9 @@ def counted(tokenizer: Tokenizer, rows: dict[str, np.ndarray]) -> Counter:
 def rows_line(found: Counter) -> str:
     tokens = found["tokens"]
     unknown = f", {found['unknown'] / tokens:.2%} unknown" if found["unknown"] else ""
-    learnt = f" {found['learnt'] / tokens:.1%} of them learnt," * (found["learnt"] < tokens)
+    learnt = ""
+    if found["learnt"] < tokens:
+        learnt = f" {found['learnt'] / tokens:.1%} of them learnt,"
     return (
         f"rows: {found['rows']:,} read with {tokens:,} tokens,{learnt}"
         f" {found['ends'] / tokens:.1%} of them BOS and EOS{unknown};"
@@ -158,7 +162,9 @@ def histogram(lengths: list[int], title: str, target: Path) -> None:
         axes.legend()
 
 
-def show_rows(config: Config, tokenizer: Tokenizer, data: DataModule, options, say) -> Counter:
+def show_rows(
+    config: Config, tokenizer: Tokenizer, data: DataModule, options: argparse.Namespace, say
+) -> Counter:
     """Says rows as text; figures of the batches read for them, and of more."""
     data.num_workers = 0  # the first batch is there sooner
     train = options.split == "train"
@@ -196,12 +202,14 @@ def drawn_sizes(config: Config) -> Callable[[int], int] | None:
     law, batch = build_sizes(config), config.loader.global_batch_size
     if (schedule := config.training.block_schedule) is not None:
         return lambda row: size_at(schedule, row // batch)
+    if law is None:
+        return None
 
     def of_row(row: int) -> int:
         step, place = divmod(row, batch)
         return int(deal(law, config.seed, step, batch, config.model.length, SIZES).sizes[place])
 
-    return None if law is None else of_row
+    return of_row
 
 
 def show(config: Config, options: argparse.Namespace, console: Console) -> None:

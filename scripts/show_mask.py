@@ -44,7 +44,9 @@ def document_ids_of(documents: list[int], length: int, block_size: int) -> torch
     return torch.cat([row, row], 1)
 
 
-def seen_pairs(length: int, block_size: int, document_ids=None) -> torch.Tensor:
+def seen_pairs(
+    length: int, block_size: int, document_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     index = torch.arange(2 * length)
     mask = dense_mask(BlockDiffusion(block_size), index, index, 2 * length, document_ids)
     return mask if document_ids is None else mask[0, 0]
@@ -66,11 +68,17 @@ def flex_pairs(seen: torch.Tensor, tile: int) -> torch.Tensor:
     return torch.kron(tiles, torch.ones(tile, tile, dtype=torch.bool))[: len(seen), : len(seen)]
 
 
-def draw(length: int, block_size: int, tile: int, path: Path, document_ids) -> dict[str, float]:
+def draw(
+    length: int, block_size: int, tile: int, path: Path, document_ids: torch.Tensor | None
+) -> dict[str, float]:
     """Writes the picture; the share of the dense (2L)^2 that each form computes."""
     seen = seen_pairs(length, block_size, document_ids)
-    computed = {"seen": seen, "dense": torch.ones_like(seen)}
-    computed |= {"sdpa": sdpa_pairs(length, block_size), "flex": flex_pairs(seen, tile)}
+    computed = {
+        "seen": seen,
+        "dense": torch.ones_like(seen),
+        "sdpa": sdpa_pairs(length, block_size),
+        "flex": flex_pairs(seen, tile),
+    }
     shares = {name: float(pairs.float().mean()) for name, pairs in computed.items()}
     ticks = ([length // 2, length + length // 2], ["x_t", "x0"])
     with picture(path, 4 * len(computed), 4.4, columns=len(computed)) as axes:

@@ -7,7 +7,6 @@ ppl_*.json, and the .json beside a CSV of samples. A file that cannot be read is
 and skipped. compare.py shows what the runs themselves were.
 """
 
-import itertools
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -22,10 +21,22 @@ from utils import reason, say, shown, write_text
 
 # column: the key in a summary
 COLUMNS = {
-    **{"algo": "algo", "block size": "block_size", "data": "data", "likelihood": "likelihood"},
-    **{"PPL": "ppl", "±": "ppl_error", "gen. PPL": "gen_ppl", "entropy": "gen_entropy"},
-    **{"length": "gen_lengths", "NFEs": "gen_nfes", "steps": "steps", "rows": "rows"},
-    **{"tokens": "tokens", "EMA": "ema", "seed": "seed", "checkpoint": "checkpoint"},
+    "algo": "algo",
+    "block size": "block_size",
+    "data": "data",
+    "likelihood": "likelihood",
+    "PPL": "ppl",
+    "±": "ppl_error",
+    "gen. PPL": "gen_ppl",
+    "entropy": "gen_entropy",
+    "length": "gen_lengths",
+    "NFEs": "gen_nfes",
+    "steps": "steps",
+    "rows": "rows",
+    "tokens": "tokens",
+    "EMA": "ema",
+    "seed": "seed",
+    "checkpoint": "checkpoint",
 }
 # The numbers of sampling; of these a column is shown where one is not the default.
 NUMBERS = {each.name: each.default for each in fields(SamplingParams) if each.metadata}
@@ -34,8 +45,12 @@ NUMBERS |= {"nucleus_p": 1.0}
 
 def find(folders: list[Path]) -> list[tuple[Path, Summary]]:
     """Every summary in these folders, with its file, in the order of their paths."""
-    paths = [[each] if each.is_file() else sorted(each.rglob("*.json")) for each in folders]
-    found, trouble = reports(itertools.chain.from_iterable(paths))
+    paths = [
+        path
+        for folder in folders
+        for path in ([folder] if folder.is_file() else sorted(folder.rglob("*.json")))
+    ]
+    found, trouble = reports(paths)
     for line in trouble:
         print(shown(line), file=sys.stderr)
     return found
@@ -45,10 +60,12 @@ def table(summaries: list[tuple[Path, Summary]]) -> list[list[str]]:
     """A header and a row for each summary; columns that no summary fills are left out."""
     told = [content for _, content in summaries]
     numbers = [
-        n for n, usual in NUMBERS.items() if any(x.get(n) not in (None, usual) for x in told)
+        name
+        for name, default in NUMBERS.items()
+        if any(content.get(name) not in (None, default) for content in told)
     ]
     keys = [*COLUMNS.values(), *numbers]
-    rows = [[*(figure(each.get(key)) for key in keys), str(path)] for path, each in summaries]
+    rows = [[*(figure(content.get(key)) for key in keys), str(path)] for path, content in summaries]
     return filled([[*COLUMNS, *numbers, "file"], *sorted(rows)])
 
 

@@ -61,9 +61,10 @@ def convert(options: argparse.Namespace) -> None:
         save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(made)
     count = sum(weight.numel() for weight in weights.values())
+    template = "a chat template" if tokenizer.chat_template else "no chat template"
     say(
         f"{options.folder}: {type(model).__name__}, {count:,} parameters in {options.dtype},"
-        f" {len(tokenizer):,} tokens, {'a' if tokenizer.chat_template else 'no'} chat template"
+        f" {len(tokenizer):,} tokens, {template}"
     )
 
 

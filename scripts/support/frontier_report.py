@@ -95,7 +95,6 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
     models = list(dict.fromkeys(name[0] for name in found))
     steps = list(dict.fromkeys(curve[0]["steps"] for curve in found.values()))
     marker = {rule: MARKERS[i % len(MARKERS)] for i, rule in enumerate(steps)}
-    thin = {"linewidth": 0.7, "elinewidth": 0.7, "alpha": 0.75}
     with picture(target, 8.5, 5.5) as axes:
         for name, curve in found.items():
             curve = sorted(curve, key=lambda r: r["temperature"])
@@ -105,7 +104,9 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
                 color=f"C{models.index(name[0]) % 10}",
                 marker=marker[curve[0]["steps"]],
                 markersize=marker_size(sum(r["nfe"] for r in curve) / len(curve)),
-                **thin,
+                linewidth=0.7,
+                elinewidth=0.7,
+                alpha=0.75,
             )
         keys = [{"color": f"C{i % 10}", "label": name} for i, name in enumerate(models)]
         grey = {"color": "0.4", "linestyle": ""}

@@ -62,8 +62,8 @@ def side_by_side(
 def called(words: Sequence[str], folder: Path, place: str | None) -> bool:
     """Whether main.py ended well; its output goes to a log beside the folder."""
     where = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
-    command, env = [sys.executable, str(ROOT / "main.py"), *words], os.environ | where
+    command = [sys.executable, str(ROOT / "main.py"), *words]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.log").open("a") as log:
-        ended = subprocess.run(command, stdout=log, stderr=log, check=False, env=env)
+        ended = subprocess.run(command, stdout=log, stderr=log, check=False, env=os.environ | where)
     return ended.returncode == 0

@@ -17,8 +17,13 @@ from training.log_reading import read_log
 from utils import read_json
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-LABELS = {"ar": "AR", "bamdlm4": "BAM-DLM S = 4", "bamdlm16": "BAM-DLM S = 16"}
-LABELS |= {"mdlm": "MDLM", "sedd": "SEDD"}
+LABELS = {
+    "ar": "AR",
+    "bamdlm4": "BAM-DLM S = 4",
+    "bamdlm16": "BAM-DLM S = 16",
+    "mdlm": "MDLM",
+    "sedd": "SEDD",
+}
 
 
 def read_runs(folder: Path) -> dict[str, tuple[dict[int, float], dict]]:

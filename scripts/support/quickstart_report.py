@@ -42,7 +42,8 @@ def page(run: settings.Config, sampling: settings.Config, found: dict, unigram: 
     folder, texts = Path(run.checkpointing.save_dir), Path(sampling.sampling.logdir)
     samples = json.loads(texts.with_suffix(".json").read_text())
     rates = [*read_log(folder / "metrics.csv")["throughput/tokens_per_second"].values()]
-    rate, length = np.median(rates) * all_devices(run), sampling.model.length
+    rate = np.median(rates) * all_devices(run)
+    length = sampling.model.length
     verdict = "below half of it" if found["ppl"] < unigram / 2 else "NOT below half of it"
     return {
         "validation perplexity": f"{found['ppl']:.1f} ± {found['ppl_error']:.1f}, {found['bound']}",
@@ -72,10 +73,12 @@ def main(arguments: list[str]) -> int:
     steps = max(read_log(Path(run.checkpointing.save_dir) / "metrics.csv")["trainer/loss"])
     batch = f"{run.loader.global_batch_size} x {run.model.length} tokens"
     print(f"\nBAM-DLM, block size {run.block_size}: {steps:,} steps of {batch}\n")
-    print(*(f"  {name:22} {value}" for name, value in lines.items()), sep="\n")
+    for name, value in lines.items():
+        print(f"  {name:22} {value}")
     sample = next(iter(SampleFile(sampling.sampling.logdir)))
+    print("\nThe first lines of a text:\n")
     shown = [line for line in sample.samples.splitlines() if line.strip()][:SAMPLE_LINES]
-    print("\nThe first lines of a text:\n", *(f"  | {line}" for line in shown), sep="\n")
+    print("\n".join(f"  | {line}" for line in shown))
     return 0 if found["ppl"] < unigram / 2 else 1
 
 

@@ -142,8 +142,11 @@ def complete(run: Run, out: Path, more: Sequence[str], place: str | None) -> boo
     folder = out / run.name
     if not called([*run.words(more), f"checkpointing.save_dir={folder}"], folder, place):
         return False
-    last = ["mode=ppl_eval", "model.compile=false"]  # it is short
-    last += [f"eval.checkpoint_path={folder / 'checkpoints' / 'last.ckpt'}"]
+    last = (
+        "mode=ppl_eval",
+        "model.compile=false",  # it is short
+        f"eval.checkpoint_path={folder / 'checkpoints' / 'last.ckpt'}",
+    )
     for size, asked in run.evaluations().items():
         if evaluated(run, out, size) is None:
             save = f"checkpointing.save_dir={folder_at(run, out, size)}"

@@ -88,9 +88,15 @@ def compared(made: Sequence[Line], recipe: Sequence[Line] | None) -> list[object
     nats = [each.nats for each in steps.values()]
     first = next(iter(timed.values()))
     then = [first.steps, statistics.fmean(each.nats for each in timed.values())]
-    then = then if first.size else [None, None]
-    alone = [len(nats), *mean_and_error(nats), math.exp(statistics.fmean(nats))]
-    return [*alone, *apart(steps), *then, *apart(timed), first.rate]
+    return [
+        len(nats),
+        *mean_and_error(nats),
+        math.exp(statistics.fmean(nats)),
+        *apart(steps),
+        *(then if first.size else [None, None]),
+        *apart(timed),
+        first.rate,
+    ]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -70,7 +70,8 @@ class Run:
                 chosen.append(f"training.block_sizes={{{shares}}}")
         tenth = self.steps // 10  # ten validations
         steps = (
-            *(f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={max(1, tenth)}"),
+            f"trainer.max_steps={self.steps}",
+            f"trainer.val_check_interval={max(1, tenth)}",
             f"lr_scheduler.num_warmup_steps={min(WARMUP, tenth)}",
         )
         return [f"data={self.corpus}", *BASE, *steps, *chosen, f"seed={self.seed}", *more]
