@@ -20,7 +20,9 @@ from settings.limits import Limit
 SIDES = ("A", "B")
 WAITING = 8  # presses of the button that may wait for the one at work
 PAUSE = Control(
-    *("pause", "pause", 0.05),
+    "pause",
+    "pause",
+    0.05,
     "Seconds after each evaluation, to look at it. They are not counted.",
     limit=Limit("at least 0 and at most 1", lambda value: 0 <= value <= 1, 0.0),
 )
@@ -43,7 +45,6 @@ STYLE = """
 """
 FONTS = ("system-ui", "sans-serif")  # of the machine that looks
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
-OFF = ("run_history", "ssr_mode", "enable_monitoring", "show_error", "pwa", "mcp_server")
 # the gap goes where the cursor is; the box keeps what is marked when it loses the focus
 INSERT = """(text) => {
   const box = document.querySelector('#prompt textarea');
@@ -124,8 +125,11 @@ def side_components(page: Page, name: str, changed: dict) -> tuple[list, object]
         with gr.Accordion(f"Settings of {name}", open=True), gr.Row():
             for c in page.controls:
                 visible = c.rules is None or start.get("steps") in c.rules
-                look = {"visible": visible, "elem_id": f"{name}-{c.field}", "min_width": 200}
-                made[c] = component(c, start[c.field], **look)
+                # a refused value is answered by the page's own sentence
+                ident = f"{name}-{c.field}"
+                made[c] = component(
+                    c, start[c.field], visible=visible, elem_id=ident, min_width=200
+                )
     rule = next((made[c] for c in made if c.field == "steps"), None)
     depends = {c: each for c, each in made.items() if c.rules is not None}
 
@@ -147,8 +151,14 @@ def build_blocks(page: Page):
         about = f"Each {GAP} is one token to fill; nothing is appended then."
     with gr.Blocks(title="Block diffusion", analytics_enabled=False) as blocks:
         gr.HTML(f"<h2>Block diffusion</h2><p>{live.plain(page.about)}</p>")
-        look = {"label": "prompt", "elem_id": "prompt", "lines": 3}
-        prompt = gr.Textbox(page.prompt, info=about, max_length=live.MOST_CHARACTERS, **look)
+        prompt = gr.Textbox(
+            page.prompt,
+            label="prompt",
+            info=about,
+            lines=3,
+            max_length=live.MOST_CHARACTERS,
+            elem_id="prompt",
+        )
         with gr.Row():
             gap = gr.Button("gap", elem_id="gap", visible=page.can_infill)
             go = gr.Button("write", variant="primary", elem_id="write")
@@ -191,9 +201,20 @@ def build_app(page: Page, hosts: Sequence[str]):
         return response
 
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    look = {"theme": gr.themes.Default(font=FONTS, font_mono="monospace"), "css": STYLE}
-    off = dict.fromkeys(OFF, False)
-    return gr.mount_gradio_app(app, blocks, path="", footer_links=[], **look, **off)
+    return gr.mount_gradio_app(
+        app,
+        blocks,
+        path="",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        show_error=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(font=FONTS, font_mono="monospace"),
+        css=STYLE,
+    )
 
 
 def serve(app, listening: socket.socket) -> None:

@@ -120,8 +120,9 @@ class Text:
 
     def __post_init__(self):
         if (length := len(self.prompt)) > MOST_CHARACTERS:
-            more = f"{length:,} characters, more than {MOST_CHARACTERS:,}"
-            raise ValueError(f"the prompt has {more}: shorten it")
+            raise ValueError(
+                f"the prompt has {length:,} characters, more than {MOST_CHARACTERS:,}: shorten it"
+            )
         self.params = self.writer.params.changed(batch_size=1, **self.changes)
         infill = GAP in self.prompt
         (ids,) = self.writer.encode([self.prompt], self.params, infill)
@@ -148,8 +149,14 @@ class Text:
         with job.turn:
             begun = time.perf_counter()
             try:
-                asked = self.writer.writes, self.writer.denoise, [self.request], self.params
-                groups = generate(*asked, device=self.writer.device, watch=watch)
+                groups = generate(
+                    self.writer.writes,
+                    self.writer.denoise,
+                    [self.request],
+                    self.params,
+                    device=self.writer.device,
+                    watch=watch,
+                )
                 ((self.sample,),) = (group for group in groups if group)
             except Stopped:
                 self.problem = "stopped"
@@ -177,8 +184,11 @@ class Job:
 
     def run(self) -> Iterator[None]:
         """Writes the texts in threads; yields some times a second, and when all have ended."""
-        alone = {"args": (self,), "daemon": True}  # a Ctrl-C waits for no text
-        threads = [threading.Thread(target=text.write, **alone) for text in self.texts]
+        threads = [
+            # a Ctrl-C waits for no text
+            threading.Thread(target=text.write, args=(self,), daemon=True)
+            for text in self.texts
+        ]
         try:
             for thread in threads:
                 thread.start()

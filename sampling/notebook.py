@@ -68,8 +68,9 @@ class Writer(Model):
         found = self.encode(prompts, params, infill)
         texts = Texts(len(found), found, infill)
         requests = [texts.request(row, params.bos_id) for row in range(texts.count)]
-        asked = self.writes, self.denoiser(params), requests, params
-        groups = generate(*asked, device=self.device, watch=watch)
+        groups = generate(
+            self.writes, self.denoiser(params), requests, params, device=self.device, watch=watch
+        )
         samples = sorted((s for group in groups for s in group), key=lambda s: s.row)
         texts = [self.tokenizer.decode(s.tokens.tolist()) for s in samples]
         scores = [describe(s.tokens, params.eos_id) for s in samples]
@@ -86,8 +87,9 @@ class Writer(Model):
 
     def denoiser(self, params: SamplingParams) -> Callable:
         """What a sampler with these `params` asks."""
-        blocks = self.writes == "bamdlm"
-        return self.denoise.in_blocks(params.block_size) if blocks else self.denoise
+        if self.writes != "bamdlm":
+            return self.denoise
+        return self.denoise.in_blocks(params.block_size)
 
     @property
     def scorer(self) -> Scorer:
@@ -141,11 +143,13 @@ class Writer(Model):
             read = torch.as_tensor(positions, device=tokens.device).expand(len(tokens), -1)
         if bool(((read < 0) | (read >= tokens.shape[1])).any()):
             raise ValueError(f"positions={positions} must be in 0..{tokens.shape[1] - 1}")
-        ar = self.writes == "ar"
-        if (ar or self.denoise.shifted) and bool((read < 1).any()):
-            what = "ar predicts no token" if ar else "with adapt.label=next no token is predicted"
-            raise ValueError(f"{what} at position 0")
-        return self.denoise(tokens, read - 1 if ar else read)
+        if self.writes == "ar":
+            if bool((read < 1).any()):
+                raise ValueError("ar predicts no token at position 0")
+            read = read - 1
+        elif self.denoise.shifted and bool((read < 1).any()):
+            raise ValueError("with adapt.label=next no token is predicted at position 0")
+        return self.denoise(tokens, read)
 
     @torch.no_grad()
     def hidden_states(self, ids) -> list[Tensor]:
@@ -153,8 +157,7 @@ class Writer(Model):
         last being what the head normalises. Blocks see themselves and those before; of mdlm and
         sedd all is seen, of sedd at noise level 0."""
         tokens = self._tokens(ids)
-        sedd = self.writes == "sedd"
-        seen = {"attention_mask": Full()} if sedd else self.denoise.seen(tokens)
+        seen = {"attention_mask": Full()} if self.writes == "sedd" else self.denoise.seen(tokens)
         with self.denoise.backbone.states() as states:
             self.denoise.backbone.hidden(tokens, **seen)
         return states

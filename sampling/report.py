@@ -43,7 +43,10 @@ def made_with(algo: str, params: SamplingParams) -> dict:
     if writes == "sedd":
         read["num_steps"] = True
     names = [each.name for each in fields(params) if each.name not in UNTOLD]
-    made = {SHOWN.get(n, n): getattr(params, n) if read.get(n, True) else None for n in names}
+    made = {
+        SHOWN.get(name, name): getattr(params, name) if read.get(name, True) else None
+        for name in names
+    }
     return made | {"steps": params.steps if "steps" in can else algo}
 
 
@@ -113,11 +116,16 @@ def facts(summary: dict) -> dict:
         for each in fields(SamplingParams)
         if each.metadata.get("if_changed") and not each.metadata.get("if_read")
     }
+    changed = {
+        name: summary[name]
+        for name, default in of_all_rules.items()
+        if summary.get(name, default) != default
+    }
     return {
         "steps": rule,
         "T": summary.get("T"),
         **{name: summary.get(name) for name in reads if name != "num_steps"},
-        **{n: summary[n] for n, usual in of_all_rules.items() if summary.get(n, usual) != usual},
+        **changed,
         "nucleus": summary["nucleus_p"],
         "precision": summary.get("precision"),
         "draws": summary["dtype"],

@@ -58,8 +58,13 @@ class Model:
         """Ids of prompts, BOS first. ValueError where a sampler with these params cannot go on with
         them."""
         check(params, self.writes, infill)
-        sizes = {"length": params.length, "context_size": visible_tokens(self.algo, params)}
-        return encode_prompts(prompts, self.tokenizer, infill=infill, **sizes)
+        return encode_prompts(
+            prompts,
+            self.tokenizer,
+            infill=infill,
+            length=params.length,
+            context_size=visible_tokens(self.algo, params),
+        )
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,15 @@ class SamplingRun:
         tell_cache([self])
         summary, file = self.complete(), self.output.file
         if summary is not None:
-            place = f"texts: {file.path}; report: {file.summary}"
-            print(*lines(summary), place, sep="\n", flush=True)
+            for line in lines(summary):
+                print(line, flush=True)
+            print(f"texts: {file.path}; report: {file.summary}", flush=True)
         return summary
 
     def complete(self) -> dict | None:
         """Write the missing texts. Returns the report, or None where rows of the run miss."""
-        file, run, count = self.output.file, self.output.run, self.texts.count
+        file, run = self.output.file, self.output.run
+        count = self.texts.count
         if missing := self.missing():
             self._write(missing)
         else:
@@ -140,13 +147,13 @@ class SamplingRun:
                     " new texts"
                 )
         found = file.rows(run)
-        rows = [found[r] for r in range(count) if r in found]
+        rows = [found[number] for number in range(count) if number in found]
         if len(rows) < count:
             return None  # another process is still writing; the last one reports
         # in the tokens of the model, whoever judges them
         ids = self.model.tokenizer.encode_batch([row.samples for row in rows])
-        different = diversity(ids, self.model.params.eos_id)
-        facts = {name: each.value for name, each in different.items()} | self.report_facts()
+        ngrams = diversity(ids, self.model.params.eos_id)
+        facts = {name: figure.value for name, figure in ngrams.items()} | self.report_facts()
         summary = summarise(rows, file.notes(run), facts)
         file.report(run, summary)
         return summary
@@ -156,7 +163,8 @@ class SamplingRun:
         params, denoise = self.model.params, self.model.denoise
         if not params.kv_cache:
             return 0
-        size, texts = denoise.block_size, min(params.batch_size, self.texts.count)
+        size = denoise.block_size
+        texts = min(params.batch_size, self.texts.count)
         return denoise.new_cache(1, size).bytes // (2 * size) * (params.context_size + size) * texts
 
     def _write(self, missing: list[int]) -> None:
@@ -169,7 +177,10 @@ class SamplingRun:
             watchers = [stack.enter_context(view) for view in self._views(missing)]
             requests = (self.texts.request(row, params.bos_id) for row in missing)
             groups = generate(
-                *(model.writes, model.denoise, requests, params),
+                model.writes,
+                model.denoise,
+                requests,
+                params,
                 device=model.device,
                 watch=(lambda frame: [w(frame) for w in watchers]) if watchers else None,
                 tick=progress.tick,
@@ -185,11 +196,13 @@ class SamplingRun:
                     progress.tick(texts=len(rows))
 
     def _views(self, missing: list[int]) -> Iterator[Show | Trajectory]:
-        page, tokenizer = self.output.trajectory, self.model.tokenizer
-        if self.output.show and self.rank == 0:
+        output, tokenizer = self.output, self.model.tokenizer
+        if output.show and self.rank == 0:
             yield Show(tokenizer)
-        if page is not None and self.rank == 0:
-            yield Trajectory(page, tokenizer, row=missing[0], about=self.report_facts())
+        if output.trajectory is not None and self.rank == 0:
+            yield Trajectory(
+                output.trajectory, tokenizer, row=missing[0], about=self.report_facts()
+            )
 
     def _rows(self, samples: list[Sample]) -> list[SampleRow]:
         """One row of the file for each sample, with the figures of its text."""

@@ -124,8 +124,10 @@ class SampleFile:
                 os.fsync(file.fileno())
 
     def notes(self, run: str) -> list[dict]:
+        if not self.log.exists():
+            return []
         found = []
-        for line in lines_of(self.log) if self.log.exists() else ():
+        for line in lines_of(self.log):
             with suppress(ValueError, RecursionError):  # its writer was killed
                 found.append(json.loads(line))
         return [note for note in found if isinstance(note, dict) and note.get("run") == run]

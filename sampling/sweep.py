@@ -34,7 +34,7 @@ class Sweep:
             say(f"point {number} of {len(self.runs)}: {text}")
             if (report := run.complete()) is not None:
                 print(self._line(text, _figures(report)), flush=True)
-        file = run.output.file
+        file = next(iter(self.runs.values())).output.file
         reports = file.reports()
         found = [
             self._line(text, _figures(reports[run.output.run]))

@@ -31,8 +31,11 @@ class Progress(progress.Progress):
 
     def __init__(self, texts: int, *, enabled: bool):
         super().__init__(
-            *(progress.SpinnerColumn(), progress.TextColumn("texts"), progress.BarColumn()),
-            *(progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[figures]}")),
+            progress.SpinnerColumn(),
+            progress.TextColumn("texts"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[figures]}"),
             progress.TimeElapsedColumn(),
             disable=not (enabled and sys.stdout.isatty()),
         )
@@ -55,7 +58,9 @@ class Progress(progress.Progress):
             say(f"{self.written} of {self.texts} texts, {figures}")
 
 
-def pieces(tokens: list[int], before: list[int] | None, mask_id: int) -> list[tuple]:
+def pieces(
+    tokens: list[int], before: list[int] | None, mask_id: int
+) -> list[tuple[str, list[int]]]:
     """Runs of (state, ids): masked, fresh since `before`, settled."""
     states = [
         MASKED if token == mask_id else SETTLED if token == old else FRESH
@@ -138,6 +143,9 @@ class Trajectory:
         data = json.dumps({"length": used, "given": self.given, "steps": self.steps})
         about = self.about.items()
         facts = ", ".join(f"{k} {v}" for k, v in about if v not in (None, False, "none"))
-        filled = {"title": f"text {self.row}", "facts": html.escape(facts)}
-        filled["data"] = data.replace("<", "\\u003c")
-        write_text(self.path, Template(PAGE.read_text(encoding="utf-8")).substitute(filled))
+        page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+            title=html.escape(f"text {self.row}"),
+            facts=html.escape(facts),
+            data=data.replace("<", "\\u003c"),
+        )
+        write_text(self.path, page)
