@@ -26,13 +26,15 @@ class OptimizerSettings:
 
     @property
     def muon(self) -> dict:
-        """Of Muon, whose steps are as long as AdamW's (arXiv:2502.16982): one lr serves both."""
+        """Arguments of Muon. Its steps are as long as AdamW's (arXiv:2502.16982), so that one
+        learning rate serves both."""
         shared = {name: self.adamw[name] for name in ("lr", "weight_decay")}
         return {**shared, "momentum": self.momentum, "adjust_lr_fn": "match_rms_adamw"}
 
 
 def trained(backbone: nn.Module) -> list[tuple[str, Tensor]]:
-    """What optimizer and average know: the parameters that are not frozen, or their masters."""
+    """The parameters that are not frozen, by name: what optimizer and average know. Where weights
+    are kept in bfloat16, their masters."""
     masters = getattr(backbone, "masters", None) or {}
     named = backbone.named_parameters()
     return [(name, masters.get(name, p)) for name, p in named if p.requires_grad]
@@ -41,8 +43,13 @@ def trained(backbone: nn.Module) -> list[tuple[str, Tensor]]:
 def matrices(backbone: nn.Module) -> list[Tensor]:
     """The weights that Muon is for: those of attention and MLP in the blocks. Embeddings, head,
     norms, biases, modulations and the embedding of the noise level are not."""
-    in_blocks = [(name, p) for name, p in trained(backbone) if name.startswith("blocks.")]
-    return [p for name, p in in_blocks if p.dim() == 2 and "adaLN_modulation" not in name]
+    chosen = {
+        id(p)
+        for name, p in backbone.blocks.named_parameters()
+        if p.dim() == 2 and "adaLN_modulation" not in name
+    }
+    named = dict(backbone.named_parameters())
+    return [p for name, p in trained(backbone) if id(named[name]) in chosen]
 
 
 def shared_out(backbone: nn.Module, settings: OptimizerSettings) -> dict[str, list[Tensor]]:
@@ -131,7 +138,8 @@ class Masters(dict[str, nn.Parameter]):
 
 def exchange(masters: Masters, bucket: GradBucket) -> Future[Tensor]:
     """A communication hook of DistributedDataParallel: the means over devices are made in float32,
-    with what the masters have from earlier passes, and lie at the masters; weights get zeros."""
+    together with what the masters have from earlier passes, and lie at the masters; the weights
+    get zeros."""
     narrow = bucket.buffer()
     wide = narrow.float()
     begin, pairs = narrow.storage_offset(), []
