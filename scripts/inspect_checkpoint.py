@@ -67,8 +67,9 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
     merged = {}
     if lora := section(section(checkpoint.raw, "hyper_parameters"), "lora"):
         base = section(lora, "base").get("source")
-        said = f"rank {lora.get('rank')}, alpha {lora.get('alpha')}, of {base}"
-        merged = {"adapters": f"merged here: {said}"}
+        merged["adapters"] = (
+            f"merged here: rank {lora.get('rank')}, alpha {lora.get('alpha')}, of {base}"
+        )
     return {
         "source": checkpoint.source,
         "layout": LAYOUTS[checkpoint.layout],

@@ -142,8 +142,7 @@ def write(found: dict[str, dict[str, Figure]], args) -> None:
         run: {name: figure.as_dict() for name, figure in each.items()}
         for run, each in found.items()
     }
-    about = {"judge": args.judge, "reference": args.reference}
-    write_json(args.out, {**about, "figures": figures})
+    write_json(args.out, {"judge": args.judge, "reference": args.reference, "figures": figures})
 
 
 if __name__ == "__main__":

@@ -268,6 +268,11 @@ def test_a_full_disk_is_told(runs, monkeypatch, capsys):
     assert "No space left" in capsys.readouterr().err
 
 
+def test_without_the_template_of_its_page_no_table_is_written(runs, monkeypatch):
+    monkeypatch.setattr(compare, "PAGE", Path("absent.html"))
+    assert (compare.main([str(runs[0]), "--out", "out"]), [*Path("out").glob("*.csv")]) == (1, [])
+
+
 def test_a_reader_that_goes_away_is_no_error(runs):
     reading, writing = os.pipe()
     os.close(reading)

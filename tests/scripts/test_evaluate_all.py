@@ -114,3 +114,13 @@ def test_a_checkpoint_that_is_not_there_is_told_before_anything_runs(measured, t
     assert evaluate_all.main(words) == 2
     assert "absent.ckpt does not\\x1b exist" in capsys.readouterr().err
     assert measured == []
+
+
+def test_no_file_is_written_before_all_are_built(tmp_path, monkeypatch):
+    def broken(rows):
+        raise ValueError("a cell that no file can hold")
+
+    monkeypatch.setattr(evaluate_all, "csv_text", broken)
+    with pytest.raises(ValueError, match="no file can hold"):
+        evaluate_all.write(str(tmp_path / "table"), [dict.fromkeys(evaluate_all.COLUMNS)])
+    assert [*tmp_path.iterdir()] == []
