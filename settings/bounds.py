@@ -69,8 +69,10 @@ def _count(text: str) -> None:
             inside[-1][1] += size
             sizes[anchor] = size
         if sum(size for _, size in inside) > MOST_NODES or len(inside) > DEEPEST:
-            most = f"{MOST_NODES:,} entries, or {DEEPEST} inside each other"
-            raise ValueError(f"has more than {most}, with its aliases written out")
+            raise ValueError(
+                f"has more than {MOST_NODES:,} entries, or {DEEPEST} inside each other, with its"
+                " aliases written out"
+            )
 
 
 def yaml_reason(error: Exception, path: Path | str) -> str:
@@ -88,7 +90,8 @@ def text_problem(raw: dict) -> str | None:
     raw: with its interpolations. Whatever a text with ${} names counts, so a length is never
     underestimated, and overestimated a little.
     """
-    texts, named = dict(_texts(raw)), defaultdict(set)  # {dotted part of a path: paths of texts}
+    texts = dict(_texts(raw))
+    named = defaultdict(set)  # {dotted part of a path: paths of texts}
     for path in texts:
         for start, end in itertools.combinations(range(len(path) + 1), 2):
             named[".".join(path[start:end])].add(path)
@@ -105,8 +108,9 @@ def text_problem(raw: dict) -> str | None:
     lengths = {}
     for path in texts:
         if length(path) > MOST_TEXT:
-            name = ".".join(path)
-            return f"{name} has more than {MOST_TEXT:,} characters with its ${{}} filled in"
+            return (
+                f"{'.'.join(path)} has more than {MOST_TEXT:,} characters with its ${{}} filled in"
+            )
     return None
 
 

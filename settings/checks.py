@@ -64,7 +64,7 @@ def _check_one(
     config: Config, typed: Collection[str], rules: Iterable[Rule]
 ) -> tuple[list[str], list[str]]:
     """check() of a run without a sweep."""
-    outside = {key: said for key in LEAVES if (said := limit_problem(key, get(config, key)))}
+    outside = {key: problem for key in LEAVES if (problem := limit_problem(key, get(config, key)))}
     # The rules between settings go on with stand-ins; what they say about those is not repeated.
     possible = copy.deepcopy(config)
     for key in outside:
@@ -98,12 +98,25 @@ def _without(keys: Iterable[str], sentences: Iterable[str]) -> list[str]:
 
 RULES = (
     amounts.amounts,
-    *(network.network, network.algorithm),
-    *(noise.clipping, noise.counts, noise.block_sizes, noise.adaptation),
+    network.network,
+    network.algorithm,
+    noise.clipping,
+    noise.counts,
+    noise.block_sizes,
+    noise.adaptation,
     training.batches,
-    *(machine.machine, machine.packages),
-    *(training.optimizer, training.masters, training.adapters),
-    *(training.optimization, training.saving),
-    *(data.data, sampling.sampling, sampling.demo),
-    *(files.checkpoints, files.corpora, data.chats, files.results),
+    machine.machine,
+    machine.packages,
+    training.optimizer,
+    training.masters,
+    training.adapters,
+    training.optimization,
+    training.saving,
+    data.data,
+    sampling.sampling,
+    sampling.demo,
+    files.checkpoints,
+    files.corpora,
+    data.chats,
+    files.results,
 )

@@ -149,7 +149,8 @@ def _refuse_growth(cfg: DictConfig) -> None:
 
 def _read(cfg: DictConfig) -> tuple[Config | None, dict[str, str]]:
     """The settings in their types, None with {key: problem} of a composed configuration."""
-    raw, resolved = OmegaConf.to_container(cfg, resolve=False), None
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    resolved = None
     with suppress(OmegaConfBaseException):  # where one value cannot be told, each is asked for
         resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     problems, values = dict(_unknown(raw)), {}

@@ -32,8 +32,11 @@ def fill(config: Config) -> None:
     if trainer.accelerator == "auto":
         trainer.accelerator = "gpu" if gpus else "cpu"
     gpu = trainer.accelerator == "gpu"
-    _set(trainer, devices=started_by_torchrun() or (max(gpus, 1) if gpu else 1))
-    _set(trainer, precision="bf16-mixed" if gpu else "32-true")
+    _set(
+        trainer,
+        devices=started_by_torchrun() or (max(gpus, 1) if gpu else 1),
+        precision="bf16-mixed" if gpu else "32-true",
+    )
     trainer.precision = PRECISIONS.get(trainer.precision, trainer.precision)
     _fill_batches(config)
     _set(config.data, cache_dir=str(user_cache()) if has_user_cache() else None)
@@ -54,9 +57,12 @@ def fill(config: Config) -> None:
 
 def _fill_batches(config: Config) -> None:
     loader, devices = config.loader, max(all_devices(config), 1)
-    _set(loader, batch_size=_share(loader.global_batch_size, devices))
-    _set(loader, eval_batch_size=_share(loader.eval_global_batch_size, devices))
-    _set(loader, num_workers=len(os.sched_getaffinity(0)))
+    _set(
+        loader,
+        batch_size=_share(loader.global_batch_size, devices),
+        eval_batch_size=_share(loader.eval_global_batch_size, devices),
+        num_workers=len(os.sched_getaffinity(0)),
+    )
     at_once = max(loader.batch_size, 1) * devices
     accumulated = max(_share(loader.global_batch_size, at_once), 1)
     _set(config.trainer, accumulate_grad_batches=accumulated)
@@ -103,8 +109,9 @@ def _fill_llama(config: Config) -> None:
 def sized_by_checkpoint(config: Config) -> bool:
     """Whether the sizes of the network are those of a checkpoint, and model.* has no say."""
     starts = config.mode in ("train", "plan") and config.training.from_pretrained is not None
-    read = config.algo.backbone == "llama" and (starts or config.mode in EVALUATES)
-    return read or config.algo.backbone == "hf_dit"
+    evaluates = config.mode in EVALUATES
+    of_file = config.algo.backbone == "hf_dit"
+    return of_file or (config.algo.backbone == "llama" and (starts or evaluates))
 
 
 def head_width(config: Config) -> int | None:

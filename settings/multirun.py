@@ -21,14 +21,26 @@ from settings.own_files import CONFIG_DIR, own_folder
 MULTIRUN = ("-m", "--multirun")
 MOST_RUNS = 1000
 LAUNCHERS = ("basic", "submitit_slurm")  # here, one after the other; each as a job of Slurm
-# hydra.launcher.NAME of submitit_slurm, with its type; first what submitit has for any cluster
+# hydra.launcher.NAME of submitit_slurm, with its type: what submitit's AutoExecutor has for any
+# cluster, and what it calls slurm_NAME
 ON_ANY_CLUSTER = {
-    **dict.fromkeys(("timeout_min", "nodes", "tasks_per_node"), int),
-    **dict.fromkeys(("gpus_per_node", "cpus_per_task"), int),
-    **{"mem_gb": float, "name": str},
+    "timeout_min": int,
+    "nodes": int,
+    "tasks_per_node": int,
+    "gpus_per_node": int,
+    "cpus_per_task": int,
+    "mem_gb": float,
+    "name": str,
 }
-OF_SLURM = dict.fromkeys(("partition", "qos", "account", "constraint", "exclude", "gres"), str)
-SLURM = ON_ANY_CLUSTER | OF_SLURM | {"signal_delay_s": int}
+SLURM = ON_ANY_CLUSTER | {
+    "partition": str,
+    "qos": str,
+    "account": str,
+    "constraint": str,
+    "exclude": str,
+    "gres": str,
+    "signal_delay_s": int,
+}
 
 
 @dataclass(frozen=True)

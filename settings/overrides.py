@@ -26,10 +26,18 @@ from utils import first_line
 
 # Keys of the authors' configs that nothing in their code read.
 DEAD = {
-    *("model.tie_word_embeddings", "model.scale_by_sigma", "model.type", "diffusion"),
-    *("algo.dropout", "algo.causal_attention", "training.coeff_clip", "sampling.noise_removal"),
-    *("noise.sigma_min", "noise.sigma_max"),
-    *("eval.compute_perplexity_on_sanity", "eval.generate_samples"),
+    "model.tie_word_embeddings",
+    "model.scale_by_sigma",
+    "model.type",
+    "algo.dropout",
+    "algo.causal_attention",
+    "training.coeff_clip",
+    "sampling.noise_removal",
+    "noise.sigma_min",
+    "noise.sigma_max",
+    "diffusion",
+    "eval.compute_perplexity_on_sanity",
+    "eval.generate_samples",
 }
 # Keys that people try, and what does the same here.
 INSTEAD = {
@@ -52,8 +60,12 @@ OPTIONS = {
     ("--experimental-rerun",): "the same command goes on with its run",
 }
 TYPE_NAMES = {
-    **{int: "a whole number", float: "a number", str: "text", bool: "True or False"},
-    **{list[float]: "a list like [0.5,0.6]", list[int]: "a list like [2,3]"},
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    list[float]: "a list like [0.5,0.6]",
+    list[int]: "a list like [2,3]",
     list: "a list like [a,b]",  # of others
     dict[int, float]: "weights by size, like {4: 1, 16: 3},",
     dict[int, int]: "sizes by step, like {0: 1, 500: 4},",

@@ -13,7 +13,15 @@ from settings.sections.data import Data
 from settings.sections.inference import Demo, Eval, Sampling
 from settings.sections.network import Adapt, Algo, LoRA, Model, Noise
 from settings.sections.saving import Callbacks, Checkpointing, WandB
-from settings.sections.training import Loader, LRScheduler, Optim, Plan, Strategy, Trainer, Training
+from settings.sections.training import (
+    Loader,
+    LRScheduler,
+    Optim,
+    PlannedFor,
+    Strategy,
+    Trainer,
+    Training,
+)
 
 SEED = Limit("from 0 to 4294967295", lambda value: 0 <= value < 2**32, 1)
 
@@ -38,7 +46,7 @@ class Config:
     noise: Noise
     lr_scheduler: LRScheduler
     strategy: Strategy
-    plan: Plan
+    plan: PlannedFor
     callbacks: Callbacks
     checkpointing: Checkpointing
     wandb: WandB | None

@@ -66,9 +66,10 @@ def sweep(config: Config) -> Sweep:
     axes = dict(_axes(config.sampling.sweep, known, made.problems))
     made.combinations = math.prod(map(len, axes.values()))
     if made.combinations > MOST_POINTS:
-        many = f"{made.combinations:,} combinations, more than {MOST_POINTS:,}"
-        way_out = "give fewer values, or several commands"
-        made.problems.append(f"sampling.sweep has {many}: {way_out}")
+        made.problems.append(
+            f"sampling.sweep has {made.combinations:,} combinations, more than {MOST_POINTS:,}:"
+            " give fewer values, or several commands"
+        )
         return made
     points = {}
     for values in itertools.product(*axes.values()):
@@ -77,12 +78,15 @@ def sweep(config: Config) -> Sweep:
     made.points = list(points.values())
     for name in axes:
         if not any(name in point.values for point in made.points):
-            why = "as no step rule of them reads it: leave it out"
-            made.problems.append(f"sampling.sweep: {name} has no effect in any point, {why}")
+            made.problems.append(
+                f"sampling.sweep: {name} has no effect in any point, as no step rule of them reads"
+                " it: leave it out"
+            )
     if len(made.points) > 1 and config.sampling.trajectory is not None:
-        one = f"sampling.trajectory={config.sampling.trajectory} replays one run"
-        several = f"sampling.sweep has {len(made.points)}: leave one of them out"
-        made.problems.append(f"{one}, and {several}")
+        made.problems.append(
+            f"sampling.trajectory={config.sampling.trajectory} replays one run, and sampling.sweep"
+            f" has {len(made.points)}: leave one of them out"
+        )
     return made
 
 

@@ -120,10 +120,12 @@ def algorithms() -> dict[str, dict]:
             entries = table(f"objectives/{path.name}", "ALGORITHMS")
             found |= {name: defaults | keywords for name, keywords in entries.items()}
     for name, entry in found.items():
-        if (writes := entry.get("writes")) not in samplers:
-            wanted = f"one of {', '.join(samplers)}"
-            raise ValueError(f"objectives/: writes of {name} must be {wanted}, got {writes!r}")
-        entry["can"] = samplers[writes].get("can", ())
+        if entry.get("writes") not in samplers:
+            raise ValueError(
+                f"objectives/: writes of {name} must be one of {', '.join(samplers)},"
+                f" got {entry.get('writes')!r}"
+            )
+        entry["can"] = samplers[entry["writes"]].get("can", ())
     return {"bamdlm": found.pop("bamdlm"), **found}
 
 

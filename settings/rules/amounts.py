@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from settings.defaults import sized_by_checkpoint
 from settings.schema import Config
-from utils import listed
 
 GIB = 1 << 30
 # What a batch may take at least, however little this machine has: the defaults are for large ones
@@ -37,9 +36,10 @@ def amounts(config: Config) -> Iterator[str]:
         return
     nodes = config.trainer.num_nodes
     if nodes > 1 and config.mode != "prepare" and not any(map(CLUSTER.match, os.environ)):
-        why = "nothing has started processes on other machines"
-        way_out = "use srun or torchrun, or set MASTER_ADDR and NODE_RANK on each"
-        yield f"trainer.num_nodes={nodes}: {why}; {way_out}"
+        yield (
+            f"trainer.num_nodes={nodes}: nothing has started processes on other machines; use srun"
+            " or torchrun, or set MASTER_ADDR and NODE_RANK on each"
+        )
     have = memory()
     for words, least in (*_processes(config), *_network(config)):
         if least > have:
@@ -54,9 +54,11 @@ def _intervals(config: Config) -> Iterator[str]:
     algo = config.algo
     count = sum((1 - width) / algo.clip_search_delta + 1 for width in algo.clip_search_widths)
     if count > MOST_INTERVALS:
-        made = f"algo.clip_search_delta={algo.clip_search_delta:g} makes {count:,.0f} intervals"
-        way_out = "use a larger distance or fewer algo.clip_search_widths"
-        yield f"{made} to search, and the most is {MOST_INTERVALS:,}: {way_out}"
+        yield (
+            f"algo.clip_search_delta={algo.clip_search_delta:g} makes {count:,.0f} intervals to"
+            f" search, and the most is {MOST_INTERVALS:,}: use a larger distance or fewer"
+            " algo.clip_search_widths"
+        )
 
 
 def _processes(config: Config) -> Iterator[tuple[str, int]]:
@@ -75,14 +77,19 @@ def _network(config: Config) -> Iterator[tuple[str, int]]:
     if config.algo.backbone == "llama":
         heads = 2 * (model.n_heads + model.n_kv_heads) * (model.head_dim or 1)
         per_unit = heads + 3 * model.ffn_size
-        names = "hidden_size", "n_heads", "head_dim", "ffn_size"
+        sizes = (
+            f"model.hidden_size={model.hidden_size}, model.n_heads={model.n_heads},"
+            f" model.head_dim={model.head_dim} and model.ffn_size={model.ffn_size}"
+        )
     else:
-        per_unit, names = 12 * model.hidden_size + model.cond_dim, ("hidden_size", "cond_dim")
+        per_unit = 12 * model.hidden_size + model.cond_dim
+        sizes = f"model.hidden_size={model.hidden_size} and model.cond_dim={model.cond_dim}"
     weights = model.n_blocks * model.hidden_size * per_unit
-    sizes = listed(f"model.{name}={getattr(model, name)}" for name in names)
     trained = config.mode == "train" and config.strategy.name != "fsdp"
-    words = f"model.n_blocks={model.n_blocks} layers of {sizes}, {weights:,} weights,"
-    yield words, weights * (TRAINED_WEIGHT if trained else WEIGHT)
+    yield (
+        f"model.n_blocks={model.n_blocks} layers of {sizes}, {weights:,} weights,",
+        weights * (TRAINED_WEIGHT if trained else WEIGHT),
+    )
 
 
 def _batches(config: Config) -> Iterator[tuple[str, int]]:

@@ -14,40 +14,59 @@ def data(config: Config) -> Iterator[str]:
     windows = entry.get("windows", False)
     other = f"data={entry['whole']}" if "whole" in entry else "another corpus"
     if data.streaming and windows and config.mode == "train":
-        why = f"random windows of prepared rows; use {other} or data.streaming=False"
-        yield f"data.streaming=True does not go with data.train={data.train}, {why}"
+        yield (
+            f"data.streaming=True does not go with data.train={data.train}, random windows of"
+            f" prepared rows; use {other} or data.streaming=False"
+        )
     if packed and not data.wrap:
-        why = "which gives each document a row of its own: choose one"
-        yield f"data.pack={data.pack} does not go with data.wrap=False, {why}"
+        yield (
+            f"data.pack={data.pack} does not go with data.wrap=False, which gives each document a"
+            " row of its own: choose one"
+        )
     if packed and windows and config.mode in ("train", "plan"):
-        why = f"windows of one document; use {other} or data.pack=wrap"
-        yield f"data.pack={data.pack} has no meaning for data.train={data.train}, {why}"
+        yield (
+            f"data.pack={data.pack} has no meaning for data.train={data.train}, windows of one"
+            f" document; use {other} or data.pack=wrap"
+        )
     framed = (data.insert_train_special or data.insert_valid_special) and data.wrap
     if framed and not packed and config.model.length <= SPECIAL_TOKENS:
-        way_out = "set data.insert_train_special=False and data.insert_valid_special=False"
-        yield f"model.length={config.model.length} leaves no room between BOS and EOS; {way_out}"
+        yield (
+            f"model.length={config.model.length} leaves no room between BOS and EOS;"
+            " set data.insert_train_special=False and data.insert_valid_special=False"
+        )
 
 
 def chats(config: Config) -> Iterator[str]:
     """What goes with conversations."""
-    data, apart = config.data, "does not go with data.format=chat"
+    data, packed = config.data, config.data.pack
     if data.format != "chat":
         return
-    if data.pack != "whole":
-        why = "which packs whole conversations; use data.pack=whole"
-        yield f"data.pack={data.pack} {apart}, {why}"
+    if packed != "whole":
+        yield (
+            f"data.pack={packed} does not go with data.format=chat, which packs whole"
+            " conversations; use data.pack=whole"
+        )
     if not data.wrap:
-        yield f"data.wrap=False {apart}; use data.wrap=True"
+        yield "data.wrap=False does not go with data.format=chat; use data.wrap=True"
     for split in ("train", "valid"):
         for key in (f"insert_{split}_eos", f"insert_{split}_special"):
             if getattr(data, key):
-                why = f"whose template sets all special tokens; use data.{key}=False"
-                yield f"data.{key}=True {apart}, {why}"
+                yield (
+                    f"data.{key}=True does not go with data.format=chat, whose template sets all"
+                    f" special tokens; use data.{key}=False"
+                )
         if getattr(data, split) in known_corpora():
-            why = "data.format=chat needs .jsonl or .parquet files of conversations"
-            yield f"data.{split}={getattr(data, split)} is a corpus of plain text: {why}"
+            yield (
+                f"data.{split}={getattr(data, split)} is a corpus of plain text: data.format=chat"
+                " needs .jsonl or .parquet files of conversations"
+            )
     if data.text_column is not None:
-        yield f"data.text_column={data.text_column} {apart}; use data.chat_fields"
+        yield (
+            f"data.text_column={data.text_column} does not go with data.format=chat; use"
+            " data.chat_fields"
+        )
     if config.training.resample and config.mode in ("train", "plan"):
-        why = "a share of a block says nothing where only a part of it is masked"
-        yield f"training.resample=True {apart}: {why}; use training.noise=counts"
+        yield (
+            "training.resample=True does not go with data.format=chat: a share of a block says"
+            " nothing where only a part of it is masked; use training.noise=counts"
+        )

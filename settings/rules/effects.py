@@ -11,12 +11,23 @@ from settings.schema import Config
 SIZES = ("hidden_size", "n_blocks", "n_heads")  # of model.*, and of one network alone:
 OF_DIT = ("cond_dim", "adaln")
 OF_LLAMA = (
-    *("n_kv_heads", "head_dim", "ffn_size", "rope_theta", "rms_norm_eps"),
-    *("qk_norm", "qkv_bias", "tied"),
+    "n_kv_heads",
+    "head_dim",
+    "ffn_size",
+    "rope_theta",
+    "rms_norm_eps",
+    "qk_norm",
+    "qkv_bias",
+    "tied",
 )
 DRAWN_IN_TRAINING = (  # of training.*
-    *("sampling_eps_min", "sampling_eps_max", "resample"),
-    *("noise", "counts", "count_law", "views"),
+    "sampling_eps_min",
+    "sampling_eps_max",
+    "resample",
+    "noise",
+    "counts",
+    "count_law",
+    "views",
 )
 OF_NOISE = {  # settings with their usual values
     "noise.type": "loglinear",
@@ -38,8 +49,10 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
     if config.mode in ("train", "plan"):
         yield from _training(config)
     elif config.mode in EVALUATES and config.training.from_pretrained is not None:
-        why = f"mode={config.mode} reads eval.checkpoint_path"
-        yield f"training.from_pretrained={config.training.from_pretrained} has no effect: {why}"
+        yield (
+            f"training.from_pretrained={config.training.from_pretrained} has no effect:"
+            f" mode={config.mode} reads eval.checkpoint_path"
+        )
     if config.mode == "demo":
         yield from _demo(typed)
     if config.mode == "sample_eval":
@@ -50,30 +63,38 @@ def without_effect(config: Config, typed: Collection[str]) -> Iterator[str]:
             if key in typed or (key == "noise.type" and config.noise.type != "loglinear"):
                 yield f"{key} has no effect: training.noise=counts draws no times"
     yield from _recomputing(config, typed)
-    yield from _strategy(config, typed)
+    if config.mode not in ("train", "plan", "demo") and "model.param_dtype" in typed:
+        yield f"model.param_dtype has no effect: mode={config.mode} trains nothing"
+    yield from _groups(config)
+    if config.strategy.gradients != "float32":
+        yield from _exchange(config)
     yield from _adapters(config, typed)
     yield from _network(config, typed)
+    if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
+        yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
     yield from _plan(config, typed)
     yield from _algorithm(config)
     yield from _data(config)
 
 
 def _evaluation(config: Config, typed: Collection[str]) -> Iterator[str]:
-    mode, sizes, entry = config.mode, config.eval.block_sizes, tables.algorithms()[config.algo.name]
-    measures = mode == "ppl_eval"
+    mode, sizes = config.mode, config.eval.block_sizes
     if mode == "sample_eval" and config.eval.tokens_per_batch is not None:
         yield "eval.tokens_per_batch has no effect: mode=sample_eval has sampling.batch_size"
-    if not measures and config.eval.draws != 1:
+    if mode != "ppl_eval" and config.eval.draws != 1:
         yield f"eval.draws has no effect: mode={mode} draws once; mode=ppl_eval has draws"
-    if not measures and sizes is not None:
+    if mode != "ppl_eval" and sizes is not None:
         yield f"eval.block_sizes has no effect: mode={mode} does not measure at several"
-    if measures and sizes and "block_size" in typed:
+    if mode == "ppl_eval" and sizes and "block_size" in typed:
         yield f"block_size has no effect: eval.block_sizes={sizes} has the sizes"
+    entry = tables.algorithms()[config.algo.name]
     chosen = config.training.eval_nll or (entry["blocks"] and config.block_size == 1)
     if mode in ("train", "plan", "ppl_eval") and not chosen:
-        only = "only algo=bamdlm with block_size=1 has the choice"
-        yield f"training.eval_nll=False has no effect: {only}"
-    if not measures or not entry["noise"]:
+        yield (
+            "training.eval_nll=False has no effect: only algo=bamdlm with block_size=1 has the"
+            " choice"
+        )
+    if mode != "ppl_eval" or not entry["noise"]:
         return
     measured = f"measures at {'eval.block_sizes' if sizes else 'block_size'}"
     reasons = {f"training.{name}": "draws from the full interval" for name in DRAWN_IN_TRAINING}
@@ -85,8 +106,6 @@ def _evaluation(config: Config, typed: Collection[str]) -> Iterator[str]:
 
 
 def _plan(config: Config, typed: Collection[str]) -> Iterator[str]:
-    if config.mode != "train" and "trainer.profiler" in typed and config.trainer.profiler:
-        yield f"trainer.profiler has no effect: mode={config.mode} trains nothing"
     if config.mode == "plan" and {"plan.nodes", "trainer.num_nodes"} <= set(typed):
         yield f"trainer.num_nodes has no effect: it is planned for plan.nodes={config.plan.nodes}"
     for key in ("plan.gpu", "plan.nodes"):
@@ -102,24 +121,31 @@ def _recomputing(config: Config, typed: Collection[str]) -> Iterator[str]:
     if config.mode not in ("train", "plan"):
         if key in typed:
             yield f"{key} has no effect: mode={config.mode} has no backward pass"
-        return
-    one_node = trainer.accelerator == "gpu" and trainer.num_nodes == 1
-    if model.compile and one_node and config.strategy.name != "fsdp":  # which is never replayed
+    elif (
+        model.compile
+        and trainer.accelerator == "gpu"
+        and trainer.num_nodes == 1
+        and config.strategy.name != "fsdp"  # which is never replayed
+    ):
         yield f"{key}={value}: steps are not replayed as CUDA graphs, as they are with none"
 
 
-def _strategy(config: Config, typed: Collection[str]) -> Iterator[str]:
-    """The format of the weights, and what devices share out and exchange."""
-    mode, strategy, trains = config.mode, config.strategy, config.mode in ("train", "plan")
-    if not trains and mode != "demo" and "model.param_dtype" in typed:
-        yield f"model.param_dtype has no effect: mode={mode} trains nothing"
-    if strategy.replicate != 1 and not (trains and strategy.name == "fsdp"):
-        ddp = f"strategy={strategy.name} has a copy on every device"
-        why = ddp if trains else f"mode={mode} trains nothing"
-        yield f"strategy.replicate={strategy.replicate} has no effect: {why}"
-    if strategy.gradients != "float32" and not (trains and all_devices(config) > 1):
-        why = "one device exchanges nothing" if trains else f"mode={mode} has no gradients"
-        yield f"strategy.gradients={strategy.gradients} has no effect: {why}"
+def _groups(config: Config) -> Iterator[str]:
+    key, strategy = f"strategy.replicate={config.strategy.replicate}", config.strategy.name
+    if config.strategy.replicate == 1:
+        return
+    if config.mode not in ("train", "plan"):
+        yield f"{key} has no effect: mode={config.mode} trains nothing"
+    elif strategy != "fsdp":
+        yield f"{key} has no effect: strategy={strategy} has a copy on every device"
+
+
+def _exchange(config: Config) -> Iterator[str]:
+    key = f"strategy.gradients={config.strategy.gradients}"
+    if config.mode not in ("train", "plan"):
+        yield f"{key} has no effect: mode={config.mode} has no gradients"
+    elif all_devices(config) == 1:
+        yield f"{key} has no effect: one device exchanges nothing"
 
 
 def _adapters(config: Config, typed: Collection[str]) -> Iterator[str]:
@@ -162,7 +188,6 @@ def _demo(typed: Collection[str]) -> Iterator[str]:
 def _training(config: Config) -> Iterator[str]:
     schedule, trainer = config.lr_scheduler, config.trainer
     reads = tables.lr_schedules()[schedule.name].get("reads", ())
-    not_below = f"is not below trainer.max_steps={trainer.max_steps}"
     unset = {"num_warmup_steps": 0, "warmup_lr_init": None, "lr_min": None}
     for key, nothing in unset.items():
         if key not in reads and getattr(schedule, key) != nothing:
@@ -170,12 +195,16 @@ def _training(config: Config) -> Iterator[str]:
     if config.optim.name == "adamw" and config.optim.momentum is not None:
         yield "optim.momentum has no effect: optim=adamw has beta1"
     if schedule.name == "constant_warmup" and schedule.num_warmup_steps >= trainer.max_steps:
-        warmup = f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps}"
-        yield f"{warmup} {not_below}: optim.lr is never reached"
+        yield (
+            f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} is not below"
+            f" trainer.max_steps={trainer.max_steps}: optim.lr is never reached"
+        )
     sizes = config.training.block_schedule or {}
     if late := [step for step in sorted(sizes) if step >= trainer.max_steps]:
-        begun = f"blocks of {sizes[late[0]]} begin at step {late[0]}"
-        yield f"training.block_schedule: {begun}, which {not_below}: they are never trained"
+        yield (
+            f"training.block_schedule: blocks of {sizes[late[0]]} begin at step {late[0]}, which is"
+            f" not below trainer.max_steps={trainer.max_steps}: they are never trained"
+        )
 
 
 def _algorithm(config: Config) -> Iterator[str]:

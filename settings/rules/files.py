@@ -50,9 +50,10 @@ def checkpoints(config: Config) -> Iterator[str]:
     elif path is None and config.algo.backbone == "hf_dit":
         yield f"eval.checkpoint_path is not set: {HF_DIT}"
     elif path is None:
-        runs = f"run of algo={config.algo.name} in checkpointing.save_dir or under outputs/"
-        why = f"mode={config.mode} needs a checkpoint, and no {runs} has written one"
-        yield f"eval.checkpoint_path is not set: {why}"
+        yield (
+            f"eval.checkpoint_path is not set: mode={config.mode} needs a checkpoint, and no run of"
+            f" algo={config.algo.name} in checkpointing.save_dir or under outputs/ has written one"
+        )
     elif is_missing(path):
         yield f"eval.checkpoint_path={path} does not exist"
     elif config.algo.backbone == "hf_dit" and path.endswith(WEIGHT_SUFFIXES):
@@ -67,8 +68,10 @@ def _training_start(config: Config) -> Iterator[str]:
         yield f"training.from_pretrained={start}: {HF_DIT}"
     resume, own = checkpointing.resume_ckpt_path, f"{checkpointing.save_dir}/checkpoints/last.ckpt"
     if checkpointing.resume_from_ckpt and resume != own and is_missing(resume):
-        way_out = "checkpointing.resume_from_ckpt=False starts anew"
-        yield f"checkpointing.resume_ckpt_path={resume} does not exist; {way_out}"
+        yield (
+            f"checkpointing.resume_ckpt_path={resume} does not exist;"
+            " checkpointing.resume_from_ckpt=False starts anew"
+        )
 
 
 def _goes_on(config: Config) -> bool:
@@ -103,8 +106,10 @@ def results(config: Config) -> Iterator[str]:
         elif name is not None:
             yield from _unwritable(key, name)
     if not has_user_cache() and (cache is None or "://" in cache):
-        way_out = "name a folder of this machine, or set XDG_CACHE_HOME"
-        yield f"data.cache_dir: this user has no home folder for what is prepared; {way_out}"
+        yield (
+            "data.cache_dir: this user has no home folder for what is prepared; name a folder of"
+            " this machine, or set XDG_CACHE_HOME"
+        )
 
 
 def _unwritable(key: str, name: str) -> Iterator[str]:
@@ -184,9 +189,10 @@ def _source(source: str, names: dict[str, str | None]) -> Iterator[str]:
         own = ", ".join(f"{key}={name}" for key, name in names.items())
         yield f"data.source={source} stands for a named corpus, but {own} is text of your own"
     elif not Path(os.path.expanduser(source)).exists():
-        wanted = ", ".join(dict.fromkeys(map(str, names.values())))
-        way_out = f"name a folder, an archive or a file with {wanted}"
-        yield f"data.source={source} does not exist: {way_out}"
+        yield (
+            f"data.source={source} does not exist: name a folder, an archive or a file with"
+            f" {', '.join(dict.fromkeys(map(str, names.values())))}"
+        )
 
 
 def _files(key: str, pattern: str) -> Iterator[str]:

@@ -19,8 +19,11 @@ from settings.schema import Config
 from settings.tables import attention_backends
 
 URLS = (  # settings that may be a URL
-    *("checkpointing.save_dir", "checkpointing.resume_ckpt_path", "data.cache_dir"),
-    *("eval.checkpoint_path", "training.from_pretrained"),
+    "checkpointing.save_dir",
+    "checkpointing.resume_ckpt_path",
+    "data.cache_dir",
+    "eval.checkpoint_path",
+    "training.from_pretrained",
 )
 DISTRIBUTED = ("train", "ppl_eval", "sample_eval")  # modes that share work out by trainer.devices
 
@@ -30,16 +33,20 @@ def machine(config: Config) -> Iterator[str]:
     gpu, elsewhere = trainer.accelerator == "gpu", is_elsewhere(config)
     gpus = visible_gpus() if gpu and not elsewhere else None
     if elsewhere and not gpu:
-        why = f"plan.gpu={config.plan.gpu} is a GPU; leave one of them out"
-        yield f"trainer.accelerator={trainer.accelerator}: {why}"
+        yield (
+            f"trainer.accelerator={trainer.accelerator}: plan.gpu={config.plan.gpu} is a GPU; leave"
+            " one of them out"
+        )
     if gpus == 0:
         yield "trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=auto"
     elif gpus is not None and trainer.devices > gpus:
         yield f"trainer.devices={trainer.devices}: this machine has {gpus}"
     started = started_by_torchrun()
     if started not in (None, trainer.devices) and config.mode in DISTRIBUTED:
-        why = f"torchrun started {started} processes here; leave trainer.devices out"
-        yield f"trainer.devices={trainer.devices}: {why}"
+        yield (
+            f"trainer.devices={trainer.devices}: torchrun started {started} processes here;"
+            " leave trainer.devices out"
+        )
     if trainer.precision.startswith("16") and not gpu:
         yield f"trainer.precision={trainer.precision} needs a GPU; a CPU can do bf16 and 32"
     if config.strategy.name == "fsdp":
@@ -49,19 +56,24 @@ def machine(config: Config) -> Iterator[str]:
 
 
 def _sharded(config: Config) -> Iterator[str]:
-    trainer, replicate, devices = config.trainer, config.strategy.replicate, all_devices(config)
-    if trainer.precision == "16-mixed":
-        way_out = "use bf16, 32, or strategy=ddp"
-        yield f"trainer.precision=16-mixed does not go with strategy=fsdp; {way_out}"
-    groups = f"strategy.replicate={replicate}"
+    groups, devices = config.strategy.replicate, all_devices(config)
+    if config.trainer.precision == "16-mixed":
+        yield (
+            "trainer.precision=16-mixed does not go with strategy=fsdp; use bf16, 32, or"
+            " strategy=ddp"
+        )
     if devices == 1:
         yield "strategy=fsdp has nothing to share out on one device; use strategy=ddp"
-    elif devices % replicate:
-        counted = f"the {devices} devices (trainer.devices x trainer.num_nodes)"
-        yield f"{groups} does not divide {counted}; use a number of groups that does"
-    elif replicate == devices:
-        way_out = "use fewer groups, or strategy=ddp"
-        yield f"{groups} leaves one device to a group, and nothing to share out; {way_out}"
+    elif devices % groups:
+        yield (
+            f"strategy.replicate={groups} does not divide the {devices} devices (trainer.devices x"
+            " trainer.num_nodes); use a number of groups that does"
+        )
+    elif groups == devices:
+        yield (
+            f"strategy.replicate={groups} leaves one device to a group, and nothing to share out;"
+            " use fewer groups, or strategy=ddp"
+        )
 
 
 def _attention(config: Config, gpu: bool) -> Iterator[str]:
@@ -70,25 +82,31 @@ def _attention(config: Config, gpu: bool) -> Iterator[str]:
     entry = attention_backends().get(model.attn_backend)
     if entry is None:  # auto, a stand-in
         return
-    needed, package = f"model.attn_backend={model.attn_backend}", entry["package"]
+    needed = f"model.attn_backend={model.attn_backend}"
+    package = entry["package"]
     way_out = "use model.attn_backend=sdpa or auto"
     if not gpu and not entry["cpu"]:
         yield f"{needed} needs a GPU; {way_out}"
     elif not gpu and not entry["cpu_backward"] and config.mode == "train":
         yield f"{needed} cannot train on a CPU (no backward pass); {way_out}"
     elif gpu and package and not is_elsewhere(config) and not has_package(package):
-        missing = f"the package {package} is not installed: pip install {package}"
-        yield f"{needed}: {missing}; or {way_out}"
+        yield (
+            f"{needed}: the package {package} is not installed: pip install {package}; or {way_out}"
+        )
     elif not entry["full_precision"] and not config.trainer.precision.startswith(("bf16", "16")):
         yield f"{needed} needs trainer.precision=bf16; or {way_out}"
-    least, llama = entry["least_head_width"], config.algo.backbone == "llama"
-    if gpu and not has_wide_heads(config, least):
+    if gpu and not has_wide_heads(config, entry["least_head_width"]):
+        llama = config.algo.backbone == "llama"
         width = "model.head_dim" if llama else "model.hidden_size / model.n_heads"
-        width = f"{width} is {head_width(config)}"
-        yield f"{needed} needs heads of at least {least} on a GPU, but {width}; {way_out}"
+        yield (
+            f"{needed} needs heads of at least {entry['least_head_width']} on a GPU, but"
+            f" {width} is {head_width(config)}; {way_out}"
+        )
     if needs_block_mask(config) and not entry["block_masks"]:
-        others = "use model.attn_backend=flex, sdpa or auto"
-        yield f"{needed} cannot apply the block mask of algo={config.algo.name}; {others}"
+        yield (
+            f"{needed} cannot apply the block mask of algo={config.algo.name};"
+            " use model.attn_backend=flex, sdpa or auto"
+        )
     if not entry["document_ids"] and not config.data.wrap:
         yield f"{needed} cannot hide padding (data.wrap=False); {way_out}"
     if not entry["document_ids"] and config.data.pack != "wrap":
@@ -101,8 +119,10 @@ def _compiled(config: Config, gpu: bool) -> Iterator[str]:
     if not config.model.compile or is_elsewhere(config):
         return
     if gpu and not has_package("triton"):
-        missing = "the package triton is not installed: pip install triton"
-        yield f"model.compile=True: {missing}; or use model.compile=False"
+        yield (
+            "model.compile=True: the package triton is not installed: pip install triton; or use"
+            " model.compile=False"
+        )
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         yield "model.compile=True needs a C++ compiler (g++, or $CXX); use model.compile=False"
 

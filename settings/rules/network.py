@@ -12,9 +12,10 @@ def network(config: Config) -> Iterator[str]:
     if model.length % config.block_size:
         yield f"block_size={config.block_size} does not divide model.length={model.length}"
     if algo.backbone == "llama" and algo.time_conditioning:
-        way_out = "set algo.time_conditioning=False, or use algo.backbone=dit"
-        told = f"and algo={algo.name} tells it to its network"
-        yield f"algo.backbone=llama takes no noise level, {told}: {way_out}"
+        yield (
+            f"algo.backbone=llama takes no noise level, and algo={algo.name} tells it to its"
+            " network: set algo.time_conditioning=False, or use algo.backbone=dit"
+        )
     size, heads = f"model.hidden_size={model.hidden_size}", f"model.n_heads={model.n_heads}"
     width, rest = divmod(model.hidden_size, model.n_heads)
     if algo.backbone == "dit" and rest:
@@ -40,12 +41,15 @@ def algorithm(config: Config) -> Iterator[str]:
     whole = entry["noise"] and not entry["blocks"]
     windows = "steps" in entry["can"] and config.mode in ("sample_eval", "demo")
     if whole and blocks and not windows:
-        one = f"algo={algo.name} is one block of model.length={config.model.length}"
-        yield f"block_size={config.block_size}: {one}; blocks are algo=bamdlm"
+        yield (
+            f"block_size={config.block_size}: algo={algo.name} is one block of"
+            f" model.length={config.model.length}; blocks are algo=bamdlm"
+        )
     if algo.time_conditioning and not entry["time_conditioning"]:
-        untold = f"algo={algo.name} does not tell its network the noise level"
-        only = f"only {names_with('time_conditioning')} does"
-        yield f"algo.time_conditioning=True: {untold}, {only}; set it to False"
+        yield (
+            f"algo.time_conditioning=True: algo={algo.name} does not tell its network the noise"
+            f" level, only {names_with('time_conditioning')} does; set it to False"
+        )
     if needs_block_mask(config) and not algo.cross_attn:
         yield f"algo.cross_attn=False: algo={algo.name} with blocks below model.length needs it"
     for key, does in (("cross_attn", "has blocks to cross"), ("var_min", "clips its schedule")):

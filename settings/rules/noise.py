@@ -12,15 +12,21 @@ from utils import listed
 
 # settings with the values that leave them out
 OF_COUNTS = {"training.counts": None, "training.count_law": "uniform", "training.views": 1}
-ONE_LAW = {"training.count_law": "uniform", "training.counts": None, "algo.clip_search_widths": []}
+OF_ONE_LAW = {
+    "training.count_law": "uniform",
+    "training.counts": None,
+    "algo.clip_search_widths": [],
+}
 ADAPTED = {"adapt.clean": "block", "adapt.label": "same", "adapt.ar_loss": 0}
 
 
 def clipping(config: Config) -> Iterator[str]:
     algo, training = config.algo, config.training
     if algo.clip_search_widths and not algo.var_min:
-        searched = f"algo.clip_search_widths={algo.clip_search_widths}"
-        yield f"{searched} needs algo.var_min=True; [] turns the search off"
+        yield (
+            f"algo.clip_search_widths={algo.clip_search_widths} needs algo.var_min=True;"
+            " [] turns the search off"
+        )
     low, high = training.sampling_eps_min, training.sampling_eps_max
     if low > high:
         yield f"training.sampling_eps_min={low} is above training.sampling_eps_max={high}"
@@ -36,9 +42,10 @@ def _has_share(low: float, high: float, block_size: int) -> bool:
 def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]:
     size, delta = config.block_size, config.algo.clip_search_delta
     if not _has_share(low, high, size):
-        way_out = "widen training.sampling_eps_min and sampling_eps_max"
-        none = f"no multiple of 1/{size} lies in [{low:g}, {high:g}]"
-        yield f"training.resample=True: {none}; {way_out}"
+        yield (
+            f"training.resample=True: no multiple of 1/{size} lies in [{low:g}, {high:g}]; widen"
+            " training.sampling_eps_min and sampling_eps_max"
+        )
     if config.algo.fix_clipping or size == 1:
         return
     for width in config.algo.clip_search_widths:
@@ -46,9 +53,10 @@ def _impossible_shares(config: Config, low: float, high: float) -> Iterator[str]
             continue
         starts = range(int((1 - width) / delta + 1e-6) + 1)
         if not all(_has_share(i * delta, i * delta + width, size) for i in starts):
-            narrow = f"{width:g} is narrower than 1/{size}, the share of one token"
-            so = "so training.resample=True may find no mask; leave it out"
-            yield f"algo.clip_search_widths: {narrow}, {so}"
+            yield (
+                f"algo.clip_search_widths: {width:g} is narrower than 1/{size}, the share of one"
+                " token, so training.resample=True may find no mask; leave it out"
+            )
 
 
 def counts(config: Config) -> Iterator[str]:
@@ -57,13 +65,16 @@ def counts(config: Config) -> Iterator[str]:
     entry = algorithms()[name]
     drawn = training.noise == "counts" and entry["noise"]
     if drawn and not entry["counts"]:
-        only = f"only {names_with('counts')}; use training.noise=times"
-        yield f"training.noise=counts does not fit algo={name}, {only}"
+        yield (
+            f"training.noise=counts does not fit algo={name}, only {names_with('counts')}; use"
+            " training.noise=times"
+        )
         return
     if drawn and training.resample:
-        why = "which draws how many tokens are masked: training.counts bounds that"
-        no_meaning = "training.resample=True has no meaning with training.noise=counts"
-        yield f"{no_meaning}, {why}; set training.resample=False"
+        yield (
+            "training.resample=True has no meaning with training.noise=counts, which draws how"
+            " many tokens are masked: training.counts bounds that; set training.resample=False"
+        )
     if training.noise != "counts":
         for key, value in changed(config, OF_COUNTS).items():
             yield f"{key}={value} needs training.noise=counts"
@@ -91,8 +102,10 @@ def _law(config: Config) -> Iterator[str]:
     if asked and size == 1:
         yield f"{asked}: a block of one token has one count only"
     elif asked and config.mode == "train" and by != "counts":
-        found = f"is found by the validation's counts, not by eval.likelihood={by}"
-        yield f"{asked} with training.noise=counts {found}; use eval.likelihood=counts"
+        yield (
+            f"{asked} with training.noise=counts is found by the validation's counts, not by"
+            f" eval.likelihood={by}; use eval.likelihood=counts"
+        )
 
 
 def block_sizes(config: Config) -> Iterator[str]:
@@ -119,10 +132,11 @@ def _trained_sizes(config: Config, given: str, sizes: Collection[int]) -> Iterat
     if not algorithms()[config.algo.name]["blocks"]:
         return
     if not unfit and config.block_size not in sizes:
-        validated = f"block_size={config.block_size} is that of validation"
-        way_out = f"set block_size to {' or '.join(map(str, sizes))}"
-        yield f"{validated}, and {given} does not train it: {way_out}"
-    alone = {**ONE_LAW, "training.views": 1, "training.resample": False}
+        yield (
+            f"block_size={config.block_size} is that of validation, and {given} does not train it:"
+            f" set block_size to {' or '.join(map(str, sizes))}"
+        )
+    alone = {**OF_ONE_LAW, "training.views": 1, "training.resample": False}
     for key, value in changed(config, alone).items():
         yield f"{given} does not go with {key}={value}, which is of one block size: choose one"
 
@@ -144,19 +158,24 @@ def adaptation(config: Config) -> Iterator[str]:
             yield f"{key}={value} does not fit algo={name}, {with_blocks}"
         return
     if adapt.ar_loss and adapt.clean != "causal":
-        why = f"with adapt.clean={adapt.clean} a clean token sees the one that it would predict"
-        yield f"adapt.ar_loss={adapt.ar_loss} needs adapt.clean=causal: {why}"
+        yield (
+            f"adapt.ar_loss={adapt.ar_loss} needs adapt.clean=causal: with"
+            f" adapt.clean={adapt.clean} a clean token sees the one that it would predict"
+        )
     if adapt.label != "next":
         return
     if not config.algo.ignore_bos:
-        why = "predicts a token at the one before it, and the first of a row has none"
-        way_out = "set algo.ignore_bos=True, which never masks it"
-        yield f"adapt.label=next {why}: {way_out}"
+        yield (
+            "adapt.label=next predicts a token at the one before it, and the first of a row has"
+            " none: set algo.ignore_bos=True, which never masks it"
+        )
     context, least = config.sampling.context_size, 2 * config.block_size
     sees = config.mode == "sample_eval" and context is not None
     if sees and context < min(least, config.model.length):
-        why = "with adapt.label=next a block sees the one before it"
-        yield f"sampling.context_size={context}: {why}, so it must be at least {least}"
+        yield (
+            f"sampling.context_size={context}: with adapt.label=next a block sees the one before"
+            f" it, so it must be at least {least}"
+        )
 
 
 def _views(config: Config) -> Iterator[str]:
@@ -167,5 +186,5 @@ def _views(config: Config) -> Iterator[str]:
         yield f"{views} share the clean half, which only algo=bamdlm in blocks of several has"
     elif blocks == 1:
         yield f"{views}: with block_size=1 one of them would always be empty"
-    for key, value in changed(config, ONE_LAW).items():
+    for key, value in changed(config, OF_ONE_LAW).items():
         yield f"{views} have a law of their own, without {key}={value}: choose one"

@@ -45,5 +45,7 @@ def demo(config: Config) -> Iterator[str]:
     if not config.demo.host:
         yield "demo.host= is empty: 127.0.0.1 is this machine alone, 0.0.0.0 is for all others too"
     if not has_package("gradio"):
-        way_out = "run pip install -r requirements-demo.txt"
-        yield f"mode=demo: the package gradio is not installed; {way_out}"
+        yield (
+            "mode=demo: the package gradio is not installed; run"
+            " pip install -r requirements-demo.txt"
+        )

@@ -25,8 +25,10 @@ def batches(config: Config) -> Iterator[str]:
     if loader.global_batch_size % at_once:
         yield f"{wanted} is not a multiple of {at_once}: {each}"
     elif total != loader.global_batch_size:
-        passes = f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
-        yield f"{passes} with {each} makes {total}, not {wanted}; leave it out"
+        yield (
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} with {each} makes"
+            f" {total}, not {wanted}; leave it out"
+        )
 
 
 def optimizer(config: Config) -> Iterator[str]:
@@ -35,11 +37,15 @@ def optimizer(config: Config) -> Iterator[str]:
     if config.optim.momentum is None:
         yield "optim.momentum=null: optim=muon needs a number in [0, 1), such as 0.95"
     if config.strategy.name == "fsdp":
-        way_out = "use strategy=ddp or optim=adamw"
-        yield f"optim=muon works on whole matrices, which strategy=fsdp shards; {way_out}"
+        yield (
+            "optim=muon works on whole matrices, which strategy=fsdp shards; use strategy=ddp or"
+            " optim=adamw"
+        )
     if config.mode == "train" and (found := torch_version()) < MUON_SINCE:
-        since, here = (".".join(map(str, version)) for version in (MUON_SINCE, found))
-        yield f"optim=muon needs torch {since} or newer, here is {here}; use optim=adamw"
+        yield (
+            f"optim=muon needs torch {'.'.join(map(str, MUON_SINCE))} or newer, here is"
+            f" {'.'.join(map(str, found))}; use optim=adamw"
+        )
 
 
 def masters(config: Config) -> Iterator[str]:
@@ -47,8 +53,10 @@ def masters(config: Config) -> Iterator[str]:
     if config.model.param_dtype == "float32" or config.mode not in ("train", "plan"):
         return
     if trainer.precision != "bf16-mixed":
-        why = "products are made in the format of the weights"
-        yield f"{asked} needs trainer.precision=bf16-mixed, not {trainer.precision}: {why}"
+        yield (
+            f"{asked} needs trainer.precision=bf16-mixed, not {trainer.precision}: products are"
+            " made in the format of the weights"
+        )
     if config.strategy.name == "fsdp":
         yield f"{asked} does not go with strategy=fsdp, which shares out float32 weights; use ddp"
     if config.strategy.gradients == "bf16":
@@ -60,8 +68,10 @@ def adapters(config: Config) -> Iterator[str]:
     if config.lora.rank is None or config.mode not in ("train", "plan"):
         return
     if config.training.from_pretrained is None:
-        way_out = "set training.from_pretrained, or lora.rank=null to train all weights"
-        yield f"{asked} needs weights to start from: {way_out}"
+        yield (
+            f"{asked} needs weights to start from: set training.from_pretrained, or lora.rank=null"
+            " to train all weights"
+        )
     if config.strategy.name == "fsdp":
         yield f"{asked} does not go with strategy=fsdp, which shares out what is trained; use ddp"
     if config.optim.name == "muon":
@@ -74,21 +84,26 @@ def optimization(config: Config) -> Iterator[str]:
     schedule, trainer = config.lr_scheduler, config.trainer
     if schedule.name == "cosine_decay_warmup":
         if schedule.num_warmup_steps >= trainer.max_steps:
-            warmup = f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps}"
-            yield f"{warmup} must be below trainer.max_steps={trainer.max_steps}"
+            yield (
+                f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} must be below"
+                f" trainer.max_steps={trainer.max_steps}"
+            )
         for key in ("warmup_lr_init", "lr_min"):
             value = getattr(schedule, key)
             if value is None or value > config.optim.lr:
                 yield f"lr_scheduler.{key}={value} must be at most optim.lr={config.optim.lr}"
     monitor = config.callbacks.checkpoint_monitor
     if monitor is not None and monitor.mode == "max":
-        why = f"less {monitor.monitor} is better; use min"
-        yield f"callbacks.checkpoint_monitor.mode=max would keep the worst checkpoint: {why}"
+        yield (
+            f"callbacks.checkpoint_monitor.mode=max would keep the worst checkpoint: less"
+            f" {monitor.monitor} is better; use min"
+        )
 
 
 def saving(config: Config) -> Iterator[str]:
     folder = config.checkpointing.save_dir
     if config.checkpointing.format == "sharded" and "://" in folder and config.mode == "train":
-        url = f"checkpointing.save_dir={folder}"
-        way_out = "give a folder, or checkpointing.format=file"
-        yield f"checkpointing.format=sharded writes to a disk alone, not to {url}: {way_out}"
+        yield (
+            f"checkpointing.format=sharded writes to a disk alone, not to"
+            f" checkpointing.save_dir={folder}: give a folder, or checkpointing.format=file"
+        )

@@ -39,8 +39,10 @@ class _Texts:
 def _step_number(name: str, number: dict) -> tuple:
     for key, known in (("type", TYPES), ("limit", BY_WORDS)):
         if number.get(key) not in known:
-            wanted = f"{', '.join(map(repr, known))}, got {number.get(key)!r}"
-            raise ValueError(f"samplers/params.py: the {key} of {name} must be one of {wanted}")
+            raise ValueError(
+                f"samplers/params.py: the {key} of {name} must be one of"
+                f" {', '.join(map(repr, known))}, got {number.get(key)!r}"
+            )
     return name, TYPES[number["type"]], doc(number["doc"], number["limit"], number["default"])
 
 

@@ -193,7 +193,7 @@ class Strategy:
 
 
 @dataclass
-class Plan:
+class PlannedFor:
     """Of mode=plan: other machines than this one, as in plan.gpu=H100-80GB plan.nodes=4."""
 
     gpu: str | None = doc(
