@@ -1,4 +1,4 @@
-"""From settings to objects: the network, its objective, what training it costs.
+"""From settings to objects: the network, its objective, the shape that its cost depends on.
 
 Only this file, the modes and training/trainer.py read the configuration of a run.
 """
@@ -30,7 +30,7 @@ from objectives.sizes import SizeLaw, shares_of_steps
 from random_streams import VERSION, seed_of
 from settings import Config, local_folder
 from settings.defaults import default_likelihood, noise_block
-from settings.rules.effects import OF_LLAMA, SIZES
+from settings.rules.effects import OF_LLAMA
 from training.flops import NetworkShape
 from training.health import StepHealth
 from training.lr_schedules import lr_factor
@@ -44,8 +44,10 @@ def read_weights(config: Config, path: str, tokenizer: Tokenizer) -> Checkpoint:
     checkpoint = read_checkpoint(path)
     wanted, theirs = config.algo.backbone, "llama" if is_llama(checkpoint) else "dit"
     if theirs != wanted.removeprefix("hf_"):
-        problem = f"{path} holds weights of the network {theirs}, and algo.backbone={wanted}"
-        raise CheckpointError(f"{problem}: set algo.backbone={theirs}")
+        raise CheckpointError(
+            f"{path} holds weights of the network {theirs}, and algo.backbone={wanted}: set"
+            f" algo.backbone={theirs}"
+        )
     checkpoint, done = with_mask(checkpoint, tokenizer, config.data.tokenizer_name_or_path)
     if done is not None:
         say(done)
@@ -59,7 +61,12 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
     """The network of model.*; with algo.backbone=hf_dit that of the checkpoint, with llama too
     where there is one."""
     model = config.model
-    options = named(model, "dropout", "attn_backend", "compile", "activation_checkpointing")
+    options = {
+        "dropout": model.dropout,
+        "attn_backend": model.attn_backend,
+        "compile": model.compile,
+        "activation_checkpointing": model.activation_checkpointing,
+    }
     if config.algo.backbone == "hf_dit" or (config.algo.backbone == "llama" and checkpoint):
         network = build_network(checkpoint, **options)
         if not fits_vocabulary(checkpoint, network, tokenizer):
@@ -73,16 +80,16 @@ def build_backbone(config: Config, tokenizer: Tokenizer, checkpoint: Checkpoint 
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.source}: {error}") from None
         return network
-    sizes = {"vocab_size": tokenizer.vocab_size, **named(model, *SIZES)}
+    sizes = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": model.hidden_size,
+        "n_blocks": model.n_blocks,
+        "n_heads": model.n_heads,
+    }
     if config.algo.backbone == "llama":
-        return Llama(**sizes, **named(model, *OF_LLAMA), **options)
+        return Llama(**sizes, **{name: getattr(model, name) for name in OF_LLAMA}, **options)
     adaln = algorithms.get_algorithm(config.algo.name).noise or model.adaln
     return DiT(**sizes, cond_dim=model.cond_dim, adaln=adaln, **options)
-
-
-def named(owner: object, *names: str) -> dict:
-    """{name: the attribute of that name}, as keyword arguments or in a record."""
-    return {name: getattr(owner, name) for name in names}
 
 
 def build_objective(config: Config, mask_id: int) -> Objective:
@@ -145,7 +152,8 @@ def build_noise(config: Config, version: int) -> NoiseSettings:
 
 def optimizer_settings(config: Config) -> OptimizerSettings:
     optim = config.optim
-    adamw = {"betas": (optim.beta1, optim.beta2), **named(optim, "lr", "eps", "weight_decay")}
+    betas = optim.beta1, optim.beta2
+    adamw = {"lr": optim.lr, "betas": betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     return OptimizerSettings(
         adamw,
         momentum=optim.momentum if optim.name == "muon" else None,
@@ -185,9 +193,13 @@ def build_counts(config: Config) -> CountLaw | None:
 
 def description(config: Config, tokenizer: Tokenizer, backbone: Network) -> dict:
     """What a checkpoint says about the run beside its weights."""
-    name, known = config.data.tokenizer_name_or_path, ("fingerprint", "vocab_size", "mask_id")
-    about = {"config": dataclasses.asdict(config)}
-    about["tokenizer"] = {"name_or_path": name, **named(tokenizer, *known)}
+    about = {
+        "name_or_path": config.data.tokenizer_name_or_path,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "mask_id": tokenizer.mask_id,
+    }
+    about = {"config": dataclasses.asdict(config), "tokenizer": about}
     if isinstance(backbone, Llama):  # which model.* need not describe
         about["llama"] = dataclasses.asdict(backbone.shape)
     return about
@@ -232,7 +244,8 @@ def evaluated_module(
 
 def build_shape(config: Config, backbone: Network) -> NetworkShape:
     """What the cost of training depends on."""
-    algo, training, law, share = config.algo, config.training, build_counts(config), 1.0
+    algo, training = config.algo, config.training
+    law, share = build_counts(config), 1.0
     drawn = training.block_sizes
     if training.block_schedule is not None:
         drawn = shares_of_steps(training.block_schedule, config.trainer.max_steps)
@@ -240,8 +253,8 @@ def build_shape(config: Config, backbone: Network) -> NetworkShape:
     if law is not None and training.views == 1:
         share = sum(weight * expected_share(law, size) for size, weight in sizes.items())
     elif law is None and algorithms.get_algorithm(algo.name).noise:
-        ends = training.sampling_eps_min, training.sampling_eps_max
-        times = torch.linspace(*ends, 1001, dtype=torch.float64)
+        low, high = training.sampling_eps_min, training.sampling_eps_max
+        times = torch.linspace(low, high, 1001, dtype=torch.float64)
         schedule = get_schedule(config.noise.type, algo.mdlm_loss_scale)
         share = float(schedule(times).p.mean())
     return NetworkShape(

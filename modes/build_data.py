@@ -71,10 +71,10 @@ def validated_rows(config: Config, rows: int) -> int:
     there = -(-rows // at_once)
     batches = int(limit * there) if isinstance(limit, float) else limit
     if limit and not batches:
-        of_all = f"of {there:,} validation batches of {batch_size} rows"
-        way_out = "give a number of batches, such as 1, or a larger share"
-        share = f"trainer.limit_val_batches={limit:g}"
-        raise ValueError(f"{share} {of_all} is less than one; {way_out}")
+        raise ValueError(
+            f"trainer.limit_val_batches={limit:g} of {there:,} validation batches of {batch_size}"
+            " rows is less than one; give a number of batches, such as 1, or a larger share"
+        )
     return min(rows, batches * at_once)
 
 

@@ -67,9 +67,10 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen()
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        place = f"demo.host={host}, demo.port={port}"
-        way_out = "use another port, or demo.port=0 for any that is free"
-        raise ValueError(f"{place}: no page can be served there ({why}); {way_out}") from error
+        raise ValueError(
+            f"demo.host={host}, demo.port={port}: no page can be served there ({why}); use another"
+            " port, or demo.port=0 for any that is free"
+        ) from error
     return listening
 
 

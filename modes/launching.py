@@ -50,8 +50,9 @@ class Run:
 class Told:
     """Signals that end the jobs: the first is kept, and all are passed on to the one that runs."""
 
-    by: signal.Signals | None = None
-    child: subprocess.Popen | None = None
+    def __init__(self):
+        self.by: signal.Signals | None = None
+        self.child: subprocess.Popen | None = None
 
     def _hear(self, number: int, frame) -> None:
         # a terminal sends Ctrl-C to the child as well, where a second one would end it at once

@@ -12,7 +12,7 @@ from checkpointing.vocabulary import has_words
 from data.tokenizer import Tokenizer
 from models.lora import Adapter, adapt
 from models.network import Network
-from modes.build import named, read_weights
+from modes.build import read_weights
 from objectives.algorithms import get_algorithm
 from settings import Config
 from training.optimizers import trained
@@ -26,7 +26,9 @@ def build_adapter(config: Config, tokenizer: Tokenizer) -> Adapter | None:
         return None
     masks = lora.mask_row and not get_algorithm(config.algo.name).causal
     return Adapter(
-        **named(lora, "rank", "alpha", "dropout"),
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
         modules=None if lora.modules is None else tuple(lora.modules),
         mask_id=tokenizer.mask_id if masks else None,
     )
@@ -65,9 +67,10 @@ def _take_base(config: Config, backbone: Network, base: Checkpoint) -> None:
     taken = load_pretrained(backbone, base, algo=config.algo.name)
     new = [name for name in taken.new_keys if name.startswith("backbone.")]
     if new:
-        lacks = f"{base.source} lacks {new[0]} and {len(new)} weights in all"
-        why = f"which algo={config.algo.name} adds and adapters do not train"
-        raise CheckpointError(f"{lacks}, {why}: set lora.rank=null")
+        raise CheckpointError(
+            f"{base.source} lacks {new[0]} and {len(new)} weights in all, which algo="
+            f"{config.algo.name} adds and adapters do not train: set lora.rank=null"
+        )
     if taken.ema is not None:
         with torch.no_grad():
             for name, p in backbone.named_parameters():
@@ -83,6 +86,7 @@ def _check_base(config: Config, base: dict, tokenizer: Tokenizer) -> None:
     if not base or gone:  # of a hub id, or a tokenizer alone, the checkpoint is enough
         return
     if read_weights(config, start, tokenizer).fingerprint != base.get("fingerprint"):
-        differs = f"training.from_pretrained={start} has other weights than when this run began"
-        way_out = "put those back, or begin anew in another checkpointing.save_dir"
-        raise CheckpointError(f"{differs}: {way_out}")
+        raise CheckpointError(
+            f"training.from_pretrained={start} has other weights than when this run began: put"
+            " those back, or begin anew in another checkpointing.save_dir"
+        )

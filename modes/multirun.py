@@ -73,9 +73,10 @@ def _surroundings(argv: list[str]) -> Iterator[str]:
     tasks = whole_number(os.environ.get("SLURM_NTASKS")) or 1
     stepped = "SLURM_STEP_ID" in os.environ and tasks > 1
     if "TORCHELASTIC_RUN_ID" in os.environ or stepped:
-        starter = "srun" if stepped else "torchrun"
-        way_out = "run it alone, each run takes the processes that trainer.devices names"
-        yield f"-m under {starter} would start everything several times: {way_out}"
+        yield (
+            f"-m under {'srun' if stepped else 'torchrun'} would start everything several times:"
+            " run it alone, each run takes the processes that trainer.devices names"
+        )
 
 
 def _checked(jobs: list[Job]) -> tuple[list[Config | None], list[str]]:
@@ -114,9 +115,10 @@ def _shared(jobs: list[Job], configs: list[Config]) -> Iterator[str]:
             values = ",".join(word.partition("=")[2] for job in those for word in job.swept)
             together = f"; or leave -m out, and give {key}=[{values}]"
         if len(those) > 1:
-            same = f"{setting}={path} is the same in {_named(those)}"
-            way_out = f"put what differs into it, as in '{setting}={path}-{inside}'{together}"
-            yield f"{same}, and they would write over each other: {way_out}"
+            yield (
+                f"{setting}={path} is the same in {_named(those)}, and they would write over each"
+                f" other: put what differs into it, as in '{setting}={path}-{inside}'{together}"
+            )
 
 
 def _written(config: Config) -> Iterator[tuple]:

@@ -217,9 +217,10 @@ def report(made: Plan, config: Config) -> list[str]:
         each = in_bytes(made.checkpoint / made.devices)
         lines[-1] += f"; {each} per device with checkpointing.format=sharded"
     if made.devices > 1:
-        among = f"strategy={config.strategy.name}, {made.devices} devices"
-        sent = f"each device sends {in_bytes(made.exchange)} per optimizer step"
-        lines.append(f"exchange: {sent} ({among})")
+        lines.append(
+            f"exchange: each device sends {in_bytes(made.exchange)} per optimizer step"
+            f" (strategy={config.strategy.name}, {made.devices} devices)"
+        )
     return lines
 
 
@@ -244,9 +245,10 @@ def on_gpus(made: Plan, config: Config, gpu: Gpu) -> list[str]:
     if algo not in MFU:
         lines.append(f"  {algo} was not measured on a GPU: the figure is that of {NOT_MEASURED}")
     if made.devices > 1:
-        measured = "as measured with ddp on two of one host"
-        others = "more GPUs and several nodes were not measured"
-        lines.append(f"  and {SEVERAL:.1%} of the sum of the GPUs, {measured}; {others}")
+        lines.append(
+            f"  and {SEVERAL:.1%} of the sum of the GPUs, as measured with ddp on two of one host;"
+            " more GPUs and several nodes were not measured"
+        )
     return lines
 
 

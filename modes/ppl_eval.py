@@ -82,10 +82,11 @@ def measures(config: Config) -> list[Measure]:
         chosen = next((each for each in wanted if each.passes(size, draws) <= most), wanted[-1])
         check_likelihoods([chosen], block_size=size, **limits)
         if chosen.kind.sampled and draws < 2:
-            at = f"at block_size={size} eval.likelihood={chosen.label} is estimated"
-            why = "of one draw nobody can tell how much too low the likelihood of the mixture"
-            problem = f"{at}, and {why} comes out; set eval.draws=2 or more"
-            raise ValueError(f"eval.draws={draws}: {problem}")
+            raise ValueError(
+                f"eval.draws={draws}: at block_size={size} eval.likelihood={chosen.label} is"
+                " estimated, and of one draw nobody can tell how much too low the likelihood of"
+                " the mixture comes out; set eval.draws=2 or more"
+            )
         found.append(Measure(size, chosen))
     return found
 
@@ -139,7 +140,10 @@ def report(config: Config, done: Evaluator, path: Path) -> None:
         "precision": config.trainer.precision,
         "seed": config.seed,
     }
-    entries = [likelihood_entry(config, each, *found) for each, found in done.found.items()]
+    entries = [
+        likelihood_entry(config, each, result, seconds)
+        for each, (result, seconds) in done.found.items()
+    ]
     results = [result for result, _ in done.found.values()]
     seconds = sum(seconds for _, seconds in done.found.values())
     if config.eval.block_sizes is not None:
@@ -154,8 +158,10 @@ def report(config: Config, done: Evaluator, path: Path) -> None:
         names = dict.fromkeys((entry["likelihood"], entry["bound"]))  # exact may be both
         say(f"{config.algo.name} on {config.data.valid} ({at}{', '.join(names)}): {result}")
         if entry.get("low_ppl") is not None:
-            low = f"the mean of the draws in its formula gives perplexity {entry['low_ppl']:.3f}"
-            say(f"{low}, which is too low in expectation: the mixture lies between the two")
+            say(
+                f"the mean of the draws in its formula gives perplexity {entry['low_ppl']:.3f},"
+                " which is too low in expectation: the mixture lies between the two"
+            )
     write_json(path, {**about, **entries[0], **several})
     rate = entries[0]["tokens"] / max(seconds, 1e-9)  # of the text, by all likelihoods together
     say(f"{rate:,.0f} tokens/s, {seconds:.1f} s; written to {path}")
@@ -175,9 +181,11 @@ def likelihood_entry(config: Config, each: Measure, found: Likelihood, seconds: 
 
 def is_exact(config: Config, each: Measure) -> bool:
     """Whether it is the likelihood whatever writes the texts: of blocks of one token."""
-    of_mixture = config.eval.block_sizes is not None and each.chosen.name != "nelbo"
-    single = each.size == 1 and (config.training.eval_nll or of_mixture)
-    return single or get_algorithm(config.algo.name).writes == "ar"
+    if get_algorithm(config.algo.name).writes == "ar":
+        return True
+    if config.eval.block_sizes is None:
+        return each.size == 1 and config.training.eval_nll
+    return each.size == 1 and (each.chosen.name != "nelbo" or config.training.eval_nll)
 
 
 def mixture_entry(

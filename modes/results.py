@@ -17,7 +17,6 @@ from training.log_reading import read_log
 from utils import CIRCUMSTANCES, check_file, read_json, reason
 
 LOG = "metrics.csv"
-WAY_OUT = "give the folder of a run, outputs/…/…"
 MOST_STEPS = 1 << 53  # a number of more is none that was measured
 TELLING = ("ppl", "gen_nfes")  # one of them is in every report
 Summary = dict[str, object]  # of an evaluation or a sampling run
@@ -101,11 +100,14 @@ def read_run(folder: Path, elsewhere: Iterable[Path] = ()) -> Results:
     folder is none of a run."""
     if not folder.is_dir():
         problem = "is no folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {problem}: {WAY_OUT}")
+        raise ValueError(f"{folder} {problem}: give the folder of a run, outputs/…/…")
     inside = [path for path in folder.glob("*.json") if path.name != SETTINGS]
     known = (folder / SETTINGS, folder / LOG)
     if not any(path.exists() for path in (*known, *folder.glob("ppl_*.json"))):
-        raise ValueError(f"{folder} holds no {SETTINGS}, {LOG} or ppl_*.json: {WAY_OUT}")
+        raise ValueError(
+            f"{folder} holds no {SETTINGS}, {LOG} or ppl_*.json: give the folder of a run,"
+            " outputs/…/…"
+        )
     run = Results(folder)
     found = _read(folder / SETTINGS, read_json, run.trouble)
     run.settings = found if isinstance(found, dict) else {}

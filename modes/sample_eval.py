@@ -11,7 +11,7 @@ from checkpointing.checkpoint import Checkpoint
 from checkpointing.load import say_untrained, trained_sizes
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, load_judge
-from modes.build import build_objective, named, trained_module
+from modes.build import build_objective, trained_module
 from modes.build_data import build_cache, build_tokenizer
 from modes.sampling_params import sampling_params
 from noise_schedule import get_schedule
@@ -69,8 +69,10 @@ def prepare(config: Config) -> Callable[[], None]:
 
 def build_fabric(config: Config) -> L.Fabric:
     """What starts the processes and says which of them this is."""
-    asked = named(config.trainer, "accelerator", "devices", "num_nodes", "precision")
-    return L.Fabric(**asked, strategy="ddp" if all_devices(config) > 1 else "auto")
+    t = config.trainer
+    strategy = "ddp" if all_devices(config) > 1 else "auto"
+    placed = {"accelerator": t.accelerator, "devices": t.devices, "num_nodes": t.num_nodes}
+    return L.Fabric(**placed, strategy=strategy, precision=t.precision)
 
 
 def build_points(
@@ -107,6 +109,7 @@ def build_points(
 def build_output(
     config: Config, file: SampleFile, checkpoint: Checkpoint, wanted: SamplingParams
 ) -> Output:
+    sampling = config.sampling
     about = {
         "checkpoint": config.eval.checkpoint_path,
         "ema": not config.eval.disable_ema,
@@ -114,8 +117,7 @@ def build_output(
         "judge": config.eval.gen_ppl_eval_model_name_or_path,
     }
     name = sampling_run_id(config, checkpoint, wanted)
-    show, trajectory = config.sampling.show, config.sampling.trajectory
-    return Output(file, name, show=show, trajectory=trajectory, about=about)
+    return Output(file, name, show=sampling.show, trajectory=sampling.trajectory, about=about)
 
 
 def build_judge(config: Config, tokenizer: Tokenizer) -> Judge | None:

@@ -40,14 +40,18 @@ def problems(multirun: Multirun) -> Iterator[str]:
     if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
         yield f"{launcher}: there is no Slurm here ({', '.join(absent)} not found)"
     if "timeout_min" not in multirun.slurm:
-        why = "after these a job saves and goes back into the queue"
-        yield f"{launcher} needs hydra.launcher.timeout_min=MINUTES: {why}"
+        yield (
+            f"{launcher} needs hydra.launcher.timeout_min=MINUTES: after these a job saves and goes"
+            " back into the queue"
+        )
     elif limit := multirun.slurm["timeout_min"]:
         early = (multirun.slurm.get("signal_delay_s", SIGNAL_SECONDS) or 0) + EARLY_SECONDS
         if limit * 60 <= early:
-            why = f"Slurm may tell a job {early} seconds before its limit to save"
-            way_out = "give more, or a smaller hydra.launcher.signal_delay_s"
-            yield f"hydra.launcher.timeout_min={limit} leaves no time for work: {why}; {way_out}"
+            yield (
+                f"hydra.launcher.timeout_min={limit} leaves no time for work: Slurm may tell a job"
+                f" {early} seconds before its limit to save; give more, or a smaller"
+                " hydra.launcher.signal_delay_s"
+            )
 
 
 @dataclass

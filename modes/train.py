@@ -133,11 +133,15 @@ def go_on(config: Config, data: DataModule, resume: Checkpoint) -> None:
     if (version := streams_version(resume)) < VERSION:
         say(f"the run keeps version {version} of the random streams, with which it began")
     if (size := resume.block_size) != config.block_size:
-        best = f"the score of best.ckpt is of the old one (block_size={size} stays with it)"
-        say(f"val/nll was measured at block_size={size} and is now at {config.block_size}: {best}")
+        say(
+            f"val/nll was measured at block_size={size} and is now at {config.block_size}: the"
+            f" score of best.ckpt is of the old one (block_size={size} stays with it)"
+        )
     before = (section(resume.config, "eval").get("likelihood") or ["nelbo"])[0]
     now = config.eval.likelihood[0]
     if now != before and default_likelihood(config) == "counts":
-        best = f"the score of best.ckpt is of the old kind (eval.likelihood={before} stays with it)"
-        measured = f"val/nll was measured by {before} and is now by {now}"
-        say(f"{measured}: both estimate the same bound, but {best}")
+        say(
+            f"val/nll was measured by {before} and is now by {now}: both estimate the same bound,"
+            " but the score of best.ckpt is of the old kind"
+            f" (eval.likelihood={before} stays with it)"
+        )
