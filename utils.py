@@ -41,7 +41,8 @@ def plain_errors(place: str) -> Iterator[None]:
 
 
 def end_children() -> None:
-    """At the end of a process: Python would wait for data workers, which ignore signals to end."""
+    """For the end of a process: Python would wait for data workers, which ignore the signals that
+    tell them to end."""
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -200,7 +201,8 @@ def visible_files(folder: Path, hidden: str = ".") -> list[Path]:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """Of a glob pattern, or the file of just this name. `**` enters no link: it may lead back."""
+    """Of a glob pattern, or the file that has exactly this name. `**` enters no link: one that
+    leads back has no end."""
     path = Path(os.path.expanduser(pattern))
     if path.is_file():
         return [path]
@@ -327,14 +329,18 @@ def atomic_folder(
         with naming(path):
             yield new
             _open_to_readers(new)
-        if overwrite and path.exists():
-            os.rename(path, old)
-        os.rename(new, path)
+        try:
+            if overwrite and path.exists():
+                os.rename(path, old)
+            os.rename(new, path)
+        except BaseException:
+            if old.exists() and not path.exists():  # before `new` goes, which may take a while
+                os.rename(old, path)
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():  # else the old folder could not be put back, and there is no other
+            shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
 
 

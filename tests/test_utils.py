@@ -1,6 +1,7 @@
 """Files and folders that appear whole, locks, and the errors of the hub."""
 
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -122,6 +123,49 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         (new / "new").touch()
     assert names(path) == {"old"}
     assert names(tmp_path) == {"a"}
+
+
+def test_an_old_folder_is_back_before_anything_is_removed(tmp_path, monkeypatch):
+    """To remove what was made may take long enough to be killed meanwhile."""
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old").touch()
+    rename = os.rename
+
+    def full(source, target):
+        if target == path and (source / "new").exists():
+            raise OSError("no space left")
+        rename(source, target)
+
+    def replace():
+        with atomic_folder(path, overwrite=True) as new:
+            (new / "new").touch()
+
+    monkeypatch.setattr(os, "rename", full)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: kill_me())
+    killed(replace)
+    assert names(path) == {"old"}
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_not_lost(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old").touch()
+    rename = os.rename
+
+    def full(source, target):
+        if target == path:
+            raise OSError("no space left")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with (
+        pytest.raises(OSError, match="no space left"),
+        atomic_folder(path, overwrite=True) as new,
+    ):
+        (new / "new").touch()
+    (kept,) = tmp_path.iterdir()
+    assert names(kept) == {"old"}
 
 
 def test_what_a_killed_process_left_goes_where_the_lock_is_held(tmp_path):
