@@ -86,8 +86,11 @@ class BoundedUnpickler(pickle._Unpickler):
         """data: MOST_BYTES at most."""
         super().__init__(io.BytesIO(data))
 
+    def set_state(self, value, state) -> None:
+        """BUILD: the state of an object that the pickle has made."""
+        raise NotImplementedError
+
     def _build(self):
-        """The state of an object that the pickle has made: subclasses say what becomes of it."""
         state = self.stack.pop()
         self.set_state(self.stack[-1], state)
 

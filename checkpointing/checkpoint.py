@@ -49,7 +49,8 @@ class Checkpoint:
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """Of training: several where rows drew theirs or blocks grew; none if nothing says it."""
+        """Of training: several where each row drew its own or blocks grew; none where the file does
+        not say."""
         of_run = self.config if self.layout == "hub" else section(self.config, "training")
         drawn = of_run.get("block_sizes")
         if not isinstance(drawn, dict | list | type(None)):

@@ -67,7 +67,8 @@ def export(
     overwrite: bool = False,
     form: str = "project",
 ) -> Path:
-    """Write the folder, complete or not at all. algo: if the file does not say; form: of FORMS."""
+    """Write the folder: complete, or not at all. `algo` where the checkpoint does not say; form: of
+    FORMS."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -188,10 +189,11 @@ def card(checkpoint: Checkpoint, config: dict, use_ema: bool, template: Path, ba
     figures = {"optimizer steps": checkpoint.step, **best_validation(checkpoint.raw)}
     if checkpoint.interval is not None:
         figures["clipped noise interval"] = "{:.4g} to {:.4g}".format(*checkpoint.interval)
-    figures["weights"] = "as in the source"
-    if use_ema and checkpoint.ema is not None:
-        about = f"EMA, decay {checkpoint.ema_decay}, {checkpoint.ema_updates} updates"
-        figures["weights"] = f"averaged ({about})"
+    figures["weights"] = (
+        f"averaged (EMA, decay {checkpoint.ema_decay}, {checkpoint.ema_updates} updates)"
+        if use_ema and checkpoint.ema is not None
+        else "as in the source"
+    )
     rows = [f"| {name} | {value} |" for name, value in figures.items() if value is not None]
     trained = {key: run[key] for key in CARD_SECTIONS if key in run}
     if is_llama(checkpoint) and "model" in trained:  # whose settings may say other sizes

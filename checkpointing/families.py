@@ -22,7 +22,8 @@ MOST_IDS = 1 << 24
 
 @dataclass(frozen=True)
 class Family:
-    """How an architecture differs. Biases: yes, no, or the key of config.json that says so."""
+    """How an architecture differs. biases: whether it has them, whatever config.json says; or the
+    key of config.json that decides."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -120,7 +121,8 @@ def _is_positive(value) -> bool:
 
 
 def shape_of(place: str, config: dict) -> LlamaShape:
-    """The network of a config.json of transformers. CheckpointError where none here is the same."""
+    """The network of a config.json of transformers. CheckpointError where there is none here that
+    computes the same."""
     found, family = _Config(place, config), ARCHITECTURES[architecture_of(config)]
     if problem := next(_other(config), None):
         raise found.refused(problem)
@@ -209,16 +211,19 @@ def _rope(found: _Config) -> dict:
 
 
 def recorded_shape(place: str, record: dict) -> LlamaShape:
-    """The network that a file of this project describes by the fields of LlamaShape."""
+    """The network that a checkpoint or an export of this project describes by the fields of
+    LlamaShape."""
     kinds = {field.name: field.type for field in fields(LlamaShape)}
     odd = [
         name for name, kind in kinds.items() if name not in record or not _fits(record[name], kind)
     ]
     odd += [name for name in record if name not in kinds]
     odd += ["n_blocks"] if not odd and record["n_blocks"] > MOST_LAYERS else []
-    problem = ", ".join(f"{name}={reprlib.repr(record.get(name))}" for name in odd[:5])
-    problem = problem or next(LlamaShape(**record).problems(), None)
-    if problem:
+    if odd:
+        problem = ", ".join(f"{name}={reprlib.repr(record.get(name))}" for name in odd[:5])
+    else:
+        problem = next(LlamaShape(**record).problems(), None)
+    if problem is not None:
         raise CheckpointError(f"{place}: its description of the network is damaged: {problem}")
     return LlamaShape(**record)
 
@@ -227,6 +232,7 @@ def _fits(value, kind) -> bool:
     if kind is float:
         return _is_positive(value)
     if kind in (bool, str):
-        return type(value) is kind
-    whole = type(value) is int and 1 <= value <= MOST_IDS
-    return whole or (kind is not int and value is None)
+        return isinstance(value, kind)
+    if value is None:
+        return kind is not int  # but int or None
+    return type(value) is int and 1 <= value <= MOST_IDS

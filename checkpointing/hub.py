@@ -66,7 +66,8 @@ def locate(path_or_id: str | Path, *, revision: str | None = None):
 
 
 def in_parts(fs, path: str) -> bool:
-    """Whether a checkpoint in parts lies there (sharded.py). CheckpointError: not on a disk."""
+    """Whether a checkpoint in parts lies there (sharded.py). CheckpointError where it cannot be
+    read, because it is not on a disk."""
     if isinstance(fs, LocalFileSystem):
         return sharded_index.is_in_parts(path)
     if fs.exists(f"{path}/{sharded_index.NAME}"):

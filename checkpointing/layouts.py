@@ -1,7 +1,8 @@
 """Weights in every published layout: Lightning checkpoints, hub folders, models of transformers.
 
 Names are those of the network (`blocks.0.norm1.weight`): the `backbone.` of the files and the
-`_orig_mod.` of compiled models are taken off. An EMA list is put under the parameters' names.
+`_orig_mod.` of compiled models are taken off. The EMA list of a Lightning checkpoint is put under
+the names of its parameters.
 """
 
 import math
@@ -195,8 +196,15 @@ def _from_hub(source: str, config: dict, tensors: dict) -> Checkpoint:
     listed = tuple(config[name] for name in INTERVAL if name in config)
     if interval is None and config.get("var_min") and listed not in ((), PUBLISHED_EPS):
         interval = _interval(source, listed)
-    algorithms = _hub_algorithms(source, config)
-    return Checkpoint(source, "hub", algorithms, config, weights, foreign, interval=interval)
+    return Checkpoint(
+        source=source,
+        layout="hub",
+        algorithms=_hub_algorithms(source, config),
+        config=config,
+        weights=weights,
+        foreign=foreign,
+        interval=interval,
+    )
 
 
 def _from_transformers(source: str, config: dict, tensors: dict) -> Checkpoint:
@@ -217,7 +225,13 @@ def _from_transformers(source: str, config: dict, tensors: dict) -> Checkpoint:
             )
         del weights[head]
     algorithm = ARCHITECTURES[architecture_of(config)].algorithm
-    return Checkpoint(source, "transformers", (algorithm,), config, weights)
+    return Checkpoint(
+        source=source,
+        layout="transformers",
+        algorithms=(algorithm,),
+        config=config,
+        weights=weights,
+    )
 
 
 def _hub_algorithms(source, config) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def build_network(checkpoint: Checkpoint, **options) -> Network:
 
 
 def build_backbone_args(checkpoint: Checkpoint) -> dict:
-    """Arguments of its network for these weights: sizes and dropout, checked against the config."""
+    """Arguments of its network for these weights (sizes, dropout), checked against the config."""
     if is_llama(checkpoint):
         return dataclasses.asdict(_llama_shape(checkpoint))
     weights, config = checkpoint.weights, checkpoint.config
@@ -105,7 +105,8 @@ def _llama_shape(checkpoint: Checkpoint) -> LlamaShape:
 
 
 def load_into(backbone: nn.Module, checkpoint: Checkpoint, *, use_ema: bool, algo: str) -> None:
-    """Copy all weights, or the averaged ones, into `backbone`; in doubt copy nothing and raise."""
+    """Copy all weights, or the averaged ones, into `backbone`; on any doubt copy nothing and
+    raise."""
     _check_fit(backbone, checkpoint, algo, may_be_new=())
     if algo not in checkpoint.algorithms:
         raise CheckpointError(
@@ -122,7 +123,8 @@ def trained_sizes(checkpoint: Checkpoint, algo: str) -> tuple[int, ...]:
 
 
 def say_untrained(trained: Collection[int], sizes: Iterable[int]) -> None:
-    """A line for each of these block sizes that was not trained: nobody has seen how it works."""
+    """A line for each of these block sizes at which the network was not trained. Its weights serve
+    any size; how well, nobody has seen."""
     for size in dict.fromkeys(sizes):
         if trained and size not in trained:
             say(f"block_size={size}: the network was trained at {listed(trained)}")
@@ -147,9 +149,10 @@ def load_pretrained(backbone: nn.Module, checkpoint: Checkpoint, *, algo: str) -
     _check_fit(backbone, checkpoint, algo, may_be_new=may_be_new)
     _check_average(checkpoint)
     _check_finite(checkpoint.source, checkpoint.weights)
-    _check_finite(f"the EMA of {checkpoint.source}", checkpoint.ema or {})
+    ema = checkpoint.ema
+    _check_finite(f"the EMA of {checkpoint.source}", ema or {})
     _copy(backbone, checkpoint.weights)
-    state, ema = _expected(backbone), checkpoint.ema
+    state = _expected(backbone)
     with torch.no_grad():
         for name in may_be_new:
             if "adaLN_modulation" in name:

@@ -69,8 +69,17 @@ INERT = {
 }
 
 FAILURES = (
-    *(pickle.UnpicklingError, struct.error, AttributeError, EOFError, ImportError, LookupError),
-    *(MemoryError, OverflowError, RuntimeError, TypeError, ValueError),
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    TypeError,
+    ValueError,
 )
 
 
@@ -151,10 +160,14 @@ def _encode(text, encoding):
     return text.encode("latin1")
 
 
+def _ordered_dict(pairs=()):
+    return OrderedDict((checked_key(key), value) for key, value in pairs)
+
+
 FUNCTIONS = {
     "_codecs.encode": _encode,
     "collections.defaultdict": lambda factory=None: {},  # nobody asks these for an absent key
-    "collections.OrderedDict": lambda pairs=(): OrderedDict((checked_key(k), v) for k, v in pairs),
+    "collections.OrderedDict": _ordered_dict,
     "torch.Size": lambda size=(): tuple(size),
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad=False, hooks=None: tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,

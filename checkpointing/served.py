@@ -23,7 +23,8 @@ MASK_ID = 151_669  # whatever config.json says: SGLang's srt/dllm/config.py
 def sdar_config(
     checkpoint: Checkpoint, shape: LlamaShape | None, tokenizer: Tokenizer, algo: str
 ) -> dict:
-    """config.json; CheckpointError with every reason why no server could. shape: None of a DiT."""
+    """config.json. CheckpointError with every reason why no server would compute this network;
+    shape: None of a DiT."""
     problems = list(_problems(checkpoint, shape, tokenizer, algo))
     if problems:
         raise CheckpointError(
@@ -67,8 +68,14 @@ def _problems(
     if not is_llama(checkpoint):
         yield "its network is dit, and servers know Qwen3's layers (algo.backbone=llama)"
         return
-    wanted = {"qk_norm": True, "mlp_bias": False, "o_bias": shape.qkv_bias}
-    for name, value in (wanted | {"rope_type": "default", "sliding_window": None}).items():
+    wanted = {
+        "qk_norm": True,
+        "mlp_bias": False,
+        "o_bias": shape.qkv_bias,
+        "rope_type": "default",
+        "sliding_window": None,
+    }
+    for name, value in wanted.items():
         if (theirs := getattr(shape, name)) != value:
             yield f"Qwen3 has {name}={value}, it has {theirs}"
     for name, value in (("clean", "block"), ("label", "same")):

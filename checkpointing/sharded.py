@@ -1,4 +1,5 @@
-"""Checkpoints in parts, by torch.distributed.checkpoint: a folder to which every rank writes.
+"""Checkpoints in parts, by torch.distributed.checkpoint: a folder to which every rank writes what
+it holds.
 
     index.json        which tensors there are, and where their parts lie (sharded_index.py)
     state.ckpt        all else of the published layout, with None where a tensor was
@@ -129,15 +130,21 @@ def write(parts: Parts, path: str, *, group, token: str) -> None:
     where one of them could not write.
 
     group: of gloo, over all ranks, that nobody else uses meanwhile; None: of one process. token:
-    the same on all ranks; another in each run, so that what is left of one writes elsewhere.
+    the same on all ranks, and another in each run, so that nobody who is left of a run that was
+    killed writes to the same files.
     """
     target = Path(path)
     partial = target.with_name(unfinished(target.name, token))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    how = {"planner": planner, "process_group": group, "no_dist": group is None}
     _expect_one_process()
     try:
-        dcp.save(parts.tensors, storage_writer=_Writer(partial, target, parts), **how)
+        dcp.save(
+            parts.tensors,
+            storage_writer=_Writer(partial, target, parts),
+            planner=planner,
+            process_group=group,
+            no_dist=group is None,
+        )
     except CheckpointException as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _first(error) from None
@@ -163,11 +170,14 @@ class Sharded:
     def load(self, targets: dict[str, Tensor]) -> None:
         """Read numbers into these tensors, which take their places in `checkpoint`. Of a DTensor
         this rank's part is read. No other rank is asked."""
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        reader = _Reader(self.folder, self.entries)
         _expect_one_process()
         try:
-            dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
+            dcp.load(
+                dict(targets),
+                storage_reader=_Reader(self.folder, self.entries),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                no_dist=True,
+            )
         except CheckpointException as error:
             first = _first(error)
             known = isinstance(first, CheckpointError | OSError | MemoryError)
@@ -189,8 +199,13 @@ class Sharded:
 def read(folder: str | Path, sections: Collection[str] = SECTIONS) -> dict:
     """As torch_file.load would give the file; tensors outside of `sections` on the meta device."""
     stored = Sharded(folder)
-    wanted = {n: e for n, e in stored.entries.items() if n.partition("/")[0] in sections}
-    stored.load({name: torch.empty(e.size, dtype=e.dtype) for name, e in wanted.items()})
+    stored.load(
+        {
+            name: torch.empty(entry.size, dtype=entry.dtype)
+            for name, entry in stored.entries.items()
+            if name.partition("/")[0] in sections
+        }
+    )
     return stored.checkpoint
 
 

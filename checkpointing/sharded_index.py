@@ -1,4 +1,5 @@
-"""index.json of a checkpoint in parts: its tensors, how each is cut, and where its bytes lie.
+"""index.json of a checkpoint in parts: which tensors it holds, how each is cut, and where the bytes
+of a part lie.
 
 torch.distributed.checkpoint keeps the same in `.metadata`, which is a pickle and grows with the
 number of ranks. That file is written too, for torch's own tools, and never read here.
@@ -32,7 +33,8 @@ LARGEST = 1 << 62
 
 @dataclass(frozen=True)
 class Part:
-    """Of a tensor: where it begins, its size, its file, first byte and number of bytes there."""
+    """Of a tensor: where it begins in it and its size; the file, its first byte there, and how many
+    bytes it takes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -73,7 +75,8 @@ def write_index(folder: Path, metadata: "Metadata") -> None:
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
-    """{name: its entry}. CheckpointError where a part is missing, too short or belongs nowhere."""
+    """{name: what is known of it}. CheckpointError where a part is missing, is shorter than it was,
+    or belongs nowhere."""
     path = folder / NAME
     try:
         index = read_json(path)
@@ -165,10 +168,14 @@ def _check_files(folder: Path, entries: dict[str, Entry]) -> None:
         for part in entry.parts:
             ends[part.file] = max(ends.get(part.file, 0), part.start + part.length)
     for name, end in sorted(ends.items()):
-        path, problem = folder / name, None
+        path = folder / name
         if not path.is_file():
-            problem = f"is missing ({len(ends)} files belong to it)"
-        elif (size := path.stat().st_size) < end:
-            problem = f"was cut short ({size:,} of {end:,} bytes)"
-        if problem:
-            raise CheckpointError(f"{folder} is not whole: {name} {problem}; copy it again")
+            raise CheckpointError(
+                f"{folder} is not whole: {name} is missing ({len(ends)} files belong to it); copy"
+                " it again"
+            )
+        if (size := path.stat().st_size) < end:
+            raise CheckpointError(
+                f"{folder} is not whole: {name} was cut short ({size:,} of {end:,} bytes); copy it"
+                " again"
+            )

@@ -21,7 +21,8 @@ def trained_tokenizer(found: Checkpoint, name: str | None = None, cache_dir=None
 
 
 def tokenizer_name(found: Checkpoint) -> str:
-    """A run says it, our exports have it in their folders; the published models have GPT-2's."""
+    """A run says it, an export of this project has it in its folder; the published models have
+    GPT-2's."""
     if said := section(found.config, "data").get("tokenizer_name_or_path"):
         return said
     if found.layout == "transformers":

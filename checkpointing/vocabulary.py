@@ -23,8 +23,9 @@ TABLES = (EMBEDDING, "lm_head.weight")
 
 
 def with_mask(found: Checkpoint, words: Tokenizer, name: str) -> tuple[Checkpoint, str | None]:
-    """The checkpoint with a row for the mask, and a sentence about it; any but a model of
-    transformers as it is. name: of the tokenizer. CheckpointError where it has other ids."""
+    """The checkpoint with a row for the mask, and what was done, in a sentence; any other than a
+    model of transformers as it is. name: of the tokenizer. CheckpointError where it has other
+    ids."""
     table = found.weights.get(EMBEDDING)
     if found.layout != "transformers" or table is None or table.dim() != 2:
         return found, None  # in the second case the network will not fit, and that is the error
@@ -63,7 +64,8 @@ def has_words(folder: Path) -> bool:
 
 
 def _check_words(found: Checkpoint, words: Tokenizer, name: str) -> None:
-    """CheckpointError where the model's own tokenizer is another: spare rows would hide it."""
+    """CheckpointError where the model has a tokenizer beside it, and this is another: with spare
+    rows the sizes would not tell."""
     place = place_of(found)
     folder = Path(os.path.expanduser(place))
     if "://" in place or name == place or (folder.exists() and not has_words(folder)):

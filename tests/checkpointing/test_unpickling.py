@@ -17,6 +17,7 @@ import torch
 from conftest import GOLDEN, load, load_json
 
 from checkpointing import restricted_pickle, torch_file
+from checkpointing.bounded_pickle import BoundedUnpickler
 from checkpointing.layouts import CheckpointError, read_checkpoint
 from training.checkpoint_io.files import SafeCheckpointIO
 
@@ -315,3 +316,8 @@ def test_reading_needs_neither_omegaconf_nor_transformers_nor_tokenizers():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "train", done.stderr
+
+
+def test_a_reader_that_does_not_say_what_a_state_becomes_changes_nothing():
+    with pytest.raises(NotImplementedError):
+        BoundedUnpickler(b"}}b.").load()
