@@ -37,17 +37,20 @@ def with_ar_loss(
     scored = (inputs.loss_mask > 0) & ~begins(x0, document_ids)
     row, at = scored.nonzero().unbind(1)
     clean = (row + 1) * per_row - length + at - 1
+    diffusion = inputs.loss_positions
 
     def spread(values: Tensor, elsewhere: float) -> Tensor:
         """Of the rows that diffusion reads -> of all rows of the network's output."""
         return values.new_full((inputs.outputs,), elsewhere).index_copy_(0, diffusion, values)
 
-    diffusion, nowhere = inputs.loss_positions, inputs.views * x0.numel()
-    targets, ar_weights = spread(inputs.targets, 0), torch.zeros(inputs.outputs, device=x0.device)
-    targets[clean], ar_weights[clean] = x0[row, at], 1.0
+    targets = spread(inputs.targets, 0)
+    targets[clean] = x0[row, at]
+    ar_weights = torch.zeros(inputs.outputs, device=x0.device)
+    ar_weights[clean] = 1.0
     used = ar_weights > 0
     used[diffusion] = True
-    found = used.nonzero()[:, 0]
+    found = used.nonzero()[:, 0]  # each row once, in ascending order
+    nowhere = inputs.views * x0.numel()
     return replace(
         inputs,
         loss_positions=found,

@@ -149,7 +149,8 @@ class MaskedDiffusion(MaskingObjective):
         block_sizes: Tensor | None = None,
     ) -> LossInputs:
         """weight float32 [B, L]: of each masked token. With one block nobody would attend to the
-        clean half: it is not built. block_sizes [B]: in place of block_size, where rows differ."""
+        clean half: it is not built. block_sizes [B]: where rows differ in them, in place of
+        block_size."""
         places = None if document_ids is None else positions(document_ids)
         tokens, attention_mask = x_t, Full()
         size = self.block_size if block_sizes is None else self.sizes.common
@@ -176,8 +177,17 @@ class MaskedDiffusion(MaskingObjective):
 
 
 def _in_blocks(s: ObjectiveSettings) -> MaskedDiffusion:
-    first = (s.mask_id, s.block_size, s.schedule, s.ignore_bos, s.resample, s.full_from)
-    return MaskedDiffusion(*first, sizes=s.sizes, adapt=s.adapt, ar_loss=s.ar_loss)
+    return MaskedDiffusion(
+        s.mask_id,
+        s.block_size,
+        s.schedule,
+        s.ignore_bos,
+        s.resample,
+        s.full_from,
+        sizes=s.sizes,
+        adapt=s.adapt,
+        ar_loss=s.ar_loss,
+    )
 
 
 def _whole(s: ObjectiveSettings) -> MaskedDiffusion:

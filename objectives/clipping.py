@@ -87,10 +87,12 @@ def variances(of_counts: Tensor, nll: Tensor, m: Tensor, n: Tensor) -> Tensor:
 
 
 def count_candidates(block_size: int, widths: list[float], delta: float) -> list[Counts]:
-    """The ranges whose shares of the block lie in an interval of `candidates`: all counts first."""
+    """The ranges of counts whose shares of the block lie in an interval of `candidates`: all counts
+    first, each range once."""
     ranges = [(1, block_size)]
     for low, high in candidates(block_size, widths, delta, EPS)[1:]:
-        least, most = max(1, math.ceil(low * block_size - 1e-6)), int(high * block_size + 1e-6)
+        least = max(1, math.ceil(low * block_size - 1e-6))
+        most = int(high * block_size + 1e-6)
         if least <= most and (least, most) not in ranges:
             ranges.append((least, most))
     return ranges

@@ -68,8 +68,12 @@ def draw_noise(
         stratum, strata = _dealt_by_size(sizes, seed, step, global_batch, length)
         time = (stratum[place] + time) / strata[place]
     tokens = rows[:, None] * length + torch.arange(length, device=rows.device)
-    token, count = uniform(seed, step, TOKENS, tokens), uniform(seed, step, COUNTS, place)
-    return Noise(time.float().clamp(max=1 - 2.0**-24), token, count, of_rows)
+    return Noise(
+        time=time.float().clamp(max=1 - 2.0**-24),
+        token=uniform(seed, step, TOKENS, tokens),
+        count=uniform(seed, step, COUNTS, place),
+        sizes=of_rows,
+    )
 
 
 @functools.lru_cache(maxsize=2, typed=True)  # an OldSeed is another seed than the equal int
@@ -102,8 +106,12 @@ def draw_example_noise(seed: int, examples: Tensor, *, global_batch: int, **sett
     ]
     if len(parts) == 1:
         return parts[0]
-    numbers = zip(*(vars(part).values() for part in parts), strict=True)
-    return Noise(*(None if of_all[0] is None else torch.cat(of_all) for of_all in numbers))
+    return Noise(
+        time=torch.cat([part.time for part in parts]),
+        token=torch.cat([part.token for part in parts]),
+        count=torch.cat([part.count for part in parts]),
+        sizes=None if parts[0].sizes is None else torch.cat([part.sizes for part in parts]),
+    )
 
 
 def times(u: Tensor, interval: Interval) -> Tensor:

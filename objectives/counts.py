@@ -29,7 +29,8 @@ class CountLaw:
     of fewer (the first token of a text, padding, masks in the text) have the law of the same s.
 
     `reweighted`: weights 1 / (m q(m)), which need a density above 0 everywhere; the expected loss
-    is the NELBO. Else weights n / m, as of a uniform law: with a range of counts this is no bound.
+    is the NELBO. Else weights n / m, those of a uniform law: with a range of counts the expected
+    loss is no bound.
     """
 
     density: Tensor
@@ -109,7 +110,8 @@ def masked_in_sizes(
 
 def complementary(u: Tensor, keys: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
     """Two views of each text that mask complementary parts of the scored tokens, so that each is
-    predicted once: masked boolean and weights float64, [B, 2, L]. See `masked_by_counts`.
+    predicted once: masked boolean and weights float64, [B, 2, L]. Arguments as for
+    `masked_by_counts`.
 
     The first masks m = 1 .. n tokens of a block, each as likely, the second the other n - m. Each m
     below n comes with a chance of 2 / n in one of them, n itself with 1 / n. So the weights are
@@ -124,7 +126,8 @@ def complementary(u: Tensor, keys: Tensor, scored: Tensor) -> tuple[Tensor, Tens
     sizes = torch.stack([m, n - m], 1)  # [B, 2, N]
     used = (sizes > 0).sum(1, keepdim=True)
     weight = n[:, None] / (used * sizes.clamp(min=1)).double()
-    return torch.stack([first, scored & ~first], 1), weight.repeat_interleave(size, -1)
+    masked = torch.stack([first, scored & ~first], 1)
+    return masked, weight.repeat_interleave(size, -1)
 
 
 # ---- the law of least variance

@@ -75,7 +75,8 @@ class GraphedLoss:
 
 
 def rows_for(asked: int, most: int) -> int:
-    """A multiple of ROWS, somewhat above `asked`, which varies little with antithetic times."""
+    """A multiple of ROWS with some room above `asked`: the number of masked tokens varies little
+    where times are antithetic."""
     return min(most, -(-(asked + asked // 64 + ROWS // 2) // ROWS) * ROWS)
 
 

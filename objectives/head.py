@@ -2,7 +2,8 @@
 
 The gradient with respect to the logits is known as soon as a chunk's logits are, because every
 token's factor in the scalar loss is known beforehand. So the forward pass multiplies it out at once
-and keeps [M, E] and (not of a frozen head) [V, E], never [M, V]; the backward pass only scales.
+and keeps [M, E] and [V, E], never [M, V], and the backward pass only scales. Of a frozen head
+[V, E] is not made.
 
 Without gradients a loss needs two numbers of a row of logits. On a CPU these are added up tile by
 tile, so that logits never leave its cache.
@@ -149,7 +150,8 @@ def row_sums(
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:
-    """Of rows [m, n]: [m]; overwrites them. Half the time of torch.logsumexp with its passes."""
+    """Of rows [m, n]: [m]; overwrites them. Half the time of torch.logsumexp, which makes a pass
+    for each of its steps."""
     wide = wide_dtype(logits)
     greatest = logits.amax(-1).to(wide)
     in_place = logits if logits.dtype == wide else None
@@ -206,7 +208,8 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 class _Gradients:
-    """Of sum(factor * losses) to x [M, E], and to w [V, E] and bias [V] where these are trained."""
+    """Gradients of sum(factor * losses) with respect to x [M, E], and to w [V, E] and the bias [V]
+    where they are trained."""
 
     def __init__(self, x: Tensor, w: Tensor, factors: Tensor, weighted: bool, biased: bool):
         self.x, self.w, self.factors = x, w, factors
@@ -245,7 +248,8 @@ def _with_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _chunk_rows(rows: int, w: Tensor) -> int:
-    """As `_even`; on an accelerator a multiple of EVEN_ROWS, for which there are faster kernels."""
+    """As `_even`; on an accelerator a multiple of EVEN_ROWS, for which its library has faster
+    kernels."""
     accelerated = w.device.type != "cpu"
     logits = CHUNK_LOGITS_ACCELERATOR if accelerated else CHUNK_LOGITS
     size = _even(rows, max(1, logits // len(w)))
@@ -253,5 +257,6 @@ def _chunk_rows(rows: int, w: Tensor) -> int:
 
 
 def _even(rows: int, most: int) -> int:
-    """Rows of a chunk, at most `most`; chunks are about equal: none is too small for a call."""
+    """Rows of a chunk, at most `most`; chunks are about equal, so that none is too small to be
+    worth a call."""
     return max(1, -(-rows // max(1, -(-rows // most))))

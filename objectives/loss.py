@@ -189,11 +189,13 @@ class Objective:
             # one more, for rows that predict nothing of the loss mask
             outputs = nll.new_zeros(inputs.views * loss_mask.numel() + 1)
             nll = outputs.index_copy_(0, places, nll)[:-1]
-        ar = inputs.ar_weights
         if inputs.views > 1:
             nll = nll.view(len(loss_mask), inputs.views, -1).sum(1)
-        ar = None if ar is None else (head.losses * ar).sum() / number
-        return TokenLoss(nll.view_as(loss_mask), loss_mask, head.total, ar)
+        nll = nll.view_as(loss_mask)
+        ar = None
+        if inputs.ar_weights is not None:
+            ar = (head.losses * inputs.ar_weights).sum() / number
+        return TokenLoss(nll=nll, loss_mask=loss_mask, per_place=head.total, ar=ar)
 
     def loss(self, backbone, *batch, **settings) -> TokenLoss:
         """The loss of a batch; arguments as for `loss_inputs`."""

@@ -1,6 +1,7 @@
 """Score entropy of the absorbing process: SEDD (arXiv:2310.16834).
 
-The network's output, shifted, is log p_t(y) / p_t(x_t) for changing one masked token to y.
+The network's output, shifted, is the log of the ratios p_t(y) / p_t(x_t) for changing one masked
+token to y.
 """
 
 import math
