@@ -33,7 +33,8 @@ class CSVLog(Logger):
     """unix_time: when a row was begun. A log in the old format is kept as metrics.old.csv, and its
     figures go into the new one."""
 
-    name, version = "metrics", ""  # Lightning asks for both
+    name = "metrics"  # Lightning asks for it, and for the version
+    version = ""
 
     def __init__(self, path: Path):
         """ValueError where something else than a file has its place."""

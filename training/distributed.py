@@ -6,6 +6,7 @@ A checkpoint has the same content as on one device; each reads the other's.
 
 import inspect
 from dataclasses import replace
+from functools import partial
 
 import lightning as L
 import torch
@@ -103,16 +104,19 @@ class Sharded(_Saving, ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         path = self.broadcast(checkpoint_path)
-        cut = is_in_parts(path)
-        checkpoint = self._read_parts(path) if cut else self.checkpoint_io.load_checkpoint(path)
-        set_fused(checkpoint, self.lightning_module.fused())  # state.load_state comes later
-        states = checkpoint.get("optimizer_states", [])
-        if cut:
-            for optimizer, state in zip(self.optimizers, states, strict=True):
+        if is_in_parts(path):
+            checkpoint = self._read_parts(path)
+            set_fused(checkpoint, self.lightning_module.fused())
+            for optimizer, state in zip(
+                self.optimizers, checkpoint["optimizer_states"], strict=True
+            ):
                 optimizer.load_state_dict(state)
             return checkpoint
+        checkpoint = self.checkpoint_io.load_checkpoint(path)
+        set_fused(checkpoint, self.lightning_module.fused())  # state.load_state comes later
         options = state_dict.StateDictOptions(full_state_dict=True)
         state_dict.set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
             named = fsdp.FullyShardedDataParallel.rekey_optim_state_dict(
                 state, fsdp.OptimStateKeyType.PARAM_NAME, self.model
@@ -143,21 +147,18 @@ def share_out(module: L.LightningModule) -> None:
     )
     sent = torch.bfloat16 if half else None
     policy = replace(of_rest, param_dtype=sent, reduce_dtype=summed)
-    mesh = strategy.mesh()
+    share = partial(fsdp.fully_shard, mesh=strategy.mesh())
     # The rest comes first, though it is around the blocks: it has parameters of theirs
     of_blocks = _block_parameters(backbone, half)
-    options = {"reshard_after_forward": False, "ignored_params": of_blocks}
-    fsdp.fully_shard(backbone, mesh=mesh, mp_policy=of_rest, **options)
+    share(backbone, mp_policy=of_rest, reshard_after_forward=False, ignored_params=of_blocks)
     blocks, width = list(backbone.blocks), 2 if half else 4
     sizes = [width * sum(p.numel() for p in block.parameters()) for block in blocks]
     together = units(sizes, alone=bool(backbone.recompute))
+    several = len(together) > 1
     for numbers in together:
         unit = [blocks[number] for number in numbers]
-        options = {
-            "reshard_after_forward": len(together) > 1,
-            "ignored_params": {p for block in unit for p in block.parameters()} - of_blocks,
-        }
-        fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy, **options)
+        others = {p for block in unit for p in block.parameters()} - of_blocks
+        share(unit, mp_policy=policy, reshard_after_forward=several, ignored_params=others)
     backbone.compile_inside_hooks()
     for name in ("hidden", "features", "logits"):  # the objectives do not call `forward`
         fsdp.register_fsdp_forward_method(backbone, name)
@@ -168,7 +169,8 @@ def share_out(module: L.LightningModule) -> None:
 
 def units(sizes: list[float], alone: bool) -> list[range]:
     """The numbers of the blocks that are put together at once, neighbours; sizes: bytes of all.
-    alone: one block each, as where blocks are made again: a unit is let go when all of it ran."""
+    alone: one block each. So it must be where blocks are made again, one by one: a unit is let go
+    when all its blocks ran."""
     least = UNIT_BYTES if sum(sizes) > WHOLE_BYTES else WHOLE_BYTES
     made, begun, size = [], 0, 0
     for number, more in enumerate(sizes, start=1):
@@ -242,7 +244,8 @@ def norms_of(tensors: list[Tensor]) -> Tensor:
 
 
 def set_fused(checkpoint: dict, fused: bool | None) -> None:
-    """How AdamW computes its steps here, put into the optimizer states of a checkpoint, if any."""
+    """How the steps of AdamW are computed here, in the optimizer states of a checkpoint; a file of
+    weights alone has none."""
     for state in checkpoint.get("optimizer_states", []):
         for group in state.get("param_groups", []):  # with fsdp rank 0 alone has it
             if "betas" in group:

@@ -1,10 +1,12 @@
-"""What training costs: floating-point operations of this project's steps, and a device's speed.
+"""What training costs: floating-point operations of the steps as this project computes them, and
+what the device can do.
 
 The count is of multiplications and additions in matrix products (2 per pair) that are really made:
 attention over the pairs that may see each other, the head at masked positions, the last layer only
 where it is read. The backward pass costs twice the forward pass; where the weights are frozen and
 adapters are trained, once for products with weights, because their gradients are not made. Norms,
-rotary positions, modulation (one row per batch) and the optimizer, a few percent, are left out.
+rotary positions, modulation (one row per batch) and the optimizer are left out; together they are a
+few percent.
 """
 
 import time
@@ -134,7 +136,9 @@ def flops(shape: NetworkShape) -> Flops:
         attention=per_pair * ((shape.n_blocks - 1) * inner + last),
         head=2 * width * shape.vocab_size * shape.read,
         inner=layer + per_pair * inner + 2 * (shape.adapters or 0) * rows,
-        adapters=shape.adapters and 2 * shape.adapters * ((shape.n_blocks - 1) * rows + shape.read),
+        adapters=None
+        if shape.adapters is None
+        else 2 * shape.adapters * ((shape.n_blocks - 1) * rows + shape.read),
     )
 
 
@@ -160,7 +164,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s as the maker states them; None in float32, and where GPUS lacks the device."""
+    """FLOP/s as the maker states them; None for products in float32, and where GPUS lacks the
+    device."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").removeprefix("GeForce ")

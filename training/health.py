@@ -36,7 +36,8 @@ class StepHealth:
     """An optimizer step whose loss or gradient is not finite is left out: no weight, average or
     moment changes.
 
-    At most `allowed` in a row are left out; one more ends the run. `folder` gets their batches.
+    At most `allowed` in a row are left out; one more ends the run. Their batches are written to
+    `folder`.
     """
 
     allowed: int = 10
@@ -120,7 +121,8 @@ class StepHealth:
         return torch.cat([numbers[:2], nothing[None].float()])
 
     def settle(self, trainer: L.Trainer, leave: int = 0) -> int:
-        """Judge all steps but the last `leave`. Returns how many earlier ones were left out."""
+        """Judge the steps that are not judged yet, except the last `leave`. Returns how many
+        earlier steps turn out to have been left out."""
         self.skipped = False
         before = self.bad_steps
         while len(self._coming) > leave:
@@ -137,7 +139,9 @@ class StepHealth:
         self.skipped = not self.late
         if trainer.precision == "16-mixed" and not loss_is_bad and not nothing_counts:
             return  # the scaler of float16 finds its scale this way
-        odd = [n for n, norm in zip(step.names, norms, strict=True) if not math.isfinite(norm)]
+        odd = [
+            name for name, norm in zip(step.names, norms, strict=True) if not math.isfinite(norm)
+        ]
         self.bad_steps += 1
         self.in_a_row += 1
         what = f"a {'loss' if loss_is_bad else 'gradient'} that is not finite"
@@ -196,7 +200,8 @@ class _Step:
 
 
 class RankFailure(L.Callback):
-    """Where one of several processes fails, prints its traceback, or one line, and ends it soon.
+    """Where one of several processes fails, prints its traceback first, or the line that says all,
+    and ends it soon.
 
     Lightning's clean-up may wait for the other processes, and they may wait for this one.
     """

@@ -1,4 +1,5 @@
-"""torch's DataLoader, where workers may die: a run is told so, and waits for nothing in vain."""
+"""torch's DataLoader, where workers may die: the run is told in one line, and never waits for what
+cannot come."""
 
 import multiprocessing.queues
 import os

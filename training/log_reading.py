@@ -61,7 +61,8 @@ def _number(text: str) -> bool:
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """{name: {optimizer steps made: value}} of a metrics.csv; ValueError: it is another file."""
+    """{name: {optimizer steps made: value}} of a metrics.csv of either format. ValueError: it is
+    another file."""
     path = Path(path)
     if path.exists():  # reading names what is not there
         check_file(path)

@@ -168,7 +168,8 @@ class StepLog(L.Callback):
         super().__init__()
         self.step_flops, self.dtype, self.rates = step_flops, dtype, rates
         self._written = 0  # the step of the last row
-        self._peaks: tuple[float, float | None] | None = None
+        self._peak: float | None = None
+        self._nominal: float | None = None
         self._steps: Steps | None = None
         self._since = self._paused = 0.0
 
@@ -205,9 +206,9 @@ class StepLog(L.Callback):
             return
         done = self._steps
         done.seconds = max(time.monotonic() - self._since, 1e-9)
-        if self._peaks is None:
-            products = module.device, self.dtype
-            self._peaks = matmul_peak(*products), nominal_peak(*products)
-        done.peak, done.nominal = self._peaks
+        if self._peak is None:
+            self._peak = matmul_peak(module.device, self.dtype)
+            self._nominal = nominal_peak(module.device, self.dtype)
+        done.peak, done.nominal = self._peak, self._nominal
         self._begin(module)
         record(trainer, figures(done))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """`factor(step, ...)` on the learning rate (`lr_factor`); what it `reads` of lr_scheduler."""
+    """`factor(step, ...)` on the learning rate, see `lr_factor`. `reads`: what it needs of
+    lr_scheduler."""
 
     factor: Callable[..., float]
     reads: tuple[str, ...] = ()

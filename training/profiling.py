@@ -1,4 +1,5 @@
-"""trainer.profiler=torch: what CPU and GPU do in a few steps, for https://ui.perfetto.dev."""
+"""trainer.profiler=torch: what the processor and the GPU do in a few steps, as a file for
+https://ui.perfetto.dev."""
 
 import gzip
 import os

@@ -29,7 +29,8 @@ COUNTED = {
 
 
 def check_resumable(checkpoint: Checkpoint, module: L.LightningModule, trainer: L.Trainer) -> None:
-    """CheckpointError where the run cannot go on from it; moments may be on the meta device."""
+    """CheckpointError where the run cannot go on from it; tensors of the optimizer may be on the
+    meta device."""
     if problem := next(problems(checkpoint, module, trainer), None):
         raise CheckpointError(f"{checkpoint.source} cannot be resumed from: {problem}")
 

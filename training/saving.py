@@ -64,8 +64,9 @@ class StepCheckpoints(L.Callback):
     deadline has passed. With every=0 only the last two are written, with None nothing. last.ckpt is
     the newest of these files.
 
-    Of them the newest `keep_last` are kept (-1: all), and each step that `keep_every` divides. The
-    ranks ask each other whether to stop, after each step and each batch of a validation.
+    The newest `keep_last` of them are kept (-1: all), and each whose step is a multiple of
+    `keep_every`. The ranks ask each other whether to stop, after each step and each batch of a
+    validation.
     """
 
     settings: Checkpointing  # checkpointing.*
@@ -104,7 +105,9 @@ class StepCheckpoints(L.Callback):
             self.save(trainer, wait=False)
         self.stop_if_told(trainer)
 
-    def on_validation_batch_end(self, trainer, *of_batch) -> None:
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         """A validation that is broken off begins anew when the run goes on."""
         if trainer.state.fn == TrainerFn.FITTING:
             self.stop_if_told(trainer)
@@ -127,7 +130,8 @@ class StepCheckpoints(L.Callback):
                 say(f"saved step {trainer.global_step:,}; the same command goes on from here")
 
     def stop_if_told(self, trainer) -> None:
-        """Every rank must call this equally often. They stop together, on the raw weights."""
+        """Every rank must call this equally often. They stop together, with the raw weights in
+        place."""
         keep_signal()
         told = self.signals.received is not None
         over = self.deadline is not None and self.deadline.over()
@@ -206,16 +210,18 @@ class StepCheckpoints(L.Callback):
                 atomic_link(f"{folder}/{LAST}", newest)
         else:
             fs.cp_file(newest, f"{folder}/{LAST}")
-        steps, keep_last = sorted(steps_in(self.folder)), self.settings.keep_last
+        keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
+        steps = sorted(steps_in(self.folder))
         for step in steps[: len(steps) - keep_last] if keep_last >= 0 else []:
-            old, keep_every = f"step={step}.ckpt", self.settings.keep_every
+            old = f"step={step}.ckpt"
             if old == name or (keep_every and step % keep_every == 0):
                 continue
             replacing.remove(Path(folder, old)) if local else fs.rm_file(f"{folder}/{old}")
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, resumed as if never interrupted, also where the run folder has another name."""
+    """Lightning's, whose state after a resume is that of a run that was not interrupted, also where
+    the run folder has another name now."""
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "current_score": self.best_model_score}

@@ -65,7 +65,8 @@ def end_on_interrupt() -> None:
 
 
 def end(line: str) -> None:
-    """End by SIGINT, so that a script that started this stops too. line: printed first, if any."""
+    """End the process by SIGINT, so that a script that started it stops as well. Print `line`
+    first unless it is empty."""
     if line:
         tell(line)
     if os.isatty(1):
@@ -75,7 +76,8 @@ def end(line: str) -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line, in the first process only; past Python's buffers, which may be in use."""
+    """Print a line, in the first process only. Python's buffers are not used: the handler may have
+    interrupted a write to them."""
     if rank() == 0:
         try:
             os.write(2, f"\n{line}\n\n".encode())

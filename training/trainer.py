@@ -104,8 +104,14 @@ def training_callbacks(config: Config, io: CarefulIO, signals: Signals) -> list[
     deadline = None if t.max_time is None else Deadline(t.max_time)
     if t.enable_checkpointing or deadline is not None:
         steps = every.every_n_train_steps if every else 0
-        steps = steps if t.enable_checkpointing else None
-        saver = StepCheckpoints(c, checkpoint_folder(c), steps, io, signals, deadline)
+        saver = StepCheckpoints(
+            settings=c,
+            folder=checkpoint_folder(c),
+            every=steps if t.enable_checkpointing else None,
+            io=io,
+            signals=signals,
+            deadline=deadline,
+        )
         made += [saver] if deadline is None else [saver, deadline]
     if t.enable_checkpointing and best:
         made.append(

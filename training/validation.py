@@ -1,4 +1,5 @@
-"""A validation of a Diffusion: its likelihood, and the search for times or counts to train on."""
+"""One validation of a Diffusion: its likelihood, and the search for the training interval, or for
+the counts to train on."""
 
 from dataclasses import replace
 from functools import partial
@@ -199,7 +200,8 @@ def by_time(module: L.LightningModule, likelihood: str) -> bool:
 
 
 def one_pass(module: L.LightningModule, batch: dict, likelihood: str, draw: int = 0) -> TokenLoss:
-    """A draw of `nelbo` or `counts` by one pass; with blocks of one token the likelihood itself."""
+    """A draw of `nelbo` or `counts`, by one pass over both halves. With blocks of one token either
+    is the likelihood itself."""
     if not by_time(module, likelihood):
         texts, loss_mask = texts_of(module, batch)
         masked, weight = drawn_counts(texts, chance(module, batch, draw))
@@ -233,9 +235,15 @@ def nelbo_noise(module: L.LightningModule, batch: dict, draw: int = 0) -> Noise 
 def inputs_by_time(module: L.LightningModule, batch: dict, draw: int = 0) -> LossInputs:
     """What a draw of `nelbo` is computed from."""
     x0, valid, document_ids = module.documents(batch)
-    given = {"interval": reported_interval(module), "training": False, "document_ids": document_ids}
     objective = even_in_p(module.objective, module.noise_settings.sampling_eps)
-    return objective.loss_inputs(x0, valid, nelbo_noise(module, batch, draw), **given)
+    return objective.loss_inputs(
+        x0,
+        valid,
+        nelbo_noise(module, batch, draw),
+        interval=reported_interval(module),
+        training=False,
+        document_ids=document_ids,
+    )
 
 
 def weights_by_time(module: L.LightningModule, batch: dict, draw: int) -> Tensor:

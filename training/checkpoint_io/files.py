@@ -20,7 +20,8 @@ from utils import plain_errors
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Writes to a temporary name and renames: killed at any byte, the last good file is there."""
+    """Writes to a temporary name and renames: killed at any byte, the last good file is there.
+    Reads checkpoints in parts as well."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
         if storage_options is not None:
