@@ -7,7 +7,8 @@ A batch is {"input_ids" int64 [B, L], "attention_mask" int64 [B, L], "row" int64
 documents are apart also "document_ids" int64 [B, L] (data/packing.py). The mask is 1 where a token
 may enter the loss: not in padding and, of conversations, in answers alone. In training "row" is the
 example's position in the endless stream of the run (data/order.py): position // global batch size
-is the optimizer step, the remainder the row of the global batch. In validation: row of the split.
+is the optimizer step, the remainder the row of the global batch. In validation it is the row of the
+split.
 """
 
 import logging
@@ -131,7 +132,8 @@ class StreamedExamples(Dataset):
 
 
 class DataModule(LightningDataModule):
-    """The loaders, whose samplers know their rank: set Trainer(use_distributed_sampler=False).
+    """The loaders of training and validation. Set Trainer(use_distributed_sampler=False): the
+    samplers here know their rank.
 
     The position in the stream is the number of examples trained on: optimizer steps times the
     global batch. Batches that workers fetched ahead do not count. Checkpoints hold the position
@@ -188,9 +190,13 @@ class DataModule(LightningDataModule):
                 lambda: self.resumed_examples,
             )
         else:
-            window = None if self.train.length == self.length else self.length
-            ends = {"bos": self.window_bos, "eos": self.window_eos}
-            examples = Examples(self.train, window=window, seed=self.seed, **ends)
+            examples = Examples(
+                self.train,
+                window=None if self.train.length == self.length else self.length,
+                bos=self.window_bos,
+                eos=self.window_eos,
+                seed=self.seed,
+            )
         batches = TrainBatches(
             InOrder() if streams else ShuffledStream(len(self.train), self.seed),
             self.batch_size,

@@ -1,7 +1,11 @@
 """The Lightning module of all four algorithms: one step, metrics, optimizer, checkpoint contents.
+No maths.
 
 What a loss is belongs to objectives/, the average of the weights to models/ema.py, the order of the
-data and what a batch is to dataloader.py. With the seed, "row" fixes the noise of an example.
+data to the data module. A batch is {"input_ids" [B, L], "attention_mask" [B, L], "row" [B]}, and
+"document_ids" [B, L] where a row holds several documents (packing.document_ids): row is the index
+of the example in the endless stream of training data, or in the validation split, and with the seed
+it fixes the noise of that example.
 """
 
 from collections.abc import Callable
@@ -53,7 +57,8 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class ClippingSettings:
-    """The search for the training interval or range of counts of least variance; fix: log only."""
+    """The search for the training interval, or range of counts, with the least variance; `fix`:
+    search and log only."""
 
     widths: tuple[float, ...]
     delta: float
@@ -173,7 +178,9 @@ class Diffusion(L.LightningModule):
 
     def training_loss(self, inputs: LossInputs) -> Tensor:
         """Of a micro-batch: nats per token, counted or not (TokenLoss.parts)."""
-        return self.graphed(inputs) if self.graphed else self.compute_loss(inputs).parts
+        if self.graphed is not None:
+            return self.graphed(inputs)
+        return self.compute_loss(inputs).parts
 
     def noise(
         self,
@@ -246,7 +253,8 @@ class Diffusion(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Make the gradient that of the global mean and clip it, or leave a bad step out."""
+        """Make the gradient that of the global batch's mean and clip it, or where loss or gradient
+        are not finite leave the step out."""
         named = [(name, p) for name, p in trained(self.backbone) if p.grad is not None]
         averaging.uncount(self, self.health.inspect(self.trainer, named))
         self.trainer.optimizers[0].found_inf = self.health.found  # AdamW reads it if fused
@@ -281,4 +289,8 @@ class Diffusion(L.LightningModule):
         averaging.settle(self)
         self.graphed = None
 
-    on_save_checkpoint, on_load_checkpoint = save_state, load_state
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        save_state(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        load_state(self, checkpoint)

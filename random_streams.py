@@ -31,7 +31,8 @@ def version_of(seed: int) -> int:
 
 
 def key(seed: int, name: str, *numbers: int) -> int:
-    """A signed seed of 64 bits, of this version. name: evaluate, windows, dropout or prefixes."""
+    """A seed of 64 bits, signed, of the same version. name: `evaluate`, `windows`, `dropout`
+    or `prefixes`."""
     if not isinstance(seed, OldSeed):
         return int(hashed(seed, _number(name), *numbers))
     if name == "dropout":
