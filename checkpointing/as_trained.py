@@ -19,19 +19,44 @@ from settings.schema import Config
 
 MAY_DIFFER = {
     # the names and shapes of weights show them
-    *("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.adaln"),
-    *("model.dropout", "model.attn_backend", "model.compile"),  # how it is trained or computed
-    *("model.activation_checkpointing", "model.param_dtype"),
+    "model.hidden_size",
+    "model.cond_dim",
+    "model.n_blocks",
+    "model.n_heads",
+    "model.adaln",
+    # how it is trained or computed
+    "adapt.ar_loss",
+    "model.dropout",
+    "model.attn_backend",
+    "model.compile",
+    "model.activation_checkpointing",
+    "model.param_dtype",
     # of llama, which is built as the checkpoint says
-    *("model.n_kv_heads", "model.head_dim", "model.ffn_size", "model.rope_theta"),
-    *("model.rms_norm_eps", "model.qk_norm", "model.qkv_bias", "model.tied"),
-    "model.length",  # positions are relative
-    *("algo.name", "algo.backbone"),  # compared by themselves: load.py, modes/build.py
-    *("algo.T", "algo.sampler"),  # of sampling alone
-    "adapt.ar_loss",  # how it is trained
-    "algo.cross_attn",  # says that there are blocks; block_size says how many
-    *("algo.ignore_bos", "algo.mdlm_loss_scale"),  # published evaluations set them otherwise
-    *("algo.var_min", "algo.clip_search_delta", "algo.clip_search_widths", "algo.fix_clipping"),
+    "model.n_kv_heads",
+    "model.head_dim",
+    "model.ffn_size",
+    "model.rope_theta",
+    "model.rms_norm_eps",
+    "model.qk_norm",
+    "model.qkv_bias",
+    "model.tied",
+    # positions are relative
+    "model.length",
+    # compared by themselves: load.py, modes/build.py
+    "algo.name",
+    "algo.backbone",
+    # of sampling alone
+    "algo.T",
+    "algo.sampler",
+    # says that there are blocks; block_size says how many
+    "algo.cross_attn",
+    # published evaluations set them otherwise
+    "algo.ignore_bos",
+    "algo.mdlm_loss_scale",
+    "algo.var_min",
+    "algo.clip_search_delta",
+    "algo.clip_search_widths",
+    "algo.fix_clipping",
 }
 
 

@@ -13,15 +13,34 @@ MOST_CONTAINERS = 1_000_000  # nine for each tensor
 MOST_BITS = 128  # of a whole number; transformers writes 10^30 for no limit
 MOST_KEY_BITS = 60  # from 61 on, numbers can be chosen whose hashes are the same
 
-# The first five fetch an object from a process-wide table, or from outside, instead of by name; the
-# others make sets, or take as much memory as a number says.
 FORBIDDEN = (
-    *("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"),
-    *("EMPTY_SET", "ADDITEMS", "FROZENSET", "BYTEARRAY8"),
+    # these fetch an object from a process-wide table, or from outside, instead of by name
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "NEXT_BUFFER",
+    "READONLY_BUFFER",
+    # these make sets, or take as much memory as a number says
+    "EMPTY_SET",
+    "ADDITEMS",
+    "FROZENSET",
+    "BYTEARRAY8",
 )
 MAKING = (  # a container, or the place for one
-    *("MARK", "LIST", "DICT", "EMPTY_LIST", "EMPTY_DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE"),
+    "MARK",
+    "LIST",
+    "DICT",
+    "EMPTY_LIST",
+    "EMPTY_DICT",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "REDUCE",
 )
 NUMBERS = ("INT", "LONG", "LONG1", "LONG4")
 

@@ -33,8 +33,18 @@ CARD = ROOT / "scripts" / "hub_files" / "model_card.md"
 CLASSES = {"AutoConfig": "BD3LMConfig", "AutoModel": "BD3LM", "AutoModelForMaskedLM": "BD3LM"}
 CAUSAL = {"AutoModelForCausalLM": "BD3LMForCausalLM"}  # rows about the next token
 CARD_SECTIONS = (
-    *("adapt", "algo", "block_size", "data", "loader", "lora", "lr_scheduler", "model", "noise"),
-    *("optim", "seed", "training"),
+    "adapt",
+    "algo",
+    "block_size",
+    "data",
+    "loader",
+    "lora",
+    "lr_scheduler",
+    "model",
+    "noise",
+    "optim",
+    "seed",
+    "training",
 )
 FOLDERS = ("models", "models/kernels", "samplers")
 ELSEWHERE = re.compile(
