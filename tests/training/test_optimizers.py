@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import small
+from networks import small, small_llama
 from test_training import ALGORITHMS, MASK, module, trained
 
 from checkpointing.layouts import read_checkpoint
@@ -39,6 +39,17 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else(adaln):
     assert sorted(everything) == sorted(names)
     assert len(set(everything)) == len(everything)
     assert list(shared_out(net, OptimizerSettings(ADAMW))) == ["adamw"]
+
+
+def test_muon_gets_the_matrices_of_llama_too():
+    """Whose blocks have other names."""
+    net = small_llama()
+    names = {id(p): name for name, p in net.named_parameters()}
+    inside = [name for name, p in net.blocks.named_parameters() if p.dim() == 2]
+    parts = shared_out(net, BOTH)
+    assert [names[id(p)] for p in parts["muon"]] == [f"model.layers.{name}" for name in inside]
+    assert len(inside) == 7 * len(net.blocks)
+    assert sum(map(len, parts.values())) == len(names)
 
 
 def test_it_takes_the_steps_of_the_two_alone():
