@@ -86,16 +86,18 @@ class Archive:
         }
 
     def wanted(self, source: Path, split: str, names: Iterable[str]) -> list[str]:
-        place = f"data.source={source}"
         for name in (source.name, *names):
             if self.sister and self.sister in name.lower():
                 raise ValueError(
-                    f"{place} is of another corpus ({name}); look at data.train and data.valid"
+                    f"data.source={source} is of another corpus ({name}); look at data.train and"
+                    " data.valid"
                 )
         if found := sorted(name for name in names if _matches(name, self.pattern(split))):
             return found
         known = ", ".join(sorted(names)[:10]) or "no file at all"
-        raise ValueError(f"{place} holds no {self.pattern(split)} ({split} split), but {known}")
+        raise ValueError(
+            f"data.source={source} holds no {self.pattern(split)} ({split} split), but {known}"
+        )
 
     def part(self, source: Path, name: str, size: int, opened: Callable) -> Part:
         place = f"data: {source}" if name == source.name else f"data: {source}, {name}"
@@ -133,15 +135,16 @@ def _open_in_zip(path: Path, name: str):
 
 
 def _check_lines(source: Path, files: list[tuple[int, Callable]]) -> None:
-    """Lines are documents, and many short ones take long: counted where there may be too many."""
+    """Lines are documents, and many short ones take long. They are counted only where there may be
+    too many of them."""
     packed, unpacked = source.stat().st_size, sum(size for size, _ in files)
     check_unpacked(f"data.source={source}", packed, unpacked)
-    if (1 + DOCUMENT) * unpacked > MOST_PACKED * packed:
+    if unpacked + DOCUMENT * unpacked > MOST_PACKED * packed:  # if each byte were a line
+        lines = 0
         for _, opened in files:
             with opened() as file:
-                for part in iter(partial(file.read, 1 << 20), b""):
-                    unpacked += DOCUMENT * part.count(b"\n")
-        check_unpacked(f"data.source={source}", packed, unpacked)
+                lines += sum(part.count(b"\n") for part in iter(partial(file.read, 1 << 20), b""))
+        check_unpacked(f"data.source={source}", packed, unpacked + DOCUMENT * lines)
 
 
 def _check_zipped(source: Path, info: zipfile.ZipInfo) -> None:

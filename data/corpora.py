@@ -36,7 +36,8 @@ ROWS = re.compile(r"(?P<name>\w+)(\[(?P<begin>-\d+)?:(?P<end>-\d+)?\])?")
 @dataclass(frozen=True)
 class Corpus:
     """train, valid: what the sources call these splits, or which rows of it, such as
-    train[-100000:]; None where there is no such split. ValueError where both share rows."""
+    train[-100000:]; None where there is no such split. ValueError where both have rows in common.
+    """
 
     sources: tuple[Source, ...]  # in order of preference
     licence: str
@@ -105,10 +106,17 @@ def _wikitext(name: str, sister: str) -> Corpus:
 
 
 def _openwebtext(train: str | None, valid: str | None) -> Corpus:
-    revision = "79d93d786212f7344586290adb811d4ae6a1762c"
-    hub = Hub("Skylion007/openwebtext", name="plain_text", revision=revision)
-    licence = "CC0 for the collection; texts belong to their authors"
-    return Corpus((hub,), licence=licence, train=train, valid=valid)
+    hub = Hub(
+        "Skylion007/openwebtext",
+        name="plain_text",
+        revision="79d93d786212f7344586290adb811d4ae6a1762c",
+    )
+    return Corpus(
+        (hub,),
+        licence="CC0 for the collection; texts belong to their authors",
+        train=train,
+        valid=valid,
+    )
 
 
 # Name as in data.train and data.valid -> corpus.
@@ -237,6 +245,7 @@ def found(
     revision: str | None,
     column: str,
     cache: Path,
+    *,
     download: bool = True,
 ) -> tuple[str, list[Part]]:
     """The same as parts, each to be read by itself. With download=False parquet files are read over

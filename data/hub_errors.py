@@ -14,9 +14,11 @@ class HubUnreachable(OSError):
 
 @contextmanager
 def hub_errors(what: str, *, absent: str) -> Iterator[None]:
-    """The errors of huggingface_hub as OSErrors of one sentence about `what`. FileNotFoundError: it
-    is not there, or not for this user; absent: what is said where there is no such repository.
-    HubUnreachable: no answer. Errors of the disk stay as they are."""
+    """The errors of huggingface_hub as OSErrors of one sentence about `what`.
+
+    FileNotFoundError: it is not there, or not for this user; absent: what is said where there is no
+    such repository. HubUnreachable: no answer. Errors of the disk stay as they are.
+    """
     from huggingface_hub import errors
 
     try:

@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from data import tables
 from data.arrow import parquet
 from data.arrow.thrift import Damaged
 from data.hub_errors import CONNECT_SECONDS, HubUnreachable, hub_errors
 from data.readers import Piece
-from data.tables import READERS, Part
+from data.tables import Part
 from utils import digest, first_line, read_json, write_json
 
 log = logging.getLogger("bamdlm")
@@ -50,9 +51,14 @@ class Hub:
     def identity(self, split: str, revision: str | None) -> dict:
         return asdict(self) | {"revision": revision or self.revision, "split": split}
 
-    def parts(self, split, revision, cache, *, download=True) -> list[Part]:
-        """The files of a split, in order. OSError: it cannot be had from the hub now. cache,
-        download: as in corpora.found()."""
+    def parts(
+        self, split: str, revision: str | None, cache: Path, *, download: bool = True
+    ) -> list[Part]:
+        """The files of a split, in order. OSError: it cannot be had from the hub now.
+
+        cache: where downloads are kept. With download=False files are read over the network and not
+        kept (parquet only).
+        """
         from huggingface_hub import constants
 
         table = replace(self, revision=revision or self.revision)
@@ -80,9 +86,12 @@ def _ask(table: Hub, split: str, cache: Path) -> dict:
     with hub_errors(str(table), absent=ABSENT):
         info = HfApi().dataset_info(table.repo, revision=table.revision, timeout=CONNECT_SECONDS)
         try:
-            kept = str(cache / "downloads")
             builder = datasets.load_dataset_builder(
-                table.repo, table.name, data_dir=table.data_dir, revision=info.sha, cache_dir=kept
+                table.repo,
+                table.name,
+                data_dir=table.data_dir,
+                revision=info.sha,
+                cache_dir=str(cache / "downloads"),
             )
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             raise OSError(f"{table}: {first_line(error)}") from error
@@ -114,15 +123,19 @@ def _part(repo: str, commit: str, name: str, cache: Path, download: bool) -> Par
     address = f"hf://datasets/{repo}@{commit}/{name}"
     kept = {"repo_id": repo, "filename": name, "repo_type": "dataset", "revision": commit}
     kept["cache_dir"] = str(cache / "downloads")
-    reader = READERS[Path(name).suffix]
+    reader = tables.READERS[Path(name).suffix]
 
     def read(column: str) -> Iterator[Piece]:
         """From the cache, downloaded if need be."""
         with _reading(place):
-            return reader(Path(hf_hub_download(**kept)), column)
+            path = Path(hf_hub_download(**kept))
+        return reader(path, column)
 
     def streamed(column: str) -> Iterator[Piece]:
-        with _reading(place), HfFileSystem().open(address, "rb", cache_type="blockcache") as file:
+        with (
+            _reading(place),
+            HfFileSystem().open(address, "rb", cache_type="blockcache") as file,
+        ):
             yield from parquet.parquet_rows(file, column, place)
 
     def count() -> int:

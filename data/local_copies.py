@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data import tables
 from data.archives import SUFFIXES, Archive
 from data.arrow import saved
-from data.tables import READERS, Part, check_one_kind, file_part, stamp
+from data.tables import Part
 from utils import read_json, visible_files
 
 # What splits are called in the names of files and folders.
@@ -38,25 +39,20 @@ class LocalCopy:
     one_split: bool  # the corpus has no other, so that none needs to be named
     archive: Archive | None = None
 
-    def __str__(self) -> str:
-        return f"data.source={self.path}"
-
     def identity(self, split, revision):
         if self.is_saved():
-            paths = sorted(path for path in self.saved_folder(split).rglob("*") if path.is_file())
+            found = self.saved_folder(split).rglob("*")
+            paths = sorted(path for path in found if path.is_file())
         else:
             paths = self.files(split)
-        return {"files": [stamp(path) for path in paths], "split": split}
+        return {"files": [tables.stamp(path) for path in paths], "split": split}
 
     def parts(self, split, revision, cache, *, download=True):
         if self.is_saved():
-            folder = self.saved_folder(split)
-            paths = saved.files(folder)
-            read, count = (partial(each, folder, paths) for each in (saved.rows, saved.count))
-            return [Part(str(folder), 1, read, count)]
+            return [saved_part(self.saved_folder(split))]
         if self.is_archive():
             return self.archive.parts(self.path, split, cache)
-        return [file_part(path) for path in self.files(split)]
+        return [tables.file_part(path) for path in self.files(split)]
 
     # folders that `datasets` has saved
 
@@ -68,17 +64,19 @@ class LocalCopy:
             if names_split(_own_name(self.path), split) or self.one_split:
                 return self.path
             raise ValueError(
-                f"{self} is one saved table: give the folder of the DatasetDict,"
+                f"data.source={self.path} is one saved table: give the folder of the DatasetDict,"
                 f" with the split {split} inside, or name this folder {split}"
             )
         try:
             known = read_json(self.path / SAVED_SPLITS)["splits"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self}: {SAVED_SPLITS} is damaged ({error}); save it again"
+                f"data.source={self.path}: {SAVED_SPLITS} is damaged ({error}); save it again"
             ) from error
         if split not in known:
-            raise ValueError(f"{self} has no split {split}, only {', '.join(known)}")
+            raise ValueError(
+                f"data.source={self.path} has no split {split}, only {', '.join(known)}"
+            )
         return self.path / split
 
     # the published archive
@@ -89,7 +87,8 @@ class LocalCopy:
             return any(fits(path.name) for path in visible(self.path))
         if self.path.suffix in SUFFIXES and self.archive is None:
             raise ValueError(
-                f"{self}: no archive of this corpus is known; unpack it, then {WAY_OUT}"
+                f"data.source={self.path}: no archive of this corpus is known; unpack it, then"
+                f" {WAY_OUT}"
             )
         return self.path.suffix in SUFFIXES or fits(self.path.name)
 
@@ -102,37 +101,37 @@ class LocalCopy:
         found = sorted(visible(self.path))
         if self.is_archive():
             return [path for path in found if self.archive.fits(path.name)]
-        known = [path for path in found if path.suffix in READERS]
+        known = [path for path in found if path.suffix in tables.READERS]
         if not known:
             some = ", ".join(path.name for path in found[:10]) or "nothing"
             raise ValueError(
-                f"{self} holds {some}, but no file of the kinds {', '.join(READERS)};"
-                " an archive must be named itself"
+                f"data.source={self.path} holds {some}, but no file of the kinds"
+                f" {', '.join(tables.READERS)}; an archive must be named itself"
             )
         wanted = [path for path in known if self.names(path, split)]
         if not wanted:
             some = ", ".join(path.relative_to(self.path).as_posix() for path in known[:10])
             raise ValueError(
-                f"{self} holds {some}, but no file of the split {split} of {self.corpus}; name it"
-                " in the file's or its folder's name, and keep several corpora in folders of their"
-                " names"
+                f"data.source={self.path} holds {some}, but no file of the split {split} of"
+                f" {self.corpus}; name it in the file's or its folder's name, and keep several"
+                " corpora in folders of their names"
             )
-        check_one_kind(wanted, str(self))
+        tables.check_one_kind(wanted, f"data.source={self.path}")
         self.check_lines(wanted[0])
         for path in wanted:
             if "partial" in words(path.relative_to(self.path).as_posix()):
-                raise ValueError(f"{self}: {path} is only a part of {split}")
+                raise ValueError(f"data.source={self.path}: {path} is only a part of {split}")
         return wanted
 
     def file(self, split: str) -> Path:
         if self.is_archive():
             return self.path
-        if self.path.suffix not in READERS:
-            raise ValueError(f"{self} is of no kind that is known; {WAY_OUT}")
+        if self.path.suffix not in tables.READERS:
+            raise ValueError(f"data.source={self.path} is of no kind that is known; {WAY_OUT}")
         if not self.names(self.path, split):
             raise ValueError(
-                f"{self}: its name does not say that it is the split {split}; rename it, or"
-                f" {WAY_OUT}, that does"
+                f"data.source={self.path}: its name does not say that it is the split {split};"
+                f" rename it, or {WAY_OUT}, that does"
             )
         self.check_lines(self.path)
         return self.path
@@ -179,3 +178,10 @@ def words(name: str) -> set[str]:
 def visible(folder: Path) -> list[Path]:
     """Its files, without those of tools (.cache, __MACOSX)."""
     return [path for path in visible_files(folder, "._") if path.is_file()]
+
+
+def saved_part(folder: Path) -> Part:
+    """A table that `datasets` has saved."""
+    paths = saved.files(folder)
+    read = partial(saved.rows, folder, paths)
+    return Part(str(folder), 1, read, partial(saved.count, folder, paths))

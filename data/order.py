@@ -23,7 +23,8 @@ class ExampleIndex(NamedTuple):
 
 
 class ShuffledStream:
-    """n rows in a new order every epoch. Reading anywhere costs one permutation per epoch."""
+    """n rows in a new order every epoch. Reading at any position costs one permutation per
+    epoch."""
 
     def __init__(self, rows: int, seed: int):
         if rows < 1:

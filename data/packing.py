@@ -212,7 +212,8 @@ def framed(parts: Iterable[Tokens], row_format: RowFormat) -> Iterator[tuple[Tok
 
 
 def laid(part: Tokens, begins: np.ndarray, gaps: np.ndarray, pad: int) -> np.ndarray:
-    """[3, n]: the pieces, each with padding after it; where documents begin; what is no padding."""
+    """[3, n]: the pieces with a gap of padding after each; where a document begins; what is not
+    padding."""
     steps = part.lengths + gaps
     real = np.repeat(np.tile([1, 0], len(gaps)), np.stack([part.lengths, gaps], 1).ravel())
     ids, starts = np.full(len(real), pad), np.zeros(len(real), np.int64)

@@ -41,9 +41,12 @@ SECONDS_BETWEEN_LOOKS = 0.2  # at whether another process has begun to make part
 
 
 def prepare(split: Split, cache: CacheDir, processes: int = 1) -> TokenRows:
-    """The rows of a split, made where they are missing. Of several processes that ask at once one
-    makes the rows, and the others help and wait. processes: how many tokenize (0 or 1: this one
-    does). With a cache behind a URL a complete folder is copied from there, another one to it."""
+    """The rows of a split, made where they are missing.
+
+    Several processes may ask at once: one makes the rows, and the others help and wait. processes:
+    how many tokenize (0 or 1: this one does); the rows do not depend on it. With a cache behind a
+    URL the folder is copied from there where it is complete, and to it where it is not.
+    """
     try:
         folder = cache.folder / "rows" / split.folder_name
     except Gone as error:
@@ -90,10 +93,13 @@ def help_out(split: Split, downloads: Path, folder: Path, processes: int) -> Non
     with suppress(FileNotFoundError):
         if note.read_text() == plan_of(place):
             log.info("another process prepares %s; helping it", folder)
-            shards.help_with(text, writer(split), work, processes, lambda: not note.exists())
+            shards.help_with(
+                text, writer(split), work, processes, is_over=lambda: not note.exists()
+            )
 
 
 def writer(split: Split) -> shards.Write:
+    """What tokenizes a part of this split and writes its file."""
     return partial(shards.tokenize, encode=split.encode, vocab_size=split.tokenizer.vocab_size)
 
 
@@ -139,14 +145,19 @@ def write(split: Split, downloads: Path, folder: Path, processes: int) -> None:
     log.info(
         "prepared %s: %s documents, %s tokens, %s rows of %d in %.0f s -> %s",
         split,
-        *(f"{made[key]:,}" for key in ("documents", "tokens", "rows")),
-        *(split.row_format.length, made["seconds"], folder),
+        f"{made['documents']:,}",
+        f"{made['tokens']:,}",
+        f"{made['rows']:,}",
+        split.row_format.length,
+        made["seconds"],
+        folder,
     )
 
 
 def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, processes: int) -> dict:
     """Write the rows' files to `new`; what about.json says of them."""
-    row_format, dtype = split.row_format, token_rows.dtype_of(split.tokenizer.vocab_size)
+    row_format = split.row_format
+    dtype = token_rows.dtype_of(split.tokenizer.vocab_size)
     with Report(f"preparing {split}") as report:
         found = shards.tokenized(text, writer(split), work, processes, report)
         cut = CutDocuments(row_format)
@@ -155,7 +166,10 @@ def write_rows(split: Split, text: Iterator[Piece], new: Path, work: Path, proce
     if row_format.scored and cut.empty:
         log.warning(
             "%s: %d of %d conversations are left out, as they are longer than model.length=%d",
-            *(split, cut.empty, report.documents, row_format.length),
+            split,
+            cut.empty,
+            report.documents,
+            row_format.length,
         )
     if count == 0 or report.tokens == 0:  # rows of empty documents would hold EOS alone
         raise ValueError(

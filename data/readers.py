@@ -90,37 +90,45 @@ def read_txt(path: Path, column: str) -> Iterator[Piece]:
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[Piece]:
-    for line, (fields, place, done) in _json_lines(path):
-        if not isinstance(fields, dict) or column not in fields:
-            known = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"{place} has no field {column!r} ({known}); set data.text_column")
-        text = checked(fields[column], column, place)
-        if HALF_A_PAIR.search(line):
-            check_pairs(text, f"{place}: {column}")
-        yield from whole(text, done)
+    for line, place, done in _json_lines(path):
+        yield from whole(json_text(line, column, place), done)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    """Each line that is not blank, and its value, which may be no object of fields."""
+def _json_lines(path: Path) -> Iterator[tuple[str, str, float]]:
+    """(line, its place, share of the file read so far), without blank lines."""
     size = path.stat().st_size
     with path.open("rb") as file:
         for number, line, read in decoded_lines(file, f"data: {path}"):
             if line.strip():
-                place = f"data: {path}, line {number}"
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:  # a number may have too many digits
-                    raise ValueError(f"{place} is not JSON ({error})") from error
-                yield line, Record(value, place, read / size)
+                yield line, f"data: {path}, line {number}", read / size
 
 
 def jsonl_records(path: Path, columns: list[str]) -> Iterator[Record]:
     """All lines, whatever their fields."""
-    for _, record in _json_lines(path):
-        if not isinstance(record.fields, dict):
-            kind = type(record.fields).__name__
-            raise ValueError(f"{record.place} is {kind}, not an object of fields")
-        yield record
+    for line, place, done in _json_lines(path):
+        record = _json_value(line, place)
+        if not isinstance(record, dict):
+            raise ValueError(f"{place} is {type(record).__name__}, not an object of fields")
+        yield Record(record, place, done)
+
+
+def _json_value(line: str, place: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
+        raise ValueError(f"{place} is not JSON ({error})") from error
+
+
+def json_text(line: str, column: str, place: str) -> str:
+    """One field of a JSON object."""
+    record = _json_value(line, place)
+    if not isinstance(record, dict) or column not in record:
+        known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{place} has no field {column!r} ({known}); set data.text_column")
+    text = checked(record[column], column, place)
+    if HALF_A_PAIR.search(line):
+        check_pairs(text, f"{place}: {column}")
+    return text
 
 
 def check_pairs(text: str, what: str) -> None:

@@ -63,7 +63,8 @@ def is_complete(url: str) -> bool:
 
 
 def fetch(url: str, folder: Path) -> bool:
-    """Copy a complete remote folder here, whose lock the caller holds; False: there is none."""
+    """Copy a complete remote folder here; False: there is none. The caller holds the folder's
+    lock."""
     if not is_complete(url):
         return False
     log.info("copying %s to %s", url, folder)
@@ -76,7 +77,8 @@ def fetch(url: str, folder: Path) -> bool:
 def publish(folder: Path, url: str) -> None:
     """Copy a prepared folder to the URL. Two machines may do it at once: their files are equal."""
     log.info("copying %s to %s", folder, url)
+    files = sorted(folder.iterdir(), key=lambda file: file.name == LAST)
     with reached(url) as (fs, path):
         fs.makedirs(path, exist_ok=True)
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == LAST):
+        for file in files:
             fs.put_file(str(file), f"{path}/{file.name}")

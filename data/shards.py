@@ -76,8 +76,9 @@ def tokenized(
 ) -> Iterator[Tokens]:
     """The parts' ids in the order of the text; a few parts are under way at any time.
 
-    write: as tokenize(). work: the folder of the parts' files; those of an earlier attempt are
-    taken, and those that others make. report(tokens, documents, done, fresh=): called with each.
+    write: writes the file of a part, as tokenize() does. work: the folder of these files; those of
+    an earlier attempt are taken, and those that others make. report(tokens, documents, done,
+    fresh=) is called with each part.
     """
     parts, earlier = cut(pieces), {path.name for path in work.glob("*.npz")}
     first = list(itertools.islice(parts, 2))
@@ -141,7 +142,12 @@ def place_of(work: Path, part: Shard) -> Path:
 
 
 def make_part(
-    path: Path, part: Shard, *, write: Write, wait: bool = False, is_over=lambda: False
+    path: Path,
+    part: Shard,
+    *,
+    write: Write,
+    wait: bool = False,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """The file of a part where it is missing and nobody makes it, or with `wait` when nobody does
     any more. Nothing where it is over: then the files are being removed."""

@@ -88,7 +88,8 @@ class Lane:
 
 
 class StreamedText:
-    """A training split to be streamed. by_files: a part is of one lane, in each epoch another."""
+    """A training split to be streamed. parts: each reads a part of the text from its beginning.
+    by_files: a part belongs to one lane, in each epoch to another."""
 
     def __init__(self, split: Split, parts: list[Part], by_files: bool = False):
         """Reads the beginning of the text, to find what is wrong with it before any work."""
@@ -116,8 +117,11 @@ def streamed(split: Split, cache: Path, by_files: bool = False) -> StreamedText:
 
 
 class Stream:
-    """The rows of a corpus without end, read forwards. lanes: those that may be asked for.
-    bookmarks: by lane, of the same text and seed; reading begins anew where one is missing."""
+    """The rows of a corpus without end, read forwards.
+
+    lanes: those that may be asked for. bookmarks: by lane, of the same text and seed; reading
+    begins anew where one is missing.
+    """
 
     def __init__(
         self,

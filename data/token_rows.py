@@ -92,8 +92,9 @@ class TokenRows:
         return self.about["shape"].get("align") is not None
 
     def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-        path, expected = self.folder / name, math.prod(shape) * dtype.itemsize
+        path = self.folder / name
         check_place(path)
+        expected = math.prod(shape) * dtype.itemsize
         found = path.stat().st_size
         if found != expected:
             raise ValueError(f"{path} has {found} bytes, {expected} were written: {AGAIN}")
@@ -110,8 +111,10 @@ class TokenRows:
         ids = np.array(self.ids[rows], np.int64)
         if self.apart:
             return ids, packing.scored(self.marks[rows], self.length)
-        return ids, (np.arange(self.length) < self.counts[rows][:, None]).astype(np.int64)
+        mask = np.arange(self.length) < self.counts[rows][:, None]
+        return ids, mask.astype(np.int64)
 
     def document_ids(self, rows: list[int]) -> np.ndarray:
-        """Where documents are apart: packing.document_ids() of these rows, int64 [B, L]."""
+        """Where documents are apart: the number of each token's document in its row, int64 [B, L];
+        0 is padding."""
         return packing.document_ids(self.marks[rows], self.length)

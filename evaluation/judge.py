@@ -5,7 +5,8 @@ judge, seen in windows of the judge's context that move by 512 tokens, or by hal
 is shorter than 1 024, and every token but the first is scored once, with all that its window shows
 before it. EOS tokens are context but not counted. Where the rows that a judge was trained on begin
 with BOS, so do a text and its windows: without it such a network is far from what it knows.
-Entropy is that of the frequencies of all tokens of a text, in nats; length counts those scored.
+Entropy is that of the frequencies of all the text's tokens, in nats; length counts the tokens
+scored.
 """
 
 import copy
@@ -50,7 +51,8 @@ class TextScore:
 
 def describe(ids: Sequence[int] | Tensor, eos_id: int, nll: float | None = None) -> TextScore:
     ids = torch.as_tensor(ids, dtype=torch.int64)
-    return TextScore(nll, int((ids[1:] != eos_id).sum()), entropy(ids))
+    scored = int((ids[1:] != eos_id).sum())
+    return TextScore(nll, scored, entropy(ids))
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Judge:
     """A causal language model with its tokenizer.
 
     `foreign`: special tokens of the writer ("[CLS]"), which are shown to the judge as its own EOS
-    where its vocabulary lacks them. `bos_id`: what begins each row of its training, if anything.
+    where its vocabulary does not have them. `bos_id`: what begins each row of its training, if
+    anything does.
     """
 
     def __init__(
@@ -238,8 +241,14 @@ def load_judge(
             f"the tokenizer of the judge {name_or_path!r} has no EOS token, which must not be"
             f" counted: choose another {setting}"
         )
-    options = {"batch_size": batch_size, "foreign": foreign, "bos_id": bos_id}
-    return Judge(model.to(device), tokenizer, context=context, **options)
+    return Judge(
+        model.to(device),
+        tokenizer,
+        context=context,
+        batch_size=batch_size,
+        foreign=foreign,
+        bos_id=bos_id,
+    )
 
 
 def _load(name_or_path: str, cache_dir: str | Path | None):
@@ -260,7 +269,7 @@ def _load_foreign(name_or_path: str):
     with unheard():
         if Path(name_or_path).is_dir():
             check_judge(Path(name_or_path))
-            tried(Path(name_or_path))
+            tried(Path(name_or_path), trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path,

@@ -58,7 +58,8 @@ class LikelihoodMeter:
         self.sums: Tensor | None = None  # float64 [6]: s, c, s^2, s c, c^2, rows
 
     def update(self, nll: Tensor, loss_mask: Tensor) -> None:
-        """nll, loss_mask [B, L]; nll is 0 outside the mask. Rows without a token are left out."""
+        """nll, loss_mask [B, L]; nll is already 0 outside the mask. Rows without a token in it are
+        left out."""
         self.add(nll.double().sum(1), loss_mask.double().sum(1))
 
     def add(self, s: Tensor, c: Tensor) -> None:

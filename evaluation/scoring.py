@@ -44,7 +44,8 @@ class Alone(Chance):
 
 @dataclass(frozen=True)
 class Scorer:
-    """`block_size`: 1 for ar, the length for mdlm. `length`: of the training, most of a text."""
+    """`block_size`: 1 for ar, the whole length for mdlm. `length`: tokens the network was trained
+    on, which no text may exceed."""
 
     algo: str
     backbone: torch.nn.Module
@@ -127,8 +128,13 @@ class Scorer:
         longest = max(map(len, texts))
         x0, scored = self._padded(texts, given, -(-longest // self.block_size) * self.block_size)
         asked = AskedTexts(x0, scored, self.block_size, self.mask_id)
-        asked_as = {"block_size": self.block_size, "mask_id": self.mask_id, "adapt": self.adapt}
-        ask = asker(self.backbone, x0, **asked_as)
+        ask = asker(
+            self.backbone,
+            x0,
+            block_size=self.block_size,
+            mask_id=self.mask_id,
+            adapt=self.adapt,
+        )
         greedy = greedy or chosen.label == "greedy"
         path = greedy_path(ask, asked) if greedy else None
         if chosen.label == "greedy":

@@ -47,12 +47,6 @@ def rule(estimate: Callable, law: str) -> Kind:
     return Kind(estimate, passes, f"exact for {law}", number=number, default=1)
 
 
-def adaptive(estimate: Callable, law: str, number: str, limit: str) -> Kind:
-    """Of a step rule that reveals as many positions as a number allows, at least one."""
-    named = {"number": number, "type": float, "limit": limit}
-    return Kind(estimate, lambda size, number: size, f"exact for {law}", **named)
-
-
 LIKELIHOODS = {
     "nelbo": Kind(estimators.nelbo, one, BOUND, sampled=True),
     "counts": Kind(estimators.counts, one, BOUND, sampled=True),
@@ -68,9 +62,21 @@ LIKELIHOODS = {
     "left_to_right": rule(estimators.left_to_right, "revealing from the left"),
     "greedy": rule(estimators.greedy, "steps=confidence by probability"),
     "margin": rule(estimators.margin, "steps=confidence by margin"),
-    "threshold": adaptive(estimators.threshold, "steps=threshold", "a probability", "in (0, 1]"),
-    "entropy_bounded": adaptive(
-        estimators.entropy_bounded, "steps=entropy_bounded", "a bound in nats", "at least 0"
+    "threshold": Kind(
+        estimators.threshold,
+        lambda size, number: size,  # at most
+        "exact for steps=threshold",
+        number="a probability",
+        type=float,
+        limit="in (0, 1]",
+    ),
+    "entropy_bounded": Kind(
+        estimators.entropy_bounded,
+        lambda size, number: size,  # at most
+        "exact for steps=entropy_bounded",
+        number="a bound in nats",
+        type=float,
+        limit="at least 0",
     ),
 }
 
@@ -98,14 +104,15 @@ class Chosen:
 def parse_likelihood(label: str) -> Chosen:
     """The likelihood of a name, such as iw:8. ValueError says what is wrong with it."""
     name, colon, text = label.partition(":")
-    asked = f"eval.likelihood={label}"
     if name not in LIKELIHOODS:
-        raise ValueError(f"{asked} must be one of {', '.join(LIKELIHOODS)}; {NO_LIKELIHOOD}")
+        raise ValueError(
+            f"eval.likelihood={label} must be one of {', '.join(LIKELIHOODS)}; {NO_LIKELIHOOD}"
+        )
     kind = LIKELIHOODS[name]
     if colon and not kind.number:
-        raise ValueError(f"{asked}: {name} takes no number")
+        raise ValueError(f"eval.likelihood={label}: {name} takes no number")
     if not colon and kind.number and kind.default is None:
-        raise ValueError(f"{asked} needs a number, {kind.number}: {name}:NUMBER")
+        raise ValueError(f"eval.likelihood={label} needs a number, {kind.number}: {name}:NUMBER")
     if not colon:
         return Chosen(name, kind.default, label)
     try:
@@ -114,7 +121,8 @@ def parse_likelihood(label: str) -> Chosen:
         number = math.nan  # which is in no range
     if not in_range(kind.limit, number):
         whole = "a whole number, " if kind.type is int else ""
-        raise ValueError(f"{asked}: {kind.number} must be {whole}{kind.limit}, got {text!r}")
+        allowed = f"{kind.number} must be {whole}{kind.limit}"
+        raise ValueError(f"eval.likelihood={label}: {allowed}, got {text!r}")
     return Chosen(name, number, label)
 
 

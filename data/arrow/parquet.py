@@ -61,11 +61,18 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
 
 
 def _opened(file: BinaryIO, metadata, texts: Sequence[str] = ()):
-    """metadata: of checked_footer(). texts: leaves read as numbers of texts, kept once."""
+    """metadata: of checked_footer(). texts: leaves that are read as numbers of texts, each of which
+    is in memory once."""
     from pyarrow.parquet import ParquetFile
 
-    how = {"buffer_size": 1 << 20, "pre_buffer": False}  # by default whole row groups are read
-    return ParquetFile(file, metadata=metadata, read_dictionary=[*texts], **how)
+    return ParquetFile(
+        file,
+        metadata=metadata,
+        read_dictionary=[*texts],
+        # by default whole row groups are read
+        buffer_size=1 << 20,
+        pre_buffer=False,
+    )
 
 
 def _leaves(table, columns: list[str]) -> list[tuple[int, object]]:

@@ -68,7 +68,8 @@ def _batches(path: Path) -> Iterator:
 
 
 def _packed(metadata: bytes) -> bool:
-    """Of a record batch: field 3 (compression) in field 2 (header) of a message, in flatbuffers."""
+    """Of a record batch: the field 3 (compression) in the field 2 (header) of a message, in
+    flatbuffers."""
 
     def number(form: str, at: int) -> int:
         return struct.unpack_from(form, metadata, at)[0]

@@ -9,8 +9,10 @@ class Damaged(ValueError):
 
 
 class Thrift:
-    """Reads structs as {(field, kind): a whole number, a struct or a list of structs}. IndexError:
-    the data end too early. most: items in lists and maps, all together."""
+    """Reads structs as {(field, kind): a whole number, a struct or a list of structs}.
+
+    IndexError: the data end too early. most: items in lists and maps, all together.
+    """
 
     FALSE, INT32, LIST, STRUCT = 2, 5, 9, 12
 

@@ -28,7 +28,9 @@ FORMAT = 1  # raise it when the same conversations would give other ids
 @dataclass(frozen=True)
 class ChatEncoder:
     """Texts of data/chat/records.py -> ids; none of a conversation that is longer than a row.
-    length: tokens of a row. align: of a block, whose rest is filled. train: whether with EOS."""
+
+    length: tokens of a row. align: of a block, which the last one fills. train: whether with EOS.
+    """
 
     tokenizer: Tokenizer
     length: int
@@ -63,8 +65,11 @@ class ChatEncoder:
     def about(self) -> dict:
         """What decides the ids beside the tokenizer and the shape of the rows."""
         made = repr((self.template.source, sorted(self.template.tokens.items())))
-        fill = "eos" if self.train else "mask"
-        return {"template": digest(made, 16), "fill": fill, "format": FORMAT}
+        return {
+            "template": digest(made, 16),
+            "fill": "eos" if self.train else "mask",
+            "format": FORMAT,
+        }
 
     @cached_property
     def renderer(self) -> Renderer:
