@@ -141,24 +141,30 @@ def side_components(page: Page, name: str, changed: dict) -> tuple[list, object]
     return list(made.values()), output
 
 
-def build_blocks(page: Page):
-    """The gradio Blocks of the page."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+def prompt_box(page: Page):
     import gradio as gr
 
     about = "The text begins with it."
     if page.can_infill:
         about = f"Each {GAP} is one token to fill; nothing is appended then."
+    return gr.Textbox(
+        page.prompt,
+        label="prompt",
+        info=about,
+        lines=3,
+        max_length=live.MOST_CHARACTERS,
+        elem_id="prompt",
+    )
+
+
+def build_blocks(page: Page):
+    """The gradio Blocks of the page."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
     with gr.Blocks(title="Block diffusion", analytics_enabled=False) as blocks:
         gr.HTML(f"<h2>Block diffusion</h2><p>{live.plain(page.about)}</p>")
-        prompt = gr.Textbox(
-            page.prompt,
-            label="prompt",
-            info=about,
-            lines=3,
-            max_length=live.MOST_CHARACTERS,
-            elem_id="prompt",
-        )
+        prompt = prompt_box(page)
         with gr.Row():
             gap = gr.Button("gap", elem_id="gap", visible=page.can_infill)
             go = gr.Button("write", variant="primary", elem_id="write")

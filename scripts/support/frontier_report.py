@@ -97,17 +97,8 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
     marker = {rule: MARKERS[i % len(MARKERS)] for i, rule in enumerate(steps)}
     with picture(target, 8.5, 5.5) as axes:
         for name, curve in found.items():
-            curve = sorted(curve, key=lambda r: r["temperature"])
-            axes.errorbar(
-                *([r[x] for r in curve] for x in ("entropy", "gen_ppl")),
-                *([r[x] or 0 for r in curve] for x in ("gen_ppl_error", "entropy_error")),
-                color=f"C{models.index(name[0]) % 10}",
-                marker=marker[curve[0]["steps"]],
-                markersize=marker_size(sum(r["nfe"] for r in curve) / len(curve)),
-                linewidth=0.7,
-                elinewidth=0.7,
-                alpha=0.75,
-            )
+            color = f"C{models.index(name[0]) % 10}"
+            draw_curve(axes, curve, color, marker[curve[0]["steps"]])
         keys = [{"color": f"C{i % 10}", "label": name} for i, name in enumerate(models)]
         grey = {"color": "0.4", "linestyle": ""}
         keys += [{**grey, "marker": marker[rule], "label": rule} for rule in steps]
@@ -130,6 +121,20 @@ def draw(rows: list[dict], target: Path, judge: str) -> None:
         axes.grid(True, alpha=0.2)
         handles = [Line2D([], [], **key) for key in keys]
         axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def draw_curve(axes, curve: list[dict], color: str, marker: str) -> None:
+    curve = sorted(curve, key=lambda r: r["temperature"])
+    axes.errorbar(
+        *([r[x] for r in curve] for x in ("entropy", "gen_ppl")),
+        *([r[x] or 0 for r in curve] for x in ("gen_ppl_error", "entropy_error")),
+        color=color,
+        marker=marker,
+        markersize=marker_size(sum(r["nfe"] for r in curve) / len(curve)),
+        linewidth=0.7,
+        elinewidth=0.7,
+        alpha=0.75,
+    )
 
 
 def marker_size(nfe: float) -> float:
