@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import sys
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -15,6 +16,7 @@ from hub_tools import get_rows
 from test_local_copies import tarred, write_table, zipped
 
 import main
+from data.readers import read_jsonl
 from data.tokenizer import get_tokenizer
 
 ENOUGH = "the license shall be provided under the terms of this notice " * 20
@@ -446,3 +448,16 @@ def test_the_command_line_says_it_and_writes_nothing(words, message, tmp_path, m
     assert message in capfd.readouterr().err
     assert not list(tmp_path.rglob("checkpoints"))
     assert not [path for path in (tmp_path / "cache").rglob("*valid*") if path.is_file()]
+
+
+def test_of_lines_of_json_one_value_is_in_memory(tmp_path):
+    """A short line may become a large value: lists of lists take some thirty times its bytes."""
+    line = json.dumps({"text": "a", "more": [[]] * 100_000}) + "\n"
+    peaks = []
+    for count in (1, 3):
+        (tmp_path / "lines.jsonl").write_text(line * count)
+        tracemalloc.start()
+        assert len(list(read_jsonl(tmp_path / "lines.jsonl", "text"))) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]

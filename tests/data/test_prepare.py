@@ -612,3 +612,8 @@ def test_a_data_error_of_the_mode_is_one_message(tmp_path, monkeypatch):
     assert "bad.jsonl: line 2 is not JSON" in said
     assert "Traceback" not in said
     assert list((tmp_path / "cache" / "rows").iterdir()) == []
+
+
+def test_an_error_of_the_local_folder_is_not_told_as_one_of_the_url(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"):
+        remote_cache.publish(tmp_path / "gone", (tmp_path / "remote").as_uri())

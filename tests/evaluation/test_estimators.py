@@ -241,6 +241,20 @@ def test_of_equal_scores_the_lowest_place_is_revealed():
         torch.testing.assert_close(rule(ask, texts), expected)
 
 
+def test_rules_have_numbers_of_their_own():
+    """Both places pass a threshold of 0.9 at once, and no entropy above 0."""
+
+    def ask(x_t, read, reduce):
+        none_seen = (x_t == 2).all(1, keepdim=True).expand_as(x_t).flatten()[read]
+        p = torch.where(none_seen, 0.95, 0.6).double()
+        return reduce(torch.stack([1 - p, p, torch.zeros_like(p)], -1).log(), read)
+
+    texts = texts_of([[1, 1]], 2)
+    together, apart = -2 * math.log(0.95), -math.log(0.95 * 0.6)
+    assert float(estimators.threshold(ask, texts).sum()) == pytest.approx(together)
+    assert float(estimators.entropy_bounded(ask, texts).sum()) == pytest.approx(apart)
+
+
 def test_a_rule_that_reveals_nothing_is_refused():
     def stuck(scores, masked):
         return torch.zeros_like(masked)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import GOLDEN, load_json
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from evaluation import judge as judge_module
 from evaluation.judge import (
     Judge,
     TextScore,
@@ -134,6 +136,23 @@ def test_a_judge_without_all_its_weights_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="is damaged or no checkpoint"):
         load_judge(str(folder))
+
+
+def test_a_judges_tokenizer_is_tried_as_it_is_loaded(monkeypatch):
+    asked, load = [], AutoTokenizer.from_pretrained
+
+    def loaded(place, **options):
+        asked.append((str(place), options))
+        return load(place, **options)
+
+    def tried(folder, **options):
+        asked.append((str(folder), options))
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loaded)
+    monkeypatch.setattr(judge_module, "tried", tried)
+    load_judge(str(GOLDEN / "judge"))
+    by_trial, by_judge = asked
+    assert by_trial == by_judge
 
 
 def test_a_judge_that_is_not_there_is_named():
