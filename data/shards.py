@@ -47,7 +47,8 @@ class Shard(NamedTuple):
         return sum(map(len, self.texts))
 
 
-Write = Callable[[Path, Shard], None]  # the ids of a part to its file
+Encode = Callable[[list[str]], list[list[int]]]
+Write = Callable[[Path, Shard], None]  # writes the ids of a part to its file, as tokenize() does
 
 
 def cut(pieces: Iterable[Piece]) -> Iterator[Shard]:
@@ -76,9 +77,8 @@ def tokenized(
 ) -> Iterator[Tokens]:
     """The parts' ids in the order of the text; a few parts are under way at any time.
 
-    write: writes the file of a part, as tokenize() does. work: the folder of these files; those of
-    an earlier attempt are taken, and those that others make. report(tokens, documents, done,
-    fresh=) is called with each part.
+    work: the folder of their files; those of an earlier attempt are taken, and those that others
+    make. report(tokens, documents, done, fresh=) is called with each part.
     """
     parts, earlier = cut(pieces), {path.name for path in work.glob("*.npz")}
     first = list(itertools.islice(parts, 2))
@@ -183,8 +183,8 @@ def read_part(path: Path, part: Shard) -> Tokens | None:
     return Tokens(*(found[name] for name in Tokens._fields))
 
 
-def tokenize(path: Path, part: Shard, *, encode: Callable, vocab_size: int) -> None:
-    """Write the ids of a part under its name, complete or not at all. encode: as in Split."""
+def tokenize(path: Path, part: Shard, *, encode: Encode, vocab_size: int) -> None:
+    """Write the ids of a part under its name, complete or not at all."""
     batches = grouped(part.texts, len, CHARACTERS_AT_ONCE, TEXTS_AT_ONCE)
     found = [Tokens.of(encode(batch), []) for batch in batches]
     flat = np.concatenate([tokens.ids for tokens in found])
