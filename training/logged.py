@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from evaluation.likelihood import Likelihood
 from training.csv_log import record
@@ -142,11 +143,18 @@ def of_share(found: Likelihood, part: int) -> float | None:
 
 
 def figures(source: Steps | Likelihood) -> dict[str, float]:
-    """Those of LOGGED that are made from `source`. Reading them may wait for the device."""
+    """Those of LOGGED that are made from `source`. Reading them may wait for the device, and under
+    strategy=fsdp for the other devices."""
     validation = isinstance(source, Likelihood)
     entries = {name: each for name, each in LOGGED.items() if each.validation == validation}
     values = {name: each.value(source) for name, each in entries.items()}
-    return {name: float(value) for name, value in values.items() if value is not None}
+    known = {name: value for name, value in values.items() if value is not None}
+    return {name: float(whole(value)) for name, value in known.items()}
+
+
+def whole(value: float | Tensor) -> float | Tensor:
+    """What was computed from weights that are shared out, put together from all devices."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def peak_memory(device: torch.device) -> int:
@@ -202,7 +210,7 @@ class StepLog(L.Callback):
         if trainer.global_step == self._written:
             return  # between two micro-batches, or a run that goes on with a validation
         self._written = trainer.global_step
-        if not (trainer.is_global_zero and trainer.loggers):
+        if not trainer.loggers:
             return
         done = self._steps
         done.seconds = max(time.monotonic() - self._since, 1e-9)
@@ -211,4 +219,6 @@ class StepLog(L.Callback):
             self._nominal = nominal_peak(module.device, self.dtype)
         done.peak, done.nominal = self._peak, self._nominal
         self._begin(module)
-        record(trainer, figures(done))
+        found = figures(done)  # on all devices: they share out what it may read
+        if trainer.is_global_zero:
+            record(trainer, found)

@@ -13,6 +13,7 @@ from models import compiling
 from models.block import Block
 from training import distributed
 from training.log_reading import read_log
+from training.logged import LOGGED, Logged
 
 FSDP, HYBRID = ["strategy=fsdp"], ["strategy=fsdp", "strategy.replicate=2"]
 STRATEGIES = {"ddp": [], "fsdp": FSDP, "hybrid": HYBRID}
@@ -77,6 +78,22 @@ def test_a_run_moves_between_all_strategies(base, alone, tmp_path):
     for step, (count, strategy) in enumerate(ways):
         trained(base, tmp_path, count, *strategy, f"trainer.max_steps={step + 2}")
     equal_runs(tmp_path, alone, ["trainer/loss"])
+
+
+def logs_a_weight(rank):
+    LOGGED["trainer/weight"] = Logged(
+        lambda steps: steps.module.backbone.blocks[-1].mlp[0].weight.abs().mean(), doc="its size"
+    )
+
+
+def test_a_figure_of_shared_weights_is_that_of_whole_ones(base, tmp_path):
+    """Each device has a part, so all must be asked."""
+    found = []
+    for name in ("ddp", "fsdp"):
+        folder = trained(base, tmp_path / name, 2, *STRATEGIES[name], before=logs_a_weight)
+        found.append(read_log(folder / "run/metrics.csv")["trainer/weight"])
+    assert len(found[0]) == 6
+    assert found[1] == pytest.approx(found[0], rel=TOLERANCE)
 
 
 def formats(rank):
