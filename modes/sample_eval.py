@@ -114,6 +114,7 @@ def build_output(
         "checkpoint": config.eval.checkpoint_path,
         "ema": not config.eval.disable_ema,
         "precision": config.trainer.precision,
+        "noise": config.noise.type,
         "judge": config.eval.gen_ppl_eval_model_name_or_path,
     }
     name = sampling_run_id(config, checkpoint, wanted)

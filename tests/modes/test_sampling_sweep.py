@@ -83,6 +83,7 @@ def test_a_sweep_has_the_rows_of_single_commands(expected, capsys):
         ("threshold", 0.6),
     }
     assert reports.keys() == {name for name, *_ in expected}
+    assert {each["noise"] for each in reports.values()} == {"loglinear"}
     assert main.main([*WORDS, *alone(POINTS[2])]) == 0  # which finds those of the sweep
     assert "nothing to do" in capsys.readouterr().out
     assert rows() == expected
