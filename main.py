@@ -28,10 +28,12 @@ def main(argv: list[str]) -> int:
         from checkpointing.restricted_pickle import CheckpointError
         from training import distributed
         from training.health import follow_launcher
+        from training.signals import end_on_warning
 
         mode = importlib.import_module(f"modes.{config.mode}")
 
     quiet()
+    end_on_warning()
     if config.mode != "sample_eval":  # whose processes do not wait for each other
         follow_launcher()
     try:

@@ -30,6 +30,8 @@ def compiling(on: bool = True) -> AbstractContextManager:
 def keep_signal() -> None:
     """To be called between steps. The first kernel that Triton compiles in a process has LLVM put
     a handler of its own in place of Python's, under which SIGUSR1 does nothing: Slurm's warning
-    ahead of a time limit would be lost. What Python knows to be set is set again."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+    ahead of a time limit would be lost. A handler that was set in Python is set again; without one
+    nothing is changed, as the handler may be faulthandler's."""
+    known = signal.getsignal(signal.SIGUSR1)
+    if callable(known) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, known)

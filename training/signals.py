@@ -64,6 +64,18 @@ def end_on_interrupt() -> None:
     signal.signal(signal.SIGINT, lambda *_: end("stopped" if os.getpid() == process else ""))
 
 
+def end_on_warning() -> None:
+    """Let SIGUSR1 end the process as it does by itself, but by a handler that keep_signal
+    (models/compiling.py) can set again."""
+
+    def end_by(number: int, frame: types.FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, end_by)
+
+
 def end(line: str) -> None:
     """End the process by SIGINT, so that a script that started it stops as well. Print `line`
     first unless it is empty."""

@@ -4,6 +4,7 @@ The graphs are made with the backend aot_eager, which traces forward and backwar
 does and leaves out the minutes of the C++ compiler.
 """
 
+import faulthandler
 import functools
 import os
 import signal
@@ -241,6 +242,20 @@ def test_tiles_fit_the_gpu(kilobytes, width, dtype, tiles, monkeypatch):
     small = _has_little_shared_memory(torch.device("meta"))
     _has_little_shared_memory.cache_clear()
     assert _kernel_options(small, width, dtype) == tiles
+
+
+def test_a_handler_that_python_does_not_know_stays(tmp_path):
+    """A notebook may have asked for the stack by SIGUSR1."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with (tmp_path / "stacks").open("w") as file:
+            faulthandler.register(signal.SIGUSR1, file)
+            keep_signal()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            faulthandler.unregister(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "test_a_handler_that_python_does_not_know_stays" in (tmp_path / "stacks").read_text()
 
 
 def test_a_signal_is_heard_after_triton_has_compiled(tmp_path, monkeypatch):
