@@ -67,13 +67,8 @@ def end_on_interrupt() -> None:
 def end_on_warning() -> None:
     """Let SIGUSR1 end the process as it does by itself, but by a handler that keep_signal
     (models/compiling.py) can set again."""
-
-    def end_by(number: int, frame: types.FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, end_by)
+        signal.signal(signal.SIGUSR1, lambda number, _: end_by(number))
 
 
 def end(line: str) -> None:
@@ -83,8 +78,13 @@ def end(line: str) -> None:
         tell(line)
     if os.isatty(1):
         os.write(1, SHOW_CURSOR)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+    end_by(signal.SIGINT)
+
+
+def end_by(number: int) -> None:
+    """End the process by this signal, whatever handler it has."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def tell(line: str) -> None:
