@@ -104,18 +104,24 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert names(path) == {"fifth"}
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+def old_folder(tmp_path, monkeypatch, refused):
+    """A folder with a file `old`; no folder with one of the `refused` files takes its name."""
     path = tmp_path / "a"
     path.mkdir()
     (path / "old").touch()
     rename = os.rename
 
     def full(source, target):
-        if target == path and (source / "new").exists():
+        if target == path and any((source / name).exists() for name in refused):
             raise OSError("no space left")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", full)
+    return path
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = old_folder(tmp_path, monkeypatch, ["new"])
     with (
         pytest.raises(OSError, match="no space left"),
         atomic_folder(path, overwrite=True) as new,
@@ -127,38 +133,19 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
 def test_an_old_folder_is_back_before_anything_is_removed(tmp_path, monkeypatch):
     """To remove what was made may take long enough to be killed meanwhile."""
-    path = tmp_path / "a"
-    path.mkdir()
-    (path / "old").touch()
-    rename = os.rename
-
-    def full(source, target):
-        if target == path and (source / "new").exists():
-            raise OSError("no space left")
-        rename(source, target)
+    path = old_folder(tmp_path, monkeypatch, ["new"])
 
     def replace():
         with atomic_folder(path, overwrite=True) as new:
             (new / "new").touch()
 
-    monkeypatch.setattr(os, "rename", full)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: kill_me())
     killed(replace)
     assert names(path) == {"old"}
 
 
 def test_an_old_folder_that_cannot_be_put_back_is_not_lost(tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    path.mkdir()
-    (path / "old").touch()
-    rename = os.rename
-
-    def full(source, target):
-        if target == path:
-            raise OSError("no space left")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", full)
+    path = old_folder(tmp_path, monkeypatch, ["new", "old"])
     with (
         pytest.raises(OSError, match="no space left"),
         atomic_folder(path, overwrite=True) as new,
